@@ -1,0 +1,76 @@
+"""lorakit: low-rank adaptation of large language models (Hu et al. 2021).
+
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=8, alpha=16, targets="attention.qv"))
+    ...                                   # any training loop
+    adapters.save("out/my-adapter")       # a PEFT folder, with lorakit.json and a model card
+
+Names are imported when first used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.adapters.handle import Adapters, attach
+    from lorakit.adapters.saving import from_peft, load
+    from lorakit.adapters.summary import count_parameters
+    from lorakit.data.config import DataConfig
+    from lorakit.errors import LorakitError
+    from lorakit.evaluation.config import EvaluateConfig
+    from lorakit.evaluation.run import evaluate
+    from lorakit.methods.full import FullFineTuning
+    from lorakit.methods.lora.config import LoRA
+    from lorakit.models.loading import load_base
+    from lorakit.models.roles import targets
+    from lorakit.training.config import TrainConfig
+    from lorakit.training.loop import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapters": "lorakit.adapters.handle",
+    "attach": "lorakit.adapters.handle",
+    "from_peft": "lorakit.adapters.saving",
+    "load": "lorakit.adapters.saving",
+    "count_parameters": "lorakit.adapters.summary",
+    "DataConfig": "lorakit.data.config",
+    "LorakitError": "lorakit.errors",
+    "EvaluateConfig": "lorakit.evaluation.config",
+    "evaluate": "lorakit.evaluation.run",
+    "FullFineTuning": "lorakit.methods.full",
+    "LoRA": "lorakit.methods.lora.config",
+    "load_base": "lorakit.models.loading",
+    "targets": "lorakit.models.roles",
+    "TrainConfig": "lorakit.training.config",
+    "train": "lorakit.training.loop",
+}
+
+__all__ = [
+    "Adapters",
+    "DataConfig",
+    "EvaluateConfig",
+    "FullFineTuning",
+    "LoRA",
+    "LorakitError",
+    "TrainConfig",
+    "attach",
+    "count_parameters",
+    "evaluate",
+    "from_peft",
+    "load",
+    "load_base",
+    "targets",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

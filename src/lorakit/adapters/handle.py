@@ -1,0 +1,404 @@
+"""The handle on a model's adapters: attach, activate, merge, save, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorakit.adapters import export, merging
+from lorakit.adapters.activation import Activation, Active
+from lorakit.adapters.installed import (
+    InstalledAdapter,
+    adapted_layers,
+    base_parameters,
+    install,
+)
+from lorakit.adapters.layer_adapters import LayerAdapters, remove_from
+if TYPE_CHECKING:
+    from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.summary import Summary, summarise
+from lorakit.errors import AdapterStateError, ConfigurationError, TargetError, nearest
+from lorakit.methods.module import AdapterModule, Method
+
+Choice = str | Mapping[str, float] | None
+"""One adapter, several by weight, or none."""
+
+_HANDLE = "_lorakit_adapters"
+
+
+class Adapters:
+    """All adapters of one model, by name. Obtained from `attach` or `load`, one for each model.
+
+    The base stays what it was: the types of its modules, its keys and, under ``activate(None)``, what it
+    computes. Adapter tensors are children of the layers they adapt (`<layer>.adapters.<name>`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._activation = Activation()
+        self._installed: dict[str, InstalledAdapter] = {}
+        self._merged: Active | None = None
+        self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model's adapters, in the order they came."""
+        return tuple(self._installed)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """The active adapters and their weights."""
+        return dict(self._activation.active.weights)
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """The merged adapters and their weights; empty when nothing is merged."""
+        return dict(self._merged.weights) if self._merged else {}
+
+    def method(self, name: str | None = None) -> Method:
+        """The settings that an adapter was made with."""
+        return self._get(name).method
+
+    def provenance(self, name: str | None = None) -> dict[str, Any]:
+        """What an adapter's file says about its making; empty for one that was attached here."""
+        return self._get(name).provenance
+
+    def modules(self, name: str | None = None) -> dict[str, AdapterModule]:
+        """An adapter's modules by the path of the layer they sit on."""
+        return dict(self._get(name).modules)
+
+    def summary(self, name: str | None = None) -> Summary:
+        """Trainable and total parameters, layer by layer, and the size of the file."""
+        return summarise(self.model, self._get(name))
+
+    def trainable_parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The adapter's tensors that require a gradient, each once: what an optimizer needs."""
+        return [p for p in self._get(name).parameters() if p.requires_grad]
+
+    def __repr__(self) -> str:
+        return f"Adapters({', '.join(self.names)}; active: {self.active or 'none'})"
+
+    # --- choosing ------------------------------------------------------------------------------------
+
+    def activate(self, choice: Choice) -> None:
+        """Let one adapter act, several by weight, or none (the base as it was).
+
+        Args:
+            choice: A name, ``{name: weight}`` (each delta is scaled by its weight), or None.
+
+        Raises:
+            AdapterStateError: A name is unknown, an adapter is merged, or one whose effect is not linear
+                in a weight (DoRA, trained biases or modules) is mixed or weighted.
+        """
+        self._refuse_merged("activate another adapter")
+        self._set(self._resolve(choice))
+
+    @contextlib.contextmanager
+    def per_sample(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Run one batch with an adapter of its own for each row.
+
+        Args:
+            names: One adapter name, or None for the bare base, for each row of the batch.
+
+        Raises:
+            AdapterStateError: A name is unknown, or an adapter is merged.
+        """
+        self._refuse_merged("choose adapters by row")
+        if isinstance(names, str) or not names:
+            raise AdapterStateError(
+                f"per_sample takes one name (or None) for each row of the batch, not {names!r}."
+            )
+        for name in names:
+            if name is not None:
+                self._get(name)
+        before = self._activation.active
+        self._set(Active(rows=tuple(names)))
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    # --- merging ---------------------------------------------------------------------------------------
+
+    def merge(self, choice: Choice = None, *, keep_base: bool = True) -> None:
+        """Fold adapters into the weights: ``W + scaling * B A`` in float32, rounded once to W's dtype.
+
+        The merged weights are new tensors that take the base's place; the base's are kept, and `unmerge`
+        puts them back bit for bit. Nothing is ever subtracted.
+
+        Args:
+            choice: What to merge, as for `activate`; None merges what is active.
+            keep_base: False drops the base weights and all adapters: the model is then a plain merged
+                model, for export, and this handle is at its end.
+
+        Raises:
+            AdapterStateError: Nothing is active, something is merged already, or an adapter cannot be merged.
+        """
+        self._refuse_merged("merge")
+        active = self._activation.active if choice is None else self._resolve(choice)
+        if not active.weights:
+            raise AdapterStateError(
+                f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
+            )
+        before = self._activation.active
+        self._set(Active())
+        try:
+            self._swap_trained(active)
+            merging.merge(self.model, active)
+        except BaseException:
+            self._swap_trained(Active())
+            self._set(before)
+            raise
+        self._merged = active
+        if not keep_base:
+            merging.forget_base(self.model)
+            self._merged = None
+            self._remove_all()
+
+    def unmerge(self) -> None:
+        """Put the base's own weights back, bit for bit, and let the merged adapters act unmerged.
+
+        Raises:
+            AdapterStateError: Nothing is merged.
+        """
+        if self._merged is None:
+            raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
+        active, self._merged = self._merged, None
+        merging.unmerge(self.model)
+        self._set(active)
+
+    # --- leaving ---------------------------------------------------------------------------------------
+
+    def remove(self, name: str) -> None:
+        """Take one adapter off the model; the last one leaves the model as `detach` does."""
+        self._refuse_merged("remove an adapter")
+        adapter = self._get(name)
+        if len(self._installed) == 1:
+            self.detach()
+            return
+        if name in self._activation.active.names:
+            self._set(Active())
+        del self._installed[name]
+        for path in adapter.modules:
+            layer = self.model.get_submodule(path)
+            adapters = layer.adapters
+            assert isinstance(adapters, LayerAdapters)
+            del adapters[name]
+            if not adapters:
+                remove_from(layer)
+
+    def detach(self) -> None:
+        """Take all adapters off: the model is bit for bit what it was, without a hook or a key more."""
+        if self._merged is not None:
+            merging.unmerge(self.model)
+            self._merged = None
+        self._set(Active())
+        self._remove_all()
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def stored(self, name: str | None = None) -> StoredAdapter:
+        """The adapter as it is written to a file: settings, tensors, base record, provenance."""
+        from lorakit.adapters import saving
+
+        return saving.store(self.model, self._get(name))
+
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        tokenizer: Any = None,
+        provenance: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write an adapter as a folder that PEFT, transformers and vLLM load, with lorakit.json and a card.
+
+        The folder appears whole or not at all.
+
+        Args:
+            folder: Where to write; must not exist unless `overwrite`.
+            name: Which adapter; may be left out when there is one.
+            tokenizer: Saved beside the adapter, chat template included.
+            provenance: What to record about its making (configuration, data, scores), JSON values only.
+            overwrite: Replace an existing folder.
+
+        Raises:
+            RunFolderError: The folder exists, is in use, or the disk is full.
+        """
+        from lorakit.adapters import saving
+
+        adapter = self._get(name)
+        if provenance:
+            adapter.provenance = {**adapter.provenance, **provenance}
+        return saving.save(self.model, adapter, Path(folder), tokenizer=tokenizer, overwrite=overwrite)
+
+    # --- inner -----------------------------------------------------------------------------------------
+
+    def _add(self, adapter_name: str, method: Method, modules: dict, trained: list[str]) -> None:
+        adapter = install(self.model, adapter_name, method, modules, trained, self._activation)
+        self._installed[adapter_name] = adapter
+        if getattr(self.model, _HANDLE, None) is None:
+            self._take_over()
+        for _, parameter in base_parameters(self.model):
+            parameter.requires_grad_(False)
+
+    def _take_over(self) -> None:
+        # torch.compile does not look at hooks again once a graph is compiled, unless asked to: an
+        # adapter attached later would silently be left out.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        setattr(self.model, _HANDLE, self)
+        if hasattr(self.model, "save_pretrained"):
+            self.model.__dict__["save_pretrained"] = functools.partial(
+                export.save_pretrained, self.model
+            )
+        self.model.register_load_state_dict_pre_hook(export.keep_base_weights)
+
+    def _remove_all(self) -> None:
+        for _, layer, _ in adapted_layers(self.model):
+            remove_from(layer)
+        self._installed.clear()
+        for name, parameter in base_parameters(self.model):
+            parameter.requires_grad_(self._requires_grad.get(name, False))
+        self.model.__dict__.pop(_HANDLE, None)
+        self.model.__dict__.pop("save_pretrained", None)
+        hooks = self.model._load_state_dict_pre_hooks
+        for key in [k for k, h in hooks.items() if h.hook is export.keep_base_weights]:
+            del hooks[key]
+
+    def _set(self, active: Active) -> None:
+        self._swap_trained(active)
+        self._activation.active = active
+
+    def _swap_trained(self, active: Active) -> None:
+        """Let the trained copies of the one active adapter take their base parameters' places."""
+        for _, layer, adapters in adapted_layers(self.model):
+            for attribute in list(adapters.replaced):
+                adapters.restore(layer, attribute)
+        for name, _ in active.weights:
+            for path, module in self._installed[name].modules.items():
+                layer = self.model.get_submodule(path)
+                adapters = layer.adapters
+                assert isinstance(adapters, LayerAdapters)
+                for attribute, copy in module.trained.items():
+                    adapters.replace(layer, attribute, copy)
+
+    def _resolve(self, choice: Choice) -> Active:
+        if choice is None:
+            return Active()
+        weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+        for name, weight in weights.items():
+            adapter = self._get(name)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise AdapterStateError(f"The weight of '{name}' is {weight!r}; it must be a number.")
+            if not adapter.scales and (len(weights) > 1 or weight != 1):
+                raise AdapterStateError(
+                    f"'{name}' has parts whose effect is not linear in a weight (DoRA, or biases or modules "
+                    "trained in full), so it can only act alone and with weight 1."
+                )
+        return Active(weights=tuple((name, float(weight)) for name, weight in weights.items()))
+
+    def _get(self, name: str | None) -> InstalledAdapter:
+        if name is None:
+            if len(self._installed) == 1:
+                return next(iter(self._installed.values()))
+            raise AdapterStateError(
+                f"The model carries {len(self._installed)} adapters; say which one: {self._known()}."
+            )
+        if name not in self._installed:
+            raise AdapterStateError(
+                f"No adapter is named '{name}'. There are: {self._known()}." + nearest(name, self.names)
+            )
+        return self._installed[name]
+
+    def _known(self) -> str:
+        return ", ".join(self.names) or "none"
+
+    def _refuse_merged(self, wish: str) -> None:
+        if self._merged is not None:
+            raise AdapterStateError(
+                f"{', '.join(self.merged)} is merged into the weights. Call unmerge() before you {wish}."
+            )
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ConfigurationError(
+                f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
+            )
+        if hasattr(nn.ModuleDict, name) or hasattr(LayerAdapters(self._activation), name):
+            raise ConfigurationError(
+                f"'{name}' is an attribute of PyTorch's modules and cannot name an adapter. Choose another name."
+            )
+        if name in self._installed:
+            raise AdapterStateError(
+                f"The model already carries an adapter named '{name}'. Choose another name, or remove('{name}') first."
+            )
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+) -> Adapters:
+    """Add a new adapter to a model, freeze the base, and let the adapter act.
+
+    Args:
+        model: Any PyTorch model; roles as targets need a `transformers` architecture that is known.
+        method: What to train, for example ``LoRA(rank=8, targets="attention.qv")``.
+        name: Name of the adapter on this model.
+        dtype: Dtype of the adapter's tensors; float32 masters also over a bfloat16 base.
+        seed: Seed of the random start; None draws from PyTorch's global generator.
+
+    Returns:
+        The model's handle; the same one as before if the model already carries adapters.
+
+    Raises:
+        TargetError: A target names no layer, or one that cannot be adapted.
+        ConfigurationError: A setting does not fit the model.
+        AdapterStateError: The name is taken, or an adapter is merged.
+    """
+    handle = handle_of(model) or Adapters(model)
+    handle._refuse_merged("attach another adapter")
+    handle._check_new_name(name)
+    before = handle._activation.active
+    handle._set(Active())  # a start that looks at the weights must see the base's own
+    try:
+        with seeded(seed):
+            modules = method.modules(model, dtype)
+            trained = method.trained_parameters(model)
+        if not modules and not trained:
+            raise TargetError(f"{method} trains nothing on this model.")
+        handle._add(name, method, modules, trained)
+    except BaseException:
+        handle._set(before)
+        raise
+    handle.activate(name)
+    return handle
+
+
+def handle_of(model: nn.Module) -> Adapters | None:
+    """The handle of a model that carries adapters, else None."""
+    return getattr(model, _HANDLE, None)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a generator of this seed inside the block, leaving the global one as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

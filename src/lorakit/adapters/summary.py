@@ -1,0 +1,115 @@
+"""How large an adapter is, beside its base."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.adapters.installed import InstalledAdapter, base_parameters
+from lorakit.methods.module import Method
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters."""
+
+    trainable: int
+    """Parameters that the method trains: its own, and base parameters trained in full."""
+    total: int
+    """Parameters of the base."""
+    by_layer: dict[str, int]
+    """Trained parameters by the path of the layer they belong to."""
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of the base's."""
+        return self.trainable / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `Adapters.summary` prints."""
+
+    name: str
+    method: str
+    counts: Counts
+    file_bytes: int
+    """Size of the tensors in the adapter's file."""
+
+    def __str__(self) -> str:
+        counts = self.counts
+        lines = [
+            f"{self.name}: {self.method}",
+            f"trainable {counts.trainable:,} of {counts.total:,} parameters ({counts.share:.3%}), "
+            f"file {_size(self.file_bytes)}",
+        ]
+        # Blocks repeat: one line for each kind of layer says more than one for each layer.
+        groups: dict[str, list[int]] = {}
+        for path, count in counts.by_layer.items():
+            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", path), []).append(count)
+        width = max(map(len, groups), default=0)
+        for pattern, sizes in groups.items():
+            each = ", ".join(
+                f"{n} x {size:,}" for size, n in sorted(Counter(sizes).items(), reverse=True)
+            )
+            lines.append(f"  {pattern:<{width}}  {each}")
+        return "\n".join(lines)
+
+
+def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
+    """Size of one adapter of a model."""
+    by_layer: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, module in adapter.modules.items():
+        fresh = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, fresh))
+        if fresh:
+            by_layer[path] = sum(p.numel() for p in fresh)
+    total = sum(p.numel() for _, p in base_parameters(model))
+    size = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    counts = Counts(sum(by_layer.values()), total, by_layer)
+    return Summary(adapter.name, _describe(adapter.method), counts, size)
+
+
+def count_parameters(model: nn.Module, method: Method) -> Counts:
+    """What `method` would train on `model`, which is not changed and may be on the meta device.
+
+    Raises:
+        TargetError: A target names no layer, or one that cannot be adapted.
+        ConfigurationError: A setting does not fit the model.
+    """
+    by_layer: dict[str, int] = {}
+    for path, module in method.modules(model).items():
+        by_layer[path] = sum(p.numel() for p in module.parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: set[int] = set()
+    for name in method.trained_parameters(model):
+        if id(parameters[name]) not in seen:
+            seen.add(id(parameters[name]))
+            path = name.rpartition(".")[0]
+            by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
+    total = sum(p.numel() for _, p in base_parameters(model))
+    return Counts(sum(by_layer.values()), total, by_layer)
+
+
+def _describe(method: Method) -> str:
+    """The method with the settings that differ from its defaults."""
+    fields = getattr(type(method), "__dataclass_fields__", {})
+    changed = []
+    for name, field in fields.items():
+        value = getattr(method, name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != default:
+            changed.append(f"{name}={value!r}")
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError

@@ -1,0 +1,131 @@
+"""LoRA's settings: what is adapted, at which rank, and how it starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lorakit.errors import ConfigurationError
+from lorakit.methods.lora import build
+from lorakit.methods.module import AdapterModule
+
+Bias = Literal["none", "all", "lora_only"]
+Init = Literal["kaiming", "gaussian", "pissa"]
+Scaling = Literal["standard", "rslora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adaptation: ``h = W0 x + scaling * B A x`` (Hu et al. 2021, section 4.1).
+
+    ``A`` is (rank, in_features), ``B`` is (out_features, rank); both are trained, ``W0`` is not.
+
+    Raises:
+        ConfigurationError: A value cannot work, or two settings exclude each other.
+    """
+
+    rank: int = 8
+    """Number of rows of A and columns of B."""
+    alpha: float = 16.0
+    """The constant of the scaling factor; it need not change when the rank does."""
+    targets: tuple[str, ...] | str = ("attention.qv",)
+    """What is adapted: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the adapter branch's input during training."""
+    bias: Bias = "none"
+    """Biases trained beside A and B: none, all of the model's, or those of the adapted layers (lora_only)."""
+    init: Init = "kaiming"
+    """Start of A (B starts at zero): kaiming as loralib, gaussian as the paper, pissa from W0's main directions."""
+    scaling: Scaling = "standard"
+    """standard is alpha / rank; rslora is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train each output row's magnitude apart from its direction (DoRA, Liu et al. 2024)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from `rank`: module-name suffix or regular expression to rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas that differ from `alpha`: module-name suffix or regular expression to alpha."""
+    train_modules: tuple[str, ...] | str = ()
+    """Modules trained in full beside the adapter (name suffixes), such as a new classification head."""
+    tie_head: bool = False
+    """Let an adapter on a tied input embedding act on the output head as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "train_modules"):
+            value = getattr(self, name)
+            as_tuple = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, as_tuple)
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+        self._check()
+
+    def _check(self) -> None:
+        if not self.targets:
+            raise ConfigurationError("targets is empty. Name at least one, for example 'attention.qv'.")
+        for where, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigurationError(f"{where} is {rank!r}; it must be a whole number of 1 or more.")
+        for where, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
+            if (
+                isinstance(alpha, bool)
+                or not isinstance(alpha, (int, float))
+                or not math.isfinite(alpha)
+                or alpha == 0
+            ):
+                raise ConfigurationError(
+                    f"{where} is {alpha!r}: with it the adapter would have no (or no finite) effect. "
+                    "Use a number other than 0; alpha = 2 * rank is a common start."
+                )
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ConfigurationError(
+                    f"The pattern {key!r} is not a regular expression: {error}."
+                ) from None
+        if not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+        for name, allowed in (("bias", Bias), ("init", Init), ("scaling", Scaling)):
+            value = getattr(self, name)
+            if value not in allowed.__args__:
+                raise ConfigurationError(
+                    f"{name} is {value!r}; it must be one of {', '.join(allowed.__args__)}."
+                )
+        if self.dora and self.init == "pissa":
+            raise ConfigurationError(
+                "dora and init='pissa' exclude each other: both redefine what the base weight means. Drop one."
+            )
+
+    def modules(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32
+    ) -> dict[str, AdapterModule]:
+        """A and B for every target layer, initialised, by path (see `Method`)."""
+        return build.lora_modules(self, model, dtype)
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the biases and modules trained in full (see `Method`)."""
+        return build.trained_parameters(self, model)
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the layer at `path`: the first matching `rank_pattern`, else `rank`."""
+        return _lookup(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """Alpha of the layer at `path`: the first matching `alpha_pattern`, else `alpha`."""
+        return _lookup(self.alpha_pattern, path, self.alpha)
+
+    def scaling_for(self, rank: int, alpha: float) -> float:
+        """The factor on ``B A``: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
+        return alpha / math.sqrt(rank) if self.scaling == "rslora" else alpha / rank
+
+
+def _lookup(patterns: dict, path: str, default):
+    return next((value for key, value in patterns.items() if build.pattern_matches(key, path)), default)
+
+
+def _entries(name: str, patterns: dict) -> list[tuple[str, object]]:
+    return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]

@@ -1,0 +1,74 @@
+"""LoRA on an embedding table, and the same adapter on a head tied to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.methods.lora.layer import GAUSSIAN_STD, LoRALayer
+from lorakit.methods.lora.linear import LinearLoRA
+
+if TYPE_CHECKING:
+    from lorakit.methods.lora.config import Init
+
+
+class EmbeddingLoRA(LoRALayer):
+    """``e(i) = E[i] + scaling * B A[:, i]``: the table as a linear map from one-hot ids, W = E^T.
+
+    A is (rank, num_embeddings) and starts at zero, B is (embedding_dim, rank) and starts random, as in
+    loralib: a zero B would leave A's sparse gradient at zero for every row but the batch's.
+    """
+
+    kind = "embedding"
+
+    @classmethod
+    def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
+        return layer.num_embeddings, layer.embedding_dim  # type: ignore[return-value]
+
+    def _initialise_factors(self, init: Init) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B, std=GAUSSIAN_STD if init == "gaussian" else 1.0)
+
+    def weight_matrix(self, layer: nn.Module) -> Tensor:
+        return layer.weight.T  # type: ignore[union-attr, return-value]
+
+    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+        return matrix.T.contiguous()
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x  # token ids; loralib and PEFT have no dropout here either
+
+    def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        # Some models scale what they look up (Gemma by sqrt(d)); the table's change is scaled with it.
+        scale = getattr(layer, "embed_scale", None)
+        found = F.embedding(x, A.T) @ B.T
+        found = found if scale is None else found * scale
+        return found.to(layer.weight.dtype)  # type: ignore[union-attr]
+
+
+class TiedHeadLoRA(LinearLoRA):
+    """An embedding's adapter acting on the output head that shares its table.
+
+    ``logits = E h + scaling * A^T B^T h``: the embedding's factors, transposed. It owns no tensor.
+    """
+
+    kind = "tied-head"
+
+    def __init__(self, layer: nn.Module, source: EmbeddingLoRA) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                layer, rank=source.rank, scaling=source.scaling, alpha=source.alpha
+            )
+        del self.lora_A, self.lora_B
+        # In a tuple: the embedding owns the factors, and a module attribute would list them twice.
+        self.source: tuple[EmbeddingLoRA] = (source,)
+
+    def initialise(self, layer: nn.Module, init: Init) -> None:
+        """Nothing of its own to start."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.source[0].factors()
+        return B.T, A.T

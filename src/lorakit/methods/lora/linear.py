@@ -1,0 +1,40 @@
+"""LoRA on linear layers: `nn.Linear`, GPT-2's `Conv1D` (weight stored transposed), fused projections."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.methods.lora.layer import LoRALayer
+from lorakit.ops import lora_linear
+
+
+class LinearLoRA(LoRALayer):
+    """``y = W x + b + scaling * B A x`` on a linear layer, whole or by slices of its output rows."""
+
+    kind = "linear"
+
+    @classmethod
+    def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
+        if isinstance(layer, Conv1D):
+            return layer.nx, layer.nf
+        return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+    def weight_matrix(self, layer: nn.Module) -> Tensor:
+        return layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # type: ignore[return-value, union-attr]
+
+    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+        return matrix.T.contiguous() if isinstance(layer, Conv1D) else matrix
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        if self.magnitude is not None:
+            return super().adapt(layer, x, output, weight)
+        A, B = self.factors()
+        # Layers of other libraries (quantised ones) may hand out a buffer that they still need.
+        in_place = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
+        return lora_linear(
+            self.drop(x), output, A, B, weight * self.scaling, in_place=in_place
+        )
+
+    def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return (x @ A.to(x.dtype).T) @ B.to(x.dtype).T

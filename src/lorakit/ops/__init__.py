@@ -1,0 +1,6 @@
+"""Tensor functions, free of models and adapters."""
+
+from lorakit.ops.linear_cross_entropy import linear_cross_entropy
+from lorakit.ops.lora_linear import lora_linear
+
+__all__ = ["linear_cross_entropy", "lora_linear"]

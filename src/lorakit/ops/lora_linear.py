@@ -1,0 +1,82 @@
+"""The low-rank product, added onto a frozen layer's output."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(
+    x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, *, in_place: bool = True
+) -> Tensor:
+    """Return ``out + scaling * x A^T B^T`` (Hu et al. 2021, equation 3).
+
+    The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast,
+    never the activations. Only `x` and the rank-sized intermediate are kept for the backward pass.
+
+    Args:
+        x: Input of the layer, shape (..., in).
+        out: Output of the frozen layer, shape (..., out).
+        A: Shape (rank, in).
+        B: Shape (out, rank).
+        scaling: Factor on the product.
+        in_place: Write into `out`, which must not be needed elsewhere; False returns a new tensor.
+
+    Returns:
+        Shape (..., out), the dtype of `out`.
+    """
+    if x.dtype != out.dtype:  # under autocast the layer computed in another dtype than its input's
+        x = x.to(out.dtype)
+    # A view cannot be handed back from a custom function that wrote into it.
+    in_place = in_place and not out._is_view()
+    with _no_autocast(out):
+        return _LoraLinear.apply(x, out, A, B, scaling, in_place)
+
+
+def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Plain PyTorch twin of `lora_linear`; tests hold the two against each other."""
+    x = x.to(out.dtype)
+    return out + scaling * ((x @ A.to(out.dtype).T) @ B.to(out.dtype).T)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, out, A, B, scaling, in_place):
+        A_c, B_c = A.to(out.dtype), B.to(out.dtype)
+        x_ND = x.reshape(-1, x.shape[-1])
+        h_NR = x_ND @ A_c.T
+        ctx.save_for_backward(x_ND, h_NR, A, B)
+        ctx.scaling, ctx.x_shape = scaling, x.shape
+        out_NO = out.reshape(-1, out.shape[-1])
+        if in_place and out_NO.data_ptr() == out.data_ptr():
+            out_NO.addmm_(h_NR, B_c.T, alpha=scaling)
+            ctx.mark_dirty(out)
+            return out
+        return torch.addmm(out_NO, h_NR, B_c.T, alpha=scaling).view(out.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x_ND, h_NR, A, B = ctx.saved_tensors
+        needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_A = grad_B = None
+        if needs_B:
+            grad_B = (grad_NO.T @ h_NR).mul_(ctx.scaling).to(B.dtype)
+        if needs_x or needs_A:
+            grad_h_NR = (grad_NO @ B.to(grad.dtype)).mul_(ctx.scaling)
+            if needs_A:
+                grad_A = (grad_h_NR.T @ x_ND).to(A.dtype)
+            if needs_x:
+                grad_x = (grad_h_NR @ A.to(grad.dtype)).view(ctx.x_shape)
+        return grad_x, grad, grad_A, grad_B, None, None
+
+
+def _no_autocast(tensor: Tensor):
+    """Switch autocast off: the dtype is chosen above, and an in-place product may not change it."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,306 @@
+"""A tiny, deterministic random model of every architecture whose roles lorakit knows.
+
+``build("llama")`` gives a float32 model in eval mode with its natural head: hidden size 32, two
+layers, four attention heads (two key/value heads where the architecture shares them), a vocabulary
+of 99. The same call gives the same weights. Every tensor is random, biases and norms too, so that
+losing one shows in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+VOCABULARY = 99
+PAD, BOS, EOS = 0, 1, 2
+NUM_LABELS = 3
+
+_IDS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_ENCODER: dict[str, Any] = dict(
+    _IDS,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
+_DECODER: dict[str, Any] = dict(_ENCODER, num_key_value_heads=2)
+_SHORT_WINDOW: dict[str, Any] = {"sliding_window": 4}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": PAD,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+_BART: dict[str, Any] = {
+    **_IDS,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": None,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+}
+
+
+def _config(name: str, **settings: Any) -> Callable[[], PretrainedConfig]:
+    return lambda: getattr(transformers, name)(num_labels=NUM_LABELS, **settings)
+
+
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "bert": _config("BertConfig", **_ENCODER),
+    "roberta": _config("RobertaConfig", **_ENCODER),
+    "deberta-v2": _config(
+        "DebertaV2Config",
+        **_ENCODER,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        conv_kernel_size=3,
+    ),
+    "distilbert": _config(
+        "DistilBertConfig",
+        **_IDS,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=64,
+        max_position_embeddings=64,
+    ),
+    "gpt2": _config("GPT2Config", **_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt-neox": _config("GPTNeoXConfig", **_ENCODER),
+    "opt": _config(
+        "OPTConfig",
+        **_IDS,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=64,
+    ),
+    "bloom": _config("BloomConfig", **_IDS, hidden_size=32, n_layer=2, n_head=4),
+    "llama": _config("LlamaConfig", **_DECODER),
+    "mistral": _config("MistralConfig", **_DECODER, **_SHORT_WINDOW),
+    "mixtral": _config(
+        "MixtralConfig", **_DECODER, **_SHORT_WINDOW, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2": _config("Qwen2Config", **_DECODER),
+    "qwen3": _config("Qwen3Config", **_DECODER, head_dim=8),
+    "gemma": _config("GemmaConfig", **_DECODER, head_dim=8),
+    "gemma2": _config(
+        "Gemma2Config", **_DECODER, **_SHORT_WINDOW, head_dim=8, query_pre_attn_scalar=8
+    ),
+    "gemma3": _config(
+        "Gemma3TextConfig", **_DECODER, **_SHORT_WINDOW, head_dim=8, query_pre_attn_scalar=8
+    ),
+    "smollm3": _config("SmolLM3Config", **_DECODER, no_rope_layer_interval=2),
+    "phi": _config("PhiConfig", **_DECODER),
+    "phi3": _config("Phi3Config", **_DECODER),
+    "granite": _config(
+        "GraniteConfig",
+        **_DECODER,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+    ),
+    "olmo2": _config("Olmo2Config", **_DECODER),
+    "t5": _config("T5Config", **_T5, feed_forward_proj="gated-gelu"),
+    "bart": _config("BartConfig", **_BART),
+    "vit": _config(
+        "ViTConfig",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=4,
+    ),
+}
+"""Architecture name -> the configuration of its tiny model."""
+
+_GROUPED_HEADS: dict[str, Any] = {**_DECODER, "head_dim": 8}
+_EXPERTS: dict[str, Any] = {
+    **_GROUPED_HEADS,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_FALCON: dict[str, Any] = {
+    **_IDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
+    **{
+        name: _config(f"{name}Config", **_ENCODER)
+        for name in ("XLMRoberta", "XLMRobertaXL", "Camembert", "RobertaPreLayerNorm")
+    },
+    "Electra": _config("ElectraConfig", **_ENCODER, embedding_size=16),
+    "ModernBert": _config("ModernBertConfig", **_ENCODER, local_attention=4),
+    "GPTNeo": _config(
+        "GPTNeoConfig",
+        **_IDS,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    ),
+    "GPTJ": _config("GPTJConfig", **_IDS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "Falcon": _config("FalconConfig", **_FALCON),
+    "Falcon with grouped heads": _config(
+        "FalconConfig", **_FALCON, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "Falcon with all heads": _config("FalconConfig", **_FALCON, multi_query=False, alibi=True),
+    "Mpt": _config("MptConfig", **_IDS, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    **{
+        name: _config(f"{name}Config", **_GROUPED_HEADS)
+        for name in (
+            *("Ministral3", "StableLm", "SeedOss", "Cohere", "Cohere2", "Olmo", "Olmo3", "Exaone4"),
+            *("Helium", "Ernie4_5", "Glm", "Glm4", "Starcoder2"),
+        )
+    },
+    **{name: _config(f"{name}Config", **_EXPERTS) for name in ("Qwen2Moe", "Qwen3Moe", "Olmoe")},
+    "MT5": _config("MT5Config", **_T5),
+    "UMT5": _config("UMT5Config", **_T5),
+    "T5 without gates": _config("T5Config", **_T5, feed_forward_proj="relu"),
+    **{
+        name: _config(f"{name}Config", **_BART) for name in ("MBart", "M2M100", "Marian", "Pegasus")
+    },
+    "CLIPTextModel": _config("CLIPTextConfig", **_ENCODER),
+    "CLIPVisionModel": _config(
+        "CLIPVisionConfig",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=4,
+    ),
+    "Bert with cross-attention": _config(
+        "BertConfig", **_ENCODER, is_decoder=True, add_cross_attention=True
+    ),
+    "GPT2 with cross-attention": _config(
+        "GPT2Config",
+        **_IDS,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        add_cross_attention=True,
+    ),
+    "DebertaV2 with position projections": _config(
+        "DebertaV2Config",
+        **_ENCODER,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=False,
+    ),
+    "Phi3 with a wide head": _config("Phi3Config", **_DECODER, head_dim=16),
+}
+"""Further models whose roles are known, and variants of those above, for the tests of roles."""
+
+ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert")
+ENCODER_DECODERS = ("t5", "bart")
+IMAGE_MODELS = ("vit",)
+DECODERS = tuple(a for a in ARCHITECTURES if a not in (*ENCODERS, *ENCODER_DECODERS, *IMAGE_MODELS))
+CLASSIFIERS = tuple(a for a in ARCHITECTURES if a != "granite")
+"""The architectures for which transformers has a classification head."""
+
+_MODEL_CLASSES = {
+    "base": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def natural_head(arch: str) -> str:
+    """Return the head an architecture is mostly used with, the default of :func:`build`."""
+    if arch in RELATIVES:
+        return "base"
+    if arch in IMAGE_MODELS:
+        return "image-classification"
+    if arch in ENCODERS:
+        return "sequence-classification"
+    return "seq2seq-lm" if arch in ENCODER_DECODERS else "causal-lm"
+
+
+def build(arch: str, head: str | None = None, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Build the tiny model of ``arch``; ``settings`` override fields of its configuration.
+
+    ``head`` is one of "base", "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"
+    (for "vit" the same as "image-classification"), or None for the natural one. Under
+    ``with torch.device("meta")`` only the shapes are built.
+    """
+    head = head or natural_head(arch)
+    if arch in IMAGE_MODELS and head == "sequence-classification":
+        head = "image-classification"
+    config = (ARCHITECTURES | RELATIVES)[arch]()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, _MODEL_CLASSES[head]).from_config(
+            config, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(torch.float32).eval()
+
+
+def example_batch(
+    arch: str, model: PreTrainedModel, *, padding: int = 3, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Return a two-row batch for ``model``.
+
+    The first row of text is left-padded, and both end in EOS, from which BART and T5 classify.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    input_ids = torch.randint(EOS + 1, VOCABULARY, (2, 7), generator=generator)
+    input_ids[:, -1] = EOS
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[0, :padding] = PAD
+    attention_mask[0, :padding] = 0
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if model.config.is_encoder_decoder and not type(model).__name__.endswith(
+        "SequenceClassification"
+    ):
+        batch["decoder_input_ids"] = torch.randint(EOS + 1, VOCABULARY, (2, 5), generator=generator)
+    if getattr(model.config, "add_cross_attention", False):
+        batch["encoder_hidden_states"] = torch.randn(2, 5, 32, generator=generator)
+    return batch
