@@ -1,0 +1,6 @@
+"""The adapters of a model: attach, activate, merge, save, detach."""
+
+from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters.summary import Counts, Summary, count_parameters
+
+__all__ = ["Adapters", "Counts", "Summary", "attach", "count_parameters", "handle_of"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from lorakit.errors import AdapterStateError
 
@@ -42,14 +46,32 @@ class Activation:
         """The choice that holds for the forward pass being run, first or again."""
         if torch.compiler.is_compiling():
             return self.active  # a compiled graph has the choice of its trace, guarded
-        frame, again = _checkpoint_frame()
-        if frame is not None:
-            if not again:
-                frame.lorakit_active = self.active
-            return getattr(frame, "lorakit_active", self.active)
-        if torch._C._current_graph_task_id() == -1:
-            self._remember_for_reentrant()
-            return self.active
+        frames = _checkpoint_frames()
+        for frame, again in frames:
+            if again:
+                return getattr(frame, _RECORD, self.active)
+        for frame, _ in frames:
+            if not hasattr(frame, _RECORD):
+                setattr(frame, _RECORD, self.active)
+        if not frames and torch._C._current_graph_task_id() != -1:
+            self._check_reentrant()
+        elif not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            self._remember_reentrant()
+        return self.active
+
+    def _remember_reentrant(self) -> None:
+        """Note the choice of a reentrant checkpoint's first run, which leaves no frame to find it by."""
+        caller = sys._getframe()
+        while caller is not None and caller.f_code is not _REENTRANT_FORWARD:
+            caller = caller.f_back
+        if caller is None:
+            return
+        if self._recomputing:  # a new step: the choices of the last one are spent
+            self._reentrant.clear()
+            self._recomputing = False
+        self._reentrant.add(self.active)
+
+    def _check_reentrant(self) -> None:
         self._recomputing = True
         if self._reentrant - {self.active}:
             raise AdapterStateError(
@@ -57,30 +79,37 @@ class Activation:
                 "checkpointing runs the forward again. Keep it unchanged until backward() has returned, or use "
                 "non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        return self.active
-
-    def _remember_for_reentrant(self) -> None:
-        """Reentrant checkpointing first runs a block without gradients and leaves no trace to find it by."""
-        if self._recomputing:
-            self._reentrant.clear()
-            self._recomputing = False
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            self._reentrant.add(self.active)
 
 
-def _checkpoint_frame():
-    """The frame of the non-reentrant checkpoint that is running, and whether it is the second run.
+_RECORD = "lorakit_active"
+_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
-    PyTorch pushes saved-tensor hooks around both runs; their closures lead to one frame object that
-    lives as long as the checkpoint. (None, False) outside of a checkpoint.
+
+def _checkpoint_frames() -> list[tuple[Any, bool]]:
+    """The non-reentrant checkpoints being run, innermost first, and whether each runs for the second time.
+
+    PyTorch pushes saved-tensor hooks around both runs. Their closures lead to one frame object, which
+    lives as long as the checkpoint. Checkpoints can be nested, and only the top of the stack shows.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    code = getattr(hooks[0], "__code__", None) if hooks else None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return []
+    stack = []
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        stack.append(hooks)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for pack, unpack in reversed(stack):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return [found for pack, _ in stack if (found := _frame_of(pack)) is not None]
+
+
+def _frame_of(pack_hook: Any) -> tuple[Any, bool] | None:
+    pack_hook = inspect.unwrap(pack_hook)
+    code = getattr(pack_hook, "__code__", None)
     if code is None:
-        return None, False
-    for name, cell in zip(code.co_freevars, hooks[0].__closure__ or (), strict=True):
+        return None
+    for name, cell in zip(code.co_freevars, pack_hook.__closure__ or (), strict=True):
         if name == "frame" and hasattr(cell.cell_contents, "recompute_fn"):
             return cell.cell_contents, False
         if name == "target_frame_ref":
             return cell.cell_contents(), True
-    return None, False
+    return None

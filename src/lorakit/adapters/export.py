@@ -8,6 +8,7 @@ adapter (a resumed training run), the mark says that its base weights are to be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.layer_adapters import CHILD
-
-MARK = f"{CHILD}.holds_merged_weights"
-"""Key, beside an adapted layer's weights, that says they contain the adapter."""
+from lorakit.adapters.layer_adapters import CHILD, MARK
+from lorakit.errors import AdapterStateError
 
 
 def save_pretrained(
@@ -28,7 +27,11 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Stands in for the model's `save_pretrained` while it carries adapters."""
+    """Stands in for the model's `save_pretrained` while it carries adapters.
+
+    Raises:
+        AdapterStateError: Called inside `per_sample`: no single weight holds several adapters.
+    """
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
     config: Any = getattr(model, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
@@ -37,68 +40,98 @@ def save_pretrained(
     try:
         return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)  # type: ignore[attr-defined]
     finally:
-        if config is not None and tied is not None:
+        if tied is not None:
             config.tie_word_embeddings = tied
 
 
 @torch.no_grad()
 def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with the active adapters' effect in the base keys, and a mark on every layer it reached."""
-    merged = dict(state)
+    result = dict(state)
     for path, layer, adapters in adapted_layers(model):
+        active = adapters.activation.active
+        if active.rows is not None and active.names:
+            raise AdapterStateError(
+                "The model cannot be saved inside per_sample: its rows have different weights. Leave the block first."
+            )
         prefix = f"{path}." if path else ""
-        names = list(adapters.activation.active.weights)
-        here = [name for name, _ in names if name in adapters]
-        changed = set(adapters.replaced)  # a trained or merged tensor already has the base's place
-        for attribute in adapters.weights_changed_by(layer, here):
-            if attribute not in changed:
-                merged[prefix + attribute] = adapters.effective_weight(layer, attribute, names)
-                changed.add(attribute)
-        if changed:
-            merged[prefix + MARK] = torch.ones(1, dtype=torch.uint8)
-        for name, module in adapters.items():  # copies that hold the base's place are written there
-            for attribute, copy in module.trained.items():  # type: ignore[union-attr, operator]
-                if layer._parameters.get(attribute) is copy:
-                    merged.pop(f"{prefix}{CHILD}.{name}.trained.{attribute}", None)
-    return merged
+        for attribute in adapters.weights_changed_by(layer, [name for name, _ in active.weights]):
+            result[prefix + attribute] = adapters.effective_weight(
+                layer, attribute, list(active.weights)
+            )
+            result[f"{prefix}{CHILD}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+    # A copy of a base tensor may stand at several keys (the base's own, and every tied one): write it once.
+    copies = _copies(model)
+    seen = {id(p) for name, p in model.named_parameters() if name not in copies}
+    for key, parameter in copies.items():
+        if id(parameter) in seen:
+            result.pop(key, None)
+        seen.add(id(parameter))
+    return result
 
 
 def keep_base_weights(
     model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any
 ) -> None:
-    """`load_state_dict` pre-hook: a marked layer keeps its base weights, the file's contain an adapter."""
+    """`load_state_dict` pre-hook: a marked layer keeps its base weights, for the file's contain an adapter.
+
+    Raises:
+        AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors.
+    """
+    _fill_copies(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix
-        if state_dict.pop(start + MARK, None) is None:
-            continue
-        for name, module in adapters.items():
-            for attribute, copy in module.trained.items():  # type: ignore[union-attr, operator]
-                key = f"{start}{CHILD}.{name}.trained.{attribute}"
-                if layer._parameters.get(attribute) is copy and start + attribute in state_dict:
-                    state_dict.setdefault(key, state_dict[start + attribute])
-        for attribute, parameter in layer._parameters.items():
-            trained = any(
-                layer._parameters[attribute] is module.trained.get(attribute)  # type: ignore[union-attr, operator]
-                for module in adapters.values()
+        if adapters.merged and any(key.startswith(f"{start}{CHILD}.") for key in state_dict):
+            raise AdapterStateError(
+                "An adapter is merged, and loading new tensors for it would not change the merged weights. "
+                "Call unmerge() before load_state_dict()."
             )
-            if parameter is not None and not trained and start + attribute in state_dict:
-                state_dict[start + attribute] = parameter.detach()
+        mark = f"{start}{CHILD}.{MARK}"
+        if state_dict.pop(mark, None) is not None:
+            for attribute, parameter in layer._parameters.items():
+                copied = any(parameter is copy for copy in _copies_on(adapters))
+                if parameter is not None and not copied and start + attribute in state_dict:
+                    state_dict[start + attribute] = parameter.detach()
+        if adapters.replaced:  # the live layer expects the key as well
+            state_dict[mark] = getattr(adapters, MARK)
 
 
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """Whether `state` gives input embedding and output head, tied in the base, different weights."""
-    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    get_in, get_out = (
-        getattr(model, name, lambda: None)
+    table, head = (
+        getattr(model, name, lambda: None)()
         for name in ("get_input_embeddings", "get_output_embeddings")
     )
-    table, head = get_in(), get_out()
     if table is None or head is None:
         return False
-    paths = {id(module): path for path, module in model.named_modules()}
-    names = [f"{paths[id(module)]}.weight" for module in (table, head) if id(module) in paths]
-    return (
-        len(names) == 2
-        and all(name in keys and name in state for name in names)
-        and state[names[0]].data_ptr() != state[names[1]].data_ptr()
-    )
+    names = [f"{path}.weight" for path, module in model.named_modules() if module in (table, head)]
+    held = [state[name] for name in names if name in state]
+    return len(held) == 2 and held[0].data_ptr() != held[1].data_ptr()
+
+
+def _copies_on(adapters: nn.ModuleDict) -> Iterator[nn.Parameter]:
+    for module in adapters.values():
+        yield from module.trained.values()  # type: ignore[union-attr, operator]
+
+
+def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained copies of base tensors by their keys beside the base, tied ones under every key."""
+    copies = {}
+    for path, _, adapters in adapted_layers(model):
+        for name, module in adapters.items():
+            for attribute, copy in module.trained.items():  # type: ignore[union-attr, operator]
+                key = f"{CHILD}.{name}.trained.{attribute}"
+                copies[f"{path}.{key}" if path else key] = copy
+    return copies
+
+
+def _fill_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give every key of a trained copy the tensor that the file holds once."""
+    copies = _copies(model)
+    held: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if prefix + name in state_dict:
+            held.setdefault(id(parameter), state_dict[prefix + name])
+    for key, copy in copies.items():
+        if id(copy) in held:
+            state_dict.setdefault(prefix + key, held[id(copy)])

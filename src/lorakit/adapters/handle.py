@@ -20,7 +20,7 @@ from lorakit.adapters.installed import (
     base_parameters,
     install,
 )
-from lorakit.adapters.layer_adapters import LayerAdapters, remove_from
+from lorakit.adapters.layer_adapters import LayerAdapters, remove_all_hooks, remove_from
 if TYPE_CHECKING:
     from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
@@ -198,6 +198,7 @@ class Adapters:
 
     def detach(self) -> None:
         """Take all adapters off: the model is bit for bit what it was, without a hook or a key more."""
+        self._refuse_inside_per_sample("detach")
         if self._merged is not None:
             merging.unmerge(self.model)
             self._merged = None
@@ -242,15 +243,54 @@ class Adapters:
             adapter.provenance = {**adapter.provenance, **provenance}
         return saving.save(self.model, adapter, Path(folder), tokenizer=tokenizer, overwrite=overwrite)
 
-    # --- inner -----------------------------------------------------------------------------------------
+    # --- adding, for `attach` and `load` -------------------------------------------------------------
 
-    def _add(self, adapter_name: str, method: Method, modules: dict, trained: list[str]) -> None:
-        adapter = install(self.model, adapter_name, method, modules, trained, self._activation)
-        self._installed[adapter_name] = adapter
-        if getattr(self.model, _HANDLE, None) is None:
+    def check_can_add(self, name: str) -> None:
+        """Refuse a name that is taken or cannot be one, and any addition while an adapter is merged."""
+        self._refuse_merged("add another adapter")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ConfigurationError(
+                f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
+            )
+        if hasattr(LayerAdapters(self._activation), name):
+            raise ConfigurationError(
+                f"'{name}' is an attribute of PyTorch's modules and cannot name an adapter. Choose another name."
+            )
+        if name in self._installed:
+            raise AdapterStateError(
+                f"The model already carries an adapter named '{name}'. Choose another name, or remove('{name}') first."
+            )
+
+    @contextlib.contextmanager
+    def base_in_place(self) -> Iterator[None]:
+        """Deactivate all adapters, so that a new one sees the base's own weights; on an error, put them back."""
+        before = self._activation.active
+        self._set(Active())
+        try:
+            yield
+        except BaseException:
+            self._set(before)
+            raise
+
+    def add(
+        self,
+        name: str,
+        method: Method,
+        modules: dict[str, AdapterModule],
+        trained: list[str],
+        provenance: dict[str, Any] | None = None,
+    ) -> InstalledAdapter:
+        """Install an adapter's modules on the model and freeze the base."""
+        adapter = install(self.model, name, method, modules, trained, self._activation)
+        adapter.provenance = provenance or {}
+        self._installed[name] = adapter
+        if handle_of(self.model) is None:
             self._take_over()
         for _, parameter in base_parameters(self.model):
             parameter.requires_grad_(False)
+        return adapter
+
+    # --- inner -----------------------------------------------------------------------------------------
 
     def _take_over(self) -> None:
         # torch.compile does not look at hooks again once a graph is compiled, unless asked to: an
@@ -266,6 +306,7 @@ class Adapters:
     def _remove_all(self) -> None:
         for _, layer, _ in adapted_layers(self.model):
             remove_from(layer)
+        remove_all_hooks(self.model)
         self._installed.clear()
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._requires_grad.get(name, False))
@@ -323,24 +364,15 @@ class Adapters:
     def _known(self) -> str:
         return ", ".join(self.names) or "none"
 
+    def _refuse_inside_per_sample(self, wish: str) -> None:
+        if self._activation.active.rows is not None:
+            raise AdapterStateError(f"You cannot {wish} inside per_sample. Leave the block first.")
+
     def _refuse_merged(self, wish: str) -> None:
+        self._refuse_inside_per_sample(wish)
         if self._merged is not None:
             raise AdapterStateError(
                 f"{', '.join(self.merged)} is merged into the weights. Call unmerge() before you {wish}."
-            )
-
-    def _check_new_name(self, name: str) -> None:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ConfigurationError(
-                f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
-            )
-        if hasattr(nn.ModuleDict, name) or hasattr(LayerAdapters(self._activation), name):
-            raise ConfigurationError(
-                f"'{name}' is an attribute of PyTorch's modules and cannot name an adapter. Choose another name."
-            )
-        if name in self._installed:
-            raise AdapterStateError(
-                f"The model already carries an adapter named '{name}'. Choose another name, or remove('{name}') first."
             )
 
 
@@ -369,28 +401,44 @@ def attach(
         ConfigurationError: A setting does not fit the model.
         AdapterStateError: The name is taken, or an adapter is merged.
     """
-    handle = handle_of(model) or Adapters(model)
-    handle._refuse_merged("attach another adapter")
-    handle._check_new_name(name)
-    before = handle._activation.active
-    handle._set(Active())  # a start that looks at the weights must see the base's own
-    try:
+    handle = handle_for(model)
+    handle.check_can_add(name)
+    with handle.base_in_place():
         with seeded(seed):
-            modules = method.modules(model, dtype)
-            trained = method.trained_parameters(model)
+            modules = method.modules(handle.model, dtype)
+        trained = method.trained_parameters(handle.model)
         if not modules and not trained:
             raise TargetError(f"{method} trains nothing on this model.")
-        handle._add(name, method, modules, trained)
-    except BaseException:
-        handle._set(before)
-        raise
+        handle.add(name, method, modules, trained)
     handle.activate(name)
     return handle
 
 
 def handle_of(model: nn.Module) -> Adapters | None:
     """The handle of a model that carries adapters, else None."""
-    return getattr(model, _HANDLE, None)
+    return getattr(uncompiled(model), _HANDLE, None)
+
+
+def handle_for(model: nn.Module) -> Adapters:
+    """The handle of a model, a new one where it carries no adapter yet.
+
+    Raises:
+        AdapterStateError: Adapters sit on a part of the model, or on a model that this is a part of.
+    """
+    model = uncompiled(model)
+    handle = handle_of(model) or Adapters(model)
+    for path, _, adapters in adapted_layers(model):
+        if adapters.activation is not handle._activation:
+            raise AdapterStateError(
+                f"'{path}' carries an adapter that was attached to another root: a part of this model, or a model "
+                "that this one is a part of. Attach both to the same one, or detach the first."
+            )
+    return handle
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` wrapped; any other as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.layer_adapters import CHILD, LayerAdapters, add_module, install_on
+from lorakit.adapters.layer_adapters import CHILD, LayerAdapters, add_module, check_free
 from lorakit.methods.module import AdapterModule, Method
 
 
@@ -66,10 +66,11 @@ def install(
         for path, name_there in copies:
             modules.setdefault(path, AdapterModule()).trained[name_there] = copy
         installed.trained[parameter_name] = [(first_path, attribute), *others]
+    for path in modules:  # all are checked before the first is changed
+        check_free(path, model.get_submodule(path))
     for path, module in modules.items():
-        layer = model.get_submodule(path)
-        install_on(layer, activation)
-        add_module(layer, name, module)
+        owner = model.get_submodule(path.rpartition(".")[0])
+        add_module(model.get_submodule(path), owner, name, module, activation)
     return installed
 
 

@@ -14,6 +14,10 @@ from lorakit.methods.module import AdapterModule, compute_dtype
 CHILD = "adapters"
 """Name under which the adapters of a layer are its child module."""
 
+MARK = "holds_merged_weights"
+"""Buffer of a layer's adapters while a merged or trained tensor has a base parameter's place. It says,
+in a state dict, that the base keys hold an adapter's effect."""
+
 
 class LayerAdapters(nn.ModuleDict):
     """The adapters on one layer, by name: the layer's child module `adapters`.
@@ -32,18 +36,27 @@ class LayerAdapters(nn.ModuleDict):
 
     # --- effect on the forward pass ----------------------------------------------------------------
 
-    def before(self, layer: nn.Module) -> None:
-        """Put effective weights in the place of those that the layer reads directly."""
+    def shadow(self, layer: nn.Module) -> None:
+        """Put effective weights in the place of those that are read without a call of the layer."""
+        self.unshadow(layer)
         active = self._active_here()
-        shadowing = [(n, w) for n, w in active.weights if n in self and self[n].shadows]
-        if active.rows is not None and any(self[n].shadows for n in active.names if n in self):
+        if active.rows is not None and any(
+            self[n].shadows or self[n].trained for n in active.names if n in self
+        ):
             raise AdapterStateError(
-                f"per_sample cannot give each row its own weights in a {type(layer).__name__}, which reads "
-                "them whole. Run one batch for each adapter there."
+                f"per_sample cannot give each row its own weights in a {type(layer).__name__} whose weights are "
+                "read whole. Run one batch for each adapter there."
             )
+        shadowing = [(n, w) for n, w in active.weights if n in self and self[n].shadows]
         for name in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
             # In the instance's dict the tensor hides the parameter of that name for the call's length.
             layer.__dict__[name] = self.effective_weight(layer, name, shadowing)
+
+    def unshadow(self, layer: nn.Module) -> None:
+        """Let the layer's own weights be seen again."""
+        for module in self.values():
+            for attribute in module.shadows:  # type: ignore[union-attr]
+                layer.__dict__.pop(attribute, None)
 
     def after(self, layer: nn.Module, x: Any, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
@@ -140,19 +153,26 @@ class LayerAdapters(nn.ModuleDict):
         assert original is not None
         self.replaced[attribute] = original
         self.register_buffer(f"base_{attribute}", original.data, persistent=False)
+        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8))
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module, attribute: str) -> None:
         """Put the layer's own parameter back, moved to where the model has moved meanwhile."""
-        original = self.replaced.pop(attribute)
-        original.data = getattr(self, f"base_{attribute}")
-        delattr(self, f"base_{attribute}")
+        data = getattr(self, f"base_{attribute}")
+        original = self.forget(attribute)
+        if torch._has_compatible_shallow_copy_type(original.data, data):
+            original.data = data
+        else:  # moved to another kind of device: the old object cannot hold it
+            original = nn.Parameter(data, requires_grad=original.requires_grad)
         layer._parameters[attribute] = original
 
-    def forget(self, attribute: str) -> None:
-        """Drop the kept base parameter: what took its place stays for good."""
-        del self.replaced[attribute]
+    def forget(self, attribute: str) -> nn.Parameter:
+        """Give up the kept base parameter: what took its place stays."""
         delattr(self, f"base_{attribute}")
+        original = self.replaced.pop(attribute)
+        if not self.replaced:
+            delattr(self, MARK)
+        return original
 
     def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
         """The layer's own parameter, wherever it is at the moment."""
@@ -162,58 +182,86 @@ class LayerAdapters(nn.ModuleDict):
 # Module-level functions that reach their state through the layer: deepcopy and pickle keep them whole.
 
 
-def before_forward(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of every adapted layer."""
-    layer.adapters.before(layer)  # type: ignore[operator, union-attr]
-
-
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     return layer.adapters.after(layer, x, output)  # type: ignore[operator, union-attr]
 
 
-def remove_shadows(layer: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook that runs even when the layer raised, so that no effective weight outlives its call."""
-    for module in layer.adapters.values():  # type: ignore[operator, union-attr]
-        for attribute in module.shadows:
-            layer.__dict__.pop(attribute, None)
+def shadow_weights(caller: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a module that reads adapted weights directly."""
+    for layer in _read_by(caller):
+        layer.adapters.shadow(layer)  # type: ignore[operator, union-attr]
 
 
-def install_on(layer: nn.Module, activation: Activation) -> LayerAdapters:
-    """Give the layer its `adapters` child and hook, unless it has them."""
-    present = layer._modules.get(CHILD)
-    if isinstance(present, LayerAdapters):
-        return present
-    if hasattr(layer, CHILD):
+def unshadow_weights(caller: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook that runs also when the module raised: no effective weight outlives its call."""
+    for layer in _read_by(caller):
+        layer.adapters.unshadow(layer)  # type: ignore[operator, union-attr]
+
+
+def _read_by(caller: nn.Module) -> list[nn.Module]:
+    """The adapted layers whose weights `caller` reads: its own, and of attention its output projection's."""
+    layers = [caller]
+    if isinstance(caller, nn.MultiheadAttention):
+        layers.append(caller.out_proj)
+    return [layer for layer in layers if CHILD in layer._modules]
+
+
+def check_free(path: str, layer: nn.Module) -> None:
+    """Refuse a layer on which something else already has the place of our child module."""
+    if hasattr(layer, CHILD) and not isinstance(layer._modules.get(CHILD), LayerAdapters):
         raise AdapterStateError(
-            f"This {type(layer).__name__} already has an attribute named '{CHILD}', where lorakit keeps its "
+            f"'{path}' ({type(layer).__name__}) already has an attribute named '{CHILD}', where lorakit keeps its "
             "tensors. Remove what is attached there first."
         )
-    adapters = LayerAdapters(activation)
-    layer.register_module(CHILD, adapters)
-    layer.register_forward_hook(after_forward, with_kwargs=True)
-    return adapters
 
 
-def add_module(layer: nn.Module, name: str, module: AdapterModule) -> None:
-    """Put an adapter's module on a layer that has been installed on."""
+def add_module(
+    layer: nn.Module, owner: nn.Module, name: str, module: AdapterModule, activation: Activation
+) -> None:
+    """Put an adapter's module on a layer, with the child and the hooks it needs.
+
+    Args:
+        layer: The adapted layer.
+        owner: The module that holds it.
+        name: Name of the adapter.
+        module: Its tensors for this layer.
+        activation: The model-wide choice of active adapters.
+    """
+    if CHILD not in layer._modules:
+        layer.register_module(CHILD, LayerAdapters(activation))
+        layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
-    if module.shadows and before_forward not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(before_forward, with_kwargs=True)
-        layer.register_forward_hook(remove_shadows, always_call=True)
+    caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
+    reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
+    if reads_weights and shadow_weights not in caller._forward_pre_hooks.values():
+        caller.register_forward_pre_hook(shadow_weights)
+        caller.register_forward_hook(unshadow_weights, always_call=True)
 
 
 def remove_from(layer: nn.Module) -> None:
-    """Take the `adapters` child and its hooks off the layer, leaving no trace."""
-    ours = (before_forward, after_forward, remove_shadows)
-    for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+    """Take the `adapters` child off the layer."""
+    adapters = layer._modules[CHILD]
+    assert isinstance(adapters, LayerAdapters)
+    adapters.unshadow(layer)
+    del layer._modules[CHILD]
+    _remove_hooks(layer, after_forward)
+
+
+def remove_all_hooks(model: nn.Module) -> None:
+    """Take every hook of ours off the model."""
+    for module in model.modules():
+        _remove_hooks(module, after_forward, shadow_weights, unshadow_weights)
+
+
+def _remove_hooks(module: nn.Module, *ours: Any) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [k for k, hook in hooks.items() if hook in ours]:
             del hooks[key]
             for flags in (
-                layer._forward_hooks_with_kwargs,
-                layer._forward_pre_hooks_with_kwargs,
-                layer._forward_hooks_always_called,
+                module._forward_hooks_with_kwargs,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_always_called,
             ):
                 flags.pop(key, None)
-    del layer._modules[CHILD]

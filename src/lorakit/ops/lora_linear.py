@@ -30,8 +30,9 @@ def lora_linear(
     """
     if x.dtype != out.dtype:  # under autocast the layer computed in another dtype than its input's
         x = x.to(out.dtype)
-    # A view cannot be handed back from a custom function that wrote into it.
-    in_place = in_place and not out._is_view()
+    # A view cannot be handed back from a custom function that wrote into it; and a compiler, which
+    # cannot look whether it is one, fuses the addition anyway.
+    in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
     with _no_autocast(out):
         return _LoraLinear.apply(x, out, A, B, scaling, in_place)
 
