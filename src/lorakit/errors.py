@@ -49,3 +49,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice most like ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Raise a ConfigurationError unless the number `value` is `least` or more (NaN is not)."""
+    if not value >= least:
+        raise ConfigurationError(f"{name} is {value!r}; it must be {least} or more.")

@@ -293,9 +293,11 @@ class Adapters:
     # --- inner -----------------------------------------------------------------------------------------
 
     def _take_over(self) -> None:
-        # torch.compile does not look at hooks again once a graph is compiled, unless asked to: an
-        # adapter attached later would silently be left out.
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        # A compiled graph does not look at hooks again unless asked to before it is compiled: an
+        # adapter attached later would silently be left out. Graphs made until now are dropped.
+        if torch._dynamo.config.skip_nnmodule_hook_guards:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
         if hasattr(self.model, "save_pretrained"):
             self.model.__dict__["save_pretrained"] = functools.partial(

@@ -233,6 +233,7 @@ def add_module(
         layer.register_module(CHILD, LayerAdapters(activation))
         layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
+    layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
     caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
     reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
     if reads_weights and shadow_weights not in caller._forward_pre_hooks.values():

@@ -1,0 +1,102 @@
+"""What a file format needs to know of a live base model beside the adapter's own tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapters.stored import StoredLayer
+from lorakit.models.layers import ADAPTERS
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Names and shapes of a base model, without its adapters. Never written to a file."""
+
+    modules: tuple[str, ...]
+    """Paths of all modules, each once, as `named_modules` gives them."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each entry of the state dict, by key."""
+    aliases: dict[str, tuple[str, ...]]
+    """The further names of each tied parameter, by its first name."""
+    repeated: frozenset[str]
+    """Paths of the modules that the model holds at more than one place."""
+    transposed: frozenset[str]
+    """Paths of the layers that store their weight as (in, out)."""
+    output_head: str | None
+    """Path of the output embeddings, where the model says which they are."""
+
+    def describe(self, path: str, layer: StoredLayer) -> StoredLayer:
+        """The stored layer with what the model knows about it filled in."""
+        shape = self.shapes.get(f"{path}.weight", ())
+        if layer.kind == "conv-loralib" and len(shape) > 2:
+            return replace(layer, weight_shape=shape)
+        if layer.kind == "conv" and len(shape) > 2:
+            return replace(layer, grouped=layer.A.shape[1] == shape[1])
+        if layer.kind == "linear":
+            return replace(layer, transposed=path in self.transposed)
+        return layer
+
+    def with_tied_head(self, layers: dict[str, StoredLayer]) -> dict[str, StoredLayer]:
+        """The layers, the embedding that shares its weight with the output head marked as tied."""
+        head = self.output_head
+        return {
+            path: replace(layer, tied_head=head)
+            if layer.kind == "embedding" and f"{head}.weight" in self.names_of(f"{path}.weight")
+            else layer
+            for path, layer in layers.items()
+        }
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """All names of the parameter that has this one."""
+        for first, others in self.aliases.items():
+            if name == first or name in others:
+                return (first, *others)
+        return (name,)
+
+    def below(self, path: str) -> list[str]:
+        """Keys of the state dict that belong to the module at `path`."""
+        return [key for key in self.shapes if key.startswith(f"{path}.")]
+
+    def is_attention(self, path: str) -> bool:
+        """Whether an `nn.MultiheadAttention` is at `path`."""
+        return f"{path}.in_proj_weight" in self.shapes or f"{path}.q_proj_weight" in self.shapes
+
+
+def base_layout(model: nn.Module) -> BaseLayout:
+    """Look at a live model; its adapters are left out."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_ours(path):
+            continue
+        first = id(module) not in paths
+        paths.setdefault(id(module), []).append(path)
+        if first:
+            modules[path] = module
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not _is_ours(name):
+            names.setdefault(id(parameter), []).append(name)
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    return BaseLayout(
+        modules=tuple(path for path in modules if path),
+        shapes={
+            key: tuple(value.shape)
+            for key, value in model.state_dict().items()
+            if isinstance(value, Tensor) and not _is_ours(key)
+        },
+        aliases={first: tuple(others) for first, *others in names.values() if others},
+        repeated=frozenset(
+            path for several in paths.values() if len(several) > 1 for path in several
+        ),
+        transposed=frozenset(path for path, m in modules.items() if isinstance(m, Conv1D)),
+        output_head=next((p for p, m in modules.items() if head is not None and m is head), None),
+    )
+
+
+def _is_ours(name: str) -> bool:
+    return f".{ADAPTERS}." in f".{name}."

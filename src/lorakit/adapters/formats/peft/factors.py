@@ -1,0 +1,177 @@
+"""Our factors in PEFT's form and back: one full-width pair for each layer, nothing lost.
+
+PEFT knows ``delta W = alpha / r * B A`` on a whole layer. What lorakit has beyond that is the same
+product with more columns in B and rows in A, some of them zero:
+
+- slices of a fused projection: A as it is, B's blocks placed at the rows of their slice;
+- PiSSA's frozen start: ``[B, -B0] [A; A0]``;
+- a grouped convolution: A with zeros at the input channels of the other groups;
+- loralib's convolution, whose delta is ``[B_0 A | B_1 A | ...]`` over the K taps of the kernel's
+  height: ``[B_0, B_1, ...]`` times a block-diagonal matrix of K times A.
+
+Every step moves numbers or changes their sign, so the way back gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.stored import StoredLayer
+from lorakit.errors import AdapterFileError
+
+
+class NotExpressibleError(AdapterFileError):
+    """An adapter has no equal in PEFT's format."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer in PEFT's form."""
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    own_rank: int
+    """The layer's own rank."""
+
+    @property
+    def rank(self) -> int:
+        """Rank in PEFT's form."""
+        return self.A.shape[0]
+
+
+def to_peft(layer: StoredLayer) -> Factors:
+    """The layer as one full-width pair of factors, and DoRA's magnitudes of all rows.
+
+    Raises:
+        NotExpressibleError: PEFT's form cannot say it exactly.
+    """
+    A, B = _full_width(layer, layer.A, layer.B)
+    if layer.initial_A is not None and layer.initial_B is not None:
+        A0, B0 = _full_width(layer, layer.initial_A, layer.initial_B)
+        A, B = _interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
+    magnitude = _all_magnitudes(layer)
+    if magnitude is not None and layer.kind == "attention":
+        raise NotExpressibleError("PEFT has no DoRA for nn.MultiheadAttention.")
+    if magnitude is not None and layer.groups > 1:
+        raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
+    return Factors(A, B, magnitude, layer.rank)
+
+
+def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
+    """Undo `to_peft`.
+
+    Args:
+        layer: The layer as it was, its tensors on the meta device (they say the shapes).
+        factors: The tensors as `to_peft` made them.
+
+    Raises:
+        AdapterFileError: The tensors are not of that form.
+    """
+    A, B, A0, B0 = factors.A, factors.B, None, None
+    if layer.initial_A is not None:
+        A, A0 = _separate(A, layer.groups)
+        B, B0 = B[:, : B.shape[1] // 2], -B[:, B.shape[1] // 2 :]
+        A0, B0 = _own_width(layer, A0, B0)
+    A, B = _own_width(layer, A, B)
+    magnitude, norms = factors.magnitude, None
+    if magnitude is not None and layer.slices:
+        rows = _rows(layer)
+        magnitude, norms = magnitude[rows], magnitude.clone()
+        # The base's norms of the adapted rows are not in PEFT's form, and nothing reads them.
+        norms[rows] = 0
+    restored = replace(
+        layer,
+        A=A.contiguous(),
+        B=B.contiguous(),
+        magnitude=magnitude,
+        initial_A=None if A0 is None else A0.contiguous(),
+        initial_B=None if B0 is None else B0.contiguous(),
+        base_norms=norms,
+    )
+    again = to_peft(restored)
+    if not (torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)):
+        raise AdapterFileError(
+            "its lora_A and lora_B are not of the form that lorakit.json describes."
+        )
+    return restored
+
+
+def _full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.slices:
+        blocks = torch.block_diag(*B.split([s.total for s in layer.slices]))
+        placed = B.new_zeros(layer.slices[0].groups * layer.slices[0].stride, A.shape[0])
+        return A, placed.index_copy(0, _rows(layer), blocks)
+    if layer.kind == "conv" and layer.groups > 1 and layer.grouped:
+        grouped = A.unflatten(0, (layer.groups, -1))
+        n_in = A.shape[1]
+        wide = A.new_zeros(layer.groups, grouped.shape[1], layer.groups * n_in, *A.shape[2:])
+        for group, part in enumerate(grouped):
+            wide[group, :, group * n_in : (group + 1) * n_in] = part
+        return wide.flatten(0, 1), B
+    if layer.kind == "conv-loralib":
+        return _loralib_full_width(layer, A, B)
+    return A, B
+
+
+def _own_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.slices:
+        blocks = B[_rows(layer)].split([s.total for s in layer.slices])
+        rank = layer.rank
+        return A, torch.cat([b[:, i * rank : (i + 1) * rank] for i, b in enumerate(blocks)])
+    if layer.kind == "conv" and layer.groups > 1 and layer.grouped:
+        n_in = A.shape[1] // layer.groups
+        parts = enumerate(A.unflatten(0, (layer.groups, -1)))
+        return torch.cat([part[:, g * n_in : (g + 1) * n_in] for g, part in parts]), B
+    if layer.kind == "conv-loralib":
+        taps, rank = layer.kernel_width, layer.A.shape[0]
+        n_in = layer.A.shape[1] // taps
+        first = A[:rank].flatten(1)[:, : n_in * taps]
+        return first, B.flatten(1).unflatten(1, (taps, rank)).flatten(0, 1)
+    return A, B
+
+
+def _loralib_full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.weight_shape is None:
+        raise NotExpressibleError(
+            "loralib's factors of a convolution do not say its shape; write it from the live model."
+        )
+    taps, (n_out, _, *kernel) = layer.kernel_width, layer.weight_shape
+    rank, n_in = A.shape[0], A.shape[1] // taps
+    if n_in != layer.weight_shape[1]:
+        raise NotExpressibleError(
+            "loralib's factors of a grouped convolution mix its groups, which PEFT's cannot."
+        )
+    diagonal = torch.block_diag(*[A] * taps)
+    wide = diagonal.view(taps * rank, n_in, *kernel)
+    side_by_side = B.unflatten(0, (n_out, taps)).flatten(1)
+    return wide, side_by_side.view(n_out, taps * rank, *(1 for _ in kernel))
+
+
+def _interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
+    """``[A; A0]`` within each group: a grouped B reads its own group's channels alone."""
+    parts = [t.unflatten(0, (groups, -1)) for t in (A, A0)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def _separate(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    A, A0 = both.unflatten(0, (groups, -1)).chunk(2, dim=1)
+    return A.flatten(0, 1), A0.flatten(0, 1)
+
+
+def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
+    if layer.magnitude is None or not layer.slices:
+        return layer.magnitude
+    if layer.base_norms is None:
+        raise NotExpressibleError(
+            "DoRA on slices of a fused projection needs the norms of the base's other rows in PEFT's "
+            "form; write it from the live model."
+        )
+    return layer.base_norms.index_copy(0, _rows(layer), layer.magnitude)
+
+
+def _rows(layer: StoredLayer) -> Tensor:
+    return torch.cat([s.rows() for s in layer.slices])

@@ -1,0 +1,280 @@
+"""PEFT folders, read: every tensor must find its meaning, and every layer its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import storage
+from lorakit.adapters.formats.peft.config import CONFIG_NAME, PeftConfig, parse
+from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
+from lorakit.adapters.formats.tensors import read_tensors, regular_file
+from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
+from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.lora import LoRA
+
+PICKLE_NAME = "adapter_model.bin"
+
+_PART = re.compile(
+    r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
+)
+_OUT_PROJ = ".base_layer.out_proj"
+_TABLES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out")
+"""Last names of input and output embeddings: PEFT adds these to a file when they were resized."""
+
+
+def read_peft(folder: str | Path) -> StoredAdapter:
+    """Read a PEFT LoRA folder.
+
+    The tensors decide: every pair of factors must be complete and fit its options, and nothing may
+    be left over. Whether the layers exist is for the model to say (`expected_layers`).
+
+    Raises:
+        AdapterFileError: The folder is damaged, incomplete or unsafe, or sets an option that lorakit
+            does not implement.
+    """
+    folder = Path(folder)
+    config_path = folder / CONFIG_NAME
+    found = storage.read_json(regular_file(config_path))
+    try:
+        config = parse(found)
+    except AdapterFileError as error:
+        raise at(f"'{config_path}'", error) from error
+    tensors_path = _tensors_path(folder)
+    try:
+        return _adapter(found, config, _without_prefix(read_tensors(tensors_path)))
+    except AdapterFileError as error:
+        if str(tensors_path) in str(error):
+            raise
+        raise at(f"'{tensors_path}'", error) from error
+
+
+def _tensors_path(folder: Path) -> Path:
+    for name in (TENSORS_NAME, PICKLE_NAME):
+        if (folder / name).is_symlink() or (folder / name).exists():
+            return folder / name
+    raise AdapterFileError(
+        f"'{folder}' has a {CONFIG_NAME}, and neither {TENSORS_NAME} nor {PICKLE_NAME} beside it. "
+        "The download or the save was not finished; fetch or save it again."
+    )
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys as paths in the base; transformers can write them without PEFT's prefix."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name in found:
+            raise AdapterFileError(f"'{name}' is there with and without '{PREFIX}' before it.")
+        found[name] = tensor
+    return found
+
+
+def _adapter(
+    found: dict[str, Any], config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> StoredAdapter:
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(key)
+        if match is None:
+            others[key] = tensor
+        else:
+            part = match["part"].removesuffix(".weight")
+            parts.setdefault(match["path"], {})[part] = tensor
+    layers = {}
+    for key, here in parts.items():
+        attention = key.removesuffix(_OUT_PROJ)
+        if key != attention and attention not in parts:
+            raise AdapterFileError(f"'{key}' has factors, and '{attention}' around it has none.")
+        path = key if key == attention else f"{attention}.out_proj"
+        if path in layers:
+            raise AdapterFileError(f"'{path}' has factors under two names.")
+        is_attention = key + _OUT_PROJ in parts
+        # PEFT looks up the options of both projections under the attention module's path.
+        layers[path] = _layer(path, attention, here, config, is_attention=is_attention)
+    sorted_out = _Others(config, parts, others)
+    modules = sorted_out.modules
+    if config.modules_to_save and not modules:
+        raise AdapterFileError(
+            f"modules_to_save names {', '.join(config.modules_to_save)}, and no tensors are there for "
+            "them: the trained head is missing."
+        )
+    adapter = StoredAdapter(
+        method=_method(config, layers, modules),
+        layers=layers,
+        trained=sorted_out.trained,
+        base_copies=sorted_out.base_copies,
+        provenance={"peft": _about(found)},
+        notices=rank_notices(layers),
+        peft_config=found,
+    )
+    if found.get("ensure_weight_tying"):
+        adapter.notices.append(
+            "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
+            "lorakit would train them apart from each other."
+        )
+    return adapter
+
+
+def _layer(
+    path: str, options: str, parts: Mapping[str, Tensor], config: PeftConfig, *, is_attention: bool
+) -> StoredLayer:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    missing = [name for name in names if name not in parts]
+    surplus = parts.keys() - {*names, MAGNITUDE}
+    if missing or surplus:
+        raise AdapterFileError(
+            f"'{path}' has {', '.join(sorted(parts))}, and {' and '.join(names)} were expected."
+        )
+    if config.dora != (MAGNITUDE in parts):
+        raise AdapterFileError(
+            f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, and use_dora is "
+            f"{str(config.dora).lower()}."
+        )
+    A, B = (parts[name] for name in names)
+    magnitude = parts.get(MAGNITUDE)
+    if magnitude is not None and A.ndim > 2:
+        expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
+        if tuple(magnitude.shape) != expected:
+            raise AdapterFileError(
+                f"'{path}': {MAGNITUDE} has shape {tuple(magnitude.shape)}, not {expected}."
+            )
+        magnitude = magnitude.flatten()
+    rank = config.rank_of(options)
+    if A.shape[:1] != (rank,):
+        raise AdapterFileError(
+            f"'{path}': {names[0]} has shape {tuple(A.shape)}, and the rank there is {rank}."
+        )
+    try:
+        layer = StoredLayer(
+            kind="embedding"
+            if embedding
+            else "attention"
+            if is_attention
+            else "conv"
+            if A.ndim > 2
+            else "linear",
+            A=A,
+            B=B,
+            scaling=config.scaling_of(options),
+            alpha=config.alpha_of(options),
+            magnitude=magnitude,
+            transposed=config.fan_in_fan_out and A.ndim == 2 and not embedding,
+        )
+    except AdapterFileError as error:
+        raise at(f"'{path}'", error) from error
+    if layer.groups > 1:  # PEFT's A of a grouped convolution sees all input channels
+        layer.grouped = False
+    return layer
+
+
+class _Others:
+    """The tensors that are no factors, sorted by what PEFT would do with them."""
+
+    def __init__(
+        self, config: PeftConfig, layers: Iterable[str], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self.config, self.layers, self.tensors = config, set(layers), tensors
+        self.trained: dict[str, Tensor] = {}
+        self.base_copies: dict[str, Tensor] = {}
+        self.modules: set[str] = set()
+        surplus = [key for key in tensors if not self._take(key)]
+        if surplus:
+            hint = ""
+            if any("lora_" in key for key in surplus):
+                hint = " Keys of factors end in lora_A.weight or lora_B.weight, without a name between."
+            raise AdapterFileError(
+                f"it holds {len(surplus)} tensors that its options do not explain, the first "
+                f"'{surplus[0]}'.{hint} PEFT would leave them out silently."
+            )
+
+    def _take(self, key: str) -> bool:
+        tensor, name = self.tensors[key], self._base_name(key)
+        if "lora_" in key:
+            return False
+        module = self._trained_module(name)
+        if module is not None:
+            self.modules.add(module)
+            self.trained[name] = tensor
+            return True
+        if self._repeats_a_module(key):
+            return True
+        last = name.split(".")[-2:]
+        if (self.config.bias == "all" and "bias" in name) or (
+            self.config.bias == "lora_only" and name != key and last[-1].endswith("bias")
+        ):
+            self.trained[name] = tensor
+        elif last[-1] == "weight" and (name != key or last[0] in _TABLES):
+            self.base_copies[name] = tensor
+        else:
+            return False
+        return True
+
+    def _base_name(self, key: str) -> str:
+        """The key without the `base_layer` that PEFT puts between a layer and its own tensors."""
+        name, rest = "", key
+        while rest:
+            step, _, rest = rest.partition(".")
+            inside = name in self.layers or name.replace(".out_proj", _OUT_PROJ) in self.layers
+            if not (step == "base_layer" and inside):
+                name = f"{name}.{step}" if name else step
+        return name
+
+    def _trained_module(self, name: str) -> str | None:
+        """The entry of modules_to_save under which PEFT stores this parameter, if any."""
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            path = ".".join(parts[:i])
+            for entry in self.config.modules_to_save:
+                # PEFT's rule; it asks for no dot before the entry.
+                if path.endswith(entry) and parts[i] not in ("modules_to_save", "original_module"):
+                    return entry
+        return None
+
+    def _repeats_a_module(self, key: str) -> bool:
+        """With bias "all" PEFT writes the biases of its wrapped modules once more."""
+        match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save\.[^.]+)\.(.+)", key)
+        if match is None or self.config.bias != "all":
+            return False
+        plain = self.tensors.get(f"{match[1]}.{match[3]}")
+        if plain is None:
+            return False
+        return match[2] == "original_module" or plain.equal(self.tensors[key])
+
+
+def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[str]) -> LoRA:
+    listed = config.target_modules
+    restricted = config.exclude_modules or config.layers_to_transform
+    if isinstance(listed, tuple) and listed and not restricted:
+        targets = tuple(sorted(listed))
+    elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
+        targets = (listed,)
+    else:
+        targets = tuple(layers)
+    try:
+        return LoRA(
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=targets,
+            dropout=config.dropout,
+            bias=config.bias,  # type: ignore[arg-type]
+            init="gaussian" if config.gaussian else "kaiming",
+            scaling="rslora" if config.rslora else "standard",
+            dora=config.dora,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+            train_modules=tuple(entry for entry in config.modules_to_save if entry in modules),
+        )
+    except ConfigurationError as error:
+        raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error
+
+
+def _about(found: Mapping[str, Any]) -> dict[str, str]:
+    names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}

@@ -1,0 +1,162 @@
+"""Base parameters trained in full (biases, heads), under the names that PEFT gives them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers.models.auto import modeling_auto
+
+from lorakit.adapters.formats.layout import BaseLayout
+from lorakit.adapters.formats.peft.factors import NotExpressibleError
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.methods.lora import LoRA
+
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class TrainedForm:
+    """Parameters trained in full, in PEFT's form."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    """The key of each, by its name in the base."""
+    modules: list[str] = field(default_factory=list)
+    """modules_to_save."""
+
+
+def place(
+    stored: StoredAdapter, layout: BaseLayout | None, layer_keys: Mapping[str, str]
+) -> TrainedForm:
+    """Decide how PEFT is to load each trained parameter: as a bias, or as part of a whole module.
+
+    Args:
+        stored: The adapter.
+        layout: Of its base, where it is at hand.
+        layer_keys: Path of every layer that PEFT wraps, to the start of its keys.
+
+    Raises:
+        NotExpressibleError: A parameter is neither a bias nor in a module that is trained as a whole.
+    """
+    names = _with_aliases(stored, layout)
+    modules = _modules_to_save(stored, layout, names, layer_keys)
+    form = TrainedForm(modules=modules)
+    for name, first in names.items():
+        whole = any(name.startswith(f"{module}.") for module in modules)
+        if not whole and not _is_trained_bias(name, stored, layer_keys):
+            raise NotExpressibleError(
+                f"'{name}' is trained, and PEFT stores whole modules and biases alone."
+            )
+        key = _PREFIX + (name if whole else _bias_key(name, layer_keys))
+        form.tensors[key] = stored.trained[first]
+        form.keys.setdefault(first, key)
+    return form
+
+
+def task_type(
+    stored: StoredAdapter, layout: BaseLayout | None, modules: Collection[str]
+) -> str | None:
+    """PEFT's name for the task, where the base's class shows it."""
+    if stored.base is None:
+        return None
+    class_name = stored.base.architecture.class_name
+    for task, table in _TASKS.items():
+        if class_name in getattr(modeling_auto, table).values():
+            # Under SEQ_CLS PEFT takes for granted that the classification head is in the file.
+            known = layout.modules if layout is not None else modules
+            heads = {path for path in known if path.endswith(("classifier", "score"))}
+            return None if task == "SEQ_CLS" and not (heads and heads <= set(modules)) else task
+    return None
+
+
+_TASKS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str, str]:
+    """All names of the trained parameters, each with the name it is stored under.
+
+    In the base a trained tied parameter stands at all its places; PEFT unties what it wraps.
+    """
+    if layout is None:
+        return {name: name for name in stored.trained}
+    return {alias: name for name in stored.trained for alias in layout.names_of(name)}
+
+
+def _modules_to_save(
+    stored: StoredAdapter,
+    layout: BaseLayout | None,
+    names: Collection[str],
+    layer_keys: Mapping[str, str],
+) -> list[str]:
+    assert isinstance(stored.method, LoRA)
+    entries = stored.method.train_modules
+    found: dict[str, None] = {}
+    for name in names:
+        parents = _parents(name)
+        wanted = [p for p in parents if any(p == e or p.endswith(f".{e}") for e in entries)]
+        if wanted:
+            found[wanted[0]] = None  # the outermost
+        elif not _is_trained_bias(name, stored, layer_keys):
+            found[parents[-1]] = None
+    modules = list(found)
+    if layout is not None:
+        _check_whole(modules, layout, names)
+    for module in modules:
+        hit = next((path for path in layer_keys if _peft_excludes(module, path)), None)
+        if hit is not None:
+            raise NotExpressibleError(
+                f"'{hit}' is adapted inside of '{module}', which is trained as a whole."
+            )
+    return modules
+
+
+def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str]) -> None:
+    for module in modules:
+        if module in layout.repeated:
+            raise NotExpressibleError(f"'{module}' stands at several places of the model.")
+        missing = [key for key in layout.below(module) if key not in names]
+        if missing:
+            raise NotExpressibleError(
+                f"'{module}' is trained in part, without '{missing[0]}'; PEFT stores whole modules."
+            )
+        # PEFT takes every module whose path ends in these letters, a dot before them or not.
+        alike = [p for p in layout.modules if p.endswith(module) and p not in modules]
+        if alike:
+            raise NotExpressibleError(
+                f"PEFT would take '{alike[0]}' for the trained module '{module}', whose name it ends in."
+            )
+        if any(inner != module and inner.startswith(f"{module}.") for inner in modules):
+            raise NotExpressibleError(
+                f"'{module}' is trained, and a module inside of it once more."
+            )
+
+
+def _is_trained_bias(name: str, stored: StoredAdapter, layer_keys: Mapping[str, str]) -> bool:
+    assert isinstance(stored.method, LoRA)
+    if stored.method.bias == "all":
+        return "bias" in name
+    path, _, attribute = name.rpartition(".")
+    adapted = path in layer_keys and attribute in ("bias", "in_proj_bias")
+    return stored.method.bias == "lora_only" and adapted
+
+
+def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
+    """PEFT moves an adapted layer's own parameters to its child `base_layer`."""
+    path, _, attribute = name.rpartition(".")
+    return f"{layer_keys[path]}.base_layer.{attribute}" if path in layer_keys else name
+
+
+def _peft_excludes(module: str, path: str) -> bool:
+    return re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path) is not None
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

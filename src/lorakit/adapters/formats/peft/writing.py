@@ -1,0 +1,264 @@
+"""PEFT folders, written: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import storage
+from lorakit.adapters.formats.layout import BaseLayout
+from lorakit.adapters.formats.peft import trained
+from lorakit.adapters.formats.peft.config import CONFIG_NAME
+from lorakit.adapters.formats.peft.factors import Factors, NotExpressibleError, to_peft
+from lorakit.adapters.formats.peft.targets import target_modules
+from lorakit.adapters.formats.tensors import write_safetensors
+from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.methods.lora import LoRA
+
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What stands before every key in a PEFT file."""
+
+_FACTORS = {
+    False: ("lora_A.weight", "lora_B.weight"),
+    True: ("lora_embedding_A", "lora_embedding_B"),
+}
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass
+class PeftForm:
+    """An adapter in PEFT's form, and where each part of it went."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    layer_keys: dict[str, str] = field(default_factory=dict)
+    """Start of the keys of each of the adapter's own layers, by path."""
+    trained_keys: dict[str, str] = field(default_factory=dict)
+    """Key of each parameter trained in full, by name."""
+
+
+@dataclass
+class _Entry:
+    """One layer as PEFT will know it."""
+
+    factors: Factors
+    scaling: float
+    alpha: float
+    embedding: bool = False
+
+
+def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
+    """Write the two files of a PEFT adapter into an existing folder.
+
+    Returns:
+        The form that was written.
+
+    Raises:
+        NotExpressibleError: PEFT's format has no equal for this adapter; nothing is written.
+    """
+    form = peft_form(stored)
+    write_safetensors(Path(folder, TENSORS_NAME), form.tensors)
+    storage.write_json(Path(folder, CONFIG_NAME), form.config)
+    return form
+
+
+def peft_form(stored: StoredAdapter) -> PeftForm:
+    """The adapter as PEFT would store it.
+
+    Raises:
+        NotExpressibleError: PEFT's format has no equal for it.
+    """
+    method = stored.method
+    if not isinstance(method, LoRA):
+        raise NotExpressibleError(f"PEFT has no method {type(method).__name__}.")
+    layout = stored.base.layout if stored.base is not None else None
+    _refuse_repeated(stored.layers, layout)
+    attention = _attention_paths(stored.layers, layout)
+    own = {path: _entry(path, layer) for path, layer in stored.layers.items()}
+    entries = {**own, **_tied_heads(stored.layers, own)}
+    for path in attention:
+        entries.update(_both_projections(path, entries))
+    targets = {path for path in entries if path.rpartition(".")[0] not in attention}
+    keys = {path: _key_start(path, attention) for path in entries}
+    form = PeftForm({}, {}, {path: keys[path] for path in own})
+    for path, entry in entries.items():
+        form.tensors.update(_layer_tensors(keys[path], entry))
+    whole = trained.place(stored, layout, keys)
+    form.tensors.update(whole.tensors)
+    form.trained_keys = whole.keys
+    form.config = {
+        **_ranks(entries, targets, method),
+        "target_modules": target_modules(targets, layout.modules if layout else None),
+        "modules_to_save": whole.modules or None,
+        "bias": method.bias,
+        "lora_dropout": method.dropout,
+        "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
+        "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
+        **_about_base(stored, trained.task_type(stored, layout, whole.modules)),
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    return form
+
+
+def _entry(path: str, layer: StoredLayer) -> _Entry:
+    try:
+        factors = to_peft(layer)
+    except NotExpressibleError as error:
+        raise NotExpressibleError(f"'{path}': {error}") from None
+    return _Entry(factors, layer.scaling, layer.alpha, layer.kind == "embedding")
+
+
+def _refuse_repeated(paths: Iterable[str], layout: BaseLayout | None) -> None:
+    for path in paths:
+        if layout is not None and path in layout.repeated:
+            raise NotExpressibleError(
+                f"'{path}' stands at several places of the model, and PEFT replaces a layer at one."
+            )
+
+
+def _tied_heads(
+    layers: Mapping[str, StoredLayer], entries: Mapping[str, _Entry]
+) -> dict[str, _Entry]:
+    """An embedding's factors once more, transposed, on the head that shares its table."""
+    heads = {}
+    for path, layer in layers.items():
+        if layer.tied_head is not None:
+            factors = entries[path].factors
+            if factors.magnitude is not None:
+                raise NotExpressibleError(f"'{path}': PEFT cannot tie DoRA's magnitudes to a head.")
+            turned = Factors(factors.B.T, factors.A.T, None, factors.own_rank)
+            heads[layer.tied_head] = _Entry(turned, layer.scaling, layer.alpha)
+    return heads
+
+
+# --- nn.MultiheadAttention -----------------------------------------------------------------------
+
+
+def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
+    found = {path for path, layer in layers.items() if layer.kind == "attention"}
+    if layout is not None:
+        parents = {path.rpartition(".")[0] for path in layers if path.endswith(".out_proj")}
+        found |= {path for path in parents if layout.is_attention(path)}
+    return found
+
+
+def _both_projections(path: str, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """PEFT adapts the input and the output projection at one rank and scaling: zeros fill up."""
+    names = (path, f"{path}.out_proj")
+    present = {name: entries[name] for name in names if name in entries}
+    if len({(entry.scaling, entry.factors.A.dtype) for entry in present.values()}) > 1:
+        raise NotExpressibleError(
+            f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, and its input and output "
+            "projections have different scalings."
+        )
+    rank = max(entry.factors.rank for entry in present.values())
+    alike = next(iter(present.values()))
+    width = alike.factors.A.shape[1]  # in_proj and out_proj both read embed_dim numbers
+    made = {}
+    for name, rows in zip(names, (3 * width, width), strict=True):
+        A, B = alike.factors.A.new_zeros(rank, width), alike.factors.A.new_zeros(rows, rank)
+        if name in present:
+            given = present[name].factors
+            A[: given.rank], B[:, : given.rank] = given.A, given.B
+        filled = Factors(A, B, None, alike.factors.own_rank)
+        made[name] = _Entry(filled, alike.scaling, alike.alpha)
+    return made
+
+
+def _key_start(path: str, attention: set[str]) -> str:
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.base_layer.{name}" if parent in attention and name == "out_proj" else path
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def _layer_tensors(key: str, entry: _Entry) -> dict[str, Tensor]:
+    factors = entry.factors
+    name_A, name_B = _FACTORS[entry.embedding]
+    found = {f"{PREFIX}{key}.{name_A}": factors.A, f"{PREFIX}{key}.{name_B}": factors.B}
+    if factors.magnitude is not None:
+        magnitude = factors.magnitude
+        if factors.A.ndim > 2:  # a convolution's broadcasts over (batch, channels, *space)
+            magnitude = magnitude.view(1, -1, *(1 for _ in factors.A.shape[2:]))
+        found[f"{PREFIX}{key}.{MAGNITUDE}"] = magnitude
+    return found
+
+
+# --- ranks and alphas ----------------------------------------------------------------------------
+
+
+def _ranks(entries: Mapping[str, _Entry], targets: set[str], method: LoRA) -> dict[str, Any]:
+    """r, lora_alpha and what departs from them, such that every scaling comes out as ours."""
+    rslora = method.scaling == "rslora" and all(
+        entry.alpha / math.sqrt(entry.factors.rank) == entry.scaling for entry in entries.values()
+    )
+    numbers = {}
+    for path in sorted(targets):
+        entry = entries[path]
+        alpha = entry.alpha if rslora else _alpha(entry)
+        numbers[path] = (entry.factors.rank, int(alpha) if alpha.is_integer() else alpha)
+    (rank, alpha), _ = Counter(numbers.values()).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "rank_pattern": _patterns({path: r for path, (r, _) in numbers.items()}, rank),
+        "alpha_pattern": _patterns({path: a for path, (_, a) in numbers.items()}, alpha),
+    }
+
+
+def _alpha(entry: _Entry) -> float:
+    """The alpha that, over PEFT's rank, gives our scaling: to the bit where a number does."""
+    rank = entry.factors.rank
+    # Both scalings are correctly rounded quotients of one fraction where this product is exact.
+    exact = float(Fraction(entry.alpha) * Fraction(rank, entry.factors.own_rank))
+    product = entry.scaling * rank
+    candidates = [exact, product, math.nextafter(product, 0), math.nextafter(product, 2 * product)]
+    return min(candidates, key=lambda alpha: abs(alpha / rank - entry.scaling))
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The values that differ from the default, by a pattern that matches their layers alone."""
+    by_template: dict[str, set[Any]] = {}
+    for path, value in values.items():
+        by_template.setdefault(_template(path), set()).add(value)
+    found = {}
+    for path, value in values.items():
+        if value != default:
+            alike = len(by_template[_template(path)]) == 1
+            found[_template(path) if alike else f"^{re.escape(path)}"] = value
+    return found
+
+
+def _template(path: str) -> str:
+    """A pattern for the path with any number in the place of each of its numbers."""
+    return "^" + r"\.".join(r"\d+" if p.isdigit() else re.escape(p) for p in path.split("."))
+
+
+# --- the base ------------------------------------------------------------------------------------
+
+
+def _about_base(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
+    source = stored.base.source if stored.base is not None else None
+    name = source.name if source is not None else None
+    recorded = stored.provenance.get("peft", {})
+    if name is None and isinstance(recorded, Mapping):
+        return {
+            "base_model_name_or_path": recorded.get("base_model_name_or_path"),
+            "revision": recorded.get("revision"),
+            "task_type": task_type or recorded.get("task_type"),
+        }
+    revision = source.revision if source is not None else None
+    return {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}

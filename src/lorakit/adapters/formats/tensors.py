@@ -1,0 +1,126 @@
+"""Files of tensors: safetensors both ways, PyTorch's pickles read without running their code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import stat
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorakit.errors import AdapterFileError
+
+SAFETENSORS = ".safetensors"
+
+
+def regular_file(path: Path) -> Path:
+    """Return `path` if a file is there, itself or behind a link (the hub's cache is made of links).
+
+    Raises:
+        AdapterFileError: Nothing is there, or a folder, pipe or device, which might never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        what = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+        raise AdapterFileError(f"'{path}' {what}. Check the path.") from error
+    if not stat.S_ISREG(mode):
+        raise AdapterFileError(f"'{path}' is not a file, and one with tensors was expected there.")
+    return path
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file into memory of their own.
+
+    Raises:
+        AdapterFileError: The file is missing, truncated, or no safetensors file.
+    """
+    regular_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the library maps the file, and one changed on the disk would change under us.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the bytes are not ours: any part of the parser may trip over them
+        raise AdapterFileError(
+            f"'{path}' cannot be read as safetensors: {error}. The file is truncated, damaged or of "
+            "another kind; fetch or save it again."
+        ) from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Read what `torch.save` wrote, tensors and plain containers only.
+
+    Raises:
+        AdapterFileError: The file is missing or damaged, or asks to run code.
+    """
+    regular_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of files that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise AdapterFileError(f"'{path}' is damaged or no PyTorch file: {error}") from error
+        raise AdapterFileError(
+            f"'{path}' asks to run code ({wanted[1].rstrip('.')}) when it is opened. Files of tensors "
+            "need none, so it was not opened. Ask its author for a .safetensors file."
+        ) from error
+    except Exception as error:
+        raise AdapterFileError(
+            f"'{path}' cannot be read as a PyTorch file: {error}. The file is truncated, damaged or of "
+            "another kind; fetch or save it again."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of named tensors by its suffix.
+
+    Raises:
+        AdapterFileError: The file cannot be read, or holds something else.
+    """
+    if path.suffix == SAFETENSORS:
+        return read_safetensors(path)
+    return as_tensors(read_pickle(path), path)
+
+
+def as_tensors(found: Any, path: Path) -> dict[str, Tensor]:
+    """Check that what a pickle held is a mapping of names to tensors.
+
+    Raises:
+        AdapterFileError: It is something else.
+    """
+    if not isinstance(found, Mapping):
+        raise AdapterFileError(
+            f"'{path}' holds a {type(found).__name__}; a dictionary of tensors was expected."
+        )
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise AdapterFileError(
+                f"'{path}' holds a {type(value).__name__} under {key!r}; a dictionary of names and "
+                "tensors was expected."
+            )
+    return dict(found)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors; the same tensors give the same bytes."""
+    # A file holds each tensor once: two names for the same memory get a copy each.
+    seen: set[int] = set()
+    prepared: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        prepared[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(prepared, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library leaves files that only their owner can read

@@ -1,0 +1,290 @@
+"""An adapter at rest: what every file format reads into and is written from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import AdapterFileError
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora import LoRA
+from lorakit.models.roles import RowSlice
+
+if TYPE_CHECKING:
+    from lorakit.adapters.formats.fingerprint import BaseRecord
+
+Kind = Literal["linear", "embedding", "conv", "conv-loralib", "attention"]
+KINDS: tuple[str, ...] = Kind.__args__
+
+
+@dataclass(kw_only=True)
+class StoredLayer:
+    """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``.
+
+    By kind, with r the rank, A and B have these shapes:
+
+    ============== ===================================== =======================================
+    kind           A                                     B
+    ============== ===================================== =======================================
+    linear         (r, in)                               (out, r)
+    attention      (r, embed_dim)                        (3 * embed_dim, r)
+    embedding      (r, num_embeddings)                   (embedding_dim, r)
+    conv           (r, in or in / groups, *kernel)       (out, r / groups, 1, ...)
+    conv-loralib   (r * K, in * K)                       (out / groups * K, r * K)
+    ============== ===================================== =======================================
+
+    A linear or attention layer may be adapted by slices of its output rows. A then stacks r rows
+    for each slice, (number of slices * r, in), and B the rows of the slices, (sum of widths, r).
+
+    Raises:
+        AdapterFileError: Shapes disagree, a number is not finite, or the adapter has no effect.
+    """
+
+    kind: Kind
+    A: Tensor
+    B: Tensor
+    scaling: float
+    alpha: float
+    magnitude: Tensor | None = None
+    """DoRA's magnitudes, one for each row of B, (rows,)."""
+    slices: tuple[RowSlice, ...] = ()
+    """The adapted output rows of a fused projection; empty means all rows."""
+    initial_A: Tensor | None = None  # noqa: N815
+    initial_B: Tensor | None = None  # noqa: N815
+    """PiSSA's start, whose product is subtracted; shaped as A and B."""
+    base_norms: Tensor | None = None
+    """DoRA on slices: the norms of all rows of the base weight, (out,). Only those outside the
+    slices are read; they are the magnitudes under which those rows stay as they are."""
+    weight_shape: tuple[int, ...] | None = None
+    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), where it is known."""
+    grouped: bool = True
+    """conv: A is grouped as the layer is; False where it sees all input channels, as PEFT's does."""
+    transposed: bool = False
+    """linear: the base stores its weight as (in, out), as GPT-2's Conv1D does."""
+    tied_head: str | None = None
+    """embedding: path of the output head on which the same factors act, transposed."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AdapterFileError(
+                f"the kind of layer is {self.kind!r}; it must be one of {', '.join(KINDS)}."
+            )
+        for name, value in (("scaling", self.scaling), ("alpha", self.alpha)):
+            if not math.isfinite(value) or value == 0:
+                raise AdapterFileError(
+                    f"{name} is {value!r}, so the adapter would have no (or no finite) effect. "
+                    "The file is damaged, or it was written with a wrong alpha."
+                )
+        for name in ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                check_tensor(name, tensor)
+        self._check_factors()
+        self._check_extras()
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter; of each slice, for a fused projection."""
+        if self.kind == "conv-loralib":
+            return self.A.shape[0] // self.kernel_width
+        return self.A.shape[0] // max(1, len(self.slices))
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution that a "conv" layer adapts."""
+        return self.A.shape[0] // self.B.shape[1] if self.kind == "conv" else 1
+
+    @property
+    def kernel_width(self) -> int:
+        """K of a "conv-loralib" layer; loralib only knows square kernels and alpha / r."""
+        if self.weight_shape is not None:
+            return self.weight_shape[-1]
+        return max(1, round(self.A.shape[0] * self.scaling / self.alpha))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's tensors by field name."""
+        names = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def as_loralib_conv(self, weight_shape: Iterable[int]) -> StoredLayer:
+        """The same tensors as loralib's factors of a convolution with a weight of this shape.
+
+        loralib's files do not tell a convolution from a linear layer; the model does.
+
+        Raises:
+            AdapterFileError: The factors do not fit the weight.
+        """
+        shape = tuple(weight_shape)
+        scaling = self.alpha * shape[-1] / self.A.shape[0]
+        return replace(self, kind="conv-loralib", weight_shape=shape, scaling=scaling)
+
+    def _check_factors(self) -> None:
+        A, B = self.A, self.B
+        if self.kind == "conv":
+            fits = 3 <= A.ndim <= 5 and B.ndim == A.ndim and B[0, 0].numel() == 1
+            expected = "A (rank, in, *kernel) and B (out, rank / groups, 1, ...)"
+            if fits:
+                fits = A.shape[0] % B.shape[1] == 0 and B.shape[0] % self.groups == 0
+        else:
+            fits = A.ndim == B.ndim == 2
+            expected = "A (rank, in) and B (out, rank)"
+            if fits and self.slices:
+                expected = f"A ({len(self.slices)} * rank, in) and B ({self._slice_rows()}, rank)"
+                fits = A.shape[0] % len(self.slices) == 0 and B.shape[0] == self._slice_rows()
+            if fits and self.kind == "conv-loralib":
+                K = self.kernel_width
+                expected = f"A (rank * {K}, in * {K}) and B (out / groups * {K}, rank * {K})"
+                fits = all(n % K == 0 for n in (*A.shape, B.shape[0]))
+                if self.weight_shape is not None:
+                    fits = fits and A.shape[1] * B.shape[0] == math.prod(self.weight_shape)
+            if fits:
+                factor = self.kernel_width if self.kind == "conv-loralib" else 1
+                fits = B.shape[1] == self.rank * factor
+        if not fits:
+            raise AdapterFileError(
+                f"A has shape {tuple(A.shape)} and B has shape {tuple(B.shape)}; a {self.kind} layer "
+                f"needs {expected}."
+            )
+
+    def _check_extras(self) -> None:
+        if self.slices and self.kind not in ("linear", "attention"):
+            raise AdapterFileError(f"a {self.kind} layer cannot be adapted by slices of its rows.")
+        if self.slices:
+            rows = torch.cat([s.rows() for s in self.slices])
+            if len({s.groups * s.stride for s in self.slices}) > 1 or rows.unique().numel() < len(
+                rows
+            ):
+                raise AdapterFileError(
+                    f"the slices {', '.join(map(str, self.slices))} overlap, or are of different layers."
+                )
+        if self.magnitude is not None and self.kind == "conv-loralib":
+            raise AdapterFileError("loralib's convolution factors cannot have DoRA magnitudes.")
+        expected_shapes = {
+            "magnitude": (self.B.shape[0],),
+            "initial_A": tuple(self.A.shape),
+            "initial_B": tuple(self.B.shape),
+            "base_norms": (self.slices[0].groups * self.slices[0].stride,) if self.slices else None,
+        }
+        for name, expected in expected_shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != expected:
+                raise AdapterFileError(
+                    f"{name} has shape {tuple(tensor.shape)}; {expected or 'none'} was expected."
+                )
+        if (self.initial_A is None) != (self.initial_B is None):
+            raise AdapterFileError("one of initial_A and initial_B is there without the other.")
+
+    def _slice_rows(self) -> int:
+        return sum(s.total for s in self.slices)
+
+
+@dataclass(kw_only=True)
+class StoredAdapter:
+    """An adapter at rest.
+
+    Raises:
+        AdapterFileError: It holds nothing, or a number that is not finite.
+    """
+
+    method: LoRA | FullFineTuning
+    """How it was made."""
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    """The adapted layers, by their path in the base model."""
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    """Base parameters that were trained in full (biases, heads), by their name in the base model."""
+    base: BaseRecord | None = None
+    """What it was made for; None where the file does not say."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What is known of its making; JSON values."""
+    notices: list[str] = field(default_factory=list)
+    """What the user should know, in sentences."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    """Base parameters that a file carries along though they need not have been trained (PEFT does
+    so for adapted embeddings, a loralib file of a whole model for all). `formats.check_targets`
+    drops those that equal the model's and moves the others to `trained`."""
+    peft_config: dict[str, Any] | None = None
+    """adapter_config.json of the PEFT folder it was read from."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, LoRA) and not self.layers:
+            raise AdapterFileError("it holds no lora_A and lora_B for any layer.")
+        if not self.layers and not self.trained:
+            raise AdapterFileError("it holds no tensors.")
+        for tensors in (self.trained, self.base_copies):
+            for name, tensor in tensors.items():
+                check_tensor(f"'{name}'", tensor)
+        layout = self.base.layout if self.base is not None else None
+        if layout is not None:  # the live model knows its layers better than tensors show
+            self.layers = {
+                path: layout.describe(path, layer) for path, layer in self.layers.items()
+            }
+            if isinstance(self.method, LoRA) and self.method.tie_head:
+                self.layers = layout.with_tied_head(self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers in the file."""
+        factors = ("A", "B", "magnitude")
+        tensors = [
+            t for layer in self.layers.values() for n, t in layer.tensors.items() if n in factors
+        ]
+        return sum(t.numel() for t in (*tensors, *self.trained.values()))
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what is no dense tensor of finite floating-point numbers.
+
+    Raises:
+        AdapterFileError: With the name and what was found.
+    """
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise AdapterFileError(f"{name} is a {type(tensor).__name__}, not a dense tensor.")
+    if tensor.dtype not in FLOATS:
+        raise AdapterFileError(
+            f"{name} holds {dtype_name(tensor.dtype)} numbers; "
+            f"{', '.join(map(dtype_name, FLOATS))} can be read."
+        )
+    if tensor.numel() == 0:
+        raise AdapterFileError(f"{name} is empty: its shape is {tuple(tensor.shape)}.")
+    if not tensor.isfinite().all():
+        wrong = int((~tensor.isfinite()).sum())
+        raise AdapterFileError(
+            f"{name} holds {wrong} values that are NaN or infinite. The training run diverged, or the "
+            "file is damaged; use an earlier checkpoint."
+        )
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes an adapter's tensors may have."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def at(where: str, error: AdapterFileError) -> AdapterFileError:
+    """The same error, saying where it was met."""
+    return type(error)(f"{where}: {error}")
+
+
+def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
+    """A notice for the layers whose rank exceeds their width; such files load all the same."""
+    above = [
+        f"'{path}' (rank {layer.rank}, width {width})"
+        for path, layer in layers.items()
+        if layer.kind in ("linear", "attention", "embedding")
+        and layer.rank > (width := min(layer.A.shape[1], layer.B.shape[0]))
+    ]
+    if not above:
+        return []
+    return [
+        f"The rank exceeds the layer's width in {len(above)} layers, the first {above[0]}. "
+        "The adapter works, but a smaller rank would say the same."
+    ]

@@ -1,0 +1,69 @@
+"""The command line: one file for each command, which parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from lorakit import __version__
+from lorakit.errors import LorakitError, nearest
+
+COMMANDS = {
+    "demo": "Adapt a real language model in a few minutes and see what changed",
+    "data": "Preview a data set as the model will see it",
+    "train": "Train an adapter (or the whole model) and save it",
+    "evaluate": "Score a base model or an adapter on held-out data",
+    "generate": "Generate text for a prompt or a file of prompts",
+    "merge": "Fold an adapter into its base and save the whole model",
+    "inspect": "Show what an adapter holds, without loading its base",
+    "convert": "Turn a PEFT adapter into a loralib file, or the other way round",
+}
+
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, by the shells' convention 128 + SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 for an error of the user's, 2 for a wrong call."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"lorakit {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(
+            f"lorakit: there is no command '{command}'.{nearest(command, COMMANDS)} "
+            f"Commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return 2
+    # Imported only now: most commands need PyTorch, and --help should not wait for it.
+    module = import_module(f"lorakit.cli.{command}")
+    try:
+        return module.run(rest) or 0
+    except LorakitError as error:
+        print(f"lorakit {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""lorakit {__version__}: low-rank adaptation of large language models
+
+usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]
+
+{commands}
+
+Every option of a command can stand in its YAML file under the same name.
+'lorakit COMMAND --help' lists the options. Start with 'lorakit demo'."""

@@ -1,0 +1,209 @@
+"""`lorakit demo`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import require_at_least
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorakit.data import ExampleSet
+    from lorakit.evaluation import Evaluation
+    from lorakit.training import TrainConfig
+
+SHOWN = 3
+"""Test examples printed side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """How long the demo takes, and where it leaves its files."""
+
+    base: str = "smollm2-135m"
+    """The base model."""
+    output: str = "out/demo"
+    """Run folder; an earlier demo there is replaced."""
+    steps: int = 120
+    """Optimizer steps of 16 examples."""
+    rank: int = 8
+    """Rank of the adapter."""
+    test_loss: int = 200
+    """Test examples for the held-out loss."""
+    test_texts: int = 48
+    """Test prompts for which text is generated and scored."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rank", "test_loss"):
+            require_at_least(name, getattr(self, name), 1)
+        require_at_least("test_texts", self.test_texts, SHOWN)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Score a base, adapt it, score it again, merge, and say what to try next."""
+    from rich.console import Console
+
+    import lorakit
+    from lorakit.cli.parsing import parse
+    from lorakit.data import DataConfig, load_examples
+    from lorakit.evaluation import BaseConfig
+    from lorakit.models.loading import load_base
+    from lorakit.training import OptimizerConfig, TrainConfig, train
+
+    config = parse(
+        DemoConfig,
+        "demo",
+        "Teach a real language model to summarise Python functions by their signatures, with LoRA, from the "
+        "standard library that runs it. Shows scores and texts before and after, and merges the result.",
+        argv,
+    )
+    console = Console(highlight=False)
+    began = time.monotonic()
+    data = DataConfig(
+        train="docstrings", validation="docstrings", test="docstrings", too_long="skip", max_length=160
+    )
+    base = load_base(config.base)
+    test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
+    console.print(f"[bold]1. The base[/bold]  {base.source.name}. {base.source.note}")
+    console.print(
+        f"Task: from a function's signature in the standard library to its one-line summary, on "
+        f"{len(test):,} functions of modules that training does not see."
+    )
+    before = _score(base.model, base.tokenizer, test, config)
+
+    console.print("\n[bold]2. Training[/bold]")
+    training = _training(config, data, TrainConfig, BaseConfig, OptimizerConfig, lorakit.LoRA)
+    result = train(training)
+
+    console.print("\n[bold]3. Before and after[/bold], on the test modules")
+    adapters = lorakit.load(base.model, result.adapter, name="demo")
+    after = _score(base.model, base.tokenizer, test, config)
+    _print_scores(console, before, after)
+    _print_examples(console, before, after)
+    _print_sizes(console, base.model, result.adapter)
+    adapters.detach()
+
+    console.print("\n[bold]4. Merging[/bold]")
+    _verify_merge(console, config, result.adapter, test)
+    console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
+    for command, what in _next_commands(config, result.adapter):
+        console.print(f"  {command}\n      [dim]{what}[/dim]", soft_wrap=True)
+
+
+def _training(
+    config: DemoConfig, data: Any, train_config: Any, base_config: Any, optimizer: Any, lora: Any
+) -> TrainConfig:
+    return train_config(
+        base=base_config(name=config.base),
+        data=data,
+        output=config.output,
+        overwrite=True,
+        lora=lora(rank=config.rank, alpha=2 * config.rank, targets="all-linear"),
+        optimizer=optimizer(learning_rate=1e-3),
+        max_steps=config.steps,
+    )
+
+
+def _score(model: Any, tokenizer: Any, test: ExampleSet, config: DemoConfig) -> Evaluation:
+    """Held-out loss, and scores and texts of greedy generation."""
+    from lorakit.data import collate
+    from lorakit.evaluation import Decoding, Evaluation, generated, held_out, language_modelling
+
+    def batch(examples: Any) -> Any:
+        return collate(examples, pad_id=tokenizer.pad_token_id)
+
+    objective = language_modelling(model, batch(test[:4]))
+    loss = held_out(model, objective, test[: config.test_loss], batch, batch_size=16)
+    text = generated(
+        model, tokenizer, test[: config.test_texts], Decoding(max_new_tokens=32, batch_size=24)
+    )
+    return Evaluation(scores={**loss.scores, **text.scores}, outputs=text.outputs)
+
+
+def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    names = {"loss": "loss per token", "perplexity": "perplexity", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+    for key, name in names.items():
+        table.add_row(name, f"{before.scores[key]:.2f}", f"{after.scores[key]:.2f}")
+    console.print(table)
+
+
+def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> None:
+    for old, new in list(zip(before.outputs, after.outputs, strict=True))[:SHOWN]:
+        console.print(f"\n[cyan]{old['prompt'].strip()}[/cyan]", markup=True)
+        for label, text in (
+            ("before", old["output"]),
+            ("after", new["output"]),
+            ("library", old["references"][0]),
+        ):
+            line = " ".join(text.split()) or "(nothing)"
+            console.print(f"  [bold]{label:<8}[/bold]", end="")
+            console.print(line if len(line) < 160 else line[:157] + "...", markup=False)
+
+
+def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
+    small = (adapter / "adapter_model.safetensors").stat().st_size
+    large = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".adapters." not in n)
+    console.print(
+        f"\nThe adapter is {small / 2**20:.1f} MiB; the base is {large / 2**20:.0f} MiB, {large / small:.0f} times "
+        f"as large, and untouched."
+    )
+
+
+def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: ExampleSet) -> None:
+    """Compare texts and logits in float32, where merging rounds least."""
+    import torch
+
+    import lorakit
+    from lorakit.evaluation import Decoding, generate
+    from lorakit.models.loading import load_base
+
+    base = lorakit.load_base(config.base, dtype="float32")
+    adapters = lorakit.load(base.model, adapter, name="demo")
+    prompts = [example.input_ids[: example.prompt_length] for example in test[:8]]
+    decoding = Decoding(max_new_tokens=24, batch_size=8)
+
+    def say() -> tuple[list[str], torch.Tensor]:
+        with torch.no_grad():
+            logits = base.model(torch.tensor([prompts[0]])).logits
+        return generate(base.model, base.tokenizer, prompts, decoding), logits  # type: ignore[arg-type]
+
+    texts, logits = say()
+    adapters.merge()
+    merged_texts, merged_logits = say()
+    same = sum(a == b for a, b in zip(texts, merged_texts, strict=True))
+    difference = (logits - merged_logits).abs().max().item()
+    console.print(
+        f"Merged into the weights (float32), it says the same on {same} of {len(texts)} prompts; the largest "
+        f"difference of a logit is {difference:.1e}."
+    )
+    adapters.detach()
+    fresh = load_base(config.base, dtype="float32").model.state_dict()
+    identical = all(torch.equal(fresh[key], value) for key, value in base.model.state_dict().items())
+    console.print(f"Detached again, the base is bit for bit what it was: {identical}.")
+
+
+def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
+    prompt = r"$'# shutil\ndef copy_tree(source, target, overwrite=False):\n'"
+    return [
+        (f"lorakit generate --adapter {adapter} --prompt {prompt}", "ask the adapter about a function of yours"),
+        (f"lorakit inspect {adapter}", "what is in the file"),
+        (f"lorakit merge {adapter} {config.output}/merged", "one ordinary model folder, for any tool"),
+        (
+            f"lorakit data --base.name {config.base} --data.train docstrings",
+            "what the model saw, token by token",
+        ),
+        (
+            f"lorakit train --base.name {config.base} --data.train yours.jsonl --output out/mine",
+            "your own data: rows with prompt and completion, or chat messages",
+        ),
+    ]

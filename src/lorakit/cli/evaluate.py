@@ -1,0 +1,29 @@
+"""`lorakit evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> None:
+    """Score a base or an adapter and print the scores."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorakit.cli.parsing import parse
+    from lorakit.evaluation import EvaluateConfig, evaluate
+
+    config = parse(
+        EvaluateConfig,
+        "evaluate",
+        "Score a base model, or an adapter on it, on held-out data: loss and perplexity, BLEU and ROUGE-L of "
+        "generated text, accuracy and F1 or correlations of labels.",
+        argv,
+    )
+    result = evaluate(config)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    for name, value in result.scores.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)

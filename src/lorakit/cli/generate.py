@@ -1,0 +1,113 @@
+"""`lorakit generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.errors import ConfigurationError, DataError
+from lorakit.evaluation.config import BaseConfig, Decoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What `lorakit generate` continues, and how."""
+
+    base: BaseConfig | None = None
+    """The base model; by default the one that the adapter records."""
+    adapter: str | None = None
+    """Adapter folder; none lets the base speak."""
+    allow_other_base: bool = False
+    """Use an adapter on a base other than the one it records, knowing what that means."""
+    prompt: str | None = None
+    """The text to continue."""
+    file: str | None = None
+    """A file of prompts: one a line, or .jsonl with a `prompt` or `messages` in each row. `-` reads standard
+    input."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template as a user's turn."""
+    output: str | None = None
+    """Write prompts and outputs to this .jsonl file instead of printing them."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """Greedy, sampling or beam search."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.file is None):
+            raise ConfigurationError("Give either a prompt (--prompt TEXT) or a file of them (--file PATH).")
+        if self.base is None and self.adapter is None:
+            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Generate and print, or write, the continuations."""
+    from lorakit import storage
+    from lorakit.cli.parsing import parse
+    from lorakit.evaluation import generate, load_adapted
+
+    config = parse(
+        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
+    )
+    prompts = _prompts(config)
+    model, tokenizer = load_adapted(
+        config.base, config.adapter, allow_other_base=config.allow_other_base
+    )
+    ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
+    texts = generate(model, tokenizer, ids, config.decoding)
+    if config.output:
+        with storage.atomic_file(config.output) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False) + "\n")
+        print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
+        return
+    for text in texts:
+        print(text)
+
+
+Prompt = str | list[dict[str, str]]
+
+
+def _prompts(config: GenerateConfig) -> list[Prompt]:
+    if config.prompt is not None:
+        return [config.prompt]
+    assert config.file is not None
+    try:
+        text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"There is no file '{config.file}'.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{config.file}' is not UTF-8: {error}.") from None
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"'{config.file}' holds no prompt.")
+    if not config.file.endswith(".jsonl"):
+        return [line for _, line in lines]
+    return [_row_prompt(line, f"{config.file}:{n}") for n, line in lines]
+
+
+def _row_prompt(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}).") from None
+    found = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    if not isinstance(found, (str, list)):
+        raise DataError(f"{where}: expected an object with 'prompt' (a text) or 'messages' (a list).")
+    return found
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
+    if isinstance(prompt, str) and not chat:
+        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
+    if not tokenizer.chat_template:
+        raise ConfigurationError("This model's tokenizer has no chat template; leave out --chat.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )

@@ -1,0 +1,62 @@
+"""`lorakit merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorakit.evaluation.config import BaseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What `lorakit merge` folds together."""
+
+    adapter: str
+    """Adapter folder."""
+    output: str
+    """Folder for the merged model; must not exist unless overwrite is set."""
+    base: BaseConfig | None = None
+    """The base model; by default the one that the adapter records, in the precision of its weights."""
+    allow_other_base: bool = False
+    """Merge into a base other than the one the adapter records, knowing what that means."""
+    overwrite: bool = False
+    """Replace an existing output folder."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Merge, save, and compare what the two models say."""
+    import torch
+
+    from lorakit import storage
+    from lorakit.adapters import handle_of
+    from lorakit.cli.parsing import parse
+    from lorakit.evaluation import load_adapted
+
+    config = parse(
+        MergeConfig,
+        "merge",
+        "Fold an adapter into its base and save an ordinary model, which needs neither lorakit nor PEFT. "
+        "Usage: lorakit merge ADAPTER OUTPUT.",
+        argv,
+        "adapter",
+        "output",
+    )
+    model, tokenizer = load_adapted(
+        config.base, config.adapter, allow_other_base=config.allow_other_base
+    )
+    probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    probe = probe.to(model.device)
+    with torch.no_grad():
+        before = model(**probe).logits.float()
+        handle = handle_of(model)
+        assert handle is not None
+        handle.merge(keep_base=False)
+        after = model(**probe).logits.float()
+    with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    difference, scale = (after - before).abs().max(), before.abs().max()
+    print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
+    print(f"Largest difference of its logits from the unmerged model's: {difference:.2g} of {scale:.3g}.")
+    print(f'Load it with: AutoModelForCausalLM.from_pretrained("{config.output}")')
