@@ -39,6 +39,8 @@ class Activation:
 
     def __init__(self) -> None:
         self.active = Active()
+        self.swapping: set[str] = set()
+        """Adapters with trained copies of base tensors, which take their places in the model."""
         self._reentrant: set[Active] = set()
         self._recomputing = False
 
@@ -49,7 +51,7 @@ class Activation:
         frames = _checkpoint_frames()
         for frame, again in frames:
             if again:
-                return getattr(frame, _RECORD, self.active)
+                return self._replay(getattr(frame, _RECORD, self.active))
         for frame, _ in frames:
             if not hasattr(frame, _RECORD):
                 setattr(frame, _RECORD, self.active)
@@ -58,6 +60,15 @@ class Activation:
         elif not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             self._remember_reentrant()
         return self.active
+
+    def _replay(self, recorded: Active) -> Active:
+        if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
+            raise AdapterStateError(
+                "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
+                "biases or modules trained in full have taken other places since. Keep it unchanged until "
+                "backward() has returned."
+            )
+        return recorded
 
     def _remember_reentrant(self) -> None:
         """Note the choice of a reentrant checkpoint's first run, which leaves no frame to find it by."""

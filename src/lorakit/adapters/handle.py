@@ -21,6 +21,7 @@ from lorakit.adapters.installed import (
     install,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters, remove_all_hooks, remove_from
+
 if TYPE_CHECKING:
     from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
@@ -188,6 +189,7 @@ class Adapters:
         if name in self._activation.active.names:
             self._set(Active())
         del self._installed[name]
+        self._activation.swapping.discard(name)
         for path in adapter.modules:
             layer = self.model.get_submodule(path)
             adapters = layer.adapters
@@ -241,7 +243,9 @@ class Adapters:
         adapter = self._get(name)
         if provenance:
             adapter.provenance = {**adapter.provenance, **provenance}
-        return saving.save(self.model, adapter, Path(folder), tokenizer=tokenizer, overwrite=overwrite)
+        return saving.save(
+            self.model, adapter, Path(folder), tokenizer=tokenizer, overwrite=overwrite
+        )
 
     # --- adding, for `attach` and `load` -------------------------------------------------------------
 
@@ -284,6 +288,8 @@ class Adapters:
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
+        if adapter.trained:
+            self._activation.swapping.add(name)
         if handle_of(self.model) is None:
             self._take_over()
         for _, parameter in base_parameters(self.model):
@@ -342,7 +348,9 @@ class Adapters:
         for name, weight in weights.items():
             adapter = self._get(name)
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise AdapterStateError(f"The weight of '{name}' is {weight!r}; it must be a number.")
+                raise AdapterStateError(
+                    f"The weight of '{name}' is {weight!r}; it must be a number."
+                )
             if not adapter.scales and (len(weights) > 1 or weight != 1):
                 raise AdapterStateError(
                     f"'{name}' has parts whose effect is not linear in a weight (DoRA, or biases or modules "
@@ -359,7 +367,8 @@ class Adapters:
             )
         if name not in self._installed:
             raise AdapterStateError(
-                f"No adapter is named '{name}'. There are: {self._known()}." + nearest(name, self.names)
+                f"No adapter is named '{name}'. There are: {self._known()}."
+                + nearest(name, self.names)
             )
         return self._installed[name]
 

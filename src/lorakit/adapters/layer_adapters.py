@@ -90,7 +90,9 @@ class LayerAdapters(nn.ModuleDict):
         for name in dict.fromkeys(rows):
             if name is None or name not in self:
                 continue
-            chosen = [i * repeat + j for i, row in enumerate(rows) if row == name for j in range(repeat)]
+            chosen = [
+                i * repeat + j for i, row in enumerate(rows) if row == name for j in range(repeat)
+            ]
             index = torch.tensor(chosen, device=x.device)
             output = output.index_copy(
                 0, index, self._adapt_chosen(layer, self[name], x[index], output[index])
@@ -98,9 +100,7 @@ class LayerAdapters(nn.ModuleDict):
         return output
 
     @staticmethod
-    def _adapt_chosen(
-        layer: nn.Module, module: AdapterModule, x: Tensor, output: Tensor
-    ) -> Tensor:
+    def _adapt_chosen(layer: nn.Module, module: AdapterModule, x: Tensor, output: Tensor) -> Tensor:
         if module.trained:  # other weights than the base's: compute these rows anew with them
             base = dict(layer._parameters)
             try:
@@ -140,7 +140,9 @@ class LayerAdapters(nn.ModuleDict):
                     attribute
                     for name in names
                     if name in self
-                    for attribute in (self[name].merged_weights(layer) or self[name].delta_weights(layer))
+                    for attribute in (
+                        self[name].merged_weights(layer) or self[name].delta_weights(layer)
+                    )
                 )
             )
 

@@ -96,7 +96,12 @@ def load(
 
 
 def put_on(
-    model: nn.Module, stored: StoredAdapter, *, name: str, trainable: bool, origin: str = "the adapter"
+    model: nn.Module,
+    stored: StoredAdapter,
+    *,
+    name: str,
+    trainable: bool,
+    origin: str = "the adapter",
 ) -> Adapters:
     """Build a stored adapter's modules on the model's layers and let it act.
 
@@ -177,7 +182,9 @@ def at_rest(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[str, AdapterModule]:
+def _build_modules(
+    model: nn.Module, stored: StoredAdapter, origin: str
+) -> dict[str, AdapterModule]:
     known = dict(model.named_modules())
     missing = [path for path in stored.layers if path not in known]
     if missing:
@@ -186,7 +193,8 @@ def _build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
     modules: dict[str, AdapterModule] = {
-        path: _build_layer(model, path, layer, stored, origin) for path, layer in stored.layers.items()
+        path: _build_layer(model, path, layer, stored, origin)
+        for path, layer in stored.layers.items()
     }
     if isinstance(stored.method, LoRA) and stored.method.tie_head:
         path, head = tied_head(model, modules)

@@ -252,7 +252,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.numel() == 0:
         raise AdapterFileError(f"{name} is empty: its shape is {tuple(tensor.shape)}.")
-    if not tensor.isfinite().all():
+    if not tensor.is_meta and not tensor.isfinite().all():
         wrong = int((~tensor.isfinite()).sum())
         raise AdapterFileError(
             f"{name} holds {wrong} values that are NaN or infinite. The training run diverged, or the "

@@ -13,9 +13,10 @@ from lorakit.errors import require_at_least
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorakit.data import ExampleSet
-    from lorakit.evaluation import Evaluation
-    from lorakit.training import TrainConfig
+    from lorakit.data import DataConfig, ExampleSet
+    from lorakit.evaluation.evaluate import Evaluation
+    from lorakit.models.loading import Base
+    from lorakit.training.config import TrainConfig
 
 SHOWN = 3
 """Test examples printed side by side."""
@@ -48,12 +49,12 @@ def run(argv: Sequence[str]) -> None:
     """Score a base, adapt it, score it again, merge, and say what to try next."""
     from rich.console import Console
 
-    import lorakit
+    from lorakit.adapters.saving import load
     from lorakit.cli.parsing import parse
     from lorakit.data import DataConfig, load_examples
-    from lorakit.evaluation import BaseConfig
-    from lorakit.models.loading import load_base
-    from lorakit.training import OptimizerConfig, TrainConfig, train
+    from lorakit.evaluation.base import DataTask, open_base
+    from lorakit.evaluation.config import BaseConfig
+    from lorakit.training.loop import train
 
     config = parse(
         DemoConfig,
@@ -65,24 +66,27 @@ def run(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     began = time.monotonic()
     data = DataConfig(
-        train="docstrings", validation="docstrings", test="docstrings", too_long="skip", max_length=160
+        train="docstrings",
+        validation="docstrings",
+        test="docstrings",
+        too_long="skip",
+        max_length=160,
     )
-    base = load_base(config.base)
+    base = open_base(BaseConfig(name=config.base), DataTask(name="completion", labels=()))
     test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
     console.print(f"[bold]1. The base[/bold]  {base.source.name}. {base.source.note}")
     console.print(
         f"Task: from a function's signature in the standard library to its one-line summary, on "
         f"{len(test):,} functions of modules that training does not see."
     )
-    before = _score(base.model, base.tokenizer, test, config)
+    before = _score(base, test, config)
 
     console.print("\n[bold]2. Training[/bold]")
-    training = _training(config, data, TrainConfig, BaseConfig, OptimizerConfig, lorakit.LoRA)
-    result = train(training)
+    result = train(_training(config, data))
 
     console.print("\n[bold]3. Before and after[/bold], on the test modules")
-    adapters = lorakit.load(base.model, result.adapter, name="demo")
-    after = _score(base.model, base.tokenizer, test, config)
+    adapters = load(base.model, result.adapter, name="demo")
+    after = _score(base, test, config)
     _print_scores(console, before, after)
     _print_examples(console, before, after)
     _print_sizes(console, base.model, result.adapter)
@@ -95,33 +99,35 @@ def run(argv: Sequence[str]) -> None:
         console.print(f"  {command}\n      [dim]{what}[/dim]", soft_wrap=True)
 
 
-def _training(
-    config: DemoConfig, data: Any, train_config: Any, base_config: Any, optimizer: Any, lora: Any
-) -> TrainConfig:
-    return train_config(
-        base=base_config(name=config.base),
+def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
+    from lorakit.evaluation.config import BaseConfig
+    from lorakit.methods import LoRA
+    from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
+
+    return TrainConfig(
+        base=BaseConfig(name=config.base),
         data=data,
         output=config.output,
         overwrite=True,
-        lora=lora(rank=config.rank, alpha=2 * config.rank, targets="all-linear"),
-        optimizer=optimizer(learning_rate=1e-3),
+        lora=LoRA(rank=config.rank, alpha=2 * config.rank, targets="all-linear"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        evaluation=HeldOutConfig(limit=100),
         max_steps=config.steps,
     )
 
 
-def _score(model: Any, tokenizer: Any, test: ExampleSet, config: DemoConfig) -> Evaluation:
+def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
     """Held-out loss, and scores and texts of greedy generation."""
-    from lorakit.data import collate
-    from lorakit.evaluation import Decoding, Evaluation, generated, held_out, language_modelling
+    from lorakit.evaluation.base import DataTask, collator
+    from lorakit.evaluation.config import Decoding
+    from lorakit.evaluation.evaluate import Evaluation, generated, held_out, objective_for
 
-    def batch(examples: Any) -> Any:
-        return collate(examples, pad_id=tokenizer.pad_token_id)
-
-    objective = language_modelling(model, batch(test[:4]))
-    loss = held_out(model, objective, test[: config.test_loss], batch, batch_size=16)
-    text = generated(
-        model, tokenizer, test[: config.test_texts], Decoding(max_new_tokens=32, batch_size=24)
+    objective = objective_for(base, DataTask(name="completion", labels=()), test.examples)
+    loss = held_out(
+        base.model, objective, test.examples[: config.test_loss], collator(base), batch_size=16
     )
+    decoding = Decoding(max_new_tokens=32, batch_size=24)
+    text = generated(base, test.examples[: config.test_texts], decoding)
     return Evaluation(scores={**loss.scores, **text.scores}, outputs=text.outputs)
 
 
@@ -131,7 +137,12 @@ def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> No
     table = Table(box=None, pad_edge=False)
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
-    names = {"loss": "loss per token", "perplexity": "perplexity", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+    names = {
+        "loss": "loss per token",
+        "perplexity": "perplexity",
+        "bleu": "BLEU",
+        "rouge_l": "ROUGE-L",
+    }
     for key, name in names.items():
         table.add_row(name, f"{before.scores[key]:.2f}", f"{after.scores[key]:.2f}")
     console.print(table)
@@ -152,7 +163,9 @@ def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> 
 
 def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
     small = (adapter / "adapter_model.safetensors").stat().st_size
-    large = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".adapters." not in n)
+    large = sum(
+        p.numel() * p.element_size() for n, p in model.named_parameters() if ".adapters." not in n
+    )
     console.print(
         f"\nThe adapter is {small / 2**20:.1f} MiB; the base is {large / 2**20:.0f} MiB, {large / small:.0f} times "
         f"as large, and untouched."
@@ -163,13 +176,14 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     """Compare texts and logits in float32, where merging rounds least."""
     import torch
 
-    import lorakit
-    from lorakit.evaluation import Decoding, generate
+    from lorakit.adapters.saving import load
+    from lorakit.evaluation.config import Decoding
+    from lorakit.evaluation.generate import generate
     from lorakit.models.loading import load_base
 
-    base = lorakit.load_base(config.base, dtype="float32")
-    adapters = lorakit.load(base.model, adapter, name="demo")
-    prompts = [example.input_ids[: example.prompt_length] for example in test[:8]]
+    base = load_base(config.base, dtype="float32")
+    adapters = load(base.model, adapter, name="demo")
+    prompts = [example.prompt_ids for example in test.examples[:8]]
     decoding = Decoding(max_new_tokens=24, batch_size=8)
 
     def say() -> tuple[list[str], torch.Tensor]:
@@ -188,16 +202,24 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     )
     adapters.detach()
     fresh = load_base(config.base, dtype="float32").model.state_dict()
-    identical = all(torch.equal(fresh[key], value) for key, value in base.model.state_dict().items())
+    identical = all(
+        torch.equal(fresh[key], value) for key, value in base.model.state_dict().items()
+    )
     console.print(f"Detached again, the base is bit for bit what it was: {identical}.")
 
 
 def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
     prompt = r"$'# shutil\ndef copy_tree(source, target, overwrite=False):\n'"
     return [
-        (f"lorakit generate --adapter {adapter} --prompt {prompt}", "ask the adapter about a function of yours"),
+        (
+            f"lorakit generate --adapter {adapter} --prompt {prompt}",
+            "ask the adapter about a function of yours",
+        ),
         (f"lorakit inspect {adapter}", "what is in the file"),
-        (f"lorakit merge {adapter} {config.output}/merged", "one ordinary model folder, for any tool"),
+        (
+            f"lorakit merge {adapter} {config.output}/merged",
+            "one ordinary model folder, for any tool",
+        ),
         (
             f"lorakit data --base.name {config.base} --data.train docstrings",
             "what the model saw, token by token",

@@ -11,7 +11,8 @@ def run(argv: Sequence[str]) -> None:
     from rich.table import Table
 
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation import EvaluateConfig, evaluate
+    from lorakit.evaluation.config import EvaluateConfig
+    from lorakit.evaluation.evaluate import evaluate
 
     config = parse(
         EvaluateConfig,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig, Decoding
+from lorakit.tasks.language_modelling import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,30 +41,36 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.file is None):
-            raise ConfigurationError("Give either a prompt (--prompt TEXT) or a file of them (--file PATH).")
-        if self.base is None and self.adapter is None:
-            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+            raise ConfigurationError(
+                "Give either a prompt (--prompt TEXT) or a file of them (--file PATH)."
+            )
 
 
 def run(argv: Sequence[str]) -> None:
     """Generate and print, or write, the continuations."""
     from lorakit import storage
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation import generate, load_adapted
+    from lorakit.evaluation.adapted import open_adapted
+    from lorakit.evaluation.generate import generate
 
     config = parse(
         GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
     )
     prompts = _prompts(config)
-    model, tokenizer = load_adapted(
-        config.base, config.adapter, allow_other_base=config.allow_other_base
-    )
+    base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
+    tokenizer = base.tokenizer
+    assert tokenizer is not None  # open_adapted refuses a base without
     ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
-    texts = generate(model, tokenizer, ids, config.decoding)
+    texts = generate(base.model, tokenizer, ids, config.decoding)
     if config.output:
-        with storage.atomic_file(config.output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with (
+            storage.atomic_file(config.output) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
             for prompt, text in zip(prompts, texts, strict=True):
-                file.write(json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False) + "\n"
+                )
         print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
         return
     for text in texts:
@@ -98,13 +105,15 @@ def _row_prompt(line: str, where: str) -> Prompt:
         raise DataError(f"{where}: not JSON ({error.msg}).") from None
     found = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
     if not isinstance(found, (str, list)):
-        raise DataError(f"{where}: expected an object with 'prompt' (a text) or 'messages' (a list).")
+        raise DataError(
+            f"{where}: expected an object with 'prompt' (a text) or 'messages' (a list)."
+        )
     return found
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
     if isinstance(prompt, str) and not chat:
-        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
+        return prompt_ids(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise ConfigurationError("This model's tokenizer has no chat template; leave out --chat.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit import storage
     from lorakit.adapters import handle_of
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation import load_adapted
+    from lorakit.evaluation.adapted import open_adapted
 
     config = parse(
         MergeConfig,
@@ -42,9 +42,9 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
-    model, tokenizer = load_adapted(
-        config.base, config.adapter, allow_other_base=config.allow_other_base
-    )
+    base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
+    model, tokenizer = base.model, base.tokenizer
+    assert tokenizer is not None  # open_adapted refuses a base without
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = probe.to(model.device)
     with torch.no_grad():
@@ -58,5 +58,7 @@ def run(argv: Sequence[str]) -> None:
         tokenizer.save_pretrained(temporary)
     difference, scale = (after - before).abs().max(), before.abs().max()
     print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
-    print(f"Largest difference of its logits from the unmerged model's: {difference:.2g} of {scale:.3g}.")
-    print(f'Load it with: AutoModelForCausalLM.from_pretrained("{config.output}")')
+    print(
+        f"Largest difference of its logits from the unmerged model's: {difference:.2g} of {scale:.3g}."
+    )
+    print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 def run(argv: Sequence[str]) -> None:
     """Train as the configuration says and print where the result lies."""
     from lorakit.cli.parsing import parse
-    from lorakit.training import TrainConfig, train
+    from lorakit.training.config import TrainConfig
+    from lorakit.training.loop import train
 
     config = parse(
         TrainConfig,

@@ -60,7 +60,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_ND, h_NR, A, B = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_NO = grad.reshape(-1, grad.shape[-1])

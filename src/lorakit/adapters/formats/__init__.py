@@ -1,0 +1,225 @@
+"""Adapters in files: which format a path holds, and writing a folder that many tools read.
+
+=============== =============================================== ======= =======
+format          what is there                                   read    written
+=============== =============================================== ======= =======
+lorakit         lorakit.json beside one of the two below        yes     yes
+PEFT            adapter_config.json, adapter_model.safetensors  yes     yes
+loralib         one file of tensors                             yes     `loralib.write_loralib`
+=============== =============================================== ======= =======
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lorakit.adapters.formats import card, lorakit_json, peft
+from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
+from lorakit.adapters.formats.loralib import read_loralib, write_loralib
+from lorakit.adapters.formats.peft import (
+    NotExpressibleError,
+    expected_layers,
+    read_peft,
+    write_peft,
+)
+from lorakit.adapters.installed import base_parameters
+from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest
+
+__all__ = [
+    "BaseRecord",
+    "NotExpressibleError",
+    "StoredAdapter",
+    "StoredLayer",
+    "base_record",
+    "check_replaceable",
+    "check_targets",
+    "compare",
+    "expected_layers",
+    "read",
+    "read_loralib",
+    "read_peft",
+    "write",
+    "write_loralib",
+    "write_peft",
+]
+
+
+def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
+    """Read an adapter, whatever its format.
+
+    Args:
+        path: A folder of lorakit or PEFT, or a loralib file.
+        alpha: The constant of a loralib file, which does not record it.
+
+    Raises:
+        AdapterFileError: Nothing readable is there, or it is damaged, incomplete or unsafe.
+        ConfigurationError: A loralib file without `alpha`, or an `alpha` that another file contradicts.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_file(path, alpha)
+    if not path.is_dir():
+        raise AdapterFileError(
+            f"'{path}' does not exist. Check the path; for an adapter on the Hugging Face hub, fetch it "
+            "first: hf download OWNER/NAME --local-dir FOLDER."
+        )
+    if (path / lorakit_json.NAME).exists():
+        stored = lorakit_json.read(path)
+    elif (path / peft.CONFIG_NAME).exists():
+        stored = read_peft(path)
+    else:
+        raise AdapterFileError(_no_adapter_in(path))
+    _check_alpha(stored, alpha, path)
+    return stored
+
+
+def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
+    """Write an adapter into a folder: PEFT's files where PEFT can load it, lorakit.json, the card.
+
+    What the folder holds already (a tokenizer) stays and gets its checksum too. The files appear one
+    after the other: give a folder from `storage.atomic_folder`.
+
+    Returns:
+        What the user should know, in sentences: for one, why PEFT cannot load the folder.
+
+    Raises:
+        ConfigurationError: The provenance holds something that JSON has no form for.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    notices: list[str] = []
+    form = None
+    try:
+        form = write_peft(stored, folder)
+    except NotExpressibleError as error:
+        notices.append(f"Only lorakit can load this folder, PEFT cannot: {error}")
+        lorakit_json.write_tensors(stored, folder)
+    text = card.card(stored, form)
+    (folder / lorakit_json.CARD_NAME).write_bytes(text.encode())
+    lorakit_json.write(stored, folder, form)
+    return notices
+
+
+def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
+    """Hold what a PEFT or loralib file says against the live model that it is loaded on.
+
+    Every layer that the file's options mean must have its tensors, and the other way round. Copies of
+    base weights in the file that equal the model's are dropped; others become trained parameters.
+
+    Args:
+        stored: The adapter as read; its `trained`, `base_copies` and `notices` are brought up to date.
+        path: Where it was read, for messages.
+        model: Its base.
+
+    Raises:
+        AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
+    """
+    if stored.peft_config is not None:
+        expected = expected_layers(stored.peft_config, model)
+        if expected is not None and expected != stored.layers.keys():
+            without = sorted(expected - stored.layers.keys())
+            beyond = sorted(stored.layers.keys() - expected)
+            parts = [f"no tensors for {_some(without)}, which they mean"] if without else []
+            parts += [f"tensors for {_some(beyond)}, which they do not mean"] if beyond else []
+            raise AdapterFileError(
+                f"'{path}': the options in {peft.CONFIG_NAME} and the tensors disagree on this model. "
+                f"There are {' and '.join(parts)}. Load it on the model class it was trained with."
+            )
+    if stored.base_copies:
+        _settle_base_copies(stored, Path(path), model)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuse to overwrite a folder that is not an adapter's.
+
+    Raises:
+        RunFolderError: The folder holds files, and none that marks an adapter.
+    """
+    folder = Path(folder)
+    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / m).exists() for m in marks):
+        raise RunFolderError(
+            f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
+            "Choose another folder."
+        )
+
+
+def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
+    own = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
+    if path.name in (*own, peft.CONFIG_NAME, lorakit_json.NAME):
+        raise AdapterFileError(
+            f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
+        )
+    return read_loralib(path, alpha=alpha)
+
+
+def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None:
+    recorded = {layer.alpha for layer in stored.layers.values()}
+    if alpha is not None and recorded != {alpha}:
+        raise ConfigurationError(
+            f"alpha={alpha:g} was given, and '{path}' records {', '.join(f'{a:g}' for a in recorded)}. "
+            "Leave alpha out; it is for loralib files, which record none."
+        )
+
+
+def _no_adapter_in(folder: Path) -> str:
+    here = sorted(p.name for p in folder.iterdir())
+    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
+    below = [p for p in sorted(folder.iterdir()) if p.is_dir() and any((p / m).exists() for m in marks)]
+    hint = f" Did you mean '{below[0]}'?" if below else ""
+    files = [name for name in here if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
+    if files and not below:
+        hint = f" A loralib file is given by its own path, for example '{folder / files[0]}'."
+    return (
+        f"'{folder}' holds no adapter: there is neither {lorakit_json.NAME} nor {peft.CONFIG_NAME}, only "
+        f"{', '.join(here[:5]) or 'nothing'}.{hint}"
+    )
+
+
+def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
+    live = dict(model.named_parameters(remove_duplicate=False))
+    live.update(base_parameters(model))
+    unknown, changed = [], []
+    for name, tensor in stored.base_copies.items():
+        if name not in live:
+            unknown.append(name)
+            continue
+        base = live[name].detach()
+        if base.shape != tensor.shape:
+            raise AdapterFileError(
+                f"'{path}' brings '{name}' with shape {tuple(tensor.shape)}, and the model's has "
+                f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
+                f"model.resize_token_embeddings({tensor.shape[0]})."
+            )
+        if not _same(tensor, base):
+            if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
+                raise AdapterFileError(
+                    f"'{path}' brings '{name}', which differs from the model's: the file was saved with "
+                    "its adapter merged into the weights (in eval mode), or it is of another base."
+                )
+            changed.append(name)
+    stored.trained.update({name: stored.base_copies[name] for name in changed})
+    stored.base_copies.clear()
+    if changed:
+        stored.notices.append(
+            f"The file brings {len(changed)} base weights that differ from the model's, the first "
+            f"'{changed[0]}'; they count as trained."
+        )
+    if unknown:
+        stored.notices.append(
+            f"The file brings {len(unknown)} entries that the model does not have, the first "
+            f"'{unknown[0]}'; they are not used.{nearest(unknown[0], live)}"
+        )
+
+
+def _same(tensor: Tensor, base: Tensor) -> bool:
+    """Whether the numbers are equal, or equal once rounded to the model's dtype."""
+    return not base.is_meta and tensor.to(base.device, base.dtype).equal(base)
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 1} more layers" if len(paths) > 1 else ""
+    return f"'{paths[0]}'{more}"

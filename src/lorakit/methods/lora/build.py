@@ -42,7 +42,7 @@ def lora_modules(method: LoRA, model: nn.Module, dtype: torch.dtype) -> dict[str
         rank, alpha = method.rank_of(path), method.alpha_of(path)
         slices = tuple(place.slice for place in here if place.slice is not None)
         n_in, n_out = kind.dimensions(layer)
-        for width in [s.groups * s.width for s in slices] or [n_out]:
+        for width in [s.total for s in slices] or [n_out]:
             check_rank(path, rank, n_in, width)
         module = kind(
             layer,
@@ -57,7 +57,7 @@ def lora_modules(method: LoRA, model: nn.Module, dtype: torch.dtype) -> dict[str
         module.initialise(layer, method.init)
         modules[path] = module
     if method.tie_head:
-        path, module = _tied_head(model, modules)
+        path, module = tied_head(model, modules)
         modules[path] = module
     return modules
 
@@ -153,14 +153,22 @@ def _check_patterns(method: LoRA, paths: list[str]) -> None:
             if not any(pattern_matches(key, path) for path in paths):
                 raise ConfigurationError(
                     f"{name} has an entry '{key}' that matches none of the {len(paths)} adapted layers "
-                    f"(the first is '{paths[0]}')." + nearest(key, {p.rsplit(".", 1)[-1] for p in paths})
+                    f"(the first is '{paths[0]}')."
+                    + nearest(key, {p.rsplit(".", 1)[-1] for p in paths})
                 )
 
 
-def _tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str, TiedHeadLoRA]:
+def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str, TiedHeadLoRA]:
+    """The path of the output head, and the module that lets the embedding's adapter act on it.
+
+    Raises:
+        ConfigurationError: The embedding is not adapted, or the head is not tied to it.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table, head = (
+        getattr(model, name, lambda: None)()
+        for name in ("get_input_embeddings", "get_output_embeddings")
+    )
     source = modules.get(paths.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
         raise ConfigurationError(

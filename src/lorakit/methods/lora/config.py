@@ -65,10 +65,14 @@ class LoRA:
 
     def _check(self) -> None:
         if not self.targets:
-            raise ConfigurationError("targets is empty. Name at least one, for example 'attention.qv'.")
+            raise ConfigurationError(
+                "targets is empty. Name at least one, for example 'attention.qv'."
+            )
         for where, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigurationError(f"{where} is {rank!r}; it must be a whole number of 1 or more.")
+                raise ConfigurationError(
+                    f"{where} is {rank!r}; it must be a whole number of 1 or more."
+                )
         for where, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
             if (
                 isinstance(alpha, bool)
@@ -88,7 +92,9 @@ class LoRA:
                     f"The pattern {key!r} is not a regular expression: {error}."
                 ) from None
         if not 0 <= self.dropout < 1:
-            raise ConfigurationError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+            raise ConfigurationError(
+                f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
+            )
         for name, allowed in (("bias", Bias), ("init", Init), ("scaling", Scaling)):
             value = getattr(self, name)
             if value not in allowed.__args__:
@@ -124,7 +130,9 @@ class LoRA:
 
 
 def _lookup(patterns: dict, path: str, default):
-    return next((value for key, value in patterns.items() if build.pattern_matches(key, path)), default)
+    return next(
+        (value for key, value in patterns.items() if build.pattern_matches(key, path)), default
+    )
 
 
 def _entries(name: str, patterns: dict) -> list[tuple[str, object]]:

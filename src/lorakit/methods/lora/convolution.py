@@ -45,7 +45,11 @@ class ConvLoRA(LoRALayer):
         assert isinstance(layer, Convolution)
         channels = layer.in_channels // (layer.groups if self.grouped_A else 1)
         A_shape = (self.rank, channels, *layer.kernel_size)
-        return A_shape, (layer.out_channels, self.rank // layer.groups, *(1 for _ in layer.kernel_size))
+        return A_shape, (
+            layer.out_channels,
+            self.rank // layer.groups,
+            *(1 for _ in layer.kernel_size),
+        )
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         return layer.weight.flatten(1)  # type: ignore[union-attr, operator]
@@ -108,7 +112,9 @@ class LoralibConvLoRA(LoRALayer):
     kind = "conv-loralib"
     shadows = ("weight",)
 
-    def __init__(self, layer: nn.Module, *, rank: int, scaling: float, alpha: float, **options) -> None:
+    def __init__(
+        self, layer: nn.Module, *, rank: int, scaling: float, alpha: float, **options
+    ) -> None:
         if options.get("dropout") or options.get("dora"):
             raise unsupported(layer, "dropout or dora with loralib's convolution factors")
         super().__init__(layer, rank=rank, scaling=scaling, alpha=alpha, **options)

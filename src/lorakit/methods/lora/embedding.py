@@ -59,9 +59,7 @@ class TiedHeadLoRA(LinearLoRA):
 
     def __init__(self, layer: nn.Module, source: EmbeddingLoRA) -> None:
         with torch.device("meta"):
-            super().__init__(
-                layer, rank=source.rank, scaling=source.scaling, alpha=source.alpha
-            )
+            super().__init__(layer, rank=source.rank, scaling=source.scaling, alpha=source.alpha)
         del self.lora_A, self.lora_B
         # In a tuple: the embedding owns the factors, and a module attribute would list them twice.
         self.source: tuple[EmbeddingLoRA] = (source,)

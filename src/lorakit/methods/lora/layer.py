@@ -66,7 +66,8 @@ class LoRALayer(AdapterModule):
         options = {"dtype": dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(A_shape, **options))
         self.lora_B = nn.Parameter(torch.empty(B_shape, **options))
-        rows = sum(s.groups * s.width for s in slices) or self.dimensions(layer)[1]
+        self.out_features = self.dimensions(layer)[1]
+        rows = sum(s.total for s in slices) or self.out_features
         self.magnitude = nn.Parameter(torch.empty(rows, **options)) if dora else None
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
@@ -82,7 +83,7 @@ class LoRALayer(AdapterModule):
         """Shapes in which A and B are stored; by default the matrices themselves."""
         n_in, n_out = self.dimensions(layer)
         count = max(1, len(self.slices))
-        rows = sum(s.groups * s.width for s in self.slices) or n_out
+        rows = sum(s.total for s in self.slices) or n_out
         return (count * self.rank, n_in), (rows, self.rank)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
@@ -147,16 +148,15 @@ class LoRALayer(AdapterModule):
     def _as_matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         if not self.slices:
             return A, B
-        placed = B.new_zeros(self.slices[0].groups * self.slices[0].stride, A.shape[0])
-        blocks = torch.block_diag(*B.split([s.groups * s.width for s in self.slices]))
+        placed = B.new_zeros(self.out_features, A.shape[0])
+        blocks = torch.block_diag(*B.split([s.total for s in self.slices]))
         return A, placed.index_copy(0, self._rows(), blocks)
 
-    def _rows(self) -> Tensor | slice:
+    def _rows(self) -> Tensor:
         """Indices of the adapted output rows, slice after slice."""
         if not self.slices:
-            return slice(None)
-        rows = torch.cat([s.rows() for s in self.slices])
-        return rows.to(self.lora_B.device)
+            return torch.arange(self.out_features, device=self.lora_B.device)
+        return torch.cat([s.rows() for s in self.slices]).to(self.lora_B.device)
 
     # --- effect ----------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class LoRALayer(AdapterModule):
         A, B = self.factors()
         x = self.drop(x)
         if self.magnitude is not None:
-            return self._adapt_dora(layer, x, output, A, B)
+            return self._adapt_dora(layer, x, output, A, B, self.magnitude)
         return output + (weight * self.scaling) * self.branch(layer, x, A, B)
 
     def drop(self, x: Tensor) -> Tensor:
@@ -172,24 +172,24 @@ class LoRALayer(AdapterModule):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _adapt_dora(
-        self, layer: nn.Module, x: Tensor, output: Tensor, A: Tensor, B: Tensor
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
     ) -> Tensor:
         """``m / ||W + dW|| * (W + dW) x + b``, the norm taken as a constant (Liu et al. 2024, 4.3)."""
         norms = self.row_norms(layer, A.detach(), B.detach())
-        factor = norms.new_ones(norms.shape).index_put(
-            (self._row_indices(norms.shape[0]),),
-            (self.magnitude / norms[self._rows()]).to(norms.dtype),
-        )
+        rows = self._rows()
+        factor = torch.ones_like(norms).index_copy(0, rows, magnitude.to(norms.dtype) / norms[rows])
         shape = self.output_shape(output)
         factor = factor.to(output.dtype).view(shape)
         bias = getattr(layer, "bias", None)
         bias = torch.zeros((), dtype=output.dtype, device=output.device) if bias is None else bias
         bias = bias.view(shape) if bias.ndim else bias
         return factor * (output - bias + self.scaling * self.branch(layer, x, A, B)) + bias
-
-    def _row_indices(self, n_out: int) -> Tensor:
-        rows = self._rows()
-        return torch.arange(n_out, device=self.lora_B.device) if isinstance(rows, slice) else rows
 
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
         """Shape that broadcasts one number per output row against the layer's output."""
@@ -222,9 +222,10 @@ class LoRALayer(AdapterModule):
         W = self.weight_matrix(layer)
         merged = W.to(compute_dtype(W)) + self.delta_matrix().to(compute_dtype(W))
         rows = self._rows()
-        norms = torch.linalg.vector_norm(merged[rows], dim=1)
-        merged[rows] *= (self.magnitude.to(merged.dtype) / norms)[:, None]
-        return {self.weight_name: self.to_weight(merged, layer)}
+        norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
+        magnitude = self.magnitude.to(merged.dtype)
+        factor = torch.ones_like(merged[:, 0]).index_copy(0, rows, magnitude / norms)
+        return {self.weight_name: self.to_weight(factor[:, None] * merged, layer)}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.kind}"

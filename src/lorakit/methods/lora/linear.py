@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,14 +28,12 @@ class LinearLoRA(LoRALayer):
         return matrix.T.contiguous() if isinstance(layer, Conv1D) else matrix
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        if self.magnitude is not None:
+        if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
         # Layers of other libraries (quantised ones) may hand out a buffer that they still need.
         in_place = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
-        return lora_linear(
-            self.drop(x), output, A, B, weight * self.scaling, in_place=in_place
-        )
+        return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return (x @ A.to(x.dtype).T) @ B.to(x.dtype).T
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))

@@ -61,6 +61,12 @@ def to_peft(layer: StoredLayer) -> Factors:
     return Factors(A, B, magnitude, layer.rank)
 
 
+def peft_rank(layer: StoredLayer) -> int:
+    """Rank of the layer in PEFT's form."""
+    taps = layer.kernel_width if layer.kind == "conv-loralib" else 1
+    return layer.A.shape[0] * taps * (1 if layer.initial_A is None else 2)
+
+
 def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
     """Undo `to_peft`.
 

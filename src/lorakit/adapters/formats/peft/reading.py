@@ -13,7 +13,7 @@ from lorakit import storage
 from lorakit.adapters.formats.peft.config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
 from lorakit.adapters.formats.tensors import read_tensors, regular_file
-from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
+from lorakit.adapters.stored import Kind, StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 
@@ -151,21 +151,18 @@ def _layer(
         raise AdapterFileError(
             f"'{path}': {names[0]} has shape {tuple(A.shape)}, and the rank there is {rank}."
         )
+    kind: Kind = "conv" if A.ndim > 2 else "linear"
+    if embedding or is_attention:
+        kind = "embedding" if embedding else "attention"
     try:
         layer = StoredLayer(
-            kind="embedding"
-            if embedding
-            else "attention"
-            if is_attention
-            else "conv"
-            if A.ndim > 2
-            else "linear",
+            kind=kind,
             A=A,
             B=B,
             scaling=config.scaling_of(options),
             alpha=config.alpha_of(options),
             magnitude=magnitude,
-            transposed=config.fan_in_fan_out and A.ndim == 2 and not embedding,
+            transposed=config.fan_in_fan_out and kind == "linear",
         )
     except AdapterFileError as error:
         raise at(f"'{path}'", error) from error
@@ -205,12 +202,13 @@ class _Others:
             return True
         if self._repeats_a_module(key):
             return True
-        last = name.split(".")[-2:]
+        *_, owner, attribute = ("", *name.split("."))
+        of_layer = name != key
         if (self.config.bias == "all" and "bias" in name) or (
-            self.config.bias == "lora_only" and name != key and last[-1].endswith("bias")
+            self.config.bias == "lora_only" and of_layer and attribute.endswith("bias")
         ):
             self.trained[name] = tensor
-        elif last[-1] == "weight" and (name != key or last[0] in _TABLES):
+        elif attribute == "weight" and (of_layer or owner in _TABLES):
             self.base_copies[name] = tensor
         else:
             return False
@@ -221,7 +219,8 @@ class _Others:
         name, rest = "", key
         while rest:
             step, _, rest = rest.partition(".")
-            inside = name in self.layers or name.replace(".out_proj", _OUT_PROJ) in self.layers
+            around = name.removesuffix(".out_proj")
+            inside = name in self.layers or (around != name and around + _OUT_PROJ in self.layers)
             if not (step == "base_layer" and inside):
                 name = f"{name}.{step}" if name else step
         return name

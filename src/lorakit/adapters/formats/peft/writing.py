@@ -53,7 +53,7 @@ class _Entry:
     factors: Factors
     scaling: float
     alpha: float
-    embedding: bool = False
+    kind: str = "linear"
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
@@ -116,7 +116,7 @@ def _entry(path: str, layer: StoredLayer) -> _Entry:
         factors = to_peft(layer)
     except NotExpressibleError as error:
         raise NotExpressibleError(f"'{path}': {error}") from None
-    return _Entry(factors, layer.scaling, layer.alpha, layer.kind == "embedding")
+    return _Entry(factors, layer.scaling, layer.alpha, layer.kind)
 
 
 def _refuse_repeated(paths: Iterable[str], layout: BaseLayout | None) -> None:
@@ -184,16 +184,25 @@ def _key_start(path: str, attention: set[str]) -> str:
 # --- tensors -------------------------------------------------------------------------------------
 
 
+def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
+    """The keys of a layer's A, B and magnitude, by the start of its keys."""
+    names = ("lora_A.weight", "lora_B.weight")
+    if kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    found = dict(zip(("A", "B"), names, strict=True))
+    if dora:
+        found["magnitude"] = MAGNITUDE
+    return {part: f"{PREFIX}{key}.{name}" for part, name in found.items()}
+
+
 def _layer_tensors(key: str, entry: _Entry) -> dict[str, Tensor]:
-    factors = entry.factors
-    name_A, name_B = _FACTORS[entry.embedding]
-    found = {f"{PREFIX}{key}.{name_A}": factors.A, f"{PREFIX}{key}.{name_B}": factors.B}
-    if factors.magnitude is not None:
-        magnitude = factors.magnitude
-        if factors.A.ndim > 2:  # a convolution's broadcasts over (batch, channels, *space)
-            magnitude = magnitude.view(1, -1, *(1 for _ in factors.A.shape[2:]))
-        found[f"{PREFIX}{key}.{MAGNITUDE}"] = magnitude
-    return found
+    factors, magnitude = entry.factors, entry.factors.magnitude
+    if magnitude is not None and factors.A.ndim > 2:
+        # A convolution's are shaped to multiply (batch, channels, *space).
+        magnitude = magnitude.view(1, -1, *(1 for _ in factors.A.shape[2:]))
+    keys = factor_keys(key, entry.kind, dora=magnitude is not None)
+    parts = {"A": factors.A, "B": factors.B, "magnitude": magnitude}
+    return {full: tensor for part, full in keys.items() if (tensor := parts[part]) is not None}
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------

@@ -1,0 +1,243 @@
+"""The model card: README.md beside an adapter's files, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lorakit.adapters.formats.peft import PeftForm
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.methods.lora import LoRA
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's --max-lora-rank takes."""
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+}
+
+
+def card(stored: StoredAdapter, form: PeftForm | None) -> str:
+    """The card's text.
+
+    Args:
+        stored: The adapter.
+        form: Its form in the folder as PEFT's, or None where PEFT cannot load the folder.
+    """
+    sections = [
+        _front_matter(stored, form),
+        f"# {_title(stored)}",
+        _summary(stored),
+        _loading(stored, form),
+        _scores(stored.provenance),
+        _data(stored.provenance),
+        _settings(stored),
+        _notes(stored),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
+    task = _task(form)
+    base = _base_name(stored)
+    data = ModelCardData(
+        # The hub takes a base_model of the form owner/name alone, and refuses the card otherwise.
+        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        library_name="peft" if form is not None else "lorakit",
+        pipeline_tag=_AUTO_CLASSES[task][1] if task else None,
+        tags=["lorakit", "lora"] if isinstance(stored.method, LoRA) else ["lorakit"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _title(stored: StoredAdapter) -> str:
+    kind = "LoRA adapter" if isinstance(stored.method, LoRA) else "Fine-tuned weights"
+    base = _base_name(stored)
+    return f"{kind} for {_plain(base)}" if base else kind
+
+
+def _summary(stored: StoredAdapter) -> str:
+    method = stored.method
+    rows = {"Base model": _code(_base_name(stored) or "not recorded")}
+    if stored.base is not None:
+        if stored.base.source.revision:
+            rows["Base revision"] = _code(stored.base.source.revision)
+        rows["Base class"] = _code(stored.base.architecture.class_name)
+        rows["Base weights"] = f"{stored.base.weights.dtype}, SHA-256 {_hash(stored.base.weights.exact)}"
+    if isinstance(method, LoRA):
+        ranks = sorted({layer.rank for layer in stored.layers.values()})
+        scalings = sorted({layer.scaling for layer in stored.layers.values()})
+        options = [
+            name
+            for name, used in (
+                ("DoRA", method.dora),
+                ("rsLoRA", method.scaling == "rslora"),
+                ("PiSSA", method.init == "pissa"),
+                (f"dropout {method.dropout:g}", bool(method.dropout)),
+                (f"biases: {method.bias}", method.bias != "none"),
+            )
+            if used
+        ]
+        rows["Method"] = ", ".join(["LoRA", *options])
+        rows["Rank"] = ", ".join(map(str, ranks))
+        rows["Scaling"] = ", ".join(f"{scaling:g}" for scaling in scalings)
+        rows["Targets"] = ", ".join(_code(target) for target in method.targets[:8]) + (
+            f" and {len(method.targets) - 8} more" if len(method.targets) > 8 else ""
+        )
+        if method.train_modules:
+            rows["Trained in full"] = ", ".join(_code(m) for m in method.train_modules)
+        rows["Adapted layers"] = str(len(stored.layers))
+    else:
+        rows["Method"] = type(method).__name__
+    rows["Trained parameters"] = f"{stored.parameters:,}"
+    return _table(("", ""), rows.items())
+
+
+def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
+    base = _base_name(stored) or "<the base model>"
+    task = _task(form)
+    auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
+    name = json.dumps(base)
+    parts = [
+        "## How to load it",
+        "With [lorakit](https://pypi.org/project/lorakit/), which checks that the base is the right one:",
+        _block(
+            "python",
+            f"import lorakit\nfrom transformers import {auto}\n\n"
+            f"model = {auto}.from_pretrained({name})\n"
+            'adapters = lorakit.load(model, "path/to/this/folder")',
+        ),
+    ]
+    if form is None:
+        return "\n\n".join([*parts, "PEFT and vLLM cannot load it: their format has no equal for it."])
+    parts += [
+        "With PEFT:",
+        _block(
+            "python",
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f"model = {auto}.from_pretrained({name})\n"
+            'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        ),
+    ]
+    obstacle = vllm_obstacle(form.config)
+    if obstacle is not None:
+        return "\n\n".join([*parts, f"vLLM cannot load it as an adapter: {obstacle}"])
+    highest = max([form.config["r"], *form.config["rank_pattern"].values()])
+    rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
+    command = (
+        f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {rank} \\\n"
+        "    --lora-modules adapter=path/to/this/folder"
+    )
+    return "\n\n".join([*parts, "With vLLM:", _block("sh", command)])
+
+
+def vllm_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot serve a PEFT folder with this configuration as an adapter, or None."""
+    ranks = {config["r"], *config["rank_pattern"].values()}
+    if config["task_type"] != "CAUSAL_LM":
+        return "it serves causal language models."
+    if config["modules_to_save"]:
+        return "modules are trained in full (modules_to_save). Merge the adapter and serve the model."
+    if config["use_dora"]:
+        return "it uses DoRA. Merge the adapter and serve the model."
+    if config["bias"] != "none":
+        return "biases are trained. Merge the adapter and serve the model."
+    # vLLM applies lora_alpha / r to every layer and does not read the patterns.
+    if config["alpha_pattern"] or len(ranks) > 1:
+        return "its layers have ranks or scalings of their own. Merge the adapter and serve the model."
+    if max(ranks) > _VLLM_RANKS[-1]:
+        return f"its rank is above {_VLLM_RANKS[-1]}."
+    return None
+
+
+def _scores(provenance: Mapping[str, Any]) -> str:
+    after, before = provenance.get("scores"), provenance.get("scores_before")
+    if not isinstance(after, Mapping) or not after:
+        return ""
+    before = before if isinstance(before, Mapping) else {}
+    if before:
+        rows = [(_plain(k), _number(before.get(k)), _number(v)) for k, v in after.items()]
+        return "## Scores\n\n" + _table(("", "base model", "with the adapter"), rows)
+    return "## Scores\n\n" + _table(("", ""), ((_plain(k), _number(v)) for k, v in after.items()))
+
+
+def _data(provenance: Mapping[str, Any]) -> str:
+    data = provenance.get("data")
+    if not isinstance(data, Mapping) or not data:
+        return ""
+    rows = []
+    for split, about in data.items():
+        about = about if isinstance(about, Mapping) else {"source": about}
+        details = (_plain(about.get("source", "")), _number(about.get("examples")), _hash(about.get("sha256")))
+        rows.append((_plain(split), *details))
+    return "## Data\n\n" + _table(("split", "source", "examples", "SHA-256"), rows)
+
+
+def _settings(stored: StoredAdapter) -> str:
+    shown = {k: stored.provenance[k] for k in ("config", "seed", "versions") if k in stored.provenance}
+    if not shown:
+        return ""
+    text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the rest."
+
+
+def _notes(stored: StoredAdapter) -> str:
+    if not stored.notices:
+        return ""
+    return "## Notes\n\n" + "\n".join(f"- {_plain(notice)}" for notice in stored.notices)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def _base_name(stored: StoredAdapter) -> str | None:
+    if stored.base is not None:
+        return stored.base.source.name
+    recorded = stored.provenance.get("peft")
+    name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
+    return name if isinstance(name, str) and name else None
+
+
+def _task(form: PeftForm | None) -> str | None:
+    task = form.config["task_type"] if form is not None else None
+    return task if task in _AUTO_CLASSES else None
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(value: Any) -> str:
+    """Text from outside on one line, without a meaning in Markdown or HTML."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
+
+
+def _code(value: Any) -> str:
+    return f"`{' '.join(str(value).split()).replace('`', '').replace('|', '/')}`"
+
+
+def _block(language: str, text: str) -> str:
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text) or [""]))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _shell(value: str) -> str:
+    return value if re.fullmatch(r"[\w./:-]+", value) else "<the base model>"
+
+
+def _hash(digest: Any) -> str:
+    return f"`{digest[:16]}…`" if isinstance(digest, str) and digest.isalnum() else "not recorded"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value or "")
