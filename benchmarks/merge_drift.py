@@ -107,7 +107,14 @@ def main() -> None:
     cycles = parser.parse_args().cycles
     warnings.simplefilter("ignore")
     table = Table(title=f"{cycles} merge and unmerge cycles over {ADAPTERS} adapters")
-    headings = ("dtype", "library", "base values changed", "largest change", "merges exact", "ms a cycle")
+    headings = (
+        "dtype",
+        "library",
+        "base values changed",
+        "largest change",
+        "merges exact",
+        "ms a cycle",
+    )
     for heading in headings:
         table.add_column(heading, justify="right")
     for dtype in (torch.float32, torch.bfloat16):

@@ -58,7 +58,9 @@ def test_writes_in_place_and_saves_no_full_size_tensor():
     x, out, A, B = tensors(torch.float32)
     target = out.detach().clone()
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
         y = lora_linear(x, target, A, B, 1.0)
     assert y.data_ptr() == target.data_ptr()
     assert sorted(map(tuple, saved)) == sorted([(15, 7), (15, 2), (2, 7), (11, 2)])

@@ -1,6 +1,16 @@
-"""The adapters of a model: attach, activate, merge, save, detach."""
+"""The adapters of a model: attach, activate, merge, save, load, detach."""
 
 from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters.saving import from_peft, load
 from lorakit.adapters.summary import Counts, Summary, count_parameters
 
-__all__ = ["Adapters", "Counts", "Summary", "attach", "count_parameters", "handle_of"]
+__all__ = [
+    "Adapters",
+    "Counts",
+    "Summary",
+    "attach",
+    "count_parameters",
+    "from_peft",
+    "handle_of",
+    "load",
+]

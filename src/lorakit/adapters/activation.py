@@ -93,6 +93,7 @@ class Activation:
 
 
 _RECORD = "lorakit_active"
+_SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
@@ -102,14 +103,14 @@ def _checkpoint_frames() -> list[tuple[Any, bool]]:
     PyTorch pushes saved-tensor hooks around both runs. Their closures lead to one frame object, which
     lives as long as the checkpoint. Checkpoints can be nested, and only the top of the stack shows.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True) is None:
         return []
     stack = []
-    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+    while (hooks := _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True)) is not None:
         stack.append(hooks)
-        torch._C._autograd._pop_saved_tensors_default_hooks()
+        _SAVED_TENSOR_HOOKS._pop_saved_tensors_default_hooks()
     for pack, unpack in reversed(stack):
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+        _SAVED_TENSOR_HOOKS._push_saved_tensors_default_hooks(pack, unpack)
     return [found for pack, _ in stack if (found := _frame_of(pack)) is not None]
 
 

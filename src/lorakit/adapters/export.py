@@ -8,6 +8,7 @@ adapter (a resumed training run), the mark says that its base weights are to be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.layer_adapters import CHILD, MARK
+from lorakit.adapters.layer_adapters import CHILD, MARK, LayerAdapters
 from lorakit.errors import AdapterStateError
+
+_OUR_TENSOR = re.compile(r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|trained\..+)")
 
 
 def save_pretrained(
@@ -37,6 +40,8 @@ def save_pretrained(
     tied = getattr(config, "tie_word_embeddings", None)
     if tied and unties(model, state):
         config.tie_word_embeddings = False
+    # Undoing the renames of an architecture's old checkpoints would rename the adapters' keys as well.
+    kwargs.setdefault("save_original_format", False)
     try:
         return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)  # type: ignore[attr-defined]
     finally:
@@ -76,9 +81,11 @@ def keep_base_weights(
     """`load_state_dict` pre-hook: a marked layer keeps its base weights, for the file's contain an adapter.
 
     Raises:
-        AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors.
+        AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors;
+            or the file holds an adapter for a layer that carries none here.
     """
     _fill_copies(model, state_dict, prefix)
+    _refuse_strange_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix
         if adapters.merged and any(key.startswith(f"{start}{CHILD}.") for key in state_dict):
@@ -96,6 +103,19 @@ def keep_base_weights(
             state_dict[mark] = getattr(adapters, MARK)
 
 
+def _refuse_strange_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """A tensor of an adapter that finds no layer would be ignored where loading is not strict."""
+    paths = {path for path, _, _ in adapted_layers(model)}
+    for key in state_dict:
+        path, found, rest = key.removeprefix(prefix).rpartition(f"{CHILD}.")
+        ours = rest == MARK or _OUR_TENSOR.fullmatch(rest)
+        if found and ours and path.removesuffix(".") not in paths:
+            raise AdapterStateError(
+                f"'{key}' is of an adapter on a layer that carries none in this model. Attach the adapters that "
+                "the file was saved with before you load it."
+            )
+
+
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """Whether `state` gives input embedding and output head, tied in the base, different weights."""
     table, head = (
@@ -109,9 +129,9 @@ def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     return len(held) == 2 and held[0].data_ptr() != held[1].data_ptr()
 
 
-def _copies_on(adapters: nn.ModuleDict) -> Iterator[nn.Parameter]:
+def _copies_on(adapters: LayerAdapters) -> Iterator[nn.Parameter]:
     for module in adapters.values():
-        yield from module.trained.values()  # type: ignore[union-attr, operator]
+        yield from module.trained.values()
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -119,7 +139,7 @@ def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
     copies = {}
     for path, _, adapters in adapted_layers(model):
         for name, module in adapters.items():
-            for attribute, copy in module.trained.items():  # type: ignore[union-attr, operator]
+            for attribute, copy in module.trained.items():
                 key = f"{CHILD}.{name}.trained.{attribute}"
                 copies[f"{path}.{key}" if path else key] = copy
     return copies

@@ -321,7 +321,9 @@ class Adapters:
         self.model.__dict__.pop(_HANDLE, None)
         self.model.__dict__.pop("save_pretrained", None)
         hooks = self.model._load_state_dict_pre_hooks
-        for key in [k for k, h in hooks.items() if h.hook is export.keep_base_weights]:
+        for key in [
+            k for k, h in hooks.items() if getattr(h, "hook", h) is export.keep_base_weights
+        ]:
             del hooks[key]
 
     def _set(self, active: Active) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import ItemsView, ValuesView
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,12 @@ class LayerAdapters(nn.ModuleDict):
         self.replaced: dict[str, nn.Parameter] = {}
         self.merged = False
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> AdapterModule: ...
+        def values(self) -> ValuesView[AdapterModule]: ...
+        def items(self) -> ItemsView[str, AdapterModule]: ...
+
     # --- effect on the forward pass ----------------------------------------------------------------
 
     def shadow(self, layer: nn.Module) -> None:
@@ -55,7 +62,7 @@ class LayerAdapters(nn.ModuleDict):
     def unshadow(self, layer: nn.Module) -> None:
         """Let the layer's own weights be seen again."""
         for module in self.values():
-            for attribute in module.shadows:  # type: ignore[union-attr]
+            for attribute in module.shadows:
                 layer.__dict__.pop(attribute, None)
 
     def after(self, layer: nn.Module, x: Any, output: Any) -> Any:
@@ -119,6 +126,8 @@ class LayerAdapters(nn.ModuleDict):
         W = getattr(layer, attribute)
         total = None
         for name, weight in weights:
+            if name not in self:
+                continue
             whole = self[name].merged_weights(layer)
             if whole is not None and attribute in whole:
                 return whole[attribute].to(W.dtype)
@@ -162,7 +171,8 @@ class LayerAdapters(nn.ModuleDict):
         """Put the layer's own parameter back, moved to where the model has moved meanwhile."""
         data = getattr(self, f"base_{attribute}")
         original = self.forget(attribute)
-        if torch._has_compatible_shallow_copy_type(original.data, data):
+        compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
+        if compatible(original.data, data):
             original.data = data
         else:  # moved to another kind of device: the old object cannot hold it
             original = nn.Parameter(data, requires_grad=original.requires_grad)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import fingerprint
 from lorakit.adapters.handle import Adapters, handle_for, handle_of
 from lorakit.adapters.installed import InstalledAdapter, base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
@@ -37,7 +36,7 @@ def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
         method=adapter.method,  # type: ignore[arg-type]
         layers=layers,
         trained=trained,
-        base=fingerprint.base_record(model, exclude=tuple(trained)),
+        base=formats.base_record(model, exclude=tuple(trained)),
         provenance=dict(adapter.provenance),
     )
 
@@ -51,6 +50,8 @@ def save(
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder, whole or not at all (see `Adapters.save`)."""
+    if overwrite:
+        formats.check_replaceable(folder)
     stored = store(model, adapter)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
@@ -273,9 +274,9 @@ def _check_base(model: nn.Module, stored: StoredAdapter, path: Path, allow: bool
     formats.check_targets(stored, path, model)
     if stored.base is None:
         return
-    live = fingerprint.base_record(model, exclude=tuple(stored.trained))
+    live = formats.base_record(model, exclude=tuple(stored.trained))
     try:
-        stored.notices.extend(fingerprint.compare(stored.base, live) or [])
+        stored.notices.extend(formats.compare(stored.base, live) or [])
     except WrongBaseError as error:
         if not allow:
             raise

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
+from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import read_loralib, write_loralib
 from lorakit.adapters.formats.peft import (
     NotExpressibleError,
@@ -24,9 +23,8 @@ from lorakit.adapters.formats.peft import (
     read_peft,
     write_peft,
 )
-from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
-from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest
+from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 
 __all__ = [
     "BaseRecord",
@@ -103,35 +101,6 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     return notices
 
 
-def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
-    """Hold what a PEFT or loralib file says against the live model that it is loaded on.
-
-    Every layer that the file's options mean must have its tensors, and the other way round. Copies of
-    base weights in the file that equal the model's are dropped; others become trained parameters.
-
-    Args:
-        stored: The adapter as read; its `trained`, `base_copies` and `notices` are brought up to date.
-        path: Where it was read, for messages.
-        model: Its base.
-
-    Raises:
-        AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
-    """
-    if stored.peft_config is not None:
-        expected = expected_layers(stored.peft_config, model)
-        if expected is not None and expected != stored.layers.keys():
-            without = sorted(expected - stored.layers.keys())
-            beyond = sorted(stored.layers.keys() - expected)
-            parts = [f"no tensors for {_some(without)}, which they mean"] if without else []
-            parts += [f"tensors for {_some(beyond)}, which they do not mean"] if beyond else []
-            raise AdapterFileError(
-                f"'{path}': the options in {peft.CONFIG_NAME} and the tensors disagree on this model. "
-                f"There are {' and '.join(parts)}. Load it on the model class it was trained with."
-            )
-    if stored.base_copies:
-        _settle_base_copies(stored, Path(path), model)
-
-
 def check_replaceable(folder: str | Path) -> None:
     """Refuse to overwrite a folder that is not an adapter's.
 
@@ -168,7 +137,9 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 def _no_adapter_in(folder: Path) -> str:
     here = sorted(p.name for p in folder.iterdir())
     marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    below = [p for p in sorted(folder.iterdir()) if p.is_dir() and any((p / m).exists() for m in marks)]
+    below = [
+        p for p in sorted(folder.iterdir()) if p.is_dir() and any((p / m).exists() for m in marks)
+    ]
     hint = f" Did you mean '{below[0]}'?" if below else ""
     files = [name for name in here if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     if files and not below:
@@ -177,49 +148,3 @@ def _no_adapter_in(folder: Path) -> str:
         f"'{folder}' holds no adapter: there is neither {lorakit_json.NAME} nor {peft.CONFIG_NAME}, only "
         f"{', '.join(here[:5]) or 'nothing'}.{hint}"
     )
-
-
-def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
-    live = dict(model.named_parameters(remove_duplicate=False))
-    live.update(base_parameters(model))
-    unknown, changed = [], []
-    for name, tensor in stored.base_copies.items():
-        if name not in live:
-            unknown.append(name)
-            continue
-        base = live[name].detach()
-        if base.shape != tensor.shape:
-            raise AdapterFileError(
-                f"'{path}' brings '{name}' with shape {tuple(tensor.shape)}, and the model's has "
-                f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
-                f"model.resize_token_embeddings({tensor.shape[0]})."
-            )
-        if not _same(tensor, base):
-            if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
-                raise AdapterFileError(
-                    f"'{path}' brings '{name}', which differs from the model's: the file was saved with "
-                    "its adapter merged into the weights (in eval mode), or it is of another base."
-                )
-            changed.append(name)
-    stored.trained.update({name: stored.base_copies[name] for name in changed})
-    stored.base_copies.clear()
-    if changed:
-        stored.notices.append(
-            f"The file brings {len(changed)} base weights that differ from the model's, the first "
-            f"'{changed[0]}'; they count as trained."
-        )
-    if unknown:
-        stored.notices.append(
-            f"The file brings {len(unknown)} entries that the model does not have, the first "
-            f"'{unknown[0]}'; they are not used.{nearest(unknown[0], live)}"
-        )
-
-
-def _same(tensor: Tensor, base: Tensor) -> bool:
-    """Whether the numbers are equal, or equal once rounded to the model's dtype."""
-    return not base.is_meta and tensor.to(base.device, base.dtype).equal(base)
-
-
-def _some(paths: list[str]) -> str:
-    more = f" and {len(paths) - 1} more layers" if len(paths) > 1 else ""
-    return f"'{paths[0]}'{more}"

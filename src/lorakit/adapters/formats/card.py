@@ -69,7 +69,9 @@ def _summary(stored: StoredAdapter) -> str:
         if stored.base.source.revision:
             rows["Base revision"] = _code(stored.base.source.revision)
         rows["Base class"] = _code(stored.base.architecture.class_name)
-        rows["Base weights"] = f"{stored.base.weights.dtype}, SHA-256 {_hash(stored.base.weights.exact)}"
+        rows["Base weights"] = (
+            f"{stored.base.weights.dtype}, SHA-256 {_hash(stored.base.weights.exact)}"
+        )
     if isinstance(method, LoRA):
         ranks = sorted({layer.rank for layer in stored.layers.values()})
         scalings = sorted({layer.scaling for layer in stored.layers.values()})
@@ -115,7 +117,9 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         ),
     ]
     if form is None:
-        return "\n\n".join([*parts, "PEFT and vLLM cannot load it: their format has no equal for it."])
+        return "\n\n".join(
+            [*parts, "PEFT and vLLM cannot load it: their format has no equal for it."]
+        )
     parts += [
         "With PEFT:",
         _block(
@@ -143,14 +147,18 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str | None:
     if config["task_type"] != "CAUSAL_LM":
         return "it serves causal language models."
     if config["modules_to_save"]:
-        return "modules are trained in full (modules_to_save). Merge the adapter and serve the model."
+        return (
+            "modules are trained in full (modules_to_save). Merge the adapter and serve the model."
+        )
     if config["use_dora"]:
         return "it uses DoRA. Merge the adapter and serve the model."
     if config["bias"] != "none":
         return "biases are trained. Merge the adapter and serve the model."
     # vLLM applies lora_alpha / r to every layer and does not read the patterns.
     if config["alpha_pattern"] or len(ranks) > 1:
-        return "its layers have ranks or scalings of their own. Merge the adapter and serve the model."
+        return (
+            "its layers have ranks or scalings of their own. Merge the adapter and serve the model."
+        )
     if max(ranks) > _VLLM_RANKS[-1]:
         return f"its rank is above {_VLLM_RANKS[-1]}."
     return None
@@ -174,13 +182,19 @@ def _data(provenance: Mapping[str, Any]) -> str:
     rows = []
     for split, about in data.items():
         about = about if isinstance(about, Mapping) else {"source": about}
-        details = (_plain(about.get("source", "")), _number(about.get("examples")), _hash(about.get("sha256")))
+        details = (
+            _plain(about.get("source", "")),
+            _number(about.get("examples")),
+            _hash(about.get("sha256")),
+        )
         rows.append((_plain(split), *details))
     return "## Data\n\n" + _table(("split", "source", "examples", "SHA-256"), rows)
 
 
 def _settings(stored: StoredAdapter) -> str:
-    shown = {k: stored.provenance[k] for k in ("config", "seed", "versions") if k in stored.provenance}
+    shown = {
+        k: stored.provenance[k] for k in ("config", "seed", "versions") if k in stored.provenance
+    }
     if not shown:
         return ""
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
@@ -240,4 +254,8 @@ def _hash(digest: Any) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value or "")
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else _plain(value or "")
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import storage
+from lorakit import __version__, storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import Factors, from_peft, peft_rank
@@ -64,14 +63,16 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
     record: dict[str, Any] = {
         "format": "lorakit",
         "format_version": FORMAT_VERSION,
-        "lorakit_version": importlib.metadata.version("lorakit"),
+        "lorakit_version": __version__,
         "method": {"name": type(stored.method).__name__, **dataclasses.asdict(stored.method)},
         "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
         "layers": {
             path: _describe(layer, None if form is None else form.layer_keys[path])
             for path, layer in stored.layers.items()
         },
-        "trained": {name: None if form is None else form.trained_keys[name] for name in stored.trained},
+        "trained": {
+            name: None if form is None else form.trained_keys[name] for name in stored.trained
+        },
         "repeated": [] if form is None else _repeated(form, stored),
         "base": None if stored.base is None else stored.base.to_json(),
         "provenance": stored.provenance,
@@ -118,7 +119,14 @@ def read(folder: Path) -> StoredAdapter:
         )
     except LorakitError as error:
         raise AdapterFileError(f"'{folder}': {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise AdapterFileError(
             f"'{path}' does not describe '{folder / tensors_name}': {type(error).__name__}: {error}."
         ) from error
@@ -166,7 +174,11 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 def _check_record(record: Mapping[str, Any], path: Path) -> None:
     version = record.get("format_version")
-    if record.get("format") != "lorakit" or isinstance(version, bool) or not isinstance(version, int):
+    if (
+        record.get("format") != "lorakit"
+        or isinstance(version, bool)
+        or not isinstance(version, int)
+    ):
         raise AdapterFileError(f"'{path}' is not the record of a lorakit adapter.")
     if version > FORMAT_VERSION:
         raise AdapterFileError(
@@ -187,7 +199,13 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     notices = []
     for name, digest in files.items():
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or ":" in name:
+        if (
+            parts.is_absolute()
+            or ".." in parts.parts
+            or "\\" in name
+            or "\0" in name
+            or ":" in name
+        ):
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which may lie outside of its folder. It was not opened."
             )
@@ -211,10 +229,14 @@ def _method(found: Any) -> LoRA | FullFineTuning:
             f"its method is {name!r}; this lorakit knows {', '.join(_METHODS)}. Update lorakit."
         )
     kind = _METHODS[found["name"]]
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"}
+    settings = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
+    }
     unknown = settings.keys() - {f.name for f in dataclasses.fields(kind)}
     if unknown:
-        raise AdapterFileError(f"its method has settings that are not known here: {sorted(unknown)}.")
+        raise AdapterFileError(
+            f"its method has settings that are not known here: {sorted(unknown)}."
+        )
     return kind(**settings)
 
 

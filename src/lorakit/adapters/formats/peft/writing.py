@@ -186,10 +186,9 @@ def _key_start(path: str, attention: set[str]) -> str:
 
 def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
     """The keys of a layer's A, B and magnitude, by the start of its keys."""
-    names = ("lora_A.weight", "lora_B.weight")
+    found = {"A": "lora_A.weight", "B": "lora_B.weight"}
     if kind == "embedding":
-        names = ("lora_embedding_A", "lora_embedding_B")
-    found = dict(zip(("A", "B"), names, strict=True))
+        found = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
     if dora:
         found["magnitude"] = MAGNITUDE
     return {part: f"{PREFIX}{key}.{name}" for part, name in found.items()}

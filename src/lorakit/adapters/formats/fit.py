@@ -1,0 +1,106 @@
+"""An adapter from a file of PEFT's or loralib's, held against the live model it is loaded on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
+from lorakit.adapters.installed import base_parameters
+from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.errors import AdapterFileError, nearest
+
+
+def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
+    """Hold what a PEFT or loralib file says against the live model that it is loaded on.
+
+    Every layer that PEFT's options mean must have its tensors, and the other way round. loralib's
+    factors take the kind of the layer they find. Copies of base weights in the file that equal the
+    model's are dropped; others count as trained.
+
+    Args:
+        stored: The adapter as read; it is brought up to date.
+        path: Where it was read, for messages.
+        model: Its base.
+
+    Raises:
+        AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
+    """
+    if stored.peft_config is not None:
+        expected = expected_layers(stored.peft_config, model)
+        if expected is not None and expected != stored.layers.keys():
+            without = sorted(expected - stored.layers.keys())
+            beyond = sorted(stored.layers.keys() - expected)
+            parts = [f"no tensors for {_some(without)}, which they mean"] if without else []
+            parts += [f"tensors for {_some(beyond)}, which they do not mean"] if beyond else []
+            raise AdapterFileError(
+                f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. "
+                f"There are {' and '.join(parts)}. Load it on the model class it was trained with."
+            )
+    elif stored.base is None:
+        modules = dict(model.named_modules())
+        stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
+    if stored.base_copies:
+        _settle_base_copies(stored, Path(path), model)
+
+
+def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
+    """Loralib's names are the same for every kind of layer; only the model can tell them apart."""
+    if layer.kind == "linear" and isinstance(live, nn.Embedding):
+        return replace(layer, kind="embedding", transposed=False)
+    if layer.kind == "linear" and isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer.as_loralib_conv(live.weight.shape)
+    return layer
+
+
+def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
+    live = dict(model.named_parameters(remove_duplicate=False))
+    live.update(base_parameters(model))
+    unknown, changed = [], []
+    for name, tensor in stored.base_copies.items():
+        if name not in live:
+            unknown.append(name)
+            continue
+        base = live[name].detach()
+        if base.shape != tensor.shape:
+            raise AdapterFileError(
+                f"'{path}' brings '{name}' with shape {tuple(tensor.shape)}, and the model's has "
+                f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
+                f"model.resize_token_embeddings({tensor.shape[0]})."
+            )
+        if not _same(tensor, base):
+            if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
+                raise AdapterFileError(
+                    f"'{path}' brings '{name}', which differs from the model's: the file was saved with "
+                    "its adapter merged into the weights (in eval mode), or it is of another base."
+                )
+            changed.append(name)
+    if unknown and stored.peft_config is not None:
+        raise AdapterFileError(
+            f"'{path}' brings '{unknown[0]}', which the model does not have.{nearest(unknown[0], live)} "
+            "Load it on the model class it was trained with."
+        )
+    stored.trained.update({name: stored.base_copies[name] for name in changed})
+    stored.base_copies.clear()
+    if changed:
+        stored.notices.append(
+            f"The file brings {len(changed)} base weights that differ from the model's, the first "
+            f"'{changed[0]}'; they count as trained."
+        )
+    if unknown:
+        stored.notices.append(
+            f"The file brings {len(unknown)} entries that the model does not have, the first "
+            f"'{unknown[0]}'; they are not used.{nearest(unknown[0], live)}"
+        )
+
+
+def _same(tensor: Tensor, base: Tensor) -> bool:
+    """Whether the numbers are equal, or equal once rounded to the model's dtype."""
+    return not base.is_meta and tensor.to(base.device, base.dtype).equal(base)
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 1} more layers" if len(paths) > 1 else ""
+    return f"'{paths[0]}'{more}"

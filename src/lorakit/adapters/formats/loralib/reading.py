@@ -1,0 +1,318 @@
+"""Files of loralib, read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.formats.tensors import (
+    SAFETENSORS,
+    as_tensors,
+    read_pickle,
+    read_safetensors,
+)
+from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
+from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.lora import LoRA
+from lorakit.models.roles import RowSlice
+
+EnableLora = Mapping[str, Sequence[bool]]
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])")
+_DEBERTA_OLD = re.compile(r"(?P<start>.+\.)(?P<name>\w+)_lora_(?P<factor>[ab])\.weight")
+_GPT2_FIRST = re.compile(
+    r"(?P<start>.+\.attn)\.(?P<letter>[qkv])_proj_adapter(?P<factor>[12])\.weight"
+)
+_GPT2_FUSED = "c_attn"
+_GPT2_BASE_NAMES = {"g": "weight", "w": "weight", "b": "bias"}
+
+
+def read_loralib(
+    path: str | Path, *, alpha: float | None, enable_lora: EnableLora | None = None
+) -> StoredAdapter:
+    """Read a loralib file.
+
+    Args:
+        path: A ``.bin``, ``.pt``, ``.pth`` or ``.safetensors`` file.
+        alpha: The `lora_alpha` of the layers, which the file does not hold.
+        enable_lora: For fused layers, by the end of their path, which of their equal slices are
+            adapted, as loralib's MergedLinear takes it: ``{"c_attn": [True, False, True]}``.
+            Needed where the official GPT-2 layout (q and v, or all three) is not meant.
+
+    Returns:
+        The adapter. Tensors beside the factors are `trained` (a head, biases); in a file of a whole
+        model those of its body are `base_copies`.
+
+    Raises:
+        ConfigurationError: No alpha, or slices that cannot be told.
+        AdapterFileError: The file is damaged or unsafe, or factors are missing.
+    """
+    path = Path(path)
+    if alpha is None:
+        raise ConfigurationError(
+            f"'{path}' is a loralib file, which does not record alpha. Give the lora_alpha it was trained "
+            "with; in the official scripts it is 16 for RoBERTa, 32 for DeBERTa and GPT-2."
+        )
+    if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
+        raise ConfigurationError(f"alpha is {alpha!r}; with it the adapter would have no effect.")
+    try:
+        factors, others = _sort(_state_dict(path))
+        layers = {
+            place: _layer(place, parts, others, float(alpha), enable_lora or {})
+            for place, parts in factors.items()
+        }
+        if not layers:
+            raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
+        return _adapter(layers, others, float(alpha))
+    except (AdapterFileError, ConfigurationError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"'{path}': {error}") from error
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if path.suffix == SAFETENSORS:
+        found: Any = read_safetensors(path)
+    else:
+        found = read_pickle(path)
+        if isinstance(found, Mapping) and isinstance(found.get("model_state_dict"), Mapping):
+            found = found["model_state_dict"]
+    tensors = as_tensors(found, path)
+    # Data-parallel training puts "module." before every key.
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _sort(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Factors by layer, under one set of names, and the other tensors."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if match := _FACTOR.fullmatch(key):
+            place, part = match["path"], match["factor"]
+        elif match := _DEBERTA_OLD.fullmatch(key):
+            place, part = f"{match['start']}{match['name']}_proj", match["factor"].upper()
+        elif match := _GPT2_FIRST.fullmatch(key):
+            place = f"{match['start']}.{_GPT2_FUSED}"
+            part = f"{'A' if match['factor'] == '1' else 'B'}_{match['letter']}"
+        elif "lora_" in key or "_adapter" in key:
+            raise AdapterFileError(
+                f"'{key}' is no name of loralib's, whose keys end in .lora_A and .lora_B."
+            )
+        else:
+            others[key] = tensor
+            continue
+        if part in factors.setdefault(place, {}):
+            raise AdapterFileError(f"'{place}' has its factors under two names.")
+        factors[place][part] = tensor
+    return factors, others
+
+
+def _layer(
+    place: str,
+    parts: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    alpha: float,
+    enable_lora: EnableLora,
+) -> StoredLayer:
+    if any("_" in part for part in parts):
+        return _first_gpt2_layer(place, parts, alpha)
+    if parts.keys() != {"A", "B"}:
+        missing = "B" if "A" in parts else "A"
+        raise AdapterFileError(f"'{place}' has no lora_{missing}.")
+    A, B = parts["A"], parts["B"]
+    if A.ndim != 2 or B.ndim != 2 or 0 in (*A.shape, *B.shape) or A.shape[0] % B.shape[1]:
+        raise AdapterFileError(
+            f"'{place}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
+            "lora_A (rank, in) and lora_B (out, rank) were expected."
+        )
+    rank = B.shape[1]
+    weight = others.get(f"{place}.conv.weight", others.get(f"{place}.weight"))
+    options: dict[str, Any] = {"kind": "linear"}
+    if weight is not None and weight.ndim > 2:
+        options = {"kind": "conv-loralib", "weight_shape": tuple(weight.shape)}
+        rank = A.shape[0] // weight.shape[-1]
+    elif weight is not None and tuple(weight.shape) == (A.shape[1], B.shape[0]) != (
+        B.shape[0],
+        A.shape[1],
+    ):
+        # Stored (in, out): GPT-2's layout, or an embedding table, whose names say what they are.
+        is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", place) is not None
+        options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
+    else:
+        n_out = None if weight is None else _rows_of(weight, A)
+        options["slices"] = _slices(place, A, B, n_out, enable_lora)
+        options["transposed"] = place.rpartition(".")[2] == _GPT2_FUSED
+    try:
+        return StoredLayer(A=A, B=B, scaling=alpha / max(1, rank), alpha=alpha, **options)
+    except AdapterFileError as error:
+        raise at(f"'{place}'", error) from error
+
+
+def _rows_of(weight: Tensor, A: Tensor) -> int | None:
+    """Output rows of the layer, whichever way round its weight is stored."""
+    sides = [
+        weight.shape[1 - i] for i in (0, 1) if weight.ndim == 2 and weight.shape[i] == A.shape[1]
+    ]
+    return max(sides, default=None)
+
+
+def _slices(
+    place: str, A: Tensor, B: Tensor, n_out: int | None, enable_lora: EnableLora
+) -> tuple[RowSlice, ...]:
+    """The slices of loralib's MergedLinear: rank rows of A for each, nothing for a plain layer."""
+    count = A.shape[0] // B.shape[1]
+    enabled = next(
+        (flags for end, flags in enable_lora.items() if f".{place}".endswith(f".{end}")), None
+    )
+    if enabled is None:
+        if count == 1 and n_out in (None, B.shape[0]):
+            return ()
+        if place.rpartition(".")[2] == _GPT2_FUSED and count in (2, 3):
+            enabled = (True, count == 3, True)
+        elif n_out is not None and n_out == B.shape[0]:
+            enabled = (True,) * count
+        else:
+            raise ConfigurationError(
+                f"'{place}' is a fused layer with {count} adapted slices, and the file does not say which. "
+                f"Say it as for loralib's MergedLinear: enable_lora={{'{place.rpartition('.')[2]}': "
+                "[True, False, True]}."
+            )
+    if sum(map(bool, enabled)) != count or B.shape[0] % count:
+        raise ConfigurationError(
+            f"enable_lora names {sum(map(bool, enabled))} slices for '{place}', and its factors are of {count}."
+        )
+    width = B.shape[0] // count
+    stride = len(enabled) * width
+    return tuple(
+        RowSlice(groups=1, stride=stride, offset=i * width, width=width)
+        for i, flag in enumerate(enabled)
+        if flag
+    )
+
+
+def _first_gpt2_layer(place: str, parts: Mapping[str, Tensor], alpha: float) -> StoredLayer:
+    """The first release's q_proj_adapter1 (A) and q_proj_adapter2 (B), on slices of c_attn."""
+    letters = [letter for letter in "qkv" if f"A_{letter}" in parts or f"B_{letter}" in parts]
+    expected = {f"{factor}_{letter}" for factor in "AB" for letter in letters}
+    if parts.keys() != expected:
+        raise AdapterFileError(f"'{place}' has factors {sorted(parts)}, not {sorted(expected)}.")
+    As, Bs = ([parts[f"{factor}_{letter}"] for letter in letters] for factor in "AB")
+    if (
+        any(t.ndim != 2 for t in (*As, *Bs))
+        or len({(a.shape, b.shape) for a, b in zip(As, Bs, strict=True)}) > 1
+    ):
+        raise AdapterFileError(f"'{place}': the factors of its slices differ in shape.")
+    width = Bs[0].shape[0]
+    slices = tuple(
+        RowSlice(groups=1, stride=3 * width, offset="qkv".index(letter) * width, width=width)
+        for letter in letters
+    )
+    scaling = alpha / max(1, As[0].shape[0])
+    A, B = torch.cat(As), torch.cat(Bs)
+    return StoredLayer(
+        kind="linear", A=A, B=B, scaling=scaling, alpha=alpha, slices=slices, transposed=True
+    )
+
+
+def _adapter(
+    layers: dict[str, StoredLayer], others: Mapping[str, Tensor], alpha: float
+) -> StoredAdapter:
+    trained, copies = _trained_and_copies(layers, others)
+    biases = [name for name in trained if name.rpartition(".")[2] == "bias"]
+    modules = _outermost(
+        [name for name in trained if name not in biases],
+        layers,
+        [n for n in trained if n in biases],
+    )
+    biases = [name for name in biases if not name.startswith(tuple(f"{m}." for m in modules))]
+    bias = "none"
+    if biases:
+        only_ours = all(name.rpartition(".")[0] in layers for name in biases)
+        bias = "lora_only" if only_ours else "all"
+    rank, _ = Counter(layer.rank for layer in layers.values()).most_common(1)[0]
+    notices = rank_notices(layers)
+    if copies:
+        notices.append("The file holds a whole model; its base weights are used for a check alone.")
+    return StoredAdapter(
+        method=LoRA(
+            rank=rank,
+            alpha=alpha,
+            targets=_targets(layers),
+            bias=bias,
+            rank_pattern={p: layer.rank for p, layer in layers.items() if layer.rank != rank},
+            train_modules=tuple(modules),
+        ),
+        layers=layers,
+        trained=trained,
+        base_copies=copies,
+        notices=notices,
+    )
+
+
+def _trained_and_copies(
+    layers: Mapping[str, StoredLayer], others: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A LoRA file holds what was trained; a whole model's, besides its head, the frozen body too."""
+    whole = any(
+        f"{place}.{w}" in others for place in layers for w in ("weight", "w", "conv.weight")
+    )
+    if not whole:
+        return {_base_name(name, layers): tensor for name, tensor in others.items()}, {}
+    roots = {place.partition(".")[0] for place in layers}
+    body = {name: tensor for name, tensor in others.items() if name.partition(".")[0] in roots}
+    trained, copies = {}, {}
+    for name, tensor in others.items():
+        if not tensor.is_floating_point():
+            continue  # position numbers
+        if name in body:
+            copies[_base_name(name, layers)] = tensor
+        elif not any(tensor.shape == t.shape and tensor.equal(t) for t in body.values()):
+            trained[_base_name(name, layers)] = (
+                tensor  # and no head that is the embedding once more
+            )
+    return trained, copies
+
+
+def _base_name(name: str, layers: Mapping[str, StoredLayer]) -> str:
+    """Loralib keeps a convolution's own tensors one level down; GPT-2's original names are short."""
+    place, _, attribute = name.rpartition(".")
+    if place.endswith(".conv") and place.removesuffix(".conv") in layers:
+        place = place.removesuffix(".conv")
+    return f"{place}.{_GPT2_BASE_NAMES.get(attribute, attribute)}" if place else name
+
+
+def _outermost(
+    names: Iterable[str], layers: Mapping[str, StoredLayer], biases: Iterable[str]
+) -> list[str]:
+    """The largest modules around trained tensors in which nothing is adapted: the heads."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")[:-1]
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        free = [p for p in prefixes if not any(f"{place}.".startswith(f"{p}.") for place in layers)]
+        if free:
+            found[free[0]] = None
+    return list(found)
+
+
+def _targets(layers: Mapping[str, StoredLayer]) -> tuple[str, ...]:
+    """Names under which the same layers would be adapted anew."""
+    found: dict[str, None] = {}
+    for place, layer in layers.items():
+        for piece in layer.slices:
+            if place.rpartition(".")[2] == _GPT2_FUSED and piece.stride == 3 * piece.width:
+                found[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
+        if not layer.slices:
+            found[place.rpartition(".")[2]] = None
+    return tuple(found) or tuple(layers)

@@ -1,0 +1,93 @@
+"""Files of loralib, written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit import storage
+from lorakit.adapters.formats.tensors import SAFETENSORS, write_safetensors
+from lorakit.adapters.stored import StoredAdapter, StoredLayer, at
+from lorakit.errors import AdapterFileError, ConfigurationError
+
+
+def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
+    """Write one file that loralib's ``model.load_state_dict(..., strict=False)`` takes.
+
+    Args:
+        stored: The adapter; one alpha must say the scaling of all its layers, as the file has none.
+        path: A ``.safetensors`` file; or ``.bin``, ``.pt``, ``.pth`` for code that uses `torch.load`
+            (a pickle of plain tensors, which opens with ``weights_only=True``).
+
+    Raises:
+        AdapterFileError: loralib has no equal for a layer.
+        RunFolderError: The file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (SAFETENSORS, ".bin", ".pt", ".pth"):
+        raise ConfigurationError(
+            f"'{path}' must end in .safetensors, .bin, .pt or .pth to say which kind of file it is to be."
+        )
+    if not stored.layers:
+        raise AdapterFileError(f"loralib has no method {type(stored.method).__name__}.")
+    state: dict[str, Tensor] = {}
+    alphas = set()
+    for place, layer in stored.layers.items():
+        try:
+            A, B, rank = _to_loralib(layer)
+        except AdapterFileError as error:
+            raise at(f"'{place}'", error) from error
+        alphas.add(layer.alpha if layer.alpha / rank == layer.scaling else layer.scaling * rank)
+        state |= {f"{place}.lora_A": A, f"{place}.lora_B": B}
+    if len(alphas) > 1:
+        raise AdapterFileError(
+            "a loralib file has one alpha for all layers, and these layers need "
+            f"{', '.join(f'{alpha:g}' for alpha in sorted(alphas))}."
+        )
+    state.update(stored.trained)
+    with storage.atomic_file(path) as temporary:
+        if path.suffix == SAFETENSORS:
+            write_safetensors(temporary, state)
+        else:
+            with temporary.open("wb") as file:
+                torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
+
+
+def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
+    """A, B and the rank that loralib's layer must be built with."""
+    if layer.magnitude is not None:
+        raise AdapterFileError("loralib has no DoRA.")
+    if layer.kind == "attention":
+        raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
+    if layer.kind == "conv" and (layer.groups > 1 or math.prod(layer.A.shape[2:]) > 1):
+        raise AdapterFileError(
+            "loralib factorises convolutions otherwise; only pointwise ones without groups are the same."
+        )
+    _check_slices(layer)
+    A, B = layer.A, layer.B
+    if layer.kind == "conv":
+        A, B = A.flatten(1), B.flatten(1)
+    if layer.initial_A is None or layer.initial_B is None:
+        return A, B, layer.rank
+    # PiSSA's start goes along with a minus sign, slice by slice, at twice the rank.
+    A0, B0 = layer.initial_A.reshape(A.shape), layer.initial_B.reshape(B.shape)
+    slices = max(1, len(layer.slices))
+    both = torch.cat([A.unflatten(0, (slices, -1)), A0.unflatten(0, (slices, -1))], dim=1)
+    return both.flatten(0, 1), torch.cat([B, -B0], dim=1), 2 * layer.rank
+
+
+def _check_slices(layer: StoredLayer) -> None:
+    for piece in layer.slices:
+        equal = (
+            piece.groups == 1 and not piece.offset % piece.width and not piece.stride % piece.width
+        )
+        if not equal or piece.width != layer.slices[0].width:
+            raise AdapterFileError(
+                "loralib knows slices of equal width alone, one after the other."
+            )
+    offsets = [piece.offset for piece in layer.slices]
+    if offsets != sorted(offsets):
+        raise AdapterFileError("loralib keeps slices in the order of their rows.")

@@ -1,0 +1,26 @@
+"""Data: files, hub or built-in data sets -> examples -> batches."""
+
+from __future__ import annotations
+
+from lorakit.data.batches import BatchSampler, collate
+from lorakit.data.config import DataConfig, Split
+from lorakit.data.examples import DataTask, ExampleSet, Report, load_examples, task_of
+from lorakit.data.preview import Preview, preview
+from lorakit.data.readers import Problem
+from lorakit.data.templates import Template
+
+__all__ = [
+    "BatchSampler",
+    "DataConfig",
+    "DataTask",
+    "ExampleSet",
+    "Preview",
+    "Problem",
+    "Report",
+    "Split",
+    "Template",
+    "collate",
+    "load_examples",
+    "preview",
+    "task_of",
+]

@@ -1,0 +1,90 @@
+"""From the columns of the data to the fields that a task reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakit.data.config import FIELDS, DataConfig
+from lorakit.data.templates import Template
+from lorakit.errors import DataError, nearest
+from lorakit.tasks import TASKS, Task
+
+
+class ColumnMap:
+    """Applies `columns`, `prompt_template` and `completion_template` to rows.
+
+    Raises:
+        DataError: the configuration names a column that the data does not have.
+    """
+
+    def __init__(self, config: DataConfig, columns: Sequence[str], where: str) -> None:
+        self.where = where
+        self.columns = list(columns)
+        self.renamed = config.columns
+        for ours, theirs in self.renamed.items():
+            if theirs not in self.columns:
+                raise DataError(
+                    f"{where} has no column {theirs!r}, which columns maps {ours!r} to; its columns are "
+                    f"{', '.join(self.columns)}." + nearest(theirs, self.columns)
+                )
+        texts = {"prompt": config.prompt_template, "completion": config.completion_template}
+        self.templates = {
+            field: Template(text, name=f"{field}_template")
+            for field, text in texts.items()
+            if text is not None
+        }
+        for template in self.templates.values():
+            template.check([*self.columns, *self.renamed], where)
+        present = {*self.columns, *self.renamed, *self.templates}
+        self.fields = [name for name in FIELDS if name in present]
+        """The fields that these rows can have."""
+
+    def column_of(self, field: str) -> str:
+        """Return what the data calls a field."""
+        return self.renamed.get(field, field)
+
+    def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of one row; a field that the row lacks is left out.
+
+        Raises:
+            BadRow: a template cannot be filled in.
+        """
+
+        def value_of(field: str) -> Any:
+            return values.get(self.column_of(field))
+
+        found = {field: value_of(field) for field in self.fields}
+        found |= {field: template.render(value_of) for field, template in self.templates.items()}
+        return {field: value for field, value in found.items() if value is not None}
+
+    def task(self, name: str, rows: Sequence[Mapping[str, Any]]) -> type[Task]:
+        """Return the task called `name`; for "auto", the one that can read these fields.
+
+        Raises:
+            DataError: none, or more than one, can.
+        """
+        if name == "auto" and self.templates:
+            name = "completion"
+        candidates = [TASKS[name]] if name != "auto" else list(TASKS.values())
+        if name == "auto":
+            fitting = [task for task in candidates if task.reads(self.fields, rows)]
+            if len(fitting) == 1:
+                return fitting[0]
+            if fitting:
+                raise DataError(
+                    f"{self.where}: its columns ({', '.join(self.columns)}) fit several tasks; "
+                    f"set task to one of {', '.join(task.name for task in fitting)}"
+                )
+        elif any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
+            return candidates[0]
+        expected = "".join(
+            f"\n  {task.name + ':':<16}" + " | ".join(" + ".join(layout) for layout in task.layouts)
+            for task in candidates
+        )
+        of_task = "any task" if name == "auto" else f"task {name}"
+        raise DataError(
+            f"{self.where}: its columns are {', '.join(self.columns)}; expected those of {of_task}:{expected}\n"
+            "Give yours these names with `columns`, for example {prompt: question, completion: answer}, or "
+            "make prompt and completion with prompt_template and completion_template"
+        )

@@ -1,0 +1,122 @@
+"""Which data a run uses, and what to do with rows that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorakit.data.sources import BUILT_IN
+from lorakit.data.templates import Template
+from lorakit.errors import ConfigurationError, nearest
+from lorakit.tasks import TASKS
+
+Split = Literal["train", "validation", "test"]
+
+OPTIONAL_FIELDS = ("tools",)
+FIELDS = (
+    *dict.fromkeys(name for task in TASKS.values() for layout in task.layouts for name in layout),
+    *OPTIONAL_FIELDS,
+)
+"""The names that `columns` can give a value to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data to train and evaluate on."""
+
+    train: str | list[str]
+    """One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
+    (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
+    `docstrings`, which is built in and brings its own validation and test data."""
+    validation: str | list[str] | None = None
+    """Data for the held-out loss while training; written like `train`."""
+    test: str | list[str] | None = None
+    """Data for the final scores; written like `train`."""
+    validation_fraction: float = 0.0
+    """Hold out this share of the distinct inputs of `train` for validation, instead of `validation`.
+    Rows with the same input stay together."""
+    train_split: str = "train"
+    """The split of a hub data set to train on."""
+    validation_split: str = "validation"
+    """The split of a hub data set to validate on."""
+    test_split: str = "test"
+    """The split of a hub data set to test on."""
+    task: str = "auto"
+    """auto (by the columns), completion, chat, classification or regression."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names for columns of the data: `{prompt: meaning_representation, completion: human_reference}`.
+    Names are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
+    prompt_template: str | None = None
+    """How a prompt is made of columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Braces are
+    written twice to stand for themselves."""
+    completion_template: str | None = None
+    """How a completion is made of columns, for example `" {summary}"`."""
+    max_length: int = 512
+    """Longest example, in tokens."""
+    too_long: Literal["stop", "skip", "truncate"] = "stop"
+    """What to do with longer ones. `truncate` cuts a prompt from its left and keeps the completion; a
+    completion that is too long by itself loses its end; of two texts the longer one loses its end."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do with rows that have a missing, empty or wrongly typed field, or are not UTF-8."""
+    limit: int | None = None
+    """Read only the first rows of each set."""
+
+    def __post_init__(self) -> None:
+        if self.task != "auto" and self.task not in TASKS:
+            raise ConfigurationError(
+                f"unknown task {self.task!r}; tasks are auto, {', '.join(TASKS)}."
+                + nearest(self.task, ["auto", *TASKS])
+            )
+        for name in self.columns:
+            if name not in FIELDS:
+                raise ConfigurationError(
+                    f"columns: {name!r} is not a name of ours; write `ours: theirs`, where ours is one of "
+                    f"{', '.join(FIELDS)}." + nearest(name, FIELDS)
+                )
+        for option, allowed in (
+            ("too_long", ("stop", "skip", "truncate")),
+            ("bad_rows", ("stop", "skip")),
+        ):
+            value = getattr(self, option)
+            if value not in allowed:
+                raise ConfigurationError(f"{option} is {value!r}, expected {' or '.join(allowed)}")
+        if self.max_length < 2:
+            raise ConfigurationError(
+                f"max_length is {self.max_length}; it must be at least 2 tokens"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigurationError(f"limit is {self.limit}; it must be at least 1 row")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigurationError(
+                f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1"
+            )
+        if self.validation_fraction and self.validation is not None:
+            raise ConfigurationError("set validation or validation_fraction, not both")
+        for option in ("prompt_template", "completion_template"):
+            if (text := getattr(self, option)) is not None:
+                Template(
+                    text, name=option
+                )  # a template that cannot be read is an error here already
+                if self.task not in ("auto", "completion"):
+                    raise ConfigurationError(
+                        f"{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one"
+                    )
+
+    def source(self, split: Split) -> str | list[str] | None:
+        """Return what the configuration names for a split; None when it names nothing."""
+        if split == "train" or (split == "validation" and self.validation_fraction):
+            return self.train
+        named = self.validation if split == "validation" else self.test
+        if named is None and self.train in BUILT_IN:
+            return self.train
+        return named
+
+    def hub_split(self, split: Split) -> str:
+        """Return the name under which a hub data set holds a split."""
+        if split == "validation" and self.validation_fraction:
+            split = "train"
+        return {
+            "train": self.train_split,
+            "validation": self.validation_split,
+            "test": self.test_split,
+        }[split]

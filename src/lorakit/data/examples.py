@@ -1,0 +1,248 @@
+"""From a configuration to examples: read, map columns, tokenise, and account for every row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.columns import ColumnMap
+from lorakit.data.config import DataConfig, Split
+from lorakit.data.readers import Problem, Row
+from lorakit.data.sources import Source, read_source
+from lorakit.errors import DataError
+from lorakit.tasks import BadRow, Example, RowError, Task, TooLong, UnknownLabel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 5
+"""Problems that a message lists; the report has them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTask:
+    """What the training data is for."""
+
+    name: str
+    """completion, chat, classification or regression."""
+    labels: tuple[str, ...] = ()
+    """Class names in index order; empty without classes."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What became of every row of a data set: `read = kept + skipped + held_out`."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    truncated: int = 0
+    """Of those kept."""
+    held_out: int = 0
+    """Rows that belong to the other side of `validation_fraction`."""
+    bad: list[Problem] = field(default_factory=list)
+    """Rows left out because they cannot be used, with file and line."""
+    too_long: list[Problem] = field(default_factory=list)
+    """Rows left out because of their length, with file and line."""
+    longest: int = 0
+    """Tokens of the longest row left out; 0 without any."""
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out, as bad or too long."""
+        return len(self.bad) + len(self.too_long)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return dataclasses.asdict(self) | {"skipped": self.skipped}
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept:,} of {self.read:,} rows"]
+        if self.bad:
+            parts.append(f"{len(self.bad):,} bad, skipped")
+        if self.too_long:
+            parts.append(
+                f"{len(self.too_long):,} too long, skipped (up to {self.longest:,} tokens)"
+            )
+        if self.truncated:
+            parts.append(f"{self.truncated:,} truncated")
+        if self.held_out:
+            parts.append(f"{self.held_out:,} on the other side of validation_fraction")
+        return f"{self.source}: {'; '.join(parts)}" + _listing(self.bad)
+
+
+@dataclass(kw_only=True)
+class ExampleSet(Sequence[Example]):
+    """The examples of one split, and where they come from."""
+
+    examples: list[Example]
+    task: str
+    """Name of the task, `auto` resolved."""
+    labels: tuple[str, ...]
+    """Class names in index order; empty without classes."""
+    report: Report
+    sha256: str
+    """Digest of the source's content."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example) for example in self.examples]
+
+
+def load_examples(
+    config: DataConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: Sequence[str] | None = None,
+) -> ExampleSet:
+    """Return the examples of a split.
+
+    Task and class labels are those of the training set, whichever split is asked for; `labels` gives them
+    where the training set is not at hand (evaluating an adapter), together with an explicit `task`.
+
+    Raises:
+        DataError: the data is missing or empty, its columns fit no task, a label is unknown, or a row is
+            bad or too long and the configuration says stop. Names files and lines.
+    """
+    where = config.source(split)
+    if where is None:
+        raise DataError(f"the configuration names no {split} data; set data.{split}")
+    source = read_source(where, config.hub_split(split), config.limit)
+    columns = ColumnMap(config, source.columns, source.name)
+    if labels is not None and config.task != "auto":
+        resolved = DataTask(name=config.task, labels=tuple(labels))
+    elif (where, config.hub_split(split)) == (config.train, config.train_split):
+        resolved = _task_of(config, source, columns)
+    else:
+        resolved = task_of(config)
+    task_type = columns.task(resolved.name, [])  # this split too must have the task's columns
+    task = task_type(
+        tokenizer,
+        max_length=config.max_length,
+        truncate=config.too_long == "truncate",
+        labels=resolved.labels if labels is None else labels,
+    )
+    report = Report(source=source.name, read=len(source.rows))
+    examples = list(_encode(source, columns, task, config, report))
+    if not examples:
+        raise DataError(
+            f"{source.name}: none of its {report.read:,} rows can be used"
+            f"{_listing(report.bad + report.too_long)}"
+        )
+    if config.validation_fraction and split != "test":
+        examples = _side(examples, config.validation_fraction, held_out=split == "validation")
+        report.held_out = report.read - report.skipped - len(examples)
+    report.kept = len(examples)
+    report.truncated = sum(example.truncated for example in examples)
+    return ExampleSet(
+        examples=examples, task=task.name, labels=task.labels, report=report, sha256=source.sha256
+    )
+
+
+def task_of(config: DataConfig) -> DataTask:
+    """Return task and labels of the training data, without a tokenizer: they decide on the model's head.
+
+    Raises:
+        DataError: the data cannot be read, or its columns fit no task.
+    """
+    source = read_source(config.train, config.train_split, config.limit)
+    return _task_of(config, source, ColumnMap(config, source.columns, source.name))
+
+
+def _task_of(config: DataConfig, source: Source, columns: ColumnMap) -> DataTask:
+    rows = list(_fields(source, columns))
+    task = columns.task(config.task, rows)
+    declared = source.class_names.get(columns.column_of("label"), ())
+    return DataTask(name=task.name, labels=task.labels_of(rows, declared))
+
+
+def _fields(source: Source, columns: ColumnMap) -> Iterator[dict[str, Any]]:
+    for row in source.rows:
+        if isinstance(row, Row):
+            try:
+                yield columns.apply(row.values)
+            except BadRow:
+                continue  # _encode reports it
+
+
+def _encode(
+    source: Source, columns: ColumnMap, task: Task, config: DataConfig, report: Report
+) -> Iterator[Example]:
+    """Yield the examples of the rows that can be used, and note the others in `report`.
+
+    With "stop", the whole set is looked through first, so that one run shows all that has to be mended.
+    """
+    for row in source.rows:
+        if isinstance(row, Problem):
+            report.bad.append(row)
+            continue
+        try:
+            example = task.encode(columns.apply(row.values))
+        except UnknownLabel as error:
+            raise DataError(str(_problem(row, error, columns))) from None
+        except BadRow as error:
+            report.bad.append(_problem(row, error, columns))
+        except TooLong as error:
+            report.too_long.append(_problem(row, error, columns))
+            report.longest = max(report.longest, error.length)
+        else:
+            example.origin = row.origin
+            yield example
+    if report.bad and config.bad_rows == "stop":
+        raise DataError(
+            f"{source.name}: {len(report.bad):,} of {report.read:,} rows cannot be used"
+            f"{_listing(report.bad)}\nMend them, or set bad_rows to skip to leave them out"
+        )
+    if report.too_long and config.too_long == "stop":
+        raise DataError(
+            f"{source.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
+            f"{config.max_length:,}, the longest with {report.longest:,} tokens"
+            f"{_listing(report.too_long)}\nRaise max_length, or set too_long to skip or truncate"
+        )
+
+
+def _problem(row: Row, error: RowError, columns: ColumnMap) -> Problem:
+    if error.column is None:
+        return Problem(row.origin, str(error))
+    return Problem(row.origin, f"'{columns.column_of(error.column)}' {error.what}")
+
+
+def _listing(problems: Sequence[Problem]) -> str:
+    """Return the first problems, a line each, and the number of the others."""
+    lines = [f"\n  {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"\n  ... and {len(problems) - SHOWN:,} more")
+    return "".join(lines)
+
+
+def _side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:
+    """Return the validation or the training side of a set.
+
+    Sides are drawn by a hash of the input's text, not of the row: several references for one input, or
+    repeated rows, would otherwise stand on both and make the held-out loss look better than it is.
+    """
+    prompts = sorted(
+        {example.prompt for example in examples},
+        key=lambda prompt: hashlib.sha256(prompt.encode()).digest(),
+    )
+    if len(prompts) < 2:
+        raise DataError(
+            "validation_fraction needs at least two distinct inputs to divide; there is one"
+        )
+    count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
+    validation = set(prompts[:count])
+    return [example for example in examples if (example.prompt in validation) == held_out]

@@ -1,0 +1,236 @@
+"""A data set as the model will see it: tokens and targets, lengths, labels, duplicates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.config import DataConfig, Split
+from lorakit.data.examples import ExampleSet, Report, load_examples
+from lorakit.tasks import Example, LabelledExample, LanguageExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an example."""
+
+    id: int
+    text: str
+    target: bool
+    """Whether the loss is on it."""
+
+
+@dataclass(frozen=True)
+class PreviewExample:
+    """One example, token by token."""
+
+    origin: str
+    tokens: list[Token]
+    prompt: str
+    completion: str
+    label: int | float | None
+    """Class index or score; None for language modelling."""
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Distribution of the number of tokens."""
+
+    p50: int
+    p90: int
+    max: int
+    total: int
+    histogram: list[tuple[int, int, int]]
+    """Bins of equal width as (least length, greatest length, examples)."""
+
+
+@dataclass(frozen=True)
+class SplitPreview:
+    """One split as a whole."""
+
+    report: Report
+    lengths: Lengths
+    targets: int | None
+    """Tokens that carry loss; None where the target is a label."""
+    labels: dict[str, int]
+    """Examples of each class; empty without classes."""
+    scores: tuple[float, float, float] | None
+    """Least, mean and greatest score; None without scores."""
+    repeated_prompts: int
+    """Examples whose prompt an earlier example has too."""
+    repeated_examples: int
+    """Examples whose prompt and completion an earlier example has too."""
+    shared_prompts: float
+    """Share of the examples whose prompt is that of at least one other."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two splits have in common; it makes scores on the second look better than they are."""
+
+    first: str
+    second: str
+    prompts: int
+    """Examples of the second split whose prompt stands in the first."""
+    examples: int
+    """Of these, examples that have a completion in common as well."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `lorakit data` shows."""
+
+    task: str
+    labels: tuple[str, ...]
+    splits: dict[str, SplitPreview]
+    examples: list[PreviewExample]
+    """The first examples of the training set."""
+    overlaps: list[Overlap]
+    notes: list[str] = field(default_factory=list)
+    """What is worth a second look."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON-able values."""
+        return dataclasses.asdict(self)
+
+
+def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Preview:
+    """Return the first `n` training examples token by token, and statistics of every split named.
+
+    Rows that would stop a training run do not stop the preview: the reports and a note tell of them.
+
+    Raises:
+        DataError: the data is missing or empty, its columns fit no task, or no row can be used.
+    """
+    lenient = dataclasses.replace(
+        config, bad_rows="skip", too_long="skip" if config.too_long == "stop" else config.too_long
+    )
+    sets: dict[Split, ExampleSet] = {
+        split: load_examples(lenient, split, tokenizer)
+        for split in SPLITS
+        if config.source(split) is not None
+    }
+    train = sets["train"]
+    return Preview(
+        task=train.task,
+        labels=train.labels,
+        splits={str(split): _split_preview(examples) for split, examples in sets.items()},
+        examples=[_preview_example(example, tokenizer) for example in train.examples[:n]],
+        overlaps=[_overlap(first, second, sets) for first, second in combinations(sets, 2)],
+        notes=list(_notes(config, tokenizer, sets)),
+    )
+
+
+def _preview_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewExample:
+    mask = example.loss_mask if isinstance(example, LanguageExample) else [False] * len(example)
+    return PreviewExample(
+        origin=example.origin,
+        tokens=[
+            Token(id=i, text=_token_text(i, tokenizer), target=target)
+            for i, target in zip(example.input_ids, mask, strict=True)
+        ],
+        prompt=example.prompt,
+        completion=example.completion,
+        label=example.label if isinstance(example, LabelledExample) else None,
+        truncated=example.truncated,
+    )
+
+
+def _token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = str(tokenizer.decode([token]))
+    # A token may be part of a character; its name in the vocabulary shows more than a replacement mark.
+    return (
+        str(tokenizer.convert_ids_to_tokens(token)) if "\N{REPLACEMENT CHARACTER}" in text else text
+    )
+
+
+def _split_preview(examples: ExampleSet) -> SplitPreview:
+    prompts = Counter(example.prompt for example in examples)
+    pairs = {(example.prompt, example.completion) for example in examples}
+    masks = [example.loss_mask for example in examples if isinstance(example, LanguageExample)]
+    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    counts = Counter(example.completion for example in labelled) if examples.labels else Counter()
+    scores = [float(example.label) for example in labelled] if not examples.labels else []
+    shared = sum(count for count in prompts.values() if count > 1)
+    return SplitPreview(
+        report=examples.report,
+        lengths=_lengths(examples.lengths),
+        targets=sum(map(sum, masks)) if masks else None,
+        labels={label: counts[label] for label in examples.labels},
+        scores=(min(scores), math.fsum(scores) / len(scores), max(scores)) if scores else None,
+        repeated_prompts=len(examples) - len(prompts),
+        repeated_examples=len(examples) - len(pairs),
+        shared_prompts=shared / len(examples),
+    )
+
+
+def _lengths(lengths: Sequence[int], bins: int = 12) -> Lengths:
+    ordered = sorted(lengths)
+    least, greatest = ordered[0], ordered[-1]
+    width = (greatest - least) // bins + 1
+    counts = Counter((length - least) // width for length in ordered)
+
+    def percentile(share: float) -> int:
+        return ordered[math.ceil(share * len(ordered)) - 1]
+
+    return Lengths(
+        p50=percentile(0.5),
+        p90=percentile(0.9),
+        max=greatest,
+        total=sum(ordered),
+        histogram=[
+            (least + i * width, least + (i + 1) * width - 1, counts[i])
+            for i in range(max(counts) + 1)
+        ],
+    )
+
+
+def _overlap(first: Split, second: Split, sets: dict[Split, ExampleSet]) -> Overlap:
+    prompts = {example.prompt for example in sets[first]}
+    pairs = {(example.prompt, example.completion) for example in sets[first]}
+    return Overlap(
+        first=first,
+        second=second,
+        prompts=sum(example.prompt in prompts for example in sets[second]),
+        examples=sum((example.prompt, example.completion) in pairs for example in sets[second]),
+    )
+
+
+def _notes(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: dict[Split, ExampleSet]
+) -> Iterator[str]:
+    for split, examples in sets.items():
+        report = examples.report
+        if report.bad and config.bad_rows == "stop":
+            yield f"training would stop at {len(report.bad):,} bad rows of {split}: mend them or set bad_rows: skip"
+        if report.too_long and config.too_long == "stop":
+            yield (
+                f"training would stop at {len(report.too_long):,} rows of {split} above max_length "
+                f"{config.max_length:,}: raise it, or set too_long to skip or truncate"
+            )
+    for name in ("prompt_template", "completion_template"):
+        if "\\n" in (getattr(config, name) or ""):
+            yield (
+                f"{name} holds a backslash and an n, not a line feed; in YAML write the template in double "
+                "quotes, in a shell in $'...'"
+            )
+    language = [example for example in sets["train"] if isinstance(example, LanguageExample)]
+    if spaced := sum(example.prompt.endswith(" ") for example in language):
+        yield (
+            f"{spaced:,} prompts of train end in a space, which most tokenizers join to the next word: "
+            "let the completion begin with it instead"
+        )
+    for special in tokenizer.all_special_tokens:
+        if count := sum(special in example.completion for example in language):
+            yield f"{count:,} completions of train hold {special}, which the tokenizer reads as a special token"

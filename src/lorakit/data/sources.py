@@ -1,0 +1,190 @@
+"""Where rows come from: files, the Hugging Face hub, or a built-in data set."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorakit import storage
+from lorakit.data import docstrings
+from lorakit.data.readers import READERS, Problem, Row, Rows, reader_for
+from lorakit.errors import DataError, nearest
+
+BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}
+"""Data sets that need no file: name -> rows of a split."""
+
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows that a configuration names, in order, with those that cannot be read."""
+
+    name: str
+    rows: list[Row | Problem]
+    sha256: str
+    """Of the file's bytes; for several files, of their digests; otherwise of the rows as JSON."""
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names that a hub data set declares for the classes of a column."""
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that any row has, in order of appearance."""
+        return list(
+            dict.fromkeys(name for row in self.rows if isinstance(row, Row) for name in row.values)
+        )
+
+
+def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> Source:
+    """Read the rows that `where` names (see `DataConfig.train`), at most `limit` of them.
+
+    `split` is the split of a hub or built-in data set; files have none.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it has no rows.
+    """
+    entries = [where] if isinstance(where, str) else list(where)
+    if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
+        raise DataError(f"data is {where!r}; name at least one file or data set")
+    parts = [part for entry in entries for part in _parts(entry, split)]
+    for part, count in Counter(part.name for part in parts).items():
+        if count > 1:
+            raise DataError(
+                f"{part} is named {count} times in {where!r}; its rows would be repeated"
+            )
+    rows: list[Row | Problem] = []
+    for part in parts:
+        before = len(rows)
+        rows += islice(part.rows(), None if limit is None else limit - before)
+        if len(rows) == before:
+            raise DataError(f"{part.name} is empty: it has no rows")
+        if len(rows) == limit:
+            break
+    name = ", ".join(entries)
+    if not any(isinstance(row, Row) for row in rows):
+        raise DataError(
+            f"{name}: none of its {len(rows):,} rows can be read; the first is {rows[0]}"
+        )
+    digests = [part.sha256() for part in parts]
+    return Source(
+        name=name,
+        rows=rows,
+        sha256=digests[0]
+        if len(digests) == 1
+        else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        class_names={column: names for part in parts for column, names in part.class_names.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file, or one split of a data set."""
+
+    name: str
+    rows: Callable[[], Rows]
+    sha256: Callable[[], str]
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _parts(entry: str, split: str) -> list[_Part]:
+    if entry in BUILT_IN:
+        return [_built_in(entry, split)]
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return [_file(path)]
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if reader_for(p))
+        raise DataError(
+            f"{entry} is a folder; name its files, for example {entry.rstrip('/')}/*.jsonl "
+            f"(data files in it: {', '.join(inside[:5]) or 'none'})"
+        )
+    if glob.has_magic(entry):
+        found = sorted(
+            Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
+        )
+        if not found:
+            raise DataError(f"no file matches {entry}")
+        return [_file(match) for match in found]
+    if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
+        return [_hub(entry, hub["id"], hub["config"], hub["revision"], split)]
+    beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    raise DataError(
+        f"there is no file or data set {entry!r}; name a file ({', '.join(READERS)}), a hub data set "
+        f"(owner/name) or a built-in one ({', '.join(BUILT_IN)})."
+        + (nearest(path.name, beside) or nearest(entry, BUILT_IN))
+    )
+
+
+def _file(path: Path) -> _Part:
+    reader = reader_for(path)
+    if reader is None:
+        raise DataError(
+            f"{path}: unknown format {path.suffix or '(no suffix)'!r}; data files end in "
+            f"{', '.join(READERS)} (text formats also in .gz)"
+        )
+    return _Part(name=str(path), rows=lambda: reader(path), sha256=lambda: storage.sha256(path))
+
+
+def _built_in(name: str, split: str) -> _Part:
+    values = BUILT_IN[name](split)
+    return _of_values(f"{name}[{split}]", lambda: values)
+
+
+def _hub(entry: str, name: str, config: str | None, revision: str | None, split: str) -> _Part:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{entry}: reading hub data sets needs datasets: pip install datasets"
+        ) from None
+    try:
+        data = datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # whatever datasets, the hub or the network raise
+        raise DataError(
+            f"{entry}: the hub data set cannot be loaded, split {split!r} ({type(error).__name__}: {error}). "
+            "Check its name (owner/name:config), its splits, and the network; a file on disk needs no network"
+        ) from error
+    classes = {
+        column: tuple(feature.names)
+        for column, feature in (data.features or {}).items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+
+    def values() -> Iterator[dict[str, Any]]:
+        for row in data:
+            # -1 stands for a hidden label in many test sets; it has no name and stays as it is.
+            names = {
+                column: classes[column][row[column]]
+                for column in classes
+                if isinstance(row[column], int) and 0 <= row[column] < len(classes[column])
+            }
+            yield {**dict(row), **names}
+
+    return _of_values(f"{entry}[{split}]", values, classes)
+
+
+def _of_values(
+    name: str,
+    values: Callable[[], Iterable[dict[str, Any]]],
+    class_names: dict[str, tuple[str, ...]] | None = None,
+) -> _Part:
+    def rows() -> Rows:
+        for number, row in enumerate(values(), start=1):
+            yield Row(row, f"{name}:row {number}")
+
+    def sha256() -> str:
+        digest = hashlib.sha256()
+        for row in values():
+            # `default=str`: dates and images have no JSON form of their own.
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    return _Part(name, rows, sha256, class_names or {})

@@ -1,0 +1,55 @@
+"""A base model with an adapter on it, from the adapter's own record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lorakit.adapters import formats
+from lorakit.adapters.saving import load
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.base import DataTask, open_base
+from lorakit.evaluation.config import BaseConfig
+from lorakit.models.loading import Base
+
+ADAPTER = "adapter"
+"""Name of the adapter on its model."""
+
+
+def open_adapted(
+    base: BaseConfig | None, adapter: str | None, *, allow_other_base: bool = False
+) -> Base:
+    """Load a base and let an adapter act on it.
+
+    Args:
+        base: The base model; None takes the one that the adapter records.
+        adapter: Adapter folder; None leaves the base as it is.
+        allow_other_base: Accept a base other than the one the adapter records.
+
+    Returns:
+        The base, its tokenizer that of the adapter's folder where it has one (it may have been given new
+        tokens or another chat template).
+
+    Raises:
+        LorakitError: The base or the adapter cannot be read, or do not fit each other.
+    """
+    if adapter is None:
+        if base is None:
+            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+        return open_base(base, DataTask(name="completion", labels=()))
+    stored = formats.read(Path(adapter))
+    if base is None:
+        name = stored.base.source.name if stored.base else None
+        if name is None:
+            raise ConfigurationError(
+                f"The adapter {adapter} does not say which base it was made for. Name it: --base.name MODEL."
+            )
+        base = BaseConfig(name=name)
+    made = stored.provenance
+    task = DataTask(name=made.get("task", "completion"), labels=tuple(made.get("labels", ())))
+    opened = open_base(base, task)
+    load(opened.model, adapter, name=ADAPTER, allow_other_base=allow_other_base)
+    if (Path(adapter) / "tokenizer_config.json").exists():
+        opened.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    return opened

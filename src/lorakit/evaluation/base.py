@@ -1,0 +1,147 @@
+"""The base model that a configuration and its data ask for: the right head, on the right device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import AutoConfig
+
+from lorakit.data import DataConfig, collate
+from lorakit.data.columns import ColumnMap
+from lorakit.data.readers import Row
+from lorakit.data.sources import read_source
+from lorakit.errors import BaseModelError
+from lorakit.evaluation.config import BaseConfig
+from lorakit.evaluation.objective import IGNORED
+from lorakit.models.loading import Base, Task, load_base, resolve
+from lorakit.tasks import BadRow, Example, LanguageExample
+
+Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+"""Makes a batch of examples, on the model's device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataTask:
+    """What the training data is for, which decides on the model's head."""
+
+    name: str
+    """completion, chat, classification or regression."""
+    labels: tuple[str, ...]
+    """Class names in index order; empty without classes."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model's answer is text."""
+        return self.name in ("completion", "chat")
+
+
+def task_of(data: DataConfig) -> DataTask:
+    """Return the task of the training data and its labels: known before there is a tokenizer to read it with.
+
+    Raises:
+        DataError: The data cannot be read, or its columns fit no task.
+    """
+    source = read_source(data.train, data.train_split, data.limit)
+    columns = ColumnMap(data, source.columns, source.name)
+    rows = []
+    for row in source.rows:
+        if isinstance(row, Row):
+            try:
+                rows.append(columns.apply(row.values))
+            except BadRow:
+                continue  # reported, with file and line, when the examples are made
+    task = columns.task(data.task, rows)
+    known = source.class_names.get(columns.column_of("label"), ())
+    return DataTask(name=task.name, labels=tuple(task.labels_of(rows, known)))
+
+
+def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
+    """Load the base with a head for `task`, and move it to the configured device.
+
+    Raises:
+        BaseModelError: It cannot be read, has no such head, or comes without a tokenizer.
+        ConfigurationError: The device is not there.
+    """
+    device = config.pick_device()
+    base = load_base(
+        config.name,
+        task=_model_task(config, task),
+        num_labels=len(task.labels) or None,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        seed=seed,
+    )
+    if base.tokenizer is None:
+        raise BaseModelError(
+            f"'{base.source.name}' has no tokenizer, without which text cannot be read. Name a base that has "
+            "one, or save the tokenizer into its folder."
+        )
+    base.model.to(device)  # type: ignore[arg-type]
+    return base
+
+
+def collator(base: Base) -> Collate:
+    """Return what makes batches for `base`: padded, on its device, split in two for an encoder-decoder."""
+    model, tokenizer = base.model, base.tokenizer
+    assert tokenizer is not None  # open_base refuses a base without
+    pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+    encodes = model.config.is_encoder_decoder
+
+    def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        language = [e for e in examples if isinstance(e, LanguageExample)]
+        splits = encodes and language
+        batch = _encoder_decoder_batch(base, language, pad) if splits else collate(examples, pad)
+        return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+    return make
+
+
+def encoder_input(base: Base, example: LanguageExample) -> list[int]:
+    """Return the tokens of a prompt as an encoder takes them: closed by the end of sequence."""
+    assert base.tokenizer is not None
+    return [*example.prompt_ids, int(base.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+
+
+def _encoder_decoder_batch(
+    base: Base, examples: Sequence[LanguageExample], pad: int
+) -> dict[str, torch.Tensor]:
+    # A decoder that generation starts with a forced token (BART) has to see it there in training too.
+    generation = getattr(base.model, "generation_config", None)
+    forced = getattr(generation, "forced_bos_token_id", None)
+    start = [] if forced is None else [int(forced)]
+    inputs = [encoder_input(base, e) for e in examples]
+    targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
+    width, length = max(map(len, inputs)), max(map(len, targets))
+    return {
+        "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in inputs]),
+        "attention_mask": torch.tensor(
+            [[*[1] * len(ids), *[0] * (width - len(ids))] for ids in inputs]
+        ),
+        "labels": torch.tensor([[*ids, *[IGNORED] * (length - len(ids))] for ids in targets]),
+    }
+
+
+def _model_task(config: BaseConfig, task: DataTask) -> Task:
+    if task.name == "classification":
+        return "sequence-classification"
+    if task.name == "regression":
+        return "regression"
+    return "seq2seq-lm" if _is_encoder_decoder(config) else "causal-lm"
+
+
+def _is_encoder_decoder(config: BaseConfig) -> bool:
+    source = resolve(config.name, revision=config.revision)
+    if source.kind == "gguf":
+        return False
+    try:
+        found = AutoConfig.from_pretrained(
+            source.path_or_id,
+            revision=source.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception:  # whatever is wrong with it, loading the model says it better
+        return False
+    return bool(getattr(found, "is_encoder_decoder", False))

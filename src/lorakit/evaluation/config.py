@@ -1,0 +1,158 @@
+"""Settings of evaluation and generation; training shares the ones that name the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+
+DType = Literal["auto", "float32", "bfloat16"]
+Score = Literal["loss", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The base model: which one, and how it is computed."""
+
+    name: str
+    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: DType = "auto"
+    """Precision of the computation; auto is bfloat16 where the processor multiplies it natively, else float32."""
+    device: str = "auto"
+    """Where it is computed: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub repository. Only for repositories you have read."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
+        require_choice("base.dtype", self.dtype, DType)
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ConfigurationError(
+                    f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1 or mps."
+                ) from None
+
+    def pick_device(self) -> torch.device:
+        """Return the device that `device` stands for on this machine.
+
+        Raises:
+            ConfigurationError: The device named is not there.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+            device.type == "mps" and not torch.backends.mps.is_available()
+        )
+        if missing:
+            raise ConfigurationError(
+                f"base.device is {self.device!r}, but this torch sees no such device. Write auto or cpu."
+            )
+        return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How text is generated: greedy by default, sampling above temperature 0, beam search above one beam."""
+
+    max_new_tokens: int = 128
+    """Tokens generated per prompt at most; an end-of-sequence token ends it earlier."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above it, tokens are drawn (1 = the model's own distribution)."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this share of the probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 is all of them."""
+    beams: int = 1
+    """Beams of a beam search; 1 is none."""
+    length_penalty: float = 1.0
+    """Exponent of the length by which a beam's log-likelihood is divided; below 1 favours short texts."""
+    no_repeat_ngram: int = 0
+    """Length of n-grams that may not occur twice in a text; 0 allows all."""
+    batch_size: int = 16
+    """Prompts generated together."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("beams", 1), ("batch_size", 1)):
+            require_at_least(f"decoding.{name}", getattr(self, name), least)
+        for name in ("temperature", "top_k", "no_repeat_ngram"):
+            require_at_least(f"decoding.{name}", getattr(self, name), 0)
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(
+                f"decoding.top_p is {self.top_p}; it must be above 0 and at most 1."
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise ConfigurationError(
+                "decoding.top_p and top_k choose among draws, but temperature 0 draws nothing. Set temperature, "
+                "for example to 1."
+            )
+        if self.temperature > 0 and self.beams > 1:
+            raise ConfigurationError(
+                "decoding.temperature and beams exclude each other: draw (beams 1) or search (temperature 0)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `lorakit evaluate` scores: a base model, with or without an adapter, on held-out data."""
+
+    base: BaseConfig
+    """The base model."""
+    data: DataConfig
+    """The data and how an example is read from it."""
+    adapter: str | None = None
+    """Adapter folder; none scores the base alone."""
+    allow_other_base: bool = False
+    """Score an adapter on a base other than the one it records, knowing what that means."""
+    split: Literal["validation", "test"] = "test"
+    """Which of the data's held-out parts is scored."""
+    scores: tuple[Score, ...] = ("loss", "text")
+    """For text generation: the held-out loss, BLEU and ROUGE-L of generated text, or both. Classification and
+    regression always give all of theirs."""
+    limit: int | None = None
+    """Score this many prompts (all rows that share one count once), from the first; none scores all."""
+    lowercase: bool = True
+    """Compare generated text and references in lower case, as the E2E NLG challenge does."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How text is generated."""
+    batch_size: int = 16
+    """Examples per forward pass where nothing is generated."""
+    output: str | None = None
+    """Write each example's prompt, output and references to this .jsonl file."""
+
+    def __post_init__(self) -> None:
+        require_choice("split", self.split, Literal["validation", "test"])
+        object.__setattr__(self, "scores", tuple(self.scores))
+        if not self.scores:
+            raise ConfigurationError("scores is empty; name loss, text or both.")
+        for score in self.scores:
+            require_choice("scores", score, Score)
+        require_at_least("batch_size", self.batch_size, 1)
+        if self.limit is not None:
+            require_at_least("limit", self.limit, 1)
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Raise a ConfigurationError unless `value` is one of the Literal `choices`."""
+    allowed = choices.__args__  # type: ignore[attr-defined]
+    if value not in allowed:
+        raise ConfigurationError(
+            f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
+        )
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Raise a ConfigurationError unless the number `value` is `least` or more."""
+    if not value >= least:  # also refuses NaN
+        raise ConfigurationError(f"{name} is {value!r}; it must be {least} or more.")

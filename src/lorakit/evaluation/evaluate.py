@@ -1,0 +1,237 @@
+"""Held-out scores of a model: its loss, the text it writes, the labels it predicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit import storage
+from lorakit.adapters import formats
+from lorakit.adapters.saving import load
+from lorakit.data import load_examples
+from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.evaluation.base import (
+    Collate,
+    DataTask,
+    collator,
+    encoder_input,
+    open_base,
+    task_of,
+)
+from lorakit.evaluation.config import Decoding, EvaluateConfig
+from lorakit.evaluation.generate import generate
+from lorakit.evaluation.objective import (
+    Classification,
+    Objective,
+    Regression,
+    SequenceToSequence,
+    language_modelling,
+    predict,
+)
+from lorakit.evaluation.score import classification_scores, regression_scores, text_scores
+from lorakit.models.loading import Base
+from lorakit.tasks import Example, LabelledExample, LanguageExample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores by name, and what each example contributed to them."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """See `lorakit.evaluation.score.DIRECTIONS` for the names."""
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    """One record per prompt or example: prompt, output, references or label."""
+
+    def write_outputs(self, path: str | Path) -> None:
+        """Write the records to a .jsonl file, whole or not at all."""
+        with storage.atomic_file(path) as temporary:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.outputs)
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def evaluate(
+    config: EvaluateConfig, *, progress: Callable[[int], None] | None = None
+) -> Evaluation:
+    """Score a base model, with or without an adapter, on held-out data.
+
+    Args:
+        config: What to score.
+        progress: Called with the number of prompts for which text has been generated.
+
+    Raises:
+        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other.
+    """
+    recorded = formats.read(Path(config.adapter)).provenance if config.adapter else {}
+    task = _task(config, recorded)
+    base = open_base(config.base, task)
+    if config.adapter:
+        load(base.model, config.adapter, allow_other_base=config.allow_other_base)
+    assert base.tokenizer is not None  # open_base refuses a base without
+    data = dataclasses.replace(config.data, task=task.name)
+    examples = load_examples(data, config.split, base.tokenizer, labels=task.labels).examples
+    if task.generates:
+        groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
+        examples = [example for group in groups.values() for example in group]
+    else:
+        examples = examples[: config.limit]
+    result = Evaluation()
+    if "loss" in config.scores or not task.generates:
+        objective = objective_for(base, task, examples)
+        result = held_out(
+            base.model, objective, examples, collator(base), batch_size=config.batch_size
+        )
+    if "text" in config.scores and task.generates:
+        text = generated(
+            base, examples, config.decoding, lowercase=config.lowercase, progress=progress
+        )
+        result = Evaluation(scores={**result.scores, **text.scores}, outputs=text.outputs)
+    if config.output is not None:
+        result.write_outputs(config.output)
+    return result
+
+
+def objective_for(
+    base: Base, task: DataTask, examples: Sequence[Example], *, label_smoothing: float = 0.0
+) -> Objective:
+    """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed."""
+    if task.name == "regression":
+        return Regression()
+    if task.name == "classification":
+        return Classification(label_smoothing=label_smoothing)
+    if base.model.config.is_encoder_decoder:
+        return SequenceToSequence(label_smoothing=label_smoothing)
+    probe = collator(base)(examples[:2])
+    return language_modelling(base.model, probe, label_smoothing=label_smoothing)
+
+
+def held_out(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    collate: Collate,
+    *,
+    batch_size: int,
+) -> Evaluation:
+    """Return the mean loss over all targets of `examples`, and what else one forward pass tells.
+
+    For language modelling that is the perplexity; for classification accuracy, F1 and the Matthews correlation; for
+    regression the correlations and the mean squared error.
+    """
+    # By length, so that batches hold little padding; the sum does not depend on the order of batches in exact
+    # arithmetic, and the order is the same each time, so neither does it in floating point.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    total, count = 0.0, 0
+    predictions: dict[int, float] = {}
+    classes = 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([examples[i] for i in chosen])
+            if isinstance(objective, (Classification, Regression)):
+                logits = predict(model, batch)
+                total += objective.loss_of(logits, batch["labels"]).item()
+                classes = logits.shape[-1]
+                values = logits.argmax(-1) if classes > 1 else logits.squeeze(-1).float()
+                predictions.update(zip(chosen, values.tolist(), strict=True))
+            else:
+                total += objective.loss_sum(model, batch).item()
+            count += objective.count(batch)
+    model.train(was_training)
+    loss = total / max(count, 1)
+    if not math.isfinite(loss):
+        raise LorakitError(
+            f"The held-out loss is {loss}: the model's output is not finite. Try base.dtype float32."
+        )
+    if not isinstance(objective, (Classification, Regression)):
+        return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    return _label_evaluation(
+        objective, loss, [predictions[i] for i in range(len(labelled))], labelled, classes
+    )
+
+
+def generated(
+    base: Base,
+    examples: Sequence[Example],
+    decoding: Decoding | None = None,
+    *,
+    lowercase: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Generate once per distinct prompt of `examples` and score against all completions it has there."""
+    groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
+    encodes = base.model.config.is_encoder_decoder
+    prompts = [
+        encoder_input(base, group[0]) if encodes else group[0].prompt_ids
+        for group in groups.values()
+    ]
+    assert base.tokenizer is not None  # open_base refuses a base without
+    texts = generate(base.model, base.tokenizer, prompts, decoding, progress=progress)
+    outputs = [
+        {
+            "prompt": group[0].prompt,
+            "output": text.strip(),
+            "references": [example.completion.strip() for example in group],
+        }
+        for text, group in zip(texts, groups.values(), strict=True)
+    ]
+    scores = text_scores(
+        [record["output"] for record in outputs],
+        [record["references"] for record in outputs],
+        lowercase=lowercase,
+    )
+    return Evaluation(scores=scores, outputs=outputs)
+
+
+def by_prompt(
+    examples: Sequence[LanguageExample], limit: int | None = None
+) -> dict[tuple[int, ...], list[LanguageExample]]:
+    """Group examples by the tokens of their prompt, in order of appearance; the first `limit` groups."""
+    groups: dict[tuple[int, ...], list[LanguageExample]] = {}
+    for example in examples:
+        groups.setdefault(tuple(example.prompt_ids), []).append(example)
+    return dict(list(groups.items())[:limit])
+
+
+def _task(config: EvaluateConfig, recorded: Mapping[str, Any]) -> DataTask:
+    """Return the task an adapter was trained for, since its head means the labels of then; else the data's."""
+    if "task" not in recorded:
+        return task_of(config.data)
+    task = DataTask(name=recorded["task"], labels=tuple(recorded["labels"]))
+    if config.data.task not in ("auto", task.name):
+        raise ConfigurationError(
+            f"data.task is {config.data.task}, but the adapter {config.adapter} was trained for {task.name}. "
+            "Leave data.task out, or name data of that task."
+        )
+    return task
+
+
+def _label_evaluation(
+    objective: Classification | Regression,
+    loss: float,
+    predictions: list[float],
+    examples: list[LabelledExample],
+    classes: int,
+) -> Evaluation:
+    labels = [example.label for example in examples]
+    if isinstance(objective, Regression):
+        scores = regression_scores(predictions, labels)
+    else:
+        scores = classification_scores(
+            [int(p) for p in predictions], [int(label) for label in labels], classes=classes
+        )
+    outputs = [
+        {"prompt": example.prompt, "output": prediction, "label": label}
+        for example, prediction, label in zip(examples, predictions, labels, strict=True)
+    ]
+    return Evaluation(scores={"loss": loss, **scores}, outputs=outputs)

@@ -1,0 +1,131 @@
+"""Text generation: a batch of prompts in, their continuations out, in the order asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.errors import DataError
+from lorakit.evaluation.config import Decoding
+
+Prompt = str | Sequence[int]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue each prompt and return the new text alone, without special tokens.
+
+    Prompts are texts, or token ids where the caller has them (so that evaluation feeds exactly the tokens that
+    training saw). They are sorted by length, so that a batch holds little padding, and padded on the left, so that
+    every continuation starts right after its prompt.
+
+    Args:
+        model: A causal or encoder-decoder language model; its adapters take part as they are activated.
+        tokenizer: The model's tokenizer.
+        prompts: Texts, or sequences of token ids.
+        decoding: Greedy, up to 128 tokens, by default.
+        progress: Called with the number of prompts finished, after each batch.
+
+    Raises:
+        DataError: A prompt is empty or leaves no room in the model's context.
+    """
+    decoding = decoding or Decoding()
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    _check_lengths(model, ids, decoding)
+    settings = _generation_config(model, tokenizer, decoding)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    texts = [""] * len(ids)
+    was_training = model.training
+    model.eval()
+    # A private random state: drawing samples during training must not move the training's own.
+    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+        torch.manual_seed(decoding.seed)
+        for start in range(0, len(order), decoding.batch_size):
+            chosen = order[start : start + decoding.batch_size]
+            inputs = _left_pad([ids[i] for i in chosen], settings.pad_token_id, model.device)
+            outputs = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+            if not model.config.is_encoder_decoder:
+                outputs = outputs[:, inputs["input_ids"].shape[1] :]
+            decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+            for i, text in zip(chosen, decoded, strict=True):
+                texts[i] = text
+            if progress:
+                progress(start + len(chosen))
+    model.train(was_training)
+    return texts
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    return list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
+
+
+def _check_lengths(model: PreTrainedModel, ids: list[list[int]], decoding: Decoding) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    for number, prompt in enumerate(ids, start=1):
+        if not prompt:
+            raise DataError(f"Prompt {number} is empty; the model needs a token to continue from.")
+        if context and not model.config.is_encoder_decoder:
+            total = len(prompt) + decoding.max_new_tokens
+            if total > context:
+                raise DataError(
+                    f"Prompt {number} has {len(prompt)} tokens; with max_new_tokens {decoding.max_new_tokens} that "
+                    f"exceeds the model's context of {context}. Shorten the prompt or lower max_new_tokens."
+                )
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+) -> GenerationConfig:
+    """Take from the model which tokens begin and end a text, and nothing else.
+
+    A model's own defaults (a temperature, a repetition penalty) would make the same settings mean something else on
+    each model.
+    """
+    own = model.generation_config
+    assert own is not None  # every model with generate() has one
+    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    draws = decoding.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=draws,
+        temperature=decoding.temperature if draws else None,
+        top_p=decoding.top_p if draws else None,
+        top_k=decoding.top_k if draws else None,
+        num_beams=decoding.beams,
+        length_penalty=decoding.length_penalty if decoding.beams > 1 else None,
+        no_repeat_ngram_size=decoding.no_repeat_ngram,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=own.forced_bos_token_id,
+        use_cache=True,
+    )
+
+
+def _left_pad(
+    prompts: list[list[int]], pad: int | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),
+        "attention_mask": torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+        ),
+    }
+
+
+def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []

@@ -1,0 +1,245 @@
+"""The loss of a task, summed over a batch's targets: what training minimises and evaluation reports.
+
+One implementation for both, so that the held-out loss is comparable with the training loss. It is a *sum* in
+float32, together with the number of targets, because the mean over a step has to be taken over all targets of the
+accumulated batch: a mean of the means of its parts would weigh a target by how many others share its part.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.ops import linear_cross_entropy
+
+IGNORED = -100
+"""The label of a position that is not a target, as everywhere in transformers."""
+
+Batch = Mapping[str, Tensor]
+HeadPath = Literal["fused", "own head", "whole logits"]
+
+
+class Objective(Protocol):
+    """What a training loop needs to know about a task."""
+
+    note: str
+    """One line for the user on how the loss is computed."""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of targets in `batch`."""
+        ...
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the float32 scalar sum of the targets' losses."""
+        ...
+
+
+@dataclass(kw_only=True)
+class LanguageModelling:
+    """Next-token cross-entropy of a decoder, with the vocabulary projected at target positions alone.
+
+    `labels` (B, S) holds a target token's own id and -100 elsewhere; the model predicts it one position earlier.
+    Of three equal ways to compute it, from the least memory to the most general:
+
+    - ``fused``: the backbone's hidden states at target positions times the head's weight, in chunks, so the logits
+      never exist as a whole (:func:`lorakit.ops.linear_cross_entropy`);
+    - ``own head``: the model's own forward, asked for the logits of the columns that hold a target in any row;
+    - ``whole logits``: the model's own forward.
+    """
+
+    path: HeadPath = "whole logits"
+    label_smoothing: float = 0.0
+    note: str = ""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
+        labels = batch["labels"][:, 1:]
+        is_target = labels != IGNORED
+        targets = labels[is_target]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.path == "fused":
+            hidden = _backbone(model)(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden[:, :-1][is_target] * _logit_scale(model)
+            head = model.get_output_embeddings()  # type: ignore[operator]
+            with torch.autocast(hidden.device.type, enabled=False):
+                return linear_cross_entropy(
+                    hidden.to(head.weight.dtype),
+                    head.weight,
+                    targets,
+                    bias=head.bias,
+                    label_smoothing=self.label_smoothing,
+                )
+        if self.path == "own head":
+            columns = is_target.any(dim=0).nonzero().squeeze(-1)
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+            logits = logits[is_target[:, columns]]
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, :-1][is_target]
+        return _cross_entropy_sum(logits, targets, self.label_smoothing)
+
+
+@dataclass(kw_only=True)
+class SequenceToSequence:
+    """Cross-entropy of an encoder-decoder's target tokens: `labels` (B, T) with -100 as padding."""
+
+    label_smoothing: float = 0.0
+    note: str = ""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of target tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
+        is_target = batch["labels"] != IGNORED
+        # The model shifts the labels into decoder inputs itself; its own loss, a mean, is not used.
+        logits = model(**batch, use_cache=False).logits[is_target]
+        return _cross_entropy_sum(logits, batch["labels"][is_target], self.label_smoothing)
+
+
+@dataclass(kw_only=True)
+class Classification:
+    """Cross-entropy over the classes: `labels` (B,) of class numbers."""
+
+    label_smoothing: float = 0.0
+    note: str = ""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of examples."""
+        return len(batch["labels"])
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the examples' cross-entropies, a float32 scalar."""
+        return self.loss_of(predict(model, batch), batch["labels"])
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed loss of `logits` (B, classes)."""
+        return _cross_entropy_sum(logits, labels, self.label_smoothing)
+
+
+@dataclass(kw_only=True)
+class Regression:
+    """Squared error of one predicted number: `labels` (B,) of floats."""
+
+    note: str = ""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of examples."""
+        return len(batch["labels"])
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the examples' squared errors, a float32 scalar."""
+        return self.loss_of(predict(model, batch), batch["labels"])
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed loss of `logits` (B, 1)."""
+        return F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
+
+
+def language_modelling(
+    model: nn.Module, probe: Batch, *, label_smoothing: float = 0.0
+) -> LanguageModelling:
+    """Choose the cheapest way to `model`'s loss that agrees with its own logits on the batch `probe`.
+
+    The structure rules out what zero-initialised adapters would hide from the comparison (an adapter on the head);
+    the comparison rules out what the structure does not tell (a model that does more after its head than we know).
+    """
+    objective = LanguageModelling(path="whole logits", note="loss from the model's whole logits")
+    reference = _mean_loss(objective, model, probe)
+    reasons = []
+    candidates: tuple[tuple[HeadPath, Callable[[nn.Module], str]], ...] = (
+        ("fused", why_not_fused),
+        ("own head", _why_not_own_head),
+    )
+    for path, why_not in candidates:
+        reason = why_not(model)
+        if not reason:
+            try:
+                value = _mean_loss(LanguageModelling(path=path), model, probe)
+            except Exception as error:  # a model may raise anything; another path serves it
+                reason = f"it raised {type(error).__name__}: {error}"
+            else:
+                if abs(value - reference) <= _tolerance(model) * (1 + abs(reference)):
+                    objective.path, objective.note = path, _NOTES[path]
+                    break
+                reason = f"its loss {value:.6g} is not the model's {reference:.6g}"
+        reasons.append(f"not {path}: {reason}")
+    objective.note = "; ".join([objective.note, *reasons])
+    objective.label_smoothing = label_smoothing
+    return objective
+
+
+_NOTES: dict[HeadPath, str] = {
+    "fused": "vocabulary projected at target positions only, in chunks",
+    "own head": "the model's own head, at positions that carry a target",
+}
+
+
+def why_not_fused(model: nn.Module) -> str:
+    """Return why the head's weight alone does not tell `model`'s logits; empty where it does."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if _backbone(model) is model or head is None:
+        return "the model has no backbone apart from its head"
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (head, model)):
+        return "the head carries an adapter or another hook"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "the head itself is trained"
+    if getattr(model.config, "final_logit_softcapping", None):
+        return "the logits are capped"
+    return ""
+
+
+def _why_not_own_head(model: nn.Module) -> str:
+    accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "" if accepts else "the model does not take logits_to_keep"
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """Return what yields the last hidden states; the model itself where the two are one."""
+    return getattr(model, "base_model", model)  # type: ignore[return-value]
+
+
+def _logit_scale(model: nn.Module) -> float:
+    """Return the factor from head output to logits: Granite divides them, Cohere multiplies them."""
+    config = model.config
+    if divisor := getattr(config, "logits_scaling", None):
+        return 1 / divisor
+    return getattr(config, "logit_scale", None) or 1.0  # type: ignore[return-value]
+
+
+def _cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(
+        logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
+    )
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's logits for a batch whose labels it is not shown."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> float:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        value = objective.loss_sum(model, batch).item() / max(objective.count(batch), 1)
+    model.train(was_training)
+    return value
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Rounding to expect between the paths: the fused one keeps logits in float32 that the model rounds."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return 2e-2 if half or torch.is_autocast_enabled("cpu") else 1e-4

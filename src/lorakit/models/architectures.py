@@ -1,0 +1,316 @@
+"""What each architecture calls its projections, as data.
+
+A layer is named relative to its block: the name of ``model.layers.3.self_attn.q_proj`` is what
+follows the last number, ``self_attn.q_proj``. The names and the order inside fused projections are
+those of ``transformers`` 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.models.layers import RowSlice
+
+Q, K, V, O = "attention.q", "attention.k", "attention.v", "attention.o"  # noqa: E741
+GATE, UP, DOWN = "mlp.gate", "mlp.up", "mlp.down"
+
+
+def _key_value_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _falcon_key_value_heads(config: Any) -> int:
+    shared = config.multi_query and not config.new_decoder_architecture
+    return 1 if shared else config.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """Several projections in one weight, in the order of their rows.
+
+    ``interleaved`` repeats that order for each key/value head (GPT-NeoX, BLOOM, Falcon): the query
+    heads that share it, its key, its value. Else each projection is one run of rows (GPT-2, Phi-3).
+    Query projections are as wide as all query heads, key and value projections as all key/value
+    heads; gate and up projections are equally wide.
+    """
+
+    roles: tuple[str, ...]
+    interleaved: bool = False
+    key_value_heads: Callable[[Any], int] = _key_value_heads
+
+    def slices(self, out_features: int, config: Any) -> dict[str, RowSlice]:
+        """Return role -> rows for a layer with ``out_features`` output rows.
+
+        Raises:
+            ValueError: the rows do not divide into the heads that ``config`` states.
+        """
+        in_attention = K in self.roles
+        shared = self.key_value_heads(config) if in_attention else 1
+        counts = {Q: config.num_attention_heads, K: shared, V: shared} if in_attention else {}
+        heads = {role: counts.get(role, 1) for role in self.roles}
+        groups = shared if self.interleaved else 1
+        head_width, rest = divmod(out_features, sum(heads.values()))
+        if rest or any(count % groups for count in heads.values()):
+            raise ValueError(f"{out_features} rows do not divide into heads {heads}")
+        slices, offset = {}, 0
+        for role in self.roles:
+            width = heads[role] * head_width // groups
+            slices[role] = RowSlice(
+                groups=groups, stride=out_features // groups, offset=offset, width=width
+            )
+            offset += width
+        return slices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The projections of one family of models.
+
+    Attributes:
+        model_types: values of ``config.model_type`` that share these names.
+        layers: name relative to the block -> its role, or the roles fused in it.
+        stacked_experts: name of the module that holds expert weights as stacked tensors rather
+            than as layers, so that no adapter can sit on them.
+        input_embedding: last part of the path of the embeddings that the model calls, where that
+            is not ``get_input_embeddings()``.
+        never_called: last parts of the paths of embeddings whose weight is used without calling
+            them, so that an adapter on them would do nothing.
+    """
+
+    model_types: tuple[str, ...]
+    layers: Mapping[str, str | Fused]
+    stacked_experts: str | None = None
+    input_embedding: str | None = None
+    never_called: tuple[str, ...] = ()
+
+    def roles_of(self, name: str) -> tuple[str, ...]:
+        """Return the roles of the layer called ``name`` in its block."""
+        content = self.layers.get(name, ())
+        return content.roles if isinstance(content, Fused) else (content,) if content else ()
+
+
+def _attention(*modules: str, q: str, k: str, v: str, o: str) -> dict[str, str]:
+    names = ((q, Q), (k, K), (v, V), (o, O))
+    return {f"{module}.{name}": role for module in modules for name, role in names}
+
+
+_LLAMA_ATTENTION = _attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="o_proj")
+_LLAMA_MLP = {"mlp.gate_proj": GATE, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
+
+_BERT_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
+_BERT_MLP = {"intermediate.dense": UP, "output.dense": DOWN}
+_FUSED_PER_HEAD = Fused(roles=(Q, K, V), interleaved=True)
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        model_types=(
+            *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"),
+            *("electra", "roberta-prelayernorm"),
+        ),
+        layers={
+            **_attention("attention", "crossattention", **_BERT_ATTENTION),
+            **_BERT_MLP,
+        },
+    ),
+    Architecture(
+        model_types=("deberta-v2",),
+        layers={
+            **_attention(
+                "attention",
+                q="self.query_proj",
+                k="self.key_proj",
+                v="self.value_proj",
+                o="output.dense",
+            ),
+            **_BERT_MLP,
+        },
+        never_called=("rel_embeddings",),
+    ),
+    Architecture(
+        model_types=("distilbert",),
+        layers={
+            **_attention("attention", q="q_lin", k="k_lin", v="v_lin", o="out_lin"),
+            "ffn.lin1": UP,
+            "ffn.lin2": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("modernbert",),
+        layers={
+            "attn.Wqkv": Fused(roles=(Q, K, V)),
+            "attn.Wo": O,
+            "mlp.Wi": Fused(roles=(GATE, UP)),  # the activation acts on the first half
+            "mlp.Wo": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("gpt2",),
+        layers={
+            "attn.c_attn": Fused(roles=(Q, K, V)),
+            "attn.c_proj": O,
+            "crossattention.q_attn": Q,
+            "crossattention.c_attn": Fused(roles=(K, V)),
+            "crossattention.c_proj": O,
+            "mlp.c_fc": UP,
+            "mlp.c_proj": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("gpt_neo",),
+        layers={
+            **_attention("attn.attention", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
+            "mlp.c_fc": UP,
+            "mlp.c_proj": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("gptj",),
+        layers={
+            **_attention("attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
+            "mlp.fc_in": UP,
+            "mlp.fc_out": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("gpt_neox",),
+        layers={
+            "attention.query_key_value": _FUSED_PER_HEAD,
+            "attention.dense": O,
+            "mlp.dense_h_to_4h": UP,
+            "mlp.dense_4h_to_h": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("bloom",),
+        layers={
+            "self_attention.query_key_value": _FUSED_PER_HEAD,
+            "self_attention.dense": O,
+            "mlp.dense_h_to_4h": UP,
+            "mlp.dense_4h_to_h": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("falcon",),
+        layers={
+            "self_attention.query_key_value": Fused(
+                roles=(Q, K, V), interleaved=True, key_value_heads=_falcon_key_value_heads
+            ),
+            "self_attention.dense": O,
+            "mlp.dense_h_to_4h": UP,
+            "mlp.dense_4h_to_h": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("mpt",),
+        layers={
+            "attn.Wqkv": Fused(roles=(Q, K, V)),
+            "attn.out_proj": O,
+            "ffn.up_proj": UP,
+            "ffn.down_proj": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("opt",),
+        layers={
+            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
+            "fc1": UP,
+            "fc2": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=(
+            *("llama", "mistral", "ministral3", "smollm3", "stablelm", "seed_oss"),
+            *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2"),
+            *("granite", "olmo", "olmo2", "olmo3", "exaone4", "helium", "ernie4_5"),
+        ),
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
+    ),
+    Architecture(
+        model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # the latter in the layers without experts
+        stacked_experts="mlp.experts",
+    ),
+    Architecture(
+        model_types=("phi",),
+        layers={
+            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="dense"),
+            "mlp.fc1": UP,
+            "mlp.fc2": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("phi3",),
+        layers={
+            "self_attn.qkv_proj": Fused(roles=(Q, K, V)),
+            "self_attn.o_proj": O,
+            "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
+            "mlp.down_proj": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("glm", "glm4"),
+        layers={
+            **_LLAMA_ATTENTION,
+            "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
+            "mlp.down_proj": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("starcoder2",),
+        layers={**_LLAMA_ATTENTION, "mlp.c_fc": UP, "mlp.c_proj": DOWN},
+    ),
+    Architecture(
+        model_types=("t5", "mt5", "umt5"),
+        layers={
+            **_attention("SelfAttention", "EncDecAttention", q="q", k="k", v="v", o="o"),
+            "DenseReluDense.wi": UP,
+            "DenseReluDense.wi_0": GATE,
+            "DenseReluDense.wi_1": UP,
+            "DenseReluDense.wo": DOWN,
+        },
+        input_embedding="embed_tokens",
+        never_called=("shared",),
+    ),
+    Architecture(
+        model_types=("bart", "mbart", "m2m_100", "marian", "pegasus"),
+        layers={
+            **_attention(
+                *("self_attn", "encoder_attn"), q="q_proj", k="k_proj", v="v_proj", o="out_proj"
+            ),
+            "fc1": UP,
+            "fc2": DOWN,
+        },
+        input_embedding="embed_tokens",
+        never_called=("shared",),
+    ),
+    Architecture(
+        model_types=("vit",),
+        layers={
+            **_attention("attention", q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
+            "mlp.fc1": UP,
+            "mlp.fc2": DOWN,
+        },
+    ),
+    Architecture(
+        model_types=("clip_text_model", "clip_vision_model"),
+        layers={
+            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
+            "mlp.fc1": UP,
+            "mlp.fc2": DOWN,
+        },
+    ),
+)
+"""Every architecture whose roles are known."""
+
+_BY_MODEL_TYPE = {
+    model_type: architecture
+    for architecture in ARCHITECTURES
+    for model_type in architecture.model_types
+}
+
+
+def architecture_of(config: Any) -> Architecture | None:
+    """Return the architecture of the model that ``config`` describes, or None if not known."""
+    return _BY_MODEL_TYPE.get(getattr(config, "model_type", ""))

@@ -1,0 +1,81 @@
+"""The two ends of a model: its input embeddings, and its output or task head."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorakit.models.architectures import architecture_of
+from lorakit.models.layers import LocatedModule, is_inside, why_not_adaptable
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that a task head adds to the pre-trained model.
+
+    They are the root's children beside the base model: ``["classifier"]`` for RoBERTa,
+    ``["pooler", "classifier"]`` for DeBERTa-v2, ``["score"]`` for Llama. Empty for language models
+    and for models without a head.
+    """
+    base = getattr(model, "base_model", model)
+    if base is model or output_embeddings(model) is not None:
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not base and any(True for _ in child.parameters())
+    ]
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that projects to the vocabulary, None if the model has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
+def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
+    """Return the paths of the adaptable layers that turn the model's input into vectors.
+
+    T5 and BART keep an embedding that only lends its weight to those of encoder and decoder; these
+    two are the ones that are called, and returned.
+    """
+    called = {
+        path
+        for path, _, config in modules
+        if (architecture := architecture_of(config)) and architecture.input_embedding
+        if path.rpartition(".")[2] == architecture.input_embedding
+    }
+    if not called:
+        embeddings = _input_embeddings(model)
+        called = {path for path, module, _ in modules if module is embeddings}
+    # ViT's input embedding is a module around the convolution that cuts the image into patches.
+    return [
+        path
+        for path, module, _ in modules
+        if why_not_adaptable(module) is None and any(is_inside(path, root) for root in called)
+    ]
+
+
+def is_never_called(at: LocatedModule) -> bool:
+    """Whether the model uses this embedding's weight but never calls it."""
+    architecture = architecture_of(at.config)
+    names = architecture.never_called if architecture else ()
+    return isinstance(at.module, nn.Embedding) and at.path.rpartition(".")[2] in names
+
+
+def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
+    """Return the paths of the adaptable layers of the output head or the classification head."""
+    output = output_embeddings(model)
+    heads = classification_head(model)
+    return [
+        path
+        for path, module, _ in modules
+        if why_not_adaptable(module) is None
+        and (module is output or any(is_inside(path, head) for head in heads))
+    ]
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except NotImplementedError:  # how transformers says that a model has none
+        return None

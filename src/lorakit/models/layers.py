@@ -1,0 +1,130 @@
+"""The layers of a model that an adapter can sit on, and the row slices of fused projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+ADAPTERS = "adapters"
+"""Name of the child module in which a layer keeps its adapters (``<layer>.adapters.<name>``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSlice:
+    """The output rows of one projection inside a fused one.
+
+    The rows are ``{g * stride + offset + j : 0 <= g < groups, 0 <= j < width}``. A contiguous
+    slice has one group and the whole output as its stride; an interleaved one (GPT-NeoX, BLOOM)
+    has a group for each head.
+    """
+
+    groups: int
+    stride: int
+    offset: int
+    width: int
+
+    def __post_init__(self) -> None:
+        """Refuse a slice that leaves its group, since its rows would belong to another."""
+        inside = self.offset >= 0 and self.offset + self.width <= self.stride
+        if self.groups < 1 or self.width < 1 or not inside:
+            raise ValueError(f"{self!r} does not lie within its stride")
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.groups * self.width
+
+    def rows(self) -> torch.Tensor:
+        """Return the row indices, ascending: int64, shape ``(total,)``, on the CPU."""
+        starts = torch.arange(self.groups, device="cpu") * self.stride + self.offset
+        return (starts[:, None] + torch.arange(self.width, device="cpu")).flatten()
+
+    def __str__(self) -> str:
+        last = self.offset + self.width
+        if self.groups == 1:
+            return f"rows {self.offset}:{last}"
+        return f"rows {self.offset}:{last} of every {self.stride}"
+
+
+class LocatedModule(NamedTuple):
+    """A module of a model: where it is, and the configuration that governs it."""
+
+    path: str
+    module: nn.Module
+    config: Any
+    """Configuration of the nearest enclosing ``transformers`` model, or None. In a composite model
+    (vision and text, encoder and decoder) it is the part's own."""
+
+
+def walk(model: nn.Module) -> Iterator[LocatedModule]:
+    """Yield every module of ``model`` below the root once, in model order, without adapters."""
+    seen = {id(model)}
+
+    def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
+        for name, child in parent.named_children():
+            if id(child) in seen or (name == ADAPTERS and why_not_adaptable(parent) is None):
+                continue
+            seen.add(id(child))
+            governing = _configuration(child) or config
+            yield LocatedModule(prefix + name, child, governing)
+            yield from descend(child, f"{prefix}{name}.", governing)
+
+    yield from descend(model, "", _configuration(model))
+
+
+def _configuration(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if isinstance(getattr(config, "model_type", None), str) else None
+
+
+def why_not_adaptable(layer: nn.Module) -> str | None:
+    """Return why no adapter can sit on ``layer``, or None if one can.
+
+    Adaptable are ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d/2d/3d`` (with
+    their subclasses) and ``nn.MultiheadAttention``.
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        if layer.in_proj_weight is None:
+            return "it keeps q, k and v in three weights because kdim or vdim differ from embed_dim"
+        return None
+    if isinstance(layer, nn.Embedding):
+        # A scaled embedding (Gemma, BART) is still a look-up of its input. Any other override, such
+        # as OPT's learned positions, makes its own indices: their rows are not the layer's input.
+        overrides = type(layer).forward is not nn.Embedding.forward
+        if overrides and not hasattr(layer, "embed_scale"):
+            return "it makes its own indices instead of looking up its input"
+        return None
+    if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    return "it is neither a linear, embedding or convolution layer nor an nn.MultiheadAttention"
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` multiplies its input by a matrix (``nn.Linear`` or ``Conv1D``)."""
+    return isinstance(layer, (nn.Linear, Conv1D))
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return the shape of an adaptable layer's weight, output rows first.
+
+    (out, in) for linear layers whatever way they store it, (3 * embed, embed) for
+    ``nn.MultiheadAttention``, (vocabulary, dim) for embeddings, (out, in / groups, *kernel) for
+    convolutions.
+    """
+    if isinstance(layer, Conv1D):
+        return (layer.nf, layer.nx)
+    if isinstance(layer, nn.Linear):  # a quantised weight's own shape is that of its storage
+        return (layer.out_features, layer.in_features)
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return tuple(weight.shape)
+
+
+def is_inside(path: str, root: str) -> bool:
+    """Whether ``path`` is the module at ``root`` or below it."""
+    return path == root or path.startswith(f"{root}.")

@@ -1,0 +1,102 @@
+"""What can be adapted in a model, as a table to print and a list of roles to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.models.heads import is_never_called
+from lorakit.models.layers import RowSlice, walk, weight_shape, why_not_adaptable
+from lorakit.models.places import ROLES, Place, all_places
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """Like layers of all blocks.
+
+    Attributes:
+        role: the role they play, "" if they are reached by name only.
+        modules: their paths, with numbers that differ written as ``{0..11}``.
+        count: how many they are.
+        shape: weight shape of the layer, output rows first.
+        slice: the output rows that play the role, None for all.
+    """
+
+    role: str
+    modules: str
+    count: int
+    shape: tuple[int, ...]
+    slice: RowSlice | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetList:
+    """The targets of a model: iterates over its roles, prints as a table."""
+
+    rows: tuple[TargetRow, ...]
+
+    def __iter__(self) -> Iterator[str]:
+        present = {row.role for row in self.rows}
+        return iter([role for role in ROLES if role in present])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __str__(self) -> str:
+        cells: list[tuple[str, str, str, str]] = [("role", "modules", "layers", "weight (out, in)")]
+        for row in self.rows:
+            rows = f"  {row.slice}" if row.slice else ""
+            cells.append((row.role or "-", row.modules, str(row.count), f"{row.shape}{rows}"))
+        widths = [max(len(line[column]) for line in cells) for column in range(3)]
+        lines = [
+            f"{role:<{widths[0]}}  {modules:<{widths[1]}}  {count:>{widths[2]}}  {shape}"
+            for role, modules, count, shape in cells
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def targets(model: nn.Module) -> TargetList:
+    """List what can be adapted in ``model``: every role with its modules, then layers by name."""
+    modules = list(walk(model))
+    shapes = {
+        at.path: weight_shape(at.module)
+        for at in modules
+        if why_not_adaptable(at.module) is None and not is_never_called(at)
+    }
+    places = [place for place in all_places(model, modules) if place.path in shapes]
+    taken = {place.path for place in places}
+    places += [Place(path, "") for path in shapes if path not in taken]
+
+    alike: dict[tuple[str, str, tuple[int, ...], RowSlice | None], list[str]] = {}
+    for place in places:
+        key = (place.role, _skeleton(place.path), shapes[place.path], place.slice)
+        alike.setdefault(key, []).append(place.path)
+    order = {role: position for position, role in enumerate((*ROLES, ""))}
+    rows = [
+        TargetRow(role, _pattern(paths), len(paths), shape, rows)
+        for (role, _, shape, rows), paths in alike.items()
+    ]
+    return TargetList(tuple(sorted(rows, key=lambda row: order[row.role])))
+
+
+def _skeleton(path: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
+
+
+def _pattern(paths: list[str]) -> str:
+    """Return the one pattern of paths that differ in their numbers only."""
+    columns = zip(*(path.split(".") for path in paths), strict=True)
+    return ".".join(_numbers(set(column)) for column in columns)
+
+
+def _numbers(parts: set[str]) -> str:
+    if len(parts) == 1:
+        return next(iter(parts))
+    numbers = sorted(map(int, parts))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"

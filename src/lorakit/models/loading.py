@@ -1,0 +1,388 @@
+"""Loads base models: model, tokenizer, and what a user should know about how they came to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
+from lorakit.models.gguf import conversion_notices, converted_folder
+from lorakit.models.heads import classification_head
+from lorakit.models.layers import is_inside
+from lorakit.models.sources import Source, did_you_mean, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Base", "Source", "Task", "compute_dtype", "load_base", "resolve"]
+
+Task = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "masked-lm",
+    "sequence-classification",
+    "regression",
+    "image-classification",
+    "base",
+]
+"""What the model is to do; it decides on the head."""
+
+_MODEL_CLASSES: dict[str, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "base": "AutoModel",
+}
+_CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
+_WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(slots=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        tokenizer: with a padding token; None if the source has none.
+        source: where it came from; for the hub with the commit as its revision.
+        notices: what a user should know: newly made heads, a padding token that was missing.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Source
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    *,
+    task: Task = "causal-lm",
+    num_labels: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Base:
+    """Load a base model and its tokenizer.
+
+    Args:
+        name: a short name (``smollm2-135m``, ``minilm-l6``), a hub id, a model folder, or a
+            ``.gguf`` file.
+        task: what the model is to do.
+        num_labels: number of classes; None for as many as the checkpoint has. Only for
+            classification.
+        dtype: dtype of the weights; see :func:`compute_dtype`.
+        trust_remote_code: run Python code that the hub or the folder brings with the model.
+        revision: branch, tag or commit on the hub.
+        seed: from which a head that the checkpoint lacks is initialised, so that it is the same
+            every time. The global random state is left alone.
+
+    Raises:
+        BaseModelError: there is no such model, the hub cannot be reached, a file is damaged or
+            lacks weights, or the architecture has no head for ``task``.
+        ConfigurationError: the arguments do not fit each other.
+    """
+    _check_arguments(task, num_labels)
+    weights_dtype = compute_dtype(dtype)
+    source = resolve(name, revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    notices: list[str] = []
+    with _quiet():
+        if source.kind == "hub":
+            commit, reachable = _locate_on_hub(source)
+            source = dataclasses.replace(source, revision=commit)
+            options |= {"revision": commit, "local_files_only": not reachable}
+            if not reachable:
+                notices.append("The hub cannot be reached; the copy in the local cache is used.")
+            path = source.path_or_id
+        elif source.kind == "gguf":
+            folder = converted_folder(Path(source.path_or_id))
+            notices += conversion_notices(folder)
+            path = str(folder)
+        else:
+            path = source.path_or_id
+        with _explained(source, path, task):
+            model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
+        notices += _check_weights(source, model, info, task, seed)
+        with _explained(source, path, task):
+            tokenizer = _load_tokenizer(path, options)
+    base = Base(model.eval(), tokenizer, source, notices)
+    _settle_padding(base)
+    return base
+
+
+def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """Return the dtype to compute in.
+
+    ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
+    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
+    emulated, and slower than float32.
+
+    Raises:
+        ConfigurationError: the name is not known.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+    if dtype not in _DTYPES:
+        names = ("auto", *_DTYPES)
+        raise ConfigurationError(
+            f"dtype '{dtype}' is none of {', '.join(names)}.{nearest(str(dtype), names)}"
+        )
+    return _DTYPES[dtype]
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    try:  # torch before 2.10 does not say
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _check_arguments(task: str, num_labels: int | None) -> None:
+    if task not in _MODEL_CLASSES:
+        tasks = get_args(Task)
+        raise ConfigurationError(
+            f"task '{task}' is none of {', '.join(tasks)}.{nearest(str(task), tasks)}"
+        )
+    if num_labels is None:
+        return
+    if task not in _CLASSIFICATION:
+        raise ConfigurationError(
+            f"num_labels is for classification, and the task is '{task}'. Leave it out."
+        )
+    if num_labels < 2:
+        raise ConfigurationError(
+            f"num_labels is {num_labels}; classes are at least 2. For a score write "
+            "task='regression'."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own reports and bars while loading: what matters becomes a notice."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:  # which transformers just switched off too, and which take minutes
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        (enable_progress_bars if downloads else disable_progress_bars)()
+
+
+def _locate_on_hub(source: Source) -> tuple[str | None, bool]:
+    """Return the model's commit, and whether the hub can be reached; else the cache must have it.
+
+    Asking once tells a wrong name from a network that is down, at once; ``from_pretrained`` would
+    retry for half a minute. Model and tokenizer then come from the same commit.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, revision = source.path_or_id, source.revision
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=20).sha, True
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"'{name}' on the hub is open only to those who accepted its terms. Accept them at "
+            f"https://huggingface.co/{name} and log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseModelError(
+            f"There is no model '{name}': no such short name, local path, or public model on the "
+            f"hub.{did_you_mean(name)} If it is private, log in with: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BaseModelError(f"'{name}' on the hub has no revision '{revision}'.") from error
+    # Without a network the exception is the HTTP library's, whichever the hub client uses.
+    except Exception as error:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name, False
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "the hub is switched off by HF_HUB_OFFLINE"
+        elif isinstance(error, HfHubHTTPError):
+            reason = f"the hub answered with an error ({error})"
+        else:
+            reason = "the hub cannot be reached"
+        raise BaseModelError(
+            f"'{name}' is no short name, no local path and not in the local cache, and {reason}."
+            f"{did_you_mean(name)}"
+        ) from error
+
+
+@contextmanager
+def _explained(source: Source, path: str, task: str) -> Iterator[None]:
+    """Turn what transformers raises into a BaseModelError."""
+    try:
+        yield
+    except LorakitError:
+        raise
+    # A checkpoint is an outside input, and its readers raise nearly every kind of exception.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            reason = (
+                "it brings Python code of its own. Read that code, and if you trust it, set "
+                "trust_remote_code"
+            )
+        elif message.startswith("Unrecognized configuration class"):
+            reason = f"transformers has no head for the task '{task}' on this architecture"
+        elif type(error).__name__ == "SafetensorError":
+            reason = (
+                f"its weights file is damaged or cut off ({message}). Download or copy it again"
+            )
+        else:
+            reason = f"{type(error).__name__}: {message[:500]}"
+        if source.kind == "gguf":
+            reason += f". To convert the GGUF file again, delete '{path}'"
+        raise BaseModelError(
+            f"'{source.name}' cannot be loaded for the task '{task}': {reason.rstrip('.')}."
+        ) from error
+
+
+def _load_model(
+    path: str,
+    task: str,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    import transformers
+
+    settings = dict(options)
+    if task == "regression":
+        settings |= {"num_labels": 1, "problem_type": "regression"}
+    elif num_labels is not None:
+        settings["num_labels"] = num_labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(transformers, _MODEL_CLASSES[task]).from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            # A head for another number of classes is replaced by a new one; _check_weights allows
+            # that for heads alone.
+            ignore_mismatched_sizes=task in _WITH_NEW_HEADS,
+            **settings,
+        )
+
+
+def _check_weights(
+    source: Source, model: PreTrainedModel, info: dict[str, Any], task: str, seed: int
+) -> list[str]:
+    """Refuse a model with random weights where the checkpoint should have had some."""
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    new = sorted({*info["missing_keys"], *mismatched})
+    heads = classification_head(model) if task in _WITH_NEW_HEADS else []
+
+    def may_be_new(name: str) -> bool:
+        # Encoders trained on masked tokens come without the pooler that classifiers put on them.
+        in_pooler = "pooler" in name.split(".") and name not in mismatched
+        return in_pooler or any(is_inside(name, head) for head in heads)
+
+    wrong = [name for name in new if not may_be_new(name)]
+    if wrong:
+        raise BaseModelError(
+            f"The checkpoint of '{source.name}' lacks {len(wrong)} of the weights that "
+            f"{type(model).__name__} needs ({_some(wrong)}), so that they would be random. It was "
+            f"made for another task than '{task}', or is incomplete."
+        )
+    notices = []
+    if new:
+        replaced = " (the checkpoint's has another number of outputs)" if mismatched else ""
+        notices.append(
+            f"New weights, random from seed {seed}, to be trained{replaced}: {_some(new)}."
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        notices.append(f"Weights of the checkpoint that this task does not use: {_some(unused)}.")
+    return notices
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        folder = Path(path)
+        if folder.is_dir() and any(folder.glob("tokenizer*")):
+            raise  # it has one, and that is damaged
+        if "trust_remote_code" in str(error):
+            raise
+        return None
+    # From a folder without tokenizer files transformers may make one that knows no words.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _settle_padding(base: Base) -> None:
+    """Make sure that batches can be padded, and that the model knows with what."""
+    model, tokenizer = base.model, base.tokenizer
+    if tokenizer is None:
+        if model.main_input_name == "input_ids":
+            base.notices.append(f"'{base.source.name}' has no tokenizer.")
+        return
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            base.notices.append("The tokenizer has neither a padding nor an end token.")
+            return
+        tokenizer.pad_token = tokenizer.eos_token
+        base.notices.append(f"The tokenizer has no padding token; {tokenizer.eos_token} is used.")
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", len(tokenizer))
+    if len(tokenizer) > embeddings:
+        base.notices.append(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings: do "
+            "they belong together?"
+        )
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,255 @@
+"""Which layers of a model play which role.
+
+A role names the same thing on every architecture: ``attention.q``, ``.k``, ``.v``, ``.o``,
+``mlp.gate``, ``.up``, ``.down``, ``embedding``, ``head``. ``attention.qv`` and the like name
+several, ``attention`` and ``mlp`` all of theirs, and ``all-linear`` every linear layer of the
+blocks. Which layer plays a role is a table, :mod:`lorakit.models.architectures`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import nn
+
+from lorakit.errors import TargetError, nearest
+from lorakit.models.architectures import (
+    DOWN,
+    GATE,
+    UP,
+    Architecture,
+    Fused,
+    K,
+    O,
+    Q,
+    V,
+    architecture_of,
+)
+from lorakit.models.heads import (
+    classification_head,
+    embedding_paths,
+    head_paths,
+    is_never_called,
+    output_embeddings,
+)
+from lorakit.models.layers import (
+    LocatedModule,
+    RowSlice,
+    is_inside,
+    is_linear,
+    walk,
+    weight_shape,
+    why_not_adaptable,
+)
+
+ATTENTION_ROLES = (Q, K, V, O)
+MLP_ROLES = (GATE, UP, DOWN)
+EMBEDDING, HEAD, ALL_LINEAR = "embedding", "head", "all-linear"
+ROLES = (*ATTENTION_ROLES, *MLP_ROLES, EMBEDDING, HEAD)
+"""The roles that name one kind of layer each."""
+
+_COMBINED = {
+    "attention": ATTENTION_ROLES,
+    "mlp": MLP_ROLES,
+    ALL_LINEAR: (*ATTENTION_ROLES, *MLP_ROLES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Somewhere an adapter can sit.
+
+    Attributes:
+        path: the layer's module path in the model. For the fused input projection of an
+            ``nn.MultiheadAttention`` it is that module's own.
+        role: one of :data:`ROLES`, or "" for a layer that plays none, or plays several.
+        slice: the layer's output rows that are meant; None for all of them.
+    """
+
+    path: str
+    role: str
+    slice: RowSlice | None = None
+
+
+def is_role(entry: str) -> bool:
+    """Whether ``entry`` is a role or a combination of roles."""
+    return bool(_expand(entry))
+
+
+def find_places(model: nn.Module, entry: str) -> list[Place]:
+    """Return the places of a role, in model order. Shapes suffice: the meta device will do.
+
+    ``all-linear`` is all of ``attention`` and ``mlp`` and any further linear layer in a block, such
+    as DeBERTa's position projections. On an architecture whose roles are not known it is every
+    linear layer outside the output head and the classification head.
+
+    Raises:
+        TargetError: ``entry`` is no role, the model has no layer that plays it, or a layer that
+            plays it cannot be adapted.
+    """
+    wanted = _expand(entry)
+    if not wanted:
+        choices = (*ROLES, *_COMBINED, "attention.qv")
+        raise TargetError(f"'{entry}' is not a role.{nearest(entry, choices)}")
+    modules = list(walk(model))
+    _refuse_unreachable(modules, entry, wanted)
+    places = [place for place in all_places(model, modules) if place.role in wanted]
+    if entry == ALL_LINEAR:
+        places += _further_linear_places(model, modules, {place.path for place in places})
+    missing = set(wanted) - {place.role for place in places}
+    if not places or (missing and entry not in _COMBINED):
+        _no_such_role(model, modules, entry)
+    return in_model_order(places, modules)
+
+
+def all_places(model: nn.Module, modules: Iterable[LocatedModule]) -> Iterator[Place]:
+    """Yield the place of every single role that the model has."""
+    modules = list(modules)
+    for path, module, config in modules:
+        architecture, name = architecture_of(config), _name_in_block(path)
+        if isinstance(module, nn.MultiheadAttention):
+            yield from _multihead_projections(path, module)
+        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            yield Place(f"{path}.linear1", UP)
+            yield Place(f"{path}.linear2", DOWN)
+        elif architecture and name and why_not_adaptable(module) is None:
+            yield from _projections(LocatedModule(path, module, config), architecture, name)
+    yield from (Place(path, EMBEDDING) for path in embedding_paths(model, modules))
+    yield from (Place(path, HEAD) for path in head_paths(model, modules))
+
+
+def _expand(entry: str) -> tuple[str, ...]:
+    """Return the single roles that ``entry`` combines; empty if it is no role."""
+    if entry in ROLES:
+        return (entry,)
+    if entry in _COMBINED:
+        return _COMBINED[entry]
+    letters = re.fullmatch(r"attention\.([qkvo]+)", entry)
+    roles = tuple(f"attention.{letter}" for letter in letters[1]) if letters else ()
+    return roles if len(set(roles)) == len(roles) else ()
+
+
+def _name_in_block(path: str) -> str | None:
+    """Return what follows the last number in ``path``, None if it is in no block."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else None
+
+
+def _projections(at: LocatedModule, architecture: Architecture, name: str) -> Iterator[Place]:
+    content = architecture.layers.get(name)
+    if isinstance(content, str):
+        yield Place(at.path, content)
+    elif isinstance(content, Fused):
+        # A layer of another width than its kind has plays no role; find_places says why.
+        with suppress(ValueError):
+            slices = content.slices(weight_shape(at.module)[0], at.config)
+            yield from (Place(at.path, role, rows) for role, rows in slices.items())
+
+
+def _multihead_projections(path: str, module: nn.MultiheadAttention) -> Iterator[Place]:
+    if why_not_adaptable(module) is None:
+        embed = module.embed_dim
+        for position, role in enumerate((Q, K, V)):
+            rows = RowSlice(groups=1, stride=3 * embed, offset=position * embed, width=embed)
+            yield Place(path, role, rows)
+    yield Place(f"{path}.out_proj", O)
+
+
+def _further_linear_places(
+    model: nn.Module, modules: list[LocatedModule], taken: set[str]
+) -> list[Place]:
+    heads = classification_head(model)
+    output = output_embeddings(model)
+    return [
+        Place(path, "")
+        for path, module, config in modules
+        if is_linear(module)
+        and path not in taken
+        and module is not output
+        and not any(is_inside(path, head) for head in heads)
+        and (architecture_of(config) is None or _name_in_block(path) is not None)
+    ]
+
+
+def _refuse_unreachable(modules: list[LocatedModule], entry: str, wanted: tuple[str, ...]) -> None:
+    """Refuse a role that some of its layers cannot take: silence would adapt a part."""
+    for path, module, config in modules:
+        architecture, name = architecture_of(config), _name_in_block(path)
+        if isinstance(module, nn.MultiheadAttention) and set(wanted) & {Q, K, V}:
+            reason = why_not_adaptable(module)
+            if reason is not None:
+                raise TargetError(
+                    f"'{entry}' includes '{path}', an nn.MultiheadAttention that cannot be "
+                    f"adapted: {reason}. Its output projection can: write 'attention.o'."
+                )
+        if architecture is None or name is None:
+            continue
+        if name == architecture.stacked_experts and set(wanted) & set(MLP_ROLES):
+            raise TargetError(
+                f"'{entry}' includes the experts of {config.model_type}, and '{path}' "
+                f"({type(module).__name__}) keeps them in stacked tensors, not in layers, so that "
+                "they cannot be adapted. Write 'attention', or name other modules."
+            )
+        content = architecture.layers.get(name)
+        if not set(wanted) & set(architecture.roles_of(name)):
+            continue
+        reason = why_not_adaptable(module)
+        if reason is not None:
+            raise TargetError(
+                f"'{entry}' includes '{path}' ({type(module).__name__}), which cannot be adapted: "
+                f"{reason}."
+            )
+        if isinstance(content, Fused):
+            try:
+                content.slices(weight_shape(module)[0], config)
+            except ValueError as error:
+                raise TargetError(
+                    f"'{path}' is not laid out as in other {config.model_type} models: {error}. "
+                    f"Name modules instead of roles; '{name}' is the whole layer."
+                ) from None
+
+
+def names_of_adaptable(modules: Iterable[LocatedModule]) -> list[str]:
+    """Return the last part, and the last two, of every adaptable layer's path."""
+    names: dict[str, None] = {}
+    for at in modules:
+        if why_not_adaptable(at.module) is None and not is_never_called(at):
+            parts = at.path.split(".")
+            names |= {".".join(parts[-1:]): None, ".".join(parts[-2:]): None}
+    return list(names)
+
+
+def _no_such_role(model: nn.Module, modules: list[LocatedModule], entry: str) -> NoReturn:
+    present = {place.role for place in all_places(model, modules)}
+    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if present & {*ATTENTION_ROLES, *MLP_ROLES}:
+        raise TargetError(
+            f"{kind} has no layer for '{entry}'. It has: "
+            f"{', '.join(role for role in ROLES if role in present)}."
+        )
+    names = [name for name in names_of_adaptable(modules) if "." not in name]
+    raise TargetError(
+        f"Roles such as '{entry}' are not known for the architecture {kind}. Write 'all-linear' or "
+        f"module names instead; it has: {', '.join(names) or 'no layer that can be adapted'}."
+    )
+
+
+def in_model_order(places: Iterable[Place], modules: Iterable[LocatedModule]) -> list[Place]:
+    """Drop repetitions, and slices of layers that are meant in full; sort by path, then rows."""
+    unique: dict[tuple[str, RowSlice | None], Place] = {}
+    for place in places:
+        known = unique.get((place.path, place.slice))
+        if known is None or not known.role:
+            unique[place.path, place.slice] = place
+    order = {m.path: position for position, m in enumerate(modules)}
+    kept = [
+        place
+        for place in unique.values()
+        if place.slice is None or (place.path, None) not in unique
+    ]
+    return sorted(kept, key=lambda p: (order[p.path], p.slice.offset if p.slice else 0))

@@ -1,0 +1,137 @@
+"""Which layers a target means: a role, a module-name suffix, or a regular expression.
+
+The public face of what :mod:`lorakit.models.places` and its neighbours know about a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorakit.errors import TargetError, nearest
+from lorakit.models.architectures import O
+from lorakit.models.heads import classification_head, is_never_called
+from lorakit.models.layers import LocatedModule, RowSlice, is_inside, walk, why_not_adaptable
+from lorakit.models.listing import TargetList, targets
+from lorakit.models.places import (
+    ROLES,
+    Place,
+    all_places,
+    find_places,
+    in_model_order,
+    is_role,
+    names_of_adaptable,
+)
+
+__all__ = [
+    "ROLES",
+    "Place",
+    "RowSlice",
+    "TargetList",
+    "classification_head",
+    "find_places",
+    "is_role",
+    "resolve_targets",
+    "targets",
+]
+
+
+def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
+    """Return the places that ``targets`` mean, in model order, each once.
+
+    Every entry is a role, else the end of a module path (``q_proj``, ``self_attn.q_proj``), else a
+    regular expression that the whole path must match. A layer that one entry means in part and
+    another in full is meant in full. An ``nn.MultiheadAttention`` stands for its fused input
+    projection and its ``out_proj``.
+
+    Raises:
+        TargetError: an entry matches nothing, or matches a layer that cannot be adapted.
+    """
+    entries = [targets] if isinstance(targets, str) else list(targets)
+    if not entries:
+        raise TargetError("No targets given: write at least one, such as 'attention.qv'.")
+    modules = list(walk(model))
+    places: list[Place] = []
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise TargetError(f"A target is a non-empty string, found {entry!r}.")
+        places += find_places(model, entry) if is_role(entry) else _named(model, modules, entry)
+    return in_model_order(places, modules)
+
+
+def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[Place]:
+    """Return the places of a module-name suffix or regular expression."""
+    hits = [m for m in modules if m.path == entry or m.path.endswith(f".{entry}")]
+    if not hits:
+        hits = _matching(model, modules, entry)
+    _refuse_unadaptable(modules, hits, entry)
+    _refuse_never_called(hits, entry)
+    roles: dict[str, set[str]] = {}
+    for place in all_places(model, modules):
+        roles.setdefault(place.path, set()).add(place.role)
+    places = []
+    for path, module, _ in hits:
+        played = roles.get(path, set())
+        places.append(Place(path, next(iter(played)) if len(played) == 1 else ""))
+        if isinstance(module, nn.MultiheadAttention):
+            places.append(Place(f"{path}.out_proj", O))
+    return places
+
+
+def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[LocatedModule]:
+    """Return the layers whose whole path matches a regular expression, at least one."""
+    try:
+        pattern, why = re.compile(entry), ""
+    except re.error as error:
+        pattern, why = None, f" (nor is it a regular expression: {error})"
+    # A pattern such as ".*attn.*" also matches containers and dropouts: they hold no weight of
+    # their own, so that nobody can have meant them.
+    hits = [
+        m
+        for m in modules
+        if pattern
+        and pattern.fullmatch(m.path)
+        and (
+            why_not_adaptable(m.module) is None
+            or any(True for _ in m.module.parameters(recurse=False))
+        )
+    ]
+    if not hits:
+        names = names_of_adaptable(modules)
+        present = {place.role for place in all_places(model, modules)}
+        roles = [role for role in ROLES if role in present]
+        raise TargetError(
+            f"Target '{entry}' matches no layer of {type(model).__name__}{why}."
+            f"{nearest(entry, [*roles, *names])} Roles here: {', '.join(roles) or 'none'}; "
+            f"module names: {', '.join(n for n in names if '.' not in n)}."
+        )
+    return hits
+
+
+def _refuse_unadaptable(
+    modules: list[LocatedModule], hits: list[LocatedModule], entry: str
+) -> None:
+    bad = [hit for hit in hits if why_not_adaptable(hit.module) is not None]
+    if not bad:
+        return
+    path, module, _ = bad[0]
+    inside = names_of_adaptable(m for m in modules if is_inside(m.path, path))
+    names = [name for name in inside if "." not in name]
+    raise TargetError(
+        f"Target '{entry}' matches '{path}' ({type(module).__name__})"
+        f"{f' and {len(bad) - 1} more' if bad[1:] else ''}, which cannot be adapted: "
+        f"{why_not_adaptable(module)}. "
+        + (f"Name the layers inside: {', '.join(names)}." if names else "Leave it out.")
+    )
+
+
+def _refuse_never_called(hits: list[LocatedModule], entry: str) -> None:
+    for at in hits:
+        if is_never_called(at):
+            raise TargetError(
+                f"Target '{entry}' matches '{at.path}', which {at.config.model_type} never calls: "
+                "only its weight is used, so that an adapter on it would do nothing. Write "
+                "'embedding' for the embeddings that are called."
+            )

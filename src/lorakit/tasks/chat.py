@@ -1,0 +1,272 @@
+"""Language modelling on conversations: the loss is on the assistant's turns and their ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import DataError, nearest
+from lorakit.tasks.language_modelling import end_id, fit
+from lorakit.tasks.task import BadRow, Fields, LanguageExample, Task, checked_text, kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+"""Positions `start <= i < stop` of the tokens of one assistant turn."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Chat(Task):
+    """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
+
+    A row may also have `tools`, a list of JSON schemas that the template is given.
+    """
+
+    name = "chat"
+    layouts = (("messages",),)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(tokenizer, **settings)
+        self.template = ChatTemplate(tokenizer)
+        self.end = end_id(tokenizer)
+
+    def encode(self, fields: Fields) -> LanguageExample:
+        """Return the conversation up to its last assistant turn; every assistant turn is a target.
+
+        What follows the last assistant turn is left out: no target can see it.
+        """
+        messages, tools = checked_messages(fields), checked_tools(fields)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+        if last is None:
+            raise BadRow("has no assistant turn, so nothing to learn", "messages")
+        messages = messages[: last + 1]
+        if len(messages) == 1:
+            raise BadRow("has nothing before the assistant's turn", "messages")
+        ids, spans = self.template.assistant_turns(messages, tools)
+        ids, spans = self._with_ends(ids, spans)
+        mask = [False] * len(ids)
+        for start, stop in spans:
+            mask[start:stop] = [True] * (stop - start)
+        mask[0] = False
+        example = LanguageExample(
+            input_ids=ids,
+            loss_mask=mask,
+            prompt_length=spans[-1][0],
+            prompt=self.template.text(messages[:-1], tools, answer=True),
+            completion=content_text(messages[-1]),
+        )
+        # Some tokenizers name the mark that opens every turn as bos (SmolLM2): that is not worth keeping.
+        opens = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
+        return fit(example, self.max_length, truncate=self.truncate, keep=int(opens))
+
+    def _with_ends(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+        """End each turn on its end-of-turn token, and the sequence with the last turn.
+
+        Templates write a line feed after the end of a turn, where generation has stopped already. Some
+        write no end at all: then eos is added after the last turn, so that a model learns to stop.
+        """
+        spans = [(start, self._turn_end(ids, start, stop)) for start, stop in spans]
+        start, stop = spans[-1]
+        ids = ids[:stop]
+        if ids[-1] not in self.template.special_ids:
+            ids.append(self.end)
+            spans[-1] = (start, stop + 1)
+        return ids, spans
+
+    def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
+        end = stop
+        while end > start + 1 and self._is_blank(ids[end - 1]):
+            end -= 1
+        return end if ids[end - 1] in self.template.special_ids else stop
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and where in its rendering the assistant's turns stand."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"rows have 'messages', but the tokenizer ({type(tokenizer).__name__}) has no chat "
+                "template; use an instruct model's tokenizer, or rows of prompt and completion"
+            )
+        self.special_ids = set(tokenizer.all_special_ids) | {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def assistant_turns(
+        self, messages: list[Message], tools: list | None
+    ) -> tuple[list[int], list[Span]]:
+        """Return the token ids of the conversation and the span of each assistant turn in them."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
+            return self._turns_by_tag(messages, tools)
+        return self._turns_by_prefix(messages, tools)
+
+    def text(
+        self, messages: list[Message], tools: list | None = None, *, answer: bool = False
+    ) -> str:
+        """Return the rendered conversation; with `answer`, up to where the assistant starts to write."""
+        return self._apply(messages, tools, answer, tokenize=False)
+
+    def ids(
+        self, messages: list[Message], tools: list | None = None, *, answer: bool = False
+    ) -> list[int]:
+        """Return the token ids of `text`."""
+        return list(self._apply(messages, tools, answer, return_dict=True)["input_ids"])
+
+    def _turns_by_tag(
+        self, messages: list[Message], tools: list | None
+    ) -> tuple[list[int], list[Span]]:
+        """The template itself marks what the assistant wrote, with `{% generation %}`."""
+        out = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        mask = [False, *map(bool, out["assistant_masks"]), False]
+        edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        turns = sum(m["role"] == "assistant" for m in messages)
+        if len(spans) != turns:
+            raise BadRow(
+                f"has {turns} assistant turns, of which the chat template's {{% generation %}} marks "
+                f"{len(spans)}",
+                "messages",
+            )
+        ids = list(out["input_ids"])
+        # Some templates write the end of the turn outside the tags. Nothing follows the last turn, so a
+        # special token after it is the end of a turn.
+        end = ids[spans[-1][1] :][:1]
+        if end and end[0] in self.special_ids and ids[spans[-1][1] - 1] not in self.special_ids:
+            spans = [
+                (start, stop + 1) if ids[stop : stop + 1] == end else (start, stop)
+                for start, stop in spans
+            ]
+        return ids, spans
+
+    def _turns_by_prefix(
+        self, messages: list[Message], tools: list | None
+    ) -> tuple[list[int], list[Span]]:
+        """A turn is what the conversation up to it has more than the prompt that asks for it."""
+        if messages[0]["role"] == "assistant":
+            raise BadRow(
+                "starts with the assistant's turn, which answers nothing; start with a system or user "
+                "message",
+                "messages",
+            )
+        ids = self.ids(messages, tools)
+        spans: list[Span] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.ids(messages[:turn], tools, answer=True)
+            upto = self.ids(messages[: turn + 1], tools) if turn + 1 < len(messages) else ids
+            # Templates may render a turn differently once others follow (Qwen 3 drops earlier thoughts),
+            # or have its first token merge with the prompt's last. Then no span can be trusted.
+            if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
+                raise BadRow(
+                    f"cannot be told apart by turn: the chat template renders the conversation up to "
+                    f"message {turn + 1} (assistant) differently from the same part of the whole, "
+                    f"{self._difference(ids, before if ids[: len(before)] != before else upto)}. Use a chat "
+                    "template with {% generation %} around the assistant's turns, or rows that end with "
+                    "their first assistant turn",
+                    "messages",
+                )
+            spans.append((len(before), len(upto)))
+        return ids, spans
+
+    def _difference(self, whole: list[int], part: list[int]) -> str:
+        pairs = zip(whole, part, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(part)))
+        found, expected = (str(self.tokenizer.decode(x[at : at + 8])) for x in (part, whole))
+        return f"{found!r} instead of {expected!r}"
+
+    def _apply(
+        self, messages: list[Message], tools: list | None, answer: bool = False, **options: Any
+    ) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=answer, **options
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            # Templates refuse what their model does not know: a system role, two user turns in a row.
+            raise BadRow(f"was refused by the chat template: {error}", "messages") from error
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list | None = None
+) -> list[int]:
+    """Return the token ids from which the assistant's next turn is generated."""
+    return ChatTemplate(tokenizer).ids(list(messages), tools, answer=True)
+
+
+def checked_messages(fields: Fields) -> list[Message]:
+    """Return the messages of a row, each a `{role, content, ...}` without null entries."""
+    messages = fields.get("messages")
+    if messages is None:
+        raise BadRow("is missing", "messages")
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"is {kind(messages)}, expected a list of {{role, content}}", "messages")
+    if not messages:
+        raise BadRow("is empty", "messages")
+    return [_checked_message(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def _checked_message(message: Any, number: int) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(
+            f"has {kind(message)} as message {number}, expected {{role, content}}", "messages"
+        )
+    # Parquet files give every message every key that any message has; the surplus ones are null.
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if role is None:
+        found = ", ".join(map(str, message)) or "nothing"
+        raise BadRow(f"has a message without 'role' (message {number} has: {found})", "messages")
+    if role not in ROLES:
+        raise BadRow(
+            f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
+            + nearest(str(role), ROLES),
+            "messages",
+        )
+    if "tool_calls" in message and "content" not in message:
+        message["content"] = ""
+    content = message.get("content")
+    if content is None:
+        raise BadRow(f"has no 'content' in message {number} ({role})", "messages")
+    if not isinstance(content, str | list):
+        raise BadRow(
+            f"has {kind(content)} as 'content' of message {number}, expected text", "messages"
+        )
+    text = content_text(message)
+    if not text.strip() and role == "assistant" and not message.get("tool_calls"):
+        raise BadRow(f"has an empty assistant turn (message {number})", "messages")
+    checked_text(text, "messages")
+    return message
+
+
+def content_text(message: Message) -> str:
+    """Return the text of a message whose content is text, or a list of `{type: text, text}` parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    raise BadRow("has content that is not text, which this task cannot read", "messages")
+
+
+def checked_tools(fields: Fields) -> list[Any] | None:
+    """Return the tools of a row; None without any."""
+    tools = fields.get("tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise BadRow(f"is {kind(tools)}, expected a list of JSON schemas", "tools")
+    return tools

@@ -1,0 +1,191 @@
+"""Classification and regression of one text or a pair of texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import DataError, nearest
+from lorakit.tasks.task import (
+    BadRow,
+    Fields,
+    LabelledExample,
+    Task,
+    TooLong,
+    UnknownLabel,
+    kind,
+    text_field,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class _Labelled(Task):
+    """What classification and regression share: one target for a text or a pair of texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(tokenizer, **settings)
+        self.takes_token_types = "token_type_ids" in tokenizer.model_input_names
+        # GPT-2 and others put nothing between two texts; a line feed keeps them apart.
+        specials = tokenizer.num_special_tokens_to_add
+        self.separator = "" if specials(pair=True) > specials(pair=False) else "\n"
+
+    def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
+        if fields.get("text") is not None or fields.get("sentence1") is None:
+            first, second = text_field(fields, "text"), None
+        else:
+            first, second = text_field(fields, "sentence1"), text_field(fields, "sentence2")
+        pair = None if second is None else self.separator + second
+        encoded = self.tokenizer(
+            first, pair, return_token_type_ids=self.takes_token_types, verbose=False
+        )
+        truncated = len(encoded["input_ids"]) > self.max_length
+        if truncated:
+            if not self.truncate:
+                raise TooLong(len(encoded["input_ids"]), self.max_length)
+            encoded = self.tokenizer(
+                first,
+                pair,
+                return_token_type_ids=self.takes_token_types,
+                truncation="longest_first",
+                max_length=self.max_length,
+            )
+        return LabelledExample(
+            input_ids=list(encoded["input_ids"]),
+            token_type_ids=list(encoded["token_type_ids"]) if self.takes_token_types else None,
+            label=label,
+            prompt=first if second is None else f"{first}\n{second}",
+            completion=answer,
+            truncated=truncated,
+        )
+
+
+class Classification(_Labelled):
+    """`text` or `sentence1` and `sentence2`, with a `label` that is a name or a whole number.
+
+    Class indices follow the sorted labels of the training set: whole numbers by size, names by alphabet.
+    So labels 0 ... n-1 are their own indices.
+    """
+
+    name = "classification"
+    layouts = (("text", "label"), ("sentence1", "sentence2", "label"))
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(tokenizer, **settings)
+        self.index = {label: i for i, label in enumerate(self.labels)}
+
+    @classmethod
+    def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
+        """Whether the columns fit and the labels are not decimal numbers."""
+        return super().reads(columns, rows) and not _are_scores(rows)
+
+    @classmethod
+    def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the sorted labels of the training set, or `known` where they all are among them."""
+        names = {name for name in map(_label_or_none, rows) if name is not None}
+        if known and names <= set(known):
+            return tuple(known)
+        if len(names) < 2:
+            found = f"only the label {next(iter(names))!r}" if names else "no label"
+            raise DataError(f"the training set has {found}; classification needs at least two")
+        try:
+            return tuple(sorted(names, key=lambda name: (int(name), name)))
+        except ValueError:
+            return tuple(sorted(names))
+
+    def encode(self, fields: Fields) -> LabelledExample:
+        """Return the example; a pair that is too long loses tokens from the end of its longer text."""
+        label = class_name(fields.get("label"))
+        if label not in self.index:
+            raise UnknownLabel(
+                f"is {label!r}, which the training set does not have; its labels are "
+                + ", ".join(self.labels)
+                + "."
+                + nearest(label, self.labels),
+                "label",
+            )
+        return self._encode(fields, self.index[label], label)
+
+
+class Regression(_Labelled):
+    """`text` or `sentence1` and `sentence2`, with a `score`, or a `label` that is a decimal number."""
+
+    name = "regression"
+    layouts = (
+        ("text", "score"),
+        ("sentence1", "sentence2", "score"),
+        ("text", "label"),
+        ("sentence1", "sentence2", "label"),
+    )
+
+    @classmethod
+    def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
+        """Whether the columns fit and the targets are a score, or labels that are decimal numbers."""
+        if not super().reads(columns, rows):
+            return False
+        return "score" in columns or _are_scores(rows)
+
+    def encode(self, fields: Fields) -> LabelledExample:
+        """Return the example; a pair that is too long loses tokens from the end of its longer text."""
+        column = "score" if fields.get("score") is not None else "label"
+        score = number(fields.get(column), column)
+        return self._encode(fields, score, str(score))
+
+
+def class_name(label: object) -> str:
+    """Return a label as its name: text as it is, a whole number (1, 1.0) as its digits, true or false."""
+    if label is None:
+        raise BadRow("is missing", "label")
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, int):
+        return str(label)
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    if isinstance(label, str):
+        return text_field({"label": label}, "label").strip()
+    raise BadRow(f"is {kind(label)}, expected a name or a whole number", "label")
+
+
+def number(value: object, column: str) -> float:
+    """Return a field that must be a finite number, or text that reads as one (CSV)."""
+    if value is None:
+        raise BadRow("is missing", column)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadRow(f"is {kind(value)}, expected a number", column)
+    try:
+        result = float(value)
+    except (ValueError, OverflowError):
+        raise BadRow(f"is {value!r}, expected a number", column) from None
+    if not math.isfinite(result):
+        raise BadRow(f"is {value!r}, expected a finite number", column)
+    return result
+
+
+def _label_or_none(fields: Fields) -> str | None:
+    try:
+        return class_name(fields.get("label"))
+    except BadRow:
+        return None  # encode() reports it, with its line
+
+
+def _are_scores(rows: Iterable[Fields]) -> bool:
+    """Whether labels are scores: all are numbers, and some are written with a decimal point."""
+    labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
+    return any(map(_is_decimal, labels)) and all(map(_is_number, labels))
+
+
+def _is_number(label: object) -> bool:
+    try:
+        number(label, "label")
+    except BadRow:
+        return False
+    return True
+
+
+def _is_decimal(label: object) -> bool:
+    return isinstance(label, float) or (
+        isinstance(label, str) and _is_number(label) and not label.strip().lstrip("+-").isdigit()
+    )

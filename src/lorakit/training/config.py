@@ -1,0 +1,243 @@
+"""One typed configuration of a training run; Python, YAML and the command line set the same fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.config import BaseConfig, require_at_least, require_choice
+from lorakit.evaluation.score import DIRECTIONS
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+
+MethodName = Literal["lora", "full"]
+Schedule = Literal["linear", "cosine", "constant"]
+LoggerName = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) and its learning rate over time."""
+
+    learning_rate: float | None = None
+    """Peak rate. By default 5e-4 for lora and 5e-5 for full: thin matrices take about ten times as much."""
+    lr_ratio: float = 1.0
+    """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
+    schedule: Schedule = "linear"
+    """Course of the rate after warm-up: linear or cosine down to 0, or constant."""
+    warmup: float = 0.03
+    """Steps over which the rate rises from 0: a share of all steps if below 1, else a number of steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases, norms and magnitudes have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    clip: float = 1.0
+    """The gradient's norm is scaled down to this where it is larger; 0 leaves it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        require_choice("optimizer.schedule", self.schedule, Schedule)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(
+                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0, for example 5e-4."
+            )
+        if not 0 < self.lr_ratio < math.inf:
+            raise ConfigurationError(
+                f"optimizer.lr_ratio is {self.lr_ratio}; it must be above 0 (1 gives A and B the same rate)."
+            )
+        for name in ("warmup", "weight_decay", "eps", "clip"):
+            require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigurationError(
+                f"optimizer.warmup is {self.warmup}; write a share of the steps below 1 or a whole number of steps."
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigurationError(
+                f"optimizer.betas is {self.betas}; it must be two numbers of at least 0 and below 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Scores on the validation data during training, and what they decide."""
+
+    every: int | None = None
+    """Steps between evaluations; by default once per epoch. The start and the end are always evaluated."""
+    limit: int | None = None
+    """Score this many validation examples, spread evenly over them; none scores all."""
+    batch_size: int | None = None
+    """Examples per forward pass; by default that of training."""
+    metric: str = "loss"
+    """The score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1, matthews;
+    pearson, spearman, mse."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a new best; none never stops early."""
+    samples: int = 0
+    """Generate text for this many validation prompts at each evaluation: samples.jsonl, and the scores bleu and
+    rouge_l."""
+    max_new_tokens: int = 64
+    """Length of a generated sample at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "limit", "batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None:
+                require_at_least(f"evaluation.{name}", value, 1)
+        require_at_least("evaluation.samples", self.samples, 0)
+        require_at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        require_choice("evaluation.metric", self.metric, Literal[tuple(DIRECTIONS)])  # type: ignore[valid-type]
+        if self.metric in ("bleu", "rouge_l") and not self.samples:
+            raise ConfigurationError(
+                f"evaluation.metric is {self.metric}, which scores generated samples, but evaluation.samples is 0. "
+                "Set it, for example to 100."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints, from which an interrupted run goes on to the same weights."""
+
+    every: int | None = None
+    """Steps between checkpoints; by default once per epoch. Ctrl-C and SIGTERM write one more."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted. The best adapter is kept apart from them."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            require_at_least("checkpoints.every", self.every, 1)
+        require_at_least("checkpoints.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: a base model, data, what is trained, and where the result goes.
+
+    Raises:
+        ConfigurationError: A value cannot work, or two settings exclude each other.
+    """
+
+    base: BaseConfig
+    """The base model."""
+    data: DataConfig
+    """The data and how an example is read from it."""
+    output: str
+    """Run folder: configuration, metrics, checkpoints, the adapter."""
+    method: MethodName = "lora"
+    """What is trained: thin matrices beside the weights (lora) or the weights themselves (full)."""
+    lora: LoRA = field(default_factory=LoRA)
+    """Settings of the method lora. A new classification head is trained beside it without being named."""
+    full: FullFineTuning = field(default_factory=FullFineTuning)
+    """Settings of the method full."""
+    from_adapter: str | None = None
+    """Start from the weights (and method) of this adapter folder, with a new optimizer; unlike resume."""
+
+    epochs: float = 3.0
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimizer steps, over as many passes as they need; replaces epochs."""
+    batch_size: int = 16
+    """Examples per forward and backward pass."""
+    accumulation: int = 1
+    """Passes per optimizer step; the step is that of one batch of batch_size x accumulation examples."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread evenly over all tokens or classes."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of the adapter's start, the order of the data and dropout."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Evaluation during training."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output, or from the start where there is none."""
+    overwrite: bool = False
+    """Delete the run in output first."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loggers", tuple(self.loggers))
+        require_choice("method", self.method, MethodName)
+        for logger in self.loggers:
+            require_choice("loggers", logger, LoggerName)
+        if not self.output:
+            raise ConfigurationError(
+                "output is empty; name a folder for the run, for example out/first."
+            )
+        if not 0 < self.epochs < math.inf:
+            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0.")
+        for name in ("batch_size", "accumulation"):
+            require_at_least(name, getattr(self, name), 1)
+        if self.max_steps is not None:
+            require_at_least("max_steps", self.max_steps, 1)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigurationError(
+                f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(
+                f"seed is {self.seed}; it must be a whole number of 0 or more."
+            )
+        if self.resume and self.overwrite:
+            raise ConfigurationError(
+                "resume and overwrite exclude each other: one goes on with the run, the other deletes it."
+            )
+        self._check_method()
+        needs = [
+            f"evaluation.{name}"
+            for name in ("every", "limit", "patience", "samples")
+            if getattr(self.evaluation, name)
+        ]
+        if needs and not self.validates:
+            raise ConfigurationError(
+                f"{', '.join(needs)} needs validation data. Name a file with data.validation, or set part of the "
+                "training data aside with data.validation_fraction, for example 0.05."
+            )
+
+    def _check_method(self) -> None:
+        other, default = ("lora", LoRA()) if self.method == "full" else ("full", FullFineTuning())
+        if getattr(self, other) != default:
+            raise ConfigurationError(
+                f"method is {self.method}, but the section {other} has settings of its own, which would have no "
+                f"effect. Set method to {other}, or leave the section out."
+            )
+        if self.method == "full" and self.optimizer.lr_ratio != 1:
+            raise ConfigurationError(
+                "optimizer.lr_ratio is for the A and B of lora; with method full leave it at 1."
+            )
+        if self.from_adapter is not None and (self.method == "full" or self.lora != LoRA()):
+            raise ConfigurationError(
+                "from_adapter brings its own method and settings; leave out method, lora and full beside it."
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation data."""
+        return self.data.source("validation") is not None
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, or the method's default."""
+        if self.optimizer.learning_rate is not None:
+            return self.optimizer.learning_rate
+        return {"lora": 5e-4, "full": 5e-5}[self.method]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values that YAML and JSON can hold."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

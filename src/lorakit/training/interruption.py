@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interruption:
+    """While entered, turns the first SIGINT or SIGTERM into a request; a second one acts at once, as always."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python allows signal handlers in the main thread alone; elsewhere the signals keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    def leave(self, message: str) -> None:
+        """Exit as the signal would have done: KeyboardInterrupt, or SystemExit with the shell's code for SIGTERM."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        print(message, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint "
+            "(once more stops at once).",
+            file=sys.stderr,
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,117 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorakit.errors import ConfigurationError
+from lorakit.training.checkpoint import State
+from lorakit.training.run_folder import RunFolder
+
+
+class Logger(Protocol):
+    """Takes numbers as the run produces them."""
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Record `values` of a step of the split train or validation."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        ...
+
+
+class Loggers:
+    """All loggers of a run, while entered; metrics.jsonl first.
+
+    Raises:
+        ConfigurationError: The package of a logger is not installed.
+    """
+
+    def __init__(self, run: RunFolder, state: State) -> None:
+        self._metrics = run.metrics
+        self._loggers: list[Logger] = []
+        for name in run.config.loggers:
+            if name == "tensorboard":
+                self._loggers.append(TensorBoard(run.path, state.step))
+            else:
+                self._loggers.append(WeightsAndBiases(run.path, run.config.as_dict()))
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Loggers:
+        for logger in self._loggers:
+            self._closing.callback(logger.close)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def step(self, state: State, loss: float, rate: float, norm: float) -> None:
+        """Record a finished step: loss per target, learning rate, gradient norm, totals so far."""
+        self._log(
+            state.step,
+            "train",
+            {
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens": state.tokens,
+                "seconds": round(state.seconds, 3),
+            },
+        )
+
+    def scores(self, state: State) -> None:
+        """Record the scores of an evaluation."""
+        self._log(state.step, "validation", state.scores)
+
+    def _log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._metrics.append(step=step, split=split, **values)
+        for logger in self._loggers:
+            logger.log(step, split, values)
+
+
+class TensorBoard:
+    """Event files in the run folder's tensorboard/."""
+
+    def __init__(self, folder: Path, from_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigurationError(
+                "loggers names tensorboard, which is not installed: pip install tensorboard."
+            ) from None
+        # purge_step hides what an interrupted session logged after its last checkpoint.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Record `values` as ``split/name``."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases named after the run folder; its environment variables choose the project."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found]
+        except ImportError:
+            raise ConfigurationError(
+                "loggers names wandb, which is not installed: pip install wandb."
+            ) from None
+        self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Record `values` as ``split/name``."""
+        self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._run.finish()

@@ -1,0 +1,64 @@
+"""AdamW with the groups that LoRA+ and weight decay ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorakit.errors import LorakitError
+from lorakit.training.config import OptimizerConfig
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peak_rate: float
+) -> torch.optim.AdamW:
+    """Return AdamW over the named `parameters`, in up to four groups: B or not, with or without decay.
+
+    A group's ``peak`` is its learning rate at the top of the schedule. B's is `lr_ratio` times that of all else
+    (LoRA+, Hayou et al. 2024, equation 6). Weight decay leaves out vectors: biases, norms, DoRA's magnitudes.
+    """
+    groups: dict[tuple[bool, bool], dict] = {}
+    for name, parameter in parameters.items():
+        is_b, decays = name.endswith("lora_B"), parameter.ndim > 1
+        group = groups.setdefault(
+            (is_b, decays),
+            {
+                "params": [],
+                "names": [],
+                "peak": peak_rate * (config.lr_ratio if is_b else 1.0),
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    # One fused kernel: an adapter is hundreds of small tensors, whose separate updates cost more than their arithmetic.
+    return torch.optim.AdamW(
+        list(groups.values()), lr=peak_rate, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set each group's learning rate to `factor` times its peak; return the lowest, which is A's."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+    return min(group["lr"] for group in optimizer.param_groups)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
+    """Scale all gradients down to the joint norm `limit` where it is exceeded (0: never); return the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+
+
+def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
+    """Raise a LorakitError where the loss or the gradient's norm is not a finite number."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise LorakitError(
+        f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, at learning "
+        f"rate {rate:.3g}. The weights of this step were not updated. Lower optimizer.learning_rate or raise "
+        "optimizer.warmup; if it happens in the first steps, look at the data and try base.dtype float32."
+    )

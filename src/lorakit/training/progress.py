@@ -1,0 +1,99 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lorakit.training.checkpoint import State
+from lorakit.training.environment import peak_memory
+from lorakit.training.setup import Job
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between plain lines: a log file should tell whether the run is alive, not fill a disk."""
+
+
+class Reporter:
+    """Shows loss, learning rate, tokens per second, time left and peak memory while entered."""
+
+    def __init__(self, job: Job, state: State) -> None:
+        self._lines = job.describe()
+        self._total, self._device = job.plan.total, job.device
+        self._start, self._start_tokens = state.step, state.tokens
+        self._start_seconds = state.seconds
+        self._console = Console(stderr=True)
+        self._shown = time.monotonic()
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Reporter:
+        for line in self._lines:
+            self.say(line)
+        if self._start:
+            self.say(f"resumed after step {self._start} of {self._total}")
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._task = self._live.add_task("", total=self._total, completed=self._start)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, state: State, rate: float) -> None:
+        """Show a finished step."""
+        now = time.monotonic()
+        last = state.step == self._total
+        if self._live is None and now - self._shown < PLAIN_INTERVAL and not last:
+            return
+        self._shown = now
+        # Time in steps alone: evaluations would make both figures jump.
+        seconds = max(state.seconds - self._start_seconds, 1e-9)
+        speed = (state.tokens - self._start_tokens) / seconds
+        left = (self._total - state.step) * seconds / max(state.step - self._start, 1)
+        text = (
+            f"loss {state.train_loss:.4f}  rate {rate:.2e}  {speed:,.0f} tokens/s  "
+            f"{duration(left)} left  {gigabytes(peak_memory(self._device))}"
+        )
+        if self._live:
+            self._live.update(self._task, completed=state.step, description=text)
+        else:
+            self.say(f"step {state.step}/{self._total}  {text}")
+
+    def scores(self, state: State, *, best: bool = False) -> None:
+        """Show the scores of an evaluation."""
+        text = "  ".join(f"{name} {value:.4f}" for name, value in state.scores.items())
+        self.say(f"step {state.step}/{self._total}  validation: {text}{'  (best)' if best else ''}")
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as 45s, 12m 03s or 2h 05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes as 1.23 GB."""
+    return f"{size / 1e9:.2f} GB"

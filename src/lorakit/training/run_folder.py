@@ -1,0 +1,296 @@
+"""The folder of a run: what is in it, who may write to it, and what was resolved to get there.
+
+=================  ===================================================================================
+config.yaml        every setting, also those left at their default; ``--config`` of it repeats the run
+environment.json   software, processor and threads, one entry per session (a resumed run has several)
+metrics.jsonl      one line per step and per evaluation
+samples.jsonl      text generated at each evaluation
+checkpoints/       step-000100/ and so on, from which ``--resume true`` goes on
+best/              the adapter with the best validation score
+adapter/           the adapter after the last step
+result.json        written last: its presence means that the run is finished
+=================  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lorakit import storage
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.models.loading import compute_dtype
+from lorakit.training.checkpoint import State
+from lorakit.training.config import TrainConfig
+from lorakit.training.environment import environment, peak_memory
+
+CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
+ENTRIES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
+
+# What two sessions of one run may differ in: how the run is started, not what it computes.
+NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run has to show."""
+
+    folder: Path
+    """The run folder."""
+    steps: int
+    """Optimizer steps made."""
+    stopped_early: bool
+    """Whether early stopping ended the run."""
+    train_loss: float | None
+    """Loss of the last step."""
+    scores_before: dict[str, float] = field(default_factory=dict)
+    """Validation scores before the first step; empty without validation data."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Validation scores after the last step."""
+    best_step: int | None
+    """Step with the best validation score, whose adapter is in best/."""
+    best_scores: dict[str, float] = field(default_factory=dict)
+    """Validation scores at that step."""
+    tokens: int
+    """Tokens computed in training steps, without padding."""
+    seconds: float
+    """Time spent in training steps, over all sessions."""
+    peak_memory: int
+    """Largest resident memory of the process in bytes (of the GPU's, where there is one)."""
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter after the last step."""
+        return self.folder / ADAPTER
+
+    @property
+    def best(self) -> Path | None:
+        """The adapter with the best validation score; None without validation data."""
+        return None if self.best_step is None else self.folder / BEST
+
+
+class JsonLines:
+    """A growing file of JSON objects, one per line, each with a `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, **record: Any) -> None:
+        """Write one line; a killed process leaves at most the last one incomplete."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of later steps, and a last line that was cut off."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # what a killed process left of its last line
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        with storage.atomic_file(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class RunFolder:
+    """An opened run folder; see :func:`open_run`."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path = path
+        self.config = config
+        self.metrics = JsonLines(path / METRICS)
+        self.samples = JsonLines(path / SAMPLES)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter goes after the last step."""
+        return self.path / ADAPTER
+
+    @property
+    def best(self) -> Path:
+        """Where the adapter with the best validation score goes."""
+        return self.path / BEST
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"lorakit train --config {self.path / CONFIG} --resume true"
+
+    def begin(self, state: State, device: torch.device) -> None:
+        """Note this session in environment.json, and forget what was recorded after `state`."""
+        step = state.step if state.started else -1
+        self.metrics.truncate(step)
+        self.samples.truncate(step)
+        path = self.path / ENVIRONMENT
+        sessions = storage.read_json(path)["sessions"] if path.exists() else []
+        with storage.atomic_file(path) as temporary:
+            storage.write_json(
+                temporary,
+                {"sessions": [*sessions, {"from_step": state.step, **environment(device)}]},
+            )
+
+    def finish(self, state: State, device: torch.device) -> RunResult:
+        """Write result.json, which marks the run as finished, and return what it says."""
+        result = RunResult(
+            folder=self.path,
+            steps=state.step,
+            stopped_early=state.stopped_early,
+            train_loss=state.train_loss,
+            scores_before=state.scores_before,
+            scores=state.scores,
+            best_step=state.best_step,
+            best_scores=state.best_scores,
+            tokens=state.tokens,
+            seconds=round(state.seconds, 3),
+            peak_memory=peak_memory(device),
+        )
+        record = dataclasses.asdict(result)
+        del record["folder"]  # the folder may be moved
+        with storage.atomic_file(self.path / RESULT) as temporary:
+            storage.write_json(temporary, record)
+        return result
+
+    def result(self) -> RunResult | None:
+        """Return the result of a finished run, else None."""
+        path = self.path / RESULT
+        return RunResult(folder=self.path, **storage.read_json(path)) if path.exists() else None
+
+
+@contextmanager
+def open_run(config: TrainConfig) -> Iterator[RunFolder]:
+    """Open (or make) the run folder `config.output` for this process alone.
+
+    Raises:
+        RunFolderError: Another run writes to it, it holds other files, or it holds a run that `config` neither
+            resumes nor overwrites.
+        ConfigurationError: The run to resume was configured otherwise.
+    """
+    path = Path(config.output)
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"output is {path}, which is a file; a run needs a folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"The run folder {path} cannot be made: {error.strerror}.") from None
+    config = _resolved(config)
+    with storage.lock_folder(path):
+        _require_own(path)
+        if config.overwrite:
+            _delete(path)
+        if (path / CONFIG).exists():
+            _require_resumable(path, config)
+        else:
+            with storage.atomic_file(path / CONFIG) as temporary:
+                temporary.write_text(
+                    yaml.safe_dump(
+                        _startable(config), sort_keys=False, allow_unicode=True, width=100
+                    ),
+                    encoding="utf-8",
+                )
+        (path / CHECKPOINTS).mkdir(exist_ok=True)
+        yield RunFolder(path, config)
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """Replace what depends on the machine or the method by what it is, so that config.yaml says it."""
+    dtype = str(compute_dtype(config.base.dtype)).removeprefix("torch.")
+    return dataclasses.replace(
+        config,
+        base=dataclasses.replace(config.base, dtype=dtype),  # type: ignore[arg-type]
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=config.peak_rate),
+    )
+
+
+def _startable(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings without the two that say how this session was started."""
+    settings = config.as_dict()
+    del settings["resume"], settings["overwrite"]
+    return settings
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a folder of other things: a typing error in `output` must not mix a run into them."""
+    if (path / CONFIG).exists():
+        return
+    others = [
+        entry.name for entry in path.iterdir() if entry.name not in ENTRIES and entry.name[0] != "."
+    ]
+    if others:
+        raise RunFolderError(
+            f"{path} is not a run folder: it has no {CONFIG}, but {', '.join(sorted(others)[:3])}. "
+            "Choose a new or empty folder as output."
+        )
+
+
+def _delete(path: Path) -> None:
+    # The configuration goes first: a folder without it counts as holding no run, whatever else is left in it.
+    for name in ENTRIES:
+        entry = path / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _require_resumable(path: Path, config: TrainConfig) -> None:
+    if not config.resume:
+        state = "a finished run" if (path / RESULT).exists() else "an unfinished run"
+        raise RunFolderError(
+            f"{path} holds {state}. Set resume to go on with it, overwrite to delete it, or choose another output."
+        )
+    try:
+        recorded = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path / CONFIG} cannot be read: {error}") from None
+    if not isinstance(recorded, dict):
+        raise RunFolderError(f"{path / CONFIG} holds no settings; the run cannot be resumed.")
+    then, now = _flat(recorded), _flat(_startable(config))
+    differences = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(then.keys() | now.keys())
+        if key.split(".")[0] not in NOT_COMPARED and then.get(key) != now.get(key)
+    ]
+    if differences:
+        raise ConfigurationError(
+            f"The run in {path} was started with other settings: {'; '.join(differences)}. Resume it with its own "
+            f"(--config {path / CONFIG} --resume true), or start a new run from its weights with from_adapter."
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,275 @@
+"""From a configuration to everything the loop works with: data, base, adapter, loss, step plan."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters.saving import load
+from lorakit.data import BatchSampler, ExampleSet, load_examples
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.base import Collate, DataTask, collator, open_base, task_of
+from lorakit.evaluation.evaluate import objective_for
+from lorakit.evaluation.objective import (
+    Objective,
+    Regression,
+)
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.models.heads import classification_head
+from lorakit.models.loading import Base
+from lorakit.tasks import Example
+from lorakit.training.checkpoint import State
+from lorakit.training.config import TrainConfig
+from lorakit.training.environment import versions
+from lorakit.training.schedule import StepPlan, rate_factor
+
+T = TypeVar("T")
+
+ADAPTER = "default"
+"""Name of the trained adapter on its model."""
+
+LABEL_SCORES = ("loss", "accuracy", "f1", "matthews")
+NUMBER_SCORES = ("loss", "pearson", "spearman", "mse")
+TEXT_SCORES = ("loss", "perplexity", "bleu", "rouge_l")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What a run works with, once its settings have become objects."""
+
+    config: TrainConfig
+    base: Base
+    adapters: Adapters
+    collate: Collate
+    train: ExampleSet
+    validation: ExampleSet | None
+    scored: Sequence[Example]
+    """The validation examples that evaluations during training score."""
+    objective: Objective
+    plan: StepPlan
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model, with the adapter on it."""
+        return self.base.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.model.device
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the trained tensors, and the frozen start that PiSSA subtracts."""
+        buffers = {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if f".adapters.{ADAPTER}." in name
+        }
+        return {**self.parameters, **buffers}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the run's precision where trained tensors are float32 masters of base weights.
+
+        Thin matrices need no autocast, since their product casts them itself.
+        """
+        trains_base = any(module.trained for module in self.adapters.modules(ADAPTER).values())
+        if self.config.base.dtype == "float32" or not trains_base:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.base.dtype))
+
+    def rate_factor(self, step: int) -> float:
+        """Return the factor on the peak learning rate after `step` finished steps."""
+        settings = self.config.optimizer
+        return rate_factor(
+            step, total=self.plan.total, warmup=settings.warmup, schedule=settings.schedule
+        )
+
+    def is_over(self, state: State) -> bool:
+        """Return whether the last step is done, or early stopping has made it so."""
+        return state.stopped_early or state.step >= self.plan.total
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether the validation data is scored after `step` finished steps."""
+        every = self.config.evaluation.every or self.plan.steps_per_epoch
+        return step % every == 0 or step == self.plan.total
+
+    def saves_after(self, step: int) -> bool:
+        """Return whether a checkpoint is due after `step` finished steps; the last is written anyway."""
+        every = self.config.checkpoints.every or self.plan.steps_per_epoch
+        return step % every == 0 and step < self.plan.total
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the data's sources by split."""
+        sets = {"train": self.train, "validation": self.validation}
+        return {split: data.sha256 for split, data in sets.items() if data is not None}
+
+    def save_adapter(self, folder: Path, state: State) -> None:
+        """Write the adapter as it is now, with how it was made."""
+        sets = {"train": self.train, "validation": self.validation}
+        provenance = {
+            "config": self.config.as_dict(),
+            "data": {
+                split: {"source": data.report.source, "sha256": data.sha256, "examples": len(data)}
+                for split, data in sets.items()
+                if data is not None
+            },
+            "task": self.train.task,
+            "labels": list(self.train.labels),
+            "seed": self.config.seed,
+            "versions": versions(),
+            "step": state.step,
+            "train_loss": state.train_loss,
+            "scores": state.scores,
+            "scores_before": state.scores_before,
+        }
+        self.adapters.save(
+            folder, ADAPTER, tokenizer=self.base.tokenizer, provenance=provenance, overwrite=True
+        )
+
+    def describe(self) -> list[str]:
+        """Return what the user should know at the start, line by line."""
+        lines = [f"base      {self.base.source.name}", f"train     {self.train.report}"]
+        lines[1:1] = [
+            f"          {note}" for note in (self.base.source.note, *self.base.notices) if note
+        ]
+        if self.validation is not None:
+            part = (
+                ""
+                if len(self.scored) == len(self.validation)
+                else f" ({len(self.scored):,} scored)"
+            )
+            lines.append(f"held out  {self.validation.report}{part}")
+        trained = sum(p.numel() for p in self.parameters.values())
+        lines.append(
+            f"method    {self.config.method}: {trained:,} trained parameters, computed in "
+            f"{self.config.base.dtype} on {self.device}"
+        )
+        lines.append(
+            f"steps     {self.plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
+            f"{self.plan.steps_per_epoch:,} per epoch"
+        )
+        if self.objective.note:
+            lines.append(f"loss      {self.objective.note}")
+        return lines
+
+    def held_out_objective(self) -> Objective:
+        """The loss that evaluation reports: that of training, without label smoothing."""
+        if isinstance(self.objective, Regression):
+            return self.objective
+        return dataclasses.replace(self.objective, label_smoothing=0.0)  # type: ignore[type-var]
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Load data, base and adapter.
+
+    Raises:
+        LorakitError: A setting does not fit the data or the model, or one of these cannot be read.
+    """
+    task = task_of(config.data)
+    _check_task(config, task)
+    base = open_base(config.base, task, seed=config.seed)
+    model, tokenizer = base.model, base.tokenizer
+    assert tokenizer is not None  # open_base refuses a base without
+    data = dataclasses.replace(config.data, task=task.name)
+    sets = {
+        split: load_examples(data, split, tokenizer, labels=task.labels)
+        for split in ("train", "validation")
+        if split == "train" or config.validates
+    }
+    train, validation = sets["train"], sets.get("validation")
+    adapters = _attach(model, config, task)
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    model.train()
+    # From here on the global generator serves dropout alone.
+    torch.manual_seed(config.seed)
+    job = Job(
+        config=config,
+        base=base,
+        adapters=adapters,
+        collate=collator(base),
+        train=train,
+        validation=validation,
+        scored=spread(validation.examples if validation else [], config.evaluation.limit),
+        objective=Regression(),
+        plan=StepPlan(
+            BatchSampler(train.lengths, config.batch_size, config.seed),
+            accumulation=config.accumulation,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+        ),
+    )
+    with job.autocast():
+        job.objective = objective_for(
+            base, task, train.examples, label_smoothing=config.label_smoothing
+        )
+    return job
+
+
+def _attach(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Adapters:
+    if config.from_adapter is not None:
+        adapters = load(model, config.from_adapter, name=ADAPTER, trainable=True)
+    else:
+        method: LoRA | FullFineTuning = config.lora if config.method == "lora" else config.full
+        head = tuple(classification_head(model))
+        if not task.generates and not method.train_modules:
+            # The head is new and random: frozen, it would leave nothing to learn from.
+            method = dataclasses.replace(method, train_modules=head)
+        adapters = attach(model, method, name=ADAPTER, seed=config.seed)
+    for parameter in adapters.trainable_parameters(ADAPTER):
+        # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
+        parameter.data = parameter.data.float()
+    return adapters
+
+
+def _check_task(config: TrainConfig, task: DataTask) -> None:
+    scores = {"classification": LABEL_SCORES, "regression": NUMBER_SCORES}.get(
+        task.name, TEXT_SCORES
+    )
+    if config.evaluation.metric not in scores:
+        raise ConfigurationError(
+            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "
+            f"{', '.join(scores)}."
+        )
+    if config.evaluation.samples and not task.generates:
+        raise ConfigurationError(
+            f"evaluation.samples is {config.evaluation.samples}, but task {task.name} generates no text; set it "
+            "to 0."
+        )
+    if config.label_smoothing and task.name == "regression":
+        raise ConfigurationError(
+            "label_smoothing is for classes and tokens, and regression has neither; set it to 0."
+        )
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # Non-reentrant: the reentrant kind gives no gradient where a block's input needs none, as below a frozen base.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # its earlier name
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """Take `limit` items at equal distances: neighbours in a file are often alike."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

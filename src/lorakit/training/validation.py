@@ -1,0 +1,70 @@
+"""Evaluation during training: scores, samples, the best adapter so far, early stopping."""
+
+from __future__ import annotations
+
+from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.evaluate import by_prompt, generated, held_out
+from lorakit.evaluation.score import is_better
+from lorakit.tasks import LanguageExample
+from lorakit.training.checkpoint import State
+from lorakit.training.loggers import Loggers
+from lorakit.training.progress import Reporter
+from lorakit.training.run_folder import RunFolder
+from lorakit.training.setup import Job, spread
+
+
+def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporter) -> None:
+    """Score the validation data into `state`, and save the adapter to best/ where it is the best so far.
+
+    Does nothing without validation data. The scores before the first step are kept for comparison, but the untrained
+    adapter is no candidate for the best.
+    """
+    state.started = True
+    if not job.scored:
+        return
+    settings = job.config.evaluation
+    with job.autocast():
+        evaluation = held_out(
+            job.model,
+            job.held_out_objective(),
+            job.scored,
+            job.collate,
+            batch_size=settings.batch_size or job.config.batch_size,
+        )
+        state.scores = evaluation.scores
+        if settings.samples:
+            state.scores = {**state.scores, **_sample(run, job, state.step)}
+    log.scores(state)
+    if state.step == 0:
+        state.scores_before = state.scores
+        show.scores(state)
+        return
+    best = state.best_scores.get(settings.metric)
+    if improved := is_better(settings.metric, state.scores[settings.metric], best):
+        state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
+        job.save_adapter(run.best, state)
+    else:
+        state.without_best += 1
+        state.stopped_early = (
+            settings.patience is not None and state.without_best >= settings.patience
+        )
+    show.scores(state, best=improved)
+
+
+def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
+    """Generate for some validation prompts, record what came, and return its scores."""
+    settings = job.config.evaluation
+    assert job.validation is not None
+    groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
+    decoding = Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size or job.config.batch_size,
+    )
+    evaluation = generated(
+        job.base,
+        [example for group in spread(groups, settings.samples) for example in group],
+        decoding,
+    )
+    for record in evaluation.outputs:
+        run.samples.append(step=step, **record)
+    return evaluation.scores

@@ -1,0 +1,115 @@
+"""Merging is exact and reversible: one rounding, and the base's own bits back, a thousand times."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.methods.lora.config import LoRA
+
+CYCLES = 1000
+SCALING = 1.5
+TARGETS = (
+    *(("attention.q",), ("attention.qv",), ("attention",), ("mlp",)),
+    *(("all-linear",), ("embedding",), ("head",), ("all-linear", "embedding", "head")),
+)
+"""Eight adapters, from one layer of a block to every layer there is."""
+
+
+@torch.no_grad()
+def with_eight_adapters(model: nn.Module) -> Adapters:
+    generator = torch.Generator().manual_seed(0)
+    for i, targets in enumerate(TARGETS):
+        method = LoRA(rank=2, alpha=2 * SCALING, targets=targets)
+        handle = attach(model, method, name=f"adapter{i}")
+        for parameter in handle.trainable_parameters(f"adapter{i}"):
+            assert parameter.dtype == torch.float32
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return handle
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: t for key, t in model.state_dict().items() if ".adapters." not in key}
+
+
+def merged_state(base: dict[str, Tensor], model: nn.Module, handle: Adapters, name: str) -> dict:
+    """``round(float32(W) + scaling * (B A))``, from the adapter's tensors and the base's."""
+    expected = dict(base)
+    for path, module in handle.modules(name).items():
+        delta = SCALING * (module.lora_B.detach() @ module.lora_A.detach())
+        if isinstance(model.get_submodule(path), nn.Embedding):
+            delta = delta.T
+        W = base[f"{path}.weight"]
+        expected[f"{path}.weight"] = (W.to(torch.float32) + delta).to(W.dtype)
+    return expected
+
+
+def bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as integers: unlike numbers, NaN equals NaN, and -0 differs from 0."""
+    integer = {2: torch.int16, 4: torch.int32}
+    return {key: t.view(integer[t.element_size()]) for key, t in state.items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    a, b = bits(a), bits(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_thousand_cycles_over_eight_adapters(dtype: torch.dtype):
+    model = tiny_models.build("llama", tie_word_embeddings=False).to(dtype)
+    handle = with_eight_adapters(model)
+    before = {key: t.clone() for key, t in base_state(model).items()}
+    expected = [merged_state(before, model, handle, name) for name in handle.names]
+    assert len(expected) == 8
+    changed = {
+        key for state in expected for key in state if not torch.equal(state[key], before[key])
+    }
+    assert changed == {key for key in before if "norm" not in key}
+
+    for cycle in range(CYCLES):
+        which = cycle * 5 % 8
+        handle.merge(handle.names[which])
+        assert same_bits(base_state(model), expected[which]), f"merged, cycle {cycle}"
+        handle.unmerge()
+        assert same_bits(base_state(model), before), f"unmerged, cycle {cycle}"
+    handle.detach()
+    assert same_bits(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_merging_rounds_once(dtype: torch.dtype):
+    """Increments far below the weight's resolution survive together, as they cannot one by one."""
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False)).to(dtype)
+    nn.init.ones_(layer[0].weight)
+    handle = attach(layer, LoRA(rank=8, alpha=8.0, targets="0"))
+    module = handle.modules()["0"]
+    step = torch.finfo(dtype).eps / 8
+    with torch.no_grad():  # B A adds 8 small steps to every weight: a whole eps
+        module.lora_A.fill_(1.0)
+        module.lora_B.fill_(step)
+    handle.merge()
+    assert torch.equal(layer[0].weight, torch.full((8, 8), 1 + torch.finfo(dtype).eps, dtype=dtype))
+    handle.unmerge()
+    assert torch.equal(layer[0].weight, torch.ones(8, 8, dtype=dtype))
+
+
+def test_merged_parameter_is_a_tensor_of_its_own():
+    """Nobody who holds the base's tensor sees it change, and the merged one is not trained."""
+    model = tiny_models.build("gpt2")
+    held = {key: (t, t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
+    handle = attach(model, LoRA(rank=2, alpha=3.0, targets=("all-linear", "embedding")))
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter.normal_()
+    handle.merge()
+    assert not torch.equal(
+        model.transformer.h[0].attn.c_attn.weight, held["transformer.h.0.attn.c_attn.weight"][1]
+    )
+    assert not model.transformer.h[0].attn.c_attn.weight.requires_grad
+    assert all(torch.equal(tensor, copy) for tensor, copy in held.values())
+    handle.unmerge()
+    assert all(model.state_dict(keep_vars=True)[key] is tensor for key, (tensor, _) in held.items())

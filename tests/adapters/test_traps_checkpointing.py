@@ -1,0 +1,235 @@
+"""Gradient checkpointing runs a block again in backward: with the adapters of the first run, or an error.
+
+PyTorch compares shapes only, so gradients of another adapter would come out without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.errors import AdapterStateError
+from lorakit.methods.lora.config import LoRA
+
+IDS = torch.arange(3, 17).view(2, 7)
+METHOD = LoRA(rank=2, alpha=3, targets="all-linear")
+
+Gradients = list[Tensor | None]
+
+
+def build(
+    method: LoRA = METHOD, use_reentrant: bool | None = None
+) -> tuple[PreTrainedModel, Adapters]:
+    """A llama in training mode with adapters a and b; use_reentrant None leaves out checkpointing."""
+    model = tiny_models.build("llama")
+    adapters = attach(model, method, name="a", seed=1)
+    attach(model, method, name="b", seed=2)
+    randomise(adapters)
+    model.train()
+    if use_reentrant is not None:
+        # Renamed within transformers 5.
+        rename = "activation_checkpointing_enable"
+        enable = getattr(model, rename, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()  # a reentrant block without it has no gradient at all
+    return model, adapters
+
+
+def loss(model: PreTrainedModel) -> Tensor:
+    return model(IDS, labels=IDS, use_cache=False).loss
+
+
+def gradients(adapters: Adapters) -> Gradients:
+    return [p.grad for name in adapters.names for p in adapters.trainable_parameters(name)]
+
+
+def assert_same(found: Gradients, expected: Gradients) -> None:
+    assert any(gradient is not None for gradient in expected)
+    for left, right in zip(found, expected, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None:
+            torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-4)
+
+
+def unchanged(model: PreTrainedModel, adapters: Adapters) -> None:
+    adapters.activate("a")
+    loss(model).backward()
+
+
+def another_adapter(model: PreTrainedModel, adapters: Adapters) -> None:
+    adapters.activate("a")
+    value = loss(model)
+    adapters.activate("b")
+    value.backward()
+
+
+def base(model: PreTrainedModel, adapters: Adapters) -> None:
+    adapters.activate({"a": 0.7, "b": -1.5})
+    value = loss(model)
+    adapters.activate(None)
+    value.backward()
+
+
+def end_of_per_sample(model: PreTrainedModel, adapters: Adapters) -> None:
+    with adapters.per_sample(["a", "b"]):
+        value = loss(model)
+    value.backward()
+
+
+def other_rows(model: PreTrainedModel, adapters: Adapters) -> None:
+    with adapters.per_sample(["a", None]):
+        value = loss(model)
+    with adapters.per_sample([None, "b"]):
+        value.backward()
+
+
+def two_forwards(model: PreTrainedModel, adapters: Adapters) -> None:
+    adapters.activate("a")
+    value = loss(model)
+    with adapters.per_sample(["b", None]):
+        value = value + 2 * loss(model)
+    adapters.activate("b")
+    value = value + 3 * loss(model)
+    value.backward()
+
+
+CHANGES: list[Callable[[PreTrainedModel, Adapters], None]] = [
+    another_adapter,
+    base,
+    end_of_per_sample,
+    other_rows,
+    two_forwards,
+]
+
+
+@pytest.mark.parametrize("step", [unchanged, *CHANGES])
+def test_non_reentrant_gradients_are_those_without_checkpointing(
+    step: Callable[[PreTrainedModel, Adapters], None],
+) -> None:
+    model, adapters = build()
+    step(model, adapters)
+    expected = gradients(adapters)
+    model, adapters = build(use_reentrant=False)
+    step(model, adapters)
+    assert_same(gradients(adapters), expected)
+
+
+def test_dropout_is_the_same_in_both_runs() -> None:
+    expected: Gradients = []
+    for use_reentrant in (None, False):
+        model, adapters = build(LoRA(rank=2, targets="all-linear", dropout=0.5), use_reentrant)
+        torch.manual_seed(3)
+        another_adapter(model, adapters)
+        expected = expected or gradients(adapters)
+    assert_same(gradients(adapters), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_trained_tensors_are_those_of_the_first_run(use_reentrant: bool) -> None:
+    """Norms trained in full stand in the base's place: the second run would read another adapter's."""
+    method = LoRA(rank=2, targets="mlp.down", train_modules=("input_layernorm", "q_proj"))
+    model, adapters = build(method)
+    another_adapter(model, adapters)
+    expected = gradients(adapters)
+    model, adapters = build(method, use_reentrant)
+    try:
+        another_adapter(model, adapters)
+    except AdapterStateError:
+        return  # refusing is right as well
+    assert_same(gradients(adapters), expected)
+
+
+def test_merge_before_backward_is_refused() -> None:
+    model, adapters = build(use_reentrant=False)
+    adapters.activate("a")
+    value = loss(model)
+    adapters.merge()
+    with pytest.raises(AdapterStateError, match="backward"):
+        value.backward()
+
+
+def test_nested_checkpoints() -> None:
+    """The inner checkpoint of the second run is new: nothing on it tells what acted in the first."""
+
+    def step(nested: bool) -> Gradients:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        adapters = attach(model, LoRA(rank=2, targets="0"), name="a")
+        attach(model, LoRA(rank=2, targets="0"), name="b")
+        randomise(adapters)
+        x = torch.randn(3, 8, requires_grad=True)
+
+        def inner(y: Tensor) -> Tensor:
+            return model[1](model[0](y).tanh())
+
+        def outer(y: Tensor) -> Tensor:
+            return checkpoint(inner, y, use_reentrant=False).tanh()
+
+        adapters.activate("a")
+        out = checkpoint(outer, x, use_reentrant=False) if nested else inner(x).tanh()
+        adapters.activate("b")
+        out.sum().backward()
+        return gradients(adapters)
+
+    expected = step(nested=False)
+    try:
+        found = step(nested=True)
+    except AdapterStateError:
+        return  # refusing is right as well
+    assert_same(found, expected)
+
+
+# --- reentrant: the second run cannot be told from another call, so a change is refused ------------
+
+
+def test_reentrant_gradients_without_a_change() -> None:
+    model, adapters = build()
+    unchanged(model, adapters)
+    expected = gradients(adapters)
+    model, adapters = build(use_reentrant=True)
+    unchanged(model, adapters)
+    assert_same(gradients(adapters), expected)
+
+
+@pytest.mark.parametrize("step", CHANGES)
+def test_reentrant_change_is_refused(step: Callable[[PreTrainedModel, Adapters], None]) -> None:
+    model, adapters = build(use_reentrant=True)
+    with pytest.raises(AdapterStateError, match="use_reentrant"):
+        step(model, adapters)
+
+
+def test_reentrant_training_goes_on_after_a_refusal() -> None:
+    model, adapters = build(use_reentrant=True)
+    with pytest.raises(AdapterStateError):
+        another_adapter(model, adapters)
+    model.zero_grad()
+    unchanged(model, adapters)
+    found = gradients(adapters)
+    model, adapters = build()
+    unchanged(model, adapters)
+    assert_same(found, gradients(adapters))
+
+
+@pytest.mark.parametrize("choice", ["b", None])
+def test_reentrant_training_after_evaluation_with_another_choice(choice: str | None) -> None:
+    """Evaluation runs without gradients too, as a reentrant block does in its first run."""
+    model, adapters = build(use_reentrant=True)
+    for _ in range(2):
+        with torch.no_grad():
+            adapters.activate(choice)
+            loss(model)
+        model.zero_grad()
+        unchanged(model, adapters)
+    found = gradients(adapters)
+    model, adapters = build()
+    unchanged(model, adapters)
+    assert_same(found, gradients(adapters))

@@ -1,0 +1,172 @@
+"""A compiled model follows its adapters: torch.compile otherwise skips hooks attached after compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+
+from lorakit.adapters.handle import attach, handle_of
+from lorakit.methods.lora.config import LoRA
+
+IDS = torch.arange(3, 17).view(2, 7)
+METHOD = LoRA(rank=2, alpha=3, targets=("attention.q", "mlp.down"))
+
+
+# Dynamo of torch 2.13 instantiates every custom autograd function that it traces.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # inductor's own imports
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Compile with PyTorch's own default, whatever an earlier test's `attach` has set."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        yield
+    torch._dynamo.reset()
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS, use_cache=False).logits
+
+
+def compiled_llama(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The model, its compiled twin after a first call, and the base's logits."""
+    # Frozen already, so that `attach` changes nothing else that a compiled graph looks at.
+    model = tiny_models.build("llama", num_hidden_layers=1).requires_grad_(False)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    base = logits(compiled).detach()
+    return model, compiled, base
+
+
+def test_attach_detach_attach_after_compilation() -> None:
+    model, compiled, base = compiled_llama("aot_eager")
+    adapters = attach(model, METHOD)
+    randomise(adapters)
+    first = logits(compiled)
+    assert (first - base).abs().max() > 1e-2
+    torch.testing.assert_close(first, logits(model))
+
+    adapters.detach()
+    torch.testing.assert_close(logits(compiled), base)
+
+    randomise(attach(model, METHOD, name="other"), seed=1)
+    second = logits(compiled)
+    assert (second - base).abs().max() > 1e-2
+    assert (second - first).abs().max() > 1e-2
+    torch.testing.assert_close(second, logits(model))
+
+
+def test_choice_after_compilation() -> None:
+    model, compiled, base = compiled_llama("eager")
+    adapters = attach(model, METHOD, name="a")
+    attach(model, METHOD, name="b")
+    randomise(adapters)
+    for choice in ("a", None, {"a": 0.5, "b": 2.0}, "b"):
+        adapters.activate(choice)
+        expected = logits(model)
+        torch.testing.assert_close(logits(compiled), expected)
+        assert ((expected - base).abs().max() > 1e-2) == (choice is not None)
+
+
+def test_per_sample_and_merge_under_compilation() -> None:
+    model, compiled, base = compiled_llama("eager")
+    adapters = attach(model, METHOD)
+    randomise(adapters)
+    adapted = logits(model)
+    with adapters.per_sample(["default", None]):
+        torch.testing.assert_close(logits(compiled), torch.stack([adapted[0], base[1]]))
+    with adapters.per_sample([None, "default"]):
+        torch.testing.assert_close(logits(compiled), torch.stack([base[0], adapted[1]]))
+    adapters.merge()
+    torch.testing.assert_close(logits(compiled), adapted, atol=1e-4, rtol=0)
+    adapters.unmerge()
+    torch.testing.assert_close(logits(compiled), adapted)
+
+
+def test_gradients_of_a_compiled_model() -> None:
+    model, compiled, _ = compiled_llama("aot_eager")
+    adapters = attach(model, METHOD)
+    randomise(adapters)
+    parameters = adapters.trainable_parameters()
+    expected = torch.autograd.grad(model(IDS, labels=IDS, use_cache=False).loss, parameters)
+    found = torch.autograd.grad(compiled(IDS, labels=IDS, use_cache=False).loss, parameters)
+    assert min(gradient.abs().max() for gradient in expected) > 1e-4
+    torch.testing.assert_close(found, expected)
+
+
+def test_trained_modules_under_compilation() -> None:
+    model, compiled, base = compiled_llama("aot_eager")
+    adapters = attach(model, LoRA(rank=2, targets="attention.q", train_modules="lm_head"))
+    randomise(adapters)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    torch.testing.assert_close(logits(compiled), adapted)
+    adapters.activate(None)
+    torch.testing.assert_close(logits(compiled), base)
+    adapters.activate("default")
+    torch.testing.assert_close(logits(compiled), adapted)
+
+
+def test_multihead_attention_under_compilation() -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model.requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 5, 16)
+    base = compiled(x).detach()
+    adapters = attach(model, LoRA(rank=2, targets="attention"))
+    randomise(adapters)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 1e-2
+    torch.testing.assert_close(compiled(x), adapted)
+    adapters.activate(None)
+    torch.testing.assert_close(compiled(x), base)
+    adapters.detach()
+    torch.testing.assert_close(compiled(x), base)
+
+
+def test_attach_to_the_compiled_model_adapts_the_model(tmp_path) -> None:
+    model, compiled, base = compiled_llama("eager")
+    adapters = attach(compiled, METHOD)
+    randomise(adapters)
+    adapted = logits(compiled)
+    assert (adapted - base).abs().max() > 1e-2
+    assert handle_of(model) is adapters
+    assert not any("_orig_mod" in path for path in adapters.modules())
+    model.save_pretrained(tmp_path)  # what Trainer calls, after it has unwrapped the model
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=0)
+
+
+def test_inductor() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8)).requires_grad_(
+        False
+    )
+    x = torch.randn(2, 3, 8)
+    compiled = torch.compile(model, fullgraph=True)
+    try:
+        base = compiled(x).detach()
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"inductor finds no working compiler here: {error}")
+    adapters = attach(model, LoRA(rank=2, targets=("0", "2")))
+    randomise(adapters)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 1e-2
+    found = compiled(x)
+    torch.testing.assert_close(found, adapted)
+    parameters = adapters.trainable_parameters()
+    torch.testing.assert_close(
+        torch.autograd.grad(found.tanh().sum(), parameters),
+        torch.autograd.grad(adapted.tanh().sum(), parameters),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    adapters.detach()
+    torch.testing.assert_close(compiled(x), base)

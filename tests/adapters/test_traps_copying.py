@@ -1,0 +1,174 @@
+"""A copy of an adapted model is whole, and independent of the original."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+
+from lorakit.adapters.handle import attach, handle_of
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+}
+METHODS = {
+    "lora": LoRA(rank=2, alpha=3, targets="all-linear", dropout=0.1),
+    "bias and head": LoRA(rank=2, targets="attention.qv", bias="all", train_modules="lm_head"),
+    "full": FullFineTuning(),
+}
+IDS = torch.arange(3, 17).view(2, 7)
+
+
+@pytest.fixture(params=COPIES)
+def copied(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
+    return COPIES[request.param]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copy_is_whole_and_the_original_stays(
+    copied: Callable[[nn.Module], nn.Module], method: str
+) -> None:
+    model = tiny_models.build("gpt2")  # tied head
+    base, base_state = logits(model), state(model)
+    randomise(attach(model, METHODS[method]))
+    adapted, adapted_state = logits(model), state(model)
+    assert (adapted - base).abs().max() > 1e-2
+
+    twin = copied(model)
+    handle = handle_of(twin)
+    assert handle is not None
+    assert handle is not handle_of(model)
+    assert handle.model is twin
+    assert torch.equal(logits(twin), adapted)
+
+    handle.activate(None)
+    assert torch.equal(logits(twin), base)
+    handle.activate("default")
+    handle.merge()
+    handle.unmerge()
+    assert torch.equal(logits(twin), adapted)
+    handle.detach()
+    assert torch.equal(logits(twin), base)
+    assert_same_state(state(twin), base_state)
+    assert handle_of(twin) is None
+    assert vars(twin).keys() == vars(tiny_models.build("gpt2")).keys()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+
+    assert torch.equal(logits(model), adapted)
+    assert_same_state(state(model), adapted_state)
+
+
+def test_the_original_can_change_and_the_copy_stays(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = tiny_models.build("llama")
+    base = logits(model)
+    adapters = attach(model, METHODS["lora"])
+    randomise(adapters)
+    adapted = logits(model)
+    twin = copied(model)
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+    assert torch.equal(logits(twin), adapted)
+
+
+def test_training_the_copy_trains_no_tensor_of_the_original(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = tiny_models.build("gpt2")
+    attach(model, METHODS["bias and head"])
+    before = state(model)
+    twin = copied(model)
+    handle = handle_of(twin)
+    assert handle is not None
+    optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=1.0)
+    twin(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    after = twin.state_dict()
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_same_state(state(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_copy_of_a_merged_model_gives_its_own_base_back(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = tiny_models.build("gpt2")
+    base, base_state = logits(model), state(model)
+    adapters = attach(model, LoRA(rank=2, targets=("embedding", "attention.qv")))
+    randomise(adapters)
+    adapters.merge()
+    merged = logits(model)
+    twin = copied(model)
+    handle = handle_of(twin)
+    assert handle is not None
+    assert handle.merged == {"default": 1.0}
+    assert torch.equal(logits(twin), merged)
+    handle.detach()
+    assert torch.equal(logits(twin), base)
+    assert_same_state(state(twin), base_state)
+    assert twin.lm_head.weight is twin.transformer.wte.weight
+    assert torch.equal(logits(model), merged)
+
+
+def test_copy_saves_itself(copied: Callable[[nn.Module], nn.Module], tmp_path) -> None:
+    model = tiny_models.build("llama")
+    randomise(attach(model, METHODS["lora"]))
+    twin = copied(model)
+    handle = handle_of(twin)
+    assert handle is not None
+    randomise(handle, seed=1)
+    assert (logits(twin) - logits(model)).abs().max() > 1e-2
+    twin.save_pretrained(tmp_path / "twin")
+    loaded = type(twin).from_pretrained(tmp_path / "twin", attn_implementation="eager")
+    torch.testing.assert_close(logits(loaded), logits(twin), atol=1e-5, rtol=0)
+
+
+def test_copy_of_an_adapted_attention_module(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    base = model(x)
+    adapters = attach(model, LoRA(rank=2, targets="attention"))
+    randomise(adapters)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 1e-2
+    twin = copied(model)
+    handle = handle_of(twin)
+    assert handle is not None
+    adapters.detach()
+    assert torch.equal(twin(x), adapted)
+    handle.detach()
+    assert torch.equal(twin(x), base)

@@ -1,0 +1,282 @@
+"""nn.MultiheadAttention reads its weights without calling a layer, so that no hook inside it fires."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_adapters import randomise
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
+from lorakit.methods.lora.config import LoRA
+
+EMBED = 16
+TARGETS = ("attn", "attention.q", "attention.k", "attention.v", "attention.qv", "attention.o")
+
+
+class Model(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(EMBED, 4, batch_first=True, **options)
+        self.out = nn.Linear(EMBED, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = x if y is None else y
+        return self.out(self.attn(x, y, y)[0])
+
+
+def example(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 5, EMBED)
+
+
+def effective_weights(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
+    """W + weight * scaling * B A by parameter name, from the adapters' tensors alone, in the graph."""
+    handle = handle_of(model)
+    assert handle is not None
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        for path, module in handle.modules(name).items():
+            key = f"{path}.in_proj_weight" if path == "attn" else f"{path}.weight"
+            W = found.get(key, model.get_parameter(key))
+            A, B = module.lora_A, module.lora_B
+            if not module.slices:
+                delta = B @ A
+            else:  # rank 2 for each of the adapted projections, stacked
+                delta = torch.zeros_like(W)
+                starts = [s.offset for s in module.slices]
+                for i, start in enumerate(starts):
+                    block = B[i * EMBED : (i + 1) * EMBED] @ A[2 * i : 2 * i + 2]
+                    rows = F.pad(block, (0, 0, start, W.shape[0] - start - EMBED))
+                    delta = delta + rows
+            found[key] = W + weight * module.scaling * delta
+    return found
+
+
+def without_adapters(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+    """The same module class with these weights as its parameters: no lorakit in it."""
+    plain = Model()
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if ".adapters." not in name
+    }
+    plain.load_state_dict(state)
+    return functional_call(plain, weights, inputs)
+
+
+def assert_nothing_left(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        assert "in_proj_weight" not in vars(module)
+        assert "weight" not in vars(module)
+
+
+def adapted(target: str | tuple[str, ...], **options) -> tuple[Model, Adapters]:
+    model = Model()
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets=target, **options))
+    randomise(adapters)
+    return model, adapters
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_effect_and_gradients_are_those_of_the_effective_weight(target: str) -> None:
+    model, adapters = adapted(target)
+    x, y = example(), example()
+    base = without_adapters(model, {}, x, y)
+    expected = without_adapters(model, effective_weights(model, {"default": 1.0}), x, y)
+    found = model(x, y)
+    assert (found - base).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected)
+
+    parameters = adapters.trainable_parameters()
+    expected_gradients = torch.autograd.grad(expected.tanh().sum(), parameters)
+    assert min(gradient.abs().max() for gradient in expected_gradients) > 1e-5
+    torch.testing.assert_close(
+        torch.autograd.grad(found.tanh().sum(), parameters), expected_gradients
+    )
+
+    adapters.merge()
+    torch.testing.assert_close(model(x, y), expected)
+    adapters.detach()
+    assert torch.equal(model(x, y), base)
+    assert_nothing_left(model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_adapters_mixed_by_weight() -> None:
+    model, adapters = adapted("attn")
+    attach(model, LoRA(rank=2, targets=("attention.k", "attention.o")), name="other")
+    randomise(adapters, "other", seed=1)
+    weights = {"default": 0.5, "other": -2.0}
+    adapters.activate(weights)
+    x = example()
+    expected = without_adapters(model, effective_weights(model, weights), x)
+    torch.testing.assert_close(model(x), expected)
+    adapters.merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_dora_and_its_magnitude() -> None:
+    model, adapters = adapted("attn", dora=True)
+    x = example()
+    found = model(x)
+    assert (found - without_adapters(model, {}, x)).abs().max() > 1e-2
+    gradients = torch.autograd.grad(found.tanh().sum(), adapters.trainable_parameters())
+    assert len(gradients) == 6
+    assert min(gradient.abs().max() for gradient in gradients) > 1e-5
+    adapters.merge()
+    torch.testing.assert_close(model(x), found)
+
+
+def test_pissa_starts_as_the_base() -> None:
+    model = Model()
+    x = example()
+    base = model(x)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapters = attach(model, LoRA(rank=2, targets="attn", init="pissa"))
+    torch.testing.assert_close(model(x), base)
+    randomise(adapters)
+    assert (model(x) - base).abs().max() > 1e-2
+    adapters.detach()
+    assert torch.equal(model(x), base)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_the_fast_path_of_inference_sees_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    native = torch._native_multi_head_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return native(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_native_multi_head_attention", counted)
+    model, adapters = adapted("attn")
+    x = example()
+    expected = model(x)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        assert len(calls) == 1
+        adapters.activate(None)
+        assert (model(x) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("target", ["attention", "mlp", "all-linear"])
+def test_transformer_encoder_in_inference(target: str) -> None:
+    """The encoder has a fast path of its own, and packs a padded batch into a nested tensor."""
+    layer = nn.TransformerEncoderLayer(EMBED, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = example()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    base = model(x)
+    adapters = attach(model, LoRA(rank=2, targets=target))
+    randomise(adapters)
+    expected = model(x)
+    padded = model(x, src_key_padding_mask=padding)
+    assert (expected - base).abs().max() > 1e-2
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        found = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], padded[~padding])
+        adapters.merge()
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("target", ["attn", "attention.o"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_call_leaves_nothing_behind(
+    target: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapters = adapted(target)
+    x = example()
+    base = without_adapters(model, {}, x)
+    expected = model(x)
+    assert (expected - base).abs().max() > 1e-2
+
+    def interrupted(*args, **kwargs):
+        raise error
+
+    def interrupt() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "multi_head_attention_forward", interrupted)
+            with pytest.raises(error):
+                model(x)
+
+    interrupt()
+    torch.testing.assert_close(model(x), expected)
+    interrupt()
+    adapters.activate(None)
+    torch.testing.assert_close(model(x), base)
+    adapters.activate("default")
+    interrupt()
+    adapters.detach()
+    assert_nothing_left(model.modules())
+    torch.testing.assert_close(model(x), base)
+
+
+def test_a_wrong_input_leaves_nothing_behind() -> None:
+    model, _ = adapted("attn")
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(torch.randn(2, 5, EMBED + 1))
+    assert_nothing_left(model.modules())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dropout_is_refused_and_nothing_attached(target: str) -> None:
+    model = Model()
+    keys = list(model.state_dict())
+    with pytest.raises(ConfigurationError, match=r"(?i)dropout"):
+        attach(model, LoRA(rank=2, targets=target, dropout=0.1))
+    assert list(model.state_dict()) == keys
+    assert handle_of(model) is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"targets": target} for target in TARGETS),
+        {"targets": "out", "bias": "all"},  # trains the biases of in_proj and out_proj
+        {"targets": "out", "train_modules": "attn"},
+        {"targets": "out", "train_modules": "out_proj"},
+    ],
+    ids=str,
+)
+def test_per_sample_is_refused(options: dict) -> None:
+    model = Model()
+    adapters = attach(model, LoRA(rank=2, **options))
+    randomise(adapters)
+    x = example()
+    expected = model(x)
+    with (
+        pytest.raises(AdapterStateError, match="per_sample"),
+        adapters.per_sample(["default", None]),
+    ):
+        model(x)
+    assert_nothing_left(model.modules())
+    assert torch.equal(model(x), expected)
+
+
+def test_per_sample_without_an_adapter_on_the_attention() -> None:
+    model, adapters = adapted("attn")
+    attach(model, LoRA(rank=2, targets="out"), name="linear")
+    randomise(adapters, "linear")
+    x = example()
+    expected = model(x)
+    base = without_adapters(model, {}, x)
+    with adapters.per_sample(["linear", None]):
+        found = model(x)
+    torch.testing.assert_close(found, torch.stack([expected[0], base[1]]))
+    assert (found[0] - base[0]).abs().max() > 1e-2
+
+
+def test_separate_projections_are_refused() -> None:
+    model = Model(kdim=8)
+    with pytest.raises(LorakitError, match="kdim"):
+        attach(model, LoRA(rank=2, targets="attn"))
+    assert handle_of(model) is None

@@ -1,0 +1,229 @@
+"""save_pretrained and state_dict of a model that carries an adapter never give the bare base."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.errors import AdapterStateError
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.methods.module import Method
+
+CASES: dict[str, tuple[str, Method]] = {
+    "lora": ("llama", LoRA(rank=2, alpha=3, targets="all-linear")),
+    "conv1d": ("gpt2", LoRA(rank=2, alpha=3, targets="all-linear")),
+    "slices": ("phi3", LoRA(rank=2, targets=("attention.qv", "mlp.up"))),
+    "experts": ("mixtral", LoRA(rank=2, targets="attention")),
+    "dora": ("llama", LoRA(rank=2, targets="all-linear", dora=True)),
+    "pissa": ("llama", LoRA(rank=2, targets="attention.qv", init="pissa")),
+    "bias": ("gpt2", LoRA(rank=2, targets="attention.qv", bias="all")),
+    "classification head": ("bert", LoRA(rank=2, train_modules=("classifier", "pooler"))),
+    "convolution": ("vit", LoRA(rank=2, targets="projection", train_modules="classifier")),
+    "tied embedding": ("gpt2", LoRA(rank=2, targets=("embedding", "mlp"))),
+    "tied embedding in full": ("gpt2", LoRA(rank=2, train_modules="wte")),
+    "full": ("llama", FullFineTuning()),
+    "full, tied": ("t5", FullFineTuning()),
+    "top layers": ("gpt2", FullFineTuning(top_layers=1)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Method]:
+    arch, method = CASES[request.param]
+    return tiny_models.build(arch), method
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    kind = model.config.model_type
+    return model(**tiny_models.example_batch(kind, model)).logits
+
+
+def load(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    return type(model).from_pretrained(folder, attn_implementation="eager")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- save_pretrained ------------------------------------------------------------------------------
+
+
+def test_saved_folder_computes_what_the_model_computes(
+    case: tuple[PreTrainedModel, Method], tmp_path: Path
+) -> None:
+    model, method = case
+    base = logits(model)
+    adapters = attach(model, method)
+    randomise(adapters)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+
+    before = tensors(model)
+    model.save_pretrained(tmp_path / "active")
+    assert_same_tensors(tensors(model), before)
+    assert_close(logits(load(model, tmp_path / "active")), adapted)
+
+    adapters.merge()
+    model.save_pretrained(tmp_path / "merged")
+    assert_close(logits(load(model, tmp_path / "merged")), adapted)
+    adapters.unmerge()
+
+    adapters.activate(None)
+    model.save_pretrained(tmp_path / "inactive")
+    assert_close(logits(load(model, tmp_path / "inactive")), base)
+
+    adapters.activate("default")
+    adapters.merge(keep_base=False)
+    model.save_pretrained(tmp_path / "exported")
+    assert_close(logits(load(model, tmp_path / "exported")), adapted)
+    held = load_file(tmp_path / "exported" / "model.safetensors")
+    assert not any("adapters" in name for name in held)
+
+
+def test_adapters_mixed_by_weight_are_saved_so(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2, targets="attention"), name="a")
+    attach(model, LoRA(rank=2, targets="mlp"), name="b")
+    randomise(adapters)
+    expected = []
+    for choice in ("a", {"a": 0.5, "b": -2.0}):
+        adapters.activate(choice)
+        expected.append(logits(model))
+        model.save_pretrained(tmp_path)
+        assert_close(logits(load(model, tmp_path)), expected[-1])
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+def test_shards_and_half_precision(tmp_path: Path) -> None:
+    model = tiny_models.build("llama").to(torch.bfloat16)
+    base = logits(model)
+    randomise(attach(model, LoRA(rank=2, targets="all-linear")))
+    assert (logits(model) - base).abs().max() > 1
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = load(model, tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(loaded), logits(model), atol=0.3, rtol=0)
+
+
+def test_saving_inside_per_sample_is_refused(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    with (
+        adapters.per_sample(["default", None]),
+        pytest.raises(AdapterStateError, match="per_sample"),
+    ):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_detached_model_saves_as_before(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    base = logits(model)
+    adapters = attach(model, LoRA(rank=2))
+    assert "save_pretrained" in vars(model)
+    adapters.detach()
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path)
+    assert_close(logits(load(model, tmp_path)), base)
+
+
+# --- state_dict -----------------------------------------------------------------------------------
+
+
+def adapted_twin(
+    model: PreTrainedModel, method: Method
+) -> tuple[PreTrainedModel, Tensor, Adapters]:
+    """A fresh model with a fresh adapter, the base's logits, and the handle."""
+    twin = copy.deepcopy(model)
+    return twin, logits(twin), attach(twin, method)
+
+
+@pytest.mark.parametrize("saved", ["active", "inactive", "merged"])
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
+def test_state_dict_round_trip(
+    case: tuple[PreTrainedModel, Method], saved: str, loaded_into: str
+) -> None:
+    model, method = case
+    twin, base, handle = adapted_twin(model, method)
+    adapters = attach(model, method)
+    randomise(adapters)
+    adapted = logits(model)
+    if saved == "merged":
+        adapters.merge()
+    elif saved == "inactive":
+        adapters.activate(None)
+    state = tensors(model)
+
+    handle.activate("default" if loaded_into == "active" else None)
+    twin.load_state_dict(state)
+    handle.activate("default")
+    assert_close(logits(twin), adapted)
+    handle.activate(None)
+    assert torch.equal(logits(twin), base)
+    handle.detach()
+    assert torch.equal(logits(twin), base)
+
+
+def test_saved_tensors_load_into_an_adapted_model(
+    case: tuple[PreTrainedModel, Method], tmp_path: Path
+) -> None:
+    """As Trainer resumes: the file's base keys contain the adapter, which must not act twice."""
+    model, method = case
+    twin, base, handle = adapted_twin(model, method)
+    adapters = attach(model, method)
+    randomise(adapters)
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    result = twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    assert not result.unexpected_keys
+    assert {key for key in result.missing_keys if ".adapters." not in key} <= tied
+    assert_close(logits(twin), adapted)
+    handle.activate(None)
+    assert torch.equal(logits(twin), base)
+
+
+def test_load_state_dict_into_a_merged_model_is_refused() -> None:
+    """New factors would stand beside merged weights of the old ones."""
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    randomise(adapters)
+    state = tensors(model)
+    adapters.merge()
+    merged = logits(model)
+    with pytest.raises(AdapterStateError, match=r"unmerge\(\)"):
+        model.load_state_dict(state)
+    assert torch.equal(logits(model), merged)
+
+
+def test_state_dict_of_a_detached_model_is_the_base() -> None:
+    model = tiny_models.build("gpt2")
+    before = tensors(model)
+    adapters = attach(model, LoRA(rank=2, bias="all", train_modules="wte"))
+    randomise(adapters)
+    adapters.merge()
+    adapters.detach()
+    assert_same_tensors(tensors(model), before)
+    model.load_state_dict(before)

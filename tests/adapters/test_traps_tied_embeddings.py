@@ -1,0 +1,164 @@
+"""An adapter on an input embedding that shares its table with the output head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.errors import ConfigurationError
+from lorakit.methods.lora.config import LoRA
+
+ARCHITECTURES = ("gpt2", "llama", "gemma2", "opt", "bart", "t5")
+"""With a plain table, a scaled one (gemma2, bart), and tables of encoder and decoder (bart, t5)."""
+
+
+def build(arch: str) -> PreTrainedModel:
+    model = tiny_models.build(arch, tie_word_embeddings=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model
+
+
+def adapt(model: PreTrainedModel, **options) -> Adapters:
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="embedding", **options))
+    randomise(adapters, scale=0.1)
+    return adapters
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(**tiny_models.example_batch(model.config.model_type, model)).logits
+
+
+def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, attn_implementation="eager")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_head_is_left_alone(arch: str) -> None:
+    model = build(arch)
+    head, hidden = model.get_output_embeddings(), torch.randn(2, 3, 32)
+    base, base_head = logits(model), head(hidden)
+    adapters = adapt(model)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    assert torch.equal(head(hidden), base_head)
+    adapters.merge()
+    assert_close(logits(model), adapted)
+    assert torch.equal(head(hidden), base_head)
+    adapters.unmerge()
+    assert_close(logits(model), adapted)
+    assert head.weight is model.get_input_embeddings().weight
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+    assert head.weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])
+def test_tie_head_acts_on_the_head_too(arch: str) -> None:
+    model = build(arch)
+    head, table, hidden = (
+        model.get_output_embeddings(),
+        model.get_input_embeddings(),
+        torch.randn(2, 3, 32),
+    )
+    base = logits(model)
+    adapters = adapt(model, tie_head=True)
+    path = next(path for path, module in model.named_modules() if module is table)
+    A, B = (adapters.modules()[path].get_parameter(f"lora_{side}") for side in "AB")
+    changed = table.weight + 1.5 * (B @ A).T
+    assert (changed - table.weight).abs().max() > 1e-2
+    assert_close(head(hidden), hidden @ changed.T)
+
+    adapted = logits(model)
+    adapters.merge()
+    assert_close(head(hidden), hidden @ changed.T)
+    assert_close(logits(model), adapted)
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+    assert head.weight is table.weight
+
+
+@pytest.mark.parametrize(
+    ("arch", "tie_head"),
+    [*((arch, False) for arch in ARCHITECTURES), ("gpt2", True), ("llama", True), ("gemma2", True)],
+)
+@pytest.mark.parametrize("state", ["active", "merged", "exported"])
+def test_saved_model_computes_the_same(
+    arch: str, tie_head: bool, state: str, tmp_path: Path
+) -> None:
+    model = build(arch)
+    base = logits(model)
+    adapters = adapt(model, tie_head=tie_head)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    if state == "merged":
+        adapters.merge()
+    elif state == "exported":
+        adapters.merge(keep_base=False)
+        assert handle_of(model) is None
+        assert model.config.tie_word_embeddings is False or tie_head or arch in ("bart", "t5")
+        assert_close(logits(model), adapted)
+    loaded = reloaded(model, tmp_path)
+    assert_close(logits(loaded), adapted)
+    if state != "exported":  # the live model's configuration is still the base's
+        assert model.config.tie_word_embeddings is True
+        adapters.detach()
+        assert torch.equal(logits(model), base)
+        assert_close(logits(reloaded(model, tmp_path / "base")), base)
+
+
+def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> None:
+    model = build("llama")
+    adapt(model).merge(keep_base=False)
+    model = reloaded(model, tmp_path / "first")
+    base = logits(model)
+    adapters = adapt(model)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    adapters.merge(keep_base=False)
+    assert_close(logits(reloaded(model, tmp_path / "second")), adapted)
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "targets", "message"),
+    [
+        ("llama", {"tie_word_embeddings": True}, "attention.q", "embedding"),
+        ("llama", {"tie_word_embeddings": False}, "embedding", "share"),
+        ("llama", {"tie_word_embeddings": True}, ("embedding", "head"), "both"),
+        ("bart", {}, "embedding", "tie_head"),
+        ("bert", {}, "embedding", "tie_head"),
+    ],
+)
+def test_tie_head_where_it_cannot_be(arch: str, settings: dict, targets: str, message: str) -> None:
+    model = tiny_models.build(arch, **settings)
+    keys = list(model.state_dict())
+    with pytest.raises(ConfigurationError, match=message):
+        attach(model, LoRA(rank=2, targets=targets, tie_head=True))
+    assert list(model.state_dict()) == keys
+    assert handle_of(model) is None
+
+
+def test_adapting_the_head_alone_leaves_the_embedding(tmp_path: Path) -> None:
+    model = build("gpt2")
+    ids = torch.arange(3, 10)
+    table = model.get_input_embeddings()(ids)
+    adapters = attach(model, LoRA(rank=2, targets="head"))
+    randomise(adapters)
+    adapted = logits(model)
+    adapters.merge()
+    assert torch.equal(model.get_input_embeddings()(ids), table)
+    assert_close(logits(model), adapted)
+    assert_close(logits(reloaded(model, tmp_path)), adapted)

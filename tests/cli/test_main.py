@@ -1,0 +1,75 @@
+"""The command line as a user meets it: help, misspellings, exit statuses."""
+
+import subprocess
+import sys
+
+import pytest
+from lorakit.cli import COMMANDS, main
+
+
+def run(capsys, *argv):
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_overview_names_every_command(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+
+
+def test_a_misspelt_command_is_corrected(capsys):
+    status, _, err = run(capsys, "trian")
+    assert status == 2
+    assert "Did you mean 'train'?" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert out.startswith(f"usage: lorakit {command}")
+    assert "\n  (required" not in out.replace("  (required, type", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--lora.rnk", "4"], "Did you mean '--lora.rank'?"),
+        (["train", "--data.train", "x.jsonl", "--output", "o", "--lora.rank", "0"], "lora.rank|rank is 0"),
+        (["inspect"], "adapter"),
+        (["generate", "--base.name", "smollm2-135m"], "--prompt"),
+        (["demo", "--steps", "0"], "steps is 0"),
+    ],
+    ids=["misspelt option", "rank 0", "missing argument", "no prompt", "no steps"],
+)
+def test_a_wrong_call_is_one_clear_message(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert status == 1
+    assert not out
+    assert any(part in err for part in message.split("|")), err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("lora:\n  rnk: 4\n")
+    status, _, err = run(capsys, "train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert status == 1
+    assert "rnk" in err
+    assert "Did you mean '--lora.rank'?" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_version_and_module_entry_point_do_not_wait_for_pytorch():
+    code = "import sys; from lorakit.cli import main; main(['--help']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.rstrip().endswith("False")
+    version = subprocess.run(
+        [sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout.startswith("lorakit ")

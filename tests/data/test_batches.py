@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.data import BatchSampler, collate
+from lorakit.tasks import LabelledExample, LanguageExample
+
+LENGTHS = st.lists(st.integers(min_value=1, max_value=500), max_size=300)
+
+
+@given(
+    lengths=LENGTHS,
+    batch_size=st.integers(min_value=1, max_value=17),
+    seed=st.integers(min_value=0, max_value=2**63),
+    epoch=st.integers(min_value=0, max_value=1000),
+    bucket=st.booleans(),
+)
+def test_every_example_comes_once_per_epoch_in_full_batches(
+    lengths, batch_size, seed, epoch, bucket
+):
+    sampler = BatchSampler(lengths, batch_size, seed, bucket)
+    batches = sampler(epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert len(batches) == len(sampler)
+    sizes = sorted(map(len, batches), reverse=True)
+    assert all(size == batch_size for size in sizes[:-1])
+    assert all(1 <= size <= batch_size for size in sizes[-1:])
+    assert batches == BatchSampler(lengths, batch_size, seed, bucket)(epoch)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    lengths = list(range(1, 201))
+    sampler = BatchSampler(lengths, 8, seed=1)
+    first = sampler(0)
+    assert first != sampler(1)
+    assert first != BatchSampler(lengths, 8, seed=2)(0)
+    torch.manual_seed(7)
+    assert sampler(0) == first  # neither epochs drawn before nor other random numbers matter
+    program = (
+        "from lorakit.data import BatchSampler;"
+        "print(BatchSampler(list(range(1, 201)), 8, seed=1)(0))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(first)  # nor the process
+
+
+def test_buckets_hold_little_padding():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (4000,), generator=generator).tolist()
+
+    def padded(bucket):
+        batches = BatchSampler(lengths, 16, 0, bucket)(0)
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
+
+    assert padded(bucket=False) > 1.7
+    assert padded(bucket=True) < 1.06
+
+
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        BatchSampler([1], 0, seed=0)
+
+
+def language(ids, mask):
+    return LanguageExample(input_ids=ids, loss_mask=mask, prompt_length=1, prompt="", completion="")
+
+
+def labelled(ids, label, types=None):
+    return LabelledExample(
+        input_ids=ids, label=label, token_type_ids=types, prompt="", completion=""
+    )
+
+
+def test_language_batches_are_right_padded_and_labels_mark_targets():
+    batch = collate([language([5, 6, 7], [False, False, True]), language([8, 9], [False, True])], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(("labels", "dtype"), [([1, 0], torch.int64), ([1.5, 2.0], torch.float32)])
+def test_labelled_batches_have_one_label_each(labels, dtype):
+    batch = collate([labelled([5, 6], labels[0], [0, 1]), labelled([7], labels[1], [0])], 0)
+    assert batch["labels"].tolist() == labels
+    assert batch["labels"].dtype == dtype
+    assert batch["token_type_ids"].tolist() == [[0, 1], [0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert "token_type_ids" not in collate([labelled([5], labels[0])], 0)
+
+
+def test_tasks_do_not_mix_in_a_batch():
+    with pytest.raises(TypeError, match="one task"):
+        collate([language([5, 6], [False, True]), labelled([5], 1)], 0)

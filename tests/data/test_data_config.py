@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import jsonargparse
+import pytest
+
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "completions"}, "unknown task 'completions'.* Did you mean 'completion'"),
+        ({"columns": {"promt": "x"}}, "'promt' is not a name of ours.* Did you mean 'prompt'"),
+        ({"max_length": 1}, "at least 2 tokens"),
+        ({"limit": 0}, "at least 1 row"),
+        ({"validation_fraction": 1.0}, "below 1"),
+        ({"validation_fraction": float("nan")}, "below 1"),
+        ({"validation_fraction": 0.1, "validation": "b.jsonl"}, "not both"),
+        ({"too_long": "cut"}, "too_long is 'cut', expected stop or skip or truncate"),
+        ({"bad_rows": "truncate"}, "bad_rows is 'truncate', expected stop or skip"),
+        ({"prompt_template": "{a.b}"}, "prompt_template"),
+        ({"prompt_template": "{a}", "task": "chat"}, "task chat has no prompt"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DataConfig(train="a.jsonl", **settings)
+
+
+def test_docstrings_bring_their_own_splits_and_files_do_not():
+    built_in = DataConfig(train="docstrings")
+    assert built_in.source("validation") == built_in.source("test") == "docstrings"
+    files = DataConfig(train="a.jsonl", test="b.jsonl")
+    assert (files.source("validation"), files.source("test")) == (None, "b.jsonl")
+    held_out = DataConfig(train="a.jsonl", validation_fraction=0.1, train_split="all")
+    assert (held_out.source("validation"), held_out.hub_split("validation")) == ("a.jsonl", "all")
+
+
+def test_the_command_line_sets_the_same_fields():
+    arguments = [
+        "--data.train=[a.jsonl, b.csv]",
+        "--data.columns={prompt: question}",
+        "--data.too_long=skip",
+        "--data.prompt_template={prompt}",
+    ]
+
+    def command(data: DataConfig) -> DataConfig:
+        return data
+
+    found = jsonargparse.auto_cli(command, args=arguments)
+    assert found == DataConfig(
+        train=["a.jsonl", "b.csv"],
+        columns={"prompt": "question"},
+        too_long="skip",
+        prompt_template="{prompt}",
+    )

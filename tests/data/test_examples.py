@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+from lorakit.data import DataConfig, DataTask, load_examples, task_of
+from lorakit.errors import DataError
+
+TOKENIZER = tiny_tokenizer()
+PAIRS = [{"prompt": f"The river {n}", "completion": f" pub {n}"} for n in range(20)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="train.jsonl"):
+        path = tmp_path / name
+        lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return str(path)
+
+    return write
+
+
+def load(train, split="train", *, tokenizer=TOKENIZER, labels=None, **settings):
+    return load_examples(DataConfig(train=train, **settings), split, tokenizer, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"prompt": "a", "completion": "b"}, "completion"),
+        ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "chat"),
+        ({"text": "a", "label": 1}, "classification"),
+        ({"sentence1": "a", "sentence2": "b", "label": "yes"}, "classification"),
+        ({"text": "a", "label": 1.5}, "regression"),
+        ({"sentence1": "a", "sentence2": "b", "score": 3}, "regression"),
+    ],
+)
+def test_the_task_follows_from_the_columns(write, row, task):
+    other = {**row, "label": 0} if row.get("label") == 1 else row
+    other = {**row, "label": "no"} if row.get("label") == "yes" else other
+    examples = load(write([row, other]))
+    assert examples.task == task
+    assert len(examples) == examples.report.read == examples.report.kept == 2
+
+
+def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
+    with pytest.raises(DataError) as caught:
+        load(write([{"question": "a", "answer": "b"}]))
+    message = str(caught.value)
+    assert "its columns are question, answer" in message
+    assert "prompt + completion" in message
+    assert "sentence1 + sentence2 + label" in message
+
+
+def test_columns_that_fit_two_tasks_ask_for_one(write):
+    path = write([{**PAIRS[0], "text": "a", "label": "x"}, {**PAIRS[1], "text": "a", "label": "y"}])
+    with pytest.raises(DataError, match="fit several tasks; set task to one of completion, class"):
+        load(path)
+    assert load(path, task="classification").task == "classification"
+
+
+def test_an_explicit_task_must_find_its_columns(write):
+    with pytest.raises(DataError, match=r"expected those of task chat:\n  chat: +messages"):
+        load(write(PAIRS), task="chat")
+
+
+def test_columns_and_templates_make_prompts_and_completions(write):
+    path = write([{"q": "why?", "a": "so", "prompt": "not this"}])
+    examples = load(
+        path,
+        columns={"prompt": "q"},
+        prompt_template="Q: {prompt} ({q})\nA:",
+        completion_template=" {a}",
+    )
+    assert examples[0].prompt == "Q: why? (why?)\nA:"
+    assert examples[0].completion == " so"
+    assert examples.task == "completion"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"columns": {"prompt": "promt"}},
+            "no column 'promt', which columns maps 'prompt' to; its "
+            "columns are prompt, completion. Did you mean 'prompt'",
+        ),
+        ({"prompt_template": "{promt}"}, "no column 'promt', which prompt_template names"),
+    ],
+)
+def test_a_missing_column_is_named(write, settings, message):
+    with pytest.raises(DataError, match=message):
+        load(write(PAIRS), **settings)
+
+
+BAD = [
+    PAIRS[0],
+    {"prompt": "a"},
+    b'{"prompt": "caf\xe9"}',
+    {"prompt": "a", "completion": " "},
+    b"{",
+    {"prompt": 3, "completion": "b"},
+    PAIRS[1],
+]
+
+
+def test_bad_rows_stop_with_file_line_and_count(write):
+    path = write(BAD)
+    with pytest.raises(DataError) as caught:
+        load(path, columns={"prompt": "prompt"})
+    lines = str(caught.value).split("\n")
+    assert lines[0] == f"{path}: 5 of 7 rows cannot be used"
+    assert [line.split(": ")[0].strip() for line in lines[1:6]] == [
+        f"{path}:{n}" for n in range(2, 7)
+    ]
+    assert "'completion' is missing" in lines[1]
+    assert "not UTF-8 (byte 0xe9" in lines[2]
+    assert lines[6] == "Mend them, or set bad_rows to skip to leave them out"
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(write):
+    path = write(BAD)
+    examples = load(path, bad_rows="skip")
+    report = examples.report
+    assert [example.origin for example in examples] == [f"{path}:1", f"{path}:7"]
+    assert (report.read, report.kept, report.skipped, len(report.bad)) == (7, 2, 5, 5)
+    assert str(report).startswith(
+        f"{path}: 2 of 7 rows; 5 bad, skipped\n  {path}:2: 'completion' is "
+    )
+    assert report.to_dict()["bad"][0] == {
+        "origin": f"{path}:2",
+        "message": "'completion' is missing",
+    }
+
+
+def test_a_renamed_column_is_reported_by_its_own_name(write):
+    path = write([{"q": "a", "a": "b"}, {"q": "a", "a": ""}])
+    with pytest.raises(DataError, match=r":2: 'a' is empty"):
+        load(path, columns={"prompt": "q", "completion": "a"})
+
+
+def test_no_usable_row_is_an_error_even_when_skipping(write):
+    with pytest.raises(DataError, match=r"none of its 1 rows can be used\n  .*:1: 'completion' is"):
+        load(write([{"prompt": "a", "completion": ""}]), bad_rows="skip")
+
+
+LONG = {"prompt": "The river " * 30, "completion": " pub"}
+
+
+def test_long_rows_stop_are_skipped_or_are_truncated(write):
+    path = write([PAIRS[0], LONG])
+    with pytest.raises(DataError) as caught:
+        load(path, max_length=64)
+    assert "1 of 2 rows are longer than max_length 64, the longest with" in str(caught.value)
+    assert f"\n  {path}:2: " in str(caught.value)
+
+    skipped = load(path, max_length=64, too_long="skip")
+    assert (len(skipped), skipped.report.skipped, skipped.report.too_long[0].origin) == (
+        1,
+        1,
+        f"{path}:2",
+    )
+    assert "1 too long, skipped (up to" in str(skipped.report)
+
+    truncated = load(path, max_length=64, too_long="truncate")
+    assert truncated.lengths[1] == 64
+    assert (truncated.report.kept, truncated.report.truncated) == (2, 1)
+    assert "1 truncated" in str(truncated.report)
+
+
+def test_labels_are_those_of_the_training_set(write):
+    train = write([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    validation = write([{"text": "c", "label": "y"}], "validation.jsonl")
+    examples = load(train, "validation", validation=validation)
+    assert examples.labels == ("x", "y")
+    assert examples[0].label == 1
+    given = load(
+        train, "validation", validation=validation, task="classification", labels=["y", "z"]
+    )
+    assert given[0].label == 0
+
+
+def test_task_and_labels_are_known_without_a_tokenizer(write):
+    rows = [{"text": "a", "label": "y"}, {"text": "b", "label": "x"}, {"text": "c"}, b"{"]
+    config = DataConfig(train=write(rows))
+    assert task_of(config) == DataTask(name="classification", labels=("x", "y"))
+    assert task_of(DataConfig(train=write(PAIRS))) == DataTask(name="completion")
+
+
+@pytest.mark.parametrize("bad_rows", ["stop", "skip"])
+def test_an_evaluation_label_unknown_in_training_always_stops(write, bad_rows):
+    train = write([{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    validation = write([{"text": "c", "label": 1}, {"text": "d", "label": -1}], "validation.jsonl")
+    with pytest.raises(
+        DataError, match=r"validation\.jsonl:2: 'label' is '-1', which the training"
+    ):
+        load(train, "validation", validation=validation, bad_rows=bad_rows)
+
+
+def test_an_evaluation_set_is_of_the_task_of_the_training_set(write):
+    train = write([{"text": "a", "label": 0.5}, {"text": "b", "label": 1}])
+    whole = write([{"text": "c", "label": 1}, {"text": "d", "label": 0}], "validation.jsonl")
+    assert load(train, "validation", validation=whole).task == "regression"
+    other = write(PAIRS, "test.jsonl")
+    with pytest.raises(DataError, match=r"test\.jsonl: its columns are .* expected .* regression"):
+        load(train, "test", test=other)
+
+
+def test_class_names_of_a_hub_data_set_set_the_order(monkeypatch):
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["yes", "no", "maybe"])
+    )
+    content = {"text": ["a", "b"], "label": [0, 1]}
+    dataset = datasets.Dataset.from_dict(content, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
+    examples = load("owner/name")
+    assert examples.labels == ("yes", "no", "maybe")
+    assert [example.label for example in examples] == [0, 1]
+
+
+def test_no_such_split(write):
+    with pytest.raises(DataError, match=r"names no validation data; set data\.validation"):
+        load(write(PAIRS), "validation")
+
+
+def test_limit_reads_the_first_rows(write):
+    examples = load(write(PAIRS), limit=3)
+    assert [example.completion for example in examples] == [" pub 0", " pub 1", " pub 2"]
+
+
+def test_a_held_out_fraction_divides_the_distinct_inputs(write):
+    rows = [{**pair, "completion": f" answer {n}"} for pair in PAIRS for n in range(3)]
+    path = write(rows)
+    train = load(path, validation_fraction=0.2)
+    validation = load(path, "validation", validation_fraction=0.2)
+    inside, outside = ({example.prompt for example in side} for side in (validation, train))
+    assert len(inside) == 4
+    assert len(outside) == 16
+    assert not inside & outside
+    assert (len(train), len(validation)) == (48, 12)
+    assert (train.report.held_out, validation.report.held_out) == (12, 48)
+    shuffled = load(write(rows[::-1]), "validation", validation_fraction=0.2)
+    assert {example.prompt for example in shuffled} == inside  # the order of rows does not matter
+
+
+def test_sets_can_be_indexed_and_sliced(write):
+    examples = load(write(PAIRS))
+    assert list(examples) == examples.examples == examples[:]
+    assert examples.lengths == [len(example.input_ids) for example in examples]
+
+
+def test_encoder_pairs_from_csv(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('premise,hypothesis,label\n"a, b",c,entailment\nd,e,neutral\n')
+    examples = load(
+        str(path),
+        tokenizer=tiny_encoder_tokenizer(),
+        columns={"sentence1": "premise", "sentence2": "hypothesis"},
+    )
+    assert examples.labels == ("entailment", "neutral")
+    assert examples[0].prompt == "a, b\nc"
+    assert examples[1].origin == f"{path}:3"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+from lorakit.data import DataConfig, preview
+
+TOKENIZER = tiny_tokenizer()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+@pytest.fixture
+def config(tmp_path):
+    train = [pair("a", "1"), pair("a", "2"), pair("a", "2"), pair("bcdef ", "3"), pair("g", " ")]
+    validation = [pair("a", "2"), pair("a", "9"), pair("z", "3")]
+    return DataConfig(
+        train=write(tmp_path / "train.jsonl", train),
+        validation=write(tmp_path / "validation.jsonl", validation),
+    )
+
+
+def test_examples_show_tokens_and_targets(config):
+    shown = preview(config, TOKENIZER, n=2)
+    assert len(shown.examples) == 2
+    first = shown.examples[0]
+    assert [(token.text, token.target) for token in first.tokens] == [
+        ("a", False),
+        ("1", True),
+        ("<|im_end|>", True),
+    ]
+    assert first.origin == f"{config.train}:1"
+
+
+def test_tokens_that_are_part_of_a_character_show_their_name(tmp_path):
+    config = DataConfig(train=write(tmp_path / "train.jsonl", [pair("é", "b")]))
+    tokens = preview(config, TOKENIZER).examples[0].tokens
+    assert [token.text for token in tokens[:2]] == ["Ã", "©"]
+
+
+def test_lengths_and_targets_are_counted(config):
+    train = preview(config, TOKENIZER).splits["train"]
+    longest = len(TOKENIZER("bcdef ")["input_ids"]) + 2
+    assert train.lengths.histogram[0] == (3, 3, 3)
+    assert (train.lengths.p50, train.lengths.max, train.lengths.total) == (
+        3,
+        longest,
+        3 * 3 + longest,
+    )
+    assert sum(count for _, _, count in train.lengths.histogram) == 4
+    assert train.targets == 4 * 2
+
+
+def test_duplicates_are_counted_within_and_between_splits(config):
+    shown = preview(config, TOKENIZER)
+    train = shown.splits["train"]
+    assert (train.repeated_prompts, train.repeated_examples, train.shared_prompts) == (2, 1, 0.75)
+    (overlap,) = shown.overlaps
+    assert (overlap.first, overlap.second) == ("train", "validation")
+    assert (overlap.prompts, overlap.examples) == (2, 1)
+
+
+def test_what_would_stop_a_run_does_not_stop_the_preview(config):
+    shown = preview(config, TOKENIZER)
+    assert len(shown.splits["train"].report.bad) == 1
+    assert any("would stop at 1 bad rows of train" in note for note in shown.notes)
+    assert any("1 prompts of train end in a space" in note for note in shown.notes)
+
+
+def test_notes_on_lengths_escapes_and_special_tokens(tmp_path):
+    rows = [pair("a " * 40, "b"), pair("a", "b<|im_end|>c")]
+    config = DataConfig(
+        train=write(tmp_path / "train.jsonl", rows), max_length=16, prompt_template=r"{prompt}\n"
+    )
+    notes = "\n".join(preview(config, TOKENIZER).notes)
+    assert "would stop at 1 rows of train above max_length 16" in notes
+    assert "prompt_template holds a backslash and an n" in notes
+    assert "1 completions of train hold <|im_end|>" in notes
+
+
+def test_labels_and_scores_are_counted(tmp_path):
+    rows = [{"text": "a", "label": label} for label in ("x", "y", "x")]
+    path = write(tmp_path / "train.jsonl", rows)
+    classes = preview(DataConfig(train=path), tiny_encoder_tokenizer())
+    assert classes.splits["train"].labels == {"x": 2, "y": 1}
+    assert classes.splits["train"].targets is None
+    assert classes.examples[1].label == 1
+    assert not any(token.target for token in classes.examples[0].tokens)
+
+    rows = [{"text": "a", "score": score} for score in (1, 2.5, 2.5)]
+    path = write(tmp_path / "train.jsonl", rows)
+    scores = preview(DataConfig(train=path), tiny_encoder_tokenizer())
+    assert scores.splits["train"].scores == (1.0, 2.0, 2.5)
+    assert scores.splits["train"].labels == {}
+
+
+def test_the_preview_is_plain_data(config):
+    shown = preview(config, TOKENIZER).to_dict()
+    assert json.loads(json.dumps(shown))["splits"]["train"]["report"]["read"] == 5
+    assert shown["overlaps"][0]["prompts"] == 2

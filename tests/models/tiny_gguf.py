@@ -1,0 +1,106 @@
+"""Writes a tiny Llama as a GGUF file, the way llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["Ġ Ġ", "h e", "l l"]
+TOKENS = [*SPECIAL_TOKENS, *bytes_to_unicode().values(), *(m.replace(" ", "") for m in MERGES)]
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+HEADS, KEY_VALUE_HEADS = 4, 2
+
+F32, F16, BF16, Q4_1 = (
+    gguf.GGMLQuantizationType.F32,
+    gguf.GGMLQuantizationType.F16,
+    gguf.GGMLQuantizationType.BF16,
+    gguf.GGMLQuantizationType.Q4_1,
+)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM,
+    *,
+    kind: gguf.GGMLQuantizationType = F32,
+    pre: str = "smollm",
+    leave_out: str | None = None,
+) -> Path:
+    """Write ``model`` with its matrices as ``kind`` and its norms in float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name in ("lm_head.weight", leave_out):
+            continue
+        data = tensor.float().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            data = _permuted(data, HEADS if "q_proj" in name else KEY_VALUE_HEADS)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if data.ndim == 1 or kind == F32:
+            writer.add_tensor(target, np.ascontiguousarray(data))
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def rounded(data: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """Return a matrix as it comes back from ``kind``, float32."""
+    quantised = gguf.quants.quantize(data.float().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(quantised, kind))
+
+
+def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Interleave the halves of each head, which is how llama.cpp rotates."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)

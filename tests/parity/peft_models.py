@@ -1,0 +1,83 @@
+"""PEFT's side of a case: the configuration that says the same, and live models of PEFT."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+from covering_array import Case
+from layouts import is_classifier
+from logits import randomise
+from torch import nn
+
+PEFT_SPEAKS = (
+    # PEFT saves the frozen table beside an adapter on an embedding or a head, and says so.
+    "Setting `save_embedding_layers` to `True`",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "fan_in_fan_out is set to ",  # PEFT corrects itself, layer by layer
+    "`is_gradient_checkpointing` is deprecated",
+    "LoRA adapter added to ConvNd layer with groups > 1",
+)
+"""Beginnings of warnings that PEFT gives on correct use; any other one fails a test."""
+
+
+@contextmanager
+def speaking_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for beginning in PEFT_SPEAKS:
+            warnings.filterwarnings("ignore", message=re.escape(beginning))
+        yield
+
+
+def target_modules(case: Case) -> str | list[str]:
+    """PEFT has no roles: paths, names, its own "all-linear" or a regular expression."""
+    if case.targets == "all-linear":
+        return "all-linear"
+    if case.targets == "names":
+        return list(case.entries)
+    if case.targets == "regex":
+        return case.entries[0]
+    return sorted(case.expected)
+
+
+def configuration(case: Case) -> peft.LoraConfig:
+    # With this task type PEFT trains the classification head without being asked.
+    trains_classifier = is_classifier(case.head) and case.train == "head"
+    return peft.LoraConfig(
+        task_type="SEQ_CLS" if trains_classifier else None,
+        r=2,
+        lora_alpha=3.0,
+        target_modules=target_modules(case),
+        lora_dropout=case.dropout,
+        bias=case.bias,
+        use_rslora=case.scaling == "rslora",
+        use_dora=case.dora,
+        rank_pattern=case.rank_pattern,
+        alpha_pattern=case.alpha_pattern,
+        modules_to_save=list(case.train_modules) or None,
+        init_lora_weights="gaussian" if case.init == "gaussian" else True,
+    )
+
+
+def adapt(model: nn.Module, config: peft.LoraConfig, *, seed: int = 1) -> peft.PeftModel:
+    """PEFT's adapter on the model, every tensor that it trains random."""
+    with speaking_peft():
+        adapted = peft.get_peft_model(model, config).eval()
+    randomise((p for p in adapted.parameters() if p.requires_grad), seed)
+    return adapted
+
+
+def save(adapted: peft.PeftModel, folder: Path) -> Path:
+    with speaking_peft():
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def load(model: nn.Module, folder: Path) -> peft.PeftModel:
+    """PEFT's model of a folder; a key that is missing or left over is a warning, and so an error."""
+    with speaking_peft():
+        return peft.PeftModel.from_pretrained(model, folder).eval()

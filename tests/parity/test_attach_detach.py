@@ -1,0 +1,208 @@
+"""`attach` adds tensors beside the model's own, `detach` leaves the model bit for bit what it was."""
+
+from __future__ import annotations
+
+import covering_array
+import pytest
+import tiny_models
+import torch
+from covering_array import Case, fresh_model
+from layouts import LAYOUTS, WITHOUT_BIAS
+from logits import assert_differ, randomise
+from torch import nn
+
+from lorakit.adapters.handle import attach
+from lorakit.errors import ConfigurationError, TargetError
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+
+CASES = covering_array.cases()
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def test_every_pair_of_settings_has_a_case():
+    covered = set().union(*map(covering_array.pairs, CASES))
+    refused = {
+        (("dora", True), ("init", "pissa")),
+        (("targets", "head"), ("train", "head")),
+        (("arch", "mixtral"), ("targets", "mlp")),
+        (("arch", "mixtral"), ("targets", "all-linear")),
+        (("arch", "granite"), ("task", "classification")),
+        *(
+            (("arch", arch), ("bias", bias))
+            for arch in WITHOUT_BIAS
+            for bias in ("all", "lora_only")
+        ),
+    }
+    assert covering_array.all_pairs() - covered == refused
+    assert len(set(CASES)) == len(CASES)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def trained_in_full(case: Case, model: nn.Module) -> set[str]:
+    """Names of the base parameters that a case trains, from the option's definition."""
+    names = set()
+    for path, module in model.named_modules():
+        if any(f".{path}".endswith(f".{entry}") for entry in case.train_modules):
+            names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
+    if case.bias == "all":
+        names |= {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+    if case.bias == "lora_only":
+        biases = {f"{path}.bias" for path in case.expected}
+        names |= {n for n, _ in model.named_parameters() if n in biases}
+    return names
+
+
+@every_case
+def test_trainable_names_are_the_adapters_alone(case: Case):
+    model = case.model()
+    expected = trained_in_full(case, model)
+    for path in case.expected:
+        expected |= {f"{path}.adapters.default.lora_A", f"{path}.adapters.default.lora_B"}
+        if case.dora:
+            expected.add(f"{path}.adapters.default.magnitude")
+    handle = attach(model, case.method())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert {id(p) for p in handle.trainable_parameters()} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+
+
+@every_case
+def test_adapter_tensors_have_the_shapes_of_the_formula(case: Case):
+    """r (in + out) numbers for each projection, r for each slice of a fused one."""
+    model = case.model()
+    handle = attach(model, case.method())
+    for path, target in case.expected.items():
+        layer, module = model.get_submodule(path), handle.modules()[path]
+        weight = layer.weight
+        transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+        n_out, n_in = weight.shape[::-1] if transposed else (len(weight), weight[0].numel())
+        rank = 3 if case.rank == "pattern" and path == min(case.expected) else 2
+        rows = sum(map(len, target.slices)) or n_out
+        assert module.lora_A.numel() == max(1, len(target.slices)) * rank * n_in
+        assert module.lora_B.numel() == rows * rank
+        assert module.magnitude is None or module.magnitude.shape == (rows,)
+        assert (module.magnitude is not None) == case.dora
+
+
+# --- nothing else changes ------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Everything of a model that another library, or the user, could notice."""
+    kept = {}
+    for path, module in model.named_modules():
+        attributes = {key: value for key, value in vars(module).items() if "hooks" not in key}
+        hooks = {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
+        kept[path] = (type(module), list(attributes), list(module._modules), hooks, module.training)
+    return kept
+
+
+def tensors(model: nn.Module) -> dict[str, tuple]:
+    """Name -> the very tensor, where its memory is, and whether it wants a gradient."""
+    found = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: (id(t), t.data_ptr(), t.requires_grad, t.dtype) for name, t in found}
+
+
+def half_frozen(case: Case) -> nn.Module:
+    """The case's model with every other parameter frozen, so that the flags are worth keeping."""
+    model = case.model()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    return model
+
+
+@every_case
+def test_keys_and_types_stay_after_attach(case: Case):
+    model = case.model()
+    keys, types = list(model.state_dict()), {n: type(m) for n, m in model.named_modules()}
+    attach(model, case.method())
+    assert [key for key in model.state_dict() if ".adapters." not in key] == keys
+    assert {n: type(m) for n, m in model.named_modules() if ".adapters" not in n} == types
+
+
+@every_case
+@torch.no_grad()
+def test_base_and_detached_model_are_bit_identical(case: Case):
+    model = half_frozen(case)
+    batch = case.batch(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    logits, seen, known = model(**batch).logits, snapshot(model), tensors(model)
+
+    handle = attach(model, case.method())
+    randomise(handle.trainable_parameters(), seed=1)
+    assert_differ(model(**batch).logits, logits)
+    handle.activate(None)
+    assert torch.equal(model(**batch).logits, logits)
+    handle.activate("default")
+    handle.detach()
+
+    assert torch.equal(model(**batch).logits, logits)
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    assert tensors(model) == known
+    assert snapshot(model) == seen
+    assert handle.names == ()
+
+
+@pytest.mark.parametrize("arch", LAYOUTS)
+@torch.no_grad()
+def test_detach_also_after_full_fine_tuning_and_a_merge(arch: str):
+    """Also where every base tensor had a trained or merged one in its place."""
+    model = fresh_model(arch, tiny_models.natural_head(arch))
+    batch = tiny_models.example_batch(arch, model)
+    logits, seen, known = model(**batch).logits, snapshot(model), tensors(model)
+    handle = attach(model, FullFineTuning(), name="full")
+    randomise(handle.trainable_parameters("full"), seed=1)
+    attach(model, LoRA(rank=2, alpha=3.0), name="lora")
+    randomise(handle.trainable_parameters("lora"), seed=1)
+    handle.activate("full")
+    assert_differ(model(**batch).logits, logits)
+    handle.merge("lora")
+    assert_differ(model(**batch).logits, logits)
+    handle.detach()
+    assert torch.equal(model(**batch).logits, logits)
+    assert tensors(model) == known
+    assert snapshot(model) == seen
+
+
+def test_a_failed_attach_leaves_nothing_behind():
+    model = fresh_model("llama", "causal-lm")
+    seen, known = snapshot(model), tensors(model)
+    with pytest.raises(TargetError, match="lm_heed"):
+        attach(model, LoRA(rank=2, targets=("attention.qv", "lm_heed")))
+    with pytest.raises(ConfigurationError, match="exceeds the width"):
+        attach(model, LoRA(rank=33, targets="attention.q"))
+    with pytest.raises(TargetError, match="no module of the model"):
+        attach(model, LoRA(rank=2, train_modules="scorr"))
+    assert tensors(model) == known
+    assert snapshot(model) == seen
+
+
+# --- pairs that are refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "error", "says"),
+    [
+        ("bert", {"dora": True, "init": "pissa"}, ConfigurationError, "exclude each other"),
+        ("llama", {"targets": "head", "train_modules": "lm_head"}, TargetError, "Choose one"),
+        ("mixtral", {"targets": "mlp"}, TargetError, "stacked tensors"),
+        ("mixtral", {"targets": "all-linear"}, TargetError, "stacked tensors"),
+        ("t5", {"bias": "lora_only"}, ConfigurationError, "have none"),
+        *(
+            (arch, {"bias": bias}, ConfigurationError, "ha(s|ve) none")
+            for arch in WITHOUT_BIAS
+            for bias in ("all", "lora_only")
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_refused_pairs(arch: str, settings: dict, error: type[Exception], says: str):
+    model = fresh_model(arch, tiny_models.natural_head(arch))
+    with pytest.raises(error, match=says):
+        attach(model, LoRA(rank=2, **settings))

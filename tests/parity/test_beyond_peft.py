@@ -1,0 +1,444 @@
+"""What PEFT cannot express, by name, against the formulas in float64.
+
+The reason of each entry is shown on PEFT itself where PEFT can be asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import arithmetic
+import peft
+import peft_models
+import pytest
+import tiny_models
+import torch
+from arithmetic import TIGHT, float64_model, inputs
+from covering_array import fresh_model
+from layouts import expected_targets
+from logits import assert_differ, assert_same, randomise
+from torch import Tensor, nn
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters.saving import load
+from lorakit.errors import AdapterFileError
+from lorakit.methods.lora.config import LoRA
+
+RANK, ALPHA = 2, 3.0
+SCALING = ALPHA / RANK
+EXACT = 1e-12
+"""Tolerance where everything computes in float64."""
+
+NOT_IN_PEFT = {
+    "dora on nn.MultiheadAttention": "PEFT raises when the adapter is made",
+    "dora on a grouped convolution": "PEFT divides by the norm of another weight than the effective one",
+    "merging a grouped convolution": "PEFT's A sees all input channels: it refuses to merge",
+    "dilated convolution": "PEFT's A is not dilated: its output has another size",
+    "padding mode of a convolution": "PEFT's A pads with zeros: its output differs at the borders",
+    "two scalings in one nn.MultiheadAttention": "PEFT uses the module's alpha for both projections",
+    "one layer at two places": "PEFT replaces the layer at one of them",
+    "slices of a fused projection": "PEFT has none; the file holds the equal full-width adapter",
+    "pissa over the untouched base": "PEFT changes the base; the file holds the equal rank 2r",
+    "tie_head": "PEFT's file holds the head's adapter as a second one",
+}
+"""Each has the tests of one section below; the last three have an equal in PEFT's format, which the
+tests of test_peft_files and test_layer_kinds load there, and are held against the formula here."""
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random_adapter(model: nn.Module, **settings) -> Adapters:
+    handle = attach(model, LoRA(rank=RANK, alpha=ALPHA, **settings), dtype=torch.float64, seed=1)
+    randomise(handle.trainable_parameters(), seed=2)
+    return handle
+
+
+def effective(W: Tensor, module: nn.Module, slices: tuple = (), scaling: float = SCALING) -> Tensor:
+    """What an adapter's tensors make of the matrix W, by the formula."""
+    W = W + arithmetic.low_rank(module.lora_A, module.lora_B, scaling, len(W), slices)
+    return W if module.magnitude is None else arithmetic.rescaled(W, module.magnitude, slices)
+
+
+def check_own_folder(handle: Adapters, fresh: nn.Module, x: Tensor, folder: Path) -> None:
+    """The folder is lorakit's alone, for PEFT would compute something else, and comes back whole."""
+    expected = handle.model(x)
+    handle.save(folder)
+    assert not (folder / "adapter_config.json").exists()
+    load(fresh, folder)
+    assert torch.equal(fresh(x), expected)
+
+
+# --- slices of a fused projection --------------------------------------------------------------------
+
+FUSED = [
+    *((a, f"attention.{x}") for a in ("gpt2", "gpt-neox", "bloom", "phi3") for x in "qkv"),
+    *((a, f"attention.{x}") for a in ("gpt2", "gpt-neox", "bloom", "phi3") for x in ("qv", "qkv")),
+    *(("phi3", role) for role in ("mlp.gate", "mlp.up", "mlp")),
+]
+
+
+@pytest.mark.parametrize("option", ["plain", "dora", "pissa"])
+@pytest.mark.parametrize(("arch", "role"), FUSED, ids=lambda value: value)
+def test_slices_of_a_fused_projection(arch: str, role: str, option: str):
+    """One by one and together, in one piece and interleaved, equal and (Phi-3) unequal."""
+    model, oracle = float64_model(arch), float64_model(arch)
+    batch = inputs(arch, model)
+    base = model(**batch).logits
+    settings = {"plain": {}, "dora": {"dora": True}, "pissa": {"init": "pissa"}}[option]
+    handle = random_adapter(model, targets=role, **settings)
+    targets = expected_targets(arch, tiny_models.natural_head(arch), (role,))
+    assert any(target.slices for target in targets.values())
+    for path, target in targets.items():
+        W = arithmetic.matrix_of(oracle.get_submodule(path))
+        if option == "pissa":
+            W = W - arithmetic.principal(W, RANK, target.slices)
+        W = effective(W, handle.modules()[path], target.slices)
+        arithmetic.set_matrix(oracle.get_submodule(path), W)
+
+    adapted = model(**batch).logits
+    assert_differ(adapted, base)
+    assert_same(adapted, oracle(**batch).logits, TIGHT)
+    handle.merge()
+    for path in targets:
+        merged, expected = (arithmetic.matrix_of(m.get_submodule(path)) for m in (model, oracle))
+        assert_same(merged, expected, EXACT)
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v"])
+@pytest.mark.parametrize("arch", ["gpt2", "gpt-neox", "bloom", "phi3"])
+def test_a_slice_leaves_the_other_rows_alone(arch: str, role: str):
+    model = float64_model(arch)
+    head = tiny_models.natural_head(arch)
+    (path, own), *_ = expected_targets(arch, head, (f"attention.{role}",)).items()
+    layer = model.get_submodule(path)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    base = layer(x)
+    random_adapter(model, targets=f"attention.{role}")
+    changed = (layer(x) - base).abs().amax(dim=(0, 1))
+    rows = torch.zeros(len(changed), dtype=torch.bool)
+    rows[list(own.slices[0])] = True
+    assert (changed[rows] > 0).all()
+    assert (changed[~rows] == 0).all()
+
+
+# --- pissa over the untouched base ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "role"),
+    [("llama", "attention"), ("gpt2", "mlp"), ("gemma", "embedding"), ("vit", "embedding")],
+    ids=lambda value: value,
+)
+def test_pissa_starts_as_the_base_and_trains_its_principal_part(arch: str, role: str):
+    model, oracle = float64_model(arch), float64_model(arch)
+    batch = inputs(arch, model)
+    base, state = model(**batch).logits, {k: t.clone() for k, t in model.state_dict().items()}
+    method = LoRA(rank=RANK, alpha=ALPHA, targets=role, init="pissa")
+    handle = attach(model, method, dtype=torch.float64)
+    assert_same(model(**batch).logits, base, TIGHT)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+    for path, module in handle.modules().items():
+        principal = arithmetic.principal(arithmetic.matrix_of(oracle.get_submodule(path)), RANK)
+        A, B = module.lora_A.flatten(1), module.lora_B.flatten(1)
+        assert_same(SCALING * B @ A, principal, EXACT)
+
+    randomise(handle.trainable_parameters(), seed=2)
+    for path, module in handle.modules().items():
+        layer = oracle.get_submodule(path)
+        W = arithmetic.matrix_of(layer)
+        A, B = module.lora_A.flatten(1), module.lora_B.flatten(1)
+        W = W - arithmetic.principal(W, RANK) + arithmetic.low_rank(A, B, SCALING, len(W))
+        arithmetic.set_matrix(layer, W)
+        if arch == "gemma":  # an adapter on the table does not act on the head that shares it
+            oracle.lm_head.weight = nn.Parameter(state["lm_head.weight"])
+    assert_differ(model(**batch).logits, base)
+    assert_same(model(**batch).logits, oracle(**batch).logits, TIGHT)
+
+
+def peft_pissa(model: nn.Module) -> peft.PeftModel:
+    targets = ["q_proj", "v_proj"]
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="pissa"
+    )
+    with peft_models.speaking_peft():
+        return peft.get_peft_model(model, config).eval()
+
+
+def test_pissa_computes_what_pefts_does():
+    """The same A and B: over PEFT's changed base, and over ours, which is as it was."""
+    model = fresh_model("llama", "causal-lm")
+    batch = tiny_models.example_batch("llama", model)
+    base = model(**batch).logits
+    theirs = peft_pissa(fresh_model("llama", "causal-lm"))
+    method = LoRA(rank=RANK, alpha=ALPHA, targets=("q_proj", "v_proj"), init="pissa")
+    handle = attach(model, method)
+    randomise((p for p in theirs.parameters() if p.requires_grad), seed=2)
+    for path, module in handle.modules().items():
+        layer = theirs.base_model.model.get_submodule(path)
+        module.lora_A.copy_(layer.lora_A["default"].weight)
+        module.lora_B.copy_(layer.lora_B["default"].weight)
+    assert_differ(model(**batch).logits, base)
+    assert_same(model(**batch).logits, theirs(**batch).logits)
+
+
+def test_pissa_of_peft_is_read_once_it_is_converted(tmp_path: Path):
+    """The file alone does not say what base it belongs to: an error, with the way out."""
+    model = fresh_model("llama", "causal-lm")
+    batch = tiny_models.example_batch("llama", model)
+    theirs = peft_pissa(fresh_model("llama", "causal-lm"))
+    theirs.peft_config[
+        "default"
+    ].init_lora_weights = True  # as PEFT's guide for the conversion says
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    randomise((p for p in theirs.parameters() if p.requires_grad), seed=2)
+    expected = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterFileError, match="path_initial_model_for_weight_conversion"):
+        load(model, tmp_path / "raw")
+    with peft_models.speaking_peft():
+        theirs.save_pretrained(
+            tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )
+    load(model, tmp_path / "converted")
+    assert_same(model(**batch).logits, expected)
+
+
+# --- tie_head ------------------------------------------------------------------------------------------
+
+TIED = ("gpt2", "opt", "bloom", "gemma", "gemma2", "gemma3", "smollm3")
+
+
+@pytest.mark.parametrize("arch", TIED)
+def test_tied_head_follows_the_embedding(arch: str):
+    model, oracle, untied = (float64_model(arch) for _ in range(3))
+    batch = inputs(arch, model)
+    base = model(**batch).logits
+    handle = random_adapter(model, targets="embedding", tie_head=True)
+    table = oracle.get_input_embeddings()
+    W = effective(arithmetic.matrix_of(table), next(iter(handle.modules().values())))
+    table.weight.copy_(W.T)  # in place, so that the head keeps sharing it
+    adapted = model(**batch).logits
+    assert_differ(adapted, base)
+    assert_same(adapted, oracle(**batch).logits, TIGHT)
+
+    arithmetic.set_matrix(untied.get_input_embeddings(), W)
+    assert_differ(adapted, untied(**batch).logits)
+    handle.merge()
+    assert_same(model.get_input_embeddings().weight, W.T, EXACT)
+    assert_same(model.get_output_embeddings().weight, W.T, EXACT)
+    assert_same(model(**batch).logits, adapted, TIGHT)
+
+
+@pytest.mark.parametrize("arch", TIED)
+def test_tied_head_in_peft(arch: str, tmp_path: Path):
+    model = fresh_model(arch, "causal-lm")
+    batch = tiny_models.example_batch(arch, model)
+    base = model(**batch).logits
+    handle = attach(model, LoRA(rank=RANK, alpha=ALPHA, targets="embedding", tie_head=True))
+    randomise(handle.trainable_parameters(), seed=2)
+    expected = model(**batch).logits
+    assert_differ(expected, base)
+    folder = handle.save(tmp_path / "adapter")
+    assert_same(peft_models.load(fresh_model(arch, "causal-lm"), folder)(**batch).logits, expected)
+    again = fresh_model(arch, "causal-lm")
+    load(again, folder)
+    assert torch.equal(again(**batch).logits, expected)
+
+
+# --- nn.MultiheadAttention -----------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """One attention layer that looks at its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def attention_input() -> Tensor:
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v", "o", "qv", "qkvo"])
+def test_dora_on_multihead_attention(role: str, tmp_path: Path):
+    config = peft.LoraConfig(target_modules=["attention"], use_dora=True)
+    with pytest.raises(ValueError, match="does not support DoRA"):
+        peft.get_peft_model(SelfAttention(), config)
+
+    model, oracle, x = SelfAttention(), SelfAttention(), attention_input()
+    base = model(x)
+    handle = random_adapter(model, targets=f"attention.{role}", dora=True)
+    modules = handle.modules()
+    inside = tuple(tuple(range(8 * i, 8 * i + 8)) for i, x in enumerate("qkv") if x in role)
+    assert ("attention" in modules) == bool(inside)
+    assert ("attention.out_proj" in modules) == ("o" in role)
+    for path, module in modules.items():
+        layer = oracle.get_submodule(path)
+        W = effective(arithmetic.matrix_of(layer), module, inside if path == "attention" else ())
+        arithmetic.set_matrix(layer, W)
+    assert_differ(model(x), base)
+    assert_same(model(x), oracle(x), EXACT)
+    check_own_folder(handle, SelfAttention(), x, tmp_path / "adapter")
+    handle.merge()
+    assert_same(model(x), oracle(x), EXACT)
+
+
+def test_two_scalings_in_one_multihead_attention(tmp_path: Path):
+    patterns = {"alpha_pattern": {"out_proj": 7.0}}
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["attention"], **patterns)
+    with pytest.warns(RuntimeWarning, match=r"did not match any targeted module.*out_proj"):
+        theirs = peft.get_peft_model(SelfAttention(), config).base_model.model.attention
+    assert theirs.base_layer.out_proj.scaling == theirs.scaling
+
+    model, oracle, x = SelfAttention(), SelfAttention(), attention_input()
+    base = model(x)
+    handle = random_adapter(model, targets="attention", **patterns)
+    for path, scaling in (("attention", SCALING), ("attention.out_proj", 7.0 / RANK)):
+        layer = oracle.get_submodule(path)
+        W = effective(arithmetic.matrix_of(layer), handle.modules()[path], scaling=scaling)
+        arithmetic.set_matrix(layer, W)
+    assert_differ(model(x), base)
+    assert_same(model(x), oracle(x), EXACT)
+    check_own_folder(handle, SelfAttention(), x, tmp_path / "adapter")
+
+
+# --- convolutions --------------------------------------------------------------------------------------
+
+
+def convolution(**settings) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, **settings)).double().eval()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def peft_convolution(*, dora: bool = False, **settings) -> peft.PeftModel:
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], use_dora=dora)
+    return peft_models.adapt(convolution(**settings), config)
+
+
+def check_convolution(model: nn.Module, handle: Adapters, x: Tensor) -> Tensor:
+    """An adapted convolution equals the plain one with the formula's kernel, merged or not."""
+    handle.activate(None)
+    base = model(x)
+    handle.activate("default")
+    adapted, layer, module = model(x), model[0], handle.modules()["0"]
+    W = layer.weight + arithmetic.convolution(
+        module.lora_A, module.lora_B, SCALING, groups=layer.groups
+    )
+    if module.magnitude is not None:
+        W = arithmetic.rescaled(W.flatten(1), module.magnitude).view(W.shape)
+    assert_differ(adapted, base)
+    assert_same(adapted, layer._conv_forward(x, W, layer.bias), EXACT)
+    handle.merge()
+    assert_same(layer.weight, W, EXACT)
+    assert_same(model(x), adapted, EXACT)
+    handle.unmerge()
+    return adapted
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dilated_convolution(dora: bool, tmp_path: Path):
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        peft_convolution(dilation=2)(image())
+    model, x = convolution(dilation=2), image()
+    handle = random_adapter(model, targets="0", dora=dora)
+    check_convolution(model, handle, x)
+    check_own_folder(handle, convolution(dilation=2), x, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_mode_of_a_convolution(mode: str, tmp_path: Path):
+    settings, x = {"padding": 1, "padding_mode": mode}, image()
+    model = convolution(**settings)
+    handle = random_adapter(model, targets="0")
+    adapted = check_convolution(model, handle, x)
+
+    theirs = peft_convolution(**settings)
+    layer = theirs.base_model.model[0]
+    layer.lora_A["default"].weight.copy_(handle.modules()["0"].lora_A)
+    layer.lora_B["default"].weight.copy_(handle.modules()["0"].lora_B)
+    inner = (..., slice(1, -1), slice(1, -1))
+    assert_same(theirs(x)[inner], adapted[inner], EXACT)
+    assert_differ(theirs(x), adapted)
+    check_own_folder(handle, convolution(**settings), x, tmp_path / "adapter")
+
+
+def test_merging_a_grouped_convolution():
+    with peft_models.speaking_peft(), pytest.raises(NotImplementedError, match="groups > 1"):
+        peft_convolution(groups=2).merge_adapter()
+    model = convolution(groups=2)
+    check_convolution(model, random_adapter(model, targets="0"), image())
+
+
+def test_dora_on_a_grouped_convolution(tmp_path: Path):
+    theirs, x = peft_convolution(groups=2, dora=True), image()
+    layer = theirs.base_model.model[0]
+    A, B, m = (
+        getattr(layer, name)["default"].weight
+        for name in ("lora_A", "lora_B", "lora_magnitude_vector")
+    )
+    W = arithmetic.convolution(A, B, SCALING, groups=2)
+    for group in (0, 1):
+        rows, channels = slice(3 * group, 3 * group + 3), slice(2 * group, 2 * group + 2)
+        W[rows, channels] += layer.base_layer.weight[rows]
+    W = arithmetic.rescaled(W.flatten(1), m.flatten()).view(W.shape)
+    assert_differ(theirs(x), nn.functional.conv2d(x, W, layer.base_layer.bias))
+    with pytest.raises(AdapterFileError, match="grouped"):
+        load(convolution(groups=2), peft_models.save(theirs, tmp_path / "peft"))
+
+    model = convolution(groups=2)
+    handle = random_adapter(model, targets="0", dora=True)
+    check_convolution(model, handle, x)
+    check_own_folder(handle, convolution(groups=2), x, tmp_path / "adapter")
+
+
+# --- one layer at two places ---------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A network that calls one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first = nn.Linear(8, 8).double()
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def test_one_layer_at_two_places(tmp_path: Path):
+    config = peft.LoraConfig(target_modules=["first"])
+    theirs = peft.get_peft_model(Twice(), config).base_model.model
+    assert theirs.first is not theirs.second
+
+    model, oracle, x = Twice(), Twice(), attention_input()
+    base = model(x)
+    handle = random_adapter(model, targets="first")
+    W = effective(oracle.first.weight, handle.modules()["first"])
+    arithmetic.set_matrix(oracle.first, W)
+    assert_differ(model(x), base)
+    assert_same(model(x), oracle(x), EXACT)
+    check_own_folder(handle, Twice(), x, tmp_path / "adapter")
+    handle.merge()
+    assert model.first is model.second
+    assert_same(model(x), oracle(x), EXACT)

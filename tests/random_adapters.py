@@ -1,0 +1,16 @@
+"""Adapters whose effect shows: a fresh one has B = 0 and would hide a missing or doubled effect."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakit.adapters.handle import Adapters
+
+
+def randomise(adapters: Adapters, *names: str, scale: float = 0.3, seed: int = 0) -> None:
+    """Add noise to every trained tensor of the named adapters (all, if none is named)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names or adapters.names:
+            for parameter in adapters.trainable_parameters(name):
+                parameter += scale * torch.randn(parameter.shape, generator=generator)

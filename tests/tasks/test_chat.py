@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+from lorakit.errors import DataError
+from lorakit.tasks import BadRow, Chat, TooLong
+from lorakit.tasks.chat import prompt_ids
+
+# The same conversation format, with the assistant's part tagged: end of turn inside, or outside the tag.
+TAGGED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TAGGED_WITHOUT_END = TAGGED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+    "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+)
+WITHOUT_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+# Earlier answers lose their thoughts once another turn follows, as with Qwen 3.
+REWRITING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where is the river pub?"},
+    {"role": "assistant", "content": "Near the park."},
+    {"role": "tool", "content": "rating: 5"},
+    {"role": "assistant", "content": "It is cheap."},
+]
+
+
+def encode(messages, template=CHAT_TEMPLATE, *, tools=None, **settings):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    task = Chat(tokenizer, **({"max_length": 100_000} | settings))
+    return task.encode({"messages": messages, "tools": tools}), tokenizer
+
+
+def target_text(example, tokenizer):
+    """The runs of target tokens, as text."""
+    runs, previous = [], False
+    for token, target in zip(example.input_ids, example.loss_mask, strict=True):
+        if target:
+            runs = [*runs[:-1], runs[-1] + [token]] if previous else [*runs, [token]]
+        previous = target
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, TAGGED, TAGGED_WITHOUT_END])
+def test_loss_is_on_the_assistants_turns_and_their_ends_alone(template):
+    example, tokenizer = encode(TURNS, template)
+    assert target_text(example, tokenizer) == ["Near the park.<|im_end|>", "It is cheap.<|im_end|>"]
+    rendered = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert tokenizer.decode(example.input_ids) == rendered.rstrip("\n")
+    assert example.completion == "It is cheap."
+    assert example.prompt_ids == prompt_ids(tokenizer, TURNS[:-1])
+    assert example.prompt == tokenizer.decode(example.prompt_ids)
+
+
+CONTENT = st.text(min_size=1).filter(lambda t: t.strip() and t.isprintable() and "<|" not in t)
+EXCHANGES = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)
+
+
+@given(exchanges=EXCHANGES)
+def test_prefix_rendering_and_generation_tags_agree(exchanges):
+    messages = [
+        {"role": role, "content": text}
+        for exchange in exchanges
+        for role, text in zip(("user", "assistant"), exchange, strict=True)
+    ]
+    by_prefix, tokenizer = encode(messages)
+    by_tag, _ = encode(messages, TAGGED)
+    assert by_prefix == by_tag
+    answers = [answer + "<|im_end|>" for _, answer in exchanges]
+    assert target_text(by_prefix, tokenizer) == answers
+
+
+def test_eos_follows_the_last_turn_where_the_template_writes_no_end():
+    example, tokenizer = encode(TURNS[1:3], WITHOUT_END)
+    assert target_text(example, tokenizer) == [" Near the park.\n<|im_end|>"]
+
+
+def test_what_follows_the_last_assistant_turn_is_left_out():
+    example, _ = encode([*TURNS, {"role": "user", "content": "Thanks!"}])
+    assert example == encode(TURNS)[0]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    single, tokenizer = encode(TURNS[:3], REWRITING)
+    assert target_text(single, tokenizer) == ["<think></think>Near the park.<|im_end|>"]
+    with pytest.raises(BadRow, match=r"message 3 \(assistant\) differently .* \{% generation %\}"):
+        encode(TURNS, REWRITING)
+
+
+def test_a_boundary_inside_a_token_is_refused():
+    template = WITHOUT_END.replace("'assistant:'", "'assistant: '")  # " p" is one token
+    with pytest.raises(BadRow, match="cannot be told apart by turn"):
+        encode(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}], template
+        )
+
+
+def test_truncation_keeps_the_last_turn():
+    whole, tokenizer = encode(TURNS)
+    example, _ = encode(TURNS, max_length=25, truncate=True)
+    assert len(example) == 25
+    assert example.input_ids == whole.input_ids[-25:]
+    assert example.loss_mask == whole.loss_mask[-25:]
+    assert target_text(example, tokenizer)[-1] == "It is cheap.<|im_end|>"
+    with pytest.raises(TooLong):
+        encode(TURNS, max_length=25)
+
+
+def test_tools_reach_the_template():
+    template = "{% if tools %}{{ tools[0]['name'] + '\n' }}{% endif %}" + CHAT_TEMPLATE
+    example, tokenizer = encode(TURNS[1:3], template, tools=[{"name": "search"}])
+    assert tokenizer.decode(example.input_ids).startswith("search\n<|im_start|>user")
+
+
+def test_tool_calls_may_stand_in_place_of_content():
+    template = CHAT_TEMPLATE.replace(
+        "message['content']",
+        "(message['tool_calls'][0]['name'] if message.tool_calls else message['content'])",
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
+    example, tokenizer = encode([TURNS[1], call], template)
+    assert target_text(example, tokenizer) == ["search<|im_end|>"]
+
+
+def test_null_entries_of_parquet_rows_are_passed_over():
+    messages = [{**message, "tool_calls": None, "name": None} for message in TURNS]
+    assert encode(messages)[0] == encode(TURNS)[0]
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "'messages' is missing"),
+        ([], "'messages' is empty"),
+        ("hi", "'messages' is text, expected a list"),
+        (["hi"], "has text as message 1"),
+        ([USER], "has no assistant turn"),
+        ([TURNS[2]], "has nothing before the assistant's turn"),
+        ([TURNS[2], USER, TURNS[2]], "starts with the assistant's turn"),
+        ([USER, {"role": "asistant", "content": "y"}], "role 'asistant' .* mean 'assistant'"),
+        ([USER, {"from": "gpt", "value": "y"}], r"without 'role' \(message 2 has: from, value\)"),
+        ([USER, {"role": "assistant"}], r"no 'content' in message 2 \(assistant\)"),
+        ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
+        ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),
+        ([USER, {"role": "assistant", "content": "\udc80"}], "not UTF-8"),
+    ],
+)
+def test_bad_conversations_are_named(messages, message):
+    with pytest.raises(BadRow, match=message):
+        encode(messages)
+
+
+def test_a_refusal_by_the_template_is_passed_on():
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    with pytest.raises(BadRow, match="refused by the chat template: no system role"):
+        encode(TURNS, template + CHAT_TEMPLATE)
+
+
+def test_a_tokenizer_without_template_is_refused():
+    with pytest.raises(DataError, match="no chat template"):
+        encode(TURNS, None)

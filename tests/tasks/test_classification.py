@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+from lorakit.errors import DataError
+from lorakit.tasks import BadRow, Classification, Regression, TooLong, UnknownLabel
+
+ENCODER = tiny_encoder_tokenizer()
+DECODER = tiny_tokenizer()
+LONG, SHORT = "The river pub near the park serves cheap English food.", "A pub."
+
+
+def classify(fields, tokenizer=ENCODER, labels=("no", "yes"), **settings):
+    settings = {"max_length": 99} | settings
+    return Classification(tokenizer, labels=labels, **settings).encode(fields)
+
+
+def test_a_pair_is_what_the_tokenizer_makes_of_it():
+    example = classify({"sentence1": LONG, "sentence2": SHORT, "label": "yes"})
+    expected = ENCODER(LONG, SHORT)
+    assert example.input_ids == expected["input_ids"]
+    assert example.token_type_ids == expected["token_type_ids"]
+    assert set(example.token_type_ids) == {0, 1}
+    assert (example.label, example.completion) == (1, "yes")
+    assert example.prompt == f"{LONG}\n{SHORT}"
+
+
+def test_a_tokenizer_without_separator_gets_a_line_feed_between_texts():
+    example = classify({"sentence1": LONG, "sentence2": SHORT, "label": "no"}, DECODER)
+    assert DECODER.decode(example.input_ids) == f"{LONG}\n{SHORT}"
+    assert example.token_type_ids is None
+
+
+def test_truncation_takes_from_the_longer_text():
+    example = classify(
+        {"sentence1": LONG, "sentence2": SHORT, "label": "no"}, max_length=16, truncate=True
+    )
+    assert example.truncated
+    assert len(example) == len(example.token_type_ids) == 16
+    kept = ENCODER.decode(example.input_ids)
+    assert kept.endswith(f"[SEP]{SHORT}[SEP]")
+    assert LONG.startswith(kept.removeprefix("[CLS]").split("[SEP]")[0])
+    with pytest.raises(TooLong, match="more than max_length 16"):
+        classify({"text": LONG, "label": "no"}, max_length=16)
+
+
+@pytest.mark.parametrize(
+    ("found", "labels"),
+    [
+        ([10, 2, 2, 1], ("1", "2", "10")),
+        ([1.0, 0.0], ("0", "1")),
+        ([True, False], ("false", "true")),
+        (["spam", "ham", " spam "], ("ham", "spam")),
+        (["10", "9", "-1"], ("-1", "9", "10")),
+        ([1, None, "", 2.5, 0], ("0", "1")),  # bad labels are reported where rows are encoded
+    ],
+)
+def test_labels_are_sorted_by_size_or_alphabet(found, labels):
+    assert Classification.labels_of({"label": label} for label in found) == labels
+
+
+def test_declared_class_names_keep_their_order_and_unseen_classes():
+    rows = [{"label": "neutral"}, {"label": "entailment"}]
+    known = ("entailment", "neutral", "contradiction")
+    assert Classification.labels_of(rows, known) == known
+
+
+@pytest.mark.parametrize("found", [[1, 1], []])
+def test_one_label_is_nothing_to_learn(found):
+    with pytest.raises(DataError, match="needs at least two"):
+        Classification.labels_of({"label": label} for label in found)
+
+
+def test_an_unknown_label_names_the_known_ones():
+    with pytest.raises(UnknownLabel, match=r"'yess'.* its labels are no, yes\. Did you mean 'yes'"):
+        classify({"text": "a", "label": "yess"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "a"}, "'label' is missing"),
+        ({"text": "a", "label": 0.5}, r"'label' is a number \(0.5\), expected a name"),
+        ({"text": "a", "label": ["yes"]}, "'label' is a list"),
+        ({"text": "a", "label": " "}, "'label' is empty"),
+        ({"label": "yes"}, "'text' is missing"),
+        ({"text": "", "label": "yes"}, "'text' is empty"),
+        ({"sentence1": "a", "label": "yes"}, "'sentence2' is missing"),
+        ({"sentence1": "a", "sentence2": 5, "label": "yes"}, "'sentence2' is a number"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(BadRow, match=message):
+        classify(fields)
+
+
+@pytest.mark.parametrize(("value", "score"), [(5.0, 5.0), (3, 3.0), ("3.8", 3.8)])
+@pytest.mark.parametrize("column", ["score", "label"])
+def test_a_score_is_a_number(column, value, score):
+    example = Regression(ENCODER, max_length=99).encode({"text": "a", column: value})
+    assert example.label == score
+    assert type(example.label) is float
+
+
+@pytest.mark.parametrize("value", ["high", float("nan"), "inf", True, [1.0], 10**400])
+def test_a_score_that_is_no_finite_number_is_refused(value):
+    with pytest.raises(BadRow, match=r"'score' is .* expected a (finite )?number"):
+        Regression(ENCODER, max_length=99).encode({"text": "a", "score": value})
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores"),
+    [
+        ([5.0, 3.8], True),
+        ([5, 3.8], True),
+        (["5.0", "3.8"], True),
+        ([1, 0], False),
+        (["1", "0"], False),
+        (["1.5", "high"], False),
+        ([True, False], False),
+    ],
+)
+def test_decimal_labels_are_scores(labels, scores):
+    rows = [{"text": "a", "label": label} for label in labels]
+    assert Regression.reads(["text", "label"], rows) is scores
+    assert Classification.reads(["text", "label"], rows) is not scores

@@ -1,0 +1,487 @@
+"""A save is there whole or not at all, whatever fails and whenever the process dies."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit import storage
+from lorakit.errors import AdapterFileError, RunFolderError
+
+OLD = {"a.txt": b"old a", "sub/b.txt": b"old b", "only-old.txt": b"x"}
+NEW = {"a.txt": b"new a, and longer", "sub/b.txt": b"new b"}
+SOURCES = Path(storage.__file__).parents[1]
+
+
+def write_tree(folder: Path, content: dict[str, bytes]) -> None:
+    for name, data in content.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def read_tree(folder: Path) -> dict[str, bytes] | None:
+    if not folder.exists():
+        return None
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def save_folder(target: Path) -> None:
+    with storage.atomic_folder(target, overwrite=True) as temporary:
+        write_tree(temporary, NEW)
+
+
+def save_file(target: Path) -> None:
+    with storage.atomic_file(target) as temporary:
+        temporary.write_bytes(NEW["a.txt"])
+
+
+class InjectedError(Exception):
+    """An injected failure that no code expects."""
+
+
+@contextmanager
+def failure_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Callable[[], None], after: bool):
+    """Let the call-th system call that writes, flushes, renames or makes something fail."""
+    seen: list[str] = []
+
+    def failing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) != call:
+                return original(*args, **kwargs)
+            if after:
+                original(*args, **kwargs)
+            elif name == "write_bytes":  # the disk fills up halfway
+                original(args[0], args[1][: len(args[1]) // 2])
+            fail()
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (os, "fsync"),
+            (os, "rename"),
+            (os, "replace"),
+            (storage, "_exchange"),
+            (Path, "write_bytes"),
+            (Path, "mkdir"),
+            (Path, "touch"),
+        ):
+            patch.setattr(owner, name, failing(name, getattr(owner, name)))
+        yield seen
+
+
+def raise_disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def raise_unexpected() -> None:
+    raise InjectedError
+
+
+def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+
+
+SITUATIONS = ["new", "replace", "replace-without-exchange"]
+
+
+def prepare(situation: str, parent: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    target = parent / "made" / "on the way" / "target" if situation == "new" else parent / "target"
+    if situation != "new":
+        if kind == "folder":
+            write_tree_at(target)
+        else:
+            target.write_bytes(OLD["a.txt"])
+    if situation.endswith("without-exchange"):
+        without_exchange(monkeypatch)
+    return target
+
+
+def write_tree_at(target: Path) -> None:
+    target.mkdir()
+    write_tree(target, OLD)
+
+
+def content(target: Path, kind: str) -> Any:
+    if kind == "folder":
+        return read_tree(target)
+    return target.read_bytes() if target.exists() else None
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("fail", "raised"),
+    [(raise_disk_full, RunFolderError), (raise_unexpected, InjectedError)],
+    ids=["disk-full", "unexpected"],
+)
+def test_a_failure_of_any_step_leaves_old_or_new_and_nothing_else(
+    tmp_path, monkeypatch, kind, situation, after, fail, raised
+):
+    save = save_folder if kind == "folder" else save_file
+    new = NEW if kind == "folder" else NEW["a.txt"]
+    call, kept_old = 0, 0
+    while True:
+        call += 1
+        parent = tmp_path / str(call)
+        parent.mkdir()
+        with monkeypatch.context() as patch:
+            target = prepare(situation, parent, kind, patch)
+            old = content(target, kind)
+            with failure_at(patch, call, fail, after) as seen:
+                try:
+                    save(target)
+                except raised as error:
+                    failed = error
+                else:
+                    break
+        assert len(seen) >= call
+        found = content(target, kind)
+        assert found in (old, new)
+        kept_old += found == old
+        assert os.listdir(parent) == (
+            [] if found is None else [target.relative_to(parent).parts[0]]
+        )
+        if raised is RunFolderError:
+            assert "disk full" in str(failed)
+        if not after and situation != "replace-without-exchange":
+            assert found == old, f"call {call} ({seen[-1]}) changed the target and then failed"
+    assert content(target, kind) == new
+    assert call > (6 if kind == "folder" else 4), "the steps were not all seen"
+    assert kept_old >= 2
+
+
+CHILD = textwrap.dedent(
+    """
+    import os, signal, sys, types
+    from pathlib import Path
+
+    package = types.ModuleType("lorakit")  # the package without the imports of its __init__
+    package.__path__ = [os.path.join(sys.argv[1], "lorakit")]
+    sys.modules["lorakit"] = package
+    from lorakit import storage
+
+    target, kind, exchange, call = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+    seen = 0
+
+    def dying(name, original):
+        def step(*args, **kwargs):
+            global seen
+            seen += 1
+            if seen == call:
+                if name == "write_bytes":
+                    original(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        return step
+
+    if exchange == "without":
+        storage._exchange = lambda one, other: False
+    for owner, name in (
+        (os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink"),
+        (storage, "_exchange"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "touch"),
+        (storage.shutil, "rmtree"),
+    ):
+        setattr(owner, name, dying(name, getattr(owner, name)))
+    if kind == "folder":
+        with storage.atomic_folder(target, overwrite=True) as temporary:
+            for name, data in NEW.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_bytes(data)
+    else:
+        with storage.atomic_file(target) as temporary:
+            temporary.write_bytes(NEW["a.txt"])
+    """
+)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_save_cleans_up(
+    tmp_path, monkeypatch, kind, situation
+):
+    save = save_folder if kind == "folder" else save_file
+    new = NEW if kind == "folder" else NEW["a.txt"]
+    script = tmp_path / "child.py"
+    script.write_text(f"NEW = {NEW!r}\n{CHILD}")
+    exchange = "without" if situation.endswith("without-exchange") else "with"
+    call = 0
+    while True:
+        call += 1
+        parent = tmp_path / str(call)
+        parent.mkdir()
+        target = parent / "target"
+        if situation != "new":
+            write_tree_at(target) if kind == "folder" else target.write_bytes(OLD["a.txt"])
+        old = content(target, kind)
+        command = [sys.executable, script, SOURCES, target, kind, exchange, str(call)]
+        ended = subprocess.run(command, check=False, timeout=60)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGKILL
+        found = content(target, kind)
+        if exchange == "with" or kind == "file":
+            assert found in (old, new), f"killed at call {call}"
+        else:  # set aside, and put back by the next save
+            assert found in (old, new, None), f"killed at call {call}"
+        # A save that fails restores what the killed one had set aside.
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_put_in_place", lambda *_: raise_unexpected())
+            with pytest.raises(InjectedError):
+                save(target)
+        assert content(target, kind) in (old, new)
+        assert os.listdir(parent) == ([] if content(target, kind) is None else ["target"])
+        save(target)
+        assert content(target, kind) == new
+        assert os.listdir(parent) == ["target"]
+    assert content(target, kind) == new
+    assert call > (6 if kind == "folder" else 4)
+
+
+def test_temporaries_of_a_living_process_are_left_alone(tmp_path):
+    target = tmp_path / "target"
+    with storage.atomic_folder(target) as outer:
+        (outer / "a.txt").write_bytes(b"outer")
+        with storage.atomic_folder(target) as inner:
+            assert outer.exists()
+            assert outer != inner
+            (inner / "a.txt").write_bytes(b"inner")
+        (target / "a.txt").unlink()  # so that the outer save finds an empty folder
+    assert read_tree(target) == {"a.txt": b"outer"}
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_neighbours_with_similar_names_are_left_alone(tmp_path):
+    for name in (".target.tmp", ".target2.tmp-0", "target.tmp-0"):
+        (tmp_path / name).mkdir()
+    save_folder(tmp_path / "target")
+    assert sorted(os.listdir(tmp_path)) == [
+        ".target.tmp",
+        ".target2.tmp-0",
+        "target",
+        "target.tmp-0",
+    ]
+
+
+def test_an_existing_folder_needs_overwrite(tmp_path):
+    write_tree(tmp_path, {"a.txt": b"mine"})
+    with (
+        pytest.raises(RunFolderError, match=r"already exists.*overwrite"),
+        storage.atomic_folder(tmp_path),
+    ):
+        pytest.fail("the block must not run")
+    assert read_tree(tmp_path) == {"a.txt": b"mine"}
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir(mode=0o750)
+    with storage.atomic_folder(target) as temporary:
+        write_tree(temporary, NEW)
+    assert read_tree(target) == NEW
+    assert target.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_folder_that_fills_up_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "target"
+
+    def save_while_another_does() -> None:
+        with storage.atomic_folder(target) as temporary:
+            write_tree(temporary, NEW)
+            write_tree_at(target)
+
+    with pytest.raises(RunFolderError, match="already exists"):
+        save_while_another_does()
+    assert read_tree(target) == OLD
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_new_folder_has_the_permissions_of_the_umask(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save_folder(tmp_path / "target")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o750
+
+
+def test_kinds_of_targets_are_not_confused(tmp_path):
+    (tmp_path / "file").write_bytes(b"f")
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(RunFolderError, match="is a file"),
+        storage.atomic_folder(tmp_path / "file", overwrite=True),
+    ):
+        pytest.fail("the block must not run")
+    with (
+        pytest.raises(RunFolderError, match="is a folder"),
+        storage.atomic_file(tmp_path / "folder"),
+    ):
+        pytest.fail("the block must not run")
+    with (
+        pytest.raises(RunFolderError, match="Not a directory"),
+        storage.atomic_folder(tmp_path / "file" / "below"),
+    ):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "file").read_bytes() == b"f"
+
+
+def test_a_link_keeps_pointing_at_the_folder_that_is_replaced(tmp_path):
+    write_tree_at(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    save_folder(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert read_tree(tmp_path / "real") == NEW
+
+
+def test_links_inside_an_overwritten_folder_are_not_followed(tmp_path):
+    write_tree_at(tmp_path / "target")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_bytes(b"keep")
+    (tmp_path / "target" / "link").symlink_to(tmp_path / "precious")
+    save_folder(tmp_path / "target")
+    assert (tmp_path / "precious" / "file").read_bytes() == b"keep"
+
+
+def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
+    class LibraryError(Exception):  # as SafetensorError: no OSError, and none behind it
+        pass
+
+    with (
+        pytest.raises(RunFolderError, match="disk full"),
+        storage.atomic_folder(tmp_path / "target"),
+    ):
+        raise LibraryError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_of_the_caller_pass_unchanged(tmp_path):
+    with pytest.raises(PermissionError, match="mine"), storage.atomic_folder(tmp_path / "target"):
+        raise PermissionError("mine")
+    assert os.listdir(tmp_path) == []
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def test_json_is_sorted_indented_and_ends_in_a_newline(tmp_path):
+    storage.write_json(tmp_path / "x.json", {"b": [1, 2.5, None], "a": "é\n"})
+    assert (
+        tmp_path / "x.json"
+    ).read_bytes() == '{\n  "a": "é\\n",\n  "b": [\n    1,\n    2.5,\n    null\n  ]\n}\n'.encode()
+    assert storage.read_json(tmp_path / "x.json") == {"a": "é\n", "b": [1, 2.5, None]}
+
+
+def test_json_has_no_form_for_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1,\n  "b": }', "line 2, column 8"),
+        (b'{"a": "\xff"}', "byte 7"),
+        (b"", "line 1, column 1"),
+        (b"[1, 2]", "holds a JSON list"),
+        (b"null", "holds a JSON null"),
+        (b'"text"', "holds a JSON string"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+    ],
+)
+def test_json_that_is_none_is_named_with_its_position(tmp_path, data, message):
+    path = tmp_path / "broken.json"
+    path.write_bytes(data)
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        storage.read_json(path)
+    assert "broken.json" in str(caught.value)
+
+
+def test_json_that_is_missing_or_huge(tmp_path, monkeypatch):
+    with pytest.raises(AdapterFileError, match="No such file"):
+        storage.read_json(tmp_path / "none.json")
+    with pytest.raises(AdapterFileError, match="Is a directory"):
+        storage.read_json(tmp_path)
+    monkeypatch.setattr(storage, "_MAX_JSON_BYTES", 100)
+    (tmp_path / "huge.json").write_text(json.dumps({"a": "x" * 200}))
+    with pytest.raises(AdapterFileError, match="larger than"):
+        storage.read_json(tmp_path / "huge.json")
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert storage.sha256(tmp_path / "abc") == known
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def test_a_locked_folder_is_refused_and_names_the_holder(tmp_path):
+    with storage.lock_folder(tmp_path / "run"):
+        with (
+            pytest.raises(RunFolderError, match=rf"in use by another run \(pid {os.getpid()}\)"),
+            storage.lock_folder(tmp_path / "run"),
+        ):
+            pytest.fail("two runs in one folder")
+        with storage.lock_folder(tmp_path / "other"):
+            pass
+    with storage.lock_folder(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == [storage.LOCK_NAME]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    child = textwrap.dedent(
+        f"""
+        import os, sys, time, types
+        package = types.ModuleType("lorakit")
+        package.__path__ = [{str(SOURCES / "lorakit")!r}]
+        sys.modules["lorakit"] = package
+        from lorakit import storage
+        with storage.lock_folder({str(tmp_path)!r}):
+            print("held", flush=True)
+            time.sleep(60)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(RunFolderError, match=f"pid {process.pid}"),
+            storage.lock_folder(tmp_path),
+        ):
+            pytest.fail("two runs in one folder")
+        process.kill()
+    with storage.lock_folder(tmp_path):
+        pass
+
+
+def test_a_lock_in_a_place_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(RunFolderError, match="Cannot make the folder"),
+        storage.lock_folder(tmp_path / "file"),
+    ):
+        pytest.fail("no folder to lock")

@@ -1,0 +1,77 @@
+"""Small tokenizers that need no download and encode any text.
+
+Byte-level BPE with a few merges, so that words are several tokens and boundaries matter. Ids are the
+same in every call. `len(tiny_tokenizer())` is the vocabulary that a model for it needs.
+"""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, TURN, EOS = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"
+CLS, SEP = "[CLS]", "[SEP]"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SENTENCES = (
+    "The river pub near the park serves cheap English food.",
+    "A man is playing a large flute, and a plane is taking off.",
+    "Return the index where to insert the item in the list.",
+    "Summarise the conversation: Amanda baked cookies and will bring Jerry some tomorrow.",
+)
+
+
+def tiny_tokenizer(
+    *, adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """A causal language model's tokenizer: pad, bos and eos set, a chat template of ChatML style."""
+    backend = _byte_level([PAD, BOS, TURN, EOS])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS} $B",
+            special_tokens=[(BOS, backend.token_to_id(BOS))],
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """A BERT-like model's tokenizer: [CLS] a [SEP] b [SEP], with token types."""
+    backend = _byte_level([PAD, CLS, SEP])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (CLS, SEP)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        cls_token=CLS,
+        sep_token=SEP,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _byte_level(special_tokens: list[str]) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    return backend

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_runs
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny causal language model with dropout, so that a wrong random state shows."""
+    return tiny_runs.save_base(tmp_path_factory.mktemp("base"), attention_dropout=0.1)

@@ -1,0 +1,195 @@
+"""Kill training with SIGKILL, resume it, and compare the weights with those of an undisturbed run.
+
+By hand::
+
+    python tests/training/kill_resume.py
+
+kills once at each of 20 instants drawn uniformly over the run time (the seed is printed), then once before and after
+every write, fsync, rename and removal of the run: each folder and file it saves is hit at each of its steps. Every run
+is resumed by a new process and has to end with the same `adapter_model.safetensors`, in adapter/ and in best/.
+
+Runs are forked from one process that has imported everything, so that a run takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import dataclasses
+import io
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import safetensors.torch
+import tiny_runs
+
+from lorakit import storage
+from lorakit.methods.lora.config import LoRA
+from lorakit.training import checkpoint
+from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
+from lorakit.training.loop import train
+
+WRITES = "wax+"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--instants", type=int, default=20, help="kills at drawn instants")
+    parser.add_argument("--every", type=int, default=1, help="try every n-th step of a save only")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--folder", type=Path, default=None, help="where runs are written")
+    options = parser.parse_args()
+    root = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
+    tiny_runs.single_threaded()
+    base = tiny_runs.save_base(root / "base", attention_dropout=0.1)
+    Trial(root, base).run(options.instants, options.every, options.seed)
+    if options.folder is None:
+        shutil.rmtree(root)
+    return 0
+
+
+class Trial:
+    def __init__(self, root: Path, base: str) -> None:
+        self.root, self.base = root, base
+        self.reference = root / "undisturbed"
+
+    def run(self, instants: int, every: int, seed: int) -> None:
+        print(f"seed {seed}", flush=True)
+        config = self.config("undisturbed")
+        began = time.monotonic()
+        assert fork(lambda: train(config)) == 0
+        duration = time.monotonic() - began
+        counted = self.config("counted")
+        total = count_steps(lambda: train(counted))
+        self.require_same("counted")
+        print(f"a run takes {duration:.2f} s and {total} steps of saving", flush=True)
+
+        draw = random.Random(seed)
+        killed = 0
+        for number in range(instants):
+            killed += self.kill(f"instant-{number}", after=draw.uniform(0, duration))
+        print(f"killed {killed} of {instants} at drawn instants; all resumed to the same bytes")
+        # An instant after the end of a run that was faster than the first hits nothing.
+        assert killed >= 0.7 * instants, "the run time was measured too long"
+
+        steps = range(1, total + 1, every)
+        for step in steps:
+            assert self.kill(f"save-{step}", at_step=step), f"step {step} of saving was not reached"
+        print(f"killed at {len(steps)} of {total} steps of saving; all resumed to the same bytes")
+
+    def kill(self, name: str, *, after: float | None = None, at_step: int | None = None) -> bool:
+        """Kill one run, resume it, compare; whether there was still a process to kill."""
+        config = self.config(name)
+
+        def victim() -> None:
+            if at_step is not None:
+                instrument(lambda number: number == at_step and os.kill(os.getpid(), signal.SIGKILL))
+            train(config)
+
+        status = fork(victim, kill_after=after)
+        resumed = dataclasses.replace(config, resume=True)
+        assert fork(lambda: train(resumed)) == 0, f"{name} could not be resumed"
+        self.require_same(name)
+        shutil.rmtree(self.root / name)
+        return status == -signal.SIGKILL
+
+    def require_same(self, name: str) -> None:
+        for which in ("adapter", "best"):
+            same = tiny_runs.adapter_bytes(self.root / name, which) == tiny_runs.adapter_bytes(
+                self.reference, which
+            )
+            assert same, f"{name}: {which}/adapter_model.safetensors differs"
+        leftovers = [p for p in (self.root / name).rglob("*") if ".tmp-" in p.name]
+        assert not leftovers, f"{name}: {leftovers} were left behind"
+
+    def config(self, name: str) -> TrainConfig:
+        return tiny_runs.config(
+            self.root,
+            self.base,
+            output=str(self.root / name),
+            lora=LoRA(dropout=0.2),
+            epochs=1,
+            evaluation=HeldOutConfig(every=3, samples=1, max_new_tokens=2),
+            checkpoints=CheckpointConfig(every=2, keep=1),
+        )
+
+
+def fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
+    """Run `work` in a child; return its exit status, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 2 if kill_after is not None else 1)
+            work()
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)  # a zombie at worst: it has not been waited for
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def count_steps(work: Callable[[], object]) -> int:
+    """Return the number of steps of saving that `work` makes, counted in a child."""
+    reader, writer = os.pipe()
+
+    def counting() -> None:
+        last = [0]
+        instrument(lambda number: last.__setitem__(0, number))
+        work()
+        os.write(writer, str(last[0]).encode())
+
+    assert fork(counting) == 0
+    return int(os.read(reader, 100))
+
+
+def instrument(reached: Callable[[int], object]) -> None:
+    """Call `reached` with a running number before and after whatever changes the disk, in this process."""
+    number = iter(range(1, 10**9))
+
+    def around(owner: object, name: str, applies: Callable[..., bool] = lambda *a, **k: True) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if not applies(*args, **kwargs):
+                return original(*args, **kwargs)
+            reached(next(number))
+            result = original(*args, **kwargs)
+            reached(next(number))
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for name in ("fsync", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove"):
+        around(os, name)
+    for name in ("_exchange",):
+        around(storage, name)
+    for owner in (safetensors.torch, checkpoint):
+        around(owner, "save_file")
+
+    def writes(file, mode="r", *args, **kwargs) -> bool:
+        return any(letter in mode for letter in WRITES)
+
+    around(builtins, "open", writes)
+    around(io, "open", writes)  # what pathlib calls
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+"""What a run computes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny_models
+import tiny_runs
+import torch
+import yaml
+from tiny_runs import adapter_bytes, metrics
+
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
+from lorakit.evaluation.config import BaseConfig
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig
+from lorakit.training.loop import train
+from lorakit.training.optimizer import build_optimizer
+from lorakit.training.setup import prepare
+
+CONSTANT = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0, clip=0)
+
+
+def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, evaluation=HeldOutConfig(samples=3, max_new_tokens=4))
+    result = train(config)
+    run = tmp_path / "run"
+    assert {entry.name for entry in run.iterdir() if entry.name[0] != "."} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "result.json",
+        "checkpoints",
+        "best",
+        "adapter",
+    }
+    assert result.steps == 18
+    assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
+    assert result.scores["perplexity"] == pytest.approx(math.exp(result.scores["loss"]))
+    assert result.best_scores["loss"] == min(r["loss"] for r in metrics(run, "validation")[1:])
+    assert [r["step"] for r in metrics(run, "train")] == list(range(1, 19))
+    assert [r["step"] for r in metrics(run, "validation")] == [0, 9, 18]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0] * 3 + [9] * 3 + [18] * 3
+    assert set(samples[0]) == {"step", "prompt", "output", "references"}
+    session = json.loads((run / "environment.json").read_text())["sessions"][0]
+    assert session["versions"]["torch"] == torch.__version__
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000015", "step-000018"]
+    for folder in ("adapter", "best"):
+        files = {entry.name for entry in (run / folder).iterdir()}
+        assert {"adapter_model.safetensors", "lorakit.json", "tokenizer.json"} <= files
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["base"]["dtype"] == "float32"
+    assert settings["lora"]["rank"] == 8
+    assert "resume" not in settings
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path, base) -> None:
+    outputs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = tiny_runs.config(tmp_path, base, output=str(tmp_path / name), seed=seed)
+        train(config)
+        outputs.append(adapter_bytes(tmp_path / name))
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
+    """The gradients of one step of the loop over the given examples."""
+    job = prepare(config)
+    job.model.eval()  # dropout would draw differently for batches of other shapes
+    collated = [job.collate([job.train[i] for i in batch]) for batch in batches]
+    with torch.no_grad():
+        for name, parameter in job.parameters.items():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            assert "lora" in name
+    targets = sum(job.objective.count(batch) for batch in collated)
+    for batch in collated:
+        (job.objective.loss_sum(job.model, batch) / targets).backward()
+    return {name: p.grad for name, p in job.parameters.items() if p.grad is not None}
+
+
+def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base)
+    # Completions of very different length: a mean of means would be far off.
+    rows = [{"prompt": "river:", "completion": " pub" * (1 + 7 * (i % 2))} for i in range(16)]
+    tiny_runs.write_rows(tmp_path / "train.jsonl", rows)
+    whole = step_gradients(config, [list(range(16))])
+    parts = step_gradients(config, [[i, i + 2, i + 4, i + 6] for i in (0, 1, 8, 9)])
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: str) -> None:
+    # The same examples in the step either way: one step per epoch, over all of them.
+    losses = []
+    for batch_size, accumulation in ((72, 1), (18, 4)):
+        config = tiny_runs.config(
+            tmp_path,
+            base,
+            output=str(tmp_path / f"run{accumulation}"),
+            batch_size=batch_size,
+            accumulation=accumulation,
+            max_steps=3,
+            optimizer=CONSTANT,
+            evaluation=HeldOutConfig(),
+        )
+        train(config)
+        losses.append([r["loss"] for r in metrics(tmp_path / f"run{accumulation}", "train")])
+    # Dropout is drawn in another order, so that only the first losses are close.
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=1, seed=5)
+    job = prepare(config)
+    job.model.train()
+    (groups,) = job.plan.steps()
+    batches = [job.collate([job.train[i] for i in group]) for group in groups]
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    total, count = 0.0, 0
+    for batch, given in zip(batches, inputs, strict=True):
+        logits = job.model(**given).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        ).item()
+        count += int((labels != -100).sum())
+    train(config)
+    assert metrics(tmp_path / "run", "train")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_trained_parameters_are_the_adapters_alone_and_the_base_stays(tmp_path, base) -> None:
+    job = prepare(tiny_runs.config(tmp_path, base))
+    assert {name.rsplit(".", 1)[-1] for name in job.parameters} == {"lora_A", "lora_B"}
+    assert len(job.parameters) == 2 * 2 * 2  # two layers, q and v, A and B
+    assert all(p.dtype == torch.float32 for p in job.parameters.values())
+
+
+def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, base: str) -> None:
+    # At this rate the loss soon rises.
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        epochs=20,
+        optimizer=OptimizerConfig(learning_rate=0.3, schedule="constant", warmup=0),
+        evaluation=HeldOutConfig(every=2, patience=3),
+    )
+    result = train(config)
+    scores = metrics(tmp_path / "run", "validation")[1:]
+    best = min(range(len(scores)), key=lambda i: scores[i]["loss"])
+    assert result.stopped_early
+    assert len(scores) == best + 1 + 3
+    assert result.steps == scores[-1]["step"] < 180
+    assert result.best_step == scores[best]["step"]
+    assert adapter_bytes(tmp_path / "run", "best") != adapter_bytes(tmp_path / "run")
+
+
+def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(
+        tmp_path, base, optimizer=OptimizerConfig(learning_rate=0.3), evaluation=HeldOutConfig(every=2)
+    )
+    result = train(config)
+    again = tiny_runs.config(
+        tmp_path,
+        base,
+        output=str(tmp_path / "again"),
+        from_adapter=str(tmp_path / "run" / "best"),
+        max_steps=1,
+    )
+    assert train(again).scores_before["loss"] == pytest.approx(result.best_scores["loss"], rel=1e-5)
+
+
+def test_from_adapter_starts_from_its_weights_with_a_new_optimizer(tmp_path, base) -> None:
+    first = train(tiny_runs.config(tmp_path, base))
+    config = tiny_runs.config(
+        tmp_path, base, output=str(tmp_path / "second"), from_adapter=str(first.adapter)
+    )
+    second = train(config)
+    assert second.scores_before["loss"] == pytest.approx(first.scores["loss"], rel=1e-5)
+    assert metrics(tmp_path / "second", "train")[0]["step"] == 1
+    assert second.scores["loss"] < first.scores["loss"]
+
+
+def test_lora_plus_changes_the_result(tmp_path: Path, base: str) -> None:
+    job = prepare(tiny_runs.config(tmp_path, base))
+    optimizer = build_optimizer(job.parameters, OptimizerConfig(lr_ratio=16), 1e-3)
+    peaks = {name: g["peak"] for g in optimizer.param_groups for name in g["names"]}
+    assert peaks == {
+        name: pytest.approx(1.6e-2 if name.endswith("lora_B") else 1e-3) for name in job.parameters
+    }
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(tmp_path, base) -> None:
+    results = {}
+    for smoothing in (0.0, 0.3):
+        config = tiny_runs.config(
+            tmp_path,
+            base,
+            output=str(tmp_path / str(smoothing)),
+            label_smoothing=smoothing,
+            max_steps=1,
+        )
+        results[smoothing] = train(config)
+    assert results[0.0].scores_before == results[0.3].scores_before
+    assert results[0.0].train_loss != pytest.approx(results[0.3].train_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bfloat16_keeps_float32_masters(tmp_path: Path, base: str, method: str) -> None:
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        base=BaseConfig(name=base, dtype="bfloat16", device="cpu"),
+        method=method,
+        max_steps=4,
+    )
+    job = prepare(config)
+    assert all(p.dtype == torch.float32 for p in job.parameters.values())
+    result = train(config)
+    assert result.scores["loss"] < result.scores_before["loss"]
+
+
+def test_full_fine_tuning_trains_the_base(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, method="full", max_steps=4)
+    names = set(prepare(config).parameters)
+    assert len(names) == len(list(tiny_models.build("llama").parameters()))
+    result = train(config)
+    assert result.scores["loss"] < result.scores_before["loss"]
+
+
+def test_full_fine_tuning_of_the_top_layer(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, method="full", full=FullFineTuning(top_layers=1))
+    assert all("layers.1." in name for name in prepare(config).parameters)
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta", "llama"])
+def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", arch, "base")
+    tiny_runs.write_rows(tmp_path / "labels.jsonl", tiny_runs.labelled(80))
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        data=DataConfig(train=str(tmp_path / "labels.jsonl"), validation_fraction=0.2),
+        evaluation=HeldOutConfig(metric="accuracy"),
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        epochs=6,
+    )
+    trained = {name for name in prepare(config).parameters if "lora" not in name}
+    head = "score" if arch == "llama" else "classifier"
+    assert trained
+    assert all(name.startswith(head) for name in trained)
+    result = train(config)
+    assert set(result.scores) == {"loss", "accuracy", "f1", "matthews"}
+    assert result.best_scores["accuracy"] >= 0.9
+    assert result.best_scores["accuracy"] > result.scores_before["accuracy"]
+
+
+def test_regression_reports_correlations(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    rows = [{"text": row["text"], "score": 4.0 * row["label"] + 0.5} for row in tiny_runs.labelled(80)]
+    tiny_runs.write_rows(tmp_path / "scores.jsonl", rows)
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        data=DataConfig(train=str(tmp_path / "scores.jsonl"), validation_fraction=0.2),
+        evaluation=HeldOutConfig(metric="pearson"),
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        epochs=6,
+    )
+    result = train(config)
+    assert set(result.scores) == {"loss", "pearson", "spearman", "mse"}
+    assert result.scores["loss"] == pytest.approx(result.scores["mse"], rel=1e-5)
+    assert result.best_scores["pearson"] > 0.8
+
+
+@pytest.mark.parametrize("arch", tiny_models.ENCODER_DECODERS)
+def test_encoder_decoders_learn_completions(tmp_path: Path, arch: str) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", arch)
+    config = tiny_runs.config(
+        tmp_path, base, evaluation=HeldOutConfig(samples=2, max_new_tokens=4), max_steps=9
+    )
+    result = train(config)
+    assert result.scores["loss"] < result.scores_before["loss"] - 0.2
+    assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 4
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str) -> None:
+    for name, checkpointing in (("off", False), ("on", True)):
+        train(
+            tiny_runs.config(
+                tmp_path,
+                base,
+                output=str(tmp_path / name),
+                gradient_checkpointing=checkpointing,
+                max_steps=3,
+            )
+        )
+    assert adapter_bytes(tmp_path / "off") == adapter_bytes(tmp_path / "on")
+
+
+def test_without_validation_data_there_are_no_scores_and_no_best(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base)
+    config = dataclasses.replace(
+        config, data=DataConfig(train=config.data.train), evaluation=HeldOutConfig()
+    )
+    result = train(config)
+    assert result.scores == {}
+    assert result.best is None
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_diverging_loss_stops_with_the_step(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        method="full",
+        optimizer=OptimizerConfig(learning_rate=1e30, clip=0, warmup=0),
+    )
+    with pytest.raises(LorakitError, match=r"diverged at step \d+.*learning_rate"):
+        train(config)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_tensorboard_gets_the_metrics(tmp_path: Path, base: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny_runs.config(tmp_path, base, loggers=("tensorboard",), max_steps=3))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [e.step for e in events.Scalars("validation/loss")] == [0, 3]
+
+
+def test_a_logger_that_is_not_installed_says_so(tmp_path, base, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ConfigurationError, match="pip install wandb"):
+        train(tiny_runs.config(tmp_path, base, loggers=("wandb",)))
+
+
+def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
+    config = tiny_runs.config(tmp_path, "no/such-base", evaluation=HeldOutConfig(metric="f1"))
+    with pytest.raises(ConfigurationError, match="f1, which task completion does not have"):
+        train(config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "gaussian"])
+def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) -> None:
+    lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)
+    result = train(tiny_runs.config(tmp_path, base, lora=lora))
+    assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=2)
+    first = train(config)
+    with pytest.raises(RunFolderError, match="finished run.*resume.*overwrite"):
+        train(config)
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert resumed == first
+    other = dataclasses.replace(config, overwrite=True, seed=1)
+    assert train(other).scores != first.scores
+
+
+def test_overwriting_deletes_nothing_that_is_not_a_run(tmp_path: Path, base: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    config = tiny_runs.config(tmp_path, base, overwrite=True)
+    with pytest.raises(RunFolderError, match=r"not a run folder.*thesis\.tex"):
+        train(config)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_overwriting_a_run_keeps_the_users_own_files(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    train(config)
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    train(dataclasses.replace(config, overwrite=True))
+    assert (tmp_path / "run" / "notes.md").read_text() == "mine"
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path, base: str) -> None:
+    from lorakit.storage import lock_folder
+
+    config = tiny_runs.config(tmp_path, base)
+    with lock_folder(tmp_path / "run"), pytest.raises(RunFolderError, match="in use"):
+        train(config)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_file_as_output_is_refused(tmp_path: Path, base: str) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        train(tiny_runs.config(tmp_path, base))

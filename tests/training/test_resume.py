@@ -1,0 +1,280 @@
+"""An interrupted and resumed run ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import adapter_bytes
+
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.methods.lora.config import LoRA
+from lorakit.training import checkpoint, loop, validation
+from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.training.loop import train
+
+STEPS = 18
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process."""
+
+
+def settings(folder: Path, base: str, **overrides) -> TrainConfig:
+    """A run with everything that has a state: dropout, samples, a best adapter, accumulation."""
+    return tiny_runs.config(
+        folder,
+        base,
+        lora=LoRA(dropout=0.2),
+        evaluation=HeldOutConfig(every=4, samples=2, max_new_tokens=3),
+        **overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(settings(folder, base))
+    return folder / "run"
+
+
+def records(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert adapter_bytes(run) == adapter_bytes(other)
+    assert adapter_bytes(run, "best") == adapter_bytes(other, "best")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert records(run / name) == records(other / name)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, other)]
+    for varying in ("seconds", "peak_memory"):
+        assert all(result.pop(varying) >= 0 for result in results)
+    assert results[0] == results[1]
+    leftovers = [p for p in run.rglob("*") if ".tmp-" in p.name]
+    assert not leftovers
+
+
+def crash_at(monkeypatch, module, name: str, call: int) -> None:
+    """Let the `call`-th call of a function of `module` raise instead."""
+    original, calls = getattr(module, name), iter(range(1, 10_000))
+
+    def crashing(*args, **kwargs):
+        if next(calls) == call:
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, crashing)
+
+
+SEED = 20
+DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 5)
+
+
+@pytest.mark.parametrize("step", sorted({1, STEPS, *DRAWN}), ids=lambda s: f"seed{SEED}-step{s}")
+def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) -> None:
+    config = settings(tmp_path, base)
+    with monkeypatch.context() as patch:
+        crash_at(patch, loop, "clip_gradients", step)
+        with pytest.raises(Crash):
+            train(config)
+    train(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call"),
+    [
+        (validation, "held_out", 1),  # before the first step
+        (validation, "held_out", 3),
+        (validation, "generated", 2),
+        (checkpoint, "save_file", 1),  # the first file of the first checkpoint
+        (checkpoint, "save_file", 8),  # the second file of the third
+        (checkpoint.storage, "write_json", 3),
+        (checkpoint.shutil, "rmtree", 1),  # deleting an old checkpoint
+    ],
+)
+def test_a_crash_elsewhere(tmp_path, base, undisturbed, monkeypatch, module, function, call) -> None:
+    config = settings(tmp_path, base)
+    with monkeypatch.context() as patch:
+        crash_at(patch, module, function, call)
+        with pytest.raises(Crash):
+            train(config)
+    train(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) -> None:
+    config = dataclasses.replace(settings(tmp_path, base), resume=True)
+    for step in (2, 4, 5, 4, 7):
+        with monkeypatch.context() as patch:
+            crash_at(patch, loop, "clip_gradients", step)
+            with pytest.raises(Crash):
+                train(config)
+    train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
+    sessions = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
+    assert [s["from_step"] for s in sessions] == [0, 0, 3, 6, 9, 15]
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(
+    tmp_path, base, undisturbed, monkeypatch, capsys, number, error
+) -> None:
+    config = settings(tmp_path, base)
+    original, calls = loop.clip_gradients, iter(range(1, 100))
+
+    def signalling(*args):
+        if next(calls) == 5:
+            signal.raise_signal(number)
+        return original(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", signalling)
+        with pytest.raises(error) as raised:
+            train(config)
+    assert signal.getsignal(number) == before
+    message = f"{raised.value} {capsys.readouterr().err}"
+    assert f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume true" in message
+    if number == signal.SIGTERM:
+        assert raised.value.code == 143
+    assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5
+    assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
+    train(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
+    settings = {
+        "epochs": 20,
+        "optimizer": OptimizerConfig(learning_rate=0.3, schedule="constant", warmup=0),
+        "evaluation": HeldOutConfig(every=2, patience=3),
+    }
+    result = train(tiny_runs.config(tmp_path, base, **settings))
+    assert result.stopped_early
+    config = tiny_runs.config(tmp_path, base, output=str(tmp_path / "other"), **settings)
+    with monkeypatch.context() as patch:
+        # After the last evaluation but one: two evaluations without a new best are on the count.
+        crash_at(patch, loop, "clip_gradients", result.steps)
+        with pytest.raises(Crash):
+            train(config)
+    again = train(dataclasses.replace(config, resume=True))
+    assert again.steps == result.steps
+    assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
+
+
+@pytest.mark.parametrize("lora", [LoRA(init="pissa", dropout=0.1), LoRA(dora=True, dropout=0.1)])
+def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None:
+    train(tiny_runs.config(tmp_path, base, lora=lora))
+    config = tiny_runs.config(tmp_path, base, lora=lora, output=str(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        crash_at(patch, loop, "clip_gradients", 8)
+        with pytest.raises(Crash):
+            train(config)
+    # Another start, as another machine's singular vectors would be: the checkpoint's has to win.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", lambda W, full_matrices: other_svd(W))
+        train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
+
+
+def other_svd(W):
+    U, S, Vh = torch.svd(W)
+    return -U, S, -Vh.T
+
+
+def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
+    train(tiny_runs.config(tmp_path, base, method="full"))
+    config = tiny_runs.config(tmp_path, base, method="full", output=str(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        crash_at(patch, loop, "clip_gradients", 8)
+        with pytest.raises(Crash):
+            train(config)
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
+
+
+def test_resume_of_nothing_starts_from_the_beginning(tmp_path, base, undisturbed) -> None:
+    train(dataclasses.replace(settings(tmp_path, base), resume=True))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
+    config = settings(folder, base)
+    with monkeypatch.context() as patch:
+        crash_at(patch, loop, "clip_gradients", 8)
+        with pytest.raises(Crash):
+            train(config)
+    return dataclasses.replace(config, resume=True)
+
+
+def test_an_unfinished_run_is_refused_without_resume(tmp_path, base, monkeypatch) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    with pytest.raises(RunFolderError, match="unfinished run.*resume.*overwrite"):
+        train(dataclasses.replace(config, resume=False))
+
+
+def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    other = dataclasses.replace(config, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-3))
+    with pytest.raises(ConfigurationError) as raised:
+        train(other)
+    assert "batch_size was 4 and is 8" in str(raised.value)
+    assert "optimizer.learning_rate was 0.02 and is 0.001" in str(raised.value)
+
+
+def test_resume_with_other_data_is_refused(tmp_path, base, monkeypatch) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(72, seed=9))
+    with pytest.raises(RunFolderError, match="train data has changed"):
+        train(config)
+
+
+@pytest.mark.parametrize("name", checkpoint.TENSOR_FILES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
+    tmp_path, base, undisturbed, monkeypatch, name: str
+) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    newest = tmp_path / "run" / "checkpoints" / "step-000006"
+    content = bytearray((newest / name).read_bytes())
+    content[-1] ^= 1
+    (newest / name).write_bytes(content)
+    with pytest.raises(RunFolderError, match=rf"{name} is damaged.*Delete .*step-000006"):
+        train(config)
+    for entry in newest.iterdir():
+        entry.unlink()
+    newest.rmdir()
+    train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:
+    train(settings(tmp_path, base, checkpoints=CheckpointConfig(every=2, keep=3)))
+    found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-000014", "step-000016", "step-000018"]
+
+
+def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
+    """The short form of kill_resume.py: SIGKILL at drawn instants and between the writes of a save."""
+    script = Path(__file__).with_name("kill_resume.py")
+    done = subprocess.run(
+        [sys.executable, script, "--instants", "4", "--every", "12", "--folder", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed" in done.stdout
+    assert "killed 4 of 4 at drawn instants" in done.stdout

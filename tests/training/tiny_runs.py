@@ -1,0 +1,102 @@
+"""Training runs that take a fraction of a second: a tiny model in a folder, a tiny data file, a configuration."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import torch
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+from lorakit.data import DataConfig
+from lorakit.evaluation.config import BaseConfig
+from lorakit.training.config import (
+    CheckpointConfig,
+    HeldOutConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+WORDS = "river pub park food cheap English plane flute index list Amanda Jerry cookies".split()
+
+
+def save_base(folder: Path, arch: str = "llama", head: str | None = None, **settings: Any) -> str:
+    """Write the tiny model of `arch` and its tokenizer as a model folder."""
+    encoder = arch in tiny_models.ENCODERS
+    tokenizer = tiny_encoder_tokenizer() if encoder else tiny_tokenizer()
+    model = tiny_models.build(arch, head, vocab_size=len(tokenizer), **settings)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not encoder:
+        model.config.eos_token_id = tokenizer.eos_token_id
+        if model.can_generate():
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write `rows` as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Prompts of a few words whose completion repeats the first one: something that can be learnt."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 5))]
+        rows.append({"prompt": " ".join(words) + ":", "completion": f" {words[0]}"})
+    return rows
+
+
+def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts labelled by which of two words stands in them."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = draw.randint(0, 1)
+        words = [draw.choice(WORDS[2:]) for _ in range(4)]
+        words[draw.randrange(4)] = WORDS[label]
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def config(folder: Path, base_folder: str, **overrides: Any) -> TrainConfig:
+    """Two epochs of 9 steps, two batches of 4 each; `overrides` replace whole fields."""
+    data = folder / "train.jsonl"
+    if not data.exists():
+        write_rows(data, pairs(72))
+        write_rows(folder / "validation.jsonl", pairs(12, seed=1))
+    settings: dict[str, Any] = {
+        "base": BaseConfig(name=base_folder, dtype="float32", device="cpu"),
+        "data": DataConfig(train=str(data), validation=str(folder / "validation.jsonl")),
+        "output": str(folder / "run"),
+        "epochs": 2,
+        "batch_size": 4,
+        "accumulation": 2,
+        "optimizer": OptimizerConfig(learning_rate=2e-2),
+        "evaluation": HeldOutConfig(every=4),
+        "checkpoints": CheckpointConfig(every=3),
+    }
+    return TrainConfig(**{**settings, **overrides})
+
+
+def metrics(run: Path, split: str) -> list[dict[str, Any]]:
+    """Return the lines of a split in metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def adapter_bytes(run: Path, which: str = "adapter") -> bytes:
+    """Return the weights file of a run's adapter."""
+    return (run / which / "adapter_model.safetensors").read_bytes()
+
+
+def single_threaded() -> None:
+    """Compute on one thread: forked processes stay safe, and numbers do not depend on the machine."""
+    torch.set_num_threads(1)
