@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorakit.data.config import DataConfig
     from lorakit.errors import LorakitError
     from lorakit.evaluation.config import EvaluateConfig
-    from lorakit.evaluation.run import evaluate
+    from lorakit.evaluation.evaluate import evaluate
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
     from lorakit.models.loading import load_base
@@ -38,7 +38,7 @@ _HOME = {
     "DataConfig": "lorakit.data.config",
     "LorakitError": "lorakit.errors",
     "EvaluateConfig": "lorakit.evaluation.config",
-    "evaluate": "lorakit.evaluation.run",
+    "evaluate": "lorakit.evaluation.evaluate",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
     "load_base": "lorakit.models.loading",

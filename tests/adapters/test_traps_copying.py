@@ -154,7 +154,7 @@ def test_copy_saves_itself(copied: Callable[[nn.Module], nn.Module], tmp_path) -
     assert (logits(twin) - logits(model)).abs().max() > 1e-2
     twin.save_pretrained(tmp_path / "twin")
     loaded = type(twin).from_pretrained(tmp_path / "twin", attn_implementation="eager")
-    torch.testing.assert_close(logits(loaded), logits(twin), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(loaded), logits(twin), atol=2e-4, rtol=0)
 
 
 def test_copy_of_an_adapted_attention_module(copied: Callable[[nn.Module], nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import peft
+import torch
 from covering_array import Case
 from layouts import is_classifier
 from logits import randomise
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
 PEFT_SPEAKS = (
@@ -31,6 +34,38 @@ def speaking_peft() -> Iterator[None]:
         for beginning in PEFT_SPEAKS:
             warnings.filterwarnings("ignore", message=re.escape(beginning))
         yield
+
+
+def _counts_out_proj_twice() -> bool:
+    net = nn.Sequential(nn.MultiheadAttention(2, 1, bias=False)).eval()
+    model = peft.get_peft_model(net, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    out = layer.base_layer.out_proj
+    before = out.weight.detach().clone()
+    with torch.no_grad():
+        out.lora_A["default"].weight.fill_(1.0)
+        out.lora_B["default"].weight.fill_(1.0)
+        layer.merge()
+    return bool((out.weight - before > 1.5).all())
+
+
+@functools.cache
+def counts_out_proj_twice() -> bool:
+    """Whether this PEFT computes ``W + 2 dW`` in the output projection of an attention module.
+
+    It does up to 0.21.2 at least (https://github.com/huggingface/peft/pull/3774).
+    """
+    with speaking_peft(), torch.random.fork_rng(devices=[]):
+        return _counts_out_proj_twice()
+
+
+def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
+    """Halve PEFT's live scaling there, which no file holds, so that it computes what the file says."""
+    for module in adapted.modules():
+        if isinstance(module, MultiheadAttention) and counts_out_proj_twice():
+            scaling = module.base_layer.out_proj.scaling
+            scaling.update({name: value / 2 for name, value in scaling.items()})
+    return adapted
 
 
 def target_modules(case: Case) -> str | list[str]:
@@ -66,7 +101,7 @@ def configuration(case: Case) -> peft.LoraConfig:
 def adapt(model: nn.Module, config: peft.LoraConfig, *, seed: int = 1) -> peft.PeftModel:
     """PEFT's adapter on the model, every tensor that it trains random."""
     with speaking_peft():
-        adapted = peft.get_peft_model(model, config).eval()
+        adapted = _count_out_proj_once(peft.get_peft_model(model, config).eval())
     randomise((p for p in adapted.parameters() if p.requires_grad), seed)
     return adapted
 
@@ -80,4 +115,4 @@ def save(adapted: peft.PeftModel, folder: Path) -> Path:
 def load(model: nn.Module, folder: Path) -> peft.PeftModel:
     """PEFT's model of a folder; a key that is missing or left over is a warning, and so an error."""
     with speaking_peft():
-        return peft.PeftModel.from_pretrained(model, folder).eval()
+        return _count_out_proj_once(peft.PeftModel.from_pretrained(model, folder).eval())

@@ -86,9 +86,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callab
         lambda: nn.Embedding(20, 16, padding_idx=3),
         ids,
     ),
-    "Conv1d": (
-        lambda: oracle(loralib.Conv1d, 4, 6, 3),
-        lambda: nn.Conv1d(4, 6, 3),
+    "Conv1d pointwise": (
+        lambda: oracle(loralib.Conv1d, 4, 6, 1),
+        lambda: nn.Conv1d(4, 6, 1),
         lambda: image(1),
     ),
     "Conv2d": (
@@ -112,7 +112,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callab
         lambda: image(2),
     ),
 }
-"""What loralib 0.1.2 can compute; its Conv3d raises, since the view of B A has no third kernel axis."""
+"""What loralib 0.1.2 can compute: of convolutions, only those whose kernel has width * width taps."""
 
 FROM_ATTACH = [name for name in LAYERS if not name.startswith("Conv")]
 """Convolutions are made in PEFT's factorisation; loralib's is read from its files."""

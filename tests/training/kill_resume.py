@@ -4,11 +4,12 @@ By hand::
 
     python tests/training/kill_resume.py
 
-kills once at each of 20 instants drawn uniformly over the run time (the seed is printed), then once before and after
-every write, fsync, rename and removal of the run: each folder and file it saves is hit at each of its steps. Every run
-is resumed by a new process and has to end with the same `adapter_model.safetensors`, in adapter/ and in best/.
+kills once at each of 20 instants drawn uniformly over the run time (the seed is printed), then once before every write,
+fsync, rename and removal that a run makes: between any two steps of every save. Each time a new process resumes the
+run, which has to end with the same `adapter_model.safetensors`, in adapter/ and in best/, as an undisturbed one.
 
-Runs are forked from one process that has imported everything, so that a run takes a fraction of a second.
+Runs are forked from one process that has imported everything, so that a run takes a fraction of a second. That
+process computes nothing itself: PyTorch's thread pool does not survive a fork.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import safetensors.torch
 import tiny_runs
@@ -50,9 +53,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="where runs are written")
     options = parser.parse_args()
     root = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    tiny_runs.single_threaded()
-    base = tiny_runs.save_base(root / "base", attention_dropout=0.1)
-    Trial(root, base).run(options.instants, options.every, options.seed)
+    assert fork(lambda: tiny_runs.save_base(root / "base", attention_dropout=0.1)) == 0
+    Trial(root, str(root / "base")).run(options.instants, options.every, options.seed)
     if options.folder is None:
         shutil.rmtree(root)
     return 0
@@ -126,24 +128,28 @@ class Trial:
 
 def fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
     """Run `work` in a child; return its exit status, negative for the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 2 if kill_after is not None else 1)
-            work()
-            status = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # a zombie at worst: it has not been waited for
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                work()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)  # a zombie at worst: it has not been waited for
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status > 0:
+            output.seek(0)
+            print(output.read(), flush=True)
+        return status
 
 
 def count_steps(work: Callable[[], object]) -> int:
@@ -161,7 +167,7 @@ def count_steps(work: Callable[[], object]) -> int:
 
 
 def instrument(reached: Callable[[int], object]) -> None:
-    """Call `reached` with a running number before and after whatever changes the disk, in this process."""
+    """Call `reached` with a running number before whatever changes the disk, in this process."""
     number = iter(range(1, 10**9))
 
     def around(owner: object, name: str, applies: Callable[..., bool] = lambda *a, **k: True) -> None:
@@ -171,16 +177,13 @@ def instrument(reached: Callable[[int], object]) -> None:
             if not applies(*args, **kwargs):
                 return original(*args, **kwargs)
             reached(next(number))
-            result = original(*args, **kwargs)
-            reached(next(number))
-            return result
+            return original(*args, **kwargs)
 
         setattr(owner, name, wrapped)
 
     for name in ("fsync", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove"):
         around(os, name)
-    for name in ("_exchange",):
-        around(storage, name)
+    around(storage, "_exchange")
     for owner in (safetensors.torch, checkpoint):
         around(owner, "save_file")
 

@@ -270,7 +270,7 @@ def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     """The short form of kill_resume.py: SIGKILL at drawn instants and between the writes of a save."""
     script = Path(__file__).with_name("kill_resume.py")
     done = subprocess.run(
-        [sys.executable, script, "--instants", "4", "--every", "12", "--folder", tmp_path],
+        [sys.executable, script, "--instants", "4", "--every", "20", "--folder", tmp_path],
         capture_output=True,
         text=True,
         timeout=240,

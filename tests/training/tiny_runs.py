@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import tiny_models
-import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig
@@ -95,8 +94,3 @@ def metrics(run: Path, split: str) -> list[dict[str, Any]]:
 def adapter_bytes(run: Path, which: str = "adapter") -> bytes:
     """Return the weights file of a run's adapter."""
     return (run / which / "adapter_model.safetensors").read_bytes()
-
-
-def single_threaded() -> None:
-    """Compute on one thread: forked processes stay safe, and numbers do not depend on the machine."""
-    torch.set_num_threads(1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from lorakit.errors import RunFolderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class ConvertConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Read one format, write the other."""
+    from lorakit import storage
     from lorakit.adapters import formats
     from lorakit.cli.parsing import parse
 
@@ -38,7 +42,14 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     stored = formats.read(config.adapter, alpha=config.alpha)
-    formats.save(stored, config.output, to=config.to, overwrite=config.overwrite)
-    print(f"{len(stored.layers)} layers written to {config.output} ({config.to}).")
     if config.to == "loralib":
-        print("loralib files record no alpha: keep it beside the file.")
+        if Path(config.output).exists() and not config.overwrite:
+            raise RunFolderError(f"'{config.output}' exists. Set --overwrite true to replace it.")
+        formats.write_loralib(stored, config.output)
+        notices = ["loralib files record neither alpha nor rank: keep them beside the file."]
+    else:
+        with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
+            notices = formats.write(stored, temporary)
+    print(f"{len(stored.layers)} layers written to {config.output} ({config.to}).")
+    for notice in [*stored.notices, *notices]:
+        print(f"note: {notice}")

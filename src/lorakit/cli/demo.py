@@ -180,10 +180,11 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     from lorakit.evaluation.config import Decoding
     from lorakit.evaluation.generate import generate
     from lorakit.models.loading import load_base
+    from lorakit.tasks import LanguageExample
 
     base = load_base(config.base, dtype="float32")
     adapters = load(base.model, adapter, name="demo")
-    prompts = [example.prompt_ids for example in test.examples[:8]]
+    prompts = [e.prompt_ids for e in test.examples[:8] if isinstance(e, LanguageExample)]
     decoding = Decoding(max_new_tokens=24, batch_size=8)
 
     def say() -> tuple[list[str], torch.Tensor]:

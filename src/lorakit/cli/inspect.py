@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapters.stored import StoredAdapter
+    from lorakit.adapters.stored import StoredAdapter, StoredLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,31 +50,44 @@ def run(argv: Sequence[str]) -> None:
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
-    """The adapter's facts as JSON-able values; norms are Frobenius norms of ``scaling * B A``."""
-    from lorakit.adapters.measures import delta_norm
-
+    """The adapter's facts as JSON-able values; `norm` is the Frobenius norm of ``scaling * B A``."""
+    tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
+    tensors += stored.trained.values()
     return {
         "method": repr(stored.method),
-        "parameters": stored.parameter_count,
-        "bytes": stored.byte_count,
+        "parameters": stored.parameters,
+        "bytes": sum(t.numel() * t.element_size() for t in tensors),
         "layers": {
             path: {
                 "kind": layer.kind,
                 "rank": layer.rank,
                 "alpha": layer.alpha,
                 "scaling": layer.scaling,
-                "shape": [list(layer.A.shape), list(layer.B.shape)],
-                "norm": delta_norm(layer),
+                "A": list(layer.A.shape),
+                "B": list(layer.B.shape),
+                "norm": _norm(layer),
                 "dora": layer.magnitude is not None,
                 "slices": [str(s) for s in layer.slices],
             }
             for path, layer in stored.layers.items()
         },
         "trained": {name: list(tensor.shape) for name, tensor in stored.trained.items()},
-        "base": None if stored.base is None else stored.base.to_dict(),
+        "base": None if stored.base is None else stored.base.to_json(),
         "provenance": stored.provenance,
         "notices": stored.notices,
     }
+
+
+def _norm(layer: StoredLayer) -> float | None:
+    """``|scaling| * ||B A||_F`` from the r x r Gram matrices: ``||B A||^2 = tr(A A^T B^T B)``."""
+    if layer.kind.startswith("conv") or layer.initial_A is not None:
+        return None  # the factors are no plain matrices, or a second product is subtracted
+    parts = max(1, len(layer.slices))
+    sizes = [s.total for s in layer.slices] or [layer.B.shape[0]]
+    total = 0.0
+    for A, B in zip(layer.A.double().chunk(parts), layer.B.double().split(sizes), strict=True):
+        total += float(((A @ A.T) * (B.T @ B)).sum())
+    return abs(layer.scaling) * max(total, 0.0) ** 0.5
 
 
 def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
@@ -91,8 +104,8 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         for heading in ("layer", "count", "kind", "rank", "scaling", "norm of the change"):
             table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
         for key, layers in groups.items():
-            norms = [layer["norm"] for layer in layers]
-            spread = f"{min(norms):.3g}" + (f" to {max(norms):.3g}" if len(norms) > 1 else "")
+            norms = [layer["norm"] for layer in layers if layer["norm"] is not None]
+            spread = f"{min(norms):.3g} to {max(norms):.3g}" if norms else "-"
             table.add_row(
                 key,
                 str(len(layers)),
@@ -106,7 +119,9 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         console.print(f"trained in full: {name} {tuple(shape)}")
     if facts["base"]:
         source = facts["base"].get("source", {})
-        console.print(f"base: {source.get('name') or 'unnamed'} ({facts['base'].get('class', '')})")
+        console.print(
+            f"base: {source.get('name') or 'unnamed'} ({facts['base']['architecture']['class_name']})"
+        )
     for key, value in facts["provenance"].items():
         text = json.dumps(value, ensure_ascii=False)
         console.print(f"{key}: {text if len(text) < 200 else text[:197] + '...'}", highlight=False)

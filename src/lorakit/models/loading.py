@@ -21,7 +21,15 @@ from lorakit.models.sources import Source, did_you_mean, resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Base", "Source", "Task", "compute_dtype", "load_base", "resolve"]
+__all__ = [
+    "Base",
+    "Source",
+    "Task",
+    "compute_dtype",
+    "load_base",
+    "load_tokenizer",
+    "resolve",
+]
 
 Task = Literal[
     "causal-lm",
@@ -97,30 +105,56 @@ def load_base(
     _check_arguments(task, num_labels)
     weights_dtype = compute_dtype(dtype)
     source = resolve(name, revision=revision)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    notices: list[str] = []
     with _quiet():
-        if source.kind == "hub":
-            commit, reachable = _locate_on_hub(source)
-            source = dataclasses.replace(source, revision=commit)
-            options |= {"revision": commit, "local_files_only": not reachable}
-            if not reachable:
-                notices.append("The hub cannot be reached; the copy in the local cache is used.")
-            path = source.path_or_id
-        elif source.kind == "gguf":
-            folder = converted_folder(Path(source.path_or_id))
-            notices += conversion_notices(folder)
-            path = str(folder)
-        else:
-            path = source.path_or_id
+        source, path, options, notices = _locate(source, trust_remote_code)
         with _explained(source, path, task):
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         notices += _check_weights(source, model, info, task, seed)
         with _explained(source, path, task):
             tokenizer = _load_tokenizer(path, options)
+    if source.packaged or source.kind == "gguf":
+        # Where this machine keeps or caches the weights says nothing to another one.
+        model.config._name_or_path = source.name
     base = Base(model.eval(), tokenizer, source, notices)
     _settle_padding(base)
     return base
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a base model's tokenizer alone; arguments as for :func:`load_base`.
+
+    Raises:
+        BaseModelError: there is no such model, or it has no tokenizer.
+    """
+    source = resolve(name, revision=revision)
+    with _quiet():
+        source, path, options, _ = _locate(source, trust_remote_code)
+        with _explained(source, path, "causal-lm"):
+            tokenizer = _load_tokenizer(path, options)
+    if tokenizer is None:
+        raise BaseModelError(f"'{source.name}' has no tokenizer. Name a base model that has one.")
+    return tokenizer
+
+
+def _locate(
+    source: Source, trust_remote_code: bool
+) -> tuple[Source, str, dict[str, Any], list[str]]:
+    """Return what transformers needs to read a source: where it is, with which options; and notices."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.kind == "hub":
+        commit, reachable = _locate_on_hub(source)
+        source = dataclasses.replace(source, revision=commit)
+        options |= {"revision": commit, "local_files_only": not reachable}
+        notices = (
+            [] if reachable else ["The hub cannot be reached; the copy in the local cache is used."]
+        )
+        return source, source.path_or_id, options, notices
+    if source.kind == "gguf":
+        folder = converted_folder(Path(source.path_or_id))
+        return source, str(folder), options, conversion_notices(folder)
+    return source, source.path_or_id, options, []
 
 
 def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:

@@ -22,6 +22,7 @@ class Source:
         kind: which of the three.
         revision: branch, tag or commit on the hub; once loaded, the commit.
         note: what the name resolved to, in a sentence; empty where it says so itself.
+        packaged: whether the weights are those of an installed Python package.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Source:
     kind: Literal["hub", "folder", "gguf"]
     revision: str | None = None
     note: str = ""
+    packaged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,7 @@ def _resolve_packaged(model: PackagedModel, asked: str) -> Source:
             kind="gguf" if path.suffix == ".gguf" else "folder",
             note=f"'{asked}' is {model.description}, from the installed package "
             f"{model.distribution}.",
+            packaged=True,
         )
     if asked.lower() == model.name and not model.same_on_hub:
         raise BaseModelError(

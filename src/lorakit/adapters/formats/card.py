@@ -129,7 +129,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         ),
     ]
-    obstacle = vllm_obstacle(form.config)
+    obstacle = vllm_obstacle(form)
     if obstacle is not None:
         return "\n\n".join([*parts, f"vLLM cannot load it as an adapter: {obstacle}"])
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
@@ -141,26 +141,24 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
     return "\n\n".join([*parts, "With vLLM:", _block("sh", command)])
 
 
-def vllm_obstacle(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot serve a PEFT folder with this configuration as an adapter, or None."""
+def vllm_obstacle(form: PeftForm) -> str | None:
+    """Why vLLM cannot serve an adapter in this form, or None."""
+    config = form.config
     ranks = {config["r"], *config["rank_pattern"].values()}
-    if config["task_type"] != "CAUSAL_LM":
-        return "it serves causal language models."
-    if config["modules_to_save"]:
-        return (
-            "modules are trained in full (modules_to_save). Merge the adapter and serve the model."
-        )
-    if config["use_dora"]:
-        return "it uses DoRA. Merge the adapter and serve the model."
-    if config["bias"] != "none":
-        return "biases are trained. Merge the adapter and serve the model."
-    # vLLM applies lora_alpha / r to every layer and does not read the patterns.
-    if config["alpha_pattern"] or len(ranks) > 1:
-        return (
-            "its layers have ranks or scalings of their own. Merge the adapter and serve the model."
-        )
-    if max(ranks) > _VLLM_RANKS[-1]:
-        return f"its rank is above {_VLLM_RANKS[-1]}."
+    merge = "Merge the adapter and serve the model."
+    for applies, reason in (
+        (config["task_type"] != "CAUSAL_LM", "it adapts causal language models alone."),
+        (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
+        (config["use_dora"], f"it uses DoRA. {merge}"),
+        (config["bias"] != "none", f"biases are trained. {merge}"),
+        # vLLM gives every layer lora_alpha / r and does not read the patterns.
+        (config["alpha_pattern"] or len(ranks) > 1, f"ranks or scalings differ by layer. {merge}"),
+        (any("lora_embedding" in key for key in form.tensors), f"it adapts an embedding. {merge}"),
+        (any(t.ndim > 2 for t in form.tensors.values()), f"it adapts convolutions. {merge}"),
+        (max(ranks) > _VLLM_RANKS[-1], f"its rank is above {_VLLM_RANKS[-1]}. {merge}"),
+    ):
+        if applies:
+            return reason
     return None
 
 

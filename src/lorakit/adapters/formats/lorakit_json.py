@@ -254,8 +254,7 @@ def _restore_own(
             _expect_shape(f"{name} of '{path}'", present[name], described[name])
         layers[path] = _build(path, described, present)
     trained = {name: left.pop(f"trained.{name}", None) for name in record["trained"]}
-    _check_complete(trained, left)
-    return layers, trained
+    return layers, _complete(trained, left)
 
 
 def _restore_from_peft(
@@ -293,8 +292,7 @@ def _restore_from_peft(
     trained = {name: left.pop(key, None) for name, key in record["trained"].items()}
     for key in record["repeated"]:
         left.pop(key, None)
-    _check_complete(trained, left)
-    return layers, trained
+    return layers, _complete(trained, left)
 
 
 def _build(path: str, described: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
@@ -320,11 +318,15 @@ def _expect_shape(what: str, tensor: Tensor | None, shape: list[int]) -> None:
         raise AdapterFileError(f"{what} has shape {tuple(tensor.shape)}, not {tuple(shape)}.")
 
 
-def _check_complete(trained: Mapping[str, Tensor | None], left: Mapping[str, Tensor]) -> None:
-    missing = [name for name, tensor in trained.items() if tensor is None]
+def _complete(
+    trained: Mapping[str, Tensor | None], left: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    found = {name: tensor for name, tensor in trained.items() if tensor is not None}
+    missing = trained.keys() - found.keys()
     if missing:
-        raise AdapterFileError(f"the trained '{missing[0]}' is not in the file of tensors.")
+        raise AdapterFileError(f"the trained '{min(missing)}' is not in the file of tensors.")
     if left:
         raise AdapterFileError(
             f"the file of tensors holds {len(left)} that {NAME} does not list, the first '{min(left)}'."
         )
+    return found

@@ -195,12 +195,12 @@ class _Others:
         tensor, name = self.tensors[key], self._base_name(key)
         if "lora_" in key:
             return False
+        if self._repeats_a_module(key):
+            return True
         module = self._trained_module(name)
         if module is not None:
             self.modules.add(module)
             self.trained[name] = tensor
-            return True
-        if self._repeats_a_module(key):
             return True
         *_, owner, attribute = ("", *name.split("."))
         of_layer = name != key
@@ -232,19 +232,21 @@ class _Others:
             path = ".".join(parts[:i])
             for entry in self.config.modules_to_save:
                 # PEFT's rule; it asks for no dot before the entry.
-                if path.endswith(entry) and parts[i] not in ("modules_to_save", "original_module"):
+                if path.endswith(entry):
                     return entry
         return None
 
     def _repeats_a_module(self, key: str) -> bool:
         """With bias "all" PEFT writes the biases of its wrapped modules once more."""
-        match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save\.[^.]+)\.(.+)", key)
+        match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save)\.(.+)", key)
         if match is None or self.config.bias != "all":
             return False
-        plain = self.tensors.get(f"{match[1]}.{match[3]}")
-        if plain is None:
-            return False
-        return match[2] == "original_module" or plain.equal(self.tensors[key])
+        module, wrapper, name = match.groups()
+        for inner in (name, name.partition(".")[2]):  # the adapter's name may stand before it
+            plain = self.tensors.get(f"{module}.{inner}")
+            if plain is not None:
+                return wrapper == "original_module" or plain.equal(self.tensors[key])
+        return False
 
 
 def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[str]) -> LoRA:

@@ -1,0 +1,503 @@
+"""What the handle refuses: with an error that says what to do, and nothing changed or left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters.saving import load
+from lorakit.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ConfigurationError,
+    LorakitError,
+    RunFolderError,
+    TargetError,
+    WrongBaseError,
+)
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+
+IDS = torch.arange(3, 17).view(2, 7)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_models.build("llama")
+
+
+@pytest.fixture
+def adapters(model: PreTrainedModel) -> Adapters:
+    """Two adapters, the first active."""
+    adapters = attach(model, LoRA(rank=2), name="sql")
+    attach(model, LoRA(rank=2, targets="mlp"), name="e2e")
+    randomise(adapters)
+    adapters.activate("sql")
+    return adapters
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+def trace(model: nn.Module) -> tuple:
+    """All that attach and its like may change on a model."""
+    modules = dict(model.named_modules())
+    return (
+        {name: type(module) for name, module in modules.items()},
+        {name: (t.clone(), t.dtype) for name, t in model.state_dict().items()},
+        {name: p.requires_grad for name, p in model.named_parameters()},
+        {
+            name: (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            for name, module in modules.items()
+        },
+        {name: set(vars(module)) for name, module in modules.items()},
+        list(model._load_state_dict_pre_hooks),
+        vars(handle_of(model))["_activation"].active if handle_of(model) else None,
+    )
+
+
+def assert_unchanged(model: nn.Module, before: tuple) -> None:
+    types, tensors, *rest = trace(model)
+    assert types == before[0]
+    assert list(tensors) == list(before[1])
+    assert all(
+        torch.equal(tensors[n][0], t) and tensors[n][1] == d for n, (t, d) in before[1].items()
+    )
+    assert rest == list(before[2:])
+
+
+# --- attach ---------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no such target": (LoRA(rank=2, targets=("attention.q", "q_prj")), TargetError, "q_proj"),
+    "a target that cannot be": (LoRA(rank=2, targets="input_layernorm"), TargetError, "RMSNorm"),
+    "no such role": (LoRA(rank=2, targets="attention.x"), TargetError, "attention"),
+    "rank too high": (
+        LoRA(rank=17, targets=("q_proj", "k_proj")),
+        ConfigurationError,
+        "rank_pattern",
+    ),
+    "no such module": (LoRA(rank=2, train_modules="lm_hed"), TargetError, "lm_head"),
+    "trained and adapted": (LoRA(rank=2, train_modules="self_attn"), TargetError, "one of the two"),
+    "pattern that matches nothing": (
+        LoRA(rank=2, rank_pattern={"k_proj": 4}),
+        ConfigurationError,
+        "rank_pattern",
+    ),
+    "too many blocks": (FullFineTuning(top_layers=3), TargetError, "2 blocks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("first", [True, False], ids=["bare model", "adapted model"])
+def test_refused_attach_leaves_nothing(case: str, first: bool, model: PreTrainedModel) -> None:
+    method, error, message = REFUSED[case]
+    model.lm_head.requires_grad_(False)  # a flag that has to come back as well
+    if not first:
+        randomise(attach(model, LoRA(rank=2, targets="mlp", train_modules="lm_head")))
+    before, expected = trace(model), logits(model)
+    with pytest.raises(error, match=message):
+        attach(model, method, name="other")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_attach_that_fails_while_it_installs() -> None:
+    """The second layer has something of its own where adapters go: the first must not keep one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.adapters = nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x))
+
+    model = Model()
+    before = trace(model)
+    with pytest.raises(AdapterStateError, match="adapters"):
+        attach(model, LoRA(rank=1, targets=("one", "two")))
+    assert_unchanged(model, before)
+
+
+def test_a_part_and_the_whole_cannot_both_be_adapted(model: PreTrainedModel) -> None:
+    """Two handles on one layer: neither would know what acts there."""
+    adapters = attach(model.model, LoRA(rank=2), name="part")
+    randomise(adapters)
+    expected = logits(model)
+    with pytest.raises(AdapterStateError, match="part"):
+        attach(model, LoRA(rank=2), name="whole")
+    assert torch.equal(logits(model), expected)
+    assert not any(".whole." in name for name in model.state_dict())
+    adapters.detach()
+    attach(model, LoRA(rank=2), name="whole")
+    with pytest.raises(AdapterStateError):
+        attach(model.model, LoRA(rank=2), name="part")
+    assert not any(".part." in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a.b",
+        "a b",
+        ".a",
+        "-a",
+        "ä",
+        "a/b",
+        "../a",
+        "items",
+        "keys",
+        "forward",
+        "weight\n",
+        "train",
+        3,
+        None,
+    ],
+)
+def test_names_that_cannot_be(name: str, model: PreTrainedModel) -> None:
+    before = trace(model)
+    with pytest.raises(ConfigurationError, match="name"):
+        attach(model, LoRA(rank=2), name=name)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b", "7", "0-shot", "default", "lora_A", "weight"])
+def test_names_that_can_be(name: str, model: PreTrainedModel, tmp_path: Path) -> None:
+    base = logits(model)
+    adapters = attach(model, LoRA(rank=2), name=name)
+    randomise(adapters)
+    expected = logits(model)
+    assert (expected - base).abs().max() > 1e-2
+    adapters.merge()
+    adapters.unmerge()
+    adapters.save(tmp_path / "saved")
+    adapters.detach()
+    load(model, tmp_path / "saved", name=name)
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_name_that_is_taken(adapters: Adapters, model: PreTrainedModel, seed: int) -> None:
+    before = trace(model)
+    with pytest.raises(AdapterStateError, match=r"'sql'.*remove\('sql'\)"):
+        attach(model, LoRA(rank=4, targets="mlp"), name="sql", seed=seed)
+    assert_unchanged(model, before)
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "sqll",
+        {"sql": 1.0, "e2f": 1.0},
+        ["sql", "e2e"],
+        5,
+        {"sql": "1"},
+        {"sql": True},
+        {"sql": None},
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_be(choice: object, adapters: Adapters, model: PreTrainedModel) -> None:
+    before = trace(model)
+    with pytest.raises(AdapterStateError):
+        adapters.activate(choice)  # type: ignore[arg-type]
+    with pytest.raises(AdapterStateError):
+        adapters.merge(choice)  # type: ignore[arg-type]
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_finite_number(weight: float, adapters: Adapters) -> None:
+    with pytest.raises(AdapterStateError, match="sql"):
+        adapters.activate({"sql": weight})
+    assert adapters.active == {"sql": 1.0}
+
+
+def test_an_unknown_name_is_answered_with_the_known(adapters: Adapters) -> None:
+    for call in (
+        adapters.activate,
+        adapters.summary,
+        adapters.remove,
+        adapters.stored,
+        adapters.method,
+    ):
+        with pytest.raises(AdapterStateError, match=r"sqll.*sql, e2e.*Did you mean 'sql'"):
+            call("sqll")
+
+
+def test_a_name_is_needed_where_there_are_several(adapters: Adapters, tmp_path: Path) -> None:
+    with pytest.raises(AdapterStateError, match="sql, e2e"):
+        adapters.save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    with pytest.raises(AdapterStateError, match="sql, e2e"):
+        adapters.summary()
+
+
+@pytest.mark.parametrize("rows", [[], "sql", ["sql", "sqll"], ["sql", 5], 5, None], ids=str)
+def test_rows_that_cannot_be(rows: object, adapters: Adapters, model: PreTrainedModel) -> None:
+    before = trace(model)
+    with (
+        pytest.raises(AdapterStateError),
+        adapters.per_sample(rows),  # type: ignore[arg-type]
+    ):
+        raise AssertionError("the block must not be entered")
+    assert_unchanged(model, before)
+
+
+def test_an_error_inside_per_sample_puts_the_choice_back(
+    adapters: Adapters, model: PreTrainedModel
+) -> None:
+    expected = logits(model)
+    with pytest.raises(ZeroDivisionError), adapters.per_sample(["e2e", None]):
+        raise ZeroDivisionError
+    assert adapters.active == {"sql": 1.0}
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda adapters: adapters.activate("e2e"),
+        lambda adapters: adapters.merge("e2e"),
+        lambda adapters: adapters.detach(),
+        lambda adapters: adapters.remove("sql"),
+        lambda adapters: attach(adapters.model, LoRA(rank=2), name="third"),
+        lambda adapters: adapters.per_sample(["sql", "e2e"]).__enter__(),
+    ],
+    ids=["activate", "merge", "detach", "remove", "attach", "per_sample"],
+)
+def test_inside_per_sample(call, adapters: Adapters, model: PreTrainedModel) -> None:
+    before = trace(model)
+    with adapters.per_sample(["e2e", None]):
+        inside = trace(model)
+        with pytest.raises(AdapterStateError, match="per_sample"):
+            call(adapters)
+        assert_unchanged(model, inside)
+    assert_unchanged(model, before)
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def test_nothing_to_merge(adapters: Adapters, model: PreTrainedModel) -> None:
+    adapters.activate(None)
+    before = trace(model)
+    with pytest.raises(AdapterStateError, match="sql, e2e"):
+        adapters.merge()
+    with pytest.raises(AdapterStateError, match="unmerge"):
+        adapters.unmerge()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda adapters: adapters.activate("e2e"),
+        lambda adapters: adapters.activate(None),
+        lambda adapters: adapters.merge("e2e"),
+        lambda adapters: adapters.merge(),
+        lambda adapters: adapters.remove("e2e"),
+        lambda adapters: attach(adapters.model, LoRA(rank=2), name="third"),
+        lambda adapters: adapters.per_sample(["sql", "e2e"]).__enter__(),
+    ],
+    ids=["activate", "activate None", "merge", "merge again", "remove", "attach", "per_sample"],
+)
+def test_while_merged(call, adapters: Adapters, model: PreTrainedModel) -> None:
+    adapters.merge("sql")
+    before, merged = trace(model), logits(model)
+    with pytest.raises(AdapterStateError, match=r"sql is merged.*unmerge\(\)"):
+        call(adapters)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), merged)
+    assert adapters.merged == {"sql": 1.0}
+
+
+def test_a_merge_that_fails_midway(adapters: Adapters, model: PreTrainedModel) -> None:
+    """The last layer's weight is quantised: no layer before it may stay merged."""
+    layer = model.model.layers[1].self_attn.v_proj
+    layer.weight = nn.Parameter(layer.weight.data.mul(10).to(torch.int8), requires_grad=False)
+    before = trace(model)
+    with pytest.raises(AdapterStateError, match="int8"):
+        adapters.merge("sql")
+    assert_unchanged(model, before)
+    assert not adapters.merged
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=2, dora=True),
+        LoRA(rank=2, targets="mlp", train_modules="lm_head"),
+        FullFineTuning(),
+    ],
+    ids=["dora", "trained module", "full"],
+)
+def test_parts_that_do_not_scale(method, adapters: Adapters, model: PreTrainedModel) -> None:
+    attach(model, method, name="whole")
+    adapters.activate({"whole": 1})
+    before = trace(model)
+    for choice in ({"whole": 0.5}, {"whole": 1.0, "sql": 1.0}, {"sql": 0.0, "whole": 1.0}):
+        with pytest.raises(AdapterStateError, match=r"'whole'.*linear"):
+            adapters.activate(choice)
+        with pytest.raises(AdapterStateError, match=r"'whole'.*linear"):
+            adapters.merge(choice)
+    assert_unchanged(model, before)
+
+
+# --- leaving --------------------------------------------------------------------------------------
+
+
+def test_a_handle_that_has_ended(adapters: Adapters, model: PreTrainedModel) -> None:
+    adapters.detach()
+    for call in (
+        lambda: adapters.activate("sql"),
+        lambda: adapters.merge("sql"),
+        lambda: adapters.merge(),
+        lambda: adapters.summary(),
+        lambda: adapters.per_sample(["sql", None]).__enter__(),
+        lambda: adapters.save("never"),
+    ):
+        with pytest.raises(AdapterStateError, match=r"none|No adapter|0 adapters"):
+            call()
+    assert handle_of(model) is None
+    again = attach(model, LoRA(rank=2), name="sql")
+    assert again is not adapters
+    assert adapters.names == ()
+    adapters.detach()  # of an ended handle: nothing of the new one may go
+    assert handle_of(model) is again
+    assert again.names == ("sql",)
+    randomise(again)
+    assert (logits(model) - logits(tiny_models.build("llama"))).abs().max() > 1e-2
+
+
+def test_removing_the_active_adapter_leaves_the_others_whole(
+    adapters: Adapters, model: PreTrainedModel
+) -> None:
+    adapters.activate("e2e")
+    expected = logits(model)
+    adapters.activate("sql")
+    adapters.remove("sql")
+    assert adapters.names == ("e2e",)
+    assert adapters.active == {}
+    assert torch.equal(logits(model), logits(tiny_models.build("llama")))
+    assert not any(".sql." in name for name in model.state_dict())
+    assert not model.model.layers[0].self_attn.q_proj._forward_hooks
+    adapters.activate("e2e")
+    assert torch.equal(logits(model), expected)
+    adapters.remove("e2e")
+    assert handle_of(model) is None
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_save_to_a_folder_that_exists(adapters: Adapters, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="overwrite"):
+        adapters.save(folder, "sql")
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "notes.txt"]
+    with pytest.raises(RunFolderError, match="not an adapter's"):
+        adapters.save(folder, "sql", overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+    adapters.save(tmp_path / "other", "sql")
+    first = (tmp_path / "other" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RunFolderError, match="overwrite"):
+        adapters.save(tmp_path / "other", "e2e")
+    assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == first
+    adapters.save(tmp_path / "other", "e2e", overwrite=True)
+    assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() != first
+
+
+def test_save_that_fails_leaves_nothing(adapters: Adapters, tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            Path(folder, "tokenizer.json").write_text("half")
+            raise OSError("no such vocabulary")
+
+    with pytest.raises(OSError, match="vocabulary"):
+        adapters.save(tmp_path / "adapter", "sql", tokenizer=Tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("state", ["merged", "inactive", "other", "rows"])
+def test_a_file_does_not_depend_on_what_acts(
+    state: str, adapters: Adapters, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    attach(
+        model, LoRA(rank=2, dora=True, targets=("k_proj",), train_modules="lm_head"), name="dora"
+    )
+    randomise(adapters, "dora")
+    adapters.activate("dora")
+    adapters.save(tmp_path / "active", "dora")
+    if state == "merged":
+        adapters.merge("dora")
+        adapters.save(tmp_path / state, "dora")
+    elif state == "rows":
+        with adapters.per_sample(["dora", "sql"]):
+            adapters.save(tmp_path / state, "dora")
+    else:
+        adapters.activate({"inactive": None, "other": "sql"}[state])
+        adapters.save(tmp_path / state, "dora")
+    names = sorted(path.name for path in (tmp_path / "active").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / state).iterdir())
+    for name in names:
+        assert (tmp_path / "active" / name).read_bytes() == (tmp_path / state / name).read_bytes()
+
+
+@pytest.mark.parametrize("state", ["merged", "inactive", "full"])
+def test_loading_beside_what_acts_compares_with_the_base(
+    state: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """The fingerprint is the base's own, also while other tensors have its place."""
+    source = attach(tiny_models.build("llama"), LoRA(rank=2))
+    source.save(tmp_path / "adapter")
+    method = FullFineTuning() if state == "full" else LoRA(rank=2, targets="mlp")
+    adapters = attach(model, method, name="other")
+    randomise(adapters)
+    if state == "merged":
+        adapters.merge()
+        adapters.unmerge()
+    elif state == "inactive":
+        adapters.activate(None)
+    load(model, tmp_path / "adapter", name="loaded")
+    assert adapters.names == ("other", "loaded")
+
+
+def test_refused_load_leaves_nothing(
+    adapters: Adapters, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    other = attach(tiny_models.build("llama", seed=1), LoRA(rank=2))
+    other.save(tmp_path / "other base")
+    wide = attach(tiny_models.build("llama", intermediate_size=48), LoRA(rank=2, targets="mlp"))
+    wide.save(tmp_path / "other shape")
+    before = trace(model)
+    with pytest.raises(WrongBaseError, match="allow_other_base"):
+        load(model, tmp_path / "other base")
+    for options in ({}, {"allow_other_base": True}):
+        with pytest.raises((WrongBaseError, AdapterFileError)):
+            load(model, tmp_path / "other shape", **options)
+    with pytest.raises(LorakitError, match="nowhere"):
+        load(model, tmp_path / "nowhere")
+    with pytest.raises(AdapterStateError, match="sql"):
+        load(model, tmp_path / "other base", name="sql", allow_other_base=True)
+    assert_unchanged(model, before)
+    load(model, tmp_path / "other base", name="other", allow_other_base=True)
+    assert adapters.names == ("sql", "e2e", "other")

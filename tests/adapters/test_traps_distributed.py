@@ -1,0 +1,147 @@
+"""FSDP2 and DDP take an adapted model: a group of one process shows whether the pieces fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+from random_adapters import randomise
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters.saving import load
+from lorakit.methods.lora.config import LoRA
+
+IDS = torch.arange(3, 17).view(2, 7)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this build of PyTorch has no gloo backend")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def adapted(dtype: torch.dtype) -> tuple[PreTrainedModel, Adapters]:
+    model = tiny_models.build("llama").to(dtype)
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
+    randomise(adapters, scale=0.05)
+    assert {p.dtype for p in adapters.trainable_parameters()} == {torch.float32}
+    return model, adapters
+
+
+def train(forward: nn.Module, parameters: list[nn.Parameter], steps: int = 3) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = forward(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fsdp2_trains_float32_adapters_in_a_frozen_base(
+    dtype: torch.dtype, process_group: None
+) -> None:
+    plain, plain_adapters = adapted(dtype)
+    expected_losses = train(plain, plain_adapters.trainable_parameters())
+
+    model, adapters = adapted(dtype)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trainable = adapters.trainable_parameters()
+    assert all(isinstance(parameter, DTensor) for parameter in trainable)
+    assert len(trainable) == len([p for p in model.parameters() if p.requires_grad])
+    losses = train(model, trainable)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert losses == pytest.approx(expected_losses, abs=tolerance)
+    assert losses[-1] < losses[0]
+    found = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p for n, p in plain.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter, atol=tolerance, rtol=1e-2)
+        assert found[name].dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(whole(parameter), base[name])
+    adapted_logits = model(IDS).logits
+    adapters.activate(None)
+    torch.testing.assert_close(model(IDS).logits, tiny_models.build("llama").to(dtype)(IDS).logits)
+    assert (adapted_logits - model(IDS).logits).abs().max() > 1e-2
+
+
+def test_fsdp2_with_mixed_precision(process_group: None) -> None:
+    """All float32 at rest, computed in bfloat16: the usual policy."""
+    model, _ = adapted(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    losses = train(model, [p for p in model.parameters() if p.requires_grad])
+    assert losses[-1] < losses[0]
+
+
+def test_ddp_matches_plain_training(process_group: None) -> None:
+    plain, plain_adapters = adapted(torch.float32)
+    expected = train(plain, plain_adapters.trainable_parameters())
+    model, adapters = adapted(torch.float32)
+    base = copy.deepcopy(model)
+    losses = train(DistributedDataParallel(model), adapters.trainable_parameters())
+    assert losses == expected
+    for (name, found), other, start in zip(
+        model.named_parameters(), plain.parameters(), base.parameters(), strict=True
+    ):
+        assert torch.equal(found, other)
+        assert torch.equal(found, start) == (not found.requires_grad), name
+
+
+def test_ddp_saves_the_adapter_of_the_module(process_group: None, tmp_path: Path) -> None:
+    model, _ = adapted(torch.float32)
+    wrapped = DistributedDataParallel(model)
+    expected = model(IDS).logits
+    state = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    other, adapters = adapted(torch.float32)
+    randomise(adapters, seed=5)
+    assert (other(IDS).logits - expected).abs().max() > 1e-2
+    DistributedDataParallel(other).load_state_dict(state)
+    assert torch.equal(other(IDS).logits, expected)
+    wrapped.module.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=2e-4, rtol=0)
+
+
+def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> None:
+    model, adapters = adapted(torch.float32)
+    expected = model(IDS).logits
+    for block in model.model.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    adapters.save(tmp_path / "adapter")
+    plain = tiny_models.build("llama")
+    load(plain, tmp_path / "adapter")
+    torch.testing.assert_close(plain(IDS).logits, expected)

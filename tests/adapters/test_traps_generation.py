@@ -1,0 +1,177 @@
+"""generate and pipeline on a model whose adapters are attached, merged, and taken off."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, pipeline
+
+from lorakit.adapters.handle import Adapters, attach
+from lorakit.errors import AdapterStateError
+from lorakit.methods.lora.config import LoRA
+
+WAYS: dict[str, dict] = {
+    "greedy": {"do_sample": False},
+    "without cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beam": {"do_sample": False, "num_beams": 3},
+    "several beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+}
+BATCH = {
+    "input_ids": torch.tensor([[0, 0, 5, 8, 13], [21, 34, 55, 89, 7]]),
+    "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict:
+    return WAYS[request.param]
+
+
+def generate(model: PreTrainedModel, way: dict, batch: dict[str, Tensor] = BATCH) -> Tensor:
+    torch.manual_seed(0)
+    return model.generate(**batch, **way, max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
+
+
+def adapted(*names: str) -> tuple[PreTrainedModel, Adapters]:
+    model = tiny_models.build("llama")
+    for name in names:
+        adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), name=name, seed=1)
+    for seed, name in enumerate(names):
+        randomise(adapters, name, seed=seed)
+    return model, adapters
+
+
+def test_attached_merged_detached(way: dict) -> None:
+    base = generate(tiny_models.build("llama"), way)
+    model, adapters = adapted("a")
+    found = generate(model, way)
+    assert not torch.equal(found, base)
+    # The adapter in its merged form, in a model without lorakit: what generation has to give.
+    plain, exported = adapted("a")
+    exported.merge(keep_base=False)
+    assert torch.equal(found, generate(plain, way))
+    adapters.merge()
+    assert torch.equal(generate(model, way), found)
+    adapters.unmerge()
+    adapters.activate(None)
+    assert torch.equal(generate(model, way), base)
+    adapters.activate("a")
+    assert torch.equal(generate(model, way), found)
+    adapters.detach()
+    assert torch.equal(generate(model, way), base)
+
+
+@pytest.mark.parametrize("name", ["greedy", "without cache", "beam", "several beams"])
+def test_each_row_by_its_own_adapter(name: str) -> None:
+    """Beams and returned sequences repeat a row in place: its adapter has to follow it."""
+    way = WAYS[name]
+    model, adapters = adapted("a", "b")
+    rows: list[str | None] = ["b", None, "a"]
+    batch = {key: value[[0, 1, 1]] for key, value in BATCH.items()}
+    with adapters.per_sample(rows):
+        found = generate(model, way, batch)
+    expected = []
+    for i, row in enumerate(rows):
+        adapters.activate(row)
+        expected.append(
+            generate(model, way, {key: value[i : i + 1] for key, value in batch.items()})
+        )
+    assert torch.equal(found, torch.cat(expected))
+    assert not torch.equal(expected[1], expected[2])  # the same prompt, with and without an adapter
+
+
+def test_rows_that_do_not_fit_the_batch() -> None:
+    model, adapters = adapted("a")
+    with (
+        adapters.per_sample(["a", None, "a"]),
+        pytest.raises(AdapterStateError, match=r"3 rows.*batch of 2"),
+    ):
+        generate(model, WAYS["greedy"])
+    assert adapters.active == {"a": 1.0}
+
+
+def test_encoder_decoder_beams_by_row() -> None:
+    """The encoder runs on the rows, the decoder on their beams."""
+    model = tiny_models.build("t5")
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
+    randomise(adapters)
+    way = {"num_beams": 2, "do_sample": False}
+    with adapters.per_sample(["default", None]):
+        found = generate(model, way)
+    expected = []
+    for i, choice in enumerate(("default", None)):
+        adapters.activate(choice)
+        expected.append(generate(model, way, {k: v[i : i + 1] for k, v in BATCH.items()}))
+    assert torch.equal(found, torch.cat(expected))
+
+
+# --- pipeline -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_model() -> tuple[PreTrainedModel, object]:
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def test_pipeline_attached_merged_detached(text_model: tuple[PreTrainedModel, object]) -> None:
+    model, tokenizer = text_model
+    prompts = ["The river pub", "A man is playing"]
+
+    def answers() -> list[str]:
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        results = pipe(prompts, do_sample=False, max_new_tokens=6)
+        return [result[0]["generated_text"] for result in results]
+
+    base = answers()
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
+    randomise(adapters)
+    found = answers()
+    assert found != base
+    assert all(text.startswith(prompt) for text, prompt in zip(found, prompts, strict=True))
+    adapters.merge()
+    assert answers() == found
+    adapters.detach()
+    assert answers() == base
+
+
+def test_pipeline_made_before_the_adapter_follows_it(
+    text_model: tuple[PreTrainedModel, object],
+) -> None:
+    model, tokenizer = text_model
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    prompt, settings = "The river pub", {"do_sample": False, "max_new_tokens": 6}
+    base = pipe(prompt, **settings)
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
+    randomise(adapters)
+    assert pipe(prompt, **settings) != base
+    adapters.activate(None)
+    assert pipe(prompt, **settings) == base
+
+
+def test_classification_pipeline() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("bert", head="sequence-classification", vocab_size=len(tokenizer))
+    pipe = pipeline(
+        "text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None
+    )
+    base = pipe(["A man is playing"])[0]
+    adapters = attach(model, LoRA(rank=2, alpha=3, train_modules="classifier"), seed=1)
+    randomise(adapters)
+    found = pipe(["A man is playing"])[0]
+    assert found != base
+    adapters.merge()
+    for left, right in zip(pipe(["A man is playing"])[0], found, strict=True):
+        assert left["label"] == right["label"]
+        assert left["score"] == pytest.approx(right["score"], abs=1e-5)
+    adapters.detach()
+    assert pipe(["A man is playing"])[0] == base
