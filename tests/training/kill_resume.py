@@ -95,7 +95,9 @@ class Trial:
 
         def victim() -> None:
             if at_step is not None:
-                instrument(lambda number: number == at_step and os.kill(os.getpid(), signal.SIGKILL))
+                instrument(
+                    lambda number: number == at_step and os.kill(os.getpid(), signal.SIGKILL)
+                )
             train(config)
 
         status = fork(victim, kill_after=after)
@@ -170,7 +172,9 @@ def instrument(reached: Callable[[int], object]) -> None:
     """Call `reached` with a running number before whatever changes the disk, in this process."""
     number = iter(range(1, 10**9))
 
-    def around(owner: object, name: str, applies: Callable[..., bool] = lambda *a, **k: True) -> None:
+    def around(
+        owner: object, name: str, applies: Callable[..., bool] = lambda *a, **k: True
+    ) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args, **kwargs):

@@ -19,7 +19,7 @@ from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
-from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig
+from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
@@ -78,7 +78,9 @@ def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
     collated = [job.collate([job.train[i] for i in batch]) for batch in batches]
     with torch.no_grad():
         for name, parameter in job.parameters.items():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            )
             assert "lora" in name
     targets = sum(job.objective.count(batch) for batch in collated)
     for batch in collated:
@@ -166,7 +168,10 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, ba
 
 def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(
-        tmp_path, base, optimizer=OptimizerConfig(learning_rate=0.3), evaluation=HeldOutConfig(every=2)
+        tmp_path,
+        base,
+        optimizer=OptimizerConfig(learning_rate=0.3),
+        evaluation=HeldOutConfig(every=2),
     )
     result = train(config)
     again = tiny_runs.config(
@@ -199,7 +204,9 @@ def test_lora_plus_changes_the_result(tmp_path: Path, base: str) -> None:
     }
 
 
-def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(tmp_path, base) -> None:
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(
+    tmp_path, base
+) -> None:
     results = {}
     for smoothing in (0.0, 0.3):
         config = tiny_runs.config(
@@ -252,7 +259,7 @@ def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
         data=DataConfig(train=str(tmp_path / "labels.jsonl"), validation_fraction=0.2),
         evaluation=HeldOutConfig(metric="accuracy"),
         optimizer=OptimizerConfig(learning_rate=2e-2),
-        epochs=6,
+        epochs=10,
     )
     trained = {name for name in prepare(config).parameters if "lora" not in name}
     head = "score" if arch == "llama" else "classifier"
@@ -266,7 +273,9 @@ def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
 
 def test_regression_reports_correlations(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
-    rows = [{"text": row["text"], "score": 4.0 * row["label"] + 0.5} for row in tiny_runs.labelled(80)]
+    rows = [
+        {"text": row["text"], "score": 4.0 * row["label"] + 0.5} for row in tiny_runs.labelled(80)
+    ]
     tiny_runs.write_rows(tmp_path / "scores.jsonl", rows)
     config = tiny_runs.config(
         tmp_path,

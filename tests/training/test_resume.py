@@ -103,7 +103,9 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
         (checkpoint.shutil, "rmtree", 1),  # deleting an old checkpoint
     ],
 )
-def test_a_crash_elsewhere(tmp_path, base, undisturbed, monkeypatch, module, function, call) -> None:
+def test_a_crash_elsewhere(
+    tmp_path, base, undisturbed, monkeypatch, module, function, call
+) -> None:
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
         crash_at(patch, module, function, call)

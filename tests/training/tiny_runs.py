@@ -19,7 +19,21 @@ from lorakit.training.config import (
     TrainConfig,
 )
 
-WORDS = "river pub park food cheap English plane flute index list Amanda Jerry cookies".split()
+WORDS = [
+    "river",
+    "pub",
+    "park",
+    "food",
+    "cheap",
+    "English",
+    "plane",
+    "flute",
+    "index",
+    "list",
+    "Amanda",
+    "Jerry",
+    "cookies",
+]
 
 
 def save_base(folder: Path, arch: str = "llama", head: str | None = None, **settings: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ class Adapters:
             AdapterStateError: A name is unknown, or an adapter is merged.
         """
         self._refuse_merged("choose adapters by row")
-        if isinstance(names, str) or not names:
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise AdapterStateError(
                 f"per_sample takes one name (or None) for each row of the batch, not {names!r}."
             )
@@ -200,6 +201,8 @@ class Adapters:
 
     def detach(self) -> None:
         """Take all adapters off: the model is bit for bit what it was, without a hook or a key more."""
+        if handle_of(self.model) is not self:
+            return  # nothing of this handle is left; the model may have a new one
         self._refuse_inside_per_sample("detach")
         if self._merged is not None:
             merging.unmerge(self.model)
@@ -258,7 +261,7 @@ class Adapters:
             )
         if hasattr(LayerAdapters(self._activation), name):
             raise ConfigurationError(
-                f"'{name}' is an attribute of PyTorch's modules and cannot name an adapter. Choose another name."
+                f"'{name}' is a name that PyTorch's modules or lorakit need themselves. Choose another one."
             )
         if name in self._installed:
             raise AdapterStateError(
@@ -346,12 +349,17 @@ class Adapters:
     def _resolve(self, choice: Choice) -> Active:
         if choice is None:
             return Active()
+        if not isinstance(choice, (str, Mapping)):
+            raise AdapterStateError(
+                f"{choice!r} chooses no adapter. Give a name, {{name: weight}} for several, or None."
+            )
         weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
         for name, weight in weights.items():
             adapter = self._get(name)
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight):
                 raise AdapterStateError(
-                    f"The weight of '{name}' is {weight!r}; it must be a number."
+                    f"The weight of '{name}' is {weight!r}; it must be a finite number."
                 )
             if not adapter.scales and (len(weights) > 1 or weight != 1):
                 raise AdapterStateError(

@@ -164,7 +164,7 @@ class LayerAdapters(nn.ModuleDict):
         assert original is not None
         self.replaced[attribute] = original
         self.register_buffer(f"base_{attribute}", original.data, persistent=False)
-        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8))
+        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module, attribute: str) -> None:
@@ -188,7 +188,8 @@ class LayerAdapters(nn.ModuleDict):
 
     def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
         """The layer's own parameter, wherever it is at the moment."""
-        return self.replaced.get(attribute) or layer._parameters[attribute]  # type: ignore[return-value]
+        replaced = self.replaced.get(attribute)
+        return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
 
 # Module-level functions that reach their state through the layer: deepcopy and pickle keep them whole.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -179,7 +180,9 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
 
 
 def at_rest(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU, free of the graph."""
+    """A contiguous copy on the CPU, free of the graph; whole, if it is sharded over processes."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

@@ -13,18 +13,32 @@ from lorakit.evaluation.base import DataTask, open_base
 from lorakit.evaluation.config import BaseConfig
 from lorakit.models.loading import Base
 
+TEXT = DataTask(name="completion", labels=())
+"""What a model is for when nothing says otherwise: to write text."""
+
 ADAPTER = "adapter"
 """Name of the adapter on its model."""
 
 
+def recorded_task(adapter: str) -> DataTask | None:
+    """Return what an adapter says it was trained for; None where its file does not say (PEFT's own)."""
+    made = formats.read(Path(adapter)).provenance
+    return DataTask(name=made["task"], labels=tuple(made["labels"])) if "task" in made else None
+
+
 def open_adapted(
-    base: BaseConfig | None, adapter: str | None, *, allow_other_base: bool = False
+    base: BaseConfig | None,
+    adapter: str | None,
+    *,
+    task: DataTask | None = None,
+    allow_other_base: bool = False,
 ) -> Base:
     """Load a base and let an adapter act on it.
 
     Args:
         base: The base model; None takes the one that the adapter records.
         adapter: Adapter folder; None leaves the base as it is.
+        task: What the model's head is for; None takes what the adapter records, else text generation.
         allow_other_base: Accept a base other than the one the adapter records.
 
     Returns:
@@ -37,18 +51,16 @@ def open_adapted(
     if adapter is None:
         if base is None:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
-        return open_base(base, DataTask(name="completion", labels=()))
-    stored = formats.read(Path(adapter))
+        return open_base(base, task or TEXT)
     if base is None:
+        stored = formats.read(Path(adapter))
         name = stored.base.source.name if stored.base else None
         if name is None:
             raise ConfigurationError(
                 f"The adapter {adapter} does not say which base it was made for. Name it: --base.name MODEL."
             )
         base = BaseConfig(name=name)
-    made = stored.provenance
-    task = DataTask(name=made.get("task", "completion"), labels=tuple(made.get("labels", ())))
-    opened = open_base(base, task)
+    opened = open_base(base, task or recorded_task(adapter) or TEXT)
     load(opened.model, adapter, name=ADAPTER, allow_other_base=allow_other_base)
     if (Path(adapter) / "tokenizer_config.json").exists():
         opened.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)

@@ -107,10 +107,10 @@ class Decoding:
 class EvaluateConfig:
     """What `lorakit evaluate` scores: a base model, with or without an adapter, on held-out data."""
 
-    base: BaseConfig
-    """The base model."""
     data: DataConfig
     """The data and how an example is read from it."""
+    base: BaseConfig | None = None
+    """The base model; by default the one that the adapter records."""
     adapter: str | None = None
     """Adapter folder; none scores the base alone."""
     allow_other_base: bool = False

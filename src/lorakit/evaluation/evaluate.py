@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,14 @@ import torch
 from torch import nn
 
 from lorakit import storage
-from lorakit.adapters import formats
-from lorakit.adapters.saving import load
 from lorakit.data import load_examples
 from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.evaluation.adapted import open_adapted, recorded_task
 from lorakit.evaluation.base import (
     Collate,
     DataTask,
     collator,
     encoder_input,
-    open_base,
     task_of,
 )
 from lorakit.evaluation.config import Decoding, EvaluateConfig
@@ -69,12 +67,11 @@ def evaluate(
     Raises:
         LorakitError: The base, the adapter or the data cannot be read, or do not fit each other.
     """
-    recorded = formats.read(Path(config.adapter)).provenance if config.adapter else {}
-    task = _task(config, recorded)
-    base = open_base(config.base, task)
-    if config.adapter:
-        load(base.model, config.adapter, allow_other_base=config.allow_other_base)
-    assert base.tokenizer is not None  # open_base refuses a base without
+    task = _task(config)
+    base = open_adapted(
+        config.base, config.adapter, task=task, allow_other_base=config.allow_other_base
+    )
+    assert base.tokenizer is not None  # open_adapted refuses a base without
     data = dataclasses.replace(config.data, task=task.name)
     examples = load_examples(data, config.split, base.tokenizer, labels=task.labels).examples
     if task.generates:
@@ -203,11 +200,11 @@ def by_prompt(
     return dict(list(groups.items())[:limit])
 
 
-def _task(config: EvaluateConfig, recorded: Mapping[str, Any]) -> DataTask:
+def _task(config: EvaluateConfig) -> DataTask:
     """Return the task an adapter was trained for, since its head means the labels of then; else the data's."""
-    if "task" not in recorded:
+    task = recorded_task(config.adapter) if config.adapter else None
+    if task is None:
         return task_of(config.data)
-    task = DataTask(name=recorded["task"], labels=tuple(recorded["labels"]))
     if config.data.task not in ("auto", task.name):
         raise ConfigurationError(
             f"data.task is {config.data.task}, but the adapter {config.adapter} was trained for {task.name}. "

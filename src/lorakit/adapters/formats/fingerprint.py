@@ -127,8 +127,7 @@ def base_record(
         The record. A tied weight counts once. Weights on the meta device, sharded over processes or
         quantised have no hash, and `Weights.dtype` says which of these it was.
     """
-    layout = base_layout(model)
-    left_out = {other for name in exclude for other in layout.names_of(name)}
+    left_out = set(exclude)
     parameters = [(n, p) for n, p in base_parameters(model) if n not in left_out]
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
@@ -150,7 +149,7 @@ def base_record(
         source=named,
         weights=hash_weights(parameters),
         excluded=tuple(sorted(left_out)),
-        layout=layout,
+        layout=base_layout(model),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lorakit.adapters.formats.layout import peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
@@ -28,7 +29,15 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     Raises:
         AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
     """
+    modules = dict(model.named_modules())
     if stored.peft_config is not None:
+        for layer_path in stored.layers:
+            reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
+            if reason is not None:
+                raise AdapterFileError(
+                    f"'{path}' adapts '{layer_path}', and {reason}: what it was trained for is not "
+                    "what lorakit would compute. Load it with PEFT."
+                )
         expected = expected_layers(stored.peft_config, model)
         if expected is not None and expected != stored.layers.keys():
             without = sorted(expected - stored.layers.keys())
@@ -40,7 +49,6 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
                 f"There are {' and '.join(parts)}. Load it on the model class it was trained with."
             )
     elif stored.base is None:
-        modules = dict(model.named_modules())
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
     if stored.base_copies:
         _settle_base_copies(stored, Path(path), model)

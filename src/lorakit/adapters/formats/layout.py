@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.installed import base_parameter
 from lorakit.adapters.stored import StoredLayer
 from lorakit.models.layers import ADAPTERS
 
@@ -21,8 +22,8 @@ class BaseLayout:
     """Shape of each entry of the state dict, by key."""
     aliases: dict[str, tuple[str, ...]]
     """The further names of each tied parameter, by its first name."""
-    repeated: frozenset[str]
-    """Paths of the modules that the model holds at more than one place."""
+    beyond_peft: dict[str, str]
+    """Why PEFT computes something else on a layer, by the layer's path."""
     transposed: frozenset[str]
     """Paths of the layers that store their weight as (in, out)."""
     output_head: str | None
@@ -69,19 +70,24 @@ def base_layout(model: nn.Module) -> BaseLayout:
     """Look at a live model; its adapters are left out."""
     paths: dict[int, list[str]] = {}
     modules: dict[str, nn.Module] = {}
+    names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if _is_ours(path):
             continue
-        first = id(module) not in paths
-        paths.setdefault(id(module), []).append(path)
-        if first:
+        if id(module) not in paths:
             modules[path] = module
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not _is_ours(name):
-            names.setdefault(id(parameter), []).append(name)
+        paths.setdefault(id(module), []).append(path)
+        for attribute, present in module._parameters.items():
+            if present is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                names.setdefault(id(base_parameter(module, attribute)), []).append(name)
     find_head = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
+    beyond = {path: reason for path, m in modules.items() if (reason := peft_differs_on(m))}
+    for several in paths.values():
+        if len(several) > 1:
+            reason = "it stands at several places of the model, and PEFT replaces it at one"
+            beyond.update(dict.fromkeys(several, reason))
     return BaseLayout(
         modules=tuple(path for path in modules if path),
         shapes={
@@ -90,12 +96,23 @@ def base_layout(model: nn.Module) -> BaseLayout:
             if isinstance(value, Tensor) and not _is_ours(key)
         },
         aliases={first: tuple(others) for first, *others in names.values() if others},
-        repeated=frozenset(
-            path for several in paths.values() if len(several) > 1 for path in several
-        ),
+        beyond_peft=beyond,
         transposed=frozenset(path for path, m in modules.items() if isinstance(m, Conv1D)),
         output_head=next((p for p, m in modules.items() if head is not None and m is head), None),
     )
+
+
+def peft_differs_on(layer: nn.Module) -> str | None:
+    """Why PEFT computes something else than ``W + scaling * B A`` on this layer, or None."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    if layer.padding_mode != "zeros":
+        return (
+            f"PEFT's convolution pads with zeros, whatever the padding_mode ({layer.padding_mode})"
+        )
+    if any(step != 1 for step in layer.dilation):
+        return f"PEFT's convolution has no dilation, and the layer's is {layer.dilation}"
+    return None
 
 
 def _is_ours(name: str) -> bool:

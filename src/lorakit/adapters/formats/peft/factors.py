@@ -54,8 +54,6 @@ def to_peft(layer: StoredLayer) -> Factors:
         A0, B0 = _full_width(layer, layer.initial_A, layer.initial_B)
         A, B = _interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
     magnitude = _all_magnitudes(layer)
-    if magnitude is not None and layer.kind == "attention":
-        raise NotExpressibleError("PEFT has no DoRA for nn.MultiheadAttention.")
     if magnitude is not None and layer.groups > 1:
         raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
     return Factors(A, B, magnitude, layer.rank)

@@ -167,6 +167,11 @@ def _layer(
     except AdapterFileError as error:
         raise at(f"'{path}'", error) from error
     if layer.groups > 1:  # PEFT's A of a grouped convolution sees all input channels
+        if magnitude is not None:
+            raise AdapterFileError(
+                f"'{path}' has DoRA on a grouped convolution, where PEFT takes the norms of weights that "
+                "the layer does not compute with. Load it with PEFT."
+            )
         layer.grouped = False
     return layer
 

@@ -82,11 +82,15 @@ _TASKS = {
 def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str, str]:
     """All names of the trained parameters, each with the name it is stored under.
 
-    In the base a trained tied parameter stands at all its places; PEFT unties what it wraps.
+    Where the method means a tied parameter at several places, it is stored once; PEFT unties what it
+    wraps and needs each.
     """
-    if layout is None:
-        return {name: name for name in stored.trained}
-    return {alias: name for name in stored.trained for alias in layout.names_of(name)}
+    names = {name: name for name in stored.trained}
+    for name in stored.trained if layout is not None else ():
+        for alias in layout.names_of(name):
+            if _entries_around(alias, stored):
+                names.setdefault(alias, name)
+    return names
 
 
 def _modules_to_save(
@@ -95,16 +99,13 @@ def _modules_to_save(
     names: Collection[str],
     layer_keys: Mapping[str, str],
 ) -> list[str]:
-    assert isinstance(stored.method, LoRA)
-    entries = stored.method.train_modules
     found: dict[str, None] = {}
     for name in names:
-        parents = _parents(name)
-        wanted = [p for p in parents if any(p == e or p.endswith(f".{e}") for e in entries)]
+        wanted = _entries_around(name, stored)
         if wanted:
             found[wanted[0]] = None  # the outermost
         elif not _is_trained_bias(name, stored, layer_keys):
-            found[parents[-1]] = None
+            found[name.rpartition(".")[0]] = None
     modules = list(found)
     if layout is not None:
         _check_whole(modules, layout, names)
@@ -119,8 +120,8 @@ def _modules_to_save(
 
 def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str]) -> None:
     for module in modules:
-        if module in layout.repeated:
-            raise NotExpressibleError(f"'{module}' stands at several places of the model.")
+        if module in layout.beyond_peft:
+            raise NotExpressibleError(f"'{module}': {layout.beyond_peft[module]}.")
         missing = [key for key in layout.below(module) if key not in names]
         if missing:
             raise NotExpressibleError(
@@ -157,6 +158,10 @@ def _peft_excludes(module: str, path: str) -> bool:
     return re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path) is not None
 
 
-def _parents(name: str) -> list[str]:
+def _entries_around(name: str, stored: StoredAdapter) -> list[str]:
+    """The modules around a parameter that train_modules names, the outermost first."""
+    assert isinstance(stored.method, LoRA)
     parts = name.split(".")[:-1]
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    entries = stored.method.train_modules
+    return [p for p in parents if any(p == e or p.endswith(f".{e}") for e in entries)]

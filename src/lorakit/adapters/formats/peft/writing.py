@@ -81,7 +81,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     if not isinstance(method, LoRA):
         raise NotExpressibleError(f"PEFT has no method {type(method).__name__}.")
     layout = stored.base.layout if stored.base is not None else None
-    _refuse_repeated(stored.layers, layout)
+    _refuse_beyond_peft(stored.layers, layout)
     attention = _attention_paths(stored.layers, layout)
     own = {path: _entry(path, layer) for path, layer in stored.layers.items()}
     entries = {**own, **_tied_heads(stored.layers, own)}
@@ -119,12 +119,10 @@ def _entry(path: str, layer: StoredLayer) -> _Entry:
     return _Entry(factors, layer.scaling, layer.alpha, layer.kind)
 
 
-def _refuse_repeated(paths: Iterable[str], layout: BaseLayout | None) -> None:
+def _refuse_beyond_peft(paths: Iterable[str], layout: BaseLayout | None) -> None:
     for path in paths:
-        if layout is not None and path in layout.repeated:
-            raise NotExpressibleError(
-                f"'{path}' stands at several places of the model, and PEFT replaces a layer at one."
-            )
+        if layout is not None and path in layout.beyond_peft:
+            raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
 
 
 def _tied_heads(
@@ -157,6 +155,8 @@ def _both_projections(path: str, entries: Mapping[str, _Entry]) -> dict[str, _En
     """PEFT adapts the input and the output projection at one rank and scaling: zeros fill up."""
     names = (path, f"{path}.out_proj")
     present = {name: entries[name] for name in names if name in entries}
+    if any(entry.factors.magnitude is not None for entry in present.values()):
+        raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
     if len({(entry.scaling, entry.factors.A.dtype) for entry in present.values()}) > 1:
         raise NotExpressibleError(
             f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, and its input and output "
