@@ -40,7 +40,10 @@ def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
     ("argv", "message"),
     [
         (["train", "--lora.rnk", "4"], "Did you mean '--lora.rank'?"),
-        (["train", "--data.train", "x.jsonl", "--output", "o", "--lora.rank", "0"], "lora.rank|rank is 0"),
+        (
+            "train --base.name b --data.train x.jsonl --output o --lora.rank 0".split(),
+            "rank is 0",
+        ),
         (["inspect"], "adapter"),
         (["generate", "--base.name", "smollm2-135m"], "--prompt"),
         (["demo", "--steps", "0"], "steps is 0"),
@@ -51,14 +54,16 @@ def test_a_wrong_call_is_one_clear_message(capsys, argv, message):
     status, out, err = run(capsys, *argv)
     assert status == 1
     assert not out
-    assert any(part in err for part in message.split("|")), err
+    assert message in err
     assert "Traceback" not in err
 
 
 def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("lora:\n  rnk: 4\n")
-    status, _, err = run(capsys, "train", "--config", str(config), "--output", str(tmp_path / "out"))
+    status, _, err = run(
+        capsys, "train", "--config", str(config), "--output", str(tmp_path / "out")
+    )
     assert status == 1
     assert "rnk" in err
     assert "Did you mean '--lora.rank'?" in err
@@ -66,7 +71,9 @@ def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path
 
 
 def test_version_and_module_entry_point_do_not_wait_for_pytorch():
-    code = "import sys; from lorakit.cli import main; main(['--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from lorakit.cli import main; main(['--help']); print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.rstrip().endswith("False")
     version = subprocess.run(

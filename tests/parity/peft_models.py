@@ -70,7 +70,8 @@ def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
 
 def target_modules(case: Case) -> str | list[str]:
     """PEFT has no roles: paths, names, its own "all-linear" or a regular expression."""
-    if case.targets == "all-linear":
+    # PEFT's "all-linear" takes DistilBERT's pre_classifier, and so do its trained modules: a TypeError.
+    if case.targets == "all-linear" and case.train != "head":
         return "all-linear"
     if case.targets == "names":
         return list(case.entries)

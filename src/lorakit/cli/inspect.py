@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,12 +43,16 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "adapter",
     )
-    stored = formats.read(config.adapter, alpha=1.0 if config.alpha is None else config.alpha)
+    alpha = config.alpha
+    if alpha is None and Path(config.adapter).is_file():
+        alpha = 1.0
+    stored = formats.read(config.adapter, alpha=alpha)
     facts = describe(stored)
     if config.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        _print(Console(), facts, config.layers)
+        wide = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
+        _print(Console(width=wide), facts, config.layers)
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
@@ -102,7 +108,8 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     if groups:
         table = Table(box=None, pad_edge=False)
         for heading in ("layer", "count", "kind", "rank", "scaling", "norm of the change"):
-            table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
+            left = heading in ("layer", "kind")
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
         for key, layers in groups.items():
             norms = [layer["norm"] for layer in layers if layer["norm"] is not None]
             spread = f"{min(norms):.3g} to {max(norms):.3g}" if norms else "-"

@@ -27,6 +27,7 @@ class MergeConfig:
 def run(argv: Sequence[str]) -> None:
     """Merge, save, and compare what the two models say."""
     import torch
+    from transformers.utils import logging
 
     from lorakit import storage
     from lorakit.adapters import handle_of
@@ -53,6 +54,7 @@ def run(argv: Sequence[str]) -> None:
         assert handle is not None
         handle.merge(keep_base=False)
         after = model(**probe).logits.float()
+    logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -19,4 +19,17 @@ def run(argv: Sequence[str]) -> None:
         argv,
     )
     result = train(config)
-    print(result)
+    minutes = result.seconds / 60
+    early = ", stopped early" if result.stopped_early else ""
+    print(
+        f"\n{result.steps:,} steps in {minutes:.1f} minutes ({result.tokens:,} tokens, "
+        f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
+        f"{result.peak_memory / 1e9:.2f} GB{early}"
+    )
+    for name, value in result.scores.items():
+        before = result.scores_before.get(name)
+        print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}")
+    print(f"adapter  {result.adapter}")
+    if result.best is not None and result.best_step != result.steps:
+        print(f"best     {result.best} (step {result.best_step})")
+    print(f"next     lorakit inspect {result.adapter}")
