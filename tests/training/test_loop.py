@@ -374,7 +374,7 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
 def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=2)
     first = train(config)
-    with pytest.raises(RunFolderError, match="finished run.*resume.*overwrite"):
+    with pytest.raises(RunFolderError, match=r"finished run.*resume.*overwrite"):
         train(config)
     resumed = train(dataclasses.replace(config, resume=True))
     assert resumed == first

@@ -224,7 +224,7 @@ def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
 
 def test_an_unfinished_run_is_refused_without_resume(tmp_path, base, monkeypatch) -> None:
     config = half_a_run(tmp_path, base, monkeypatch)
-    with pytest.raises(RunFolderError, match="unfinished run.*resume.*overwrite"):
+    with pytest.raises(RunFolderError, match=r"unfinished run.*resume.*overwrite"):
         train(dataclasses.replace(config, resume=False))
 
 

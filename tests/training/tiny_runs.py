@@ -19,7 +19,10 @@ from lorakit.training.config import (
     TrainConfig,
 )
 
-WORDS = [
+WORDS = (
+    "river", "pub", "park", "food", "cheap", "English", "plane",
+    "flute", "index", "list", "Amanda", "Jerry", "cookies",
+)
     "river",
     "pub",
     "park",

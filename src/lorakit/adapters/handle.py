@@ -378,7 +378,7 @@ class Adapters:
         if name not in self._installed:
             raise AdapterStateError(
                 f"No adapter is named '{name}'. There are: {self._known()}."
-                + nearest(name, self.names)
+                + nearest(str(name), self.names)
             )
         return self._installed[name]
 

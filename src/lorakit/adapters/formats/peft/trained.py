@@ -86,10 +86,10 @@ def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str,
     wraps and needs each.
     """
     names = {name: name for name in stored.trained}
-    for name in stored.trained if layout is not None else ():
-        for alias in layout.names_of(name):
-            if _entries_around(alias, stored):
-                names.setdefault(alias, name)
+    if layout is not None:
+        for name in stored.trained:
+            others = (n for n in layout.names_of(name) if _entries_around(n, stored))
+            names.update({other: name for other in others if other not in names})
     return names
 
 

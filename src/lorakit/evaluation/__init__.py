@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, generated text and predicted labels, and their scores."""
