@@ -14,12 +14,13 @@ import tempfile
 import time
 import warnings
 
-import lorakit
 import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorakit
 
 ADAPTERS = 8
 

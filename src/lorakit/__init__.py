@@ -12,8 +12,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorakit.version import __version__
+
 if TYPE_CHECKING:
-    from lorakit.adapters.handle import Adapters, attach
+    from lorakit.adapters.attach import attach
+    from lorakit.adapters.handle import Adapters
     from lorakit.adapters.saving import from_peft, load
     from lorakit.adapters.summary import count_parameters
     from lorakit.data.config import DataConfig
@@ -27,11 +30,9 @@ if TYPE_CHECKING:
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
 
-__version__ = "0.1.0"
-
 _HOME = {
     "Adapters": "lorakit.adapters.handle",
-    "attach": "lorakit.adapters.handle",
+    "attach": "lorakit.adapters.attach",
     "from_peft": "lorakit.adapters.saving",
     "load": "lorakit.adapters.saving",
     "count_parameters": "lorakit.adapters.summary",
@@ -55,6 +56,7 @@ __all__ = [
     "LoRA",
     "LorakitError",
     "TrainConfig",
+    "__version__",
     "attach",
     "count_parameters",
     "evaluate",
@@ -73,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return list(__all__)

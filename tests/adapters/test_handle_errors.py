@@ -11,7 +11,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.adapters.saving import load
 from lorakit.errors import (
     AdapterFileError,

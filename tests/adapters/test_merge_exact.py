@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.methods.lora.config import LoRA
 
 CYCLES = 1000

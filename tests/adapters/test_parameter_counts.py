@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from lorakit.adapters.summary import count_parameters
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -13,6 +10,10 @@ from transformers import (
     PretrainedConfig,
     RobertaConfig,
 )
+
+from lorakit.adapters.summary import count_parameters
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
 
 
 def on_meta(config: PretrainedConfig, factory=AutoModel):

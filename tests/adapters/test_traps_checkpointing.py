@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.config import LoRA
 

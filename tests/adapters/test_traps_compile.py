@@ -10,7 +10,7 @@ import torch
 from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import attach, handle_of
+from lorakit.adapters import attach, handle_of
 from lorakit.methods.lora.config import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)

@@ -13,7 +13,7 @@ import torch
 from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import attach, handle_of
+from lorakit.adapters import attach, handle_of
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, pipeline
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.config import LoRA
 

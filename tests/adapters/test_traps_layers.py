@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import attach
+from lorakit.adapters import attach
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.config import LoRA
 

@@ -11,7 +11,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method

@@ -11,7 +11,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
 from lorakit.methods.lora.config import LoRA
 

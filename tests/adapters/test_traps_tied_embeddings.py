@@ -11,7 +11,7 @@ from random_adapters import randomise
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.config import LoRA
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from lorakit.cli import COMMANDS, main
 
 
@@ -41,7 +42,17 @@ def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
     [
         (["train", "--lora.rnk", "4"], "Did you mean '--lora.rank'?"),
         (
-            "train --base.name b --data.train x.jsonl --output o --lora.rank 0".split(),
+            [
+                "train",
+                "--base.name",
+                "b",
+                "--data.train",
+                "x.jsonl",
+                "--output",
+                "o",
+                "--lora.rank",
+                "0",
+            ],
             "rank is 0",
         ),
         (["inspect"], "adapter"),

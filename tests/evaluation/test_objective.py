@@ -7,7 +7,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from lorakit.adapters.handle import attach
+from lorakit.adapters import attach
 from lorakit.evaluation.objective import (
     Classification,
     LanguageModelling,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lorakit.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from torch.autograd import gradcheck
+
+from lorakit.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
 def tensors(dtype, n=13, d=6, vocabulary=17):

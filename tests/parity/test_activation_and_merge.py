@@ -11,7 +11,7 @@ from layouts import LAYOUTS
 from logits import assert_differ, assert_same, randomise
 from torch import nn
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.config import LoRA
 

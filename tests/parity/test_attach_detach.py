@@ -11,7 +11,7 @@ from layouts import LAYOUTS, WITHOUT_BIAS
 from logits import assert_differ, randomise
 from torch import nn
 
-from lorakit.adapters.handle import attach
+from lorakit.adapters import attach
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA

@@ -19,7 +19,7 @@ from layouts import expected_targets
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.adapters.saving import load
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora.config import LoRA

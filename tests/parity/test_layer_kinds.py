@@ -13,7 +13,7 @@ import torch
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
-from lorakit.adapters.handle import attach
+from lorakit.adapters import attach
 from lorakit.adapters.saving import load
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.config import LoRA

@@ -13,7 +13,7 @@ from logits import assert_differ, assert_same
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.adapters.saving import load
 from lorakit.methods.lora.config import LoRA
 

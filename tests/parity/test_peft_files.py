@@ -9,7 +9,7 @@ import torch
 from covering_array import Case
 from logits import assert_differ, assert_same, randomise
 
-from lorakit.adapters.handle import attach
+from lorakit.adapters import attach
 from lorakit.adapters.saving import load
 
 every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)

@@ -19,23 +19,9 @@ from lorakit.training.config import (
     TrainConfig,
 )
 
-WORDS = (
-    "river", "pub", "park", "food", "cheap", "English", "plane",
-    "flute", "index", "list", "Amanda", "Jerry", "cookies",
-)
-    "river",
-    "pub",
-    "park",
-    "food",
-    "cheap",
-    "English",
-    "plane",
-    "flute",
-    "index",
-    "list",
-    "Amanda",
-    "Jerry",
-    "cookies",
+WORDS = [
+    *("river", "pub", "park", "food", "cheap", "English", "plane", "flute"),
+    *("index", "list", "Amanda", "Jerry", "cookies"),
 ]
 
 

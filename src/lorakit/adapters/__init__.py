@@ -1,6 +1,7 @@
 """The adapters of a model: attach, activate, merge, save, load, detach."""
 
-from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters.attach import attach
+from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.saving import from_peft, load
 from lorakit.adapters.summary import Counts, Summary, count_parameters
 

@@ -1,4 +1,4 @@
-"""The handle on a model's adapters: attach, activate, merge, save, detach."""
+"""The handle on a model's adapters: activate, merge, save, detach."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters, remove_all_hooks, rem
 if TYPE_CHECKING:
     from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
-from lorakit.errors import AdapterStateError, ConfigurationError, TargetError, nearest
+from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method
 
 Choice = str | Mapping[str, float] | None
@@ -252,6 +252,10 @@ class Adapters:
 
     # --- adding, for `attach` and `load` -------------------------------------------------------------
 
+    def owns(self, adapters: LayerAdapters) -> bool:
+        """Whether what sits on a layer belongs to this handle."""
+        return adapters.activation is self._activation
+
     def check_can_add(self, name: str) -> None:
         """Refuse a name that is taken or cannot be one, and any addition while an adapter is merged."""
         self._refuse_merged("add another adapter")
@@ -397,77 +401,11 @@ class Adapters:
             )
 
 
-def attach(
-    model: nn.Module,
-    method: Method,
-    *,
-    name: str = "default",
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = None,
-) -> Adapters:
-    """Add a new adapter to a model, freeze the base, and let the adapter act.
-
-    Args:
-        model: Any PyTorch model; roles as targets need a `transformers` architecture that is known.
-        method: What to train, for example ``LoRA(rank=8, targets="attention.qv")``.
-        name: Name of the adapter on this model.
-        dtype: Dtype of the adapter's tensors; float32 masters also over a bfloat16 base.
-        seed: Seed of the random start; None draws from PyTorch's global generator.
-
-    Returns:
-        The model's handle; the same one as before if the model already carries adapters.
-
-    Raises:
-        TargetError: A target names no layer, or one that cannot be adapted.
-        ConfigurationError: A setting does not fit the model.
-        AdapterStateError: The name is taken, or an adapter is merged.
-    """
-    handle = handle_for(model)
-    handle.check_can_add(name)
-    with handle.base_in_place():
-        with seeded(seed):
-            modules = method.modules(handle.model, dtype)
-        trained = method.trained_parameters(handle.model)
-        if not modules and not trained:
-            raise TargetError(f"{method} trains nothing on this model.")
-        handle.add(name, method, modules, trained)
-    handle.activate(name)
-    return handle
-
-
 def handle_of(model: nn.Module) -> Adapters | None:
     """The handle of a model that carries adapters, else None."""
     return getattr(uncompiled(model), _HANDLE, None)
 
 
-def handle_for(model: nn.Module) -> Adapters:
-    """The handle of a model, a new one where it carries no adapter yet.
-
-    Raises:
-        AdapterStateError: Adapters sit on a part of the model, or on a model that this is a part of.
-    """
-    model = uncompiled(model)
-    handle = handle_of(model) or Adapters(model)
-    for path, _, adapters in adapted_layers(model):
-        if adapters.activation is not handle._activation:
-            raise AdapterStateError(
-                f"'{path}' carries an adapter that was attached to another root: a part of this model, or a model "
-                "that this one is a part of. Attach both to the same one, or detach the first."
-            )
-    return handle
-
-
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model that `torch.compile` wrapped; any other as it is."""
     return getattr(model, "_orig_mod", model)
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator of this seed inside the block, leaving the global one as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

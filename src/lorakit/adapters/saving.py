@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.handle import Adapters, handle_for, handle_of
+from lorakit.adapters.attach import handle_for
+from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import InstalledAdapter, base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lorakit import __version__
 from lorakit.errors import LorakitError, nearest
+from lorakit.version import __version__
 
 COMMANDS = {
     "demo": "Adapt a real language model in a few minutes and see what changed",

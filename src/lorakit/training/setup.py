@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.handle import Adapters, attach
+from lorakit.adapters import Adapters, attach
 from lorakit.adapters.saving import load
 from lorakit.data import BatchSampler, ExampleSet, load_examples
 from lorakit.errors import ConfigurationError

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import __version__, storage
+from lorakit import storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import Factors, from_peft, peft_rank
@@ -28,6 +28,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.models.roles import RowSlice
+from lorakit.version import __version__
 
 NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+from lorakit.errors import ConfigurationError, DataError
+from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.generate import generate
+
+PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def greedy_by_hand(model, tokenizer, prompt: str, steps: int) -> str:
+    """The definition, one prompt and one whole forward pass at a time."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(steps):
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_equals_the_definition_in_any_batch_and_in_input_order(
+    model, tokenizer, batch_size: int
+) -> None:
+    expected = [greedy_by_hand(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert len(set(expected)) > 1
+    decoding = Decoding(max_new_tokens=12, batch_size=batch_size)
+    assert generate(model, tokenizer, PROMPTS, decoding) == expected
+
+
+def test_token_ids_and_text_are_the_same_prompt(model, tokenizer) -> None:
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    decoding = Decoding(max_new_tokens=5)
+    assert generate(model, tokenizer, ids, decoding) == generate(
+        model, tokenizer, PROMPTS, decoding
+    )
+
+
+def test_generation_stops_at_the_end_of_sequence(model, tokenizer) -> None:
+    text = generate(model, tokenizer, [PROMPTS[0]], Decoding(max_new_tokens=12))[0]
+    third = tokenizer(PROMPTS[0] + text)["input_ids"][len(tokenizer(PROMPTS[0])["input_ids"]) + 2]
+    ends = model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = [ends, third]
+        shorter = generate(model, tokenizer, [PROMPTS[0]], Decoding(max_new_tokens=12))[0]
+    finally:
+        model.generation_config.eos_token_id = ends
+    assert text.startswith(shorter.removesuffix(tokenizer.decode([third])))
+    assert len(tokenizer(shorter)["input_ids"]) <= 3
+
+
+def test_draws_follow_their_seed_and_leave_the_random_state(model, tokenizer) -> None:
+    state = torch.get_rng_state()
+    draws = [
+        generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=8, temperature=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_models_own_defaults_do_not_change_greedy(model, tokenizer) -> None:
+    expected = generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=8))
+    own = model.generation_config
+    before = own.do_sample, own.repetition_penalty
+    try:
+        own.do_sample, own.repetition_penalty = True, 5.0
+        assert generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=8)) == expected
+    finally:
+        own.do_sample, own.repetition_penalty = before
+
+
+def log_likelihood(model, tokenizer, prompt: str, text: str) -> float:
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        log_probabilities = model(ids).logits[0].log_softmax(-1)
+    chosen = log_probabilities[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]]
+    return float(chosen.mean())
+
+
+def test_beams_find_a_text_at_least_as_likely(model, tokenizer) -> None:
+    greedy = generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=4))
+    beams = generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=4, beams=8))
+    assert greedy != beams
+    pairs = [
+        tuple(log_likelihood(model, tokenizer, p, text) for text in (g, b))
+        for p, g, b in zip(PROMPTS, greedy, beams, strict=True)
+        if len(tokenizer(g)["input_ids"]) == len(tokenizer(b)["input_ids"]) == 4
+    ]
+    assert pairs
+    assert all(b >= g - 1e-5 for g, b in pairs)
+
+
+def test_the_training_flag_comes_back_and_progress_is_told(model, tokenizer) -> None:
+    done: list[int] = []
+    model.train()
+    generate(
+        model, tokenizer, PROMPTS, Decoding(max_new_tokens=1, batch_size=3), progress=done.append
+    )
+    assert model.training
+    assert done == [3, 4]
+    model.eval()
+
+
+def test_no_prompts_give_no_texts(model, tokenizer) -> None:
+    assert generate(model, tokenizer, []) == []
+
+
+def test_prompts_that_cannot_be_continued_say_why(model, tokenizer) -> None:
+    with pytest.raises(DataError, match="Prompt 2 is empty"):
+        generate(model, tokenizer, [[5], []])
+    with pytest.raises(DataError, match=r"Prompt 1 has 60 tokens.*context of 64"):
+        generate(model, tokenizer, [[5] * 60], Decoding(max_new_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"beams": 0}, "beams"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ({"top_p": 0.9}, "temperature 0 draws nothing"),
+        ({"temperature": 1.0, "beams": 4}, "exclude each other"),
+    ],
+)
+def test_settings_that_cannot_work_name_themselves(settings, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        Decoding(**settings)
