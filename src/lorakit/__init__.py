@@ -17,7 +17,7 @@ from lorakit.version import __version__
 if TYPE_CHECKING:
     from lorakit.adapters.attach import attach
     from lorakit.adapters.handle import Adapters
-    from lorakit.adapters.saving import from_peft, load
+    from lorakit.adapters.loading import from_peft, load
     from lorakit.adapters.summary import count_parameters
     from lorakit.data.config import DataConfig
     from lorakit.errors import LorakitError
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapters": "lorakit.adapters.handle",
     "attach": "lorakit.adapters.attach",
-    "from_peft": "lorakit.adapters.saving",
-    "load": "lorakit.adapters.saving",
+    "from_peft": "lorakit.adapters.loading",
+    "load": "lorakit.adapters.loading",
     "count_parameters": "lorakit.adapters.summary",
     "DataConfig": "lorakit.data.config",
     "LorakitError": "lorakit.errors",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.errors import (
     AdapterFileError,
     AdapterStateError,

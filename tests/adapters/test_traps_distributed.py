@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.methods.lora.config import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)

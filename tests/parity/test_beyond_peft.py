@@ -20,7 +20,7 @@ from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora.config import LoRA
 

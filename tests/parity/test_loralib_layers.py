@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.methods.lora.config import LoRA
 
 RANK, ALPHA = 3, 5.0

@@ -10,7 +10,7 @@ from covering_array import Case
 from logits import assert_differ, assert_same, randomise
 
 from lorakit.adapters import attach
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 
 every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)
 

@@ -2,7 +2,7 @@
 
 from lorakit.adapters.attach import attach
 from lorakit.adapters.handle import Adapters, handle_of
-from lorakit.adapters.saving import from_peft, load
+from lorakit.adapters.loading import from_peft, load
 from lorakit.adapters.summary import Counts, Summary, count_parameters
 
 __all__ = [

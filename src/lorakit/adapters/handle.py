@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapters import export, merging
+from lorakit.adapters import export, merging, saving
 from lorakit.adapters.activation import Activation, Active
 from lorakit.adapters.installed import (
     InstalledAdapter,
@@ -22,9 +22,7 @@ from lorakit.adapters.installed import (
     install,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters, remove_all_hooks, remove_from
-
-if TYPE_CHECKING:
-    from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method
@@ -214,8 +212,6 @@ class Adapters:
 
     def stored(self, name: str | None = None) -> StoredAdapter:
         """The adapter as it is written to a file: settings, tensors, base record, provenance."""
-        from lorakit.adapters import saving
-
         return saving.store(self.model, self._get(name))
 
     def save(
@@ -241,8 +237,6 @@ class Adapters:
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
         """
-        from lorakit.adapters import saving
-
         adapter = self._get(name)
         if provenance:
             adapter.provenance = {**adapter.provenance, **provenance}

@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     """Score a base, adapt it, score it again, merge, and say what to try next."""
     from rich.console import Console
 
-    from lorakit.adapters.saving import load
+    from lorakit.adapters.loading import load
     from lorakit.cli.parsing import parse
     from lorakit.data import DataConfig, load_examples
     from lorakit.evaluation.base import DataTask, open_base
@@ -176,7 +176,7 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     """Compare texts and logits in float32, where merging rounds least."""
     import torch
 
-    from lorakit.adapters.saving import load
+    from lorakit.adapters.loading import load
     from lorakit.evaluation.config import Decoding
     from lorakit.evaluation.generate import generate
     from lorakit.models.loading import load_base

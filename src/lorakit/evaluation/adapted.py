@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lorakit.adapters import formats
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import DataTask, open_base
 from lorakit.evaluation.config import BaseConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.saving import load
+from lorakit.adapters.loading import load
 from lorakit.data import BatchSampler, ExampleSet, load_examples
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import Collate, DataTask, collator, open_base, task_of

@@ -12,10 +12,10 @@ from torch import nn
 
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import build
+from lorakit.methods.lora.layer import Init
 from lorakit.methods.module import AdapterModule
 
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["kaiming", "gaussian", "pissa"]
 Scaling = Literal["standard", "rslora"]
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.methods.lora.layer import GAUSSIAN_STD, LoRALayer
+from lorakit.methods.lora.layer import GAUSSIAN_STD, Init, LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
-
-if TYPE_CHECKING:
-    from lorakit.methods.lora.config import Init
 
 
 class EmbeddingLoRA(LoRALayer):

@@ -11,7 +11,7 @@ Each kind sees its weight as one matrix ``W`` of shape (out, in), and its adapte
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.module import AdapterModule, compute_dtype
 from lorakit.models.roles import RowSlice
 
-if TYPE_CHECKING:
-    from lorakit.methods.lora.config import Init
+Init = Literal["kaiming", "gaussian", "pissa"]
 
 GAUSSIAN_STD = 0.02
 """Standard deviation of A in the first release of the paper's code; the paper gives none."""
