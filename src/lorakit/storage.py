@@ -32,7 +32,7 @@ except ImportError:  # Windows
 
 LOCK_NAME = ".lock"
 """The file inside a folder whose lock `lock_folder` takes."""
-_HOLDER_NAME = ".lock-holder"
+HOLDER_NAME = ".lock-holder"
 _SET_ASIDE = "-old"
 _CHUNK = 1 << 20
 _MAX_JSON_BYTES = 1 << 28
@@ -163,7 +163,7 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise RunFolderError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
     lock = filelock.FileLock(folder / LOCK_NAME, is_singleton=False)
-    holder = folder / _HOLDER_NAME
+    holder = folder / HOLDER_NAME
     try:
         lock.acquire(blocking=False)
     # filelock answers RuntimeError where this very thread holds the lock through another object.

@@ -14,7 +14,7 @@ import torch
 from layouts import LAYOUTS, Target, expected_targets, head_module
 from transformers import PreTrainedModel
 
-from lorakit.methods.lora.config import LoRA
+from lorakit import LoRA
 
 TARGETS = ("q", "qv", "attention", "mlp", "all-linear", "embedding", "head")
 TARGETS += ("names", "regex", "mixed")

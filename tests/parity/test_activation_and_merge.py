@@ -11,9 +11,9 @@ from layouts import LAYOUTS
 from logits import assert_differ, assert_same, randomise
 from torch import nn
 
+from lorakit import LoRA
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora.config import LoRA
 
 every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)
 every_architecture = pytest.mark.parametrize("arch", LAYOUTS)

@@ -11,10 +11,9 @@ from layouts import LAYOUTS, WITHOUT_BIAS
 from logits import assert_differ, randomise
 from torch import nn
 
+from lorakit import FullFineTuning, LoRA
 from lorakit.adapters import attach
 from lorakit.errors import ConfigurationError, TargetError
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
 
 CASES = covering_array.cases()
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

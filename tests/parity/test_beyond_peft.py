@@ -19,10 +19,9 @@ from layouts import expected_targets
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
+from lorakit import LoRA, load
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.loading import load
 from lorakit.errors import AdapterFileError
-from lorakit.methods.lora.config import LoRA
 
 RANK, ALPHA = 2, 3.0
 SCALING = ALPHA / RANK

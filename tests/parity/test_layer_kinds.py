@@ -13,10 +13,9 @@ import torch
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
+from lorakit import LoRA, load
 from lorakit.adapters import attach
-from lorakit.adapters.loading import load
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora.config import LoRA
 
 TIGHT = 1e-10
 

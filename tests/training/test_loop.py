@@ -267,8 +267,7 @@ def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
     assert all(name.startswith(head) for name in trained)
     result = train(config)
     assert set(result.scores) == {"loss", "accuracy", "f1", "matthews"}
-    assert result.best_scores["accuracy"] >= 0.9
-    assert result.best_scores["accuracy"] > result.scores_before["accuracy"]
+    assert result.best_scores["accuracy"] >= max(0.8, result.scores_before["accuracy"] + 0.2)
 
 
 def test_regression_reports_correlations(tmp_path: Path) -> None:

@@ -95,5 +95,6 @@ def metrics(run: Path, split: str) -> list[dict[str, Any]]:
 
 
 def adapter_bytes(run: Path, which: str = "adapter") -> bytes:
-    """Return the weights file of a run's adapter."""
-    return (run / which / "adapter_model.safetensors").read_bytes()
+    """Return the weights file of a run's adapter; full fine-tuning has a file of its own name."""
+    (weights,) = (run / which).glob("*.safetensors")
+    return weights.read_bytes()

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from lorakit.data import DataConfig, collate
 from lorakit.data.columns import ColumnMap
 from lorakit.data.readers import Row
 from lorakit.data.sources import read_source
-from lorakit.errors import BaseModelError
+from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.objective import IGNORED
 from lorakit.models.loading import Base, Task, load_base, resolve
@@ -81,6 +81,41 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
         )
     base.model.to(device)  # type: ignore[arg-type]
     return base
+
+
+def check_context(base: Base, examples: Sequence[Example]) -> None:
+    """Refuse examples that are longer than the model's context.
+
+    Raises:
+        DataError: Names the longest, its length, the context and what to set.
+    """
+    context = context_length(base.model)
+    if base.model.config.is_encoder_decoder:
+        return  # prompt and completion have a side each
+    longest = max(examples, key=len, default=None)
+    if context is None or longest is None or len(longest) <= context:
+        return
+    raise DataError(
+        f"{longest.origin} has {len(longest):,} tokens, and the context of '{base.source.name}' is {context:,}. Set "
+        f"data.max_length to {context} and data.too_long to skip or truncate."
+    )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the longest input that the model has positions for; None where it does not say."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    if context is None or not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa's positions are relative
+    for name, module in model.named_modules():  # RoBERTa's positions begin after its padding index
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return context - module.padding_idx - 1  # type: ignore[operator]
+    return context
 
 
 def collator(base: Base) -> Collate:

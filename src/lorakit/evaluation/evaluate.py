@@ -20,6 +20,7 @@ from lorakit.evaluation.adapted import open_adapted, recorded_task
 from lorakit.evaluation.base import (
     Collate,
     DataTask,
+    check_context,
     collator,
     encoder_input,
     task_of,
@@ -74,6 +75,7 @@ def evaluate(
     assert base.tokenizer is not None  # open_adapted refuses a base without
     data = dataclasses.replace(config.data, task=task.name)
     examples = load_examples(data, config.split, base.tokenizer, labels=task.labels).examples
+    check_context(base, examples)
     if task.generates:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]

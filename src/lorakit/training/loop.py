@@ -31,6 +31,7 @@ def train(config: TrainConfig) -> RunResult:
             return finished
         job = prepare(run.config)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
+        run.claim()
         state = checkpoint.restore(run.checkpoints, job.weights, optimizer, data=job.digests)
         keep = run.config.checkpoints.keep
         run.begin(state, job.device)

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,18 @@ class RunFolder:
         """The command that goes on with this run."""
         return f"lorakit train --config {self.path / CONFIG} --resume true"
 
+    def claim(self) -> None:
+        """Make the folder that of this run: until now nothing in it was changed, an old run included."""
+        if self.config.overwrite:
+            _delete(self.path)
+        if not (self.path / CONFIG).exists():
+            settings = yaml.safe_dump(
+                _startable(self.config), sort_keys=False, allow_unicode=True, width=100
+            )
+            with storage.atomic_file(self.path / CONFIG) as temporary:
+                temporary.write_text(settings, encoding="utf-8")
+        self.checkpoints.mkdir(exist_ok=True)
+
     def begin(self, state: State, device: torch.device) -> None:
         """Note this session in environment.json, and forget what was recorded after `state`."""
         step = state.step if state.started else -1
@@ -183,14 +195,19 @@ class RunFolder:
         return result
 
     def result(self) -> RunResult | None:
-        """Return the result of a finished run, else None."""
+        """Return the result of a finished run that is to be kept, else None."""
         path = self.path / RESULT
+        if self.config.overwrite:
+            return None
         return RunResult(folder=self.path, **storage.read_json(path)) if path.exists() else None
 
 
 @contextmanager
 def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     """Open (or make) the run folder `config.output` for this process alone.
+
+    Nothing in it changes before `RunFolder.claim`: a run that fails at once (a misspelt target, an empty data
+    file) leaves an old run whole, and no folder where there was none.
 
     Raises:
         RunFolderError: Another run writes to it, it holds other files, or it holds a run that `config` neither
@@ -200,27 +217,30 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     path = Path(config.output)
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"output is {path}, which is a file; a run needs a folder.")
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"The run folder {path} cannot be made: {error.strerror}.") from None
     config = _resolved(config)
-    with storage.lock_folder(path):
-        _require_own(path)
-        if config.overwrite:
-            _delete(path)
-        if (path / CONFIG).exists():
-            _require_resumable(path, config)
-        else:
-            with storage.atomic_file(path / CONFIG) as temporary:
-                temporary.write_text(
-                    yaml.safe_dump(
-                        _startable(config), sort_keys=False, allow_unicode=True, width=100
-                    ),
-                    encoding="utf-8",
-                )
-        (path / CHECKPOINTS).mkdir(exist_ok=True)
-        yield RunFolder(path, config)
+    try:
+        with storage.lock_folder(path):
+            _require_own(path)
+            if (path / CONFIG).exists() and not config.overwrite:
+                _require_resumable(path, config)
+            yield RunFolder(path, config)
+    finally:
+        if new and not (path / CONFIG).exists():
+            _remove_unused(path, new)
+
+
+def _remove_unused(path: Path, new: list[Path]) -> None:
+    """Remove a run folder that was made and never claimed, with the parents made for it."""
+    for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
+        (path / name).unlink(missing_ok=True)
+    for folder in new:
+        with suppress(OSError):  # something else has moved in
+            folder.rmdir()
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:

@@ -18,7 +18,7 @@ from lorakit.adapters import Adapters, attach
 from lorakit.adapters.loading import load
 from lorakit.data import BatchSampler, ExampleSet, load_examples
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import Collate, DataTask, collator, open_base, task_of
+from lorakit.evaluation.base import Collate, DataTask, check_context, collator, open_base, task_of
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import (
     Objective,
@@ -195,6 +195,8 @@ def prepare(config: TrainConfig) -> Job:
         if split == "train" or config.validates
     }
     train, validation = sets["train"], sets.get("validation")
+    for examples in sets.values():
+        check_context(base, examples.examples)
     adapters = _attach(model, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)

@@ -22,6 +22,8 @@ class BaseLayout:
     """Shape of each entry of the state dict, by key."""
     aliases: dict[str, tuple[str, ...]]
     """The further names of each tied parameter, by its first name."""
+    parameters: dict[str, Tensor]
+    """The base's own parameters, by each of their names (no copies)."""
     beyond_peft: dict[str, str]
     """Why PEFT computes something else on a layer, by the layer's path."""
     transposed: frozenset[str]
@@ -71,6 +73,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
     paths: dict[int, list[str]] = {}
     modules: dict[str, nn.Module] = {}
     names: dict[int, list[str]] = {}
+    parameters: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if _is_ours(path):
             continue
@@ -96,6 +99,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
             if isinstance(value, Tensor) and not _is_ours(key)
         },
         aliases={first: tuple(others) for first, *others in names.values() if others},
+        parameters=parameters,
         beyond_peft=beyond,
         transposed=frozenset(path for path, m in modules.items() if isinstance(m, Conv1D)),
         output_head=next((p for p, m in modules.items() if head is not None and m is head), None),

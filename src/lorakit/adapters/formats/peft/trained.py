@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,7 +43,11 @@ def place(
     """
     names = _with_aliases(stored, layout)
     modules = _modules_to_save(stored, layout, names, layer_keys)
+    along = {} if layout is None else _taken_along(modules, layout)
+    _refuse_adapted((*modules, *along), layer_keys)
     form = TrainedForm(modules=modules)
+    for tensors in along.values():
+        form.tensors.update({_PREFIX + name: tensor for name, tensor in tensors.items()})
     for name, first in names.items():
         whole = any(name.startswith(f"{module}.") for module in modules)
         if not whole and not _is_trained_bias(name, stored, layer_keys):
@@ -67,8 +71,9 @@ def task_type(
         if class_name in getattr(modeling_auto, table).values():
             # Under SEQ_CLS PEFT takes for granted that the classification head is in the file.
             known = layout.modules if layout is not None else modules
-            heads = {path for path in known if path.endswith(("classifier", "score"))}
-            return None if task == "SEQ_CLS" and not (heads and heads <= set(modules)) else task
+            heads = [path for path in known if path.endswith(("classifier", "score"))]
+            stored_heads = heads and all(path.endswith(tuple(modules)) for path in heads)
+            return None if task == "SEQ_CLS" and not stored_heads else task
     return None
 
 
@@ -109,13 +114,16 @@ def _modules_to_save(
     modules = list(found)
     if layout is not None:
         _check_whole(modules, layout, names)
+    return modules
+
+
+def _refuse_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) -> None:
     for module in modules:
         hit = next((path for path in layer_keys if _peft_excludes(module, path)), None)
         if hit is not None:
             raise NotExpressibleError(
-                f"'{hit}' is adapted inside of '{module}', which is trained as a whole."
+                f"'{hit}' is adapted, and PEFT trains '{module}' around it as a whole."
             )
-    return modules
 
 
 def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str]) -> None:
@@ -127,16 +135,29 @@ def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str])
             raise NotExpressibleError(
                 f"'{module}' is trained in part, without '{missing[0]}'; PEFT stores whole modules."
             )
-        # PEFT takes every module whose path ends in these letters, a dot before them or not.
-        alike = [p for p in layout.modules if p.endswith(module) and p not in modules]
-        if alike:
-            raise NotExpressibleError(
-                f"PEFT would take '{alike[0]}' for the trained module '{module}', whose name it ends in."
-            )
         if any(inner != module and inner.startswith(f"{module}.") for inner in modules):
             raise NotExpressibleError(
                 f"'{module}' is trained, and a module inside of it once more."
             )
+
+
+def _taken_along(modules: list[str], layout: BaseLayout) -> dict[str, dict[str, Tensor]]:
+    """The frozen modules that PEFT takes for trained ones, with the base's weights.
+
+    It takes every module whose path ends in the letters of an entry, a dot before them or not:
+    DistilBERT's pre_classifier for its classifier.
+    """
+    found = {}
+    for path in layout.modules:
+        if path in modules or not path.endswith(tuple(modules)):
+            continue
+        keys = layout.below(path)
+        if path in layout.beyond_peft or not all(key in layout.parameters for key in keys):
+            raise NotExpressibleError(
+                f"PEFT would take '{path}' for a trained module, whose name its own ends in."
+            )
+        found[path] = {key: layout.parameters[key] for key in keys}
+    return found
 
 
 def _is_trained_bias(name: str, stored: StoredAdapter, layer_keys: Mapping[str, str]) -> bool:

@@ -1,0 +1,231 @@
+"""Base tensors that are trained: as copies that take the base's place, and give it back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import Adapters, attach, handle_of
+from lorakit.adapters.saving import load
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.methods.module import Method
+
+TIED = ("gpt2", "t5", "bart")
+METHODS: dict[str, tuple[str, Method]] = {
+    **{f"full {arch}": (arch, FullFineTuning()) for arch in (*TIED, "llama", "bert", "vit")},
+    "top layer": ("gpt2", FullFineTuning(top_layers=1)),
+    "tied table in full": ("gpt2", LoRA(rank=2, train_modules="wte")),
+    "tied head in full": ("gpt2", LoRA(rank=2, train_modules="lm_head")),
+    "biases": ("bart", LoRA(rank=2, bias="all")),
+    "biases of adapted layers": ("bert", LoRA(rank=2, bias="lora_only")),
+    "norms": ("llama", LoRA(rank=2, train_modules=("input_layernorm", "norm"))),
+}
+
+
+@pytest.fixture(params=METHODS)
+def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Method]:
+    arch, method = METHODS[request.param]
+    return tiny_models.build(arch), method
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    kind = model.config.model_type
+    return model(**tiny_models.example_batch(kind, model)).logits
+
+
+def objects(model: nn.Module) -> dict[str, int]:
+    """Which tensor stands at which name: ties show as one id at several."""
+    return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
+    model, method = case
+    flags = {}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+        flags[name] = parameter.requires_grad
+    base, before, identities = logits(model), values(model), objects(model)
+
+    adapters = attach(model, method)
+    torch.testing.assert_close(logits(model), base)  # it starts as the base
+    optimizer = torch.optim.SGD(adapters.trainable_parameters(), lr=0.1)
+    logits_now = model(**tiny_models.example_batch(model.config.model_type, model)).logits
+    logits_now.square().sum().backward()
+    assert all(p.grad is not None for p in adapters.trainable_parameters() if p.numel() > 1)
+    optimizer.step()
+    randomise(adapters, scale=0.1)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+
+    adapters.activate(None)
+    assert torch.equal(logits(model), base)
+    adapters.activate("default")
+    assert torch.equal(logits(model), adapted)
+    adapters.merge()
+    torch.testing.assert_close(logits(model), adapted, atol=2e-4, rtol=0)
+    adapters.unmerge()
+    assert torch.equal(logits(model), adapted)
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+    assert_same_values(values(model), before)
+    assert objects(model) == identities
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_exactly_the_copies_are_trained(case: tuple[PreTrainedModel, Method]) -> None:
+    model, method = case
+    expected_names = set(method.trained_parameters(model))
+    identities = objects(model)
+    adapters = attach(model, method)
+    in_place = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert {n for n in in_place if ".adapters." not in n} >= expected_names
+    # Every name of a tied tensor stands for its one copy, so that ties hold in training too.
+    now = objects(model)
+    for name in expected_names:
+        assert now[name] != identities[name]
+        for other, identity in identities.items():
+            if identity == identities[name]:
+                assert now[other] == now[name]
+    trainable = {id(p) for p in adapters.trainable_parameters()}
+    assert trainable == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(trainable) == len(adapters.trainable_parameters())
+
+
+@pytest.mark.parametrize("arch", TIED)
+def test_a_tied_tensor_gets_the_gradients_of_all_its_places(arch: str) -> None:
+    model = tiny_models.build(arch)
+    batch = tiny_models.example_batch(arch, model)
+    names = [n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight]
+    (expected,) = torch.autograd.grad(
+        model(**batch).logits.tanh().sum(), [model.get_parameter(names[0])]
+    )
+    adapters = attach(model, FullFineTuning())
+    model(**batch).logits.tanh().sum().backward()
+    found = model.get_input_embeddings().weight
+    assert any(found is p for p in adapters.trainable_parameters())
+    torch.testing.assert_close(found.grad, expected)
+
+
+def test_file_round_trip(case: tuple[PreTrainedModel, Method], tmp_path: Path) -> None:
+    model, method = case
+    base = logits(model)
+    adapters = attach(model, method)
+    randomise(adapters, scale=0.1)
+    adapted = logits(model)
+    adapters.save(tmp_path / "adapter")
+    adapters.detach()
+    loaded = load(model, tmp_path / "adapter", name="loaded")
+    torch.testing.assert_close(logits(model), adapted, atol=1e-5, rtol=1e-5)
+    assert loaded.trainable_parameters() == []
+    loaded.activate(None)
+    assert torch.equal(logits(model), base)
+    loaded.detach()
+    assert torch.equal(logits(model), base)
+
+
+# --- several over one base ------------------------------------------------------------------------
+
+
+def two_classifiers(tmp_path: Path) -> tuple[PreTrainedModel, Adapters, dict[str | None, Tensor]]:
+    """Two adapters with heads of their own, loaded onto one model, and what each says alone."""
+    alone: dict[str | None, Tensor] = {}
+    for seed, name in enumerate(("topic", "tone")):
+        model = tiny_models.build("roberta", head="sequence-classification")
+        alone[None] = logits(model)
+        adapters = attach(model, LoRA(rank=2, alpha=3, train_modules="classifier"), name=name)
+        randomise(adapters, seed=seed)
+        alone[name] = logits(model)
+        adapters.save(tmp_path / name)
+    model = tiny_models.build("roberta", head="sequence-classification")
+    for name in ("topic", "tone"):
+        adapters = load(model, tmp_path / name)
+    assert adapters.names == ("topic", "tone")
+    return model, adapters, alone
+
+
+def test_each_classifier_has_its_own_head(tmp_path: Path) -> None:
+    model, adapters, alone = two_classifiers(tmp_path)
+    assert (alone["topic"] - alone["tone"]).abs().max() > 1e-2
+    for choice in ("topic", None, "tone", "topic"):
+        adapters.activate(choice)
+        torch.testing.assert_close(logits(model), alone[choice])
+    adapters.remove("topic")
+    adapters.activate("tone")
+    torch.testing.assert_close(logits(model), alone["tone"])
+    adapters.detach()
+    assert torch.equal(logits(model), alone[None])
+
+
+def test_rows_with_heads_of_their_own(tmp_path: Path) -> None:
+    model, adapters, alone = two_classifiers(tmp_path)
+    for rows in (["topic", "tone"], ["tone", None], [None, "topic"], ["tone", "tone"]):
+        with adapters.per_sample(rows):
+            found = logits(model)
+        expected = torch.stack([alone[row][i] for i, row in enumerate(rows)])
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
+    model = tiny_models.build("roberta", head="sequence-classification")
+    for name in ("topic", "tone"):
+        adapters = attach(model, LoRA(rank=2, alpha=3, train_modules="classifier"), name=name)
+    randomise(adapters)
+    batch = tiny_models.example_batch("roberta", model)
+    with adapters.per_sample(["tone", "topic"]):
+        together = model(**batch).logits.tanh()
+    together.sum().backward()
+    for i, name in enumerate(("tone", "topic")):
+        adapters.activate(name)
+        value = model(**batch).logits.tanh()[i].sum()
+        parameters = adapters.trainable_parameters(name)
+        expected = torch.autograd.grad(value, parameters)
+        assert min(gradient.abs().max() for gradient in expected) > 1e-6
+        torch.testing.assert_close([p.grad for p in parameters], list(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_full_fine_tuning_beside_lora() -> None:
+    """One trains the weights, the other adds to them: each sees the base, never the other."""
+    model = tiny_models.build("gpt2")
+    base = logits(model)
+    adapters = attach(model, FullFineTuning(), name="full")
+    randomise(adapters, scale=0.1)
+    full = logits(model)
+    attach(model, LoRA(rank=2, init="pissa"), name="lora")
+    torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=0)  # starts from the base
+    randomise(adapters, "lora")
+    lora = logits(model)
+    plain = tiny_models.build("gpt2")
+    other = attach(plain, LoRA(rank=2, init="pissa"), name="lora")
+    randomise(other)
+    torch.testing.assert_close(lora, logits(plain))
+    for choice, expected in (("full", full), ("lora", lora), (None, base), ("full", full)):
+        adapters.activate(choice)
+        assert torch.equal(logits(model), expected)
+    adapters.merge("full")
+    torch.testing.assert_close(logits(model), full)
+    adapters.unmerge()
+    adapters.remove("full")
+    adapters.activate("lora")
+    assert torch.equal(logits(model), lora)
+    adapters.remove("lora")
+    assert handle_of(model) is None
+    assert torch.equal(logits(model), base)

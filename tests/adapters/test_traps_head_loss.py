@@ -1,0 +1,117 @@
+"""The chunked loss reads the head's weight: it must see what else the logits depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from random_adapters import randomise
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.adapters.handle import attach
+from lorakit.evaluation.objective import IGNORED, language_modelling
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.methods.module import Method
+
+CASES: dict[str, tuple[str, dict, Method]] = {
+    "adapter on the head": ("llama", {}, LoRA(rank=2, alpha=3, targets="head")),
+    "dora on the head": ("llama", {}, LoRA(rank=2, targets="head", dora=True)),
+    "head in full": ("llama", {}, LoRA(rank=2, train_modules="lm_head")),
+    "bias of the head": ("phi", {}, LoRA(rank=2, bias="all")),
+    "tied table": ("gpt2", {}, LoRA(rank=2, alpha=3, targets="embedding")),
+    "tied table and head": ("gpt2", {}, LoRA(rank=2, alpha=3, targets="embedding", tie_head=True)),
+    "tied table in full": ("gpt2", {}, LoRA(rank=2, train_modules="wte")),
+    "full": ("llama", {}, FullFineTuning()),
+    "capped": ("gemma2", {"final_logit_softcapping": 1.5}, LoRA(rank=2, targets="mlp")),
+    "capped, adapted": ("gemma2", {"final_logit_softcapping": 1.5}, LoRA(rank=2, targets="head")),
+    "divided": ("granite", {"logits_scaling": 3.0}, LoRA(rank=2, targets="mlp")),
+    "divided, adapted": ("granite", {"logits_scaling": 3.0}, LoRA(rank=2, targets="head")),
+    "multiplied": ("Cohere", {"logit_scale": 0.25}, LoRA(rank=2, targets="attention")),
+    "blocks alone": ("llama", {}, LoRA(rank=2, targets="all-linear")),
+}
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, tiny_models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, :6] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def whole(model: PreTrainedModel, examples: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=examples["input_ids"]).logits[:, :-1].float()
+    labels = examples["labels"][:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chosen", ["fresh", "trained"], ids=["at the start", "once trained"])
+def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
+    """A way chosen while the fresh adapter still adds zero has to hold when it no longer does."""
+    arch, settings, method = CASES[case]
+    model = tiny_models.build(arch, **settings)
+    examples = batch()
+    base = whole(model, examples).item()
+    adapters = attach(model, method)
+    if chosen == "fresh":
+        objective = language_modelling(model, examples)
+        randomise(adapters)
+    else:
+        randomise(adapters)
+        objective = language_modelling(model, examples)
+    expected = whole(model, examples)
+    assert abs(expected.item() - base) > 1e-2
+    found = objective.loss_sum(model, examples)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+    parameters = adapters.trainable_parameters()
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    got = torch.autograd.grad(found, parameters, allow_unused=True)
+    assert any(gradient is not None and gradient.abs().max() > 1e-4 for gradient in wanted)
+    for left, right in zip(got, wanted, strict=True):
+        zero = torch.zeros(())
+        torch.testing.assert_close(
+            zero if left is None else left,
+            zero.expand_as(left) if right is None and left is not None else zero if right is None else right,
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+CHANGES: dict[str, Callable] = {
+    "another adapter on the head": lambda adapters: attach(
+        adapters.model, LoRA(rank=2, alpha=3, targets="head"), name="head"
+    ),
+    "the head in full": lambda adapters: attach(
+        adapters.model, LoRA(rank=2, train_modules="lm_head"), name="head"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_way_that_was_chosen_earlier_is_not_taken_on_trust(change: str) -> None:
+    """The head is adapted after the objective was chosen: right, or an error, but no other loss."""
+    model = tiny_models.build("llama")
+    examples = batch()
+    adapters = attach(model, LoRA(rank=2, targets="mlp"))
+    objective = language_modelling(model, examples)
+    CHANGES[change](adapters)
+    randomise(adapters)
+    torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
+
+
+def test_merged_adapter_on_the_head() -> None:
+    model = tiny_models.build("llama")
+    examples = batch()
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="head"))
+    randomise(adapters)
+    adapters.merge()
+    objective = language_modelling(model, examples)
+    torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
