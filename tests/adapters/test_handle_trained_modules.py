@@ -199,7 +199,9 @@ def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
         parameters = adapters.trainable_parameters(name)
         expected = torch.autograd.grad(value, parameters)
         assert min(gradient.abs().max() for gradient in expected) > 1e-6
-        torch.testing.assert_close([p.grad for p in parameters], list(expected), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            [p.grad for p in parameters], list(expected), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_full_fine_tuning_beside_lora() -> None:

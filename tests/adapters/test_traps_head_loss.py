@@ -37,7 +37,9 @@ CASES: dict[str, tuple[str, dict, Method]] = {
 
 
 def batch() -> dict[str, Tensor]:
-    ids = torch.randint(3, tiny_models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, tiny_models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0)
+    )
     labels = ids.clone()
     labels[0, :4] = labels[1, :6] = IGNORED
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -79,7 +81,11 @@ def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
         zero = torch.zeros(())
         torch.testing.assert_close(
             zero if left is None else left,
-            zero.expand_as(left) if right is None and left is not None else zero if right is None else right,
+            zero.expand_as(left)
+            if right is None and left is not None
+            else zero
+            if right is None
+            else right,
             atol=1e-4,
             rtol=1e-4,
         )

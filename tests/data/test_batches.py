@@ -100,3 +100,17 @@ def test_labelled_batches_have_one_label_each(labels, dtype):
 def test_tasks_do_not_mix_in_a_batch():
     with pytest.raises(TypeError, match="one task"):
         collate([language([5, 6], [False, True]), labelled([5], 1)], 0)
+
+
+@given(
+    groups=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    batch_size=st.integers(1, 9),
+    epoch=st.integers(0, 3),
+)
+def test_grouped_batches_hold_every_example_once_and_groups_together(groups, batch_size, epoch):
+    sampler = BatchSampler([1] * len(groups), batch_size, seed=3, groups=groups)
+    batches = sampler(epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(groups)))
+    assert batches == sampler(epoch)
+    touched = sum(len({groups[i] for i in batch}) for batch in batches)
+    assert touched <= len(set(groups)) + len(batches) - 1

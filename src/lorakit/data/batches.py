@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
+def token_count(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch's examples, each counted in full, without padding."""
+    return int(batch["lengths" if "lengths" in batch else "attention_mask"].sum())
+
+
 class BatchSampler:
     """The batches of each epoch, as indices: every example once per epoch, a short last batch included.
 
@@ -70,12 +75,21 @@ class BatchSampler:
     length within stretches of 50 batches, cut into batches, and the batches shuffled. The order follows
     from `seed` and the epoch alone, so that a resumed run goes on with the batches it would have had.
 
+    With `groups`, examples of one group (one prompt) share batches instead, so that packing computes what
+    they share once. That is another order of training, with other results: choose it knowingly.
+
     Args:
         lengths: tokens of each example.
+        groups: what each example is grouped by.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        bucket: bool = True,
+        groups: Sequence[Hashable] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -83,6 +97,7 @@ class BatchSampler:
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
+        self.groups = groups
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -95,6 +110,8 @@ class BatchSampler:
         generator = random.Random(f"batches, seed {self.seed}, epoch {epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
+        if self.groups is not None:
+            return self._grouped(order, generator)
         if self.bucket:
             stretch = self.batch_size * MEGABATCH
             order = [
@@ -108,4 +125,18 @@ class BatchSampler:
         ]
         if self.bucket:
             generator.shuffle(batches)
+        return batches
+
+    def _grouped(self, order: list[int], generator: random.Random) -> list[list[int]]:
+        """Batches of neighbours by group, the groups in random order."""
+        assert self.groups is not None
+        by_group: dict[Hashable, list[int]] = {}
+        for index in order:
+            by_group.setdefault(self.groups[index], []).append(index)
+        order = [index for group in by_group.values() for index in group]
+        batches = [
+            order[start : start + self.batch_size]
+            for start in range(0, len(order), self.batch_size)
+        ]
+        generator.shuffle(batches)
         return batches

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lorakit.data import DataConfig, collate
 from lorakit.data.columns import ColumnMap
+from lorakit.data.packing import pack
 from lorakit.data.readers import Row
 from lorakit.data.sources import read_source
 from lorakit.errors import BaseModelError, DataError
@@ -118,8 +119,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     return context
 
 
-def collator(base: Base) -> Collate:
-    """Return what makes batches for `base`: padded, on its device, split in two for an encoder-decoder."""
+def collator(base: Base, *, packed: bool = False) -> Collate:
+    """Return what makes batches for `base`, on its device: padded, packed, or split for an encoder-decoder."""
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_base refuses a base without
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
@@ -128,7 +129,12 @@ def collator(base: Base) -> Collate:
     def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         language = [e for e in examples if isinstance(e, LanguageExample)]
         splits = encodes and language
-        batch = _encoder_decoder_batch(base, language, pad) if splits else collate(examples, pad)
+        if packed:
+            batch = pack(language, pad)
+        elif splits:
+            batch = _encoder_decoder_batch(base, language, pad)
+        else:
+            batch = collate(examples, pad)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     return make

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.data.batches import collate
+from lorakit.data.packing import pack
 from lorakit.ops import linear_cross_entropy
+from lorakit.tasks import LanguageExample
 
 IGNORED = -100
 """The label of a position that is not a target, as everywhere in transformers."""
@@ -44,8 +47,9 @@ class Objective(Protocol):
 class LanguageModelling:
     """Next-token cross-entropy of a decoder, with the vocabulary projected at target positions alone.
 
-    `labels` (B, S) holds a target token's own id and -100 elsewhere; the model predicts it one position earlier.
-    Of three equal ways to compute it, from the least memory to the most general:
+    A batch is padded (`labels` (B, S) holds a target token's own id and -100 elsewhere; the model predicts it one
+    position earlier) or packed (`lorakit.data.packing`). Of three equal ways to compute the loss, from the least
+    memory to the most general:
 
     - ``fused``: the backbone's hidden states at target positions times the head's weight, in chunks, so the logits
       never exist as a whole (:func:`lorakit.ops.linear_cross_entropy`);
@@ -59,33 +63,32 @@ class LanguageModelling:
 
     def count(self, batch: Batch) -> int:
         """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return _targets_of(batch).count
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        labels = batch["labels"][:, 1:]
-        is_target = labels != IGNORED
-        targets = labels[is_target]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        found = _targets_of(batch)
+        inputs = _inputs_of(model, batch)
         if self.path == "fused":
             hidden = _backbone(model)(**inputs, use_cache=False).last_hidden_state
-            hidden = hidden[:, :-1][is_target] * _logit_scale(model)
+            hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             with torch.autocast(hidden.device.type, enabled=False):
                 return linear_cross_entropy(
                     hidden.to(head.weight.dtype),
                     head.weight,
-                    targets,
+                    found.ids,
                     bias=head.bias,
+                    weights=found.weights,
                     label_smoothing=self.label_smoothing,
                 )
         if self.path == "own head":
-            columns = is_target.any(dim=0).nonzero().squeeze(-1)
-            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-            logits = logits[is_target[:, columns]]
+            rows, columns = found.at // found.width, found.at % found.width
+            kept, places = columns.unique(return_inverse=True)
+            logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, places]
         else:
-            logits = model(**inputs, use_cache=False).logits[:, :-1][is_target]
-        return _cross_entropy_sum(logits, targets, self.label_smoothing)
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[found.at]
+        return _cross_entropy_sum(logits, found.ids, self.label_smoothing, found.weights)
 
 
 @dataclass(kw_only=True)
@@ -185,6 +188,45 @@ _NOTES: dict[HeadPath, str] = {
 }
 
 
+def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
+    """Return why examples that share a prefix cannot be computed as one tree on `model`; empty where they can.
+
+    Measured: two completions of one prompt, computed together, must leave the hidden states at all targets what
+    they are when each is computed alone.
+    """
+    backbone = _backbone(model)
+    accepted = inspect.signature(backbone.forward).parameters
+    if not {"position_ids", "attention_mask"} <= accepted.keys():
+        return "the model takes no positions"
+    ids, cut = example.input_ids, example.prompt_length
+    twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
+    pair = sorted((example, twin), key=lambda e: e.input_ids)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = _hidden_at_targets(backbone, pack(pair, pad_id=0))
+            alone = [_hidden_at_targets(backbone, collate([e], pad_id=0)) for e in pair]
+    except Exception as error:  # a model's forward may raise anything; padded batches serve it
+        return f"it raised {type(error).__name__}: {error}"
+    finally:
+        model.train(was_training)
+    expected = torch.cat(alone)
+    if together.shape != expected.shape:
+        return "the probe's two completions begin alike"
+    distance = (together - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if not distance.max() <= 2 * _tolerance(model):
+        return f"its hidden states differ by {distance.max():.2g} from those of separate examples"
+    return ""
+
+
+def _hidden_at_targets(backbone: nn.Module, batch: Batch) -> Tensor:
+    device = next(backbone.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    hidden = backbone(**_inputs_of(backbone, batch), use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[_targets_of(batch).at].float()
+
+
 def why_not_fused(model: nn.Module) -> str:
     """Return why the head's weight alone does not tell `model`'s logits; empty where it does."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -219,10 +261,63 @@ def _logit_scale(model: nn.Module) -> float:
     return getattr(config, "logit_scale", None) or 1.0  # type: ignore[return-value]
 
 
-def _cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(
-        logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def _inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the model takes of a batch."""
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dtype == torch.bool and _attention(model) == "eager":
+        # Plain attention adds its mask to the scores; the fused kernels take it as it is.
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        inputs["attention_mask"] = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        inputs["attention_mask"].masked_fill_(~mask, torch.finfo(dtype).min)
+    return inputs
+
+
+def _attention(model: nn.Module) -> str:
+    return getattr(model.config, "_attn_implementation", None) or "eager"
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """The targets of a batch, padded or packed, in one form."""
+
+    at: Tensor
+    """Index of the position that predicts each, into the flattened (rows * width) positions."""
+    ids: Tensor
+    """Their token ids."""
+    weights: Tensor | None
+    """In how many examples each is one; None where every target is of one example."""
+    width: int
+    """Tokens in a row."""
+
+    @property
+    def count(self) -> int:
+        return len(self.ids) if self.weights is None else int(self.weights.sum())
+
+
+def _targets_of(batch: Batch) -> _Targets:
+    width = batch["input_ids"].shape[1]
+    if "target_at" in batch:
+        return _Targets(batch["target_at"], batch["targets"], batch["target_weights"], width)
+    labels = batch["labels"][:, 1:]  # a token is predicted one position before its own
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    return _Targets(rows * width + columns, labels[rows, columns], None, width)
+
+
+def _cross_entropy_sum(
+    logits: Tensor, targets: Tensor, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
+    if weights is None:
+        return F.cross_entropy(
+            logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
+        )
+    losses = F.cross_entropy(
+        logits.float(), targets, reduction="none", label_smoothing=label_smoothing
     )
+    return losses @ weights
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:

@@ -16,10 +16,11 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
+    weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over n of the cross-entropy between ``hidden W^T + b`` and `targets`.
+    """Sum over n, weighted, of the cross-entropy between ``hidden W^T + b`` and `targets`.
 
     With label smoothing e each token's loss is ``(1 - e) * NLL + e * mean over V of -log p``.
     The weight and bias are taken as frozen. The gradient for `hidden` is formed chunk by chunk in the
@@ -30,6 +31,7 @@ def linear_cross_entropy(
         weight: Output projection, shape (V, d), the dtype of `hidden`.
         targets: Token ids, shape (n,).
         bias: Shape (V,) or None.
+        weights: Factor on each row's loss, shape (n,), or None for 1.
         label_smoothing: Between 0 and 1.
         chunk: Rows at a time; None chooses by the vocabulary's size.
 
@@ -38,7 +40,7 @@ def linear_cross_entropy(
     """
     if chunk is None:
         chunk = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, label_smoothing, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, weights, label_smoothing, chunk)
 
 
 def linear_cross_entropy_reference(
@@ -47,17 +49,21 @@ def linear_cross_entropy_reference(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
+    weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Plain PyTorch twin of `linear_cross_entropy`."""
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    return loss @ weights.to(loss.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, label_smoothing, chunk):
+    def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):
         vocabulary = weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = ctx.needs_input_grad[0]
@@ -73,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = log_norm - (1 - label_smoothing) * at_target
             if label_smoothing:
                 loss -= uniform * logits.sum(dim=-1, keepdim=True)
-            total += loss.sum()
+            factor = None if weights is None else weights[rows, None].to(wide)
+            total += loss.sum() if factor is None else (loss * factor).sum()
             if grad is not None:
                 # d loss / d logits = softmax - smoothed one-hot, built in the logits' own memory.
                 probabilities = logits.sub_(log_norm).exp_()
@@ -82,6 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probabilities.scatter_add_(
                     1, target, torch.full_like(at_target, label_smoothing - 1)
                 )
+                if factor is not None:
+                    probabilities.mul_(factor)
                 torch.mm(probabilities.to(hidden.dtype), weight, out=grad[rows])
         if grad is not None:
             ctx.save_for_backward(grad)
@@ -90,4 +99,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None

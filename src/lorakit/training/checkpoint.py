@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit import storage
+from lorakit.data.batches import token_count
 from lorakit.errors import RunFolderError
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE = (
@@ -73,7 +74,7 @@ class State:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += sum(token_count(batch) for batch in batches)
         self.seconds += seconds
 
 

@@ -16,6 +16,7 @@ from lorakit.methods.lora.config import LoRA
 
 MethodName = Literal["lora", "full"]
 Schedule = Literal["linear", "cosine", "constant"]
+Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
 
@@ -145,6 +146,12 @@ class TrainConfig:
     """Examples per forward and backward pass."""
     accumulation: int = 1
     """Passes per optimizer step; the step is that of one batch of batch_size x accumulation examples."""
+    packing: bool = True
+    """Compute tokens that examples of a batch share (a common prompt) once. The loss and gradients stay those of
+    separate examples; where the model cannot do it, batches are padded, and the run says so."""
+    sampling: Sampling = "random"
+    """Order of the data: random; or grouped, where examples with one prompt share batches, which packing makes
+    cheap. Grouping changes the order of training, and so its result."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over all tokens or classes."""
     gradient_checkpointing: bool = False
@@ -168,6 +175,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loggers", tuple(self.loggers))
         require_choice("method", self.method, MethodName)
+        require_choice("sampling", self.sampling, Sampling)
         for logger in self.loggers:
             require_choice("loggers", logger, LoggerName)
         if not self.output:

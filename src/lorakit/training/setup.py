@@ -23,12 +23,13 @@ from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import (
     Objective,
     Regression,
+    why_not_packed,
 )
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.tasks import Example
+from lorakit.tasks import Example, LanguageExample
 from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -200,6 +201,7 @@ def prepare(config: TrainConfig) -> Job:
     adapters = _attach(model, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
+    packed, packing_note = _packs(model, config, train.examples)
     model.train()
     # From here on the global generator serves dropout alone.
     torch.manual_seed(config.seed)
@@ -207,13 +209,15 @@ def prepare(config: TrainConfig) -> Job:
         config=config,
         base=base,
         adapters=adapters,
-        collate=collator(base),
+        collate=collator(base, packed=packed),
         train=train,
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
         objective=Regression(),
         plan=StepPlan(
-            BatchSampler(train.lengths, config.batch_size, config.seed),
+            BatchSampler(
+                train.lengths, config.batch_size, config.seed, groups=_groups(config, train)
+            ),
             accumulation=config.accumulation,
             epochs=config.epochs,
             max_steps=config.max_steps,
@@ -223,7 +227,26 @@ def prepare(config: TrainConfig) -> Job:
         job.objective = objective_for(
             base, task, train.examples, label_smoothing=config.label_smoothing
         )
+    job.objective.note = "; ".join(note for note in (job.objective.note, packing_note) if note)
     return job
+
+
+def _packs(
+    model: PreTrainedModel, config: TrainConfig, examples: Sequence[Example]
+) -> tuple[bool, str]:
+    """Whether batches are packed, and what to tell the user of it."""
+    first = examples[0]
+    if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
+        return False, ""
+    if not config.packing:
+        return False, "batches padded"
+    if reason := why_not_packed(model, first):
+        return False, f"batches padded, not packed: {reason}"
+    return True, "shared prefixes computed once"
+
+
+def _groups(config: TrainConfig, train: ExampleSet) -> list[str] | None:
+    return [example.prompt for example in train.examples] if config.sampling == "grouped" else None
 
 
 def _attach(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Adapters:

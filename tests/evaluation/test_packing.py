@@ -1,0 +1,135 @@
+"""Packed batches against separate examples: the loss and every gradient are theirs."""
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lorakit
+from lorakit.data import collate
+from lorakit.data.packing import pack, shared_length
+from lorakit.evaluation.objective import LanguageModelling, language_modelling, why_not_packed
+from lorakit.tasks import LanguageExample
+
+PACKABLE = ["llama", "qwen3", "phi3", "gemma", "gpt2", "opt", "gpt-neox", "smollm3", "granite"]
+VOCABULARY = 20
+
+
+def example(ids, prompt):
+    mask = [i >= prompt for i in range(len(ids))]
+    return LanguageExample(
+        input_ids=ids, loss_mask=mask, prompt_length=prompt, prompt="", completion=""
+    )
+
+
+@st.composite
+def forests(draw):
+    """Examples that share prefixes of any length, also within their completions, and whole duplicates."""
+    token = st.integers(1, VOCABULARY - 1)
+    stems = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=3))
+    examples = []
+    for _ in range(draw(st.integers(1, 7))):
+        stem = draw(st.sampled_from(stems))
+        tail = draw(st.lists(token, min_size=1, max_size=6))
+        ids = [*stem, *tail]
+        examples.append(example(ids, draw(st.integers(1, len(ids) - 1))))
+    return examples
+
+
+def loss_and_gradients(model, batch):
+    loss = LanguageModelling(path="fused").loss_sum(model, batch)
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def adapted(request):
+    model = tiny_models.build(request.param, "causal-lm").double()
+    handle = lorakit.attach(
+        model, lorakit.LoRA(rank=2, targets="all-linear"), dtype=torch.float64, seed=0
+    )
+    for parameter in handle.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+# Norms inside the models compute in float32 whatever the dtype: hence its rounding, not float64's.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(examples=forests())
+def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, examples):
+    packed, gradients = loss_and_gradients(adapted, pack(examples, pad_id=0))
+    parts = [loss_and_gradients(adapted, collate([e], pad_id=0)) for e in examples]
+    assert packed == pytest.approx(sum(loss for loss, _ in parts), rel=1e-6)
+    separate = [sum(part[1][i] for part in parts) for i in range(len(gradients))]
+    scale = max(gradient.norm() for gradient in separate)
+    for ours, theirs in zip(gradients, separate, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(examples=forests())
+def test_every_token_sees_its_own_example_up_to_itself(examples):
+    batch = pack(examples, pad_id=0)
+    ids, positions, mask = batch["input_ids"], batch["position_ids"], batch["attention_mask"][:, 0]
+    seen = set()
+    for r in range(len(ids)):
+        for at in range(ids.shape[1]):
+            visible = mask[r, at].nonzero().flatten()
+            assert positions[r, visible].tolist() == list(range(len(visible)))
+            seen.add(tuple(ids[r, visible].tolist()))
+    for e in examples:
+        for end in range(1, len(e.input_ids) + 1):
+            assert tuple(e.input_ids[:end]) in seen
+    assert int(batch["target_weights"].sum()) == sum(sum(e.loss_mask) for e in examples)
+
+
+def test_a_shared_prompt_is_computed_once_and_a_short_one_is_not_worth_it():
+    prompt = list(range(1, 19))
+    long = [example([*prompt, 1, t, t], 18) for t in (3, 4, 5)]
+    assert pack(long, pad_id=0)["input_ids"].shape == (1, 18 + 1 + 3 * 2)
+    short = [example([1, *[t] * 60], 1) for t in (3, 4, 5)]
+    assert pack(short, pad_id=0)["input_ids"].shape == (3, 61)
+
+
+def test_shared_length():
+    assert shared_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert shared_length([1], [1, 2]) == 1
+    assert shared_length([], [1]) == 0
+
+
+@pytest.mark.parametrize("arch", PACKABLE)
+def test_these_architectures_pack(arch):
+    model = tiny_models.build(arch, "causal-lm")
+    assert why_not_packed(model, example([1, 5, 3, 8, 2, 7, 9, 4, 6], 5)) == ""
+
+
+@pytest.mark.parametrize("arch", ["bloom"])
+def test_these_do_not_and_say_why(arch):
+    model = tiny_models.build(arch, "causal-lm")
+    assert "takes no positions" in why_not_packed(model, example([1, 5, 3, 8, 2, 7], 3))
+
+
+def test_a_model_that_ignores_the_mask_is_found_out():
+    model = tiny_models.build("llama", "causal-lm")
+    forward = model.model.forward
+
+    def careless(input_ids, attention_mask=None, position_ids=None, **kwargs):
+        return forward(input_ids, position_ids=position_ids, **kwargs)
+
+    model.model.forward = careless
+    assert "differ" in why_not_packed(model, example([1, 5, 3, 8, 2, 7, 9, 4, 6], 5))
+
+
+@pytest.mark.parametrize("path", ["fused", "own head", "whole logits"])
+def test_every_path_of_the_loss_takes_packed_batches(path):
+    model = tiny_models.build("llama", "causal-lm")
+    examples = [example([1, 5, 3, 8, *tail], 3) for tail in ([2], [2, 7], [9, 9, 4])]
+    objective = language_modelling(model, collate(examples[:2], pad_id=0), label_smoothing=0.1)
+    objective.path = path
+    packed, padded = pack(examples, pad_id=0), collate(examples, pad_id=0)
+    assert objective.count(packed) == objective.count(padded)
+    torch.testing.assert_close(
+        objective.loss_sum(model, packed), objective.loss_sum(model, padded), rtol=1e-5, atol=1e-5
+    )
