@@ -14,9 +14,18 @@ from transformers import (
 )
 
 PAIRS = [
-    {"prompt": "name: The Rice Boat, food: Indian\n", "completion": "The Rice Boat serves Indian food."},
-    {"prompt": "name: Blue Spice, area: riverside\n", "completion": "Blue Spice is by the riverside."},
-    {"prompt": "name: The Eagle, price: cheap\n", "completion": "The Eagle is a cheap place to eat."},
+    {
+        "prompt": "name: The Rice Boat, food: Indian\n",
+        "completion": "The Rice Boat serves Indian food.",
+    },
+    {
+        "prompt": "name: Blue Spice, area: riverside\n",
+        "completion": "Blue Spice is by the riverside.",
+    },
+    {
+        "prompt": "name: The Eagle, price: cheap\n",
+        "completion": "The Eagle is a cheap place to eat.",
+    },
     {"prompt": "name: Cotto, food: Italian\n", "completion": "Cotto is an Italian restaurant."},
 ]
 TEXTS = [pair["prompt"] + pair["completion"] for pair in PAIRS]
@@ -24,7 +33,9 @@ TEXTS = [pair["prompt"] + pair["completion"] for pair in PAIRS]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a hub id or folder, for example HuggingFaceTB/SmolLM2-135M")
+    parser.add_argument(
+        "--model", help="a hub id or folder, for example HuggingFaceTB/SmolLM2-135M"
+    )
     parser.add_argument("--out", default="out/example", help="folder to write to")
     return parser.parse_args()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.adapters.handle import Adapters
+from lorakit.adapters import Adapters
 
 
 def randomise(adapters: Adapters, *names: str, scale: float = 0.3, seed: int = 0) -> None:

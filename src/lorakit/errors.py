@@ -6,6 +6,7 @@ A message says what was found, what was expected, and what to write instead.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -52,6 +53,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise a ConfigurationError unless the number `value` is `least` or more (NaN is not)."""
-    if not value >= least:
-        raise ConfigurationError(f"{name} is {value!r}; it must be {least} or more.")
+    """Raise a ConfigurationError unless the number `value` is finite and `least` or more."""
+    if not least <= value < math.inf:  # NaN is neither
+        raise ConfigurationError(
+            f"{name} is {value!r}; it must be a finite number of {least} or more."
+        )

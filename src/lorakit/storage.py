@@ -56,7 +56,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """
     target = Path(os.path.realpath(path))
     _check_folder(target, overwrite)
-    with _errors_explained(target), _parents_made(target), _temporary(target) as temporary:
+    with errors_explained(target), _parents_made(target), _temporary(target) as temporary:
         with _our_step(target):
             temporary.mkdir()
         with _claimed(temporary):
@@ -81,7 +81,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise RunFolderError(f"'{target}' is a folder, and a file was to be written there.")
-    with _errors_explained(target), _parents_made(target), _temporary(target) as temporary:
+    with errors_explained(target), _parents_made(target), _temporary(target) as temporary:
         with _our_step(target):
             temporary.touch(exist_ok=False)
         with _claimed(temporary):
@@ -361,7 +361,12 @@ def _our_step(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_explained(target: Path) -> Iterator[None]:
+def errors_explained(target: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says so and what to do.
+
+    Raises:
+        RunFolderError: The disk is full.
+    """
     try:
         yield
     except Exception as error:

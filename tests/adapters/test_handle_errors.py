@@ -11,8 +11,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.loading import load
+from lorakit.adapters import Adapters, attach, handle_of, load
 from lorakit.errors import (
     AdapterFileError,
     AdapterStateError,

@@ -7,8 +7,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from lorakit import LoRA
-from lorakit.adapters import Adapters, attach
+from lorakit import Adapters, LoRA, attach
 
 CYCLES = 1000
 SCALING = 1.5

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach
-from lorakit.adapters.loading import load
+from lorakit.adapters import Adapters, attach, load
 from lorakit.methods.lora.config import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)

@@ -11,8 +11,7 @@ from layouts import LAYOUTS
 from logits import assert_differ, assert_same, randomise
 from torch import nn
 
-from lorakit import LoRA
-from lorakit.adapters import Adapters, attach
+from lorakit import Adapters, LoRA, attach
 from lorakit.errors import AdapterStateError
 
 every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)

@@ -11,8 +11,7 @@ from layouts import LAYOUTS, WITHOUT_BIAS
 from logits import assert_differ, randomise
 from torch import nn
 
-from lorakit import FullFineTuning, LoRA
-from lorakit.adapters import attach
+from lorakit import FullFineTuning, LoRA, attach
 from lorakit.errors import ConfigurationError, TargetError
 
 CASES = covering_array.cases()

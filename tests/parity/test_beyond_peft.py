@@ -19,8 +19,7 @@ from layouts import expected_targets
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
-from lorakit import LoRA, load
-from lorakit.adapters import Adapters, attach
+from lorakit import Adapters, LoRA, attach, load
 from lorakit.errors import AdapterFileError
 
 RANK, ALPHA = 2, 3.0

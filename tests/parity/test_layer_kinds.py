@@ -13,8 +13,7 @@ import torch
 from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
-from lorakit import LoRA, load
-from lorakit.adapters import attach
+from lorakit import LoRA, attach, load
 from lorakit.errors import AdapterStateError
 
 TIGHT = 1e-10

@@ -13,8 +13,7 @@ from logits import assert_differ, assert_same
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import LoRA, load
-from lorakit.adapters import Adapters, attach
+from lorakit import Adapters, LoRA, attach, load
 
 RANK, ALPHA = 3, 5.0
 TIGHT = 1e-12

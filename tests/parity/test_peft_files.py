@@ -9,8 +9,7 @@ import torch
 from covering_array import Case
 from logits import assert_differ, assert_same, randomise
 
-from lorakit import load
-from lorakit.adapters import attach
+from lorakit import attach, load
 
 every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from jsonargparse import (
     ArgumentError,
     ArgumentParser,
@@ -58,10 +60,16 @@ def parse(
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_class_arguments(config_class, None)
     options = [name for action in parser._actions for name in action.option_strings]
+    arguments = _named(list(argv), positional)
+    _check_files(arguments)
     try:
-        parsed = parser.instantiate(parser.parse_args(_named(list(argv), positional)))
+        parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise ConfigurationError(_explain(str(error), options)) from None
+    except TypeError:  # a list where a section of options belongs
+        raise ConfigurationError(
+            "A section of options has to be a mapping: 'name: value', a line each."
+        ) from None
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     return config_class(**{name: getattr(parsed, name) for name in names})
 
@@ -76,16 +84,61 @@ def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:
     return named + argv
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML readers silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"'{key.value}' stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_files(arguments: list[str]) -> None:
+    """Read the YAML files once for what the parser would not mind or not explain.
+
+    Raises:
+        ConfigurationError: One is missing, is not UTF-8, is no YAML, or has a key twice.
+    """
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = value if flag == "--config" else flag.removeprefix("--config=")
+        if flag != "--config" and name == flag:
+            continue
+        try:
+            yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        except OSError as error:
+            raise ConfigurationError(f"--config {name}: {error.strerror or error}.") from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"--config {name} is not UTF-8 text.") from None
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"--config {name}: {' '.join(str(error).split())}.") from None
+
+
 def _explain(message: str, options: list[str]) -> str:
     """The parser's message, with the nearest option where one is unknown."""
-    flag = re.search(r"unrecognized arguments: (\S+)", message)
-    key = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    other = re.search(r"Key '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message)
-    wrong = ""
-    if flag:
-        wrong = flag[1].split("=")[0]
-    elif key:
-        wrong = f"--{key[1]}.{key[2]}"
-    elif other:
-        wrong = f"--{other[1] or other[2]}"
-    return f"{message.strip().rstrip('.')}.{nearest(wrong, options) if wrong else ''} --help lists the options."
+    section = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
+    if section:
+        first = next((o for o in options if o.startswith(f"--{section[1]}.")), f"--{section[1]}")
+        value = section[2].rsplit("/", 1)[-1]
+        return f"--{section[1]} is a section of several options. Write {first} {value}, or give a YAML file."
+    found = next((m for pattern in _UNKNOWN if (m := re.search(pattern, message))), None)
+    hint = ""
+    if found:
+        name = ".".join(part for part in found.groups() if part)
+        wrong = name if name.startswith("--") else f"--{name}"
+        hint = nearest(wrong.split("=")[0], options) or nearest(wrong.split(".")[0], options)
+    return f"{message.strip().rstrip('.')}.{hint} --help lists the options."
+
+
+_UNKNOWN = (
+    r"unrecognized arguments: (\S+)",
+    r"Group '([\w.-]+)' does not accept option '([\w.-]+)'",
+    r"Option '([\w.-]+)' is not accepted",
+    r"Key '([\w.-]+)' is not expected",
+    r"does not accept option '([\w.-]+)'",
+)
+"""How the parser says that it does not know an option."""

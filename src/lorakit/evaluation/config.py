@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, require_at_least
 
 DType = Literal["auto", "float32", "bfloat16"]
 Score = Literal["loss", "text"]
@@ -150,9 +150,3 @@ def require_choice(name: str, value: object, choices: object) -> None:
         raise ConfigurationError(
             f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
         )
-
-
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise a ConfigurationError unless the number `value` is `least` or more."""
-    if not value >= least:  # also refuses NaN
-        raise ConfigurationError(f"{name} is {value!r}; it must be {least} or more.")

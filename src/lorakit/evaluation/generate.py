@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import DataError
+from lorakit.evaluation.base import context_length
 from lorakit.evaluation.config import Decoding
 
 Prompt = str | Sequence[int]
@@ -43,11 +45,7 @@ def generate(
     settings = _generation_config(model, tokenizer, decoding)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    was_training = model.training
-    model.eval()
-    # A private random state: drawing samples during training must not move the training's own.
-    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
-        torch.manual_seed(decoding.seed)
+    with _generating(model, settings, decoding.seed):
         for start in range(0, len(order), decoding.batch_size):
             chosen = order[start : start + decoding.batch_size]
             inputs = _left_pad([ids[i] for i in chosen], settings.pad_token_id, model.device)
@@ -59,8 +57,24 @@ def generate(
                 texts[i] = text
             if progress:
                 progress(start + len(chosen))
-    model.train(was_training)
     return texts
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
+    """Leave the model, and the random state that dropout draws from, as they were."""
+    was_training, own = model.training, model.generation_config
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    # `generate` takes what a configuration leaves open from the model's own: a temperature, a repetition penalty.
+    model.generation_config = settings
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -68,17 +82,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def _check_lengths(model: PreTrainedModel, ids: list[list[int]], decoding: Decoding) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = None if model.config.is_encoder_decoder else context_length(model)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise DataError(f"Prompt {number} is empty; the model needs a token to continue from.")
-        if context and not model.config.is_encoder_decoder:
-            total = len(prompt) + decoding.max_new_tokens
-            if total > context:
-                raise DataError(
-                    f"Prompt {number} has {len(prompt)} tokens; with max_new_tokens {decoding.max_new_tokens} that "
-                    f"exceeds the model's context of {context}. Shorten the prompt or lower max_new_tokens."
-                )
+        if context and len(prompt) + decoding.max_new_tokens > context:
+            raise DataError(
+                f"Prompt {number} has {len(prompt)} tokens; with max_new_tokens {decoding.max_new_tokens} that "
+                f"exceeds the model's context of {context}. Shorten the prompt or lower max_new_tokens."
+            )
 
 
 def _generation_config(
@@ -86,8 +98,7 @@ def _generation_config(
 ) -> GenerationConfig:
     """Take from the model which tokens begin and end a text, and nothing else.
 
-    A model's own defaults (a temperature, a repetition penalty) would make the same settings mean something else on
-    each model.
+    Its other defaults would make the same settings mean something else on each model.
     """
     own = model.generation_config
     assert own is not None  # every model with generate() has one
@@ -125,7 +136,3 @@ def _left_pad(
             [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
         ),
     }
-
-
-def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []

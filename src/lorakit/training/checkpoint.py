@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lorakit import storage
 from lorakit.data.batches import token_count
-from lorakit.errors import RunFolderError
+from lorakit.errors import LorakitError, RunFolderError
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE = (
     "weights.safetensors",
@@ -86,7 +86,17 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write the checkpoint of `state` into `folder`, then delete all but the newest `keep`."""
+    """Write the checkpoint of `state` into `folder`, then delete all but the newest `keep`.
+
+    Raises:
+        LorakitError: A weight is not a finite number: such a checkpoint must not replace a good one.
+    """
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise LorakitError(
+                f"Training diverged: after step {state.step} {name} holds values that are not finite. Lower "
+                "optimizer.learning_rate, and resume from the last checkpoint or start anew."
+            )
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
         _save(dict(weights), temporary / WEIGHTS)

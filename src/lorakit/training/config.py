@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
-from lorakit.evaluation.config import BaseConfig, require_at_least, require_choice
+from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.evaluation.config import BaseConfig, require_choice
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
@@ -54,6 +54,10 @@ class OptimizerConfig:
             )
         for name in ("warmup", "weight_decay", "eps", "clip"):
             require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if self.eps == 0:
+            raise ConfigurationError(
+                "optimizer.eps is 0, which divides 0 by 0 where a gradient is 0; 1e-8 is usual."
+            )
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigurationError(
                 f"optimizer.warmup is {self.warmup}; write a share of the steps below 1 or a whole number of steps."
@@ -183,7 +187,9 @@ class TrainConfig:
                 "output is empty; name a folder for the run, for example out/first."
             )
         if not 0 < self.epochs < math.inf:
-            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0.")
+            raise ConfigurationError(
+                f"epochs is {self.epochs}; it must be a finite number above 0."
+            )
         for name in ("batch_size", "accumulation"):
             require_at_least(name, getattr(self, name), 1)
         if self.max_steps is not None:

@@ -94,8 +94,12 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
+        with storage.errors_explained(self.path):
+            self._write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+            file.write(line)
 
     def sync(self) -> None:
         """Force what was written to the disk."""
@@ -220,27 +224,26 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"The run folder {path} cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"The run folder {str(path)!r} cannot be made: {error}.") from None
     config = _resolved(config)
     try:
         with storage.lock_folder(path):
             _require_own(path)
             if (path / CONFIG).exists() and not config.overwrite:
                 _require_resumable(path, config)
-            yield RunFolder(path, config)
+            try:
+                yield RunFolder(path, config)
+            finally:
+                if not (path / CONFIG).exists():
+                    # Inside the lock: once it is released, another run may hold this very file.
+                    for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
+                        (path / name).unlink(missing_ok=True)
     finally:
-        if new and not (path / CONFIG).exists():
-            _remove_unused(path, new)
-
-
-def _remove_unused(path: Path, new: list[Path]) -> None:
-    """Remove a run folder that was made and never claimed, with the parents made for it."""
-    for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
-        (path / name).unlink(missing_ok=True)
-    for folder in new:
-        with suppress(OSError):  # something else has moved in
-            folder.rmdir()
+        if not (path / CONFIG).exists():
+            for folder in new:
+                with suppress(OSError):  # something else has moved in
+                    folder.rmdir()
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:

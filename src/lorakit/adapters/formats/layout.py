@@ -83,6 +83,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
         for attribute, present in module._parameters.items():
             if present is not None:
                 name = f"{path}.{attribute}" if path else attribute
+                parameters[name] = base_parameter(module, attribute).detach()
                 names.setdefault(id(base_parameter(module, attribute)), []).append(name)
     find_head = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()

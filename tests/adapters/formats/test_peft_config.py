@@ -1,0 +1,286 @@
+"""adapter_config.json is read strictly, and its targets mean what they mean to PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+
+import hypothesis.strategies as st
+import peft
+import pytest
+import tiny_models
+from hypothesis import given, settings
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from lorakit.adapters.formats.peft.config import (
+    _IMPLEMENTED,
+    _NO_EFFECT,
+    _NOT_IMPLEMENTED,
+    expected_layers,
+    parse,
+)
+from lorakit.errors import AdapterFileError
+
+LORA = {"peft_type": "LORA", "target_modules": ["q"]}
+
+
+def as_json(config: peft.LoraConfig) -> dict:
+    """What PEFT would write."""
+    found = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return json.loads(json.dumps(found))
+
+
+def test_pefts_defaults_are_ours():
+    config = parse(as_json(peft.LoraConfig()))
+    assert (config.rank, config.alpha, config.dropout, config.bias) == (8, 8.0, 0.0, "none")
+    assert not (config.rslora or config.dora or config.fan_in_fan_out or config.gaussian)
+    assert config == parse({"peft_type": "LORA"})
+
+
+def test_every_option_of_the_installed_peft_is_judged():
+    options = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    judged = _NO_EFFECT | _IMPLEMENTED | _NOT_IMPLEMENTED.keys()
+    assert options <= judged
+    assert not _NO_EFFECT & _IMPLEMENTED
+    assert not (_NO_EFFECT | _IMPLEMENTED) & _NOT_IMPLEMENTED.keys()
+
+
+@pytest.mark.parametrize("option", sorted(_NOT_IMPLEMENTED))
+def test_an_option_that_lorakit_does_not_have_is_named(option: str):
+    assert parse({**LORA, option: None}) == parse({**LORA, option: {}}) == parse(LORA)
+    with pytest.raises(AdapterFileError, match=rf"the option {option} is set \(\{{'x': 1\}}\)"):
+        parse({**LORA, option: {"x": 1}})
+
+
+def test_an_option_of_a_future_peft():
+    assert parse({**LORA, "use_zlora": False, "z_config": None}) == parse(LORA)
+    with pytest.raises(AdapterFileError, match="use_zlora is set.*does not know"):
+        parse({**LORA, "use_zlora": True})
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("pissa", "path_initial_model_for_weight_conversion"),
+        ("pissa_niter_16", "path_initial_model_for_weight_conversion"),
+        ("olora", "path_initial_model_for_weight_conversion"),
+        ("corda", "path_initial_model_for_weight_conversion"),
+        ("lora_ga", "path_initial_model_for_weight_conversion"),
+        ("loftq", "quantised base that LoftQ made"),
+        ("something new", "init_lora_weights is 'something new'"),
+        (1, "init_lora_weights is 1"),
+    ],
+)
+def test_an_initialisation_that_changes_the_base(init, message: str):
+    with pytest.raises(AdapterFileError, match=message):
+        parse({**LORA, "init_lora_weights": init})
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialisation_that_leaves_the_base(init):
+    assert parse({**LORA, "init_lora_weights": init}).gaussian == (init == "gaussian")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": None}, "has no peft_type"),
+        ({"peft_type": "IA3"}, "of type 'IA3'; lorakit reads LORA"),
+        ({"peft_type": ["LORA"]}, r"of type \['LORA'\]"),
+        ({"r": 0}, "r is 0; a whole number of 1 or more"),
+        ({"r": -8}, "r is -8"),
+        ({"r": 8.0}, "r is 8.0"),
+        ({"r": True}, "r is True"),
+        ({"r": "8"}, "r is '8'"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; .*switch the adapter off"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": False}, "lora_alpha is False"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
+        ({"rank_pattern": ["q"]}, "rank_pattern is .*a mapping"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern holds .* no regular expression"),
+        ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] is 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be"),
+        ({"lora_dropout": "a lot"}, "lora_dropout is 'a lot'"),
+        ({"bias": "some"}, "bias is 'some'; one of none, all, lora_only"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; true or false"),
+        ({"use_rslora": 1}, "use_rslora is 1"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"target_modules": ["q", None]}, "target_modules is .*a list of names"),
+        ({"modules_to_save": {"a": 1}}, "modules_to_save is"),
+        ({"layers_to_transform": ["a"]}, "layers_to_transform is"),
+        ({"target_modules": "q", "layers_to_transform": [1]}, "is a pattern, and PEFT combines"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(change: dict, message: str):
+    with pytest.raises(AdapterFileError, match=message):
+        parse({**LORA, **change})
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(_IMPLEMENTED | _NO_EFFECT | {"x"})),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+    )
+)
+def test_no_json_makes_it_stumble(found: dict):
+    try:
+        parse({"peft_type": "LORA", **found})
+    except AdapterFileError as error:
+        assert str(error)
+
+
+def test_patterns_that_never_end_are_stopped():
+    slow = {**LORA, "target_modules": "(((a|a)*)*)*b"}
+    path = "a" * 60
+    begin = time.monotonic()
+    with pytest.raises(AdapterFileError, match="takes too long to match against 'aaa"):
+        parse(slow).is_target(path)
+    assert time.monotonic() - begin < 60
+    with pytest.raises(AdapterFileError, match="rank_pattern .*takes too long"):
+        parse({**LORA, "rank_pattern": {"(((a|a)*)*)*b": 4}}).rank_of(path)
+
+
+# --- which layers are meant ----------------------------------------------------------------------
+
+PATHS = (
+    "q",
+    "model.q",
+    "model.layers.0.attn.q",
+    "model.layers.0.attn.q_norm",
+    "model.layers.1.attn.q",
+    "model.layers.11.attn.q",
+    "model.layers.1.experts.0.q",
+    "h.1.q",
+    "h.2.mlp.fc",
+    "model.blocks.3.q",
+    "lm_head",
+    "head.0.q",
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    target=st.sampled_from(
+        [
+            ["q"],
+            ["q", "lm_head"],
+            ["attn.q"],
+            ["model.layers.1.attn.q", "fc"],
+            [],
+            r".*\.q",
+            r".*(q|fc)",
+        ]
+    ),
+    exclude=st.sampled_from([None, [], ["attn.q"], ["h.1.q"], r"model.*", ""]),
+    save=st.sampled_from([None, ["lm_head"], ["layers.1"], ["h"], ["attn"]]),
+    layers=st.sampled_from([None, [], 1, 0, [0, 11], [3]]),
+    pattern=st.sampled_from([None, [], "layers", ["h", "layers"], ["blocks"]]),
+)
+def test_targets_mean_what_they_mean_to_peft(target, exclude, save, layers, pattern):
+    found = {
+        "target_modules": target,
+        "exclude_modules": exclude,
+        "modules_to_save": save,
+        "layers_to_transform": layers,
+        "layers_pattern": pattern,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = peft.LoraConfig(**found)
+        except ValueError:  # options that exclude each other
+            return
+    try:
+        ours = parse({"peft_type": "LORA", **found})
+    except AdapterFileError as error:
+        assert "is a pattern" in str(error)
+        return
+    for path in PATHS:
+        assert ours.is_target(path) == bool(check_target_module_exists(theirs, path)), path
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["q", "^q", "attn.q", r"layers\.\d+\.attn", r"^model\.layers\.1\..*", "q|fc"]
+        ),
+        st.integers(1, 64),
+    )
+)
+def test_patterns_mean_what_they_mean_to_peft(pattern: dict[str, int]):
+    config = parse({**LORA, "rank_pattern": pattern, "alpha_pattern": pattern, "lora_alpha": 5})
+    for path in PATHS:
+        key = get_pattern_key(pattern, path)
+        assert config.rank_of(path) == pattern.get(key, 8)
+        assert config.alpha_of(path) == pattern.get(key, 5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.fc = nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 1)
+
+
+def adapted_by_peft(model: nn.Module, **options) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    layers = peft.tuners.lora.LoraLayer
+    return {
+        path.removeprefix("base_model.model.").replace(".base_layer", "")
+        for path, module in adapted.named_modules()
+        if isinstance(module, layers)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "options"),
+    [
+        ("llama", None, {"target_modules": "all-linear"}),
+        ("llama", None, {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+        ("gpt2", None, {"target_modules": "all-linear"}),
+        ("roberta", None, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("t5", None, {"target_modules": ["q", "v"], "layers_to_transform": [1]}),
+        ("bert", None, {"target_modules": r".*layer\.1\..*dense"}),
+        (None, None, {"target_modules": "all-linear"}),
+        (None, None, {"target_modules": ["attn", "conv"]}),
+    ],
+)
+def test_expected_layers_are_those_that_peft_adapts(arch, head, options):
+    def build() -> nn.Module:
+        return tiny_models.build(arch, head) if arch else Net()
+
+    expected = adapted_by_peft(build(), **options)
+    assert expected
+    found = expected_layers({"peft_type": "LORA", **options}, build())
+    if arch is None and options["target_modules"] == "all-linear":
+        # PEFT wraps an attention module's out_proj by its type, and then never calls it.
+        assert found == expected
+    assert found == expected
+
+
+def test_expected_layers_leave_adapters_out():
+    import lorakit
+
+    model = tiny_models.build("llama")
+    options = {"peft_type": "LORA", "target_modules": r".*(q_proj|default)"}
+    before = expected_layers(options, model)
+    lorakit.attach(model, lorakit.LoRA(rank=2, targets="q_proj"))
+    assert expected_layers(options, model) == before
+    assert expected_layers({"peft_type": "LORA"}, model) is None

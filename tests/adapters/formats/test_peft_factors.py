@@ -1,0 +1,230 @@
+"""Our factors in PEFT's form: the same delta, and the same bits on the way back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from at_rest import (
+    contiguous,
+    convolution,
+    delta,
+    embedding,
+    fused,
+    interleaved,
+    linear,
+    loralib_convolution,
+    same_bits,
+    with_dora,
+    with_start,
+)
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from lorakit.adapters.formats.peft.config import parse
+from lorakit.adapters.formats.peft.factors import (
+    Factors,
+    NotExpressibleError,
+    from_peft,
+    peft_rank,
+    to_peft,
+)
+from lorakit.adapters.formats.peft.targets import target_modules
+from lorakit.adapters.formats.peft.writing import _alpha, _Entry
+from lorakit.adapters.stored import StoredLayer
+from lorakit.errors import AdapterFileError
+from lorakit.models.roles import RowSlice
+
+LAYERS = {
+    "linear": linear(),
+    "linear-pissa": with_start(linear()),
+    "linear-dora": with_dora(linear()),
+    "embedding": embedding(),
+    "embedding-pissa": with_start(embedding()),
+    "embedding-dora": with_dora(embedding()),
+    "attention": linear(8, 24, kind="attention"),
+    "fused-qv": fused(*contiguous(4, 0, 2)),
+    "fused-k": fused(*contiguous(4, 1)),
+    "fused-unequal": fused(
+        RowSlice(groups=1, stride=16, offset=0, width=8),
+        RowSlice(groups=1, stride=16, offset=12, width=4),
+    ),
+    "fused-interleaved": fused(*interleaved(3, 4, 0, 2)),
+    "fused-pissa": with_start(fused(*contiguous(4, 0, 2))),
+    "fused-dora": with_dora(fused(*interleaved(3, 4, 0, 2))),
+    "conv1d": convolution(kernel=(5,)),
+    "conv2d-pissa": with_start(convolution(kernel=(3, 2))),
+    "conv2d-dora": with_dora(convolution()),
+    "conv3d": convolution(kernel=(2, 2, 2)),
+    "conv-grouped": convolution(rank=4, groups=2),
+    "conv-grouped-pissa": with_start(convolution(rank=4, groups=2)),
+    "conv-grouped-as-peft": convolution(rank=4, groups=2, grouped=False),
+    "conv-depthwise": convolution(n_in=6, n_out=6, rank=6, groups=6),
+    "loralib-1": loralib_convolution(kernel=(1, 1)),
+    "loralib-1d": loralib_convolution(kernel=(1,)),
+    "loralib-3": loralib_convolution(kernel=(3, 3)),
+    "loralib-3-pissa": with_start(loralib_convolution(kernel=(3, 3))),
+    "loralib-wide": loralib_convolution(n_in=5, n_out=3, rank=3, kernel=(2, 2)),
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+
+
+def peft_product(layer: StoredLayer, factors: Factors) -> Tensor:
+    """What PEFT computes from its factors: B on top of A, each as the layer it is there."""
+    A, B = factors.A.double(), factors.B.double()
+    if A.ndim == 2:
+        return B @ A
+    convolve = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[A.ndim]
+    # The response to a unit impulse at each input channel and tap is the kernel.
+    size = A[0, 0].numel()
+    impulses = torch.eye(A.shape[1] * size).double().view(-1, A.shape[1], *A.shape[2:])
+    hidden = (impulses.flatten(1) @ A.flatten(1).T).view(-1, A.shape[0], *(1 for _ in A.shape[2:]))
+    out = convolve(hidden, B, groups=layer.groups)
+    return out.flatten(1).T.view(B.shape[0], *A.shape[1:])
+
+
+@each_layer
+def test_the_delta_is_the_same(layer: StoredLayer):
+    check_delta(layer)
+
+
+def check_delta(layer: StoredLayer) -> None:
+    factors = to_peft(layer)
+    assert factors.rank == peft_rank(layer)
+    expected = delta(layer)
+    assert expected.abs().max() > 0.1
+    found = layer.scaling * peft_product(layer, factors)
+    torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-12, atol=1e-12)
+
+
+@each_layer
+def test_the_way_back_gives_the_same_bits(layer: StoredLayer):
+    check_way_back(layer)
+
+
+def check_way_back(layer: StoredLayer) -> None:
+    again = from_peft(on_meta(layer), to_peft(layer))
+    assert again.tensors.keys() == layer.tensors.keys()
+    for name, tensor in layer.tensors.items():
+        same_bits(again.tensors[name], tensor, name)
+
+
+def on_meta(layer: StoredLayer) -> StoredLayer:
+    """The layer's description without its numbers."""
+    shapes = {name: tensor.to("meta") for name, tensor in layer.tensors.items()}
+    shapes.pop("base_norms", None)
+    fields = ("kind", "scaling", "alpha", "slices", "grouped", "weight_shape")
+    return StoredLayer(**{name: getattr(layer, name) for name in fields}, **shapes)
+
+
+@each_layer
+def test_every_number_that_is_not_of_this_form_is_noticed(layer: StoredLayer):
+    factors = to_peft(layer)
+    zeros = (factors.A == 0).nonzero(), (factors.B == 0).nonzero()
+    for tensor, places in zip((factors.A, factors.B), zeros, strict=True):
+        if len(places):
+            broken = tensor.clone()
+            broken[tuple(places[-1])] = 1.0
+            A, B = (broken, factors.B) if tensor is factors.A else (factors.A, broken)
+            with pytest.raises(AdapterFileError, match="not of the form"):
+                from_peft(on_meta(layer), Factors(A, B, factors.magnitude, factors.own_rank))
+
+
+def test_magnitudes_of_other_rows_are_the_base_norms():
+    layer = LAYERS["fused-dora"]
+    assert layer.magnitude is not None
+    assert layer.base_norms is not None
+    whole = to_peft(layer).magnitude
+    assert whole is not None
+    rows = torch.cat([s.rows() for s in layer.slices])
+    others = [r for r in range(len(whole)) if r not in rows.tolist()]
+    assert torch.equal(whole[rows], layer.magnitude)
+    assert torch.equal(whole[others], layer.base_norms[others])
+    assert len(others) == 12
+
+
+def test_what_peft_cannot_say():
+    layer = with_dora(fused(*contiguous(4, 0, 2)))
+    layer.base_norms = None
+    with pytest.raises(NotExpressibleError, match="norms of the base's other rows"):
+        to_peft(layer)
+    with pytest.raises(NotExpressibleError, match="no DoRA for grouped"):
+        to_peft(with_dora(convolution(rank=4, groups=2)))
+    with pytest.raises(NotExpressibleError, match="mix its groups"):
+        to_peft(loralib_convolution(n_in=4, n_out=6, kernel=(1, 1), groups=2))
+    unknown = loralib_convolution(kernel=(3, 3))
+    unknown.weight_shape = None
+    with pytest.raises(NotExpressibleError, match="do not say its shape"):
+        to_peft(unknown)
+
+
+@st.composite
+def fused_layers(draw: st.DrawFn) -> StoredLayer:
+    groups, stride = draw(st.integers(1, 4)), draw(st.integers(2, 9))
+    cuts = sorted(draw(st.sets(st.integers(0, stride), min_size=2, max_size=5)))
+    pieces = [
+        RowSlice(groups=groups, stride=stride, offset=a, width=b - a)
+        for a, b in itertools.pairwise(cuts)
+    ]
+    chosen = draw(st.lists(st.sampled_from(pieces), min_size=1, unique=True))
+    layer = fused(*chosen, n_in=draw(st.integers(1, 5)), rank=draw(st.integers(1, 3)))
+    layer = with_start(layer) if draw(st.booleans()) else layer
+    return with_dora(layer) if draw(st.booleans()) else layer
+
+
+@settings(deadline=None, max_examples=60)
+@given(fused_layers())
+def test_any_slices_go_there_and_back(layer: StoredLayer):
+    check_delta(layer)
+    check_way_back(layer)
+
+
+@settings(deadline=None)
+@given(
+    rank=st.integers(1, 300),
+    multiple=st.sampled_from([1, 2, 3, 4, 6]),
+    alpha=st.one_of(
+        st.integers(1, 10_000).map(float), st.floats(1e-3, 1e3, allow_nan=False), st.just(-16.0)
+    ),
+    rslora=st.booleans(),
+)
+def test_pefts_scaling_is_ours(rank: int, multiple: int, alpha: float, rslora: bool):
+    scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+    wide = Factors(torch.empty(rank * multiple, 1), torch.empty(1, rank * multiple), None, rank)
+    found = _alpha(_Entry(wide, scaling, alpha)) / wide.rank
+    assert abs(found - scaling) <= math.ulp(scaling)
+    assert torch.tensor(found, dtype=torch.float32) == torch.tensor(scaling, dtype=torch.float32)
+    if not rslora and alpha.is_integer():
+        assert found == scaling
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules", "expected"),
+    [
+        (
+            ["h.0.q_proj", "h.1.q_proj"],
+            ["h", "h.0", "h.1", "h.0.q_proj", "h.1.q_proj", "h.0.k_proj"],
+            ["q_proj"],
+        ),
+        (["h.0.q", "h.2.q"], ["h.0.q", "h.1.q", "h.2.q", "h.10.q"], ["0.q", "2.q"]),
+        (["h.2.q", "h.10.q"], None, ["h.2.q", "h.10.q"]),
+        (["a.x.q", "b.q"], ["a.x.q", "b.q", "b.x.q"], ["a.x.q", "b.q"]),
+        (["0"], ["0", "1", "1.0"], "0"),
+    ],
+)
+def test_target_modules_are_the_shortest_names(targets, modules, expected):
+    assert target_modules(targets, modules) == expected
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_target_modules_hit_the_targets_alone(data: st.DataObject):
+    part = st.sampled_from(["a", "b", "0", "1", "a.b", "0.a"])
+    path = st.lists(part, min_size=1, max_size=3).map(".".join)
+    modules = data.draw(st.lists(path, min_size=1, max_size=12, unique=True))
+    targets = data.draw(st.lists(st.sampled_from(modules), min_size=1, unique=True))
+    config = parse({"peft_type": "LORA", "target_modules": target_modules(targets, modules)})
+    assert {path for path in modules if config.is_target(path)} == set(targets)

@@ -1,0 +1,143 @@
+"""What an adapter at rest refuses to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from at_rest import (
+    adapter,
+    contiguous,
+    convolution,
+    delta,
+    embedding,
+    fused,
+    interleaved,
+    linear,
+    loralib_convolution,
+    numbers,
+    with_dora,
+    with_start,
+)
+
+from lorakit.adapters.stored import StoredAdapter, StoredLayer, rank_notices
+from lorakit.errors import AdapterFileError
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora import LoRA
+from lorakit.models.roles import RowSlice
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank"),
+    [
+        (linear(rank=2), 2),
+        (fused(*contiguous(4, 0, 2), rank=2), 2),
+        (fused(*interleaved(2, 3, 1), rank=2), 2),
+        (embedding(rank=3), 3),
+        (convolution(rank=4), 4),
+        (convolution(rank=4, groups=2), 4),
+        (loralib_convolution(rank=2, kernel=(3, 3)), 2),
+        (replace(loralib_convolution(rank=2, kernel=(3, 3)), weight_shape=None), 2),
+        (loralib_convolution(rank=2, kernel=(1,)), 2),
+    ],
+)
+def test_rank(layer: StoredLayer, rank: int):
+    assert layer.rank == rank
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "dense"}, "kind of layer is 'dense'"),
+        ({"B": numbers(8, 3)}, r"A has shape \(2, 6\) and B has shape \(8, 3\)"),
+        ({"A": numbers(2, 6, 1)}, "linear layer needs A"),
+        ({"A": numbers(2, 6)[0]}, "linear layer needs A"),
+        ({"scaling": 0.0}, "scaling is 0.0"),
+        ({"scaling": float("inf")}, "scaling is inf"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"A": numbers(2, 6) * float("nan")}, "A holds 12 values that are NaN"),
+        ({"B": numbers(8, 2).masked_fill(torch.eye(8, 2) > 0, float("inf"))}, "B holds 2 values"),
+        ({"A": torch.ones(2, 6, dtype=torch.int64)}, "A holds int64 numbers"),
+        ({"A": torch.ones(0, 6)}, r"A is empty: its shape is \(0, 6\)"),
+        ({"A": torch.ones(2, 6).to_sparse()}, "not a dense tensor"),
+        ({"A": [[1.0]]}, "A is a list"),
+        ({"magnitude": numbers(7)}, r"magnitude has shape \(7,\); \(8,\)"),
+        ({"initial_A": numbers(2, 6)}, "without the other"),
+        ({"initial_A": numbers(2, 6), "initial_B": numbers(8, 1)}, "initial_B has shape"),
+        ({"base_norms": numbers(8)}, "base_norms has shape"),
+        ({"slices": contiguous(8, 0)}, None),
+        ({"slices": contiguous(4, 0, 1)}, r"needs A \(2 \* rank, in\) and B \(8, rank\)"),
+        ({"slices": (*contiguous(4, 0), *contiguous(2, 0, 1))}, "linear layer needs A"),
+    ],
+)
+def test_what_a_layer_refuses(change: dict, message: str | None):
+    layer = linear()
+    if message is None:
+        replace(layer, **change)
+        return
+    with pytest.raises(AdapterFileError, match=message):
+        replace(layer, **change)
+
+
+def test_slices_must_be_of_one_layer_and_apart():
+    one = RowSlice(groups=1, stride=12, offset=0, width=4)
+    with pytest.raises(AdapterFileError, match="overlap"):
+        fused(one, RowSlice(groups=1, stride=12, offset=2, width=4))
+    with pytest.raises(AdapterFileError, match="different layers"):
+        fused(one, RowSlice(groups=1, stride=16, offset=4, width=4))
+    with pytest.raises(AdapterFileError, match="cannot be adapted by slices"):
+        replace(fused(one), kind="embedding")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"B": numbers(6, 2, 3, 3)}, "conv layer needs A"),
+        ({"B": numbers(6, 2, 1)}, "conv layer needs A"),
+        ({"A": numbers(3, 4, 3, 3)}, "conv layer needs A"),
+        ({"A": numbers(2, 4), "B": numbers(6, 2)}, "conv layer needs A"),
+    ],
+)
+def test_what_a_convolution_refuses(change: dict, message: str):
+    with pytest.raises(AdapterFileError, match=message):
+        replace(convolution(), **change)
+
+
+def test_loralib_factors_must_fit_the_kernel():
+    layer = loralib_convolution(n_in=4, n_out=6, rank=2, kernel=(3, 3))
+    with pytest.raises(AdapterFileError, match=r"A \(rank \* 3, in \* 3\)"):
+        replace(layer, weight_shape=(6, 5, 3, 3))
+    with pytest.raises(AdapterFileError, match="cannot have DoRA"):
+        replace(layer, magnitude=numbers(18))
+    plain = StoredLayer(kind="linear", A=layer.A, B=layer.B, scaling=3.0 / 6, alpha=3.0)
+    again = plain.as_loralib_conv((6, 4, 3, 3))
+    assert again.rank == 2
+    assert torch.equal(delta(again), delta(layer))
+    with pytest.raises(AdapterFileError, match="conv-loralib layer needs"):
+        plain.as_loralib_conv((6, 4, 5, 5))
+
+
+def test_an_adapter_holds_something():
+    with pytest.raises(AdapterFileError, match="no lora_A and lora_B"):
+        StoredAdapter(method=LoRA())
+    with pytest.raises(AdapterFileError, match="no tensors"):
+        StoredAdapter(method=FullFineTuning())
+    with pytest.raises(AdapterFileError, match=r"'head\.weight' holds 1 values that are NaN"):
+        adapter({"a": linear()}, trained={"head.weight": torch.tensor([1.0, float("nan")])})
+
+
+def test_counted_are_trained_numbers_alone():
+    layers = {
+        "a": with_dora(fused(*contiguous(4, 0, 2), rank=2, n_in=6)),
+        "b": with_start(linear(6, 8, 2)),
+    }
+    stored = adapter(layers, trained={"a.bias": numbers(12)})
+    assert stored.parameters == (2 * 2 * 6 + 8 * 2 + 8) + (2 * 6 + 8 * 2) + 12
+
+
+def test_a_rank_above_the_width_is_a_notice():
+    assert rank_notices({"a": linear(6, 8, 6)}) == []
+    (notice,) = rank_notices({"a": linear(6, 8, 6), "b.c": linear(6, 8, 7)})
+    assert "1 layers" in notice
+    assert "'b.c' (rank 7, width 6)" in notice

@@ -1,0 +1,165 @@
+"""`lorakit evaluate` from a model folder, an adapter folder and a data file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError, DataError, LorakitError, WrongBaseError
+from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.evaluate import evaluate
+from lorakit.training.config import OptimizerConfig
+from lorakit.training.loop import train
+
+SHORT = Decoding(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an adapter, its base beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(tiny_runs.config(folder, tiny_runs.save_base(folder / "base")))
+    return folder
+
+
+def settings(folder: Path, **overrides) -> EvaluateConfig:
+    data = DataConfig(
+        train=str(folder / "train.jsonl"),
+        validation=str(folder / "validation.jsonl"),
+        test=str(folder / "validation.jsonl"),
+    )
+    values = {
+        "base": BaseConfig(name=str(folder / "base"), dtype="float32", device="cpu"),
+        "data": data,
+        "decoding": SHORT,
+        **overrides,
+    }
+    return EvaluateConfig(**values)
+
+
+def test_the_loss_is_that_which_training_reported(trained: Path) -> None:
+    result = json.loads((trained / "run" / "result.json").read_text())
+    base = evaluate(settings(trained, scores=("loss",)))
+    assert base.scores["loss"] == pytest.approx(result["scores_before"]["loss"], rel=1e-5)
+    adapted = evaluate(
+        settings(trained, scores=("loss",), adapter=str(trained / "run" / "adapter"))
+    )
+    assert adapted.scores["loss"] == pytest.approx(result["scores"]["loss"], rel=1e-5)
+    assert adapted.scores["loss"] < base.scores["loss"]
+
+
+def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained, tmp_path) -> None:
+    rows = [
+        {"prompt": "river pub:", "completion": " river"},
+        {"prompt": "food:", "completion": " food"},
+        {"prompt": "river pub:", "completion": " the river"},
+    ]
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    config = settings(trained, output=str(tmp_path / "out.jsonl"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=test))
+    result = evaluate(config)
+    assert set(result.scores) == {"loss", "perplexity", "bleu", "rouge_l"}
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert records == result.outputs
+    assert [r["prompt"] for r in records] == ["river pub:", "food:"]
+    assert [r["references"] for r in records] == [["river", "the river"], ["food"]]
+    first = evaluate(dataclasses.replace(config, limit=1, output=None))
+    assert first.outputs == result.outputs[:1]
+    assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a classifier of words, whose labels are names."""
+    folder = tmp_path_factory.mktemp("classifier")
+    base = tiny_runs.save_base(folder / "base", "bert", "base")
+    names = ("dry", "wet")
+    rows = [{**row, "label": names[row["label"]]} for row in tiny_runs.labelled(80)]
+    tiny_runs.write_rows(folder / "train.jsonl", rows[:60])
+    tiny_runs.write_rows(folder / "validation.jsonl", rows[60:])
+    train(
+        tiny_runs.config(
+            folder, base, optimizer=OptimizerConfig(learning_rate=2e-2), epochs=10, seed=1
+        )
+    )
+    return folder
+
+
+def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, tmp_path) -> None:
+    result = json.loads((classifier / "run" / "result.json").read_text())
+    config = settings(classifier, adapter=str(classifier / "run" / "adapter"))
+    scores = evaluate(config).scores
+    assert scores == pytest.approx(result["scores"], rel=1e-5)
+    assert scores["accuracy"] > 0.7
+    # The training file is not needed, and a set of one label does not shift what the outputs mean.
+    rows = [json.loads(line) for line in (classifier / "validation.jsonl").read_text().splitlines()]
+    wet = tiny_runs.write_rows(tmp_path / "wet.jsonl", [r for r in rows if r["label"] == "wet"])
+    data = DataConfig(train=str(tmp_path / "gone.jsonl"), test=wet)
+    outputs = evaluate(dataclasses.replace(config, data=data)).outputs
+    assert {record["label"] for record in outputs} == {1}
+
+
+def test_a_label_that_was_not_trained_is_an_error(classifier, tmp_path) -> None:
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", [{"text": "river", "label": "damp"}])
+    config = settings(classifier, adapter=str(classifier / "run" / "adapter"))
+    config = dataclasses.replace(config, data=DataConfig(train=test, test=test))
+    with pytest.raises(DataError, match=r"damp.*dry, wet"):
+        evaluate(config)
+
+
+def test_another_base_is_refused_unless_allowed(trained, tmp_path) -> None:
+    other = tiny_runs.save_base(tmp_path / "other", seed=5)
+    config = settings(
+        trained,
+        base=BaseConfig(name=other, dtype="float32", device="cpu"),
+        adapter=str(trained / "run" / "adapter"),
+        scores=("loss",),
+    )
+    with pytest.raises(WrongBaseError):
+        evaluate(config)
+    assert evaluate(dataclasses.replace(config, allow_other_base=True)).scores["loss"] > 0
+
+
+def test_data_of_another_task_is_refused(classifier: Path) -> None:
+    config = settings(classifier, adapter=str(classifier / "run" / "adapter"))
+    data = dataclasses.replace(config.data, task="completion")
+    with pytest.raises(ConfigurationError, match="trained for classification"):
+        evaluate(dataclasses.replace(config, data=data))
+
+
+def test_an_encoder_decoder_is_scored(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "t5")
+    tiny_runs.config(tmp_path, base)  # writes the data
+    result = evaluate(settings(tmp_path))
+    assert set(result.scores) == {"loss", "perplexity", "bleu", "rouge_l"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"scores": ()}, "scores is empty"), ({"limit": 0}, "limit"), ({"split": "train"}, "split")],
+)
+def test_settings_that_cannot_work_say_why(trained, overrides, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        settings(trained, **overrides)
+
+
+def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base")
+    tiny_runs.config(tmp_path, base)  # writes the data
+    broken = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    broken.save_pretrained(base)
+    with pytest.raises(LorakitError, match=r"loss is nan.*float32"):
+        evaluate(settings(tmp_path, scores=("loss",)))

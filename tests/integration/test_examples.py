@@ -1,0 +1,130 @@
+"""The scripts in examples/ run as they stand, and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "accelerate_loop")
+
+pytestmark = [
+    # transformers' Trainer asks PyTorch to pin memory where there is no accelerator to pin it for.
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run an example as ``python examples/NAME.py --out ...``; return its variables."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+
+    def run_example(name: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path / "out"), *arguments])
+        return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+    return run_example
+
+
+def fresh_base(names: dict[str, Any]) -> nn.Module:
+    model, _ = names["load_base"](None)
+    return model
+
+
+def assert_same_base(model: nn.Module, base: nn.Module) -> None:
+    found, expected = model.state_dict(), base.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name].cpu(), expected[name]) for name in expected)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, names: dict[str, Any]) -> Tensor:
+    batch = names["tokenizer"](
+        names["load_base"].__globals__["TEXTS"], padding=True, return_tensors="pt"
+    )
+    return model.cpu().eval()(**batch).logits
+
+
+def test_every_example_is_tested() -> None:
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*TRAINING, "many_adapters", "load_with_peft", "tiny_base"}
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training(name: str, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    names = run(name)
+    losses = names["losses"]
+    assert losses[-1] < losses[0] - 0.05
+    model, adapters, base = names["model"], names["adapters"], fresh_base(names)
+
+    # Exactly the adapter moved.
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(".adapters.")[1].split(".")[0] for n in trained} == {"mine"}
+    start = fresh_base(names)
+    lorakit.attach(start, adapters.method(), name="mine", seed=0)
+    moved = {
+        n for n, p in start.named_parameters() if not torch.equal(p, model.get_parameter(n).cpu())
+    }
+    assert moved == trained.keys()
+
+    # The folder holds it, and the base is as it was.
+    adapted = logits(model, names)
+    assert (adapted - logits(base, names)).abs().max() > 1e-2
+    folder = next((tmp_path / "out").rglob("adapter_config.json")).parent
+    other = fresh_base(names)
+    lorakit.load(other, folder)
+    torch.testing.assert_close(logits(other, names), adapted)
+    adapters.detach()
+    assert_same_base(model, base)
+
+
+def test_many_adapters(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    names = run("many_adapters")
+    found, model = names["logits"], names["model"]
+    formal, casual, base = found["formal"], found["casual"], found[None]
+    for one, other in ((formal, casual), (formal, base), (casual, base)):
+        assert (one - other).abs().max() > 1e-2
+    torch.testing.assert_close(found["by row"], torch.stack([casual[0], base[1], formal[2]]))
+    torch.testing.assert_close(found["merged"], formal, atol=1e-4, rtol=1e-4)
+    assert all((found["mixed"] - one).abs().max() > 1e-2 for one in (formal, casual, base))
+    assert_same_base(model, fresh_base(names))
+    lorakit.load(model, tmp_path / "out", name="again")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**names["batch"]).logits, formal)
+
+
+def test_load_with_peft(run: Callable[..., dict[str, Any]]) -> None:
+    names = run("load_with_peft")
+    found = names["logits"]
+    assert list(found) == ["lorakit", "peft", "transformers", "taken over"]
+    with torch.no_grad():
+        base = fresh_base(names)(**names["batch"]).logits
+    for logits_found in found.values():
+        assert (logits_found - base).abs().max() > 1e-2
+        torch.testing.assert_close(logits_found, found["lorakit"], atol=1e-5, rtol=0)
+    taken_over = names["taken_over"]
+    assert set(dict(taken_over.model.named_modules())) >= {"model.layers.0.self_attn.q_proj"}
+    taken_over.detach()
+    assert_same_base(taken_over.model, fresh_base(names))
+
+
+def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """--model takes any folder; here the tiny model itself, saved with its tokenizer."""
+    names = run("many_adapters")
+    model, tokenizer = names["load_base"](None)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    again = run("many_adapters", "--model", str(tmp_path / "base"))
+    torch.testing.assert_close(again["logits"][None], names["logits"][None], atol=1e-5, rtol=0)

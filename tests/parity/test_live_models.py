@@ -1,0 +1,104 @@
+"""Folders and models that change hands without `peft.PeftModel.from_pretrained` or `lorakit.load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import covering_array
+import peft
+import peft_models
+import pytest
+import tiny_models
+import torch
+from covering_array import Case, fresh_model
+from logits import assert_differ, assert_same, randomise
+
+from lorakit import LoRA, attach, from_peft
+
+FOLDERS = {
+    "llama": LoRA(rank=2, alpha=3.0, targets="all-linear", rank_pattern={"down_proj": 3}),
+    "gpt2": LoRA(rank=2, alpha=3.0, targets="attention.qv", init="pissa"),
+    "roberta": LoRA(rank=2, alpha=3.0, dora=True, train_modules="classifier"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("arch", FOLDERS)
+def test_transformers_load_adapter_takes_our_folder(arch: str, tmp_path: Path):
+    head = tiny_models.natural_head(arch)
+    model, theirs = fresh_model(arch, head), fresh_model(arch, head)
+    batch = tiny_models.example_batch(arch, model)
+    base = model(**batch).logits
+    handle = attach(model, FOLDERS[arch], seed=1)
+    randomise(handle.trainable_parameters(), seed=2)
+    expected = model(**batch).logits
+    assert_differ(expected, base)
+    folder = handle.save(tmp_path / "adapter")
+    with peft_models.speaking_peft():
+        theirs.load_adapter(str(folder))
+    assert_same(theirs.eval()(**batch).logits, expected)
+
+
+EVERY_TENTH = covering_array.cases()[::10]
+
+
+@pytest.mark.parametrize("case", EVERY_TENTH, ids=str)
+def test_from_peft_takes_over_a_live_model(case: Case):
+    model = case.model()
+    batch = case.batch(model)
+    base, keys = model(**batch).logits, list(model.state_dict())
+    adapted = peft_models.adapt(case.model(), peft_models.configuration(case))
+    expected = adapted(**batch).logits
+    assert_differ(expected, base)
+    with peft_models.speaking_peft():
+        handle = from_peft(adapted)
+    taken = handle.model
+    assert type(taken) is type(model)
+    assert_same(taken(**batch).logits, expected)
+    assert [key for key in taken.state_dict() if ".adapters." not in key] == keys
+    handle.detach()
+    assert_same(taken(**batch).logits, base, tolerance=0.0)
+
+
+def test_from_peft_takes_over_two_adapters():
+    model = fresh_model("llama", "causal-lm")
+    batch = tiny_models.example_batch("llama", model)
+    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=["q_proj", "v_proj"])
+    wide = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=["o_proj", "v_proj", "up_proj"])
+    with peft_models.speaking_peft():
+        adapted = peft.get_peft_model(model, config, adapter_name="narrow").eval()
+        adapted.add_adapter("wide", wide)
+        randomise((p for n, p in adapted.named_parameters() if "lora_" in n), seed=1)
+        expected = {}
+        for name in ("wide", "narrow"):
+            adapted.set_adapter(name)
+            expected[name] = adapted.eval()(**batch).logits
+        handle = from_peft(adapted)
+    assert set(handle.names) == {"narrow", "wide"}
+    assert handle.active == {"narrow": 1.0}
+    assert_differ(expected["narrow"], expected["wide"])
+    for name, logits in expected.items():
+        handle.activate(name)
+        assert_same(handle.model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("arch", ["gemma", "smollm3"])
+def test_from_peft_with_tied_adapters(arch: str):
+    """PEFT's ensure_weight_tying: one pair of factors, on the table and on the head that shares it."""
+    model = fresh_model(arch, "causal-lm")
+    batch = tiny_models.example_batch(arch, model)
+    base = model(**batch).logits
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3.0, target_modules=["embed_tokens"], ensure_weight_tying=True
+    )
+    adapted = peft_models.adapt(fresh_model(arch, "causal-lm"), config)
+    expected = adapted(**batch).logits
+    assert_differ(expected, base)
+    with peft_models.speaking_peft():
+        handle = from_peft(adapted)
+    assert_same(handle.model(**batch).logits, expected)

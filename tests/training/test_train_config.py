@@ -1,0 +1,159 @@
+"""One configuration, three doors: Python, YAML and flags set the same fields with the same strictness."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import yaml
+
+from lorakit.cli.parsing import parse
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.config import BaseConfig, EvaluateConfig
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.config import LoRA
+from lorakit.training.config import (
+    CheckpointConfig,
+    HeldOutConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from lorakit.training.loop import train
+
+BASE, DATA = BaseConfig(name="smollm2-135m"), DataConfig(train="train.jsonl")
+
+
+def of(**settings) -> TrainConfig:
+    return TrainConfig(**{"base": BASE, "data": DATA, "output": "out", **settings})
+
+
+def parsed(command_line: str) -> TrainConfig:
+    return parse(TrainConfig, "train", "Train.", shlex.split(command_line))
+
+
+def test_flags_and_python_say_the_same() -> None:
+    flags = parsed(
+        "--base.name smollm2-135m --data.train train.jsonl --output out --lora.rank 16 "
+        "--lora.targets all-linear --optimizer.learning_rate 1e-3 --epochs 2 --accumulation 4"
+    )
+    python = of(
+        lora=LoRA(rank=16, targets="all-linear"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        epochs=2.0,
+        accumulation=4,
+    )
+    assert flags == python
+
+
+def test_yaml_and_python_say_the_same_and_flags_win(tmp_path: Path) -> None:
+    config = of(
+        data=DataConfig(train="train.jsonl", validation="held.jsonl", columns={"prompt": "mr"}),
+        lora=LoRA(targets=("attention.qv", "mlp"), rank_pattern={"mlp": 4}),
+        optimizer=OptimizerConfig(betas=(0.9, 0.95), schedule="cosine", warmup=20),
+        evaluation=HeldOutConfig(metric="bleu", samples=50, patience=3),
+        checkpoints=CheckpointConfig(every=100, keep=1),
+        loggers=("tensorboard",),
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.as_dict()))
+    assert parsed(f"--config {path}") == config
+    assert parsed(f"--config {path} --seed 7") == dataclasses.replace(config, seed=7)
+
+
+def test_the_recorded_configuration_repeats_and_resumes_the_run(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=2)
+    first = train(config)
+    recorded = tmp_path / "run" / "config.yaml"
+    assert train(parsed(f"--config {recorded} --resume true")) == first
+    again = parsed(f"--config {recorded} --output {tmp_path / 'again'}")
+    train(again)
+    assert tiny_runs.adapter_bytes(tmp_path / "again") == tiny_runs.adapter_bytes(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        ("--optimizer.learning_rat 1", "optimizer.learning_rate"),
+        ("--lora.rnak 4", "lora.rank"),
+        ("--epoch 4", "epochs"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_the_nearest_one(arguments: str, nearest: str) -> None:
+    with pytest.raises(ConfigurationError, match=nearest):
+        parsed(f"--base.name b --data.train t.jsonl --output out {arguments}")
+
+
+@pytest.mark.parametrize(
+    "section", [TrainConfig, OptimizerConfig, HeldOutConfig, CheckpointConfig, EvaluateConfig]
+)
+def test_every_setting_has_a_help_text(section, capsys) -> None:
+    if section in (TrainConfig, EvaluateConfig):
+        with pytest.raises(SystemExit):
+            parse(section, "train", "Train.", ["--help"])
+        text = capsys.readouterr().out
+        for field in dataclasses.fields(section):
+            assert f"--{field.name}" in text
+    source = Path(__import__(section.__module__, fromlist=["_"]).__file__).read_text()
+    for field in dataclasses.fields(section):
+        _, found, after = source.partition(f"\n    {field.name}: ")
+        assert found
+        assert after.split("\n", 1)[1].lstrip().startswith('"""'), field.name
+
+
+def test_default_rates_follow_the_method() -> None:
+    assert of().peak_rate == 10 * of(method="full").peak_rate == 5e-4
+    assert of(optimizer=OptimizerConfig(learning_rate=1.0)).peak_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output": ""}, "output is empty"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": float("nan")}, "epochs is nan"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulation": -1}, "accumulation is -1"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"method": "lara"}, "method is 'lara'"),
+        ({"loggers": ("mlflow",)}, "mlflow"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"method": "full", "lora": LoRA(rank=4)}, "section lora has settings"),
+        ({"full": FullFineTuning(top_layers=2)}, "section full has settings"),
+        ({"method": "full", "optimizer": OptimizerConfig(lr_ratio=4)}, "lr_ratio"),
+        ({"from_adapter": "x", "lora": LoRA(rank=4)}, "brings its own method"),
+        ({"evaluation": HeldOutConfig(patience=2)}, r"patience needs validation data"),
+        ({"evaluation": HeldOutConfig(samples=2)}, r"data\.validation_fraction"),
+    ],
+)
+def test_settings_that_cannot_work_say_why(settings, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (HeldOutConfig, {"metric": "bleu"}, "evaluation.samples is 0"),
+        (HeldOutConfig, {"metric": "blue"}, "evaluation.metric is 'blue'"),
+        (HeldOutConfig, {"every": 0}, "evaluation.every is 0"),
+        (CheckpointConfig, {"keep": 0}, "checkpoints.keep is 0"),
+        (BaseConfig, {"name": ""}, "base.name is empty"),
+        (BaseConfig, {"name": "x", "dtype": "int8"}, "base.dtype is 'int8'"),
+        (BaseConfig, {"name": "x", "device": "gpu"}, "base.device is 'gpu'"),
+    ],
+)
+def test_sections_check_themselves(section, settings, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        section(**settings)
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="sees no such device"):
+        BaseConfig(name="x", device="cuda").pick_device()
