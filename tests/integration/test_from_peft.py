@@ -13,6 +13,13 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.errors import AdapterStateError, LorakitError
 
+pytestmark = [
+    # PEFT uses a name that transformers is giving up.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # It saves the frozen table beside an adapter on an embedding, and says so.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

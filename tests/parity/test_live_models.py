@@ -65,28 +65,6 @@ def test_from_peft_takes_over_a_live_model(case: Case):
     assert_same(taken(**batch).logits, base, tolerance=0.0)
 
 
-def test_from_peft_takes_over_two_adapters():
-    model = fresh_model("llama", "causal-lm")
-    batch = tiny_models.example_batch("llama", model)
-    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=["q_proj", "v_proj"])
-    wide = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=["o_proj", "v_proj", "up_proj"])
-    with peft_models.speaking_peft():
-        adapted = peft.get_peft_model(model, config, adapter_name="narrow").eval()
-        adapted.add_adapter("wide", wide)
-        randomise((p for n, p in adapted.named_parameters() if "lora_" in n), seed=1)
-        expected = {}
-        for name in ("wide", "narrow"):
-            adapted.set_adapter(name)
-            expected[name] = adapted.eval()(**batch).logits
-        handle = from_peft(adapted)
-    assert set(handle.names) == {"narrow", "wide"}
-    assert handle.active == {"narrow": 1.0}
-    assert_differ(expected["narrow"], expected["wide"])
-    for name, logits in expected.items():
-        handle.activate(name)
-        assert_same(handle.model(**batch).logits, logits)
-
-
 @pytest.mark.parametrize("arch", ["gemma", "smollm3"])
 def test_from_peft_with_tied_adapters(arch: str):
     """PEFT's ensure_weight_tying: one pair of factors, on the table and on the head that shares it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -348,8 +350,25 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path, base: str) -> None:
     assert [e.step for e in events.Scalars("validation/loss")] == [0, 3]
 
 
+def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypatch) -> None:
+    logged: list[tuple[int, dict]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: logged.append((-1, {})),
+    )
+    opened: dict = {}
+    wandb = SimpleNamespace(init=lambda **settings: opened.update(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train(tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=2))
+    assert opened["name"] == "run"
+    assert opened["config"]["lora"]["rank"] == 8
+    assert [step for step, _ in logged] == [0, 1, 2, 2, -1]
+    assert {"train/loss", "train/learning_rate"} <= logged[1][1].keys()
+    assert {"validation/loss", "validation/perplexity"} == logged[0][1].keys()
+
+
 def test_a_logger_that_is_not_installed_says_so(tmp_path, base, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigurationError, match="pip install wandb"):
         train(tiny_runs.config(tmp_path, base, loggers=("wandb",)))
 

@@ -262,6 +262,14 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_a_checkpoint_of_another_version_says_so(tmp_path, base, monkeypatch) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    path = tmp_path / "run" / "checkpoints" / "step-000006" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new_counter": 1}))
+    with pytest.raises(RunFolderError, match=r"another version.*new_counter"):
+        train(config)
+
+
 def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:
     train(settings(tmp_path, base, checkpoints=CheckpointConfig(every=2, keep=3)))
     found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())

@@ -151,7 +151,13 @@ def restore(
             tensor.copy_(stored[name])
     _restore_optimizer(optimizer, _load(path / OPTIMIZER))
     _restore_random_states(_load(path / RANDOM))
-    return State(**state)
+    try:
+        return State(**state)
+    except TypeError as error:
+        raise RunFolderError(
+            f"{path / STATE} was written by another version of lorakit ({error}). Resume with that version, or start "
+            "a new run with from_adapter."
+        ) from None
 
 
 def _existing(folder: Path) -> list[Path]:

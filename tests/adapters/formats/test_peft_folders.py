@@ -1,0 +1,496 @@
+"""PEFT folders: what PEFT writes is read to the bit, what is written PEFT loads without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import pytest
+import tiny_models
+import torch
+from at_rest import adapter, linear, numbers, same_bits
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.errors import AdapterFileError
+
+PEFT_SPEAKS = (
+    "Setting `save_embedding_layers`",
+    "Model has `tie_word_embeddings=True`",
+    "fan_in_fan_out is set",
+    "`is_gradient_checkpointing` is deprecated",
+)
+
+
+class Net(nn.Module):
+    """One layer of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.table = nn.Embedding(10, 8)
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.body = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+            self.head = nn.Linear(8, 4)
+        self.eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = self.conv(x.mT).mT
+        x = self.attn(x, x, x)[0] + x
+        for layer in self.body:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+IDS = torch.tensor([[1, 2, 3], [9, 0, 4]])
+
+
+@contextmanager
+def speaking_peft() -> Iterator[None]:
+    """Let PEFT give the warnings that it gives on correct use, and no other."""
+    with warnings.catch_warnings():
+        for beginning in PEFT_SPEAKS:
+            warnings.filterwarnings("ignore", message=beginning)
+        yield
+
+
+def by_peft(model: nn.Module, folder: Path, **options) -> tuple[peft.PeftModel, dict[str, Tensor]]:
+    """An adapter of PEFT's with random numbers, saved; and the file's tensors."""
+    with speaking_peft():
+        config = peft.LoraConfig(r=2, lora_alpha=3, **options)
+        adapted = peft.get_peft_model(model, config).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        adapted.save_pretrained(folder)
+    return adapted, load_file(folder / "adapter_model.safetensors")
+
+
+def loaded_by_peft(model: nn.Module, folder: Path) -> peft.PeftModel:
+    with speaking_peft():
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+EVERYTHING = {"target_modules": ["table", "conv", "attn", "body.0", "body.2"]}
+
+
+def test_every_tensor_is_read_to_the_bit(tmp_path):
+    _, tensors = by_peft(Net(), tmp_path, **EVERYTHING, bias="all", modules_to_save=["head"])
+    stored = read_peft(tmp_path)
+    assert {path: layer.kind for path, layer in stored.layers.items()} == {
+        "table": "embedding",
+        "conv": "conv",
+        "attn": "attention",
+        "attn.out_proj": "linear",
+        "body.0": "linear",
+        "body.2": "linear",
+    }
+    keys = {
+        "table": ("table.lora_embedding_A", "table.lora_embedding_B"),
+        "attn.out_proj": (
+            "attn.base_layer.out_proj.lora_A.weight",
+            "attn.base_layer.out_proj.lora_B.weight",
+        ),
+    }
+    for path, layer in stored.layers.items():
+        key_A, key_B = keys.get(path, (f"{path}.lora_A.weight", f"{path}.lora_B.weight"))
+        same_bits(layer.A, tensors[f"base_model.model.{key_A}"], path)
+        same_bits(layer.B, tensors[f"base_model.model.{key_B}"], path)
+        assert (layer.rank, layer.alpha, layer.scaling) == (2, 3.0, 1.5)
+    biases = {"conv.bias", "attn.out_proj.bias", "body.0.bias", "body.1.bias", "body.2.bias"}
+    assert stored.trained.keys() == biases | {"head.weight", "head.bias"}
+    method = stored.method
+    assert isinstance(method, lorakit.LoRA)
+    assert (method.rank, method.alpha, method.bias, method.train_modules) == (
+        2,
+        3.0,
+        "all",
+        ("head",),
+    )
+    assert method.targets == tuple(sorted(EVERYTHING["target_modules"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "none"},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["head"]},
+        {"modules_to_save": ["head", "body.1"], "bias": "all"},
+        {"use_rslora": True, "rank_pattern": {"body.2": 4}, "alpha_pattern": {"conv": 7}},
+    ],
+    ids=str,
+)
+def test_there_and_back_through_both(tmp_path, options):
+    """PEFT writes, lorakit reads and writes, PEFT reads: the same tensors and the same logits."""
+    adapted, tensors = by_peft(Net(), tmp_path / "theirs", **EVERYTHING, **options)
+    stored = read_peft(tmp_path / "theirs")
+    model = Net()
+    formats.check_targets(stored, tmp_path, model)
+    (tmp_path / "ours").mkdir()
+    write_peft(stored, tmp_path / "ours")
+    again = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert again.keys() <= tensors.keys()
+    surplus = tensors.keys() - again.keys()
+    assert all(
+        "modules_to_save" in k or "original_module" in k or k.endswith("base_layer.weight")
+        for k in surplus
+    )
+    for key, tensor in again.items():
+        same_bits(tensor, tensors[key], key)
+    with torch.no_grad():
+        expected = adapted(IDS)
+        assert (expected - Net()(IDS)).abs().max() > 1e-2
+        assert torch.equal(loaded_by_peft(Net(), tmp_path / "ours")(IDS), expected)
+
+
+def test_dora_of_every_kind_that_peft_has(tmp_path):
+    targets = {"target_modules": ["table", "conv", "body.1"], "use_dora": True}
+    _, tensors = by_peft(Net(), tmp_path, **targets)
+    stored = read_peft(tmp_path)
+    for path, rows in {"table": 8, "conv": 8, "body.1": 8}.items():
+        magnitude = stored.layers[path].magnitude
+        assert magnitude is not None
+        assert magnitude.shape == (rows,)
+        key = f"base_model.model.{path}.lora_magnitude_vector"
+        assert torch.equal(magnitude, tensors[key].flatten())
+    form = peft_form(stored)
+    for key in (k for k in tensors if "lora_" in k):
+        same_bits(form.tensors[key], tensors[key], key)
+
+
+def test_gpt2s_transposed_layers_are_marked(tmp_path):
+    by_peft(tiny_models.build("gpt2"), tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
+    stored = read_peft(tmp_path)
+    assert all(layer.transposed for layer in stored.layers.values())
+    assert peft_form(stored).config["fan_in_fan_out"]
+
+
+def test_a_pickle_of_tensors_is_read(tmp_path):
+    _, tensors = by_peft(Net(), tmp_path, **EVERYTHING)
+    expected = read_peft(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    found = read_peft(tmp_path)
+    for path, layer in expected.layers.items():
+        same_bits(found.layers[path].A, layer.A)
+
+
+def test_keys_without_pefts_prefix(tmp_path):
+    _, tensors = by_peft(Net(), tmp_path, **EVERYTHING)
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    save_file(bare, tmp_path / "adapter_model.safetensors")
+    assert list(read_peft(tmp_path).layers)
+    both = {**tensors, "conv.lora_A.weight": bare["conv.lora_A.weight"].clone()}
+    save_file(both, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="with and without 'base_model"):
+        read_peft(tmp_path)
+
+
+# --- base weights in the file --------------------------------------------------------------------
+
+
+def test_the_table_that_peft_saves_along_is_held_against_the_models(tmp_path):
+    by_peft(tiny_models.build("llama"), tmp_path, target_modules=["embed_tokens", "q_proj"])
+    name = "model.embed_tokens.weight"
+
+    stored = read_peft(tmp_path)
+    assert stored.base_copies.keys() == {name}
+    assert name not in stored.trained
+    formats.check_targets(stored, tmp_path, tiny_models.build("llama"))
+    assert not stored.base_copies
+    assert not stored.trained
+
+    stored = read_peft(tmp_path)
+    other = tiny_models.build("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3] += 1
+    formats.check_targets(stored, tmp_path, other)
+    assert torch.equal(stored.trained[name], tiny_models.build("llama").model.embed_tokens.weight)
+    assert "'model.embed_tokens.weight'; they count as trained" in stored.notices[-1]
+
+    stored = read_peft(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"model\.resize_token_embeddings\(99\)"):
+        formats.check_targets(stored, tmp_path, tiny_models.build("llama", vocab_size=50))
+
+
+def test_an_adapted_layer_without_tensors_and_the_other_way_round(tmp_path):
+    by_peft(Net(), tmp_path, target_modules=["body.0", "body.1"])
+    config = tmp_path / "adapter_config.json"
+    stored = read_peft(tmp_path)
+    formats.check_targets(stored, tmp_path, Net())
+
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps({**written, "target_modules": ["body.0", "body.1", "body.2"]}))
+    with pytest.raises(AdapterFileError, match=r"no tensors for 'body\.2', which they mean"):
+        formats.check_targets(read_peft(tmp_path), tmp_path, Net())
+    config.write_text(json.dumps({**written, "target_modules": ["body.0"]}))
+    with pytest.raises(AdapterFileError, match=r"tensors for 'body\.1', which they do not mean"):
+        formats.check_targets(read_peft(tmp_path), tmp_path, Net())
+
+
+def test_layers_on_which_peft_computes_something_else(tmp_path):
+    def build(**settings) -> nn.Sequential:
+        return nn.Sequential(nn.Conv1d(4, 4, 3, **settings))
+
+    by_peft(build(), tmp_path, target_modules=["0"])
+    formats.check_targets(read_peft(tmp_path), tmp_path, build())
+    for settings, word in (
+        ({"dilation": 2}, "dilation"),
+        ({"padding_mode": "circular"}, "circular"),
+    ):
+        with pytest.raises(AdapterFileError, match=word):
+            formats.check_targets(read_peft(tmp_path), tmp_path, build(**settings))
+
+
+# --- damaged and hostile folders ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    by_peft(Net(), folder, target_modules=["body.0", "body.1", "attn"], modules_to_save=["head"])
+    return folder
+
+
+PREFIX = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"body.0.lora_A.weight": None}, r"'body\.0' has lora_B, and lora_A and lora_B"),
+        ({"body.0.lora_B.weight": None}, r"'body\.0' has lora_A, and"),
+        ({"body.2.lora_B.weight": numbers(8, 2)}, r"'body\.2' has lora_B"),
+        ({"body.0.lora_A.weight": numbers(3, 8)}, r"'body\.0': lora_A has shape \(3, 8\), and the rank"),
+        ({"body.0.lora_B.weight": numbers(8, 3)}, r"'body\.0': A has shape \(2, 8\) and B has"),
+        ({"body.0.lora_A.weight": numbers(2, 8) * float("nan")}, r"'body\.0': A holds 16 values"),
+        ({"body.0.lora_B.weight": torch.ones(8, 2).bool()}, r"'body\.0': B holds bool numbers"),
+        ({"body.0.lora_A.default.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
+         r"'body\.0\.lora_A\.default\.weight'.*without a name between"),
+        ({"body.0.lora_B.bias": numbers(8)}, r"'body\.0\.lora_B\.bias'"),
+        ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, and use_dora is false"),
+        ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
+        ({"body.2.bias": numbers(8)}, r"the first 'body\.2\.bias'"),
+        ({"surplus": numbers(8)}, "the first 'surplus'"),
+        ({"head.weight": None, "head.bias": None}, "the trained head is missing"),
+        ({"head.weight": numbers(4, 8) * float("inf")}, r"'head\.weight' holds 32 values"),
+        ({"attn.lora_A.weight": None, "attn.lora_B.weight": None},
+         r"'attn\.base_layer\.out_proj' has factors, and 'attn' around it has none"),
+        ({"body.0.lora_embedding_A": numbers(2, 8)}, r"'body\.0' has lora_A, lora_B, lora_embedding_A"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(tmp_path, sound, change, message):
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, tensor in change.items():
+        tensors.pop(PREFIX + key, None)
+        if tensor is not None:
+            tensors[PREFIX + key] = tensor
+    save_file(tensors, file)
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        read_peft(folder)
+    assert str(file) in str(caught.value)
+
+
+def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "rank_pattern": {"body.1": 4}})
+    )
+    with pytest.raises(AdapterFileError, match=r"'body\.1': lora_A .* and the rank there is 4"):
+        read_peft(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "holds a JSON list"),
+        ("{", "is not JSON: line 1"),
+        ("", "is not JSON"),
+        ('{"peft_type": "LORA", "r": 0}', "r is 0"),
+        ('{"peft_type": "LORA", "lora_alpha": 0}', "lora_alpha is 0"),
+        ('{"peft_type": "ADALORA"}', "of type 'ADALORA'"),
+        ('{"peft_type": "LORA", "init_lora_weights": "pissa"}', "init_lora_weights is 'pissa'"),
+        ('{"peft_type": "LORA", "r": NaN}', "NaN is no JSON number"),
+    ],
+)
+def test_a_configuration_that_is_none(tmp_path, sound, text, message):
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        read_peft(folder)
+    assert "adapter_config.json" in str(caught.value)
+
+
+# --- what PEFT's format cannot say ----------------------------------------------------------------
+
+
+def from_live(model: nn.Module, **settings) -> StoredAdapter:
+    handle = lorakit.attach(model, lorakit.LoRA(**settings), seed=0)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter += 0.1 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
+    return handle.stored()
+
+
+def test_written_options_are_what_peft_needs():
+    model = tiny_models.build("llama")
+    model.config._name_or_path = "owner/tiny"
+    stored = from_live(
+        model,
+        rank=2,
+        alpha=3,
+        targets=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"down_proj": 4, r"layers\.1\.self_attn\.q_proj": 3},
+        alpha_pattern={"down_proj": 5.5},
+        dropout=0.25,
+    )
+    config = peft_form(stored).config
+    assert config == {
+        "alpha_pattern": {r"^model\.layers\.\d+\.mlp\.down_proj": 5.5},
+        "base_model_name_or_path": "owner/tiny",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 3,
+        "lora_dropout": 0.25,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 2,
+        "rank_pattern": {
+            r"^model\.layers\.1\.self_attn\.q_proj": 3,
+            r"^model\.layers\.\d+\.mlp\.down_proj": 4,
+        },
+        "revision": None,
+        "target_modules": ["down_proj", "q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "settings", "expected"),
+    [
+        ("gpt2", None, {}, "CAUSAL_LM"),
+        ("t5", None, {}, "SEQ_2_SEQ_LM"),
+        ("roberta", None, {"train_modules": ["classifier"]}, "SEQ_CLS"),
+        ("distilbert", None, {"train_modules": ["classifier"]}, "SEQ_CLS"),
+        ("roberta", None, {}, None),  # PEFT would look for a head in the file
+        ("llama", "sequence-classification", {"train_modules": ["score"]}, "SEQ_CLS"),
+        ("bert", "masked-lm", {}, None),
+        ("vit", None, {"train_modules": ["classifier"]}, None),
+    ],
+)
+def test_task_type(arch, head, settings, expected):
+    stored = from_live(tiny_models.build(arch, head), rank=2, targets="attention.q", **settings)
+    assert peft_form(stored).config["task_type"] == expected
+
+
+def test_a_tied_head_becomes_two_layers(tmp_path):
+    model = tiny_models.build("gpt2")
+    stored = from_live(model, rank=2, targets="embedding", tie_head=True)
+    form = peft_form(stored)
+    table = stored.layers["transformer.wte"]
+    assert table.tied_head == "lm_head"
+    assert torch.equal(form.tensors[f"{PREFIX}lm_head.lora_A.weight"], table.B.T)
+    assert torch.equal(form.tensors[f"{PREFIX}lm_head.lora_B.weight"], table.A.T)
+    formats.write(stored, tmp_path)
+    batch = tiny_models.example_batch("gpt2", model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        fresh = tiny_models.build("gpt2")
+        assert (expected - fresh(**batch).logits).abs().max() > 1e-2
+        found = loaded_by_peft(fresh, tmp_path)(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert formats.read(tmp_path).layers["transformer.wte"].tied_head == "lm_head"
+
+
+def test_one_projection_of_an_attention_module_brings_the_other_as_zeros():
+    stored = from_live(Net(), rank=2, targets="attn.out_proj")
+    assert list(stored.layers) == ["attn.out_proj"]
+    form = peft_form(stored)
+    assert form.config["target_modules"] == ["attn"]
+    assert not form.tensors[f"{PREFIX}attn.lora_B.weight"].any()
+    assert form.tensors[f"{PREFIX}attn.lora_B.weight"].shape == (24, 2)
+    same_bits(
+        form.tensors[f"{PREFIX}attn.base_layer.out_proj.lora_B.weight"],
+        stored.layers["attn.out_proj"].B,
+    )
+
+
+def test_attention_projections_of_different_ranks_are_filled_up():
+    stored = from_live(
+        Net(),
+        rank=2,
+        targets="attn",
+        rank_pattern={"out_proj": 4},
+        alpha_pattern={"out_proj": 32.0},
+    )
+    form = peft_form(stored)
+    assert (form.config["r"], form.config["lora_alpha"]) == (4, 32)
+    assert form.tensors[f"{PREFIX}attn.lora_A.weight"].shape == (4, 8)
+    stored.layers["attn"].scaling = 3.0
+    with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
+        peft_form(stored)
+
+
+def test_modules_that_peft_would_confuse():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+            self.forehead = nn.Linear(4, 2)
+
+    settings = {"rank": 1, "targets": "body", "train_modules": ["head"]}
+    stored = from_live(Heads(), **settings)
+    assert stored.trained.keys() == {"head.weight", "head.bias"}
+    form = peft_form(stored)
+    # PEFT takes `forehead` for `head`: it comes along as it is in the base.
+    assert stored.base is not None
+    assert stored.base.layout is not None
+    base = stored.base.layout.parameters["forehead.weight"]
+    assert torch.equal(form.tensors[f"{PREFIX}forehead.weight"], base)
+    with pytest.raises(NotExpressibleError, match="'forehead' is adapted"):
+        peft_form(from_live(Heads(), **{**settings, "targets": "forehead"}))
+
+
+def test_a_module_that_is_trained_in_part():
+    stored = from_live(Net(), rank=2, targets="body.0", train_modules=["head"])
+    del stored.trained["head.bias"]
+    with pytest.raises(
+        NotExpressibleError, match=r"'head' is trained in part, without 'head\.bias'"
+    ):
+        peft_form(stored)
+    loose = adapter({"a": linear()}, trained={"b.weight": numbers(2, 2)}, settings={"bias": "all"})
+    assert peft_form(loose).config["modules_to_save"] == ["b"]
+
+
+def test_without_the_live_model_whole_paths_are_written():
+    layers = {f"h.{i}.q": linear() for i in (10, 2)}
+    config = peft_form(adapter(layers)).config
+    assert config["target_modules"] == ["h.2.q", "h.10.q"]
+    assert (config["base_model_name_or_path"], config["task_type"]) == (None, None)
