@@ -58,3 +58,9 @@ def require_at_least(name: str, value: float, least: float) -> None:
         raise ConfigurationError(
             f"{name} is {value!r}; it must be a finite number of {least} or more."
         )
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise a ConfigurationError unless `value` is True or False: "false" is a text, and so true."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value!r}; it must be True or False.")

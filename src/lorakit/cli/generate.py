@@ -7,11 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig, Decoding
+from lorakit.tasks import BadRow
+from lorakit.tasks.chat import checked_messages
+from lorakit.tasks.chat import prompt_ids as chat_prompt_ids
 from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.task import checked_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +81,7 @@ def run(argv: Sequence[str]) -> None:
         print(text)
 
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
 def _prompts(config: GenerateConfig) -> list[Prompt]:
@@ -86,8 +90,8 @@ def _prompts(config: GenerateConfig) -> list[Prompt]:
     assert config.file is not None
     try:
         text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"There is no file '{config.file}'.") from None
+    except OSError as error:
+        raise DataError(f"'{config.file}' cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"'{config.file}' is not UTF-8: {error}.") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -103,20 +107,19 @@ def _row_prompt(line: str, where: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}).") from None
-    found = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if not isinstance(found, (str, list)):
+    row = row if isinstance(row, dict) else {}
+    try:
+        if isinstance(row.get("prompt"), str):
+            return checked_text(row["prompt"], "prompt")
+        return checked_messages(row)
+    except BadRow as error:
         raise DataError(
-            f"{where}: expected an object with 'prompt' (a text) or 'messages' (a list)."
-        )
-    return found
+            f"{where}: {error}. A row holds 'prompt' (a text) or 'messages' (a list of role and content)."
+        ) from None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
     if isinstance(prompt, str) and not chat:
         return prompt_ids(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        raise ConfigurationError("This model's tokenizer has no chat template; leave out --chat.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(  # type: ignore[return-value]
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    return chat_prompt_ids(tokenizer, messages)

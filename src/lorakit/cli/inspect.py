@@ -97,9 +97,11 @@ def _norm(layer: StoredLayer) -> float | None:
 
 
 def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    console.print(f"[bold]{facts['method']}[/bold]", highlight=False)
+    # Names and texts of a downloaded file are shown as they are, never as markup.
+    console.print(facts["method"], style="bold", markup=False, highlight=False)
     console.print(f"{facts['parameters']:,} parameters, {facts['bytes'] / 2**20:.2f} MiB")
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, layer in facts["layers"].items():
@@ -114,7 +116,7 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
             norms = [layer["norm"] for layer in layers if layer["norm"] is not None]
             spread = f"{min(norms):.3g} to {max(norms):.3g}" if norms else "-"
             table.add_row(
-                key,
+                escape(key),
                 str(len(layers)),
                 _one(layer["kind"] + (" (DoRA)" if layer["dora"] else "") for layer in layers),
                 _one(layer["rank"] for layer in layers),
@@ -123,7 +125,7 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
             )
         console.print(table)
     for name, shape in facts["trained"].items():
-        console.print(f"trained in full: {name} {tuple(shape)}")
+        console.print(f"trained in full: {name} {tuple(shape)}", markup=False)
     if facts["base"]:
         source = facts["base"].get("source", {})
         console.print(
@@ -131,9 +133,13 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         )
     for key, value in facts["provenance"].items():
         text = json.dumps(value, ensure_ascii=False)
-        console.print(f"{key}: {text if len(text) < 200 else text[:197] + '...'}", highlight=False)
+        console.print(
+            f"{key}: {text if len(text) < 200 else text[:197] + '...'}",
+            markup=False,
+            highlight=False,
+        )
     for notice in facts["notices"]:
-        console.print(f"note: {notice}", highlight=False)
+        console.print(f"note: {notice}", markup=False, highlight=False)
 
 
 def _one(values: Any) -> str:

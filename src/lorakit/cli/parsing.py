@@ -66,6 +66,8 @@ def parse(
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise ConfigurationError(_explain(str(error), options)) from None
+    except ValueError as error:  # a setting was refused inside an optional section
+        raise _refusal(error) or ConfigurationError(_explain(str(error), options)) from None
     except TypeError:  # a list where a section of options belongs
         raise ConfigurationError(
             "A section of options has to be a mapping: 'name: value', a line each."
@@ -82,6 +84,15 @@ def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:
             break
         named += [f"--{field}", argv.pop(0)]
     return named + argv
+
+
+def _refusal(error: BaseException | None) -> ConfigurationError | None:
+    """The ConfigurationError that led to `error`, if one did."""
+    while error is not None:
+        if isinstance(error, ConfigurationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _StrictLoader(yaml.SafeLoader):

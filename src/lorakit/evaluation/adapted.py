@@ -8,10 +8,11 @@ from transformers import AutoTokenizer
 
 from lorakit.adapters import formats
 from lorakit.adapters.loading import load
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.evaluation.base import DataTask, open_base
 from lorakit.evaluation.config import BaseConfig
 from lorakit.models.loading import Base
+from lorakit.tasks import TASKS
 
 TEXT = DataTask(name="completion", labels=())
 """What a model is for when nothing says otherwise: to write text."""
@@ -23,7 +24,16 @@ ADAPTER = "adapter"
 def recorded_task(adapter: str) -> DataTask | None:
     """Return what an adapter says it was trained for; None where its file does not say (PEFT's own)."""
     made = formats.read(Path(adapter)).provenance
-    return DataTask(name=made["task"], labels=tuple(made["labels"])) if "task" in made else None
+    if "task" not in made:
+        return None
+    name, labels = made["task"], made.get("labels")
+    known = isinstance(name, str) and name in TASKS
+    if not known or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise AdapterFileError(
+            f"The adapter {adapter} records the task {name!r} with the labels {labels!r}; a task is one of "
+            f"{', '.join(TASKS)}, with a list of names as labels."
+        )
+    return DataTask(name=name, labels=tuple(labels))
 
 
 def open_adapted(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.errors import ConfigurationError, require_at_least, require_bool
 
 DType = Literal["auto", "float32", "bfloat16"]
 Score = Literal["loss", "text"]
@@ -32,6 +32,7 @@ class BaseConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
+        require_bool("base.trust_remote_code", self.trust_remote_code)
         require_choice("base.dtype", self.dtype, DType)
         if self.device != "auto":
             try:
@@ -88,6 +89,10 @@ class Decoding:
             require_at_least(f"decoding.{name}", getattr(self, name), least)
         for name in ("temperature", "top_k", "no_repeat_ngram"):
             require_at_least(f"decoding.{name}", getattr(self, name), 0)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(
+                f"decoding.seed is {self.seed}; it must be 0 or more, below 2^63."
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(
                 f"decoding.top_p is {self.top_p}; it must be above 0 and at most 1."
@@ -132,6 +137,8 @@ class EvaluateConfig:
     """Write each example's prompt, output and references to this .jsonl file."""
 
     def __post_init__(self) -> None:
+        for name in ("allow_other_base", "lowercase"):
+            require_bool(name, getattr(self, name))
         require_choice("split", self.split, Literal["validation", "test"])
         object.__setattr__(self, "scores", tuple(self.scores))
         if not self.scores:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.errors import ConfigurationError, require_at_least, require_bool
 from lorakit.evaluation.config import BaseConfig, require_choice
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.full import FullFineTuning
@@ -178,6 +178,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loggers", tuple(self.loggers))
+        for name, kind in (("base", BaseConfig), ("data", DataConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}(...)."
+                )
+        object.__setattr__(self, "output", str(self.output))
+        for name in ("resume", "overwrite", "gradient_checkpointing", "packing"):
+            require_bool(name, getattr(self, name))
         require_choice("method", self.method, MethodName)
         require_choice("sampling", self.sampling, Sampling)
         for logger in self.loggers:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, require_bool
 from lorakit.methods.lora import build
 from lorakit.methods.lora.layer import Init
 from lorakit.methods.module import AdapterModule
@@ -57,8 +58,19 @@ class LoRA:
     def __post_init__(self) -> None:
         for name in ("targets", "train_modules"):
             value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple)) or not all(
+                isinstance(entry, str) and entry for entry in value
+            ):
+                raise ConfigurationError(
+                    f"{name} is {value!r}; it must be a name or a list of names."
+                )
             as_tuple = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, as_tuple)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}; it must map module names to numbers."
+                )
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
         self._check()
@@ -91,7 +103,9 @@ class LoRA:
                 raise ConfigurationError(
                     f"The pattern {key!r} is not a regular expression: {error}."
                 ) from None
-        if not 0 <= self.dropout < 1:
+        for name in ("dora", "tie_head"):
+            require_bool(name, getattr(self, name))
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
             )

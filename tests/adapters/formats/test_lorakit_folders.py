@@ -1,0 +1,446 @@
+"""Folders of lorakit: everything comes back bit for bit, and every damage is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from at_rest import (
+    adapter,
+    assert_equal,
+    contiguous,
+    convolution,
+    embedding,
+    fused,
+    interleaved,
+    linear,
+    loralib_convolution,
+    numbers,
+    same_bits,
+    with_dora,
+    with_start,
+)
+from safetensors.torch import load_file, save_file
+
+import lorakit
+from lorakit import storage
+from lorakit.adapters import formats
+from lorakit.adapters.formats import lorakit_json
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
+
+PROVENANCE = {"seed": 3, "scores": {"loss": 1.25, "bleu": None}, "data": {"train": {"source": "é"}}}
+
+ADAPTERS: dict[str, StoredAdapter] = {
+    "plain": adapter({"a.0.q": linear(), "a.1.q": linear()}, provenance=PROVENANCE),
+    "ranks": adapter({"a": linear(rank=2), "b": linear(rank=3), "c": linear(alpha=7.3)}),
+    "rslora": adapter({"a": linear(scaling=3 / 2**0.5)}, settings={"scaling": "rslora"}),
+    "fused": adapter({"a": fused(*contiguous(4, 0, 2)), "b": fused(*interleaved(2, 3, 1))}),
+    "fused-dora": adapter({"a": with_dora(fused(*interleaved(2, 3, 0, 2))), "b": with_dora(linear())}),
+    "pissa": adapter({"a": with_start(linear()), "b": with_start(fused(*contiguous(4, 1)))}),
+    "embedding": adapter({"a": embedding(), "b": embedding(tied_head="lm_head")}),
+    "conv": adapter({"a": convolution(), "b": convolution(rank=4, groups=2), "c": linear()}),
+    "loralib-conv": adapter({"a": loralib_convolution(), "b": loralib_convolution(kernel=(1, 1))}),
+    "attention": adapter(
+        {"m": fused(*contiguous(4, 0, 2), n_in=4, kind="attention"), "m.out_proj": linear(4, 4)}
+    ),
+    "in-proj": adapter({"m": linear(4, 12, kind="attention")}),
+    "biases": adapter(
+        {"a": linear()},
+        trained={"a.bias": numbers(8), "norm.bias": numbers(4), "head.weight": numbers(3, 4)},
+        settings={"bias": "all", "train_modules": ("head",)},
+    ),
+    "bfloat16": adapter(
+        {"a": with_start(linear())}, trained={"a.bias": numbers(8, dtype=torch.float16)},
+        settings={"bias": "lora_only"},
+    ),
+    # What PEFT's format cannot say:
+    "attention-scalings": adapter(
+        {"m": linear(4, 12, kind="attention", alpha=3.0), "m.out_proj": linear(4, 4, alpha=5.0)}
+    ),
+    "grouped-dora": adapter({"a": with_dora(convolution(rank=4, groups=2))}),
+    "loralib-grouped": adapter({"a": loralib_convolution(kernel=(1, 1), groups=2)}),
+    "half-a-module": adapter({"a": linear()}, trained={"a.bias": numbers(8)}),
+    "full": StoredAdapter(
+        method=lorakit.FullFineTuning(top_layers=1, train_modules=("head",)),
+        trained={"a.weight": numbers(4, 4), "head.bias": numbers(4)},
+    ),
+}  # fmt: skip
+for layer in (ADAPTERS["bfloat16"].layers["a"],):
+    for name in ("A", "B", "initial_A", "initial_B"):
+        setattr(layer, name, getattr(layer, name).bfloat16())
+NOT_PEFT = ("attention-scalings", "grouped-dora", "loralib-grouped", "half-a-module", "full")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_everything_comes_back(tmp_path, name):
+    stored = ADAPTERS[name]
+    notices = formats.write(stored, tmp_path / "adapter")
+    assert_equal(formats.read(tmp_path / "adapter"), stored)
+    files = {"lorakit.json", "README.md"}
+    if name in NOT_PEFT:
+        assert "PEFT cannot" in notices[0]
+        assert set(os.listdir(tmp_path / "adapter")) == files | {"lorakit_model.safetensors"}
+    else:
+        assert notices == []
+        peft_files = {"adapter_config.json", "adapter_model.safetensors"}
+        assert set(os.listdir(tmp_path / "adapter")) == files | peft_files
+        formats.read_peft(tmp_path / "adapter")  # it stands without lorakit.json as well
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_same_adapter_gives_the_same_bytes(tmp_path, name):
+    for folder in ("one", "other"):
+        formats.write(ADAPTERS[name], tmp_path / folder)
+    formats.write(formats.read(tmp_path / "one"), tmp_path / "again")
+    for file in os.listdir(tmp_path / "one"):
+        contents = {(tmp_path / f / file).read_bytes() for f in ("one", "other", "again")}
+        assert len(contents) == 1, file
+
+
+def test_files_are_readable_for_others(tmp_path):
+    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "usual").touch()
+    assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
+
+
+def test_a_live_adapter_with_its_base(tmp_path):
+    model = tiny_models.build("gpt-neox")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="attention.qv", dora=True), seed=0)
+    handle.save(tmp_path / "adapter", provenance=PROVENANCE)
+    stored = formats.read(tmp_path / "adapter")
+    assert_equal(stored, without_norms_of_adapted_rows(handle.stored()))
+    assert stored.base is not None
+    assert stored.base.architecture.class_name == "GPTNeoXForCausalLM"
+
+
+def without_norms_of_adapted_rows(stored: StoredAdapter) -> StoredAdapter:
+    for layer in stored.layers.values():
+        assert layer.base_norms is not None
+        layer.base_norms[torch.cat([s.rows() for s in layer.slices])] = 0
+    return stored
+
+
+def test_provenance_that_is_no_json(tmp_path):
+    for value in ({1, 2}, float("nan"), torch.ones(1)):
+        stored = adapter({"a": linear()}, provenance={"scores": value})
+        with pytest.raises(ConfigurationError, match="provenance cannot be written as JSON"):
+            formats.write(stored, tmp_path / "adapter")
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer").mkdir()
+    (tmp_path / "adapter" / "tokenizer" / "vocabulary.txt").write_text("a b c")
+    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_flipped_bit_anywhere_is_found(folder):
+    files = files_below(folder)
+    assert len(files) == 5
+    generator = torch.Generator().manual_seed(0)
+    for name in files:
+        data = (folder / name).read_bytes()
+        places = torch.randint(8 * len(data), (12,), generator=generator).tolist()
+        for place in (*places, 0, 8 * len(data) - 1):
+            broken = bytearray(data)
+            broken[place // 8] ^= 1 << place % 8
+            (folder / name).write_bytes(broken)
+            if name == "README.md":
+                assert "was edited" in formats.read(folder).notices[0]
+                continue
+            with pytest.raises(AdapterFileError):
+                formats.read(folder)
+        (folder / name).write_bytes(data)
+    assert_equal(formats.read(folder), ADAPTERS["plain"])
+
+
+def test_a_truncated_or_missing_file_is_found(folder):
+    for name in files_below(folder):
+        data = (folder / name).read_bytes()
+        for length in (0, 1, len(data) // 2, len(data) - 1):
+            (folder / name).write_bytes(data[:length])
+            if name != "README.md":
+                with pytest.raises(AdapterFileError):
+                    formats.read(folder)
+        (folder / name).unlink()
+        if name == "README.md":
+            assert_equal(formats.read(folder), ADAPTERS["plain"])
+        elif name == "lorakit.json":  # then it is a PEFT folder, and read as one
+            assert formats.read(folder).peft_config is not None
+        else:
+            with pytest.raises(AdapterFileError, match="does not exist"):
+                formats.read(folder)
+        (folder / name).write_bytes(data)
+
+
+def test_an_edited_card_is_no_damage(folder):
+    (folder / "README.md").write_text("my words")
+    (folder / "notes.txt").write_text("a file of the user's own")
+    stored = formats.read(folder)
+    assert [n for n in stored.notices if "README.md' was edited" in n]
+    assert_equal(stored, ADAPTERS["plain"])
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change lorakit.json as someone would who knows how the checksum is made."""
+    path = folder / "lorakit.json"
+    record = json.loads(path.read_text())
+    change(record)
+    record["sha256"] = lorakit_json._checksum(record)
+    path.write_text(json.dumps(record))
+
+
+def set_in(*keys):
+    *way, last, value = keys
+
+    def change(record: dict) -> None:
+        for key in way:
+            record = record[key]
+        record[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in("format", "other"), "is not the record of a lorakit adapter"),
+        (set_in("format_version", "1"), "is not the record"),
+        (set_in("format_version", 99), "format version 99.*Update lorakit"),
+        (set_in("tensors", "../adapter_model.safetensors"), "as the file of its tensors"),
+        (set_in("tensors", "README.md"), "as the file of its tensors"),
+        (set_in("tensors", "lorakit_model.safetensors"), "as the file of its tensors"),
+        (set_in("files", None), "lists no files"),
+        (set_in("files", "../outside", "0"), "'../outside', which may lie outside"),
+        (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which may lie outside"),
+        (set_in("files", "a\\..\\b", "0"), "which may lie outside"),
+        (set_in("files", "C:x", "0"), "which may lie outside"),
+        (set_in("files", "a\0b", "0"), "which may lie outside"),
+        (set_in("files", "tokenizer", "0"), "is not a file"),
+        (set_in("files", "absent", "0"), "absent' does not exist"),
+        (set_in("method", "name", "Prefix"), "its method is 'Prefix'"),
+        (set_in("method", None), "its method is None"),
+        (set_in("method", "power", 3), r"settings that are not known here: \['power'\]"),
+        (set_in("method", "rank", 0), "rank is 0"),
+        (set_in("method", "targets", []), "targets is empty"),
+        (set_in("method", "rank_pattern", 5), "does not describe"),
+        (set_in("layers", {}), "that lorakit.json does not list"),
+        (set_in("layers", []), "does not describe"),
+        (set_in("layers", "a.0.q", "A", [2, 10**12]), "cannot have a A of shape"),
+        (set_in("layers", "a.0.q", "A", [-2, -6]), "does not describe"),
+        (set_in("layers", "a.0.q", "A", "wide"), "does not describe"),
+        (set_in("layers", "a.0.q", "kind", "attention-like"), "kind of layer is"),
+        (set_in("layers", "a.0.q", "key", "a.2.q"), "has no 'base_model.model.a.2.q.lora_A.weight'"),
+        (set_in("layers", "a.0.q", "key", None), "has no 'base_model.model.None"),
+        (set_in("layers", "a.0.q", "scaling", 0), "scaling is 0"),
+        (set_in("layers", "a.0.q", "scaling", "1"), "does not describe"),
+        (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not describe|alpha is inf"),
+        (set_in("layers", "a.0.q", "dora", True), "lora_magnitude_vector"),
+        (set_in("layers", "a.0.q", "pissa", True), "shape|form"),
+        (
+            set_in("layers", "a.0.q", "slices", [{"groups": 10**9, "stride": 8, "offset": 0, "width": 8}]),
+            "cannot have the slice",
+        ),
+        (
+            set_in("layers", "a.0.q", "slices", [{"groups": 1, "stride": 8, "offset": 4, "width": 8}]),
+            "does not lie within|needs",
+        ),
+        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the file"),
+        (set_in("repeated", 7), "does not describe"),
+        (set_in("base", {"architecture": {}}), "no valid 'architecture'"),
+        (set_in("base", []), "no valid 'architecture'"),
+        (set_in("provenance", ["x"]), "does not describe"),
+    ],
+)  # fmt: skip
+def test_a_record_that_lies(folder, change, message):
+    try:
+        rewrite(folder, change)
+    except ValueError:  # 1e400 is no number of JSON's
+        return
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        formats.read(folder)
+    assert "adapter" in str(caught.value)
+
+
+def test_a_record_edited_by_hand(folder):
+    path = folder / "lorakit.json"
+    text = path.read_text()
+    assert '"seed": 3' in text
+    path.write_text(text.replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(AdapterFileError, match="changed by hand"):
+        formats.read(folder)
+
+
+def test_tensors_beside_those_listed(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "more": numbers(2)}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    rewrite(folder, set_in("files", "adapter_model.safetensors", digest))
+    with pytest.raises(
+        AdapterFileError, match="holds 1 that lorakit.json does not list, the first 'more'"
+    ):
+        formats.read(folder)
+
+
+def test_factors_of_another_form(tmp_path):
+    folder = tmp_path / "adapter"
+    formats.write(ADAPTERS["fused"], folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.a.lora_B.weight"][5, 0] = 1.0  # a row between the slices
+    save_file(tensors, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    rewrite(folder, set_in("files", "adapter_model.safetensors", digest))
+    with pytest.raises(AdapterFileError, match="'a': .* not of the form"):
+        formats.read(folder)
+
+
+# --- saves that fail -----------------------------------------------------------------------------
+
+
+class InjectedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [InjectedError(), OSError(28, "No space left on device")])
+def test_a_save_that_fails_at_any_step_leaves_the_old_adapter(tmp_path, monkeypatch, error):
+    """Every write, flush and rename of a save fails in turn."""
+    old, new = ADAPTERS["plain"], ADAPTERS["fused"]
+    target = tmp_path / "adapter"
+
+    def save(stored: StoredAdapter) -> None:
+        with storage.atomic_folder(target, overwrite=True) as temporary:
+            formats.write(stored, temporary)
+
+    save(old)
+    steps = (
+        (os, "fsync"),
+        (os, "rename"),
+        (storage, "_exchange"),
+        (Path, "write_bytes"),
+        (Path, "touch"),
+        (Path, "chmod"),
+        (formats.peft.writing, "write_safetensors"),
+    )
+    call, failed = 0, True
+    while failed:
+        call, count = call + 1, 0
+
+        def failing(original, call=call):
+            def step(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == call:
+                    raise error
+                return original(*args, **kwargs)
+
+            return step
+
+        failed = False
+        with monkeypatch.context() as patch:
+            for owner, name in steps:
+                patch.setattr(owner, name, failing(getattr(owner, name)))
+            try:
+                save(new)
+            except (InjectedError, RunFolderError):
+                failed = True
+        assert_equal(formats.read(target), old if failed else new)
+        assert os.listdir(tmp_path) == ["adapter"]
+    assert call > 10
+
+
+def test_overwriting_what_is_no_adapter_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match="files that are not an adapter's"):
+        formats.check_replaceable(tmp_path)
+    formats.check_replaceable(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    formats.check_replaceable(tmp_path / "empty")
+    formats.write(ADAPTERS["full"], tmp_path / "adapter")
+    formats.check_replaceable(tmp_path / "adapter")
+
+
+# --- what is there? ------------------------------------------------------------------------------
+
+
+def test_paths_that_hold_no_adapter(tmp_path):
+    with pytest.raises(AdapterFileError, match="does not exist.*hf download"):
+        formats.read(tmp_path / "absent")
+    with pytest.raises(
+        AdapterFileError, match="neither lorakit.json nor adapter_config.json, only nothing"
+    ):
+        formats.read(tmp_path)
+    formats.write(ADAPTERS["plain"], tmp_path / "run" / "adapter")
+    with pytest.raises(AdapterFileError, match=r"Did you mean '.*run/adapter'\?"):
+        formats.read(tmp_path / "run")
+    for name in ("adapter_model.safetensors", "lorakit.json", "adapter_config.json"):
+        with pytest.raises(AdapterFileError, match=r"Give the folder: '.*run/adapter'"):
+            formats.read(tmp_path / "run" / "adapter" / name)
+    (tmp_path / "mnli.bin").write_bytes(b"")
+    (tmp_path / "run").rename(tmp_path / ".run")
+    with pytest.raises(AdapterFileError, match=r"given by its own path, for example '.*mnli.bin'"):
+        formats.read(tmp_path)
+    (tmp_path / ".run" / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / ".run" / "adapter" / "lorakit.json").unlink()
+    with pytest.raises(
+        AdapterFileError, match="neither adapter_model.safetensors nor adapter_model.bin"
+    ):
+        formats.read(tmp_path / ".run" / "adapter")
+
+
+def test_an_alpha_beside_a_file_that_records_one(tmp_path):
+    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
+    assert_equal(formats.read(tmp_path / "adapter", alpha=3), ADAPTERS["plain"])
+    with pytest.raises(ConfigurationError, match="alpha=16 was given, and .* records 3"):
+        formats.read(tmp_path / "adapter", alpha=16)
+
+
+def test_a_folder_of_links_into_a_cache(tmp_path):
+    """How the hub's cache keeps a snapshot."""
+    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.move(file, tmp_path / "blobs" / hashlib.sha256(file.name.encode()).hexdigest())
+        (tmp_path / "snapshot" / file.name).symlink_to(
+            Path("..", "blobs", hashlib.sha256(file.name.encode()).hexdigest())
+        )
+    stored = formats.read(tmp_path / "snapshot")
+    same_bits(stored.layers["a.0.q"].A, ADAPTERS["plain"].layers["a.0.q"].A)
+
+
+@pytest.mark.parametrize(
+    "name", ["lorakit.json", "adapter_config.json", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["nowhere", "itself", "folder", "pipe", "device"])
+def test_links_to_what_is_no_file(tmp_path, name, kind):
+    folder = tmp_path / "adapter"
+    formats.write(ADAPTERS["plain"], folder)
+    if name == "adapter_config.json":
+        (folder / "lorakit.json").unlink()
+    (folder / name).unlink()
+    if kind == "pipe":  # reading one would wait for ever
+        os.mkfifo(folder / name)
+    else:
+        target = {"nowhere": "absent", "itself": name, "folder": "..", "device": "/dev/zero"}[kind]
+        (folder / name).symlink_to(target)
+    with pytest.raises(AdapterFileError):
+        formats.read(folder)
