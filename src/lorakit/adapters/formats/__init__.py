@@ -11,6 +11,7 @@ loralib         one file of tensors                             yes     `loralib
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorakit.adapters.formats import card, lorakit_json, peft
@@ -64,9 +65,9 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
             f"'{path}' does not exist. Check the path; for an adapter on the Hugging Face hub, fetch it "
             "first: hf download OWNER/NAME --local-dir FOLDER."
         )
-    if (path / lorakit_json.NAME).exists():
+    if os.path.lexists(path / lorakit_json.NAME):  # a link to nowhere is no reason to do without
         stored = lorakit_json.read(path)
-    elif (path / peft.CONFIG_NAME).exists():
+    elif os.path.lexists(path / peft.CONFIG_NAME):
         stored = read_peft(path)
     else:
         raise AdapterFileError(_no_adapter_in(path))

@@ -178,9 +178,11 @@ def _scores(provenance: Mapping[str, Any]) -> str:
         return ""
     before = before if isinstance(before, Mapping) else {}
     if before:
-        rows = [(_plain(k), _number(before.get(k)), _number(v)) for k, v in after.items()]
+        rows = [(_plain(k), _number(before.get(k)), _number(v)) for k, v in sorted(after.items())]
         return "## Scores\n\n" + _table(("", "base model", "with the adapter"), rows)
-    return "## Scores\n\n" + _table(("", ""), ((_plain(k), _number(v)) for k, v in after.items()))
+    return "## Scores\n\n" + _table(
+        ("", ""), ((_plain(k), _number(v)) for k, v in sorted(after.items()))
+    )
 
 
 def _data(provenance: Mapping[str, Any]) -> str:
@@ -188,7 +190,7 @@ def _data(provenance: Mapping[str, Any]) -> str:
     if not isinstance(data, Mapping) or not data:
         return ""
     rows = []
-    for split, about in data.items():
+    for split, about in sorted(data.items()):
         about = about if isinstance(about, Mapping) else {"source": about}
         details = (
             _plain(about.get("source", "")),

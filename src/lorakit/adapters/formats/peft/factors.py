@@ -96,8 +96,10 @@ def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
         initial_B=None if B0 is None else B0.contiguous(),
         base_norms=norms,
     )
+    same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
-    if not (torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)):
+    same = torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)
+    if not (same_shapes and same):
         raise AdapterFileError(
             "its lora_A and lora_B are not of the form that lorakit.json describes."
         )
