@@ -63,6 +63,14 @@ def test_f1_of_several_classes_counts_one_that_never_occurs() -> None:
     assert scores["accuracy"] == 1
 
 
+def test_a_set_of_one_class_has_scores_too() -> None:
+    assert classification_scores([1, 1], [1, 1], classes=2) == {
+        "accuracy": 1.0,
+        "f1": 1.0,
+        "matthews": 0.0,
+    }
+
+
 def test_regression_scores_by_hand() -> None:
     scores = regression_scores([1.0, 2.0, 4.0], [1.0, 3.0, 5.0])
     assert scores["spearman"] == pytest.approx(1.0)

@@ -46,7 +46,7 @@ def trained_in_full(case: Case, model: nn.Module) -> set[str]:
         if any(f".{path}".endswith(f".{entry}") for entry in case.train_modules):
             names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
     if case.bias == "all":
-        names |= {n for n, _ in model.named_parameters() if n.endswith(".bias")}
+        names |= {n for n, _ in model.named_parameters() if "bias" in n}  # PEFT's rule
     if case.bias == "lora_only":
         biases = {f"{path}.bias" for path in case.expected}
         names |= {n for n, _ in model.named_parameters() if n in biases}

@@ -158,6 +158,19 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatch) -> None:
+    original = loop.clip_gradients
+    monkeypatch.setattr(
+        loop, "clip_gradients", lambda *a: signal.raise_signal(signal.SIGINT) or original(*a)
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(settings(tmp_path, base))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     settings = {
         "epochs": 20,
@@ -287,4 +300,4 @@ def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed" in done.stdout
-    assert "killed 4 of 4 at drawn instants" in done.stdout
+    assert "killed 4 runs at drawn instants" in done.stdout

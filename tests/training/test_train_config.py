@@ -77,9 +77,9 @@ def test_the_recorded_configuration_repeats_and_resumes_the_run(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "nearest"),
     [
-        ("--optimizer.learning_rat 1", "optimizer.learning_rate"),
+        ("--optimizer.lerning_rate 1", "optimizer.learning_rate"),
         ("--lora.rnak 4", "lora.rank"),
-        ("--epoch 4", "epochs"),
+        ("--epcohs 4", "epochs"),
     ],
 )
 def test_an_unknown_key_is_an_error_with_the_nearest_one(arguments: str, nearest: str) -> None:

@@ -16,6 +16,7 @@ from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
@@ -78,7 +79,10 @@ def put_on(
     with handle.base_in_place():
         modules = _build_modules(model, stored, origin)
         _check_trained(model, stored, origin)
-        adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)  # type: ignore[arg-type]
+        trained = list(stored.trained)
+        if isinstance(stored.method, FullFineTuning):
+            trained = stored.method.trained_parameters(model)  # every name of a tied parameter
+        adapter = handle.add(name, stored.method, modules, trained, stored.provenance)  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter_name, copy in adapter.trained_tensors().items():
                 copy.copy_(stored.trained[parameter_name])
@@ -106,6 +110,11 @@ def from_peft(peft_model: Any) -> Adapters:
             f"{type(peft_model).__name__} carries no PEFT adapter. Give the model that get_peft_model or "
             "PeftModel.from_pretrained returned."
         )
+    if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
+        raise AdapterStateError(
+            "The PEFT model has an adapter merged into its weights, which PEFT can only take out by subtracting. "
+            "Call unmerge_adapter() first, or load the base and the adapter's folder anew."
+        )
     active = list(peft_model.active_adapters)
     trains = {n for n, p in peft_model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +123,7 @@ def from_peft(peft_model: Any) -> Adapters:
             name: formats.read(Path(folder) if name == "default" else Path(folder, name))
             for name in names
         }
+    _give_back_originals(peft_model)
     base = peft_model.unload()
     for parameter in base.parameters():  # PEFT froze them and does not say which were frozen before
         parameter.requires_grad_(parameter.is_floating_point())
@@ -123,6 +133,15 @@ def from_peft(peft_model: Any) -> Adapters:
     assert handle is not None
     handle.activate(active[0] if len(active) == 1 else {name: 1.0 for name in active})
     return handle
+
+
+def _give_back_originals(peft_model: nn.Module) -> None:
+    """Put back the modules that PEFT trains copies of (modules_to_save); its unload keeps the copy."""
+    for path, wrapper in list(peft_model.named_modules()):
+        original = getattr(wrapper, "original_module", None)
+        if isinstance(original, nn.Module) and hasattr(wrapper, "modules_to_save"):
+            parent, _, name = path.rpartition(".")
+            setattr(peft_model.get_submodule(parent), name, original)
 
 
 def _build_modules(

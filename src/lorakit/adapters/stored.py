@@ -80,6 +80,7 @@ class StoredLayer:
                     f"{name} is {value!r}, so the adapter would have no (or no finite) effect. "
                     "The file is damaged, or it was written with a wrong alpha."
                 )
+        self.scaling, self.alpha = float(self.scaling), float(self.alpha)
         for name in ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms"):
             tensor = getattr(self, name)
             if tensor is not None:

@@ -56,6 +56,7 @@ def parse(
         description=text,
         formatter_class=_Formatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_class_arguments(config_class, None)

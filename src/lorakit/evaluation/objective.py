@@ -69,7 +69,9 @@ class LanguageModelling:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
         found = _targets_of(batch)
         inputs = _inputs_of(model, batch)
-        if self.path == "fused":
+        # The head may have been adapted since the path was chosen.
+        path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
+        if path == "fused":
             hidden = _backbone(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
@@ -82,7 +84,7 @@ class LanguageModelling:
                     weights=found.weights,
                     label_smoothing=self.label_smoothing,
                 )
-        if self.path == "own head":
+        if path == "own head":
             rows, columns = found.at // found.width, found.at % found.width
             kept, places = columns.unique(return_inverse=True)
             logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, places]

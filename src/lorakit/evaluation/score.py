@@ -72,13 +72,15 @@ def classification_scores(
 ) -> dict[str, float]:
     """Return accuracy, F1 and the Matthews correlation, each as a fraction.
 
-    F1 is that of class 1 where there are two classes (as GLUE's MRPC and QQP), else the mean over classes.
+    F1 is that of class 1 where there are two classes (as GLUE's MRPC and QQP), else the mean over classes. Labels
+    and predictions that are all one class correlate with nothing: their Matthews correlation is given as 0.
     """
     _check_pairs(predictions, labels)
     try:
         from sklearn import metrics
     except ImportError as error:
         raise ConfigurationError(MISSING.format(error=error)) from None
+    varied = len({*labels, *predictions}) > 1
     average = "binary" if classes == 2 else "macro"
     every = None if classes == 2 else list(range(classes))
     return {
@@ -86,7 +88,7 @@ def classification_scores(
         "f1": float(
             metrics.f1_score(labels, predictions, average=average, labels=every, zero_division=0)  # type: ignore[arg-type]
         ),
-        "matthews": float(metrics.matthews_corrcoef(labels, predictions)),
+        "matthews": float(metrics.matthews_corrcoef(labels, predictions)) if varied else 0.0,
     }
 
 

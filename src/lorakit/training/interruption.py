@@ -20,7 +20,9 @@ class Interruption:
         # Python allows signal handlers in the main thread alone; elsewhere the signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
+                # Who started the run may have wished it deaf to a signal: nohup, a shell's background job.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:

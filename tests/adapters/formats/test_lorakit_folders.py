@@ -242,7 +242,7 @@ def set_in(*keys):
         (set_in("method", "power", 3), r"settings that are not known here: \['power'\]"),
         (set_in("method", "rank", 0), "rank is 0"),
         (set_in("method", "targets", []), "targets is empty"),
-        (set_in("method", "rank_pattern", 5), "does not describe"),
+        (set_in("method", "rank_pattern", 5), "rank_pattern is 5|does not describe"),
         (set_in("layers", {}), "that lorakit.json does not list"),
         (set_in("layers", []), "does not describe"),
         (set_in("layers", "a.0.q", "A", [2, 10**12]), "cannot have a A of shape"),

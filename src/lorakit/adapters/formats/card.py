@@ -51,7 +51,7 @@ def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
     base = _base_name(stored)
     data = ModelCardData(
         # The hub takes a base_model of the form owner/name alone, and refuses the card otherwise.
-        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None,
         library_name="peft" if form is not None else "lorakit",
         pipeline_tag=_AUTO_CLASSES[task][1] if task else None,
         tags=["lorakit", "lora"] if isinstance(stored.method, LoRA) else ["lorakit"],

@@ -190,7 +190,8 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     if then.exact is not None and then.exact == now.exact:
         return []
     change = f"It was trained over {then.dtype} weights and runs over {now.dtype} ones"
-    if then.bfloat16 is not None and then.bfloat16 == now.bfloat16:
+    rounded_alike = then.bfloat16 is not None and then.bfloat16 == now.bfloat16
+    if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
     named = recorded.source.name is not None and recorded.source.name == live.source.name
     same_source = named and recorded.source.revision == live.source.revision

@@ -1,0 +1,188 @@
+"""The model card: what it says, and that nothing from outside can say more."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import yaml
+from at_rest import adapter, convolution, embedding, linear, numbers, with_dora
+from huggingface_hub import ModelCard
+
+import lorakit
+from lorakit.adapters.formats import peft
+from lorakit.adapters.formats.card import card, vllm_obstacle
+from lorakit.adapters.formats.fingerprint import base_record
+from lorakit.adapters.stored import StoredAdapter
+
+PROVENANCE = {
+    "config": {"learning_rate": 1e-3},
+    "data": {
+        "train": {"source": "e2e.jsonl", "sha256": "ab" * 32, "examples": 42061},
+        "validation": {"source": "e2e.jsonl", "sha256": None, "examples": 4672},
+    },
+    "scores": {"loss": 1.23456, "bleu": 60.3},
+    "scores_before": {"loss": 3.5},
+    "seed": 7,
+}
+
+
+def live(arch: str = "llama", name: str = "owner/tiny", head=None, **settings) -> StoredAdapter:
+    model = tiny_models.build(arch, head)
+    model.config._name_or_path = name
+    model.config._commit_hash = "0123abc"
+    settings = {"rank": 4, "alpha": 6, "targets": "attention.qv", **settings}
+    stored = lorakit.attach(model, lorakit.LoRA(**settings), seed=0).stored()
+    stored.provenance = PROVENANCE
+    return stored
+
+
+def text_of(stored: StoredAdapter) -> str:
+    return card(stored, peft.peft_form(stored))
+
+
+def front_matter(text: str) -> dict:
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_front_matter_is_the_hubs():
+    text = text_of(live())
+    assert front_matter(text) == {
+        "base_model": "owner/tiny",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lorakit", "lora"],
+    }
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name) == ("owner/tiny", "peft")
+    head = live("roberta", train_modules=["classifier"])
+    assert front_matter(text_of(head))["pipeline_tag"] == "text-classification"
+
+
+@pytest.mark.parametrize("name", ["/home/me/models/tiny", "./tiny", "tiny", "a/b/c", "a/b\nx: y"])
+def test_a_base_that_is_not_on_the_hub_is_not_in_the_front_matter(name):
+    found = front_matter(text_of(live(name=name)))
+    assert "base_model" not in found
+    assert found.keys() <= {"library_name", "pipeline_tag", "tags"}
+
+
+def test_what_the_card_says():
+    text = text_of(live(dropout=0.1, scaling="rslora"))
+    for line in (
+        "# LoRA adapter for owner/tiny",
+        "| Base model | `owner/tiny` |",
+        "| Base revision | `0123abc` |",
+        "| Base class | `LlamaForCausalLM` |",
+        "| Method | LoRA, rsLoRA, dropout 0.1 |",
+        "| Rank | 4 |",
+        "| Scaling | 3 |",
+        "| Targets | `attention.qv` |",
+        "| Adapted layers | 4 |",
+        f"| Trained parameters | {2 * 4 * (32 + 32 + 32 + 16):,} |",
+        "|  | base model | with the adapter |",
+        "| loss | 3.5 | 1.235 |",
+        "| bleu |  | 60.3 |",
+        "| train | e2e.jsonl | 42,061 | `abababababababab…` |",
+        "| validation | e2e.jsonl | 4,672 | not recorded |",
+        '"learning_rate": 0.001',
+        'model = AutoModelForCausalLM.from_pretrained("owner/tiny")',
+        'adapters = lorakit.load(model, "path/to/this/folder")',
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        "vllm serve owner/tiny --enable-lora --max-lora-rank 8 \\",
+    ):
+        assert line in text.splitlines() or line in text, line
+
+
+def test_a_folder_that_peft_cannot_load():
+    stored = adapter({"a": with_dora(convolution(rank=4, groups=2))})
+    text = card(stored, None)
+    assert "PEFT and vLLM cannot load it" in text
+    assert "PeftModel" not in text
+    assert front_matter(text)["library_name"] == "lorakit"
+
+
+def test_full_fine_tuning():
+    stored = StoredAdapter(method=lorakit.FullFineTuning(), trained={"a": numbers(2, 3)})
+    text = card(stored, None)
+    assert "# Fine-tuned weights" in text
+    assert "| Trained parameters | 6 |" in text
+    assert front_matter(text)["tags"] == ["lorakit"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "obstacle"),
+    [
+        ("llama", {}, None),
+        ("llama", {"rank_pattern": {"v_proj": 2}}, "ranks or scalings differ"),
+        ("llama", {"alpha_pattern": {"v_proj": 5.0}}, "ranks or scalings differ"),
+        ("llama", {"dora": True}, "it uses DoRA"),
+        ("qwen2", {"bias": "lora_only"}, "biases are trained"),
+        ("llama", {"train_modules": ["norm"]}, "trained in full"),
+        ("llama", {"targets": ["q_proj", "embed_tokens"]}, "adapts an embedding"),
+        ("roberta", {}, "causal language models"),
+    ],
+)
+def test_what_keeps_vllm_from_serving_it(arch, settings, obstacle):
+    form = peft.peft_form(live(arch, **settings))
+    found = vllm_obstacle(form)
+    assert (found is None) == (obstacle is None)
+    if obstacle is not None:
+        assert found is not None
+        assert obstacle in found
+        assert "vllm serve" not in card(live(arch, **settings), form)
+
+
+def test_convolutions_and_high_ranks_keep_vllm_too():
+    base = live().base
+    assert base is not None
+    for layers, word in (
+        ({"a": convolution()}, "convolutions"),
+        ({"a": linear(6, 8, 600)}, "above 512"),
+    ):
+        form = peft.peft_form(adapter(layers))
+        form.config["task_type"] = "CAUSAL_LM"
+        assert word in (vllm_obstacle(form) or "")
+
+
+def test_text_from_outside_stays_text():
+    hostile = "x`|<script>alert(1)</script>\n---\n# pwned [a](b)"
+    stored = adapter(
+        {"a": linear(), "b": embedding()},
+        provenance={
+            "peft": {"base_model_name_or_path": hostile},
+            "data": {hostile: {"source": hostile, "sha256": hostile, "examples": hostile}},
+            "scores": {hostile: hostile},
+            "config": {"a": "```\n# pwned"},
+        },
+    )
+    stored.notices.append(hostile)
+    text = card(stored, peft.peft_form(stored))
+    lines = text.splitlines()
+    assert front_matter(text) == {"library_name": "peft", "tags": ["lorakit", "lora"]}
+    assert lines.count("---") == 2
+    headings = [line for line in lines if line.startswith("#")]
+    assert all("pwned" not in h or h.startswith("# LoRA adapter for x") for h in headings)
+    outside_code = [line for line in lines if "from_pretrained" not in line]
+    for line in outside_code:
+        assert "<script>" not in line.replace("\\<", "") or line.startswith("| Base model | `")
+    for row in (line for line in lines if line.startswith("| Base model")):
+        assert row.replace("\\|", "").count("|") == 3
+
+
+def test_scores_without_a_before_and_odd_values():
+    stored = adapter(
+        {"a": linear()}, provenance={"scores": {"accuracy": 0.875, "n": 10}, "data": "x.csv"}
+    )
+    text = card(stored, peft.peft_form(stored))
+    assert "| accuracy | 0.875 |" in text
+    assert "| n | 10 |" in text
+    for odd in ({"scores": [1]}, {"scores": {}}, {"data": []}, {"scores": {"a": None}}):
+        assert card(adapter({"a": linear()}, provenance=odd), None)
+
+
+def test_a_card_for_an_unnamed_base():
+    stored = adapter({"a": linear()}, base=base_record(tiny_models.build("bert")))
+    text = card(stored, None)
+    assert "# LoRA adapter\n" in text
+    assert "| Base model | `not recorded` |" in text
+    assert '"<the base model>"' in text

@@ -1,0 +1,260 @@
+"""Which base an adapter was made for: what counts as the same, and what does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+import lorakit
+from lorakit.adapters.formats import fingerprint
+from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
+from lorakit.errors import AdapterFileError, WrongBaseError
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    revision: str | None = None
+
+
+def llama(**settings) -> nn.Module:
+    return tiny_models.build("llama", **settings)
+
+
+def record(model: nn.Module, name: str | None = None, exclude=(), revision=None) -> BaseRecord:
+    source = Source(name, revision) if name else None
+    return base_record(model, source, exclude)
+
+
+def test_the_hash_is_over_names_shapes_dtypes_and_numbers():
+    """Written out once, so that a change of it, which orphans every adapter, does not go unseen."""
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 1 / 3]]))
+        model.bias.copy_(torch.tensor([0.5, -1.0]))
+
+    def digest(dtype: torch.dtype) -> str:
+        whole = hashlib.sha256()
+        for name, parameter in (("bias", model.bias), ("weight", model.weight)):
+            numbers = parameter.detach().to(dtype).view(torch.uint8).numpy().tobytes()
+            head = f"{str(dtype).removeprefix('torch.')}{tuple(parameter.shape)}\0".encode()
+            whole.update(name.encode() + b"\0" + hashlib.sha256(head + numbers).digest())
+        return whole.hexdigest()
+
+    found = base_record(model)
+    assert found.weights.exact == digest(torch.float32)
+    assert found.weights.bfloat16 == digest(torch.bfloat16)
+    shapes = hashlib.sha256(b"bias\0(2,)\0weight\0(2, 2)\0").hexdigest()
+    assert found.architecture == fingerprint.Architecture("Linear", None, shapes)
+
+
+def test_the_same_model_is_the_same(monkeypatch):
+    first = record(llama())
+    assert compare(first, record(llama())) == []
+    assert record(llama()) == first
+    monkeypatch.setattr(fingerprint, "_CHUNK", 7)  # a tensor is hashed in pieces
+    assert record(llama()) == first
+
+
+def test_storage_does_not_matter():
+    model = llama()
+    before = record(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data = parameter.data.T.contiguous().T
+    assert not model.lm_head.weight.is_contiguous()
+    assert record(model) == before
+
+
+@pytest.mark.parametrize(
+    "where", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_one_number_more_or_less_is_another_base(where):
+    model = llama()
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[-1] += 2**-20
+    with pytest.raises(WrongBaseError, match="its float32 weights are others") as caught:
+        compare(record(llama()), record(model))
+    assert "allow_other_base" in str(caught.value)
+
+
+def test_another_architecture():
+    trained = record(llama(), "owner/llama")
+    for other, word in (
+        (tiny_models.build("llama", "sequence-classification"), "its class is LlamaForSequence"),
+        (tiny_models.build("mistral"), "its class is MistralForCausalLM, not LlamaForCausalLM"),
+        (llama(vocab_size=100), "another size or vocabulary"),
+        (llama(num_hidden_layers=1), "other parameters"),
+    ):
+        with pytest.raises(WrongBaseError, match=word) as caught:
+            compare(trained, record(other))
+        assert "made for 'owner/llama'" in str(caught.value)
+
+
+def test_another_dtype_of_the_same_weights_is_reported():
+    notices = compare(record(llama()), record(llama().bfloat16()))
+    assert notices == [
+        "It was trained over float32 weights and runs over bfloat16 ones; rounded to bfloat16 they are "
+        "the same."
+    ]
+    assert compare(record(llama().bfloat16()), record(llama()))
+    assert "float16" in compare(record(llama().half().float()), record(llama().half()))[0]
+
+
+def test_float16_of_float32_weights_needs_the_source_to_vouch():
+    """Rounded to float16 and then to bfloat16 is not always rounded to bfloat16."""
+    then, now = record(llama()), record(llama().half())
+    assert then.weights.bfloat16 != now.weights.bfloat16
+    with pytest.raises(WrongBaseError, match="float16 weights are others"):
+        compare(then, now)
+    then, now = record(llama(), "a/b", revision="1"), record(llama().half(), "a/b", revision="1")
+    assert "differ by their rounding" in compare(then, now)[0]
+    with pytest.raises(WrongBaseError, match=r"'a/b' at revision 1"):
+        compare(then, record(llama().half(), "a/b", revision="2"))
+
+
+def test_the_hash_outweighs_the_name():
+    assert compare(record(llama(), "a/b"), record(llama(), "./local")) == []
+    with pytest.raises(WrongBaseError):
+        compare(record(llama(), "a/b"), record(llama(seed=1) if False else other_weights(), "a/b"))
+
+
+def other_weights() -> nn.Module:
+    return tiny_models.build("llama", seed=1)
+
+
+def test_the_source_is_what_the_model_says_of_itself():
+    model = llama()
+    assert record(model).source == fingerprint.Origin(None, None)
+    model.config._name_or_path, model.config._commit_hash = "a/b", "123"
+    assert record(model).source == fingerprint.Origin("a/b", "123")
+    assert record(model, "c/d", revision="9").source == fingerprint.Origin("c/d", "9")
+
+
+def test_adapters_do_not_count():
+    model = llama()
+    plain = record(model)
+    settings = lorakit.LoRA(rank=2, targets="attention.q", bias="none", train_modules=["norm"])
+    handle = lorakit.attach(model, settings, seed=0)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter += 1
+    assert record(model) == plain
+    handle.merge()
+    assert record(model) == plain
+    handle.unmerge()
+    handle.activate(None)
+    assert record(model) == plain
+
+
+def test_excluded_parameters_do_not_count():
+    head = [f"classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")]
+    one, other = tiny_models.build("roberta"), tiny_models.build("roberta")
+    with torch.no_grad():
+        other.classifier.out_proj.weight.add_(1)
+    with pytest.raises(WrongBaseError):
+        compare(record(one), record(other))
+    assert compare(record(one, exclude=head), record(other, exclude=head)) == []
+    assert record(one, exclude=head).excluded == tuple(sorted(head))
+    three_labels = tiny_models.build("roberta", num_labels=5)
+    with torch.no_grad():
+        for name, parameter in three_labels.roberta.named_parameters():
+            parameter.copy_(one.roberta.get_parameter(name))
+    assert compare(record(one, exclude=head), record(three_labels, exclude=head)) == []
+
+
+def test_a_tied_weight_counts_once():
+    tied = tiny_models.build("gpt2")
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    untied = tiny_models.build("gpt2")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(WrongBaseError, match="other parameters"):
+        compare(record(tied), record(untied))
+
+
+def test_weights_without_numbers():
+    with torch.device("meta"):
+        meta = llama()
+    found = record(meta, "a/b")
+    assert found.weights == fingerprint.Weights("meta", None, None)
+    assert found.architecture == record(llama()).architecture
+    assert "cannot be compared" in compare(record(llama(), "a/b"), found)[0]
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """As int8 quantisers leave a linear layer: integer numbers of another shape."""
+    layer = model.model.layers[0].self_attn.q_proj
+    packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    return model
+
+
+def test_quantised_weights_are_trusted_by_their_source():
+    then = record(llama(), "a/b", revision="1")
+    now = record(quantised(llama()), "a/b", revision="1")
+    assert now.weights == fingerprint.Weights("quantised", None, None)
+    (notice,) = compare(then, now)
+    assert "float32 weights and runs over quantised ones, both of 'a/b'" in notice
+    assert compare(now, then)
+    with pytest.raises(WrongBaseError, match="cannot be compared"):
+        compare(then, record(quantised(llama()), "c/d"))
+    (notice,) = compare(then, record(quantised(llama())))
+    assert "make sure that it is the same base model" in notice
+
+
+class Subclass(torch.Tensor):
+    """As torchao's quantised weights: a tensor class of its own that claims to be float32."""
+
+
+def test_a_tensor_class_of_its_own_is_quantised():
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(Subclass))
+    assert type(model.weight) is not nn.Parameter
+    assert base_record(model).weights.dtype == "quantised"
+
+
+def test_mixed_dtypes():
+    model = llama().bfloat16()
+    model.model.norm.float()
+    assert record(model).weights.dtype == "mixed"
+    assert compare(record(model), record(model)) == []
+
+
+def test_json_there_and_back():
+    found = record(llama(), "a/b", exclude=["model.norm.weight"], revision="1")
+    text = json.dumps(found.to_json())
+    again = BaseRecord.from_json(json.loads(text))
+    assert again == found
+    assert again.layout is None
+    assert found.layout is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": None},
+        {"weights": {"dtype": "float32"}},
+        {"weights": {"dtype": 1, "exact": None, "bfloat16": None}},
+        {"source": {"name": "a", "revision": None, "extra": None}},
+        {"architecture": [1]},
+        {"excluded": "all"},
+        {"excluded": [1]},
+    ],
+    ids=str,
+)
+def test_json_that_is_no_record(change):
+    sound = record(llama()).to_json()
+    with pytest.raises(AdapterFileError, match="record of the base model has"):
+        BaseRecord.from_json({**sound, **change})
+
+
+def test_records_compare_without_their_layout():
+    found = record(llama())
+    assert replace(found, layout=None) == found

@@ -1,0 +1,180 @@
+"""Files of tensors from anyone: damaged, lying about themselves, or carrying code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from at_rest import adapter, linear, numbers
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load_file, save_file
+
+from lorakit.adapters import formats
+from lorakit.adapters.formats.tensors import read_pickle, read_safetensors, write_safetensors
+from lorakit.errors import AdapterFileError
+
+
+def as_safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str = "F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        as_safetensors({}, length=2**63),
+        as_safetensors({}, length=10**9),
+        as_safetensors(b"{" * 1000),
+        as_safetensors(b"[]"),
+        as_safetensors({"a": entry()}),
+        as_safetensors({"a": entry()}, b"\0" * 7),
+        as_safetensors({"a": entry()}, b"\0" * 9),
+        as_safetensors({"a": entry(shape=(2**62, 2**62))}, b"\0" * 8),
+        as_safetensors({"a": entry(shape=(-2,))}, b"\0" * 8),
+        as_safetensors({"a": entry(offsets=(8, 0))}, b"\0" * 8),
+        as_safetensors({"a": entry(), "b": entry()}, b"\0" * 8),
+        as_safetensors({"a": entry(dtype="X99")}, b"\0" * 8),
+        as_safetensors({"a": {"dtype": "F32"}}),
+        as_safetensors({"a": 3}),
+        as_safetensors(b'{"a":' + json.dumps(entry()).encode() + b"," * 9 + b"}", b"\0" * 8),
+        b"PK\x03\x04 a zip",
+        b"\x80\x02}q\x00.",
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path, content):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(AdapterFileError, match="cannot be read as safetensors") as caught:
+        read_safetensors(path)
+    assert str(path) in str(caught.value)
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_no_bytes_make_it_stumble(tmp_path, junk, place):
+    path = tmp_path / "file.safetensors"
+    save_file({"a.lora_A": numbers(2, 3), "a.lora_B": numbers(4, 2)}, path)
+    whole = path.read_bytes()
+    for content in (junk, whole[:place] + junk + whole[place + len(junk) :]):
+        path.write_bytes(content)
+        try:
+            stored = formats.read(path, alpha=1)
+        except AdapterFileError:
+            continue
+        assert stored.layers  # numbers may have changed: a bare file has no checksum
+
+
+def test_reading_does_not_hold_on_to_the_file(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file({"a": numbers(1000)}, path)
+    found = read_safetensors(path)["a"]
+    with path.open(
+        "r+b"
+    ) as file:  # a mapped file would change under the tensor, or crash the process
+        file.truncate(0)
+    assert torch.equal(found, numbers(1000))
+
+
+def test_names_for_the_same_memory_are_written_apart(tmp_path):
+    whole = numbers(6, 4)
+    tensors = {"a": whole, "b": whole, "part": whole[2:4], "turned": whole.T, "one": numbers(1)}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+class Attack:
+    """Opened by an ordinary unpickler, it makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_the_attack_works_on_who_trusts_it(tmp_path):
+    pickle.loads(pickle.dumps(Attack(tmp_path / "trace")))
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "loralib.bin"])
+def test_a_pickle_with_code_is_not_opened(tmp_path, as_zip, name):
+    trace, folder = tmp_path / "trace", tmp_path / "adapter"
+    formats.write(adapter({"a": linear()}), folder)
+    for file in ("lorakit.json", "adapter_model.safetensors"):
+        (folder / file).unlink()
+    state = {"base_model.model.a.lora_A.weight": numbers(2, 6), "x": Attack(trace)}
+    torch.save(state, folder / name, _use_new_zipfile_serialization=as_zip)
+    path = folder if name == "adapter_model.bin" else folder / name
+    with pytest.raises(AdapterFileError, match=r"asks to run code \(\w+\.mkdir\)") as caught:
+        formats.read(path, alpha=1)
+    assert name in str(caught.value)
+    assert ".safetensors" in str(caught.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        b"\x80\x02",
+        pickle.dumps({"a": 1}),
+        pickle.dumps([numbers(1).numpy()]),
+        b"PK\x05\x06" + b"\0" * 18,
+        b"(" * 10_000,
+    ],
+)
+def test_what_is_no_pytorch_file(tmp_path, content):
+    path = tmp_path / "file.bin"
+    path.write_bytes(content)
+    with pytest.raises(AdapterFileError) as caught:
+        formats.read(path, alpha=1)
+    assert str(path) in str(caught.value)
+
+
+def test_every_truncation_of_a_pytorch_file(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2)}, buffer)
+    data = buffer.getvalue()
+    path = tmp_path / "file.bin"
+    for length in range(0, len(data), 37):
+        path.write_bytes(data[:length])
+        with pytest.raises(AdapterFileError):
+            read_pickle(path)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.bin", "w") as archive:
+        archive.writestr("../../escape", "x")
+    with pytest.raises(AdapterFileError):
+        formats.read(tmp_path / "file.bin", alpha=1)
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_names_with_a_null_byte():
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        formats.read("a\0b")

@@ -1,0 +1,431 @@
+"""loralib's files: the published one, every layout of the official examples, and the way back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import loralib
+import pytest
+import tiny_models
+import torch
+from at_rest import (
+    adapter,
+    contiguous,
+    convolution,
+    delta,
+    embedding,
+    fused,
+    interleaved,
+    linear,
+    loralib_convolution,
+    numbers,
+    same_bits,
+    with_dora,
+    with_start,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.adapters.formats import read_loralib, write_loralib
+from lorakit.errors import AdapterFileError, ConfigurationError
+
+# FACTS: Frobenius norms of the unscaled B A in microsoft/LoRA's roberta_base_lora_mnli.bin, by layer.
+QUERY_NORMS = "4.8136 3.8974 3.7993 4.4383 4.6199 4.7180 5.1077 6.1256 6.1628 6.9218 7.2132 6.3886"
+VALUE_NORMS = "2.6345 2.9949 3.4656 3.6176 3.9071 4.1771 4.6856 4.7225 4.2059 3.7409 2.9935 2.7187"
+
+
+def saved(tensors: object, path: Path) -> Path:
+    torch.save(tensors, path)
+    return path
+
+
+# --- the published file ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(shared) -> Path:
+    return shared / "checkpoints" / "roberta_base_lora_mnli.bin"
+
+
+def test_the_published_file(published):
+    stored = read_loralib(published, alpha=16)
+    assert len(stored.layers) == 24
+    for role, norms in (("query", QUERY_NORMS), ("value", VALUE_NORMS)):
+        for i, norm in enumerate(norms.split()):
+            layer = stored.layers[f"roberta.encoder.layer.{i}.attention.self.{role}"]
+            assert (layer.kind, layer.rank, layer.alpha, layer.scaling) == ("linear", 8, 16.0, 2.0)
+            found = torch.linalg.norm(layer.B.double() @ layer.A.double())
+            assert found.item() == pytest.approx(float(norm), abs=1e-4)
+            assert torch.equal(delta(layer), 2.0 * (layer.B.double() @ layer.A.double()))
+    assert {name: tuple(t.shape) for name, t in stored.trained.items()} == {
+        "classifier.dense.weight": (768, 768),
+        "classifier.dense.bias": (768,),
+        "classifier.out_proj.weight": (3, 768),
+        "classifier.out_proj.bias": (3,),
+    }
+    assert stored.parameters == 294_912 + 592_899
+    assert stored.method == lorakit.LoRA(
+        rank=8, alpha=16, targets=("query", "value"), train_modules=("classifier",)
+    )
+
+
+def test_the_published_file_to_peft_and_back(published, tmp_path):
+    original = torch.load(published, map_location="cpu", weights_only=True)
+    formats.write(read_loralib(published, alpha=16), tmp_path / "adapter")
+    read_back = (formats.read(tmp_path / "adapter"), formats.read_peft(tmp_path / "adapter"))
+    for stored, name in zip(read_back, ("again.bin", "again.safetensors"), strict=True):
+        write_loralib(stored, tmp_path / name)
+        again = read_loralib(tmp_path / name, alpha=16)
+        assert again.layers.keys() == stored.layers.keys()
+    final = torch.load(tmp_path / "again.bin", weights_only=True)
+    assert final.keys() == original.keys()
+    for key, tensor in original.items():
+        same_bits(final[key], tensor, key)
+
+
+def test_alpha_must_be_given(published):
+    with pytest.raises(ConfigurationError, match=r"does not record alpha.*16 for RoBERTa"):
+        formats.read(published)
+    for alpha in (0, 0.0, math.nan, math.inf, True):
+        with pytest.raises(ConfigurationError, match="alpha is"):
+            formats.read(published, alpha=alpha)
+
+
+# --- the layouts ----------------------------------------------------------------------------------
+
+
+def deberta(names: str) -> dict[str, Tensor]:
+    start = "deberta.encoder.layer.{}.attention.self."
+    state = {}
+    for i in range(2):
+        for role in ("query", "value"):
+            for letter, shape in (("A", (2, 6)), ("B", (6, 2))):
+                key = names.format(role=role, upper=letter, lower=letter.lower())
+                state[start.format(i) + key] = numbers(*shape, seed=i + ord(role[0]))
+    head = {"pooler.dense.weight": numbers(6, 6), "pooler.dense.bias": numbers(6)}
+    return {**state, **head, "classifier.weight": numbers(3, 6), "classifier.bias": numbers(3)}
+
+
+@pytest.mark.parametrize(
+    "names", ["{role}_proj.lora_{upper}", "{role}_lora_{lower}.weight"], ids=["new", "old"]
+)
+def test_deberta(tmp_path, names):
+    stored = read_loralib(saved(deberta(names), tmp_path / "a.bin"), alpha=32)
+    paths = [
+        f"deberta.encoder.layer.{i}.attention.self.{role}_proj"
+        for i in range(2)
+        for role in ("query", "value")
+    ]
+    assert list(stored.layers) == paths
+    same_bits(stored.layers[paths[3]].A, numbers(2, 6, seed=1 + ord("v")))
+    same_bits(stored.layers[paths[0]].B, numbers(6, 2, seed=ord("q")))
+    assert isinstance(stored.method, lorakit.LoRA)
+    assert stored.method.targets == ("query_proj", "value_proj")
+    assert stored.method.train_modules == ("pooler", "classifier")
+    assert stored.layers[paths[0]].scaling == 16.0
+
+
+def gpt2_delta(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
+    """What loralib itself adds to c_attn, (in, out) turned to (out, in)."""
+    layer = loralib.MergedLinear(
+        A.shape[1], 3 * A.shape[1], r=B.shape[1], lora_alpha=1, enable_lora=enabled
+    )
+    layer.lora_A.data, layer.lora_B.data = A, B
+    return layer.merge_AB()
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [True, True, True]], ids=["qv", "qkv"])
+def test_gpt2(tmp_path, enabled):
+    """As the official training script saves it: a dictionary around keys behind ``module.``."""
+    count, d, rank = sum(enabled), 6, 2
+    A, B = numbers(count * rank, d), numbers(count * d, rank)
+    key = "module.transformer.h.0.attn.c_attn.lora_"
+    path = saved({"model_state_dict": {f"{key}A": A, f"{key}B": B}}, tmp_path / "model.pt")
+    stored = read_loralib(path, alpha=32)
+    (place,) = stored.layers
+    assert place == "transformer.h.0.attn.c_attn"
+    layer = stored.layers[place]
+    assert (layer.rank, layer.scaling, layer.transposed) == (2, 16.0, True)
+    assert layer.slices == contiguous(d, *(i for i, flag in enumerate(enabled) if flag))
+    torch.testing.assert_close(delta(layer).float(), 16.0 * gpt2_delta(A, B, enabled))
+    assert isinstance(stored.method, lorakit.LoRA)
+    names = [n for n, flag in zip("qkv", enabled, strict=True) if flag]
+    assert stored.method.targets == tuple(f"attention.{n}" for n in names)
+
+
+def test_gpt2_of_the_first_release(tmp_path):
+    state = {
+        f"transformer.h.0.attn.{letter}_proj_adapter{number}.weight": numbers(
+            *shape, seed=ord(letter)
+        )
+        for letter in "qv"
+        for number, shape in ((1, (2, 6)), (2, (6, 2)))
+    }
+    layer = read_loralib(saved(state, tmp_path / "a.bin"), alpha=4).layers[
+        "transformer.h.0.attn.c_attn"
+    ]
+    assert layer.slices == contiguous(6, 0, 2)
+    expected = torch.zeros(18, 6, dtype=torch.float64)
+    for letter, row in (("q", 0), ("v", 12)):
+        A, B = numbers(2, 6, seed=ord(letter)), numbers(6, 2, seed=ord(letter))
+        expected[row : row + 6] = 2.0 * B.double() @ A.double()
+    assert torch.equal(delta(layer), expected)
+    del state["transformer.h.0.attn.v_proj_adapter2.weight"]
+    with pytest.raises(AdapterFileError, match="c_attn' has factors"):
+        read_loralib(saved(state, tmp_path / "b.bin"), alpha=4)
+
+
+def test_fused_layers_that_the_file_does_not_explain(tmp_path):
+    state = {"a.qkv.lora_A": numbers(4, 6), "a.qkv.lora_B": numbers(10, 2)}
+    path = saved(state, tmp_path / "a.bin")
+    with pytest.raises(
+        ConfigurationError, match=r"'a\.qkv' is a fused layer with 2 .*enable_lora="
+    ):
+        read_loralib(path, alpha=1)
+    layer = read_loralib(path, alpha=1, enable_lora={"qkv": [False, True, False, True]}).layers[
+        "a.qkv"
+    ]
+    assert layer.slices == contiguous(5, 1, 3, of=4)
+    with pytest.raises(ConfigurationError, match="enable_lora names 1 slices"):
+        read_loralib(path, alpha=1, enable_lora={"a.qkv": [True, False]})
+    # With the base's weight beside it, a layer whose slices are all adapted explains itself.
+    whole = saved({**state, "a.qkv.weight": numbers(10, 6)}, tmp_path / "whole.bin")
+    assert read_loralib(whole, alpha=1).layers["a.qkv"].slices == contiguous(5, 0, 1, of=2)
+
+
+# --- files of loralib's own making ------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, lora: bool = True) -> None:
+        super().__init__()
+        options = {"r": 2, "lora_alpha": 3} if lora else {}
+        kinds = loralib if lora else nn
+        self.table = kinds.Embedding(10, 6, **options)
+        self.fc = kinds.Linear(6, 6, **options)
+        self.conv = kinds.Conv2d(1, 4, kernel_size=3, **options)
+        self.norm = nn.LayerNorm(6)
+        self.out = nn.Linear(6, 2)
+
+
+def random_net(lora: bool = True) -> Net:
+    net = Net(lora)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("bias", "names"),
+    [
+        ("none", set()),
+        ("lora_only", {"fc.bias"}),
+        ("all", {"fc.bias", "conv.bias", "norm.bias", "out.bias"}),
+    ],
+)
+def test_what_loralib_saves(tmp_path, bias, names):
+    net = random_net()
+    stored = read_loralib(saved(loralib.lora_state_dict(net, bias), tmp_path / "a.bin"), alpha=3)
+    assert set(stored.layers) == {"table", "fc", "conv"}
+    assert stored.trained.keys() == names
+    assert isinstance(stored.method, lorakit.LoRA)
+    assert stored.method.bias == bias
+    # Only the model tells an embedding and a convolution from a linear layer.
+    formats.check_targets(stored, tmp_path, random_net(lora=False))
+    kinds = {path: layer.kind for path, layer in stored.layers.items()}
+    assert kinds == {"table": "embedding", "fc": "linear", "conv": "conv-loralib"}
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    net.eval()  # loralib merges now
+    for path, weight in (
+        ("table", "table.weight"),
+        ("fc", "fc.weight"),
+        ("conv", "conv.conv.weight"),
+    ):
+        change = (net.get_parameter(weight) - before[weight]).double()
+        ours = delta(stored.layers[path])
+        torch.testing.assert_close(ours.T if path == "table" else ours, change, rtol=0, atol=1e-5)
+        assert stored.layers[path].rank == 2
+
+
+def test_a_file_of_a_whole_model(tmp_path):
+    model = tiny_models.build("gpt2")
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    state["transformer.h.0.attn.c_attn.lora_A"] = numbers(4, 32)
+    state["transformer.h.0.attn.c_attn.lora_B"] = numbers(64, 2)
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a mask that older GPT-2s saved
+    state["transformer.ln_f.g"] = state.pop("transformer.ln_f.weight")
+    path = saved(state, tmp_path / "model.pt")
+
+    stored = read_loralib(path, alpha=32)
+    assert not stored.trained  # lm_head is the embedding once more
+    formats.check_targets(stored, path, model)
+    assert not stored.trained
+    assert not stored.base_copies
+    assert (
+        "1 entries that the model does not have, the first 'transformer.h.0.attn.bias'"
+        in stored.notices[-1]
+    )
+    handle = lorakit.load(model, path, alpha=32)
+    assert list(handle.modules()) == ["transformer.h.0.attn.c_attn"]
+    handle.detach()
+
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias += 1
+    stored = read_loralib(path, alpha=32)
+    formats.check_targets(stored, path, model)
+    assert list(stored.trained) == ["transformer.h.1.mlp.c_fc.bias"]
+
+    state["transformer.h.0.attn.c_attn.weight"] = numbers(32, 96)
+    stored = read_loralib(saved(state, path), alpha=32)
+    with pytest.raises(AdapterFileError, match="saved with its adapter merged into the weights"):
+        formats.check_targets(stored, path, model)
+
+
+def test_a_classifier_of_a_whole_model_keeps_its_head(tmp_path):
+    model = tiny_models.build("roberta")
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    query = "roberta.encoder.layer.0.attention.self.query"
+    state |= {f"{query}.lora_A": numbers(2, 32), f"{query}.lora_B": numbers(32, 2)}
+    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=2)
+    assert {name.partition(".")[0] for name in stored.trained} == {"classifier"}
+    assert isinstance(stored.method, lorakit.LoRA)
+    assert stored.method.train_modules == ("classifier",)
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".safetensors"])
+def test_there_and_back(tmp_path, suffix):
+    layers = {
+        "a": linear(),
+        "b": linear(rank=2),
+        "transformer.h.0.c_attn": fused(*contiguous(4, 0, 2)),
+    }
+    stored = adapter(layers, trained={"a.bias": numbers(8), "head.weight": numbers(3, 8)})
+    write_loralib(stored, tmp_path / f"file{suffix}")
+    found = read_loralib(tmp_path / f"file{suffix}", alpha=3)
+    for path, layer in layers.items():
+        same_bits(found.layers[path].A, layer.A)
+        same_bits(found.layers[path].B, layer.B)
+        assert found.layers[path].slices == layer.slices
+        assert found.layers[path].scaling == layer.scaling
+    assert found.trained.keys() == stored.trained.keys()
+
+
+def test_loralib_loads_what_was_written(tmp_path):
+    net = random_net()
+    layers = {
+        "fc": with_start(linear(6, 6, rank=1, alpha=1.5)),
+        "conv": loralib_convolution(n_in=1, n_out=4, rank=2, alpha=3.0),
+        "table": embedding(10, 6, rank=2),
+    }
+    write_loralib(adapter(layers), tmp_path / "a.bin")
+    result = net.load_state_dict(torch.load(tmp_path / "a.bin", weights_only=True), strict=False)
+    assert not result.unexpected_keys
+    before = net.fc.weight.clone()
+    net.eval()
+    torch.testing.assert_close(
+        (net.fc.weight - before).double(), delta(layers["fc"]), rtol=0, atol=1e-5
+    )
+
+
+def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
+    layer = with_start(fused(*contiguous(6, 0, 2)))
+    write_loralib(adapter({"c_attn": layer}), tmp_path / "a.bin")
+    found = torch.load(tmp_path / "a.bin", weights_only=True)
+    A, B = found["c_attn.lora_A"], found["c_attn.lora_B"]
+    assert (A.shape, B.shape) == ((8, 6), (12, 4))
+    ours = layer.scaling * gpt2_delta(A, B, [True, False, True])
+    torch.testing.assert_close(ours.double(), delta(layer), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"a": with_dora(linear())}, "'a': loralib has no DoRA"),
+        ({"a": linear(4, 12, kind="attention")}, "no layer for nn.MultiheadAttention"),
+        ({"a": convolution()}, "only pointwise ones"),
+        ({"a": convolution(kernel=(1, 1), rank=4, groups=2)}, "only pointwise ones"),
+        ({"a": fused(*interleaved(2, 3, 0))}, "slices of equal width alone"),
+        ({"a": fused(*reversed(contiguous(4, 0, 2)))}, "in the order of their rows"),
+        (
+            {"a": linear(alpha=3.0), "b": linear(alpha=4.0)},
+            "one alpha for all layers, .* need 3, 4",
+        ),
+    ],
+)
+def test_what_loralib_cannot_say(tmp_path, layers, message):
+    with pytest.raises(AdapterFileError, match=message):
+        write_loralib(adapter(layers), tmp_path / "a.bin")
+    assert not (tmp_path / "a.bin").exists()
+
+
+def test_names_that_say_no_format(tmp_path):
+    for name in ("file", "file.onnx"):
+        with pytest.raises(ConfigurationError, match=r"must end in \.safetensors, \.bin"):
+            write_loralib(adapter({"a": linear()}), tmp_path / name)
+
+
+def test_a_pointwise_convolution_is_the_same_in_both(tmp_path):
+    layer = convolution(kernel=(1, 1), alpha=3.0)
+    write_loralib(adapter({"a": layer}), tmp_path / "a.bin")
+    found = read_loralib(tmp_path / "a.bin", alpha=3).layers["a"].as_loralib_conv((6, 4, 1, 1))
+    torch.testing.assert_close(delta(found), delta(layer))
+
+
+# --- damaged files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "holds no lora_A and lora_B"),
+        ({"head.weight": numbers(2, 2)}, "holds no lora_A and lora_B"),
+        ({"a.lora_A": numbers(2, 6)}, "'a' has no lora_B"),
+        ({"a.lora_B": numbers(2, 6)}, "'a' has no lora_A"),
+        ({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(6, 3)}, r"lora_A has shape \(2, 6\)"),
+        ({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(6)}, "'a': lora_A has shape"),
+        ({"a.lora_A": numbers(2, 6), "a.lora_B": torch.empty(6, 0)}, "'a': lora_A has shape"),
+        ({"a.lora_A": numbers(2, 6) * math.nan, "a.lora_B": numbers(6, 2)}, "'a': A holds 12 values"),
+        ({"a.lora_A.weight": numbers(2, 6)}, "'a.lora_A.weight' is no name of loralib's"),
+        ({"a.lora_A": numbers(2, 6).int(), "a.lora_B": numbers(6, 2)}, "'a': A holds int32"),
+        ([numbers(2)], "holds a list; a dictionary"),
+        ({"a.lora_A": 3}, "holds a int under 'a.lora_A'"),
+        ({3: numbers(2)}, "holds a Tensor under 3"),
+        (
+            {"x_lora_a.weight": numbers(2, 6), "a.x_lora_a.weight": numbers(2, 6),
+             "a.x_proj.lora_A": numbers(2, 6)},
+            "is no name of loralib's|under two names",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit(tmp_path, state, message):
+    path = saved(state, tmp_path / "file.bin")
+    with pytest.raises(AdapterFileError, match=message) as caught:
+        formats.read(path, alpha=1)
+    assert str(path) in str(caught.value)
+
+
+def test_a_rank_above_the_width_is_a_notice(tmp_path):
+    state = {"a.lora_A": numbers(9, 6), "a.lora_B": numbers(8, 9)}
+    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=1)
+    assert "'a' (rank 9, width 6)" in stored.notices[0]
+
+
+def test_safetensors_with_loralibs_names(tmp_path):
+    save_file({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2)}, tmp_path / "a.safetensors")
+    assert formats.read(tmp_path / "a.safetensors", alpha=3).layers["a"].scaling == 1.5
+
+
+def test_relabelling_leaves_other_formats_alone(tmp_path):
+    stored = adapter({"table": linear(10, 6)}, peft_config={"peft_type": "LORA"})
+    formats.check_targets(stored, tmp_path, random_net(lora=False))
+    assert stored.layers["table"].kind == "linear"
+    assert replace(stored.layers["table"], kind="embedding").rank == 2
