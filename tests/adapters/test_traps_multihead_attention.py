@@ -275,6 +275,29 @@ def test_per_sample_without_an_adapter_on_the_attention() -> None:
     assert (found[0] - base[0]).abs().max() > 1e-2
 
 
+def test_removing_one_of_two_leaves_no_hook() -> None:
+    model, adapters = adapted("attn")
+    x = example()
+    base = without_adapters(model, {}, x)
+    attach(model, LoRA(rank=2, targets="out"), name="linear")
+    adapters.remove("default")
+    assert not model.attn._forward_hooks
+    assert not model.attn._forward_pre_hooks
+    torch.testing.assert_close(model(x), base)
+
+
+def test_removing_one_keeps_the_hooks_of_the_other() -> None:
+    model, adapters = adapted("attention.q")
+    attach(model, LoRA(rank=2, targets="attention.o"), name="other")
+    randomise(adapters, "other", seed=1)
+    adapters.remove("default")
+    adapters.activate("other")
+    x = example()
+    expected = without_adapters(model, effective_weights(model, {"other": 1.0}), x)
+    assert (expected - without_adapters(model, {}, x)).abs().max() > 1e-2
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_separate_projections_are_refused() -> None:
     model = Model(kdim=8)
     with pytest.raises(LorakitError, match="kdim"):
