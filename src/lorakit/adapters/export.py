@@ -76,7 +76,12 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
 
 
 def keep_base_weights(
-    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    *unused: Any,
 ) -> None:
     """`load_state_dict` pre-hook: a marked layer keeps its base weights, for the file's contain an adapter.
 
@@ -84,7 +89,8 @@ def keep_base_weights(
         AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors;
             or the file holds an adapter for a layer that carries none here.
     """
-    _fill_copies(model, state_dict, prefix)
+    if strict:  # otherwise one key of a shared tensor is enough, and more would count as surplus
+        _fill_copies(model, state_dict, prefix)
     _refuse_strange_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix

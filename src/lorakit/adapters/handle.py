@@ -21,7 +21,12 @@ from lorakit.adapters.installed import (
     base_parameters,
     install,
 )
-from lorakit.adapters.layer_adapters import LayerAdapters, remove_all_hooks, remove_from
+from lorakit.adapters.layer_adapters import (
+    LayerAdapters,
+    remove_all_hooks,
+    remove_from,
+    remove_idle_hooks,
+)
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
@@ -196,6 +201,7 @@ class Adapters:
             del adapters[name]
             if not adapters:
                 remove_from(layer)
+        remove_idle_hooks(self.model)
 
     def detach(self) -> None:
         """Take all adapters off: the model is bit for bit what it was, without a hook or a key more."""

@@ -263,6 +263,13 @@ def remove_from(layer: nn.Module) -> None:
     _remove_hooks(layer, after_forward)
 
 
+def remove_idle_hooks(model: nn.Module) -> None:
+    """Take the hooks off modules that no longer read an adapted weight."""
+    for module in model.modules():
+        if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
+            _remove_hooks(module, shadow_weights, unshadow_weights)
+
+
 def remove_all_hooks(model: nn.Module) -> None:
     """Take every hook of ours off the model."""
     for module in model.modules():
