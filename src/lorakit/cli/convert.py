@@ -48,6 +48,8 @@ def run(argv: Sequence[str]) -> None:
         formats.write_loralib(stored, config.output)
         notices = ["loralib files record neither alpha nor rank: keep them beside the file."]
     else:
+        if config.overwrite:
+            formats.check_replaceable(config.output)
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             notices = formats.write(stored, temporary)
     print(f"{len(stored.layers)} layers written to {config.output} ({config.to}).")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from lorakit.errors import RunFolderError
 from lorakit.evaluation.config import BaseConfig
 
 
@@ -55,6 +57,12 @@ def run(argv: Sequence[str]) -> None:
         handle.merge(keep_base=False)
         after = model(**probe).logits.float()
     logging.disable_progress_bar()
+    output = Path(config.output)
+    if output.is_dir() and any(output.iterdir()) and not (output / "model.safetensors").exists():
+        raise RunFolderError(
+            f"'{output}' holds files that are not a merged model's, and overwriting would delete them. Choose another "
+            "folder."
+        )
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
