@@ -115,6 +115,10 @@ class LoRA:
                 raise ConfigurationError(
                     f"{name} is {value!r}; it must be one of {', '.join(allowed.__args__)}."
                 )
+        if self.dora and self.tie_head:
+            raise ConfigurationError(
+                "dora and tie_head exclude each other: the head cannot follow the embedding's magnitudes. Drop one."
+            )
         if self.dora and self.init == "pissa":
             raise ConfigurationError(
                 "dora and init='pissa' exclude each other: both redefine what the base weight means. Drop one."
