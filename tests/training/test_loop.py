@@ -17,7 +17,7 @@ import yaml
 from tiny_runs import adapter_bytes, metrics
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
+from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
@@ -384,49 +384,3 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
     lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)
     result = train(tiny_runs.config(tmp_path, base, lora=lora))
     assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
-
-
-# --- the folder --------------------------------------------------------------------------------
-
-
-def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
-    config = tiny_runs.config(tmp_path, base, max_steps=2)
-    first = train(config)
-    with pytest.raises(RunFolderError, match=r"finished run.*resume.*overwrite"):
-        train(config)
-    resumed = train(dataclasses.replace(config, resume=True))
-    assert resumed == first
-    other = dataclasses.replace(config, overwrite=True, seed=1)
-    assert train(other).scores != first.scores
-
-
-def test_overwriting_deletes_nothing_that_is_not_a_run(tmp_path: Path, base: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    config = tiny_runs.config(tmp_path, base, overwrite=True)
-    with pytest.raises(RunFolderError, match=r"not a run folder.*thesis\.tex"):
-        train(config)
-    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
-
-
-def test_overwriting_a_run_keeps_the_users_own_files(tmp_path: Path, base: str) -> None:
-    config = tiny_runs.config(tmp_path, base, max_steps=1)
-    train(config)
-    (tmp_path / "run" / "notes.md").write_text("mine")
-    train(dataclasses.replace(config, overwrite=True))
-    assert (tmp_path / "run" / "notes.md").read_text() == "mine"
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path, base: str) -> None:
-    from lorakit.storage import lock_folder
-
-    config = tiny_runs.config(tmp_path, base)
-    with lock_folder(tmp_path / "run"), pytest.raises(RunFolderError, match="in use"):
-        train(config)
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_a_file_as_output_is_refused(tmp_path: Path, base: str) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(RunFolderError, match="is a file"):
-        train(tiny_runs.config(tmp_path, base))

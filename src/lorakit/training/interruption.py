@@ -34,10 +34,10 @@ class Interruption:
         return self.signal is not None
 
     def leave(self, message: str) -> None:
-        """Exit as the signal would have done: KeyboardInterrupt, or SystemExit with the shell's code for SIGTERM."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt(message)
+        """Say `message`, and exit as the signal would have: KeyboardInterrupt, or the shell's code for SIGTERM."""
         print(message, file=sys.stderr)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
     def _request(self, number: int, _: FrameType | None) -> None:
