@@ -1,4 +1,4 @@
-"""LoRA's formulas in float64, written from the papers and without lorakit: an oracle for merged weights.
+"""LoRA's formulas in float64, written from the papers, without lorakit: an oracle for weights.
 
 ``W' = W + s B A`` (Hu et al. 2021), ``m W' / ||W'||`` row by row (DoRA, Liu et al. 2024), and
 ``W - W_r + s B A`` with W_r the best approximation of rank r (PiSSA, Meng et al. 2024).
@@ -48,7 +48,7 @@ def low_rank(
 
 
 def convolution(A: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
-    """``dW[o] = s sum_r B[o, r] A[r]``, where an output channel sees the r of its own group alone."""
+    """``dW[o] = s sum_r B[o, r] A[r]``, where an output channel sees its own group's r alone."""
     out, per_group = B.shape[:2]
     delta = torch.zeros(out, *A.shape[1:], dtype=torch.float64)
     for o in range(out):

@@ -34,11 +34,11 @@ OPTIONS: dict[str, tuple] = {
 NOT_COMBINED = {
     "dora with init pissa": "both redefine what the base weight means, so lorakit refuses the pair",
     "bias without a bias": "bias='all' or 'lora_only' where no (adapted) layer has one is an error",
-    "head trained and adapted": "a module is either trained in full or adapted, the other is an error",
+    "head trained and adapted": "a module is either trained in full or adapted, never both",
     "mlp of mixtral": "its experts are stacked tensors, on which lorakit refuses to sit",
     "classification head of granite": "transformers has none",
 }
-"""Pairs that no case holds, by name. `test_refused_pairs` in test_attach_detach holds the errors."""
+"""Pairs that no case holds, by name; `test_refused_pairs` of test_attach_detach has the errors."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def all_pairs() -> set[tuple]:
 def cases() -> tuple[Case, ...]:
     """A covering array of strength two: one case for each architecture and target, then the rest.
 
-    Greedy, as in AETG (Cohen et al. 1997): of some random candidates, the one that covers most pairs
-    that are still missing. The generator has a fixed seed, so that the cases are always the same.
+    Greedy, as in AETG (Cohen et al. 1997): of some random candidates, the one that covers most
+    pairs that are still missing. The seed is fixed, so that the cases are always the same.
     """
     draw = random.Random(0)
     missing = all_pairs()

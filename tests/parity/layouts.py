@@ -1,8 +1,8 @@
 """Where each role lives in every tiny model, written out by hand.
 
-The tests hold lorakit's own tables against this one, so nothing here is derived from lorakit. Numbers
-are those of ``tiny_models``: hidden size 32, two blocks, four heads of width 8, two key/value heads
-where the architecture shares them.
+The tests hold lorakit's own tables against this one, so nothing here is derived from lorakit.
+Numbers are those of ``tiny_models``: hidden size 32, two blocks, four heads of width 8, two
+key/value heads where the architecture shares them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Layout:
     base: str
     """Path of the base model inside the model with a head, with its dot."""
     roles: Mapping[str, tuple[Projection, ...]]
-    """q, k, v, o, gate, up, down -> where they are; a role may have several places (cross-attention)."""
+    """q, k, v, o, gate, up, down -> where they are; several places with cross-attention."""
     embedding: tuple[str, ...]
     """Paths below the base model."""
     language_head: tuple[str, ...] = ("lm_head",)
@@ -136,7 +136,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         embedding=("embeddings.word_embeddings",),
         class_head=("pre_classifier", "classifier"),
-        # PEFT's modules_to_save=["classifier"] takes pre_classifier as well: it compares ends of names.
+        # PEFT's modules_to_save=["classifier"] takes pre_classifier too: it compares ends of names.
         class_module="classifier",
         norm="output_layer_norm",
         names=("q_lin", "lin1"),
@@ -285,7 +285,7 @@ LAYOUTS: dict[str, Layout] = {
 
 WITHOUT_BIAS = ("llama", "mistral", "mixtral", "qwen3", "gemma", "gemma2", "gemma3", "smollm3")
 WITHOUT_BIAS += ("phi3", "granite", "olmo2")
-"""Architectures of which no layer has a bias (of T5 it is true as well, its classification head apart)."""
+"""Architectures of which no layer has a bias (nor has T5, its classification head apart)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Comparing logits, and giving adapters the random tensors that make the comparison mean something."""
+"""Comparing logits, and the random tensors that make the comparison mean something."""
 
 from __future__ import annotations
 

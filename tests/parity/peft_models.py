@@ -60,7 +60,7 @@ def counts_out_proj_twice() -> bool:
 
 
 def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
-    """Halve PEFT's live scaling there, which no file holds, so that it computes what the file says."""
+    """Halve PEFT's live scaling there, which no file holds: it then computes what the file says."""
     for module in adapted.modules():
         if isinstance(module, MultiheadAttention) and counts_out_proj_twice():
             scaling = module.base_layer.out_proj.scaling
@@ -70,7 +70,7 @@ def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
 
 def target_modules(case: Case) -> str | list[str]:
     """PEFT has no roles: paths, names, its own "all-linear" or a regular expression."""
-    # PEFT's "all-linear" takes DistilBERT's pre_classifier, and so do its trained modules: a TypeError.
+    # PEFT's "all-linear" takes DistilBERT's pre_classifier, as its trained modules do: an error.
     if case.targets == "all-linear" and case.train != "head":
         return "all-linear"
     if case.targets == "names":
@@ -114,6 +114,6 @@ def save(adapted: peft.PeftModel, folder: Path) -> Path:
 
 
 def load(model: nn.Module, folder: Path) -> peft.PeftModel:
-    """PEFT's model of a folder; a key that is missing or left over is a warning, and so an error."""
+    """PEFT's model of a folder; a missing or surplus key is a warning, and so an error."""
     with speaking_peft():
         return _count_out_proj_once(peft.PeftModel.from_pretrained(model, folder).eval())

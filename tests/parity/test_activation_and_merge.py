@@ -63,7 +63,7 @@ def test_export_without_the_base(arch: str):
     assert handle.names == ()
 
 
-# --- two adapters ----------------------------------------------------------------------------------
+# --- two adapters --------------------------------------------------------------------------------
 
 
 def with_two(arch: str, **settings) -> tuple[nn.Module, dict[str, torch.Tensor], Adapters]:
@@ -201,7 +201,7 @@ def test_per_sample_with_trained_modules_and_biases():
         assert_differ(model(**batch).logits, together)
 
 
-# --- what cannot be scaled ---------------------------------------------------------------------------
+# --- what cannot be scaled -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

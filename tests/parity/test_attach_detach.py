@@ -1,4 +1,4 @@
-"""`attach` adds tensors beside the model's own, `detach` leaves the model bit for bit what it was."""
+"""`attach` adds tensors beside the model's own, `detach` leaves the model as it was, bit by bit."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_trainable_names_are_the_adapters_alone(case: Case):
 
 
 @every_case
-def test_adapter_tensors_have_the_shapes_of_the_formula(case: Case):
-    """r (in + out) numbers for each projection, r for each slice of a fused one."""
+def test_shapes_and_scaling_of_the_formula(case: Case):
+    """r (in + out) numbers for each projection or slice of one; the scaling of the case."""
     model = case.model()
     handle = attach(model, case.method())
     for path, target in case.expected.items():
@@ -79,6 +79,8 @@ def test_adapter_tensors_have_the_shapes_of_the_formula(case: Case):
         transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
         n_out, n_in = weight.shape[::-1] if transposed else (len(weight), weight[0].numel())
         rank = 3 if case.rank == "pattern" and path == min(case.expected) else 2
+        alpha = 5.0 if path.endswith(tuple(case.alpha_pattern)) and case.alpha_pattern else 3.0
+        assert module.scaling == alpha / (rank if case.scaling == "standard" else rank**0.5)
         rows = sum(map(len, target.slices)) or n_out
         assert module.lora_A.numel() == max(1, len(target.slices)) * rank * n_in
         assert module.lora_B.numel() == rows * rank
@@ -181,7 +183,7 @@ def test_a_failed_attach_leaves_nothing_behind():
     assert snapshot(model) == seen
 
 
-# --- pairs that are refused ------------------------------------------------------------------------
+# --- pairs that are refused ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

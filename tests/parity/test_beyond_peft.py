@@ -20,7 +20,7 @@ from logits import assert_differ, assert_same, randomise
 from torch import Tensor, nn
 
 from lorakit import Adapters, LoRA, attach, load
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, ConfigurationError
 
 RANK, ALPHA = 2, 3.0
 SCALING = ALPHA / RANK
@@ -29,18 +29,18 @@ EXACT = 1e-12
 
 NOT_IN_PEFT = {
     "dora on nn.MultiheadAttention": "PEFT raises when the adapter is made",
-    "dora on a grouped convolution": "PEFT divides by the norm of another weight than the effective one",
+    "dora on a grouped convolution": "PEFT divides by the norm of another weight",
     "merging a grouped convolution": "PEFT's A sees all input channels: it refuses to merge",
     "dilated convolution": "PEFT's A is not dilated: its output has another size",
     "padding mode of a convolution": "PEFT's A pads with zeros: its output differs at the borders",
-    "two scalings in one nn.MultiheadAttention": "PEFT uses the module's alpha for both projections",
+    "two scalings in one nn.MultiheadAttention": "PEFT has one alpha for both projections",
     "one layer at two places": "PEFT replaces the layer at one of them",
     "slices of a fused projection": "PEFT has none; the file holds the equal full-width adapter",
     "pissa over the untouched base": "PEFT changes the base; the file holds the equal rank 2r",
     "tie_head": "PEFT's file holds the head's adapter as a second one",
 }
-"""Each has the tests of one section below; the last three have an equal in PEFT's format, which the
-tests of test_peft_files and test_layer_kinds load there, and are held against the formula here."""
+"""Each has its tests in a section below, or in test_pissa. The last three have an equal in PEFT's
+format, which test_peft_files and test_layer_kinds load there; here they meet the formula."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def effective(W: Tensor, module: nn.Module, slices: tuple = (), scaling: float =
 
 
 def check_own_folder(handle: Adapters, fresh: nn.Module, x: Tensor, folder: Path) -> None:
-    """The folder is lorakit's alone, for PEFT would compute something else, and comes back whole."""
+    """The folder is lorakit's alone (PEFT would compute something else) and comes back whole."""
     expected = handle.model(x)
     handle.save(folder)
     assert not (folder / "adapter_config.json").exists()
@@ -70,7 +70,7 @@ def check_own_folder(handle: Adapters, fresh: nn.Module, x: Tensor, folder: Path
     assert torch.equal(fresh(x), expected)
 
 
-# --- slices of a fused projection --------------------------------------------------------------------
+# --- slices of a fused projection ----------------------------------------------------------------
 
 FUSED = [
     *((a, f"attention.{x}") for a in ("gpt2", "gpt-neox", "bloom", "phi3") for x in "qkv"),
@@ -123,99 +123,23 @@ def test_a_slice_leaves_the_other_rows_alone(arch: str, role: str):
     assert (changed[~rows] == 0).all()
 
 
-# --- pissa over the untouched base ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arch", "role"),
-    [("llama", "attention"), ("gpt2", "mlp"), ("gemma", "embedding"), ("vit", "embedding")],
-    ids=lambda value: value,
-)
-def test_pissa_starts_as_the_base_and_trains_its_principal_part(arch: str, role: str):
-    model, oracle = float64_model(arch), float64_model(arch)
-    batch = inputs(arch, model)
-    base, state = model(**batch).logits, {k: t.clone() for k, t in model.state_dict().items()}
-    method = LoRA(rank=RANK, alpha=ALPHA, targets=role, init="pissa")
-    handle = attach(model, method, dtype=torch.float64)
-    assert_same(model(**batch).logits, base, TIGHT)
-    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
-    for path, module in handle.modules().items():
-        principal = arithmetic.principal(arithmetic.matrix_of(oracle.get_submodule(path)), RANK)
-        A, B = module.lora_A.flatten(1), module.lora_B.flatten(1)
-        assert_same(SCALING * B @ A, principal, EXACT)
-
-    randomise(handle.trainable_parameters(), seed=2)
-    for path, module in handle.modules().items():
-        layer = oracle.get_submodule(path)
-        W = arithmetic.matrix_of(layer)
-        A, B = module.lora_A.flatten(1), module.lora_B.flatten(1)
-        W = W - arithmetic.principal(W, RANK) + arithmetic.low_rank(A, B, SCALING, len(W))
-        arithmetic.set_matrix(layer, W)
-        if arch == "gemma":  # an adapter on the table does not act on the head that shares it
-            oracle.lm_head.weight = nn.Parameter(state["lm_head.weight"])
-    assert_differ(model(**batch).logits, base)
-    assert_same(model(**batch).logits, oracle(**batch).logits, TIGHT)
-
-
-def peft_pissa(model: nn.Module) -> peft.PeftModel:
-    targets = ["q_proj", "v_proj"]
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="pissa"
-    )
-    with peft_models.speaking_peft():
-        return peft.get_peft_model(model, config).eval()
-
-
-def test_pissa_computes_what_pefts_does():
-    """The same A and B: over PEFT's changed base, and over ours, which is as it was."""
-    model = fresh_model("llama", "causal-lm")
-    batch = tiny_models.example_batch("llama", model)
-    base = model(**batch).logits
-    theirs = peft_pissa(fresh_model("llama", "causal-lm"))
-    method = LoRA(rank=RANK, alpha=ALPHA, targets=("q_proj", "v_proj"), init="pissa")
-    handle = attach(model, method)
-    randomise((p for p in theirs.parameters() if p.requires_grad), seed=2)
-    for path, module in handle.modules().items():
-        layer = theirs.base_model.model.get_submodule(path)
-        module.lora_A.copy_(layer.lora_A["default"].weight)
-        module.lora_B.copy_(layer.lora_B["default"].weight)
-    assert_differ(model(**batch).logits, base)
-    assert_same(model(**batch).logits, theirs(**batch).logits)
-
-
-def test_pissa_of_peft_is_read_once_it_is_converted(tmp_path: Path):
-    """The file alone does not say what base it belongs to: an error, with the way out."""
-    model = fresh_model("llama", "causal-lm")
-    batch = tiny_models.example_batch("llama", model)
-    start, theirs = (peft_pissa(fresh_model("llama", "causal-lm")) for _ in range(2))
-    start.peft_config["default"].init_lora_weights = True  # so PEFT's guide to the conversion
-    start.save_pretrained(tmp_path / "start")
-    randomise((p for p in theirs.parameters() if p.requires_grad), seed=2)
-    expected = theirs(**batch).logits
-    theirs.save_pretrained(tmp_path / "raw")
-    with pytest.raises(AdapterFileError, match="path_initial_model_for_weight_conversion"):
-        load(model, tmp_path / "raw")
-    with peft_models.speaking_peft(), pytest.warns(UserWarning, match="PiSSA changes the base"):
-        theirs.save_pretrained(
-            tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
-        )
-    load(model, tmp_path / "converted")
-    assert_same(model(**batch).logits, expected)
-
-
-# --- tie_head ------------------------------------------------------------------------------------------
+# --- tie_head ------------------------------------------------------------------------------------
 
 TIED = ("gpt2", "opt", "bloom", "gemma", "gemma2", "gemma3", "smollm3")
 
 
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
 @pytest.mark.parametrize("arch", TIED)
-def test_tied_head_follows_the_embedding(arch: str):
+def test_tied_head_follows_the_embedding(arch: str, init: str):
     model, oracle, untied = (float64_model(arch) for _ in range(3))
     batch = inputs(arch, model)
     base = model(**batch).logits
-    handle = random_adapter(model, targets="embedding", tie_head=True)
+    handle = random_adapter(model, targets="embedding", tie_head=True, init=init)
     table = oracle.get_input_embeddings()
-    W = effective(arithmetic.matrix_of(table), next(iter(handle.modules().values())))
+    W = arithmetic.matrix_of(table)
+    if init == "pissa":
+        W = W - arithmetic.principal(W, RANK)
+    W = effective(W, next(iter(handle.modules().values())))
     table.weight.copy_(W.T)  # in place, so that the head keeps sharing it
     adapted = model(**batch).logits
     assert_differ(adapted, base)
@@ -227,6 +151,13 @@ def test_tied_head_follows_the_embedding(arch: str):
     assert_same(model.get_input_embeddings().weight, W.T, EXACT)
     assert_same(model.get_output_embeddings().weight, W.T, EXACT)
     assert_same(model(**batch).logits, adapted, TIGHT)
+
+
+def test_tied_head_cannot_follow_dora():
+    """A head with the table's delta but without its magnitudes would be tied to nothing."""
+    model = fresh_model("gpt2", "causal-lm")
+    with pytest.raises(ConfigurationError, match=r"dora.*tie_head|tie_head.*dora"):
+        attach(model, LoRA(rank=RANK, targets="embedding", tie_head=True, dora=True))
 
 
 @pytest.mark.parametrize("arch", TIED)
@@ -245,7 +176,7 @@ def test_tied_head_in_peft(arch: str, tmp_path: Path):
     assert torch.equal(again(**batch).logits, expected)
 
 
-# --- nn.MultiheadAttention -----------------------------------------------------------------------------
+# --- nn.MultiheadAttention -----------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -310,7 +241,7 @@ def test_two_scalings_in_one_multihead_attention(tmp_path: Path):
     check_own_folder(handle, SelfAttention(), x, tmp_path / "adapter")
 
 
-# --- convolutions --------------------------------------------------------------------------------------
+# --- convolutions --------------------------------------------------------------------------------
 
 
 def convolution(**settings) -> nn.Module:
@@ -410,7 +341,7 @@ def test_dora_on_a_grouped_convolution(tmp_path: Path):
     check_own_folder(handle, convolution(groups=2), x, tmp_path / "adapter")
 
 
-# --- one layer at two places ---------------------------------------------------------------------------
+# --- one layer at two places ---------------------------------------------------------------------
 
 
 class Twice(nn.Module):

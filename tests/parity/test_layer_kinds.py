@@ -177,7 +177,7 @@ def test_peft_reads_what_lorakit_wrote(net: str, option: str, tmp_path):
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o", "qv", "attention"])
 def test_slices_of_multihead_attention(role: str, tmp_path):
-    """PEFT adapts the whole input projection and always the output projection: zeros stand for the rest."""
+    """PEFT always adapts both projections, and whole: zeros stand for the rest."""
     net = NETS["causal transformer layer"]
     ours, theirs, x = net.build(), net.build(), net.x()
     base = run(ours, x)

@@ -1,4 +1,4 @@
-"""Folders and models that change hands without `peft.PeftModel.from_pretrained` or `lorakit.load`."""
+"""Adapters that change hands otherwise than by `PeftModel.from_pretrained` and `lorakit.load`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_from_peft_takes_over_a_live_model(case: Case):
 
 @pytest.mark.parametrize("arch", ["gemma", "smollm3"])
 def test_from_peft_with_tied_adapters(arch: str):
-    """PEFT's ensure_weight_tying: one pair of factors, on the table and on the head that shares it."""
+    """PEFT's ensure_weight_tying: one pair of factors, on the table and the head that shares it."""
     model = fresh_model(arch, "causal-lm")
     batch = tiny_models.example_batch(arch, model)
     base = model(**batch).logits

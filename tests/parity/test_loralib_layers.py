@@ -1,4 +1,4 @@
-"""loralib's own layers as oracle: the same A and B give the same outputs and the same merged weights."""
+"""loralib's own layers as oracle: the same A and B, the same outputs and merged weights."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callab
         lambda: image(2),
     ),
 }
-"""What loralib 0.1.2 can compute: of convolutions, only those whose kernel has width * width taps."""
+"""What loralib 0.1.2 can compute: of convolutions, those with width * width taps."""
 
 FROM_ATTACH = [name for name in LAYERS if not name.startswith("Conv")]
 """Convolutions are made in PEFT's factorisation; loralib's is read from its files."""
@@ -161,7 +161,7 @@ def test_loaded_from_loralibs_file(name: str, tmp_path: Path):
     check(theirs, model, handle, x())
 
 
-# --- MergedLinear: slices of a fused projection ------------------------------------------------------
+# --- MergedLinear: slices of a fused projection --------------------------------------------------
 
 SLICES = {"q": "TFF", "k": "FTF", "v": "FFT", "qv": "TFT", "kv": "FTT", "qkv": "TTT"}
 FUSED = {

@@ -1,4 +1,4 @@
-"""One file, two libraries, the same logits: every architecture with every pair of LoRA's options."""
+"""One file, two libraries, the same logits: every architecture, every pair of LoRA's options."""
 
 from __future__ import annotations
 

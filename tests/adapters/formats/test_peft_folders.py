@@ -428,6 +428,38 @@ def test_a_tied_head_becomes_two_layers(tmp_path):
     assert formats.read(tmp_path).layers["transformer.wte"].tied_head == "lm_head"
 
 
+@pytest.mark.parametrize("modules", [["wte", "lm_head"], ["lm_head"], ["wte"]], ids="-".join)
+def test_a_tied_weight_trained_at_one_place_or_at_both(tmp_path, modules):
+    model = tiny_models.build("gpt2")
+    settings = lorakit.LoRA(rank=2, targets="attention.q", train_modules=modules)
+    handle = lorakit.attach(model, settings, seed=0)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter += 0.1 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
+        handle.save(tmp_path / "adapter")
+        batch = tiny_models.example_batch("gpt2", model)
+        expected = model(**batch).logits
+        theirs = loaded_by_peft(tiny_models.build("gpt2"), tmp_path / "adapter")
+        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=0, atol=1e-5)
+        again = tiny_models.build("gpt2")
+        lorakit.load(again, tmp_path / "adapter")
+        assert torch.equal(again(**batch).logits, expected)
+
+
+def test_a_tied_weight_that_peft_trained_apart(tmp_path):
+    modules = {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]}
+    by_peft(tiny_models.build("gpt2"), tmp_path, **modules, fan_in_fan_out=True)
+    stored = read_peft(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"apart, and they are one tensor .* untied"):
+        formats.check_targets(stored, tmp_path, tiny_models.build("gpt2"))
+    untied = tiny_models.build("gpt2")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    formats.check_targets(stored, tmp_path, untied)
+    assert stored.trained.keys() == {"transformer.wte.weight", "lm_head.weight"}
+
+
 def test_one_projection_of_an_attention_module_brings_the_other_as_zeros():
     stored = from_live(Net(), rank=2, targets="attn.out_proj")
     assert list(stored.layers) == ["attn.out_proj"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.layout import peft_differs_on
+from lorakit.adapters.formats.layout import base_layout, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
+from lorakit.adapters.formats.peft.trained import is_in_trained_module
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, nearest
@@ -19,7 +20,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
     Every layer that PEFT's options mean must have its tensors, and the other way round. loralib's
     factors take the kind of the layer they find. Copies of base weights in the file that equal the
-    model's are dropped; others count as trained.
+    model's are dropped; others count as trained. A trained tied parameter is listed by all its names.
 
     Args:
         stored: The adapter as read; it is brought up to date.
@@ -52,6 +53,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
     if stored.base_copies:
         _settle_base_copies(stored, Path(path), model)
+    _settle_tied(stored, Path(path), model)
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
@@ -102,6 +104,21 @@ def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> 
             f"The file brings {len(unknown)} entries that the model does not have, the first "
             f"'{unknown[0]}'; they are not used.{nearest(unknown[0], live)}"
         )
+
+
+def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
+    """A trained parameter that the model ties stands at every place that the method means."""
+    for first, others in base_layout(model).aliases.items():
+        names = (first, *others)
+        given = [name for name in names if name in stored.trained]
+        for name in given[1:]:
+            if not stored.trained[name].equal(stored.trained[given[0]]):
+                raise AdapterFileError(
+                    f"'{path}' trains '{given[0]}' and '{name}' apart, and they are one tensor in this "
+                    "model. Load it on the model untied: tie_word_embeddings=False in its configuration."
+                )
+        meant = [name for name in names if given and is_in_trained_module(name, stored)]
+        stored.trained.update({name: stored.trained[given[0]] for name in meant})
 
 
 def _same(tensor: Tensor, base: Tensor) -> bool:

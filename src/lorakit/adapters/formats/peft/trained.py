@@ -179,6 +179,11 @@ def _peft_excludes(module: str, path: str) -> bool:
     return re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path) is not None
 
 
+def is_in_trained_module(name: str, stored: StoredAdapter) -> bool:
+    """Whether a parameter lies in a module that the method trains as a whole."""
+    return isinstance(stored.method, LoRA) and bool(_entries_around(name, stored))
+
+
 def _entries_around(name: str, stored: StoredAdapter) -> list[str]:
     """The modules around a parameter that train_modules names, the outermost first."""
     assert isinstance(stored.method, LoRA)
