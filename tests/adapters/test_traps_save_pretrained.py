@@ -186,8 +186,9 @@ def test_state_dict_round_trip(
     assert torch.equal(logits(twin), base)
 
 
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
 def test_saved_tensors_load_into_an_adapted_model(
-    case: tuple[PreTrainedModel, Method], tmp_path: Path
+    case: tuple[PreTrainedModel, Method], loaded_into: str, tmp_path: Path
 ) -> None:
     """As Trainer resumes: the file's base keys contain the adapter, which must not act twice."""
     model, method = case
@@ -196,10 +197,12 @@ def test_saved_tensors_load_into_an_adapted_model(
     randomise(adapters)
     adapted = logits(model)
     model.save_pretrained(tmp_path)
+    handle.activate("default" if loaded_into == "active" else None)
     result = twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     assert not result.unexpected_keys
     assert {key for key in result.missing_keys if ".adapters." not in key} <= tied
+    handle.activate("default")
     assert_close(logits(twin), adapted)
     handle.activate(None)
     assert torch.equal(logits(twin), base)

@@ -79,8 +79,6 @@ def keep_base_weights(
     model: nn.Module,
     state_dict: dict[str, Tensor],
     prefix: str,
-    local_metadata: Any,
-    strict: bool,
     *unused: Any,
 ) -> None:
     """`load_state_dict` pre-hook: a marked layer keeps its base weights, for the file's contain an adapter.
@@ -89,8 +87,6 @@ def keep_base_weights(
         AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors;
             or the file holds an adapter for a layer that carries none here.
     """
-    if strict:  # otherwise one key of a shared tensor is enough, and more would count as surplus
-        _fill_copies(model, state_dict, prefix)
     _refuse_strange_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix
@@ -101,6 +97,12 @@ def keep_base_weights(
             )
         mark = f"{start}{CHILD}.{MARK}"
         if state_dict.pop(mark, None) is not None:
+            # A copy that had the base's place when the file was written stands there alone.
+            for name, module in adapters.items():
+                for attribute, copy in module.trained.items():
+                    key = f"{start}{CHILD}.{name}.trained.{attribute}"
+                    if layer._parameters[attribute] is not copy and start + attribute in state_dict:
+                        state_dict.setdefault(key, state_dict[start + attribute])
             for attribute, parameter in layer._parameters.items():
                 copied = any(parameter is copy for copy in _copies_on(adapters))
                 if parameter is not None and not copied and start + attribute in state_dict:
@@ -149,15 +151,3 @@ def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
                 key = f"{CHILD}.{name}.trained.{attribute}"
                 copies[f"{path}.{key}" if path else key] = copy
     return copies
-
-
-def _fill_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Give every key of a trained copy the tensor that the file holds once."""
-    copies = _copies(model)
-    held: dict[int, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if prefix + name in state_dict:
-            held.setdefault(id(parameter), state_dict[prefix + name])
-    for key, copy in copies.items():
-        if id(copy) in held:
-            state_dict.setdefault(prefix + key, held[id(copy)])
