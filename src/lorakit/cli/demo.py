@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import require_at_least
+import yaml
+
+from lorakit.errors import RunFolderError, require_at_least
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +65,7 @@ def run(argv: Sequence[str]) -> None:
         "standard library that runs it. Shows scores and texts before and after, and merges the result.",
         argv,
     )
+    _require_demo_folder(Path(config.output))
     console = Console(highlight=False)
     began = time.monotonic()
     data = DataConfig(
@@ -97,6 +100,21 @@ def run(argv: Sequence[str]) -> None:
     console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
     for command, what in _next_commands(config, result.adapter):
         console.print(f"  {command}\n      [dim]{what}[/dim]", soft_wrap=True)
+
+
+def _require_demo_folder(output: Path) -> None:
+    """The demo replaces an earlier demo's folder, and no other run's."""
+    config = output / "config.yaml"
+    if not config.exists():
+        return
+    try:
+        trained_on = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["train"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        trained_on = None
+    if trained_on != "docstrings":
+        raise RunFolderError(
+            f"'{output}' holds a run that is not a demo's. Choose another --output."
+        )
 
 
 def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:

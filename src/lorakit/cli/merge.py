@@ -58,6 +58,11 @@ def run(argv: Sequence[str]) -> None:
         after = model(**probe).logits.float()
     logging.disable_progress_bar()
     output = Path(config.output)
+    inputs = [config.adapter, *([config.base.name] if config.base else [])]
+    if output.exists() and any(output.resolve() == Path(name).resolve() for name in inputs):
+        raise RunFolderError(
+            f"'{output}' is what is merged; it would be replaced. Choose another folder."
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / "model.safetensors").exists():
         raise RunFolderError(
             f"'{output}' holds files that are not a merged model's, and overwriting would delete them. Choose another "

@@ -264,12 +264,18 @@ def _startable(config: TrainConfig) -> dict[str, Any]:
 
 
 def _require_own(path: Path) -> None:
-    """Refuse a folder of other things: a typing error in `output` must not mix a run into them."""
+    """Refuse a folder of other things: a typing error in `output` must neither mix with them nor delete them."""
     if (path / CONFIG).exists():
-        return
-    others = [
-        entry.name for entry in path.iterdir() if entry.name not in ENTRIES and entry.name[0] != "."
-    ]
+        try:
+            settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{path / CONFIG} cannot be read: {error}") from None
+        if isinstance(settings, dict) and settings.keys() >= {"base", "data", "method", "output"}:
+            return
+        raise RunFolderError(
+            f"{path} is not a run folder: its {CONFIG} is not that of a run. Choose a new or empty folder as output."
+        )
+    others = [entry.name for entry in path.iterdir() if entry.name[0] != "."]
     if others:
         raise RunFolderError(
             f"{path} is not a run folder: it has no {CONFIG}, but {', '.join(sorted(others)[:3])}. "
@@ -278,8 +284,10 @@ def _require_own(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    # The configuration goes first: a folder without it counts as holding no run, whatever else is left in it.
-    for name in ENTRIES:
+    # The result goes first and the configuration last: whatever is left when this is interrupted is an
+    # unfinished run of this folder, to be resumed or overwritten.
+    entries = [RESULT, *(name for name in ENTRIES if name not in (RESULT, CONFIG)), CONFIG]
+    for name in entries:
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
