@@ -64,3 +64,12 @@ def require_bool(name: str, value: object) -> None:
     """Raise a ConfigurationError unless `value` is True or False: "false" is a text, and so true."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} is {value!r}; it must be True or False.")
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Raise a ConfigurationError unless `value` is one of the Literal `choices`."""
+    allowed = choices.__args__  # type: ignore[attr-defined]
+    if value not in allowed:
+        raise ConfigurationError(
+            f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
+        )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.layer_adapters import CHILD, MARK, LayerAdapters
+from lorakit.adapters.layer_adapters import MARK, LayerAdapters
 from lorakit.errors import AdapterStateError
+from lorakit.models.layers import ADAPTERS
 
 _OUR_TENSOR = re.compile(r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|trained\..+)")
 
@@ -64,7 +65,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             result[prefix + attribute] = adapters.effective_weight(
                 layer, attribute, list(active.weights)
             )
-            result[f"{prefix}{CHILD}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+            result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
     # A copy of a base tensor may stand at several keys (the base's own, and every tied one): write it once.
     copies = _copies(model)
     seen = {id(p) for name, p in model.named_parameters() if name not in copies}
@@ -90,17 +91,17 @@ def keep_base_weights(
     _refuse_strange_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix
-        if adapters.merged and any(key.startswith(f"{start}{CHILD}.") for key in state_dict):
+        if adapters.merged and any(key.startswith(f"{start}{ADAPTERS}.") for key in state_dict):
             raise AdapterStateError(
                 "An adapter is merged, and loading new tensors for it would not change the merged weights. "
                 "Call unmerge() before load_state_dict()."
             )
-        mark = f"{start}{CHILD}.{MARK}"
+        mark = f"{start}{ADAPTERS}.{MARK}"
         if state_dict.pop(mark, None) is not None:
             # A copy that had the base's place when the file was written stands there alone.
             for name, module in adapters.items():
                 for attribute, copy in module.trained.items():
-                    key = f"{start}{CHILD}.{name}.trained.{attribute}"
+                    key = f"{start}{ADAPTERS}.{name}.trained.{attribute}"
                     if layer._parameters[attribute] is not copy and start + attribute in state_dict:
                         state_dict.setdefault(key, state_dict[start + attribute])
             for attribute, parameter in layer._parameters.items():
@@ -115,7 +116,7 @@ def _refuse_strange_layers(model: nn.Module, state_dict: dict[str, Tensor], pref
     """A tensor of an adapter that finds no layer would be ignored where loading is not strict."""
     paths = {path for path, _, _ in adapted_layers(model)}
     for key in state_dict:
-        path, found, rest = key.removeprefix(prefix).rpartition(f"{CHILD}.")
+        path, found, rest = key.removeprefix(prefix).rpartition(f"{ADAPTERS}.")
         ours = rest == MARK or _OUR_TENSOR.fullmatch(rest)
         if found and ours and path.removesuffix(".") not in paths:
             raise AdapterStateError(
@@ -148,6 +149,6 @@ def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
     for path, _, adapters in adapted_layers(model):
         for name, module in adapters.items():
             for attribute, copy in module.trained.items():
-                key = f"{CHILD}.{name}.trained.{attribute}"
+                key = f"{ADAPTERS}.{name}.trained.{attribute}"
                 copies[f"{path}.{key}" if path else key] = copy
     return copies

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.layer_adapters import CHILD, LayerAdapters, add_module, check_free
+from lorakit.adapters.layer_adapters import LayerAdapters, add_module, check_free
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.models.layers import ADAPTERS
 
 
 @dataclass
@@ -76,7 +77,7 @@ def install(
 
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
     """The base's own parameter, also while a trained or merged tensor has its place."""
-    adapters = layer._modules.get(CHILD)
+    adapters = layer._modules.get(ADAPTERS)
     if isinstance(adapters, LayerAdapters):
         return adapters.base(layer, attribute)
     parameter = layer._parameters[attribute]
@@ -97,7 +98,7 @@ def _slots_by_parameter(model: nn.Module, names: list[str]) -> dict[int, list[tu
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
     """Path, layer and `adapters` child of every layer that carries an adapter."""
     for path, module in list(model.named_modules()):
-        child = module._modules.get(CHILD)
+        child = module._modules.get(ADAPTERS)
         if isinstance(child, LayerAdapters):
             yield path, module, child
 

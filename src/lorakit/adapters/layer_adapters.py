@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, compute_dtype
-
-CHILD = "adapters"
-"""Name under which the adapters of a layer are its child module."""
+from lorakit.models.layers import ADAPTERS
 
 MARK = "holds_merged_weights"
 """Buffer of a layer's adapters while a merged or trained tensor has a base parameter's place. It says,
@@ -218,14 +216,14 @@ def _read_by(caller: nn.Module) -> list[nn.Module]:
     layers = [caller]
     if isinstance(caller, nn.MultiheadAttention):
         layers.append(caller.out_proj)
-    return [layer for layer in layers if CHILD in layer._modules]
+    return [layer for layer in layers if ADAPTERS in layer._modules]
 
 
 def check_free(path: str, layer: nn.Module) -> None:
     """Refuse a layer on which something else already has the place of our child module."""
-    if hasattr(layer, CHILD) and not isinstance(layer._modules.get(CHILD), LayerAdapters):
+    if hasattr(layer, ADAPTERS) and not isinstance(layer._modules.get(ADAPTERS), LayerAdapters):
         raise AdapterStateError(
-            f"'{path}' ({type(layer).__name__}) already has an attribute named '{CHILD}', where lorakit keeps its "
+            f"'{path}' ({type(layer).__name__}) already has an attribute named '{ADAPTERS}', where lorakit keeps its "
             "tensors. Remove what is attached there first."
         )
 
@@ -242,8 +240,8 @@ def add_module(
         module: Its tensors for this layer.
         activation: The model-wide choice of active adapters.
     """
-    if CHILD not in layer._modules:
-        layer.register_module(CHILD, LayerAdapters(activation))
+    if ADAPTERS not in layer._modules:
+        layer.register_module(ADAPTERS, LayerAdapters(activation))
         layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
@@ -256,10 +254,10 @@ def add_module(
 
 def remove_from(layer: nn.Module) -> None:
     """Take the `adapters` child off the layer."""
-    adapters = layer._modules[CHILD]
+    adapters = layer._modules[ADAPTERS]
     assert isinstance(adapters, LayerAdapters)
     adapters.unshadow(layer)
-    del layer._modules[CHILD]
+    del layer._modules[ADAPTERS]
     _remove_hooks(layer, after_forward)
 
 

@@ -16,7 +16,6 @@ from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
-from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
@@ -51,7 +50,26 @@ def load(
         WrongBaseError: It was made for another base.
         AdapterStateError: The name is taken, or an adapter is merged.
     """
-    stored = formats.read(path, alpha=alpha)
+    return load_stored(
+        model,
+        formats.read(path, alpha=alpha),
+        path,
+        name=name,
+        allow_other_base=allow_other_base,
+        trainable=trainable,
+    )
+
+
+def load_stored(
+    model: nn.Module,
+    stored: StoredAdapter,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    allow_other_base: bool = False,
+    trainable: bool = False,
+) -> Adapters:
+    """Put an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
     name = name or _name_of(Path(path))
     handle = handle_for(model)
     handle.check_can_add(name)
@@ -79,10 +97,7 @@ def put_on(
     with handle.base_in_place():
         modules = _build_modules(model, stored, origin)
         _check_trained(model, stored, origin)
-        trained = list(stored.trained)
-        if isinstance(stored.method, FullFineTuning):
-            trained = stored.method.trained_parameters(model)  # every name of a tied parameter
-        adapter = handle.add(name, stored.method, modules, trained, stored.provenance)  # type: ignore[arg-type]
+        adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter_name, copy in adapter.trained_tensors().items():
                 copy.copy_(stored.trained[parameter_name])

@@ -54,7 +54,8 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters.loading import load
     from lorakit.cli.parsing import parse
     from lorakit.data import DataConfig, load_examples
-    from lorakit.evaluation.base import DataTask, open_base
+    from lorakit.evaluation.adapted import TEXT
+    from lorakit.evaluation.base import open_base
     from lorakit.evaluation.config import BaseConfig
     from lorakit.training.loop import train
 
@@ -75,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
         too_long="skip",
         max_length=160,
     )
-    base = open_base(BaseConfig(name=config.base), DataTask(name="completion", labels=()))
+    base = open_base(BaseConfig(name=config.base), TEXT)
     test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
     console.print(f"[bold]1. The base[/bold]  {base.source.name}. {base.source.note}")
     console.print(
@@ -136,11 +137,12 @@ def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
 
 def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
     """Held-out loss, and scores and texts of greedy generation."""
-    from lorakit.evaluation.base import DataTask, collator
+    from lorakit.evaluation.adapted import TEXT
+    from lorakit.evaluation.base import collator
     from lorakit.evaluation.config import Decoding
     from lorakit.evaluation.evaluate import Evaluation, generated, held_out, objective_for
 
-    objective = objective_for(base, DataTask(name="completion", labels=()), test.examples)
+    objective = objective_for(base, TEXT, test.examples)
     loss = held_out(
         base.model, objective, test.examples[: config.test_loss], collator(base), batch_size=16
     )
@@ -180,10 +182,10 @@ def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> 
 
 
 def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
+    from lorakit.adapters.installed import base_parameters
+
     small = (adapter / "adapter_model.safetensors").stat().st_size
-    large = sum(
-        p.numel() * p.element_size() for n, p in model.named_parameters() if ".adapters." not in n
-    )
+    large = sum(p.numel() * p.element_size() for _, p in base_parameters(model))
     console.print(
         f"\nThe adapter is {small / 2**20:.1f} MiB; the base is {large / 2**20:.0f} MiB, {large / small:.0f} times "
         f"as large, and untouched."

@@ -31,6 +31,11 @@ class DataTask:
     labels: tuple[str, ...] = ()
     """Class names in index order; empty without classes."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model's answer is text."""
+        return self.name in ("completion", "chat")
+
 
 @dataclass(kw_only=True)
 class Report:

@@ -7,9 +7,11 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lorakit.adapters import formats
-from lorakit.adapters.loading import load
+from lorakit.adapters.loading import load_stored
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.evaluation.base import DataTask, open_base
+from lorakit.evaluation.base import open_base
 from lorakit.evaluation.config import BaseConfig
 from lorakit.models.loading import Base
 from lorakit.tasks import TASKS
@@ -23,7 +25,11 @@ ADAPTER = "adapter"
 
 def recorded_task(adapter: str) -> DataTask | None:
     """Return what an adapter says it was trained for; None where its file does not say (PEFT's own)."""
-    made = formats.read(Path(adapter)).provenance
+    return _recorded_task(formats.read(adapter), adapter)
+
+
+def _recorded_task(stored: StoredAdapter, adapter: str) -> DataTask | None:
+    made = stored.provenance
     if "task" not in made:
         return None
     name, labels = made["task"], made.get("labels")
@@ -62,16 +68,16 @@ def open_adapted(
         if base is None:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
         return open_base(base, task or TEXT)
+    stored = formats.read(adapter)
     if base is None:
-        stored = formats.read(Path(adapter))
         name = stored.base.source.name if stored.base else None
         if name is None:
             raise ConfigurationError(
                 f"The adapter {adapter} does not say which base it was made for. Name it: --base.name MODEL."
             )
         base = BaseConfig(name=name)
-    opened = open_base(base, task or recorded_task(adapter) or TEXT)
-    load(opened.model, adapter, name=ADAPTER, allow_other_base=allow_other_base)
+    opened = open_base(base, task or _recorded_task(stored, adapter) or TEXT)
+    load_stored(opened.model, stored, adapter, name=ADAPTER, allow_other_base=allow_other_base)
     if (Path(adapter) / "tokenizer_config.json").exists():
         opened.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     return opened

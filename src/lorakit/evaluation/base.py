@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from lorakit.data import DataConfig, collate
-from lorakit.data.columns import ColumnMap
+from lorakit.data import DataTask, collate
 from lorakit.data.packing import pack
-from lorakit.data.readers import Row
-from lorakit.data.sources import read_source
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.objective import IGNORED
 from lorakit.models.loading import Base, Task, load_base, resolve
-from lorakit.tasks import BadRow, Example, LanguageExample
+from lorakit.tasks import Example, LanguageExample
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Makes a batch of examples, on the model's device."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataTask:
-    """What the training data is for, which decides on the model's head."""
-
-    name: str
-    """completion, chat, classification or regression."""
-    labels: tuple[str, ...]
-    """Class names in index order; empty without classes."""
-
-    @property
-    def generates(self) -> bool:
-        """Whether the model's answer is text."""
-        return self.name in ("completion", "chat")
-
-
-def task_of(data: DataConfig) -> DataTask:
-    """Return the task of the training data and its labels: known before there is a tokenizer to read it with.
-
-    Raises:
-        DataError: The data cannot be read, or its columns fit no task.
-    """
-    source = read_source(data.train, data.train_split, data.limit)
-    columns = ColumnMap(data, source.columns, source.name)
-    rows = []
-    for row in source.rows:
-        if isinstance(row, Row):
-            try:
-                rows.append(columns.apply(row.values))
-            except BadRow:
-                continue  # reported, with file and line, when the examples are made
-    task = columns.task(data.task, rows)
-    known = source.class_names.get(columns.column_of("label"), ())
-    return DataTask(name=task.name, labels=tuple(task.labels_of(rows, known)))
 
 
 def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:

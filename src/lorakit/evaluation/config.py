@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least, require_bool
+from lorakit.errors import ConfigurationError, require_at_least, require_bool, require_choice
 
 DType = Literal["auto", "float32", "bfloat16"]
 Score = Literal["loss", "text"]
@@ -148,12 +148,3 @@ class EvaluateConfig:
         require_at_least("batch_size", self.batch_size, 1)
         if self.limit is not None:
             require_at_least("limit", self.limit, 1)
-
-
-def require_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ConfigurationError unless `value` is one of the Literal `choices`."""
-    allowed = choices.__args__  # type: ignore[attr-defined]
-    if value not in allowed:
-        raise ConfigurationError(
-            f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
-        )

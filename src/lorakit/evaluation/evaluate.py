@@ -14,16 +14,14 @@ import torch
 from torch import nn
 
 from lorakit import storage
-from lorakit.data import load_examples
+from lorakit.data import DataTask, load_examples, task_of
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.adapted import open_adapted, recorded_task
 from lorakit.evaluation.base import (
     Collate,
-    DataTask,
     check_context,
     collator,
     encoder_input,
-    task_of,
 )
 from lorakit.evaluation.config import Decoding, EvaluateConfig
 from lorakit.evaluation.generate import generate

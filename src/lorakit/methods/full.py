@@ -10,6 +10,7 @@ from torch import nn
 
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.module import AdapterModule
+from lorakit.models.layers import is_of_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class FullFineTuning:
         names = [
             name
             for name, _ in model.named_parameters(remove_duplicate=False)
-            if ".adapters." not in name
+            if not is_of_adapter(name)
         ]
         if self.top_layers is None:
             return names

@@ -14,6 +14,11 @@ ADAPTERS = "adapters"
 """Name of the child module in which a layer keeps its adapters (``<layer>.adapters.<name>``)."""
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a module path, parameter name or state-dict key is of an adapter, not of the base."""
+    return f".{ADAPTERS}." in f".{name}."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSlice:
     """The output rows of one projection inside a fused one.

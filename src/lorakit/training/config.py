@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least, require_bool
-from lorakit.evaluation.config import BaseConfig, require_choice
+from lorakit.errors import ConfigurationError, require_at_least, require_bool, require_choice
+from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,12 +99,6 @@ class JsonLines:
     def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
-
-    def sync(self) -> None:
-        """Force what was written to the disk."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
 
     def truncate(self, step: int) -> None:
         """Drop the lines of later steps, and a last line that was cut off."""

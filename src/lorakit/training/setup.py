@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.loading import load
-from lorakit.data import BatchSampler, ExampleSet, load_examples
+from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import Collate, DataTask, check_context, collator, open_base, task_of
+from lorakit.evaluation.base import Collate, check_context, collator, open_base
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import (
     Objective,

@@ -13,6 +13,7 @@ from lorakit.adapters.formats.peft.trained import is_in_trained_module
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, nearest
+from lorakit.methods.full import FullFineTuning
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -117,8 +118,15 @@ def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
                     f"'{path}' trains '{given[0]}' and '{name}' apart, and they are one tensor in this "
                     "model. Load it on the model untied: tie_word_embeddings=False in its configuration."
                 )
-        meant = [name for name in names if given and is_in_trained_module(name, stored)]
+        meant = [name for name in names if given and _trains(stored, name, model)]
         stored.trained.update({name: stored.trained[given[0]] for name in meant})
+
+
+def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
+    """Whether the method trains a base parameter under this name."""
+    if isinstance(stored.method, FullFineTuning):
+        return name in stored.method.trained_parameters(model)
+    return is_in_trained_module(name, stored)
 
 
 def _same(tensor: Tensor, base: Tensor) -> bool:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.installed import base_parameter
 from lorakit.adapters.stored import StoredLayer
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import is_of_adapter
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
     names: dict[int, list[str]] = {}
     parameters: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if _is_ours(path):
+        if is_of_adapter(path):
             continue
         if id(module) not in paths:
             modules[path] = module
@@ -97,7 +97,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
         shapes={
             key: tuple(value.shape)
             for key, value in model.state_dict().items()
-            if isinstance(value, Tensor) and not _is_ours(key)
+            if isinstance(value, Tensor) and not is_of_adapter(key)
         },
         aliases={first: tuple(others) for first, *others in names.values() if others},
         parameters=parameters,
@@ -118,7 +118,3 @@ def peft_differs_on(layer: nn.Module) -> str | None:
     if any(step != 1 for step in layer.dilation):
         return f"PEFT's convolution has no dilation, and the layer's is {layer.dilation}"
     return None
-
-
-def _is_ours(name: str) -> bool:
-    return f".{ADAPTERS}." in f".{name}."

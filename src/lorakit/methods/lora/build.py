@@ -17,6 +17,7 @@ from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer, check_rank
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
+from lorakit.models.layers import is_of_adapter
 from lorakit.models.roles import Place, resolve_targets
 
 if TYPE_CHECKING:
@@ -106,14 +107,14 @@ def trained_parameters(method: LoRA, model: nn.Module) -> list[str]:
                 )
             module = model.get_submodule(path)
             found = [f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            names.update(dict.fromkeys(n for n in found if ".adapters." not in n))
+            names.update(dict.fromkeys(n for n in found if not is_of_adapter(n)))
     return list(names)
 
 
 def _bias_names(method: LoRA, model: nn.Module, adapted: set[str]) -> list[str]:
     if method.bias == "none":
         return []
-    names = [n for n, _ in model.named_parameters() if ".adapters." not in n]
+    names = [n for n, _ in model.named_parameters() if not is_of_adapter(n)]
     if method.bias == "all":  # the rule of loralib and PEFT
         names = [name for name in names if "bias" in name]
     else:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lorakit.errors import ConfigurationError, require_bool
+from lorakit.errors import ConfigurationError, require_bool, require_choice
 from lorakit.methods.lora import build
 from lorakit.methods.lora.layer import Init
 from lorakit.methods.module import AdapterModule
@@ -110,11 +110,7 @@ class LoRA:
                 f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
             )
         for name, allowed in (("bias", Bias), ("init", Init), ("scaling", Scaling)):
-            value = getattr(self, name)
-            if value not in allowed.__args__:
-                raise ConfigurationError(
-                    f"{name} is {value!r}; it must be one of {', '.join(allowed.__args__)}."
-                )
+            require_choice(name, getattr(self, name), allowed)
         if self.dora and self.tie_head:
             raise ConfigurationError(
                 "dora and tie_head exclude each other: the head cannot follow the embedding's magnitudes. Drop one."

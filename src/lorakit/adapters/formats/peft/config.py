@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterFileError
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import is_of_adapter
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -206,9 +206,7 @@ def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | N
     if options.target_modules is None:
         return None
     modules = {
-        path: module
-        for path, module in model.named_modules()
-        if path and f".{ADAPTERS}." not in f".{path}."
+        path: module for path, module in model.named_modules() if path and not is_of_adapter(path)
     }
     if isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear":
         options = replace(options, target_modules=tuple(_all_linear(options, model, modules)))
