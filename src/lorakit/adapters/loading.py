@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
+
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -75,6 +78,10 @@ def load_stored(
     handle.check_can_add(name)
     model = handle.model
     _check_base(model, stored, Path(path), allow_other_base)
+    for (
+        notice
+    ) in stored.notices:  # other dtype, a rank above the width, the decision for another base
+        _LOG.warning("%s: %s", path, notice)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
 
 
