@@ -1,6 +1,8 @@
 """Tensor functions, free of models and adapters."""
 
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
 
-__all__ = ["linear_cross_entropy", "lora_linear"]
+__all__ = ["dropout", "linear_cross_entropy", "lora_linear", "masked_attention"]

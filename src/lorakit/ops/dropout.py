@@ -1,0 +1,59 @@
+"""Dropout whose random numbers do not cost more than the layer they fall on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEPS = 2**16
+"""Each element takes 16 random bits: a probability is rounded to 1 / 65,536."""
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Return `x` with each element set to zero with probability `p`, the others divided by ``1 - p``.
+
+    On a CPU the random bits come from a small fast generator (SFC64) that one draw of torch's default
+    generator seeds, so that torch's seed and saved state still decide everything; elsewhere, under a
+    compiler and in float64 it is `torch.nn.functional.dropout`.
+
+    Args:
+        x: Any shape.
+        p: Between 0 and 1, rounded to 1 / 65,536; the factor on what is kept is that of the rounded one.
+    """
+    if not fast(x) or not 0 < p < 1:
+        return F.dropout(x, p)
+    return _Dropout.apply(x, p)
+
+
+def fast(x: Tensor) -> bool:
+    """Whether `x` is served by the fast generator."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, torch._subclasses.FakeTensor)
+    )
+
+
+def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
+    """Draw which elements are kept: a bool tensor on the CPU, and the factor on what is kept."""
+    threshold = min(max(round(p * STEPS), 1), STEPS - 1)
+    count = int(np.prod(shape))
+    seed = int(torch.randint(2**63 - 1, ()))
+    words = np.random.SFC64(seed).random_raw(-(-count // 4))
+    drawn = words.view(np.uint16)[:count] >= threshold
+    return torch.from_numpy(drawn).view(shape), STEPS / (STEPS - threshold)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        mask, ctx.factor = kept(x.shape, p)
+        ctx.save_for_backward(mask)
+        return mask.to(x.dtype).mul_(ctx.factor).mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (mask,) = ctx.saved_tensors
+        return mask.to(grad.dtype).mul_(ctx.factor).mul_(grad), None
