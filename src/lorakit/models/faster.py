@@ -6,8 +6,6 @@ The classes, tensors and results of the model stay what they are. Its attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,36 +17,38 @@ from transformers.masking_utils import sdpa_mask
 
 from lorakit.ops import dropout, masked_attention
 
+STOCK = "sdpa"
+"""The attention that ours stands in for."""
+
 ATTENTION = "lorakit"
 """Name under which `transformers` knows our attention."""
-
-LONGEST = 1024
-"""Keys up to which whole rows of pairs are formed; beyond, their memory asks for the fused kernel."""
 
 NOT_OURS = ("position_bias", "softcap", "s_aux")
 """Arguments of some attentions that ours does not have."""
 
 
-@contextmanager
-def faster(model: PreTrainedModel) -> Iterator[None]:
-    """Compute `model` with our attention and dropout as long as the context is open.
+def make_faster(model: PreTrainedModel) -> None:
+    """Compute `model` with our attention and dropout, until `make_stock`.
 
-    A model that takes no attention of others keeps its own.
+    A model that takes no attention of others keeps its own, and so does one that is not on a CPU, where
+    the stock kernels leave nothing to gain.
     """
-    stock = model.config._attn_implementation
-    dropouts = [m for m in model.modules() if type(m) is nn.Dropout and m.p and not m.inplace]
-    ours = stock == "sdpa" and model.device.type == "cpu"
-    if ours:
+    if model.device.type != "cpu":
+        return
+    if model.config._attn_implementation == STOCK:
         model.set_attn_implementation(ATTENTION)
-    for module in dropouts:
-        module.forward = partial(_dropout, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            del module.forward
-        if ours:
-            model.set_attn_implementation(stock)
+    for module in model.modules():
+        if type(module) is nn.Dropout and module.p and not module.inplace:
+            module.forward = partial(_dropout, module)  # type: ignore[method-assign]
+
+
+def make_stock(model: PreTrainedModel) -> None:
+    """Undo `make_faster`."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation(STOCK)
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            vars(module).pop("forward", None)
 
 
 def _dropout(module: nn.Dropout, x: Tensor) -> Tensor:
@@ -72,7 +72,6 @@ def _attention(
         torch.compiler.is_compiling()
         or (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
-        or key.shape[2] > LONGEST
         or any(options.get(name) is not None for name in NOT_OURS)
     ):
         return sdpa_attention_forward(

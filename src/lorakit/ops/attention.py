@@ -28,6 +28,9 @@ KEPT_KEYS = 256
 """Keys of a block up to which the probabilities are kept for the backward pass. Beyond, they would
 outweigh all else that a layer keeps, and are computed anew."""
 
+LONGEST = 1024
+"""Keys of a block up to which its pairs are formed; beyond, their memory asks for the fused kernel."""
+
 
 def masked_attention(
     query: Tensor,
@@ -56,7 +59,20 @@ def masked_attention(
     """
     B, _, T, _ = query.shape
     blocks = _blocks(None if mask is None else mask.expand(B, 1, T, -1), mask, key.shape[1])
+    if (key.shape[2] if blocks.keys is None else blocks.length) > LONGEST:
+        return _fused(query, key, value, mask, scale, dropout)
     return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same by torch's own kernel, which never holds a row's pairs."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+    ).transpose(1, 2)
 
 
 def masked_attention_reference(
