@@ -93,7 +93,7 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with storage.errors_explained(self.path):
+        with storage.writing(self.path):
             self._write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def _write(self, line: str) -> None:

@@ -8,8 +8,6 @@ there is no adapter_config.json that would promise otherwise.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +34,6 @@ FORMAT_VERSION = 1
 CARD_NAME = "README.md"
 
 _METHODS: dict[str, type] = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
-_CHECKSUM = "sha256"
 
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
@@ -84,8 +81,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         },
     }
     try:
-        record[_CHECKSUM] = _checksum(record)
-        storage.write_json(folder / NAME, record)
+        storage.write_record(folder / NAME, record)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"The provenance cannot be written as JSON: {error}. Use texts, finite numbers, true, false, "
@@ -164,12 +160,6 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
     return sorted(form.tensors.keys() - read)
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in record.items() if key != _CHECKSUM}
-    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -186,11 +176,7 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
             f"'{path}' has format version {version}, and this lorakit reads up to {FORMAT_VERSION}. "
             "Update lorakit."
         )
-    if record.get(_CHECKSUM) != _checksum(record):
-        raise AdapterFileError(
-            f"'{path}' does not have its own checksum: it is damaged, or was changed by hand. Save the "
-            "adapter again with lorakit instead of editing the file."
-        )
+    storage.require_checksum(record, path, AdapterFileError)
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
