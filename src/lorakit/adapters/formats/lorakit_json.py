@@ -23,8 +23,7 @@ from lorakit.adapters.formats.peft.writing import factor_keys
 from lorakit.adapters.formats.tensors import read_safetensors, regular_file, write_safetensors
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora import LoRA
+from lorakit.methods import METHODS, Method
 from lorakit.models.roles import RowSlice
 from lorakit.version import __version__
 
@@ -32,8 +31,6 @@ NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
-
-_METHODS: dict[str, type] = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
 
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
@@ -209,13 +206,13 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     return notices
 
 
-def _method(found: Any) -> LoRA | FullFineTuning:
-    if not isinstance(found, Mapping) or found.get("name") not in _METHODS:
+def _method(found: Any) -> Method:
+    if not isinstance(found, Mapping) or found.get("name") not in METHODS:
         name = found.get("name") if isinstance(found, Mapping) else found
         raise AdapterFileError(
-            f"its method is {name!r}; this lorakit knows {', '.join(_METHODS)}. Update lorakit."
+            f"its method is {name!r}; this lorakit knows {', '.join(METHODS)}. Update lorakit."
         )
-    kind = _METHODS[found["name"]]
+    kind = METHODS[found["name"]]
     settings = {
         key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
     }
