@@ -10,18 +10,19 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit import storage
-from lorakit.errors import AdapterFileError, RunFolderError
+from lorakit.errors import AdapterFileError, DataError, RunFolderError
+from lorakit.storage import atomic, records
 
 OLD = {"a.txt": b"old a", "sub/b.txt": b"old b", "only-old.txt": b"x"}
 NEW = {"a.txt": b"new a, and longer", "sub/b.txt": b"new b"}
-SOURCES = Path(storage.__file__).parents[1]
+SOURCES = Path(storage.__file__).parents[2]
 
 
 def write_tree(folder: Path, content: dict[str, bytes]) -> None:
@@ -73,7 +74,7 @@ def failure_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Callable[[], No
             (os, "fsync"),
             (os, "rename"),
             (os, "replace"),
-            (storage, "_exchange"),
+            (atomic, "_exchange"),
             (Path, "write_bytes"),
             (Path, "mkdir"),
             (Path, "touch"),
@@ -91,7 +92,7 @@ def raise_unexpected() -> None:
 
 
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
 
 
 SITUATIONS = ["new", "replace", "replace-without-exchange"]
@@ -173,6 +174,7 @@ CHILD = textwrap.dedent(
     package.__path__ = [os.path.join(sys.argv[1], "lorakit")]
     sys.modules["lorakit"] = package
     from lorakit import storage
+    from lorakit.storage import atomic
 
     target, kind, exchange, call = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
     seen = 0
@@ -189,11 +191,11 @@ CHILD = textwrap.dedent(
         return step
 
     if exchange == "without":
-        storage._exchange = lambda one, other: False
+        atomic._exchange = lambda one, other: False
     for owner, name in (
         (os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink"),
-        (storage, "_exchange"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "touch"),
-        (storage.shutil, "rmtree"),
+        (atomic, "_exchange"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "touch"),
+        (atomic.shutil, "rmtree"),
     ):
         setattr(owner, name, dying(name, getattr(owner, name)))
     if kind == "folder":
@@ -240,7 +242,7 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_save_cleans_up(
             assert found in (old, new, None), f"killed at call {call}"
         # A save that fails restores what the killed one had set aside.
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "_put_in_place", lambda *_: raise_unexpected())
+            patch.setattr(atomic, "_put_in_place", lambda *_: raise_unexpected())
             with pytest.raises(InjectedError):
                 save(target)
         assert content(target, kind) in (old, new)
@@ -333,7 +335,7 @@ def test_kinds_of_targets_are_not_confused(tmp_path):
     ):
         pytest.fail("the block must not run")
     with (
-        pytest.raises(RunFolderError, match="Not a directory"),
+        pytest.raises(RunFolderError, match="not a folder"),
         storage.atomic_folder(tmp_path / "file" / "below"),
     ):
         pytest.fail("the block must not run")
@@ -422,10 +424,36 @@ def test_json_that_is_missing_or_huge(tmp_path, monkeypatch):
         storage.read_json(tmp_path / "none.json")
     with pytest.raises(AdapterFileError, match="Is a directory"):
         storage.read_json(tmp_path)
-    monkeypatch.setattr(storage, "_MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(records, "_MAX_JSON_BYTES", 100)
     (tmp_path / "huge.json").write_text(json.dumps({"a": "x" * 200}))
     with pytest.raises(AdapterFileError, match="larger than"):
         storage.read_json(tmp_path / "huge.json")
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    record = {"b": [1, 2.5, None], "a": {"text": "Schrödinger"}}
+    storage.write_record(tmp_path / "record.json", record)
+    assert storage.read_record(tmp_path / "record.json", RunFolderError) == record
+
+
+def test_no_bit_of_a_record_changes_unseen(tmp_path):
+    path = tmp_path / "record.json"
+    record = {"step": 6, "tokens": 1_000, "loss": 2.25}
+    storage.write_record(path, record)
+    whole = path.read_bytes()
+    for position in range(len(whole) - 1):  # the last byte is a newline, which means nothing
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            with suppress(RunFolderError):  # else a blank between two values became another
+                assert storage.read_record(path, RunFolderError) == record
+
+
+def test_a_record_without_a_checksum_is_refused(tmp_path):
+    storage.write_json(tmp_path / "record.json", {"step": 6})
+    with pytest.raises(RunFolderError, match="checksum"):
+        storage.read_record(tmp_path / "record.json", RunFolderError)
 
 
 def test_sha256(tmp_path):
@@ -485,3 +513,97 @@ def test_a_lock_in_a_place_that_is_no_folder(tmp_path):
         storage.lock_folder(tmp_path / "file"),
     ):
         pytest.fail("no folder to lock")
+
+
+# --- what the system refuses ---------------------------------------------------------------------
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.write_bytes(b"caf\xe9"), "not UTF-8 text: byte 3 is 0xe9"),
+    ],
+    ids=["missing", "a folder", "a link to nowhere", "another encoding"],
+)
+def test_what_cannot_be_read_is_named(tmp_path, make, reason):
+    path = tmp_path / "notes.txt"
+    make(path)
+    with (
+        pytest.raises(DataError, match=rf"notes\.txt.*{reason}"),
+        storage.reading(path, DataError),
+    ):
+        path.read_text(encoding="utf-8")
+
+
+def test_what_may_not_be_read_or_written_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with (
+        pytest.raises(DataError, match=r"notes\.txt.*Permission denied"),
+        storage.reading(path, DataError),
+    ):
+        path.read_text(encoding="utf-8")
+    with (
+        pytest.raises(RunFolderError, match=r"notes\.txt.*Permission denied"),
+        storage.writing(path),
+    ):
+        path.write_text("", encoding="utf-8")
+
+
+# --- before long work ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
+def test_where_something_can_be_written_the_real_path_comes_back(tmp_path, check):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    assert check(tmp_path / "link" / "a" / "b") == tmp_path / "folder" / "a" / "b"
+    assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file/below", "is a file"), ("a\0b", "null"), ("x" * 300, "too long")],
+    ids=["below a file", "a null byte", "a long name"],
+)
+def test_where_nothing_can_be_written_is_said_at_once(tmp_path, check, name, reason):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=reason):
+        check(tmp_path / name, overwrite=True)
+
+
+@pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
+def test_a_folder_that_may_not_be_written_to(tmp_path, check, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(RunFolderError, match="may not be written to"):
+        check(tmp_path / "new")
+
+
+def test_an_existing_file_or_folder_needs_overwrite(tmp_path):
+    (tmp_path / "file").touch()
+    write_tree(tmp_path, OLD)
+    with pytest.raises(RunFolderError, match=r"already exists.*overwrite"):
+        storage.require_free_file(tmp_path / "file")
+    with pytest.raises(RunFolderError, match=r"already exists.*overwrite"):
+        storage.require_free_folder(tmp_path / "sub")
+    assert storage.require_free_file(tmp_path / "file", overwrite=True)
+    assert storage.require_free_folder(tmp_path / "sub", overwrite=True)
+
+
+def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunFolderError, match="is a folder"):
+        storage.require_free_file(tmp_path / "folder", overwrite=True)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(RunFolderError, match="is a device"):
+            storage.require_free_file(tmp_path / "pipe", overwrite=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError
     from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
+    from lorakit.methods.bitfit import BitFit
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
     from lorakit.models.loading import load_base
@@ -40,6 +41,7 @@ _HOME = {
     "LorakitError": "lorakit.errors",
     "EvaluateConfig": "lorakit.evaluation.config",
     "evaluate": "lorakit.evaluation.evaluate",
+    "BitFit": "lorakit.methods.bitfit",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
     "load_base": "lorakit.models.loading",
@@ -50,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "Adapters",
+    "BitFit",
     "DataConfig",
     "EvaluateConfig",
     "FullFineTuning",

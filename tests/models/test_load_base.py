@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lorakit.errors import BaseModelError, ConfigurationError
-from lorakit.models import loading
-from lorakit.models.loading import compute_dtype, load_base
+from lorakit.models.loading import load_base
 
 
 def save(folder: Path, arch: str, head: str | None = None, **special_tokens: str) -> Path:
@@ -391,28 +390,3 @@ def test_loading_is_quiet_and_restores_the_settings(
     finally:
         logging.set_verbosity_warning()
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("gpu", "cpu", "expected"),
-    [
-        ((9, 0), {}, torch.bfloat16),
-        ((8, 0), {}, torch.bfloat16),
-        ((7, 5), {"avx512_bf16": True}, torch.float32),
-        (None, {"avx512_bf16": True}, torch.bfloat16),
-        (None, {"amx_bf16": True}, torch.bfloat16),
-        (None, {"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
-    ],
-)
-def test_bfloat16_where_it_is_native(
-    monkeypatch: pytest.MonkeyPatch,
-    gpu: tuple[int, int] | None,
-    cpu: dict[str, bool],
-    expected: torch.dtype,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
-    monkeypatch.setattr(loading, "_multiplies_bfloat16", loading._multiplies_bfloat16.__wrapped__)
-    assert compute_dtype("auto") == expected
-    assert compute_dtype("float32") == torch.float32

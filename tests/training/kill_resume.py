@@ -36,8 +36,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import safetensors.torch
 import tiny_runs
 
-from lorakit import storage
 from lorakit.methods.lora.config import LoRA
+from lorakit.storage import atomic
 from lorakit.training import checkpoint
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
 from lorakit.training.loop import train
@@ -190,7 +190,7 @@ def instrument(reached: Callable[[int], object]) -> None:
 
     for name in ("fsync", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove"):
         around(os, name)
-    around(storage, "_exchange")
+    around(atomic, "_exchange")
     for owner in (safetensors.torch, checkpoint):
         around(owner, "save_file")
 

@@ -104,7 +104,7 @@ def put_on(
     with handle.base_in_place():
         modules = _build_modules(model, stored, origin)
         _check_trained(model, stored, origin)
-        adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)  # type: ignore[arg-type]
+        adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
         with torch.no_grad():
             for parameter_name, copy in adapter.trained_tensors().items():
                 copy.copy_(stored.trained[parameter_name])

@@ -25,7 +25,7 @@ def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
     }
     trained = {name: at_rest(tensor) for name, tensor in adapter.trained_tensors().items()}
     return StoredAdapter(
-        method=adapter.method,  # type: ignore[arg-type]
+        method=adapter.method,
         layers=layers,
         trained=trained,
         base=formats.base_record(model, exclude=tuple(trained)),

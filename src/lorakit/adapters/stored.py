@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora import LoRA
+from lorakit.methods import LoRA, Method
 from lorakit.models.roles import RowSlice
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ class StoredAdapter:
         AdapterFileError: It holds nothing, or a number that is not finite.
     """
 
-    method: LoRA | FullFineTuning
+    method: Method
     """How it was made."""
     layers: dict[str, StoredLayer] = field(default_factory=dict)
     """The adapted layers, by their path in the base model."""

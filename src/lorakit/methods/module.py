@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class AdapterModule(nn.Module):
 @runtime_checkable
 class Method(Protocol):
     """A way to adapt a model, as a frozen dataclass of its settings."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def modules(self, model: nn.Module, dtype: torch.dtype = ...) -> dict[str, AdapterModule]:
         """The modules to add, by path of the layer they sit on; works on a meta-device model too.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.gguf import conversion_notices, converted_folder
 from lorakit.models.heads import classification_head
+from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
-from lorakit.models.sources import Source, did_you_mean, resolve
+from lorakit.models.sources import Source, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,6 @@ _MODEL_CLASSES: dict[str, str] = {
 }
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
 _WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(slots=True)
@@ -144,7 +144,7 @@ def _locate(
     """Return what transformers needs to read a source: where it is, with which options; and notices."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
-        commit, reachable = _locate_on_hub(source)
+        commit, reachable = locate_on_hub(source)
         source = dataclasses.replace(source, revision=commit)
         options |= {"revision": commit, "local_files_only": not reachable}
         notices = (
@@ -155,42 +155,6 @@ def _locate(
         folder = converted_folder(Path(source.path_or_id))
         return source, str(folder), options, conversion_notices(folder)
     return source, source.path_or_id, options, []
-
-
-def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """Return the dtype to compute in.
-
-    ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
-    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
-    emulated, and slower than float32.
-
-    Raises:
-        ConfigurationError: the name is not known.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
-    if dtype not in _DTYPES:
-        names = ("auto", *_DTYPES)
-        raise ConfigurationError(
-            f"dtype '{dtype}' is none of {', '.join(names)}.{nearest(str(dtype), names)}"
-        )
-    return _DTYPES[dtype]
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability()[0] >= 8
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities:
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    try:  # torch before 2.10 does not say
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
@@ -235,53 +199,6 @@ def _quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
         (enable_progress_bars if downloads else disable_progress_bars)()
-
-
-def _locate_on_hub(source: Source) -> tuple[str | None, bool]:
-    """Return the model's commit, and whether the hub can be reached; else the cache must have it.
-
-    Asking once tells a wrong name from a network that is down, at once; ``from_pretrained`` would
-    retry for half a minute. Model and tokenizer then come from the same commit.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name, revision = source.path_or_id, source.revision
-    try:
-        return HfApi().model_info(name, revision=revision, timeout=20).sha, True
-    except GatedRepoError as error:
-        raise BaseModelError(
-            f"'{name}' on the hub is open only to those who accepted its terms. Accept them at "
-            f"https://huggingface.co/{name} and log in with: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BaseModelError(
-            f"There is no model '{name}': no such short name, local path, or public model on the "
-            f"hub.{did_you_mean(name)} If it is private, log in with: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BaseModelError(f"'{name}' on the hub has no revision '{revision}'.") from error
-    # Without a network the exception is the HTTP library's, whichever the hub client uses.
-    except Exception as error:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name, False
-        if isinstance(error, OfflineModeIsEnabled):
-            reason = "the hub is switched off by HF_HUB_OFFLINE"
-        elif isinstance(error, HfHubHTTPError):
-            reason = f"the hub answered with an error ({error})"
-        else:
-            reason = "the hub cannot be reached"
-        raise BaseModelError(
-            f"'{name}' is no short name, no local path and not in the local cache, and {reason}."
-            f"{did_you_mean(name)}"
-        ) from error
 
 
 @contextmanager

@@ -5,21 +5,24 @@ A checkpoint is a folder ``step-000100`` of
 - ``weights.safetensors``: the trained tensors, in the precision they are trained in;
 - ``optimizer.safetensors``: AdamW's two means and step count of each;
 - ``random.safetensors``: the states of the random generators that dropout draws from;
-- ``state.json``: the counters below, and the digests of the other files.
+- ``state.json``: the counters below, the digests of the other files, and a checksum of its own.
 
 The position in the data is the step number itself (see schedule.py). A folder appears under its name only when it is
-complete, so the newest one is always whole; it is checked against its digests nevertheless, since disks fail.
+complete, so the newest one is always whole; it is checked against its digests nevertheless, since disks fail. One that
+is damaged is passed over for the one before it: from every checkpoint of a run the same weights are reached.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +34,8 @@ from lorakit import storage
 from lorakit.data.batches import token_count
 from lorakit.errors import LorakitError, RunFolderError
 
+_LOG = logging.getLogger(__name__)
+
 WEIGHTS, OPTIMIZER, RANDOM, STATE = (
     "weights.safetensors",
     "optimizer.safetensors",
@@ -39,6 +44,11 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE = (
 )
 TENSOR_FILES = (WEIGHTS, OPTIMIZER, RANDOM)
 NAME = re.compile(r"step-(\d{6,})")
+
+Inputs = dict[str, dict[str, str]]
+"""What a run reads (its base model, its data by split): the source and the SHA-256 of each."""
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -67,8 +77,8 @@ class State:
     """Evaluations since then."""
     stopped_early: bool = False
     """Whether early stopping has ended the run."""
-    data: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the data's sources by split: a run must not go on with other data."""
+    inputs: Inputs = field(default_factory=dict)
+    """What the run began with: it must not go on with another base or other data."""
 
     def advance(self, loss: float, batches: Iterable[Mapping[str, Tensor]], seconds: float) -> None:
         """Count a finished step."""
@@ -103,7 +113,9 @@ def save(
         _save(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
         _save(_random_states(), temporary / RANDOM)
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
-        storage.write_json(temporary / STATE, {**dataclasses.asdict(state), "sha256": digests})
+        storage.write_record(
+            temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
+        )
     for old in _existing(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -113,33 +125,20 @@ def restore(
     weights: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     *,
-    data: dict[str, str],
+    inputs: Inputs,
 ) -> State:
-    """Put the newest checkpoint of `folder` into `weights`, `optimizer` and the random generators.
+    """Put the newest whole checkpoint of `folder` into `weights`, `optimizer` and the random generators.
 
     Returns its state; that of a run which has not begun where there is no checkpoint.
 
     Raises:
-        RunFolderError: The checkpoint is damaged, or is that of other tensors or other `data`.
+        RunFolderError: Every checkpoint is damaged, or the newest is that of other tensors or other `inputs`.
     """
     existing = _existing(folder)
     if not existing:
-        return State(data=data)
-    path = existing[-1]
-    state = storage.read_json(path / STATE)
-    digests = state.pop("sha256")
-    for name in TENSOR_FILES:
-        if not (path / name).exists() or storage.sha256(path / name) != digests[name]:
-            raise RunFolderError(
-                f"{path / name} is damaged: its SHA-256 is not the one recorded when it was written. Delete {path} "
-                "to resume from the checkpoint before it."
-            )
-    for split, digest in state["data"].items():
-        if data.get(split) != digest:
-            raise RunFolderError(
-                f"The {split} data has changed since {path} was written (SHA-256 {digest[:12]} then, "
-                f"{data.get(split, 'none')[:12]} now). Restore it, or start a new run with from_adapter."
-            )
+        return State(inputs=inputs)
+    path, state = newest_whole(existing)
+    _require_same(inputs, state.inputs, path)
     stored = _load(path / WEIGHTS)
     if differing := stored.keys() ^ weights.keys():
         raise RunFolderError(
@@ -151,13 +150,72 @@ def restore(
             tensor.copy_(stored[name])
     _restore_optimizer(optimizer, _load(path / OPTIMIZER))
     _restore_random_states(_load(path / RANDOM))
+    return state
+
+
+def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
+    """Return the newest of `checkpoints` (oldest first) that is as it was written, and its state.
+
+    Raises:
+        RunFolderError: None is, or it was written by another version.
+    """
+    damages: list[str] = []
+    for path in reversed(checkpoints):
+        try:
+            record = _checked(path)
+        except RunFolderError as error:
+            damages.append(str(error))
+            continue
+        state = settled(State, record["state"], path / STATE)
+        if damages:
+            _LOG.warning("%s The run goes on from step %d.", " ".join(damages), state.step)
+        return path, state
+    raise RunFolderError(
+        f"No checkpoint in {checkpoints[0].parent} is whole, so the run cannot go on. Restore one from a copy, or "
+        f"start anew with overwrite. {' '.join(damages)}"
+    )
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json, once every file has been held against its digest."""
+    record = storage.read_record(path / STATE, RunFolderError)
+    if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
+        raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
+    for name in TENSOR_FILES:
+        with storage.reading(path / name, RunFolderError):
+            digest = storage.sha256(path / name)
+        if digest != record["files"][name]:
+            raise RunFolderError(
+                f"'{path / name}' is damaged: its SHA-256 is not the one recorded when it was written."
+            )
+    return record
+
+
+def settled(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
+    """Make a `kind` of the fields that `path` holds.
+
+    Raises:
+        RunFolderError: They are not the fields that this version knows.
+    """
     try:
-        return State(**state)
+        return kind(**fields)
     except TypeError as error:
         raise RunFolderError(
-            f"{path / STATE} was written by another version of lorakit ({error}). Resume with that version, or start "
-            "a new run with from_adapter."
+            f"{path} was written by another version of lorakit ({error}). Resume with that version, or start a new run "
+            "with from_adapter."
         ) from None
+
+
+def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
+    none = {"source": "none", "sha256": "none"}
+    for what, before in then.items():
+        after = now.get(what, none)
+        if before["sha256"] != after["sha256"]:
+            raise RunFolderError(
+                f"The {what} has changed since {path} was written: then '{before['source']}' with SHA-256 "
+                f"{before['sha256'][:12]}, now '{after['source']}' with {after['sha256'][:12]}. Restore it, or start a "
+                "new run with from_adapter."
+            )
 
 
 def _existing(folder: Path) -> list[Path]:

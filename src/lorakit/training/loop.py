@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> RunResult:
         job = prepare(run.config)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         run.claim()
-        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, data=job.digests)
+        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=job.inputs)
         keep = run.config.checkpoints.keep
         run.begin(state, job.device)
         with (

@@ -30,14 +30,15 @@ import yaml
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.loading import compute_dtype
-from lorakit.training.checkpoint import State
+from lorakit.training.checkpoint import State, settled
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-ENTRIES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
+FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES)
+FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 
 # What two sessions of one run may differ in: how the run is started, not what it computes.
 NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
@@ -93,7 +94,7 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with storage.errors_explained(self.path):
+        with storage.writing(self.path):
             self._write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def _write(self, line: str) -> None:
@@ -101,19 +102,40 @@ class JsonLines:
             file.write(line)
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of later steps, and a last line that was cut off."""
+        """Drop the lines of later steps, and a last line that was cut off.
+
+        Raises:
+            RunFolderError: Another line is damaged.
+        """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # what a killed process left of its last line
-            if record["step"] <= step:
-                kept.append(line + "\n")
+        with storage.reading(self.path, RunFolderError):
+            *lines, last = self.path.read_bytes().split(b"\n")
+        # Every line is written with its end: what a killed process left of one has none.
+        with suppress(ValueError):
+            lines += [last] if last and _step_of(last) <= step else []
+        kept = [
+            line for number, line in enumerate(lines, 1) if self._checked_step(line, number) <= step
+        ]
         with storage.atomic_file(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+
+    def _checked_step(self, line: bytes, number: int) -> int:
+        try:
+            return _step_of(line)
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self.path}:{number} is damaged: {error}. Delete that line to go on with the run."
+            ) from None
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a line of JsonLines; ValueError where it is none."""
+    record = json.loads(line)
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int:
+        raise ValueError("it is no object with a step")
+    return step
 
 
 class RunFolder:
@@ -155,7 +177,8 @@ class RunFolder:
             )
             with storage.atomic_file(self.path / CONFIG) as temporary:
                 temporary.write_text(settings, encoding="utf-8")
-        self.checkpoints.mkdir(exist_ok=True)
+        with storage.writing(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, state: State, device: torch.device) -> None:
         """Note this session in environment.json, and forget what was recorded after `state`."""
@@ -163,12 +186,10 @@ class RunFolder:
         self.metrics.truncate(step)
         self.samples.truncate(step)
         path = self.path / ENVIRONMENT
-        sessions = storage.read_json(path)["sessions"] if path.exists() else []
+        record = storage.read_record(path, RunFolderError) if path.exists() else {}
+        session = {"from_step": state.step, **environment(device)}
         with storage.atomic_file(path) as temporary:
-            storage.write_json(
-                temporary,
-                {"sessions": [*sessions, {"from_step": state.step, **environment(device)}]},
-            )
+            storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
 
     def finish(self, state: State, device: torch.device) -> RunResult:
         """Write result.json, which marks the run as finished, and return what it says."""
@@ -188,15 +209,16 @@ class RunFolder:
         record = dataclasses.asdict(result)
         del record["folder"]  # the folder may be moved
         with storage.atomic_file(self.path / RESULT) as temporary:
-            storage.write_json(temporary, record)
+            storage.write_record(temporary, record)
         return result
 
     def result(self) -> RunResult | None:
         """Return the result of a finished run that is to be kept, else None."""
         path = self.path / RESULT
-        if self.config.overwrite:
+        if self.config.overwrite or not (path.exists() and self.adapter.exists()):
             return None
-        return RunResult(folder=self.path, **storage.read_json(path)) if path.exists() else None
+        record = storage.read_record(path, RunFolderError)
+        return settled(RunResult, {"folder": self.path, **record}, path)
 
 
 @contextmanager
@@ -212,14 +234,9 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
         ConfigurationError: The run to resume was configured otherwise.
     """
     path = Path(config.output)
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"output is {path}, which is a file; a run needs a folder.")
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"The run folder {str(path)!r} cannot be made: {error}.") from None
+    target = storage.require_free_folder(path, overwrite=True)
     config = _resolved(config)
+    new = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
             _require_own(path)
@@ -259,11 +276,7 @@ def _startable(config: TrainConfig) -> dict[str, Any]:
 def _require_own(path: Path) -> None:
     """Refuse a folder of other things: a typing error in `output` must neither mix with them nor delete them."""
     if (path / CONFIG).exists():
-        try:
-            settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise RunFolderError(f"{path / CONFIG} cannot be read: {error}") from None
-        if isinstance(settings, dict) and settings.keys() >= {"base", "data", "method", "output"}:
+        if _settings(path).keys() >= {"base", "data", "method", "output"}:
             return
         raise RunFolderError(
             f"{path} is not a run folder: its {CONFIG} is not that of a run. Choose a new or empty folder as output."
@@ -279,10 +292,14 @@ def _require_own(path: Path) -> None:
 def _delete(path: Path) -> None:
     # The result goes first and the configuration last: whatever is left when this is interrupted is an
     # unfinished run of this folder, to be resumed or overwritten.
-    entries = [RESULT, *(name for name in ENTRIES if name not in (RESULT, CONFIG)), CONFIG]
+    entries = [RESULT, *(n for n in (*FILES, *FOLDERS) if n not in (RESULT, CONFIG)), CONFIG]
     for name in entries:
         entry = path / name
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        with storage.writing(entry):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def _require_resumable(path: Path, config: TrainConfig) -> None:
@@ -291,13 +308,13 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
         raise RunFolderError(
             f"{path} holds {state}. Set resume to go on with it, overwrite to delete it, or choose another output."
         )
-    try:
-        recorded = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{path / CONFIG} cannot be read: {error}") from None
-    if not isinstance(recorded, dict):
-        raise RunFolderError(f"{path / CONFIG} holds no settings; the run cannot be resumed.")
-    then, now = _flat(recorded), _flat(_startable(config))
+    for name in (*FILES, *FOLDERS):
+        if (path / name).exists() and (path / name).is_dir() != (name in FOLDERS):
+            found, expected = ("folder", "file") if name in FILES else ("file", "folder")
+            raise RunFolderError(
+                f"{path / name} is a {found}, where a run has a {expected}. Move it away to go on with the run."
+            )
+    then, now = _flat(_settings(path)), _flat(_startable(config))
     differences = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -308,6 +325,19 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             f"The run in {path} was started with other settings: {'; '.join(differences)}. Resume it with its own "
             f"(--config {path / CONFIG} --resume true), or start a new run from its weights with from_adapter."
         )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings that a run folder records; empty where its file holds something else."""
+    with storage.reading(path / CONFIG, RunFolderError):
+        text = (path / CONFIG).read_text(encoding="utf-8")
+    try:
+        found = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunFolderError(
+            f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another output."
+        ) from None
+    return found if isinstance(found, dict) else {}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
+from lorakit.adapters.formats import base_record
 from lorakit.adapters.loading import load
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
@@ -30,7 +31,7 @@ from lorakit.methods.lora.config import LoRA
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
-from lorakit.training.checkpoint import State
+from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
 from lorakit.training.schedule import StepPlan, rate_factor
@@ -117,10 +118,21 @@ class Job:
         return step % every == 0 and step < self.plan.total
 
     @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the data's sources by split."""
-        sets = {"train": self.train, "validation": self.validation}
-        return {split: data.sha256 for split, data in sets.items() if data is not None}
+    def inputs(self) -> Inputs:
+        """The base and the data as they were read, by which a resumed run knows them again."""
+        sets = {"train data": self.train, "validation data": self.validation}
+        weights = base_record(self.model).weights
+        return {
+            "base model": {
+                "source": self.config.base.name,
+                "sha256": weights.exact or weights.dtype,
+            },
+            **{
+                split: {"source": data.report.source, "sha256": data.sha256}
+                for split, data in sets.items()
+                if data is not None
+            },
+        }
 
     def save_adapter(self, folder: Path, state: State) -> None:
         """Write the adapter as it is now, with how it was made."""

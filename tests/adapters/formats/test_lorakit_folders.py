@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
+from lorakit.storage import atomic
 
 PROVENANCE = {"seed": 3, "scores": {"loss": 1.25, "bleu": None}, "data": {"train": {"source": "é"}}}
 
@@ -205,8 +205,7 @@ def rewrite(folder: Path, change) -> None:
     path = folder / "lorakit.json"
     record = json.loads(path.read_text())
     change(record)
-    record["sha256"] = lorakit_json._checksum(record)
-    path.write_text(json.dumps(record))
+    storage.write_record(path, record)
 
 
 def set_in(*keys):
@@ -336,7 +335,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_old_adapter(tmp_path, monkeypa
     steps = (
         (os, "fsync"),
         (os, "rename"),
-        (storage, "_exchange"),
+        (atomic, "_exchange"),
         (Path, "write_bytes"),
         (Path, "touch"),
         (Path, "chmod"),

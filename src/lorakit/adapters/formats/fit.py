@@ -13,7 +13,7 @@ from lorakit.adapters.formats.peft.trained import is_in_trained_module
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, nearest
-from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora import LoRA
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -124,9 +124,9 @@ def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
 
 def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     """Whether the method trains a base parameter under this name."""
-    if isinstance(stored.method, FullFineTuning):
-        return name in stored.method.trained_parameters(model)
-    return is_in_trained_module(name, stored)
+    if isinstance(stored.method, LoRA):
+        return is_in_trained_module(name, stored)
+    return name in stored.method.trained_parameters(model)
 
 
 def _same(tensor: Tensor, base: Tensor) -> bool:

@@ -8,8 +8,6 @@ there is no adapter_config.json that would promise otherwise.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,8 +23,7 @@ from lorakit.adapters.formats.peft.writing import factor_keys
 from lorakit.adapters.formats.tensors import read_safetensors, regular_file, write_safetensors
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora import LoRA
+from lorakit.methods import METHODS, Method
 from lorakit.models.roles import RowSlice
 from lorakit.version import __version__
 
@@ -34,9 +31,6 @@ NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
-
-_METHODS: dict[str, type] = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
-_CHECKSUM = "sha256"
 
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
@@ -84,8 +78,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         },
     }
     try:
-        record[_CHECKSUM] = _checksum(record)
-        storage.write_json(folder / NAME, record)
+        storage.write_record(folder / NAME, record)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"The provenance cannot be written as JSON: {error}. Use texts, finite numbers, true, false, "
@@ -164,12 +157,6 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
     return sorted(form.tensors.keys() - read)
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in record.items() if key != _CHECKSUM}
-    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -186,11 +173,7 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
             f"'{path}' has format version {version}, and this lorakit reads up to {FORMAT_VERSION}. "
             "Update lorakit."
         )
-    if record.get(_CHECKSUM) != _checksum(record):
-        raise AdapterFileError(
-            f"'{path}' does not have its own checksum: it is damaged, or was changed by hand. Save the "
-            "adapter again with lorakit instead of editing the file."
-        )
+    storage.require_checksum(record, path, AdapterFileError)
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
@@ -223,13 +206,13 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     return notices
 
 
-def _method(found: Any) -> LoRA | FullFineTuning:
-    if not isinstance(found, Mapping) or found.get("name") not in _METHODS:
+def _method(found: Any) -> Method:
+    if not isinstance(found, Mapping) or found.get("name") not in METHODS:
         name = found.get("name") if isinstance(found, Mapping) else found
         raise AdapterFileError(
-            f"its method is {name!r}; this lorakit knows {', '.join(_METHODS)}. Update lorakit."
+            f"its method is {name!r}; this lorakit knows {', '.join(METHODS)}. Update lorakit."
         )
-    kind = _METHODS[found["name"]]
+    kind = METHODS[found["name"]]
     settings = {
         key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
     }

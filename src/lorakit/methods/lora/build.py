@@ -17,7 +17,8 @@ from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer, check_rank
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import is_of_adapter
+from lorakit.methods.trained import modules_named, parameters_below
+from lorakit.models.layers import is_inside, is_of_adapter
 from lorakit.models.roles import Place, resolve_targets
 
 if TYPE_CHECKING:
@@ -91,24 +92,14 @@ def trained_parameters(method: LoRA, model: nn.Module) -> list[str]:
         TargetError: An entry of train_modules names no module, or one that is adapted as well.
     """
     adapted = {place.path for place in resolve_targets(model, method.targets)}
-    names: dict[str, None] = dict.fromkeys(_bias_names(method, model, adapted))
-    for entry in method.train_modules:
-        paths = [p for p, _ in model.named_modules() if p == entry or p.endswith("." + entry)]
-        if not paths:
-            choices = {p.rsplit(".", 1)[-1] for p, _ in model.named_modules()}
+    paths = modules_named(model, method.train_modules)
+    for path in paths:
+        if any(is_inside(layer, path) for layer in adapted):
             raise TargetError(
-                f"train_modules names '{entry}', and no module of the model is called that."
-                + nearest(entry, choices)
+                f"'{path}' is trained in full (train_modules) and adapted (targets). Choose one of the two."
             )
-        for path in paths:
-            if any(a == path or a.startswith(path + ".") for a in adapted):
-                raise TargetError(
-                    f"'{path}' is trained in full (train_modules) and adapted (targets). Choose one of the two."
-                )
-            module = model.get_submodule(path)
-            found = [f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            names.update(dict.fromkeys(n for n in found if not is_of_adapter(n)))
-    return list(names)
+    names = [*_bias_names(method, model, adapted), *parameters_below(model, paths)]
+    return list(dict.fromkeys(names))
 
 
 def _bias_names(method: LoRA, model: nn.Module, adapted: set[str]) -> list[str]:

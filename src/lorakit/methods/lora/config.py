@@ -15,6 +15,7 @@ from lorakit.errors import ConfigurationError, require_bool, require_choice
 from lorakit.methods.lora import build
 from lorakit.methods.lora.layer import Init
 from lorakit.methods.module import AdapterModule
+from lorakit.methods.trained import as_names
 
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
@@ -57,15 +58,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         for name in ("targets", "train_modules"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, list, tuple)) or not all(
-                isinstance(entry, str) and entry for entry in value
-            ):
-                raise ConfigurationError(
-                    f"{name} is {value!r}; it must be a name or a list of names."
-                )
-            as_tuple = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, as_tuple)
+            object.__setattr__(self, name, as_names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigurationError(

@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -19,24 +17,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import filelock
-
-from lorakit.errors import AdapterFileError, LorakitError, RunFolderError
+from lorakit.errors import RunFolderError
+from lorakit.storage.refusals import full_disk_explained, writing
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-LOCK_NAME = ".lock"
-"""The file inside a folder whose lock `lock_folder` takes."""
-HOLDER_NAME = ".lock-holder"
 _SET_ASIDE = "-old"
-_CHUNK = 1 << 20
-_MAX_JSON_BYTES = 1 << 28
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -54,18 +44,17 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         RunFolderError: `path` holds files and `overwrite` is false, is no folder, or cannot be
             written.
     """
-    target = Path(os.path.realpath(path))
-    _check_folder(target, overwrite)
-    with errors_explained(target), _parents_made(target), _temporary(target) as temporary:
-        with _our_step(target):
+    target = require_free_folder(path, overwrite=overwrite)
+    with full_disk_explained(target), _parents_made(target), _temporary(target) as temporary:
+        with writing(target):
             temporary.mkdir()
         with _claimed(temporary):
             yield temporary
-            with _our_step(target):
+            with writing(target):
                 if target.is_dir():
                     shutil.copymode(target, temporary)
                 _sync_tree(temporary)
-                _check_folder(target, overwrite)
+                require_free_folder(target, overwrite=overwrite)
                 _put_in_place(temporary, target)
 
 
@@ -76,130 +65,77 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     On any exception `path` keeps its old content and nothing is left behind.
 
     Raises:
-        RunFolderError: `path` is a folder or cannot be written.
+        RunFolderError: `path` is a folder or a device, or cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise RunFolderError(f"'{target}' is a folder, and a file was to be written there.")
-    with errors_explained(target), _parents_made(target), _temporary(target) as temporary:
-        with _our_step(target):
+    target = require_free_file(path, overwrite=True)
+    with full_disk_explained(target), _parents_made(target), _temporary(target) as temporary:
+        with writing(target):
             temporary.touch(exist_ok=False)
         with _claimed(temporary):
             yield temporary
-            with _our_step(target):
+            with writing(target):
                 _sync(temporary)
                 _put_in_place(temporary, target)
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as UTF-8 JSON: sorted keys, two spaces, a newline at the end.
+def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse, before long work, what `atomic_folder` would refuse after it; return the real path.
 
     Raises:
-        ValueError, TypeError: `obj` holds NaN, an infinity or something JSON has no form for.
+        RunFolderError: As for `atomic_folder`.
     """
-    text = json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    Path(path).write_bytes(f"{text}\n".encode())
+    target = _writable(path)
+    with writing(target):
+        if target.exists() and not target.is_dir():
+            raise RunFolderError(f"'{target}' is a file, and a folder was to be written there.")
+        if target.is_dir() and not overwrite and any(target.iterdir()):
+            raise RunFolderError(
+                f"'{target}' already exists. Choose another folder, or say overwrite to replace it."
+            )
+    return target
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a file whose content is one JSON object.
+def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse, before long work, a path where no file may be written after it; return the real path.
 
     Raises:
-        AdapterFileError: The file cannot be read, is not JSON (with the position), or no object.
+        RunFolderError: A folder or a device is there, or a file and `overwrite` is false; or the path
+            cannot be written.
     """
-    path = Path(path)
+    target = _writable(path)
+    with writing(target):
+        if target.exists() and not target.is_file():
+            kind = "a folder" if target.is_dir() else "a device"
+            raise RunFolderError(f"'{target}' is {kind}, and a file was to be written there.")
+        if target.exists() and not overwrite:
+            raise RunFolderError(
+                f"'{target}' already exists. Choose another file, or say overwrite to replace it."
+            )
+    return target
+
+
+def _writable(path: str | Path) -> Path:
+    """The real path, if this process may write there."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise AdapterFileError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    if len(data) > _MAX_JSON_BYTES:
-        raise AdapterFileError(
-            f"'{path}' is larger than {_MAX_JSON_BYTES >> 20} MiB, too large for JSON settings."
-        )
-    try:
-        found = json.loads(
-            data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique
-        )
-    except UnicodeDecodeError as error:
-        raise AdapterFileError(
-            f"'{path}' is not JSON: byte {error.start} is no UTF-8 text. "
-            "The file is damaged or of another kind."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise AdapterFileError(
-            f"'{path}' is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"'{path}' is not JSON as expected: {error}.") from error
-    if not isinstance(found, dict):
-        raise AdapterFileError(
-            f"'{path}' holds a JSON {_json_name(found)}; an object, {{...}}, was expected."
-        )
-    return found
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def lock_folder(path: str | Path) -> Iterator[None]:
-    """Hold a folder for this process alone, without waiting; the folder is made if need be.
-
-    The lock goes with the process, however it ends.
-
-    Raises:
-        RunFolderError: Another run holds the folder, or it cannot be made.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
-    lock = filelock.FileLock(folder / LOCK_NAME, is_singleton=False)
-    holder = folder / HOLDER_NAME
-    try:
-        lock.acquire(blocking=False)
-    # filelock answers RuntimeError where this very thread holds the lock through another object.
-    except (filelock.Timeout, RuntimeError) as error:
-        raise RunFolderError(
-            f"'{folder}' is in use by another run{_pid_note(holder)}. "
-            "Wait for it to end, or choose another folder."
-        ) from error
-    except OSError as error:
-        raise RunFolderError(f"Cannot lock the folder '{folder}': {error.strerror}.") from error
-    try:
-        with suppress(OSError):  # only a hint for the message above
-            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
-    finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a null byte
+        raise RunFolderError(f"{str(path)!r} is no path: {error}.") from None
+    with writing(target):
+        above = next((parent for parent in target.parents if parent.exists()), target)
+        if not above.is_dir():
+            raise RunFolderError(f"Cannot write '{target}': '{above}' is a file, not a folder.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise RunFolderError(f"Cannot write '{target}': '{above}' may not be written to.")
+    return target
 
 
 # --- the steps of a save -------------------------------------------------------------------------
 
 
-def _check_folder(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise RunFolderError(f"'{target}' is a file, and a folder was to be written there.")
-    if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise RunFolderError(
-            f"'{target}' already exists. Choose another folder, or say overwrite to replace it."
-        )
-
-
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
     """A fresh name beside the target; whatever is there when the block ends is removed."""
-    with _our_step(target):
+    with writing(target):
         _remove_leftovers(target)
     temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
     try:
@@ -346,55 +282,12 @@ def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _our_step(target: Path) -> Iterator[None]:
-    """Explain what the system refuses us; an error of the caller's own code is not ours."""
-    try:
-        yield
-    except OSError as error:
-        if _is_disk_full(error):
-            raise
-        raise RunFolderError(f"Cannot write '{target}': {error.strerror or error}.") from error
-
-
-@contextmanager
-def errors_explained(target: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says so and what to do.
-
-    Raises:
-        RunFolderError: The disk is full.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, LorakitError) or not _is_disk_full(error):
-            raise
-        raise RunFolderError(
-            f"disk full while writing '{target}'; nothing was changed there. "
-            f"Free some space in '{target.parent}' or choose a folder on another disk."
-        ) from error
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return True
-        # safetensors writes in Rust and raises an error of its own with the system's text in it.
-        if any(f"(os error {number})" in str(error) for number in _DISK_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 @contextmanager
 def _parents_made(target: Path) -> Iterator[None]:
     """Make the folders above the target; those made here go again if the save fails."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        with _our_step(target):
+        with writing(target):
             for parent in reversed(missing):
                 parent.mkdir(exist_ok=True)
                 _sync(parent.parent)
@@ -404,27 +297,3 @@ def _parents_made(target: Path) -> Iterator[None]:
             with suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def _pid_note(holder: Path) -> str:
-    with suppress(OSError, ValueError):
-        return f" (pid {int(holder.read_text(encoding='utf-8'))})"
-    return ""
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' stands twice in one object")
-    return found
-
-
-def _json_name(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "true or false", int: "number", float: "number"}
-    return names.get(type(value), "null")

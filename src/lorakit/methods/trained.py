@@ -1,0 +1,54 @@
+"""Base parameters that a method trains in full beside what it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorakit.errors import ConfigurationError, TargetError, nearest
+from lorakit.models.layers import is_inside, is_of_adapter
+
+
+def as_names(setting: str, value: object) -> tuple[str, ...]:
+    """Return a setting that is a name or a list of names as a tuple.
+
+    Raises:
+        ConfigurationError: It is something else, or a name is empty.
+    """
+    entries = (value,) if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)) or not all(
+        isinstance(entry, str) and entry for entry in entries
+    ):
+        raise ConfigurationError(f"{setting} is {value!r}; it must be a name or a list of names.")
+    return tuple(entries)
+
+
+def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
+    """Return the paths of the modules that ``train_modules`` names by path or by its end.
+
+    Raises:
+        TargetError: An entry names no module.
+    """
+    paths = [path for path, _ in model.named_modules() if not is_of_adapter(path)]
+    found: dict[str, None] = {}
+    for entry in entries:
+        hits = [path for path in paths if path == entry or path.endswith(f".{entry}")]
+        if not hits:
+            raise TargetError(
+                f"train_modules names '{entry}', and no module of the model is called that."
+                + nearest(entry, {path.rsplit(".", 1)[-1] for path in paths})
+            )
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of the base's own parameters, every name of a tied one included."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, _ in named if not is_of_adapter(name)]
+
+
+def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Return the names of the base's parameters in the modules at `paths`."""
+    return [n for n in parameter_names(model) if any(is_inside(n, path) for path in paths)]

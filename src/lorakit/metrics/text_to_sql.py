@@ -1,0 +1,172 @@
+"""WikiSQL: whether a generated query is the one asked for, and whether it finds the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lorakit.errors import DataError
+from lorakit.metrics.checks import check_pairs
+from lorakit.metrics.tables import AGGREGATES, OPERATORS, Query, Table, normalized
+
+QUERY = re.compile(r"select (.+?) from table(?: where (.+))?")
+
+
+def wikisql(outputs: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the share of queries that are right, from 0 to 1, as salesforce/WikiSQL's evaluate.py defines it.
+
+    - logical_form: the same column selected, the same aggregate, and the same set of conditions (column, operator,
+      value), in any order and in upper or lower case.
+    - execution: the query finds what the right one finds in the table. Given where the tables have rows.
+
+    A query is read as WikiSQL writes it, ``SELECT COUNT Player FROM table WHERE Position = Guard AND Age > 30``, with
+    the table's own column names; case and the number of spaces do not matter. Any other text is no query, and wrong.
+
+    For execution, text is in lower case in the table and in conditions, and a condition on a column of numbers takes
+    the number that its value is or contains, as officially; but two conditions on one column are both applied, where
+    the official program applies the last twice.
+
+    Args:
+        outputs: The generated queries.
+        examples: Rows of WikiSQL. `table` has the `header`, and to execute queries `rows` (lists of cells) and
+            `types` ("text" or "real" for each column; else a column whose cells are all numbers is "real"). `sql` has
+            `sel`, `agg` and `conds`.
+
+    Raises:
+        DataError: There are no outputs, an output is no text, or an example is no row of WikiSQL.
+    """
+    check_pairs(outputs, examples)
+    pairs = [_example(example, f"Example {i}") for i, example in enumerate(examples, start=1)]
+    for number, output in enumerate(outputs, start=1):
+        if not isinstance(output, str):
+            raise DataError(f"Output {number} is {output!r}, expected a text.")
+    guesses = [
+        parse(output, table.header) for output, (table, _) in zip(outputs, pairs, strict=True)
+    ]
+    right = [guess == query for guess, (_, query) in zip(guesses, pairs, strict=True)]
+    scores = {"logical_form": sum(right) / len(right)}
+    with_rows = sum(table.rows is not None for table, _ in pairs)
+    if 0 < with_rows < len(pairs):
+        raise DataError(
+            f"{with_rows} of {len(pairs)} tables have rows. Give the rows of all, or of none."
+        )
+    if with_rows:
+        right = [
+            _finds_the_same(guess, query, table, f"Example {i}")
+            for i, (guess, (table, query)) in enumerate(zip(guesses, pairs, strict=True), start=1)
+        ]
+        scores["execution"] = sum(right) / len(right)
+    return scores
+
+
+def parse(text: str, header: Sequence[str]) -> Query | None:
+    """Return the query that a text spells with the column names of `header`, or None where it spells none.
+
+    The first of columns with one name is meant. A name may be the start of another: the longest that fits counts.
+    A value ends where ``AND``, a column and an operator follow.
+    """
+    clauses = QUERY.fullmatch(normalized(text))
+    if clauses is None:
+        return None
+    names = [normalized(name) for name in header]
+    selected, where = clauses.groups()
+    select = _select(selected, names)
+    if select is None:
+        return None
+    columns = "|".join(re.escape(name) for name in sorted(set(names), key=len, reverse=True))
+    operators = "|".join(OPERATORS).lower()
+    start = re.compile(rf"({columns}) ({operators})(?: |$)")
+    between = re.compile(rf" and (?=(?:{columns}) (?:{operators})(?: |$))")
+    conditions = set()
+    for spelt in between.split(where) if where else ():
+        found = start.match(spelt)
+        if found is None:
+            return None
+        operator = OPERATORS.index(found[2].upper())
+        conditions.add((names.index(found[1]), operator, spelt[found.end() :]))
+    return Query(*select, frozenset(conditions))
+
+
+def _select(selected: str, names: list[str]) -> tuple[int, int] | None:
+    """The column and the aggregate that follow SELECT."""
+    for aggregate, name in enumerate(AGGREGATES):
+        column = selected.removeprefix(f"{name} ".lower()) if name else selected
+        if column in names and (not name or column != selected):
+            return names.index(column), aggregate
+    return None
+
+
+def _finds_the_same(guess: Query | None, query: Query, table: Table, where: str) -> bool:
+    wanted = table.find(query)
+    if wanted is None:
+        raise DataError(
+            f"{where}: its own query cannot be executed. Each condition needs an operator of =, > or < (0, 1, 2), "
+            "and a number where the column is real."
+        )
+    return guess is not None and table.find(guess) == wanted
+
+
+def _example(example: Mapping[str, Any], where: str) -> tuple[Table, Query]:
+    """The table of a row of WikiSQL and the right query."""
+    table, sql = (_mapping(example, name, where) for name in ("table", "sql"))
+    header = _list(table, "header", f"{where}: table")
+    width = len(header)
+    column = _index(sql.get("sel"), width, f"{where}: sql.sel")
+    aggregate = _index(sql.get("agg"), len(AGGREGATES), f"{where}: sql.agg")
+    names = [normalized(name) for name in header]
+    conditions = set()
+    for condition in _list(sql, "conds", f"{where}: sql"):
+        if not isinstance(condition, Sequence) or len(condition) != 3:
+            raise DataError(
+                f"{where}: a condition is {condition!r}, expected [column, operator, value]."
+            )
+        of, operator, value = condition
+        of = _index(of, width, f"{where}: the column of a condition")
+        operator = _index(operator, len(OPERATORS), f"{where}: the operator of a condition")
+        conditions.add((names.index(names[of]), operator, normalized(value)))
+    query = Query(names.index(names[column]), aggregate, frozenset(conditions))
+    if table.get("rows") is None:
+        return Table(header), query
+    rows = _list(table, "rows", f"{where}: table")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != width:
+            raise DataError(
+                f"{where}: row {number} of the table is {row!r:.80}, expected a list of {width} cells."
+            )
+    return Table(header, rows, _types(table, rows, width, where)), query
+
+
+def _types(table: Mapping[str, Any], rows: Sequence, width: int, where: str) -> list[str]:
+    if table.get("types") is None:
+        return ["real" if _all_numbers(row[i] for row in rows) else "text" for i in range(width)]
+    types = _list(table, "types", f"{where}: table")
+    if len(types) != width or not {"text", "real"}.issuperset(types):
+        raise DataError(
+            f"{where}: the table's types are {types!r:.80}, expected 'text' or 'real' for each of {width} columns."
+        )
+    return list(types)
+
+
+def _all_numbers(cells: Iterable[object]) -> bool:
+    return all(isinstance(cell, (int, float)) for cell in cells)
+
+
+def _mapping(example: object, name: str, where: str) -> Mapping[str, Any]:
+    value = example.get(name) if isinstance(example, Mapping) else None
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} has no object '{name}'; expected a row of WikiSQL.")
+    return value
+
+
+def _list(values: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
+    value = values.get(name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"{where}.{name} is {value!r:.80}, expected a list.")
+    return value
+
+
+def _index(value: object, count: int, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+        raise DataError(f"{where} is {value!r}, expected an index from 0 to {count - 1}.")
+    return value

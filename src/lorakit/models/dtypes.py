@@ -1,0 +1,48 @@
+"""Which dtype a model's weights have and its products are computed in."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from lorakit.errors import ConfigurationError, nearest
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """Return the dtype to compute in.
+
+    ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
+    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
+    emulated, and slower than float32.
+
+    Raises:
+        ConfigurationError: the name is not known.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+    if dtype not in _DTYPES:
+        names = ("auto", *_DTYPES)
+        raise ConfigurationError(
+            f"dtype '{dtype}' is none of {', '.join(names)}.{nearest(str(dtype), names)}"
+        )
+    return _DTYPES[dtype]
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    try:  # torch before 2.10 does not say
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,36 @@
+"""Files and folders: there whole or not at all, held against their checksums, and for one run alone."""
+
+from lorakit.storage.atomic import (
+    atomic_file,
+    atomic_folder,
+    require_free_file,
+    require_free_folder,
+)
+from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
+from lorakit.storage.records import (
+    read_json,
+    read_record,
+    require_checksum,
+    sha256,
+    write_json,
+    write_record,
+)
+from lorakit.storage.refusals import reading, writing
+
+__all__ = [
+    "HOLDER_NAME",
+    "LOCK_NAME",
+    "atomic_file",
+    "atomic_folder",
+    "lock_folder",
+    "read_json",
+    "read_record",
+    "reading",
+    "require_checksum",
+    "require_free_file",
+    "require_free_folder",
+    "sha256",
+    "write_json",
+    "write_record",
+    "writing",
+]

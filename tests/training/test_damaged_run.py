@@ -1,0 +1,291 @@
+"""Run folders with files damaged, exchanged or taken away: an error that says what to do, or the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from safetensors.torch import load_file, save_file
+from tiny_runs import adapter_bytes
+
+from lorakit import storage
+from lorakit.errors import RunFolderError
+from lorakit.training import checkpoint, loop
+from lorakit.training.config import CheckpointConfig, TrainConfig
+from lorakit.training.loop import train
+
+NEWEST = Path("checkpoints", "step-000006")
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
+    """Let a run of `config` die in a step."""
+    original, calls = loop.clip_gradients, iter(range(1, 10_000))
+
+    def dying(*args):
+        if next(calls) == step:
+            raise Crash
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "clip_gradients", dying)
+        with pytest.raises(Crash):
+            train(config)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(tiny_runs.config(folder, base)).folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
+    config = tiny_runs.config(tmp_path_factory.mktemp("stopped"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, config, 8)
+    return config
+
+
+@pytest.fixture
+def half(tmp_path: Path, stopped: TrainConfig) -> TrainConfig:
+    """A run that died in its eighth step, with checkpoints of steps 3 and 6, to be resumed."""
+    run = shutil.copytree(stopped.output, tmp_path / "run")
+    return dataclasses.replace(stopped, output=str(run), resume=True)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    **{f"a bit of {n}": lambda f, n=n: flip(f / n, -1) for n in checkpoint.TENSOR_FILES},
+    **{f"no {n}": lambda f, n=n: (f / n).unlink() for n in checkpoint.TENSOR_FILES},
+    "a digit of state.json": lambda f: flip(
+        f / "state.json", (f / "state.json").read_text().index("1")
+    ),
+    "state.json cut off": lambda f: (f / "state.json").write_text('{"step": 6,'),
+    "state.json of nothing": lambda f: (f / "state.json").write_text("{}"),
+    "state.json of a list": lambda f: (f / "state.json").write_text("[6]"),
+    "state.json empty": lambda f: (f / "state.json").write_text(""),
+    "no state.json": lambda f: (f / "state.json").unlink(),
+    "a folder for state.json": lambda f: ((f / "state.json").unlink(), (f / "state.json").mkdir()),
+    "an empty folder": lambda f: (shutil.rmtree(f), f.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    damage, half: TrainConfig, undisturbed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(half.output)
+    damage(run / NEWEST)
+    train(half)
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
+    assert "step-000006" in said
+    assert "goes on from step 3" in said
+    assert adapter_bytes(run) == adapter_bytes(undisturbed)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig) -> None:
+    run = Path(half.output)
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    damage(run / NEWEST)
+    with pytest.raises(RunFolderError, match=r"No checkpoint.*overwrite.*step-000006"):
+        train(half)
+
+
+def test_no_bit_of_a_state_changes_unseen(half: TrainConfig) -> None:
+    """The counters decide where the run goes on: a wrong one would skip data or stop early."""
+    path = Path(half.output, NEWEST)
+    _, state = checkpoint.newest_whole([path])
+    text = (path / "state.json").read_bytes()
+    for position in range(0, len(text) - 1, 3):
+        flip(path / "state.json", position)
+        try:
+            _, found = checkpoint.newest_whole([path])
+        except RunFolderError:
+            pass
+        else:  # a blank between two values
+            assert found == state
+        (path / "state.json").write_bytes(text)
+
+
+def test_a_checkpoint_of_another_version_says_so(half: TrainConfig) -> None:
+    path = Path(half.output) / NEWEST / "state.json"
+    record = storage.read_record(path, RunFolderError)
+    record["state"]["new_counter"] = 1
+    storage.write_record(path, record)
+    with pytest.raises(RunFolderError, match=r"another version.*new_counter"):
+        train(half)
+
+
+def test_a_file_where_the_checkpoints_were(half: TrainConfig) -> None:
+    folder = Path(half.output, "checkpoints")
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(RunFolderError, match=r"checkpoints.* is a file.*folder"):
+        train(half)
+
+
+# --- what a run is made of ------------------------------------------------------------------------
+
+
+def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> None:
+    """Of the same shapes: the weights that came out would fit no base at all."""
+    folder = shutil.copytree(base, tmp_path / "model")
+    config = tiny_runs.config(tmp_path, str(folder))
+    stop_in_step(monkeypatch, config, 8)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match=r"base model.*has changed") as raised:
+        train(dataclasses.replace(config, resume=True))
+    said = str(raised.value)
+    recorded = storage.read_record(tmp_path / "run" / NEWEST / "state.json", RunFolderError)
+    assert str(folder) in said
+    assert recorded["state"]["inputs"]["base model"]["sha256"][:12] in said
+    assert "from_adapter" in said
+
+
+def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypatch) -> None:
+    folder = shutil.copytree(base, tmp_path / "model")
+    config = tiny_runs.config(tmp_path, str(folder), method="full")
+    stop_in_step(monkeypatch, config, 8)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 0.1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match=r"base model.*has changed"):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_changed_data_is_refused(tmp_path: Path, base: str, split: str, monkeypatch) -> None:
+    config = tiny_runs.config(tmp_path, base)
+    stop_in_step(monkeypatch, config, 8)
+    path = tmp_path / f"{split}.jsonl"
+    tiny_runs.write_rows(path, tiny_runs.pairs(72, seed=9))
+    with pytest.raises(RunFolderError, match=rf"{split} data has changed.*from_adapter") as raised:
+        train(dataclasses.replace(config, resume=True))
+    assert str(path) in str(raised.value)
+
+
+# --- files of the run -----------------------------------------------------------------------------
+
+RECORDS = {
+    "cut off": lambda path: path.write_text(path.read_text()[:-20]),
+    "of nothing": lambda path: path.write_text("{}"),
+    "of a list": lambda path: path.write_text("[]"),
+    "a bit": lambda path: flip(path, path.read_text().index("1")),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_result(damage, tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    train(config)
+    damage(tmp_path / "run" / "result.json")
+    with pytest.raises(RunFolderError, match=r"result\.json"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    path = train(config).folder / "result.json"
+    storage.write_record(path, {**storage.read_record(path, RunFolderError), "new_number": 1})
+    with pytest.raises(RunFolderError, match=r"another version.*new_number"):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_environment(damage, half: TrainConfig) -> None:
+    damage(Path(half.output) / "environment.json")
+    with pytest.raises(RunFolderError, match=r"environment\.json"):
+        train(half)
+
+
+@pytest.mark.parametrize("damage", [RECORDS["not text"], RECORDS["a folder"]])
+def test_damaged_settings(damage, half: TrainConfig) -> None:
+    damage(Path(half.output) / "config.yaml")
+    with pytest.raises(RunFolderError, match=r"config\.yaml"):
+        train(half)
+
+
+@pytest.mark.parametrize("line", ["not JSON", "[1]", "{}", '{"step": "6"}', '{"step": true}', ""])
+def test_a_damaged_line_among_whole_ones(half: TrainConfig, line: str) -> None:
+    """What a killed process leaves is the end of the file; this is something else, and no reason to drop the rest."""
+    path = Path(half.output, "metrics.jsonl")
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:3.*Delete that line"):
+        train(half)
+    path.write_text("\n".join(lines))
+    train(half)
+
+
+def test_a_folder_where_the_metrics_were(half: TrainConfig) -> None:
+    RECORDS["a folder"](Path(half.output, "metrics.jsonl"))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl.* is a folder.*file"):
+        train(half)
+
+
+def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> None:
+    """What str.splitlines takes for the end of a line may stand in a generated text."""
+    from lorakit.training.run_folder import JsonLines
+
+    lines = JsonLines(tmp_path / "samples.jsonl")
+    for step in range(3):
+        lines.append(step=step, output="one\u2028two\x85three")
+    lines.truncate(1)
+    found = [json.loads(line) for line in lines.path.read_text().split("\n") if line]
+    assert [record["step"] for record in found] == [0, 1]
+
+
+def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> None:
+    path = Path(half.output, "metrics.jsonl")
+    path.write_bytes(path.read_bytes()[:-9])
+    run = train(half).folder
+    steps = [record["step"] for record in tiny_runs.metrics(run, "train")]
+    assert steps == [record["step"] for record in tiny_runs.metrics(undisturbed, "train")]
+
+
+def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, base: str) -> None:
+    config = tiny_runs.config(tmp_path, base, max_steps=3)
+    run = train(config).folder
+    before = adapter_bytes(run)
+    shutil.rmtree(run / "adapter")
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(run) == before
+
+
+def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
+    """The link goes, what it leads to stays."""
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    run = train(config).folder
+    shutil.move(run / "checkpoints", tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    train(dataclasses.replace(config, overwrite=True))
+    assert not (run / "checkpoints").is_symlink()
+    assert list((tmp_path / "elsewhere").iterdir())
+
+
+def test_keeping_one_checkpoint_is_enough_to_resume(tmp_path, base, monkeypatch) -> None:
+    config = tiny_runs.config(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
+    stop_in_step(monkeypatch, config, 8)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
+    train(dataclasses.replace(config, resume=True))
