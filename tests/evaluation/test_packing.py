@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import lorakit
 from lorakit.data import collate
-from lorakit.data.packing import pack, shared_length
-from lorakit.evaluation.objective import LanguageModelling, language_modelling, why_not_packed
+from lorakit.data.packing import pack
+from lorakit.evaluation.objective import LanguageModelling, language_modelling
+from lorakit.evaluation.shortcuts import why_not_packed
 from lorakit.tasks import LanguageExample
 
 PACKABLE = ["llama", "qwen3", "phi3", "gemma", "gpt2", "opt", "gpt-neox", "smollm3", "granite"]
@@ -95,18 +96,24 @@ def test_every_token_sees_its_own_example_up_to_itself(examples):
     assert int(batch["target_weights"].sum()) == sum(sum(e.loss_mask) for e in examples)
 
 
-def test_a_shared_prompt_is_computed_once_and_a_short_one_is_not_worth_it():
+def test_a_shared_prompt_is_computed_once():
     prompt = list(range(1, 19))
-    long = [example([*prompt, 1, t, t], 18) for t in (3, 4, 5)]
-    assert pack(long, pad_id=0)["input_ids"].shape == (1, 18 + 1 + 3 * 2)
-    short = [example([1, *[t] * 60], 1) for t in (3, 4, 5)]
-    assert pack(short, pad_id=0)["input_ids"].shape == (3, 61)
+    batch = pack([example([*prompt, 1, t, t], 18) for t in (3, 4, 5)], pad_id=0)
+    assert batch["input_ids"].shape == (1, 18 + 1 + 3 * 2)
 
 
-def test_shared_length():
-    assert shared_length([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert shared_length([1], [1, 2]) == 1
-    assert shared_length([], [1]) == 0
+def test_long_trees_stand_in_rows_of_like_length():
+    lengths = (500, 490, 300, 280, 260, 240)  # 2,070 tokens: three rows, since each takes 1,024 at most
+    trees = [example([t, *[t] * (n - 1)], 1) for t, n in enumerate(lengths, start=1)]
+    batch = pack(trees, pad_id=0)
+    assert batch["input_ids"].shape[1] <= 1024
+    assert (batch["input_ids"] != 0).sum() == sum(lengths)
+    assert batch["input_ids"].numel() <= 1.5 * sum(lengths)
+
+
+def test_a_tree_longer_than_a_row_is_a_row():
+    batch = pack([example([1] * 1500, 1)], pad_id=0)
+    assert batch["input_ids"].shape == (1, 1500)
 
 
 @pytest.mark.parametrize("arch", PACKABLE)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.data.batches import collate
-from lorakit.data.packing import pack
 from lorakit.ops import linear_cross_entropy
-from lorakit.tasks import LanguageExample
 
 IGNORED = -100
 """The label of a position that is not a target, as everywhere in transformers."""
@@ -63,16 +60,16 @@ class LanguageModelling:
 
     def count(self, batch: Batch) -> int:
         """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
-        return _targets_of(batch).count
+        return targets_of(batch).count
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        found = _targets_of(batch)
-        inputs = _inputs_of(model, batch)
+        found = targets_of(batch)
+        inputs = inputs_of(model, batch)
         # The head may have been adapted since the path was chosen.
         path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
         if path == "fused":
-            hidden = _backbone(model)(**inputs, use_cache=False).last_hidden_state
+            hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             with torch.autocast(hidden.device.type, enabled=False):
@@ -174,7 +171,7 @@ def language_modelling(
             except Exception as error:  # a model may raise anything; another path serves it
                 reason = f"it raised {type(error).__name__}: {error}"
             else:
-                if abs(value - reference) <= _tolerance(model) * (1 + abs(reference)):
+                if abs(value - reference) <= tolerance(model) * (1 + abs(reference)):
                     objective.path, objective.note = path, _NOTES[path]
                     break
                 reason = f"its loss {value:.6g} is not the model's {reference:.6g}"
@@ -190,49 +187,10 @@ _NOTES: dict[HeadPath, str] = {
 }
 
 
-def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
-    """Return why examples that share a prefix cannot be computed as one tree on `model`; empty where they can.
-
-    Measured: two completions of one prompt, computed together, must leave the hidden states at all targets what
-    they are when each is computed alone.
-    """
-    backbone = _backbone(model)
-    accepted = inspect.signature(backbone.forward).parameters
-    if not {"position_ids", "attention_mask"} <= accepted.keys():
-        return "the model takes no positions"
-    ids, cut = example.input_ids, example.prompt_length
-    twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
-    pair = sorted((example, twin), key=lambda e: e.input_ids)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            together = _hidden_at_targets(backbone, pack(pair, pad_id=0))
-            alone = [_hidden_at_targets(backbone, collate([e], pad_id=0)) for e in pair]
-    except Exception as error:  # a model's forward may raise anything; padded batches serve it
-        return f"it raised {type(error).__name__}: {error}"
-    finally:
-        model.train(was_training)
-    expected = torch.cat(alone)
-    if together.shape != expected.shape:
-        return "the probe's two completions begin alike"
-    distance = (together - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not distance.max() <= 2 * _tolerance(model):
-        return f"its hidden states differ by {distance.max():.2g} from those of separate examples"
-    return ""
-
-
-def _hidden_at_targets(backbone: nn.Module, batch: Batch) -> Tensor:
-    device = next(backbone.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    hidden = backbone(**_inputs_of(backbone, batch), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[_targets_of(batch).at].float()
-
-
 def why_not_fused(model: nn.Module) -> str:
     """Return why the head's weight alone does not tell `model`'s logits; empty where it does."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if _backbone(model) is model or head is None:
+    if backbone(model) is model or head is None:
         return "the model has no backbone apart from its head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
@@ -250,7 +208,7 @@ def _why_not_own_head(model: nn.Module) -> str:
     return "" if accepts else "the model does not take logits_to_keep"
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> nn.Module:
     """Return what yields the last hidden states; the model itself where the two are one."""
     return getattr(model, "base_model", model)  # type: ignore[return-value]
 
@@ -266,8 +224,8 @@ def _logit_scale(model: nn.Module) -> float:
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
-def _inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What the model takes of a batch."""
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return what the model takes of a batch."""
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dtype == torch.bool and _attention(model) == "eager":
@@ -283,7 +241,7 @@ def _attention(model: nn.Module) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Targets:
+class Targets:
     """The targets of a batch, padded or packed, in one form."""
 
     at: Tensor
@@ -300,13 +258,14 @@ class _Targets:
         return len(self.ids) if self.weights is None else int(self.weights.sum())
 
 
-def _targets_of(batch: Batch) -> _Targets:
+def targets_of(batch: Batch) -> Targets:
+    """Return where the targets of a padded or packed batch are predicted, and which they are."""
     width = batch["input_ids"].shape[1]
     if "target_at" in batch:
-        return _Targets(batch["target_at"], batch["targets"], batch["target_weights"], width)
+        return Targets(batch["target_at"], batch["targets"], batch["target_weights"], width)
     labels = batch["labels"][:, 1:]  # a token is predicted one position before its own
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    return _Targets(rows * width + columns, labels[rows, columns], None, width)
+    return Targets(rows * width + columns, labels[rows, columns], None, width)
 
 
 def _cross_entropy_sum(
@@ -336,7 +295,7 @@ def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> 
     return value
 
 
-def _tolerance(model: nn.Module) -> float:
-    """Rounding to expect between the paths: the fused one keeps logits in float32 that the model rounds."""
+def tolerance(model: nn.Module) -> float:
+    """Return the relative rounding to expect between two equal ways to compute `model`."""
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     return 2e-2 if half or torch.is_autocast_enabled("cpu") else 1e-4

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorakit.ops.dropout import fast, kept
+from lorakit.ops.dropout import fast, kept, multiplier
 
 BLOCK_SIZES = (32, 64, 128)
 """Queries in a block: fewer see fewer keys in vain, more make the products efficient."""
@@ -207,7 +207,7 @@ class _MaskedAttention(torch.autograd.Function):
         drawn, weights = None, P
         if dropout:
             drawn, ctx.factor = _draw(P, dropout)
-            weights = drawn.to(P.dtype).mul_(ctx.factor).mul_(P)
+            weights = multiplier(drawn, ctx.factor, P.dtype).mul_(P)
         out = torch.bmm(weights, V)
         ctx.save_for_backward(query, key, value, P if K.shape[1] <= KEPT_KEYS else None, drawn)
         ctx.blocks, ctx.scale = blocks, scale
@@ -222,7 +222,7 @@ class _MaskedAttention(torch.autograd.Function):
         if P is None:
             P = _probabilities(Q, K, blocks, ctx.scale, heads)
         G = blocks.split(grad.transpose(1, 2), heads)
-        factors = None if drawn is None else drawn.to(P.dtype).mul_(ctx.factor)
+        factors = None if drawn is None else multiplier(drawn, ctx.factor, P.dtype)
         weights = P if factors is None else factors * P
         grad_V = torch.bmm(weights.transpose(1, 2), G)
         grad_P = torch.bmm(G, V.transpose(1, 2))

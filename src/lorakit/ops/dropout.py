@@ -46,14 +46,26 @@ def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
     return torch.from_numpy(drawn).view(shape), STEPS / (STEPS - threshold)
 
 
+def multiplier(drawn: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return `factor` where `drawn` is True and 0 elsewhere, in `dtype`.
+
+    Made of the number's bits: from bool to a float a processor converts one by one, to an integer many at once.
+    """
+    bits = torch.tensor(factor, dtype=dtype).view(_INTEGERS[dtype.itemsize])
+    return drawn.view(torch.int8).to(bits.dtype).mul_(bits).view(dtype)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        mask, ctx.factor = kept(x.shape, p)
-        ctx.save_for_backward(mask)
-        return mask.to(x.dtype).mul_(ctx.factor).mul_(x)
+        drawn, ctx.factor = kept(x.shape, p)
+        ctx.save_for_backward(drawn)
+        return multiplier(drawn, ctx.factor, x.dtype).mul_(x)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(ctx.factor).mul_(grad), None
+        (drawn,) = ctx.saved_tensors
+        return multiplier(drawn, ctx.factor, grad.dtype).mul_(grad), None

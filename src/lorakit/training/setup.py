@@ -21,11 +21,8 @@ from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import Collate, check_context, collator, open_base
 from lorakit.evaluation.evaluate import objective_for
-from lorakit.evaluation.objective import (
-    Objective,
-    Regression,
-    why_not_packed,
-)
+from lorakit.evaluation.objective import Objective, Regression
+from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.models.heads import classification_head
@@ -91,10 +88,7 @@ class Job:
 
         Thin matrices need no autocast, since their product casts them itself.
         """
-        trains_base = any(module.trained for module in self.adapters.modules(ADAPTER).values())
-        if self.config.base.dtype == "float32" or not trains_base:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.base.dtype))
+        return _autocast(self.config, self.adapters, self.device)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the peak learning rate after `step` finished steps."""
@@ -213,12 +207,18 @@ def prepare(config: TrainConfig) -> Job:
     adapters = _attach(model, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
-    faster_note = _make_faster(base, train.examples)
-    packed, packing_note = _packs(model, config, train.examples)
+    with _autocast(config, adapters, model.device):
+        stock = try_faster(model, collator(base)(train.examples[:2]))
+        packed, packing_note = _packs(model, config, train.examples)
+        objective = objective_for(
+            base, task, train.examples, label_smoothing=config.label_smoothing
+        )
+    notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
+    objective.note = "; ".join(note for note in notes if note)
     model.train()
     # From here on the global generator serves dropout alone.
     torch.manual_seed(config.seed)
-    job = Job(
+    return Job(
         config=config,
         base=base,
         adapters=adapters,
@@ -226,7 +226,7 @@ def prepare(config: TrainConfig) -> Job:
         train=train,
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
-        objective=Regression(),
+        objective=objective,
         plan=StepPlan(
             BatchSampler(
                 train.lengths, config.batch_size, config.seed, groups=_groups(config, train)
@@ -236,28 +236,15 @@ def prepare(config: TrainConfig) -> Job:
             max_steps=config.max_steps,
         ),
     )
-    with job.autocast():
-        job.objective = objective_for(
-            base, task, train.examples, label_smoothing=config.label_smoothing
-        )
-    notes = (job.objective.note, packing_note, faster_note)
-    job.objective.note = "; ".join(note for note in notes if note)
-    return job
 
 
-def _make_faster(base: Base, examples: Sequence[Example]) -> str:
-    """Compute the base with our attention where that changes nothing; return what to tell the user."""
-    batch = collator(base)(examples[:2])
-    before = last_hidden_states(base.model, batch)
-    try:
-        make_faster(base.model)
-        distance = relative_distance(last_hidden_states(base.model, batch), before)
-        reason = "" if distance <= tolerance(base.model) else f"its results differ by {distance:.2g}"
-    except Exception as error:  # a model's forward may raise anything; its own attention serves it
-        reason = f"it raised {type(error).__name__}: {error}"
-    if reason:
-        make_stock(base.model)
-    return reason and f"stock attention and dropout: {reason}"
+def _autocast(
+    config: TrainConfig, adapters: Adapters, device: torch.device
+) -> AbstractContextManager[Any]:
+    trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
+    if config.base.dtype == "float32" or not trains_base:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, config.base.dtype))
 
 
 def _packs(

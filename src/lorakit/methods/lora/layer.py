@@ -14,12 +14,12 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
 from lorakit.methods.module import AdapterModule, compute_dtype
 from lorakit.models.roles import RowSlice
+from lorakit.ops import dropout
 
 Init = Literal["kaiming", "gaussian", "pissa"]
 
@@ -168,7 +168,7 @@ class LoRALayer(AdapterModule):
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout on the branch's input alone; the frozen layer sees `x` whole."""
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return dropout(x, self.dropout) if self.training and self.dropout else x
 
     def _adapt_dora(
         self,

@@ -1,0 +1,104 @@
+"""Faster ways to compute a model, each tried on the model itself before it is taken.
+
+What a model's structure does not tell (a mask it ignores, an attention of its own) shows in its results, so a
+shortcut is one that leaves the results of a small batch what they were, to the rounding of the dtype.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.data.batches import collate
+from lorakit.data.packing import pack
+from lorakit.evaluation.objective import Batch, backbone, inputs_of, targets_of, tolerance
+from lorakit.models.faster import make_faster, make_stock
+from lorakit.tasks import LanguageExample
+
+
+def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
+    """Return why examples that share a prefix cannot be computed as one tree on `model`; empty where they can.
+
+    Two completions of one prompt, computed together, must leave the hidden states at all targets what they are
+    when each is computed alone.
+    """
+    stem = backbone(model)
+    accepted = inspect.signature(stem.forward).parameters
+    if not {"position_ids", "attention_mask"} <= accepted.keys():
+        return "the model takes no positions"
+    ids, cut = example.input_ids, example.prompt_length
+    twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
+    pair = sorted((example, twin), key=lambda e: e.input_ids)
+    try:
+        together = _hidden_at_targets(stem, pack(pair, pad_id=0))
+        alone = [_hidden_at_targets(stem, collate([e], pad_id=0)) for e in pair]
+    except Exception as error:  # a model's forward may raise anything; padded batches serve it
+        return f"it raised {type(error).__name__}: {error}"
+    expected = torch.cat(alone)
+    if together.shape != expected.shape:
+        return "the probe's two completions begin alike"
+    distance = _distance(together, expected)
+    if not distance <= 2 * tolerance(model):
+        return f"its hidden states differ by {distance:.2g} from those of separate examples"
+    return ""
+
+
+def try_faster(model: PreTrainedModel, batch: Batch) -> str:
+    """Compute `model` with lorakit's own attention and dropout, or return why its stock ones stay.
+
+    Args:
+        model: Changed in place, and left as it was where a reason is returned.
+        batch: A padded batch, on which the logits must stay what they are.
+    """
+    before = _logits(model, batch)
+    try:
+        make_faster(model)
+        distance = _distance(_logits(model, batch), before)
+        reason = (
+            "" if distance <= 2 * tolerance(model) else f"its logits would differ by {distance:.2g}"
+        )
+    except Exception as error:  # a model's forward may raise anything; its own attention serves it
+        reason = f"it raised {type(error).__name__}: {error}"
+    if reason:
+        make_stock(model)
+    return reason
+
+
+def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:
+    device = next(stem.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with _evaluating(stem):
+        hidden = stem(**inputs_of(stem, batch), use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[targets_of(batch).at]
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    # An encoder-decoder makes its decoder's inputs of the labels; others would compute a loss of them.
+    hidden = () if model.config.is_encoder_decoder else ("labels",)
+    with _evaluating(model):
+        return model(**{name: x for name, x in batch.items() if name not in hidden}).logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _distance(x: Tensor, expected: Tensor) -> float:
+    """The largest relative distance between two rows."""
+    x, expected = x.float(), expected.float()
+    norms = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((x - expected).norm(dim=-1) / norms).max())

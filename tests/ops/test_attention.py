@@ -1,0 +1,140 @@
+"""masked_attention against plain float64 arithmetic, under masks of every kind that a batch has."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit.ops import attention, masked_attention
+from lorakit.ops.attention import masked_attention_reference
+
+
+def causal(length):
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def tree(prompt, tail, count):
+    """A prompt and `count` completions of it, side by side."""
+    length = prompt + tail * count
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    mask[:prompt, :prompt] = causal(prompt)
+    for start in range(prompt, length, tail):
+        mask[start : start + tail, :prompt] = True
+        mask[start : start + tail, start : start + tail] = causal(tail)
+    return mask
+
+
+def inputs(rows, length, heads=4, key_heads=2, width=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count):
+        x = torch.randn(rows, length, count, width, generator=generator, dtype=dtype)
+        return x.transpose(1, 2).requires_grad_()  # as models hand them over: heads are a view
+
+    return draw(heads), draw(key_heads), draw(key_heads)
+
+
+MASKS = {
+    "none": None,
+    "short": causal(7).expand(3, 1, 7, 7),
+    "long": causal(150).expand(2, 1, 150, 150),
+    "padding": torch.arange(40).expand(3, 1, 40, 40) < torch.tensor([40, 11, 25]).view(3, 1, 1, 1),
+    "one for all rows": causal(33)[None, None],
+    "keys alone": (torch.arange(9) < 6).expand(2, 1, 1, 9),
+    "trees": torch.stack([tree(20, 10, 15), tree(50, 30, 4)])[:, None],
+    "side by side": torch.block_diag(*[causal(40).float()] * 6).bool()[None, None],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_output_and_gradients_are_those_of_plain_arithmetic(name):
+    mask = MASKS[name]
+    rows, length = (2, 9) if mask is None else (max(2, len(mask)), mask.shape[-1])
+    if mask is not None and len(mask) == 1 and name != "one for all rows":
+        rows = 1
+    ours, theirs = inputs(rows, length), inputs(rows, length)
+    out = masked_attention(*ours, mask, scale=0.3)
+    expected = masked_attention_reference(*theirs, mask, scale=0.3)
+    assert out.shape == (rows, length, 4, 8)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 3), st.floats(0.02, 0.9))
+def test_any_mask(seed, length, rows, density):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, 1, length, length, generator=generator) < density
+    mask |= torch.eye(length, dtype=torch.bool)  # every query sees something
+    ours, theirs = inputs(rows, length), inputs(rows, length)
+    out = masked_attention(*ours, mask, scale=1.0)
+    expected = masked_attention_reference(*theirs, mask, scale=1.0)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    grads = torch.autograd.grad(out.square().sum(), ours)
+    expected_grads = torch.autograd.grad(expected.square().sum(), theirs)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-10)
+
+
+def test_trees_are_cut_into_blocks_that_leave_most_pairs_out():
+    mask = MASKS["side by side"]
+    masked_attention(*inputs(1, 240), mask, scale=1.0)
+    blocks = attention._known[mask][2]
+    assert blocks.count > 1
+    assert blocks.length < 120
+
+
+@pytest.mark.parametrize("limit", ["KEPT_KEYS", "LONGEST"])
+def test_long_rows_take_less_memory_to_the_same_result(limit, monkeypatch):
+    mask = causal(40)[None, None].clone()
+    ours, theirs = inputs(1, 40), inputs(1, 40)
+    expected = masked_attention(*theirs, mask, scale=0.5)
+    monkeypatch.setattr(attention, limit, 8)
+    out = masked_attention(*ours, mask, scale=0.5)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    grads = torch.autograd.grad(out.square().sum(), ours)
+    expected_grads = torch.autograd.grad(expected.square().sum(), theirs)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck():
+    mask = tree(3, 2, 2)[None, None]
+    q, k, v = inputs(1, 7, heads=2, key_heads=1, width=3)
+    assert torch.autograd.gradcheck(
+        lambda *x: masked_attention(*x, mask, scale=0.7), (q, k, v), fast_mode=False
+    )
+
+
+def test_bfloat16_rounds_each_step_once():
+    mask = MASKS["trees"]
+    wide = inputs(2, 170)
+    out = masked_attention(*(x.detach().bfloat16() for x in wide), mask, scale=0.3)
+    expected = masked_attention_reference(*wide, mask, scale=0.3)
+    # Scores, weights, values and the result are rounded to 8 bits each, with errors of either sign.
+    assert (out - expected).norm() <= 2**-7 * expected.norm()
+
+
+def test_dropout_leaves_the_expectation_and_its_gradient_is_that_of_the_drawn_weights():
+    mask = causal(12)[None, None].clone()
+    q, k, v = inputs(1, 12)
+    plain = masked_attention(q, k, v, mask, scale=0.3)
+    mean = torch.zeros_like(plain)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        mean += masked_attention(q, k, v, mask, scale=0.3, dropout=0.25).detach() / 400
+    # 400 draws leave 1/20 of one draw's spread, which is about the size of the result itself.
+    assert (mean - plain).norm() <= 0.1 * plain.norm()
+
+    def drawn(*x):
+        torch.manual_seed(1)
+        return masked_attention(*x, mask, scale=0.3, dropout=0.25)
+
+    assert torch.autograd.gradcheck(drawn, (q, k, v), fast_mode=True)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    assert masked_attention(*inputs(1, 5), mask, scale=1.0).isfinite().all()

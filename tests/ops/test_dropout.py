@@ -1,0 +1,70 @@
+"""Fast dropout: the right share, the right factor, and torch's seed decides all of it."""
+
+import pytest
+import torch
+
+from lorakit.ops import dropout
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_and_factor(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 400, dtype=dtype)
+    y = dropout(x, p)
+    dropped = (y == 0).float().mean().item()
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(dropped - p) < 5 * deviation + 2**-17
+    kept = y[y != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2e-3, atol=0)
+
+
+def test_gradient_is_that_of_the_drawn_mask():
+    torch.manual_seed(0)
+    x = torch.randn(50, 30, requires_grad=True)
+    y = dropout(x, 0.3)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad * x.detach(), y.detach())
+
+
+def test_torchs_seed_and_state_decide():
+    x = torch.ones(64, 64)
+    torch.manual_seed(3)
+    first = dropout(x, 0.5)
+    state = torch.get_rng_state()
+    second = dropout(x, 0.5)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(dropout(x, 0.5), second)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.5), first)
+
+
+def test_draws_are_independent_along_and_between_calls():
+    torch.manual_seed(0)
+    a, b = (dropout(torch.ones(200_000), 0.5) / 2 for _ in range(2))
+    for lag in (1, 2, 3, 4, 7, 8):
+        assert abs(((a[lag:] - 0.5) * (a[:-lag] - 0.5)).mean()) < 0.25 * 5 / 200_000**0.5
+    assert abs(((a - 0.5) * (b - 0.5)).mean()) < 0.25 * 5 / 200_000**0.5
+
+
+def test_gradient_checkpointing_draws_the_same_again():
+    x = torch.randn(30, 20, requires_grad=True)
+    torch.manual_seed(0)
+    plain = dropout(x, 0.4)
+    (grad,) = torch.autograd.grad(plain.square().sum(), x)
+    torch.manual_seed(0)
+    recomputed = torch.utils.checkpoint.checkpoint(lambda t: dropout(t, 0.4), x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), x)[0], grad)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_the_ends(p):
+    x = torch.randn(5, 5)
+    assert torch.equal(dropout(x, p), x if p == 0 else torch.zeros_like(x))
+
+
+def test_compiles():
+    x = torch.ones(16, 16)
+    compiled = torch.compile(lambda t: dropout(t, 0.5), backend="eager", fullgraph=True)
+    assert set(compiled(x).unique().tolist()) <= {0.0, 2.0}
