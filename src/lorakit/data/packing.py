@@ -15,11 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.data.batches import WIDTH_STEP, round_up
 from lorakit.tasks import LanguageExample
 
 ROW_LENGTH = 1024
 """Tokens of a row at most, where a tree is not longer: the mask has their square, and attention under
 it (`lorakit.ops.masked_attention`) costs no more for trees side by side than for trees in rows of their own."""
+
+LONG_WIDTH_STEP = 32
+"""The same as `lorakit.data.batches.WIDTH_STEP` for long rows, of which it is as small a part."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int) -> dict[str, Tensor]:
     """
     rows = _rows(_trees(examples))
     width = max(sum(map(len, row)) for row in rows)
+    width = round_up(width, LONG_WIDTH_STEP if width > 8 * LONG_WIDTH_STEP else WIDTH_STEP)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
