@@ -30,7 +30,7 @@ import yaml
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.loading import compute_dtype
-from lorakit.training.checkpoint import State, settled
+from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, peak_memory
 
@@ -218,7 +218,7 @@ class RunFolder:
         if self.config.overwrite or not (path.exists() and self.adapter.exists()):
             return None
         record = storage.read_record(path, RunFolderError)
-        return settled(RunResult, {"folder": self.path, **record}, path)
+        return from_fields(RunResult, {"folder": self.path, **record}, path)
 
 
 @contextmanager
