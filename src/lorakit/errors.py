@@ -66,10 +66,10 @@ def require_bool(name: str, value: object) -> None:
         raise ConfigurationError(f"{name} is {value!r}; it must be True or False.")
 
 
-def require_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ConfigurationError unless `value` is one of the Literal `choices`."""
-    allowed = choices.__args__  # type: ignore[attr-defined]
-    if value not in allowed:
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ConfigurationError that names the nearest unless `value` is one of `choices`."""
+    choices = list(getattr(choices, "__args__", choices))
+    if value not in choices:
         raise ConfigurationError(
-            f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
+            f"{name} is {value!r}; it must be one of {', '.join(choices)}.{nearest(value, choices)}"
         )
