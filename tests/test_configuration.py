@@ -15,6 +15,7 @@ from lorakit.configuration import conform
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.methods import BitFit, FullFineTuning, LoRA
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,
@@ -147,6 +148,9 @@ def test_a_message_says_the_section_and_repeats_no_more_than_a_line() -> None:
 
 DATA = DataConfig(train="train.jsonl")
 CONFIGURATIONS: list[Any] = [
+    BitFit(),
+    FullFineTuning(),
+    LoRA(),
     BaseConfig(name="base"),
     DATA,
     Decoding(),

@@ -60,15 +60,9 @@ def require_at_least(name: str, value: float, least: float) -> None:
         )
 
 
-def require_bool(name: str, value: object) -> None:
-    """Raise a ConfigurationError unless `value` is True or False: "false" is a text, and so true."""
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} is {value!r}; it must be True or False.")
-
-
 def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise a ConfigurationError that names the nearest unless `value` is one of `choices`."""
-    choices = list(getattr(choices, "__args__", choices))
+    choices = list(choices)
     if value not in choices:
         raise ConfigurationError(
             f"{name} is {value!r}; it must be one of {', '.join(choices)}.{nearest(value, choices)}"
