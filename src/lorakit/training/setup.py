@@ -28,6 +28,7 @@ from lorakit.evaluation.objective import (
 )
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
@@ -92,9 +93,10 @@ class Job:
         Thin matrices need no autocast, since their product casts them itself.
         """
         trains_base = any(module.trained for module in self.adapters.modules(ADAPTER).values())
-        if self.config.base.dtype == "float32" or not trains_base:
+        dtype = compute_dtype(self.config.base.dtype)
+        if dtype == torch.float32 or not trains_base:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.base.dtype))
+        return torch.autocast(self.device.type, dtype=dtype)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the peak learning rate after `step` finished steps."""

@@ -86,7 +86,7 @@ class LoRALayer(AdapterModule):
         return (count * self.rank, n_in), (rows, self.rank)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
-        """The layer's weight as an (out, in) matrix (a view)."""
+        """The layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised."""
         raise NotImplementedError
 
     def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:

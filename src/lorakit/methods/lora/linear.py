@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.methods.lora.layer import LoRALayer
+from lorakit.models.quantised import quantised_weight
 from lorakit.ops import lora_linear
 
 
@@ -22,6 +23,9 @@ class LinearLoRA(LoRALayer):
         return layer.in_features, layer.out_features  # type: ignore[return-value]
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
+        quantised = quantised_weight(layer)
+        if quantised is not None:
+            return quantised.matrix()
         return layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # type: ignore[return-value, union-attr]
 
     def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
