@@ -14,7 +14,7 @@ from lorakit.errors import ConfigurationError, require_at_least
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-DType = Literal["auto", "float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 Score = Literal["loss", "text"]
 
 
@@ -27,7 +27,8 @@ class BaseConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: DType = "auto"
-    """Precision of the computation; auto is bfloat16 where the processor multiplies it natively, else float32."""
+    """Precision of the computation; auto is bfloat16 where the processor multiplies it natively, else float32.
+    nf4 and int8 compute as auto does, over projections whose weights are kept in 4 or 8 bits."""
     device: str = "auto"
     """Where it is computed: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     trust_remote_code: bool = False
