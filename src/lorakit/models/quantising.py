@@ -16,7 +16,7 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import FLAGS, quantised_weights
 
 _OLDEST = "0.50"
-"""The first bitsandbytes whose 4-bit and 8-bit layers have gradients on a CPU, as they were measured."""
+"""The oldest bitsandbytes that was tested."""
 
 
 @torch.no_grad()
