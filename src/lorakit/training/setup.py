@@ -173,9 +173,9 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
+        dtype = str(compute_dtype(self.config.base.dtype)).removeprefix("torch.")
         lines.append(
-            f"method    {self.config.method}: {trained:,} trained parameters, computed in "
-            f"{self.config.base.dtype} on {self.device}"
+            f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
         lines.append(
             f"steps     {self.plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
