@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL        take torch from this index first (on Linux, PyPI's build carries CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small one)
 #   ARGS="..."             further arguments for the command behind demo, test and bench
+#   QUICK=1                bench in minutes: a few rows, one round
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,10 +44,8 @@ format: $(VENV)/.dev ## Rewrite the code the way check wants it
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev ## Run every benchmark beside its peer and the machine's limit
-	@set -e; for script in benchmarks/[a-z]*.py; do \
-		echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
-	done
+bench: $(VENV)/.dev ## Measure lorakit beside its peers and the machine's limit (QUICK=1: in minutes)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

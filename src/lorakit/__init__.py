@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.version import __version__
 
 if TYPE_CHECKING:
+    from lorakit import metrics
     from lorakit.adapters.attach import attach
     from lorakit.adapters.handle import Adapters
     from lorakit.adapters.loading import from_peft, load
@@ -66,12 +67,15 @@ __all__ = [
     "from_peft",
     "load",
     "load_base",
+    "metrics",
     "targets",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":  # the module, whose functions are named for what they score
+        return import_module("lorakit.metrics")
     if name not in _HOME:
         raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

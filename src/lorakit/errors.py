@@ -60,16 +60,10 @@ def require_at_least(name: str, value: float, least: float) -> None:
         )
 
 
-def require_bool(name: str, value: object) -> None:
-    """Raise a ConfigurationError unless `value` is True or False: "false" is a text, and so true."""
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} is {value!r}; it must be True or False.")
-
-
-def require_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ConfigurationError unless `value` is one of the Literal `choices`."""
-    allowed = choices.__args__  # type: ignore[attr-defined]
-    if value not in allowed:
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ConfigurationError that names the nearest unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
         raise ConfigurationError(
-            f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
+            f"{name} is {value!r}; it must be one of {', '.join(choices)}.{nearest(value, choices)}"
         )

@@ -103,7 +103,14 @@ def test_a_shared_prompt_is_computed_once():
 
 
 def test_long_trees_stand_in_rows_of_like_length():
-    lengths = (500, 490, 300, 280, 260, 240)  # 2,070 tokens: three rows, since each takes 1,024 at most
+    lengths = (
+        500,
+        490,
+        300,
+        280,
+        260,
+        240,
+    )  # 2,070 tokens: three rows, since each takes 1,024 at most
     trees = [example([t, *[t] * (n - 1)], 1) for t, n in enumerate(lengths, start=1)]
     batch = pack(trees, pad_id=0)
     assert batch["input_ids"].shape[1] <= 1024
@@ -113,7 +120,13 @@ def test_long_trees_stand_in_rows_of_like_length():
 
 def test_a_tree_longer_than_a_row_is_a_row():
     batch = pack([example([1] * 1500, 1)], pad_id=0)
-    assert batch["input_ids"].shape == (1, 1504)
+    assert batch["input_ids"].shape == (1, 1500)
+
+
+def test_widths_are_multiples_of_a_step():
+    examples = [example([1, 5, 3, 8, 2], 2), example([1, 5, 4], 2)]
+    assert pack(examples, pad_id=0, step=32)["input_ids"].shape == (1, 32)
+    assert collate(examples, pad_id=0, step=8)["labels"].shape == (2, 8)
 
 
 @pytest.mark.parametrize("arch", PACKABLE)

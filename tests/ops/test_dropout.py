@@ -54,7 +54,9 @@ def test_gradient_checkpointing_draws_the_same_again():
     plain = dropout(x, 0.4)
     (grad,) = torch.autograd.grad(plain.square().sum(), x)
     torch.manual_seed(0)
-    recomputed = torch.utils.checkpoint.checkpoint(lambda t: dropout(t, 0.4), x, use_reentrant=False)
+    recomputed = torch.utils.checkpoint.checkpoint(
+        lambda t: dropout(t, 0.4), x, use_reentrant=False
+    )
     torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), x)[0], grad)
 
 

@@ -144,8 +144,10 @@ def test_settings_that_cannot_work_say_why(settings, message: str) -> None:
         (HeldOutConfig, {"every": 0}, "evaluation.every is 0"),
         (CheckpointConfig, {"keep": 0}, "checkpoints.keep is 0"),
         (BaseConfig, {"name": ""}, "base.name is empty"),
-        (BaseConfig, {"name": "x", "dtype": "int8"}, "base.dtype is 'int8'"),
+        (BaseConfig, {"name": "x", "dtype": "int4"}, "base.dtype is 'int4'"),
         (BaseConfig, {"name": "x", "device": "gpu"}, "base.device is 'gpu'"),
+        (BaseConfig, {"name": "x", "device": "meta"}, "base.device is 'meta'"),
+        (BaseConfig, {"name": "x", "device": "vulkan"}, "base.device is 'vulkan'"),
     ],
 )
 def test_sections_check_themselves(section, settings, message: str) -> None:
@@ -153,7 +155,7 @@ def test_sections_check_themselves(section, settings, message: str) -> None:
         section(**settings)
 
 
-def test_a_device_that_is_not_there_is_an_error(monkeypatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match="sees no such device"):
-        BaseConfig(name="x", device="cuda").pick_device()
+@pytest.mark.parametrize("device", ["cpu:5", "cuda:99", "mps:7", "xpu:9"])
+def test_a_numbered_device_that_is_not_there_is_an_error(device: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{device}.* sees no such device"):
+        BaseConfig(name="x", device=device).pick_device()

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.installed import adapted_layers
+from lorakit.adapters.installed import adapted_layers, base_weights
 from lorakit.adapters.layer_adapters import MARK, LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS
+from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _OUR_TENSOR = re.compile(r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|trained\..+)")
 
@@ -33,6 +34,8 @@ def save_pretrained(
 ) -> Any:
     """Stands in for the model's `save_pretrained` while it carries adapters.
 
+    What is written is not quantised, whatever the base is: the adapted weights are not.
+
     Raises:
         AdapterStateError: Called inside `per_sample`: no single weight holds several adapters.
     """
@@ -44,7 +47,10 @@ def save_pretrained(
     # Undoing the renames of an architecture's old checkpoints would rename the adapters' keys as well.
     kwargs.setdefault("save_original_format", False)
     try:
-        return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)  # type: ignore[attr-defined]
+        with unmarked(model):
+            return type(model).save_pretrained(  # type: ignore[attr-defined]
+                model, save_directory, *args, state_dict=state, **kwargs
+            )
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
@@ -54,6 +60,7 @@ def save_pretrained(
 def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` with the active adapters' effect in the base keys, and a mark on every layer it reached."""
     result = dict(state)
+    whole = set()  # keys of quantised layers whose weight is an adapted one, which is whole
     for path, layer, adapters in adapted_layers(model):
         active = adapters.activation.active
         if active.rows is not None and active.names:
@@ -66,6 +73,9 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
                 layer, attribute, list(active.weights)
             )
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+            whole.add(prefix + attribute)
+        whole.update(prefix + attribute for attribute in adapters.replaced)
+    _expand_quantised(model, result, whole)
     # A copy of a base tensor may stand at several keys (the base's own, and every tied one): write it once.
     copies = _copies(model)
     seen = {id(p) for name, p in model.named_parameters() if name not in copies}
@@ -74,6 +84,26 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             result.pop(key, None)
         seen.add(id(parameter))
     return result
+
+
+def _expand_quantised(model: nn.Module, state: dict[str, Tensor], whole: set[str]) -> None:
+    """Write quantised weights as ``W_q``, all in the layout of the layer that theirs was made from."""
+    for path, weight in _base_quantised(model):
+        key = f"{path}.weight"
+        if key not in state:
+            continue
+        # bitsandbytes writes scales beside the packed numbers, under names of its own.
+        beside = (f"{path}.SCB", f"{path}.weight_format")
+        for other in [k for k in state if k.startswith(f"{key}.") or k in beside]:
+            del state[other]
+        state[key] = weight.in_layout(state[key]) if key in whole else weight.whole()
+
+
+def _base_quantised(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
+    """Path and weight of every layer whose own weight, in its place or aside, is quantised."""
+    for name, weight in base_weights(model):
+        if isinstance(weight, QuantisedWeight):
+            yield name.removesuffix(".weight"), weight
 
 
 def keep_base_weights(
@@ -110,6 +140,23 @@ def keep_base_weights(
                     state_dict[start + attribute] = parameter.detach()
         if adapters.replaced:  # the live layer expects the key as well
             state_dict[mark] = getattr(adapters, MARK)
+    _keep_quantised(model, state_dict, prefix)
+
+
+def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """A quantised weight stays as it is, where the file holds it expanded."""
+    for path, weight in quantised_weights(model):
+        key = f"{prefix}{path}.weight"
+        found = state_dict.get(key)
+        packed = weight.packed
+        if found is None or (found.shape, found.dtype) == (packed.shape, packed.dtype):
+            continue
+        if not (found.shape == weight.shape and found.to(packed.device).equal(weight.whole())):
+            raise AdapterStateError(
+                f"'{key}' is not what this model's {weight.kind} weight stands for: the file was saved from another "
+                "base, or from the same one quantised otherwise. Load the base that it was saved from."
+            )
+        state_dict[key] = packed.detach()
 
 
 def _refuse_strange_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -31,6 +31,7 @@ from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.models.quantised import keep_differentiable
 
 Choice = str | Mapping[str, float] | None
 """One adapter, several by weight, or none."""
@@ -137,13 +138,16 @@ class Adapters:
     def merge(self, choice: Choice = None, *, keep_base: bool = True) -> None:
         """Fold adapters into the weights: ``W + scaling * B A`` in float32, rounded once to W's dtype.
 
+        Where W is quantised it is ``W_q`` that is added to, and the sum is not quantised anew.
+
         The merged weights are new tensors that take the base's place; the base's are kept, and `unmerge`
         puts them back bit for bit. Nothing is ever subtracted.
 
         Args:
             choice: What to merge, as for `activate`; None merges what is active.
             keep_base: False drops the base weights and all adapters: the model is then a plain merged
-                model, for export, and this handle is at its end.
+                model, for export, and this handle is at its end. Of a quantised base the other layers are
+                expanded too, so that nothing of the model is quantised any more.
 
         Raises:
             AdapterStateError: Nothing is active, something is merged already, or an adapter cannot be merged.
@@ -292,6 +296,7 @@ class Adapters:
         provenance: dict[str, Any] | None = None,
     ) -> InstalledAdapter:
         """Install an adapter's modules on the model and freeze the base."""
+        keep_differentiable(self.model)
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
         self._installed[name] = adapter

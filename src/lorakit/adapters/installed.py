@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.layer_adapters import LayerAdapters, add_module, check_free
+from lorakit.errors import ConfigurationError
 from lorakit.methods.module import AdapterModule, Method
 from lorakit.models.layers import ADAPTERS
+from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
 
 @dataclass
@@ -56,7 +58,13 @@ def install(
     trained: list[str],
     activation: Activation,
 ) -> InstalledAdapter:
-    """Put an adapter's modules onto the model's layers, with a copy of each base tensor it trains."""
+    """Put an adapter's modules onto the model's layers, with a copy of each base tensor it trains.
+
+    Raises:
+        ConfigurationError: A base tensor to be trained is quantised.
+        AdapterStateError: Something else has our place on a layer.
+    """
+    refuse_quantised(model, trained)
     installed = InstalledAdapter(name, method, modules)
     slots = _slots_by_parameter(model, trained)
     for copies in slots.values():
@@ -117,3 +125,33 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{attribute}" if path else attribute), parameter
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
+    """`base_parameters`, each quantised one as what it stands for: with the shape of the whole weight."""
+    for name, parameter in base_parameters(model):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        yield name, quantised_weight(layer, parameter) or parameter
+
+
+def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
+    """Refuse to train a base tensor that is quantised, or that its layer would round.
+
+    Raises:
+        ConfigurationError: Names the first, and what to do.
+    """
+    for name in trained:
+        path, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(path)
+        quantised = quantised_weight(layer, base_parameter(layer, attribute))
+        if quantised is not None:
+            raise ConfigurationError(
+                f"'{name}' is quantised to {quantised.kind}, and quantised weights cannot be trained in full. Adapt "
+                "them with LoRA (targets), or load the base in bfloat16 or float32."
+            )
+        if attribute == "bias" and type(layer).__module__.startswith("bitsandbytes."):
+            raise ConfigurationError(
+                f"'{name}' is the bias of bitsandbytes' {type(layer).__name__}, which rounds it to its input's dtype "
+                "in every pass, so that small updates would be lost. Load the base by "
+                "lorakit.models.loading.load_base, whose quantised layers do not, or use bias='none'."
+            )

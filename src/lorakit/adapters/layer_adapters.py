@@ -12,6 +12,7 @@ from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, compute_dtype
 from lorakit.models.layers import ADAPTERS
+from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
 MARK = "holds_merged_weights"
 """Buffer of a layer's adapters while a merged or trained tensor has a base parameter's place. It says,
@@ -31,6 +32,8 @@ class LayerAdapters(nn.ModuleDict):
         # Base parameters whose place a trained or merged tensor has taken. Kept in a plain dict, so
         # that the model lists neither; a buffer beside each follows the model to another device.
         self.replaced: dict[str, nn.Parameter] = {}
+        self.quantised_class: type[nn.Module] | None = None
+        """The layer's class, while a merged weight has the place of a quantised one."""
         self.merged = False
 
     if TYPE_CHECKING:
@@ -120,24 +123,31 @@ class LayerAdapters(nn.ModuleDict):
     def effective_weight(
         self, layer: nn.Module, attribute: str, weights: list[tuple[str, float]]
     ) -> Tensor:
-        """``W + sum of weight * delta`` in float32 (or wider), rounded once to the dtype of W."""
+        """``W + sum of weight * delta`` in float32 (or wider), rounded once to the dtype of W.
+
+        Of a quantised W it is ``W_q`` that the deltas are added to, as a matrix (out, in).
+        """
         W = getattr(layer, attribute)
+        quantised = quantised_weight(layer, W)
+        dtype = W.dtype if quantised is None else quantised.dtype
         total = None
         for name, weight in weights:
             if name not in self:
                 continue
             whole = self[name].merged_weights(layer)
             if whole is not None and attribute in whole:
-                return whole[attribute].to(W.dtype)
+                return whole[attribute].to(dtype)
             delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue
             delta = delta if weight == 1 else delta * weight
             total = delta if total is None else total + delta
+        if quantised is not None:
+            W = quantised.matrix()
         if total is None:
-            return W
+            return W.to(dtype)
         wide = compute_dtype(W, total)
-        return (W.to(wide) + total.to(wide)).to(W.dtype)
+        return (W.to(wide) + total.to(wide)).to(dtype)
 
     def weights_changed_by(self, layer: nn.Module, names: list[str]) -> list[str]:
         """Attributes of the layer that merging these adapters replaces."""
@@ -160,15 +170,23 @@ class LayerAdapters(nn.ModuleDict):
         assert attribute not in self.replaced
         original = layer._parameters[attribute]
         assert original is not None
+        if quantised_weight(layer, original) is not None:
+            self.quantised_class = compute_whole(layer)
+        else:
+            self.register_buffer(f"base_{attribute}", original.data, persistent=False)
         self.replaced[attribute] = original
-        self.register_buffer(f"base_{attribute}", original.data, persistent=False)
         self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module, attribute: str) -> None:
         """Put the layer's own parameter back, moved to where the model has moved meanwhile."""
-        data = getattr(self, f"base_{attribute}")
+        data = getattr(self, f"base_{attribute}", None)
+        quantised_class = self.quantised_class
         original = self.forget(attribute)
+        if data is None:
+            assert quantised_class is not None
+            compute_quantised(layer, original, quantised_class)
+            return
         compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
         if compatible(original.data, data):
             original.data = data
@@ -178,7 +196,10 @@ class LayerAdapters(nn.ModuleDict):
 
     def forget(self, attribute: str) -> nn.Parameter:
         """Give up the kept base parameter: what took its place stays."""
-        delattr(self, f"base_{attribute}")
+        if f"base_{attribute}" in self._buffers:
+            delattr(self, f"base_{attribute}")
+        else:
+            self.quantised_class = None
         original = self.replaced.pop(attribute)
         if not self.replaced:
             delattr(self, MARK)

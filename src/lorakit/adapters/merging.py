@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -9,26 +11,32 @@ from lorakit.adapters.activation import Active
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers
 from lorakit.errors import AdapterStateError
+from lorakit.models.quantised import become_whole, make_whole, quantised_weight
+
+_LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def merge(model: nn.Module, active: Active) -> None:
     """Swap in ``W + sum of weight * delta`` on every layer that an active adapter changes.
 
-    All merged tensors are computed before the first is swapped in: an error changes nothing.
+    All merged tensors are computed before the first is swapped in: an error changes nothing. A weight
+    that bitsandbytes quantised gives way to ``W_q`` plus the delta in the dtype that the layer computes
+    in: rounded to its few bits anew, most of the delta would be lost.
 
     Raises:
-        AdapterStateError: A weight is quantised, or an adapter has no merged form.
+        AdapterStateError: A weight is quantised in a way that is not known here, or an adapter has no
+            merged form.
     """
     names = [name for name, _ in active.weights]
     merged = []
     for path, layer, adapters in adapted_layers(model):
         for attribute in adapters.weights_changed_by(layer, names):
             W = getattr(layer, attribute)
-            if not W.is_floating_point():
+            if not W.is_floating_point() and quantised_weight(layer, W) is None:
                 raise AdapterStateError(
-                    f"The weight of '{path}' is quantised ({W.dtype}), and rounding a merged weight back would "
-                    "change the base. Merge into a base loaded in bfloat16 or float32."
+                    f"The weight of '{path}' is quantised ({W.dtype}) in a way that lorakit does not know, so that "
+                    "nothing can be added to it. Merge into a base loaded in bfloat16 or float32."
                 )
             weight = adapters.effective_weight(layer, attribute, list(active.weights))
             merged.append((layer, adapters, attribute, weight))
@@ -47,9 +55,26 @@ def unmerge(model: nn.Module) -> None:
 
 
 def forget_base(model: nn.Module) -> None:
-    """Make what has the base's place permanent, and record in the configuration what it untied."""
+    """Make what has the base's place permanent, and record in the configuration what it untied.
+
+    Of a quantised base every layer becomes an ordinary one.
+    """
     if unties(model, model.state_dict()):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    for _, _, adapters in adapted_layers(model):
+    merged = 0
+    for _, layer, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
-            adapters.forget(attribute)
+            whole = layer._parameters[attribute]
+            quantised = quantised_weight(layer, adapters.forget(attribute))
+            if quantised is not None:
+                assert whole is not None
+                become_whole(quantised, whole.data)
+                merged += 1
+    others = make_whole(model)
+    if merged or others:
+        _LOG.warning(
+            "The base was quantised: the merged model holds its quantised weights, expanded (%d merged, %d others), "
+            "not those that they were made from. To keep these, merge into the base loaded unquantised.",
+            merged,
+            others,
+        )

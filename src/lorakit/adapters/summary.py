@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adapters.installed import InstalledAdapter, base_parameters
+from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
 from lorakit.methods.module import Method
 
 
@@ -68,7 +68,7 @@ def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
         seen.update(map(id, fresh))
         if fresh:
             by_layer[path] = sum(p.numel() for p in fresh)
-    total = sum(p.numel() for _, p in base_parameters(model))
+    total = sum(weight.numel() for _, weight in base_weights(model))
     size = sum(p.numel() * p.element_size() for p in adapter.parameters())
     counts = Counts(sum(by_layer.values()), total, by_layer)
     return Summary(adapter.name, _describe(adapter.method), counts, size)
@@ -85,13 +85,15 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
     for path, module in method.modules(model).items():
         by_layer[path] = sum(p.numel() for p in module.parameters())
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = method.trained_parameters(model)
+    refuse_quantised(model, trained)
     seen: set[int] = set()
-    for name in method.trained_parameters(model):
+    for name in trained:
         if id(parameters[name]) not in seen:
             seen.add(id(parameters[name]))
             path = name.rpartition(".")[0]
             by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
-    total = sum(p.numel() for _, p in base_parameters(model))
+    total = sum(weight.numel() for _, weight in base_weights(model))
     return Counts(sum(by_layer.values()), total, by_layer)
 
 

@@ -17,18 +17,14 @@ MEGABATCH = 50
 """Batches that are sorted by length together: enough that little is padding, few enough that the order
 stays random."""
 
-WIDTH_STEP = 8
-"""Widths of batches are multiples of this: for each shape a processor's library keeps kernels and memory,
-which for every width there is come to hundreds of megabytes."""
-
 
 def round_up(count: int, step: int) -> int:
     """Return the least multiple of `step` that is not below `count`."""
     return -(-count // step) * step
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Return a right-padded batch of B examples, T tokens being the longest and a few more.
+def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[str, Tensor]:
+    """Return a right-padded batch of B examples, T tokens being the longest, or the next multiple of `step`.
 
     Returns:
         input_ids and attention_mask (B, T), int64; token_type_ids (B, T) where the examples have them;
@@ -36,7 +32,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         t is predicted from positions before t: models shift labels themselves); for classification (B,)
         int64; for regression (B,) float32.
     """
-    width = round_up(max(map(len, examples)), WIDTH_STEP)
+    width = round_up(max(map(len, examples)), step)
 
     def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
         return torch.tensor(

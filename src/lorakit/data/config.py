@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lorakit.configuration import conform
 from lorakit.data.sources import BUILT_IN
 from lorakit.data.templates import Template
-from lorakit.errors import ConfigurationError, nearest
+from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.tasks import TASKS
 
 Split = Literal["train", "validation", "test"]
@@ -62,44 +63,32 @@ class DataConfig:
     """Read only the first rows of each set."""
 
     def __post_init__(self) -> None:
-        if self.task != "auto" and self.task not in TASKS:
-            raise ConfigurationError(
-                f"unknown task {self.task!r}; tasks are auto, {', '.join(TASKS)}."
-                + nearest(self.task, ["auto", *TASKS])
-            )
+        conform(self, "data")
+        require_choice("data.task", self.task, ("auto", *TASKS))
         for name in self.columns:
             if name not in FIELDS:
                 raise ConfigurationError(
-                    f"columns: {name!r} is not a name of ours; write `ours: theirs`, where ours is one of "
+                    f"data.columns: {name!r} is not a name of ours; write `ours: theirs`, where ours is one of "
                     f"{', '.join(FIELDS)}." + nearest(name, FIELDS)
                 )
-        for option, allowed in (
-            ("too_long", ("stop", "skip", "truncate")),
-            ("bad_rows", ("stop", "skip")),
-        ):
-            value = getattr(self, option)
-            if value not in allowed:
-                raise ConfigurationError(f"{option} is {value!r}, expected {' or '.join(allowed)}")
-        if self.max_length < 2:
-            raise ConfigurationError(
-                f"max_length is {self.max_length}; it must be at least 2 tokens"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigurationError(f"limit is {self.limit}; it must be at least 1 row")
+        require_at_least("data.max_length", self.max_length, 2)
+        if self.limit is not None:
+            require_at_least("data.limit", self.limit, 1)
         if not 0 <= self.validation_fraction < 1:
             raise ConfigurationError(
-                f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1"
+                f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."
             )
         if self.validation_fraction and self.validation is not None:
-            raise ConfigurationError("set validation or validation_fraction, not both")
+            raise ConfigurationError(
+                "Set data.validation or data.validation_fraction, not both: one names held-out data, the other takes "
+                "some of data.train."
+            )
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
-                Template(
-                    text, name=option
-                )  # a template that cannot be read is an error here already
+                Template(text, name=option)  # one that cannot be read is an error here already
                 if self.task not in ("auto", "completion"):
                     raise ConfigurationError(
-                        f"{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one"
+                        f"data.{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one."
                     )
 
     def source(self, split: Split) -> str | list[str] | None:

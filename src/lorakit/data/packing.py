@@ -15,15 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.data.batches import WIDTH_STEP, round_up
+from lorakit.data.batches import round_up
 from lorakit.tasks import LanguageExample
 
 ROW_LENGTH = 1024
 """Tokens of a row at most, where a tree is not longer: the mask has their square, and attention under
 it (`lorakit.ops.masked_attention`) costs no more for trees side by side than for trees in rows of their own."""
-
-LONG_WIDTH_STEP = 32
-"""The same as `lorakit.data.batches.WIDTH_STEP` for long rows, of which it is as small a part."""
 
 
 @dataclass(slots=True)
@@ -36,8 +33,8 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
-def pack(examples: Sequence[LanguageExample], pad_id: int) -> dict[str, Tensor]:
-    """Return a batch of R rows of T tokens in which shared prefixes stand once.
+def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> dict[str, Tensor]:
+    """Return a batch of R rows of T tokens, a multiple of `step`, in which shared prefixes stand once.
 
     Returns:
         input_ids, position_ids (R, T) int64; attention_mask (R, 1, T, T) bool, True where row token i
@@ -46,8 +43,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int) -> dict[str, Tensor]:
         that have this target there; lengths (B,) int64, the tokens of each example.
     """
     rows = _rows(_trees(examples))
-    width = max(sum(map(len, row)) for row in rows)
-    width = round_up(width, LONG_WIDTH_STEP if width > 8 * LONG_WIDTH_STEP else WIDTH_STEP)
+    width = round_up(max(sum(map(len, row)) for row in rows), step)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from lorakit.data import DataTask, collate
+from lorakit.data.batches import round_up
 from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.config import BaseConfig
@@ -17,6 +18,10 @@ from lorakit.tasks import Example, LanguageExample
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Makes a batch of examples, on the model's device."""
+
+PADDED_STEP, PACKED_STEP = 8, 32
+"""Widths of batches are multiples of these: for each shape a processor's library keeps kernels and memory,
+which for every width there is come to hundreds of megabytes. A packed row is long, and its share as small."""
 
 
 def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
@@ -86,16 +91,18 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
     assert tokenizer is not None  # open_base refuses a base without
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     encodes = model.config.is_encoder_decoder
+    context = context_length(model)
 
     def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         language = [e for e in examples if isinstance(e, LanguageExample)]
         splits = encodes and language
         if packed:
-            batch = pack(language, pad)
+            batch = pack(language, pad, step=PACKED_STEP)
         elif splits:
             batch = _encoder_decoder_batch(base, language, pad)
         else:
-            batch = collate(examples, pad)
+            fits = context is None or round_up(max(map(len, examples)), PADDED_STEP) <= context
+            batch = collate(examples, pad, step=PADDED_STEP if fits else 1)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     return make

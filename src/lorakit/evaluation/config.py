@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from lorakit.configuration import conform
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least, require_bool, require_choice
+from lorakit.errors import ConfigurationError, require_at_least
 
-DType = Literal["auto", "float32", "bfloat16"]
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 Score = Literal["loss", "text"]
 
 
@@ -23,24 +27,23 @@ class BaseConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: DType = "auto"
-    """Precision of the computation; auto is bfloat16 where the processor multiplies it natively, else float32."""
+    """Precision of the computation; auto is bfloat16 where the processor multiplies it natively, else float32.
+    nf4 and int8 compute as auto does, over projections whose weights are kept in 4 or 8 bits."""
     device: str = "auto"
     """Where it is computed: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub repository. Only for repositories you have read."""
 
     def __post_init__(self) -> None:
+        conform(self, "base")
         if not self.name:
             raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
-        require_bool("base.trust_remote_code", self.trust_remote_code)
-        require_choice("base.dtype", self.dtype, DType)
-        if self.device != "auto":
-            try:
-                torch.device(self.device)
-            except RuntimeError:
-                raise ConfigurationError(
-                    f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1 or mps."
-                ) from None
+        if self.device != "auto" and not re.fullmatch(
+            rf"({'|'.join(DEVICES)})(:\d+)?", self.device
+        ):
+            raise ConfigurationError(
+                f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1, mps or xpu."
+            )
 
     def pick_device(self) -> torch.device:
         """Return the device that `device` stands for on this machine.
@@ -51,10 +54,12 @@ class BaseConfig:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.device(self.device)
-        missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-            device.type == "mps" and not torch.backends.mps.is_available()
-        )
-        if missing:
+        try:
+            torch.empty(0, device=device)
+            there = device.type != "cpu" or not device.index  # there is one, whatever its number
+        except (AssertionError, RuntimeError):  # which of them depends on how torch was built
+            there = False
+        if not there:
             raise ConfigurationError(
                 f"base.device is {self.device!r}, but this torch sees no such device. Write auto or cpu."
             )
@@ -85,6 +90,7 @@ class Decoding:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        conform(self, "decoding")
         for name, least in (("max_new_tokens", 1), ("beams", 1), ("batch_size", 1)):
             require_at_least(f"decoding.{name}", getattr(self, name), least)
         for name in ("temperature", "top_k", "no_repeat_ngram"):
@@ -135,16 +141,13 @@ class EvaluateConfig:
     """Examples per forward pass where nothing is generated."""
     output: str | None = None
     """Write each example's prompt, output and references to this .jsonl file."""
+    overwrite: bool = False
+    """Replace an existing output."""
 
     def __post_init__(self) -> None:
-        for name in ("allow_other_base", "lowercase"):
-            require_bool(name, getattr(self, name))
-        require_choice("split", self.split, Literal["validation", "test"])
-        object.__setattr__(self, "scores", tuple(self.scores))
+        conform(self)
         if not self.scores:
             raise ConfigurationError("scores is empty; name loss, text or both.")
-        for score in self.scores:
-            require_choice("scores", score, Score)
         require_at_least("batch_size", self.batch_size, 1)
         if self.limit is not None:
             require_at_least("limit", self.limit, 1)

@@ -102,6 +102,9 @@ def _distance(x: Tensor, expected: Tensor) -> float:
 
 
 def _limit(model: nn.Module) -> float:
-    """The distance up to which two ways count as equal: a deep model in half precision adds up its roundings
-    (0.02 over SmolLM2's 30 layers), and a mask or scale that is not respected shows as a multiple of this."""
+    """The distance up to which two ways count as equal.
+
+    A deep model in half precision adds up its roundings (0.02 over SmolLM2's 30 layers); a mask or a scale that is
+    not respected shows as a multiple of this.
+    """
     return 5 * tolerance(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorakit.configuration import conform
 from lorakit.errors import TargetError
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import as_names, modules_named, parameter_names, parameters_below
@@ -26,6 +27,7 @@ class BitFit:
     """Modules trained in full beside the biases (name suffixes), such as a new classification head."""
 
     def __post_init__(self) -> None:
+        conform(self)
         object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
 
     def modules(

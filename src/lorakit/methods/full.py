@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import (
@@ -28,6 +29,7 @@ class FullFineTuning:
     """With top_layers: modules trained beside the last blocks (name suffixes), such as a new head."""
 
     def __post_init__(self) -> None:
+        conform(self)
         object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
         if self.top_layers is not None and self.top_layers < 1:
             raise ConfigurationError(

@@ -10,18 +10,16 @@ from lorakit.errors import ConfigurationError, TargetError, nearest
 from lorakit.models.layers import is_inside, is_of_adapter
 
 
-def as_names(setting: str, value: object) -> tuple[str, ...]:
+def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
     """Return a setting that is a name or a list of names as a tuple.
 
     Raises:
-        ConfigurationError: It is something else, or a name is empty.
+        ConfigurationError: A name is empty.
     """
     entries = (value,) if isinstance(value, str) else value
-    if not isinstance(entries, (list, tuple)) or not all(
-        isinstance(entry, str) and entry for entry in entries
-    ):
-        raise ConfigurationError(f"{setting} is {value!r}; it must be a name or a list of names.")
-    return tuple(entries)
+    if not all(entries):
+        raise ConfigurationError(f"{setting} is {value!r}, and a name in it is empty; remove it.")
+    return entries
 
 
 def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:

@@ -52,13 +52,14 @@ def check_numbers(name: str, values: Sequence[float]) -> None:
             raise DataError(f"{name} {number} is {value!r}, expected a finite number.")
 
 
-def check_classes(name: str, values: Sequence[int], classes: int) -> None:
-    """Raise a DataError unless all `values` are whole numbers from 0 to `classes` - 1."""
+def check_classes(name: str, values: Sequence[int], classes: int | None) -> None:
+    """Raise a DataError unless all `values` are whole numbers from 0, and below `classes` where that is known."""
     for number, value in enumerate(values, start=1):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or not 0 <= value < classes:
+        if not whole or value < 0 or (classes is not None and value >= classes):
+            most = "" if classes is None else f" to {classes - 1}"
             raise DataError(
-                f"{name} {number} is {value!r}, expected the index of a class: 0 to {classes - 1}."
+                f"{name} {number} is {value!r}, expected the index of a class, from 0{most}."
             )
 
 

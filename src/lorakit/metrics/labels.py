@@ -45,7 +45,7 @@ def glue(task: str, predictions: Sequence[float], labels: Sequence[float]) -> di
 
 
 def classification(
-    predictions: Sequence[int], labels: Sequence[int], *, classes: int
+    predictions: Sequence[int], labels: Sequence[int], *, classes: int | None = None
 ) -> dict[str, float]:
     """Return accuracy and F1, from 0 to 1, and the Matthews correlation, from -1 to 1.
 
@@ -54,6 +54,11 @@ def classification(
       all classes; 0 for a class that neither stands in the labels nor is predicted.
     - matthews: (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)), and for more classes its generalisation
       by Gorodkin 2004. Predictions (or labels) that are all one class correlate with nothing: 0.
+
+    Args:
+        predictions: Class indices, from 0.
+        labels: What is right, in the same order.
+        classes: How many there are; None: those that occur, and two where none but 0 and 1 does.
 
     Raises:
         DataError: There are no predictions, not as many as labels, or they are not class indices.
@@ -66,16 +71,24 @@ def classification(
         from sklearn import metrics
     except ImportError as error:
         raise missing_package(error, "train") from None
-    # scikit-learn warns of a set of one class, for which it gives 0 too.
-    varied = len({*labels, *predictions}) > 1
-    average = "binary" if classes == 2 else "macro"
-    every = None if classes == 2 else list(range(classes))
+    found = {*labels, *predictions}
+    binary = classes == 2 or (classes is None and found <= {0, 1})
+    every = None if binary or classes is None else list(range(classes))
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         "f1": float(
-            metrics.f1_score(labels, predictions, average=average, labels=every, zero_division=0)  # type: ignore[arg-type]
+            metrics.f1_score(
+                labels,
+                predictions,
+                average="binary" if binary else "macro",
+                labels=every,
+                zero_division=0,  # type: ignore[arg-type]
+            )
         ),
-        "matthews": float(metrics.matthews_corrcoef(labels, predictions)) if varied else 0.0,
+        # scikit-learn gives 0 for a set of one class too, but warns.
+        "matthews": float(metrics.matthews_corrcoef(labels, predictions))
+        if len(found) > 1
+        else 0.0,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ class Table:
 
     def find(self, query: Query) -> list[Any] | None:
         """Return what a query finds, in the order of the rows, or None where it cannot be executed."""
+        import sqlite3  # some builds of Python have none
+
         assert self.rows is not None
         conditions, values = [], []
         for column, operator, text in query.conditions:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
 from lorakit.errors import ConfigurationError, nearest
 
+Quantisation = Literal["nf4", "int8"]
+"""nf4: 4 bits a number, a scale for every 64 (QLoRA). int8: 8 bits, a scale for every output row."""
+
+QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """Return the dtype to compute in.
+    """Return the dtype to compute in; of a quantised base, that of ``auto``.
 
     ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
     capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
@@ -24,14 +30,24 @@ def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
+    if dtype == "auto" or dtype in QUANTISATIONS:
         return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
     if dtype not in _DTYPES:
-        names = ("auto", *_DTYPES)
+        names = ("auto", *_DTYPES, *QUANTISATIONS)
         raise ConfigurationError(
             f"dtype '{dtype}' is none of {', '.join(names)}.{nearest(str(dtype), names)}"
         )
     return _DTYPES[dtype]
+
+
+def resolved_dtype(dtype: str) -> str:
+    """Return what a setting stands for on this machine: ``auto`` as the dtype's name, others as they are.
+
+    Raises:
+        ConfigurationError: The name is not known.
+    """
+    computed_in = str(compute_dtype(dtype)).removeprefix("torch.")
+    return dtype if dtype in QUANTISATIONS else computed_in
 
 
 @functools.cache

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
 from lorakit.models.gguf import conversion_notices, converted_folder
 from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
+from lorakit.models.quantised import keep_differentiable
+from lorakit.models.quantising import check_available, quantise
 from lorakit.models.sources import Source, resolve
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def load_base(
     *,
     task: Task = "causal-lm",
     num_labels: int | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
     seed: int = 0,
@@ -91,7 +93,9 @@ def load_base(
         task: what the model is to do.
         num_labels: number of classes; None for as many as the checkpoint has. Only for
             classification.
-        dtype: dtype of the weights; see :func:`compute_dtype`.
+        dtype: dtype of the weights; see :func:`compute_dtype`. ``nf4`` and ``int8`` keep those of the
+            projections in 4 or 8 bits, and the others in the dtype of ``auto``; see
+            :func:`lorakit.models.quantising.quantise`.
         trust_remote_code: run Python code that the hub or the folder brings with the model.
         revision: branch, tag or commit on the hub.
         seed: from which a head that the checkpoint lacks is initialised, so that it is the same
@@ -104,6 +108,9 @@ def load_base(
     """
     _check_arguments(task, num_labels)
     weights_dtype = compute_dtype(dtype)
+    quantisation: Any = dtype if dtype in QUANTISATIONS else None
+    if quantisation:
+        check_available(quantisation)
     source = resolve(name, revision=revision)
     with _quiet():
         source, path, options, notices = _locate(source, trust_remote_code)
@@ -112,6 +119,13 @@ def load_base(
         notices += _check_weights(source, model, info, task, seed)
         with _explained(source, path, task):
             tokenizer = _load_tokenizer(path, options)
+    if quantisation:
+        count = quantise(model, quantisation)
+        notices.append(
+            f"The weights of {count} projections are kept in {quantisation} (by bitsandbytes), all others in "
+            f"{str(weights_dtype).removeprefix('torch.')}."
+        )
+    keep_differentiable(model)
     if source.packaged or source.kind == "gguf":
         # Where this machine keeps or caches the weights says nothing to another one.
         model.config._name_or_path = source.name

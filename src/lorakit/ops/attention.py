@@ -157,7 +157,7 @@ def _cheapest_blocks(mask: Tensor, heads: int) -> _Blocks:
     B, T, S = mask.shape
     whole = _Blocks(bias=_bias(mask)[:, None, None])
     # A tensor without data, on which a step is only planned, tells nothing about what it shows.
-    if T <= BLOCK_SIZES[0] or mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
+    if BLOCK_SIZES[0] >= T or mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
         return whole
     best, cost = None, B * T * S
     for size in BLOCK_SIZES:

@@ -166,7 +166,7 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
         except RunFolderError as error:
             damages.append(str(error))
             continue
-        state = settled(State, record["state"], path / STATE)
+        state = from_fields(State, record["state"], path / STATE)
         if damages:
             _LOG.warning("%s The run goes on from step %d.", " ".join(damages), state.step)
         return path, state
@@ -191,7 +191,7 @@ def _checked(path: Path) -> dict[str, Any]:
     return record
 
 
-def settled(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
+def from_fields(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
     """Make a `kind` of the fields that `path` holds.
 
     Raises:

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.configuration import conform
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least, require_bool, require_choice
+from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.full import FullFineTuning
@@ -42,8 +43,7 @@ class OptimizerConfig:
     """The gradient's norm is scaled down to this where it is larger; 0 leaves it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        require_choice("optimizer.schedule", self.schedule, Schedule)
+        conform(self, "optimizer")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigurationError(
                 f"optimizer.learning_rate is {self.learning_rate}; it must be above 0, for example 5e-4."
@@ -62,7 +62,7 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.warmup is {self.warmup}; write a share of the steps below 1 or a whole number of steps."
             )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigurationError(
                 f"optimizer.betas is {self.betas}; it must be two numbers of at least 0 and below 1."
             )
@@ -90,13 +90,14 @@ class HeldOutConfig:
     """Length of a generated sample at most."""
 
     def __post_init__(self) -> None:
+        conform(self, "evaluation")
         for name in ("every", "limit", "batch_size", "patience"):
             value = getattr(self, name)
             if value is not None:
                 require_at_least(f"evaluation.{name}", value, 1)
         require_at_least("evaluation.samples", self.samples, 0)
         require_at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
-        require_choice("evaluation.metric", self.metric, Literal[tuple(DIRECTIONS)])  # type: ignore[valid-type]
+        require_choice("evaluation.metric", self.metric, DIRECTIONS)
         if self.metric in ("bleu", "rouge_l") and not self.samples:
             raise ConfigurationError(
                 f"evaluation.metric is {self.metric}, which scores generated samples, but evaluation.samples is 0. "
@@ -114,6 +115,7 @@ class CheckpointConfig:
     """Checkpoints kept; older ones are deleted. The best adapter is kept apart from them."""
 
     def __post_init__(self) -> None:
+        conform(self, "checkpoints")
         if self.every is not None:
             require_at_least("checkpoints.every", self.every, 1)
         require_at_least("checkpoints.keep", self.keep, 1)
@@ -177,19 +179,7 @@ class TrainConfig:
     """Delete the run in output first."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loggers", tuple(self.loggers))
-        for name, kind in (("base", BaseConfig), ("data", DataConfig)):
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}(...)."
-                )
-        object.__setattr__(self, "output", str(self.output))
-        for name in ("resume", "overwrite", "gradient_checkpointing", "packing"):
-            require_bool(name, getattr(self, name))
-        require_choice("method", self.method, MethodName)
-        require_choice("sampling", self.sampling, Sampling)
-        for logger in self.loggers:
-            require_choice("loggers", logger, LoggerName)
+        conform(self)
         if not self.output:
             raise ConfigurationError(
                 "output is empty; name a folder for the run, for example out/first."

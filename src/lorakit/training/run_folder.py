@@ -29,8 +29,8 @@ import yaml
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
-from lorakit.models.loading import compute_dtype
-from lorakit.training.checkpoint import State, settled
+from lorakit.models.dtypes import resolved_dtype
+from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, peak_memory
 
@@ -218,7 +218,7 @@ class RunFolder:
         if self.config.overwrite or not (path.exists() and self.adapter.exists()):
             return None
         record = storage.read_record(path, RunFolderError)
-        return settled(RunResult, {"folder": self.path, **record}, path)
+        return from_fields(RunResult, {"folder": self.path, **record}, path)
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
 
 def _resolved(config: TrainConfig) -> TrainConfig:
     """Replace what depends on the machine or the method by what it is, so that config.yaml says it."""
-    dtype = str(compute_dtype(config.base.dtype)).removeprefix("torch.")
+    dtype = resolved_dtype(config.base.dtype)
     return dataclasses.replace(
         config,
         base=dataclasses.replace(config.base, dtype=dtype),  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
@@ -165,9 +166,9 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
+        dtype = str(compute_dtype(self.config.base.dtype)).removeprefix("torch.")
         lines.append(
-            f"method    {self.config.method}: {trained:,} trained parameters, computed in "
-            f"{self.config.base.dtype} on {self.device}"
+            f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
         lines.append(
             f"steps     {self.plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
@@ -242,9 +243,10 @@ def _autocast(
     config: TrainConfig, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
-    if config.base.dtype == "float32" or not trains_base:
+    dtype = compute_dtype(config.base.dtype)
+    if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.base.dtype))
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def _packs(

@@ -2,29 +2,27 @@
 
 A fingerprint has three parts: the architecture, the source's name, and a hash over the weights. The
 weights are hashed twice, as they are and rounded to bfloat16, so that the same weights loaded in
-another dtype are recognised as the same.
+another dtype are recognised as the same. Of a quantised weight the second hash is that of the weight
+it was made from, so that a quantised base and the whole one are recognised as the same as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
-from lorakit.adapters.installed import base_parameters
+from lorakit.adapters.installed import base_weights
 from lorakit.adapters.stored import FLOATS, dtype_name
 from lorakit.errors import AdapterFileError, WrongBaseError
-
-_CHUNK = 1 << 22
-"""Numbers hashed at a time: a large tensor is never copied whole."""
+from lorakit.models.digests import Digests, digests
+from lorakit.models.quantised import KINDS, QuantisedWeight
 
 
 class NamedSource(Protocol):
@@ -60,11 +58,12 @@ class Weights:
     """A hash over a model's weights."""
 
     dtype: str
-    """Their dtype; "mixed", or why they have no hash: "meta", "sharded", "quantised"."""
+    """Their dtype; "nf4" or "int8" where a part is quantised so; "mixed"; or why they have no hash: "meta",
+    "sharded", "quantised" (in a way that is not known here)."""
     exact: str | None
     """SHA-256 over the weights as they are."""
     bfloat16: str | None
-    """SHA-256 over the weights rounded to bfloat16."""
+    """SHA-256 over the weights rounded to bfloat16; None where those behind quantised ones are not known."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,14 @@ def base_record(
 
     Returns:
         The record. A tied weight counts once. Weights on the meta device, sharded over processes or
-        quantised have no hash, and `Weights.dtype` says which of these it was.
+        quantised in a way that is not known have no hash, and `Weights.dtype` says which of these it was.
     """
     left_out = set(exclude)
-    parameters = [(n, p) for n, p in base_parameters(model) if n not in left_out]
+    weights = [(n, w) for n, w in base_weights(model) if n not in left_out]
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
-    for name, parameter in sorted(parameters):
-        shapes.update(f"{name}\0{tuple(parameter.shape)}\0".encode())
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        shapes.update(f"{name}\0{tuple(weight.shape)}\0".encode())
     if source is None:
         named = Origin(
             getattr(config, "_name_or_path", None) or None,
@@ -147,7 +146,7 @@ def base_record(
             shapes=shapes.hexdigest(),
         ),
         source=named,
-        weights=hash_weights(parameters),
+        weights=hash_weights(weights),
         excluded=tuple(sorted(left_out)),
         layout=base_layout(model),
     )
@@ -173,8 +172,8 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     ):
         if a != b:
             raise WrongBaseError(_other_base(recorded, live, f"its {what} is {b}, not {a}"))
-    quantised = "quantised" in (recorded.weights.dtype, live.weights.dtype)
-    if then.shapes != now.shapes and not quantised:  # packed weights have shapes of their own
+    packed = "quantised" in (recorded.weights.dtype, live.weights.dtype)
+    if then.shapes != now.shapes and not packed:  # packed weights have shapes of their own
         raise WrongBaseError(
             _other_base(
                 recorded,
@@ -191,14 +190,17 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         return []
     change = f"It was trained over {then.dtype} weights and runs over {now.dtype} ones"
     rounded_alike = then.bfloat16 is not None and then.bfloat16 == now.bfloat16
+    if rounded_alike and not KINDS.isdisjoint({then.dtype, now.dtype}):
+        return [f"{change}; before quantisation, rounded to bfloat16, they are the same."]
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
     named = recorded.source.name is not None and recorded.source.name == live.source.name
     same_source = named and recorded.source.revision == live.source.revision
-    if then.exact is None or now.exact is None:
+    if then.bfloat16 is None or now.bfloat16 is None:
+        unknown = then if then.bfloat16 is None and now.bfloat16 is not None else now
         if same_source:
             return [
-                f"{change}, both of '{live.source.name}'. {now.dtype} weights cannot be compared."
+                f"{change}, both of '{live.source.name}'. {unknown.dtype} weights cannot be compared."
             ]
         if recorded.source.name is None or live.source.name is None:
             return [
@@ -227,27 +229,44 @@ def _describe(record: BaseRecord) -> str:
 # --- hashing -------------------------------------------------------------------------------------
 
 
-def hash_weights(parameters: Iterable[tuple[str, Tensor]]) -> Weights:
+def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Weights:
     """Hash named weights; their order does not matter."""
-    parameters = list(parameters)
-    dtypes = Counter(dtype_name(p.dtype) for _, p in parameters)
-    dtype = next(iter(dtypes)) if len(dtypes) == 1 else "mixed"
+    weights = list(weights)
+    plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (
         ("meta", _is_meta),
         ("sharded", _is_sharded),
         ("quantised", _is_packed),
     ):
-        if any(applies(p) for _, p in parameters):
+        if any(applies(w) for w in plain):
             return Weights(reason, None, None)
     exact: dict[str, bytes] = {}
-    rounded: dict[str, bytes] = {}
+    rounded: dict[str, bytes | None] = {}
     # hashlib lets other threads run while it hashes; the largest go first to fill the threads evenly.
-    by_size = sorted(parameters, key=lambda item: -item[1].numel())
+    by_size = sorted(weights, key=lambda item: -item[1].numel())
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = pool.map(_hash_tensor, (p for _, p in by_size))
-        for (name, _), (one, other) in zip(by_size, digests, strict=True):
-            exact[name], rounded[name] = one, other
-    return Weights(dtype, _combine(exact), _combine(rounded))
+        found = pool.map(_digests, (w for _, w in by_size))
+        for (name, _), of_one in zip(by_size, found, strict=True):
+            exact[name], rounded[name] = of_one
+    known = {name: digest for name, digest in rounded.items() if digest is not None}
+    return Weights(
+        _name_dtypes(w for _, w in weights),
+        _combine(exact),
+        _combine(known) if known.keys() == rounded.keys() else None,
+    )
+
+
+def _digests(weight: Tensor | QuantisedWeight) -> Digests:
+    return digests(weight) if isinstance(weight, Tensor) else weight.digests()
+
+
+def _name_dtypes(weights: Iterable[Tensor | QuantisedWeight]) -> str:
+    """The one dtype, or kind of quantisation, that says what the weights are; else "mixed"."""
+    names = {dtype_name(w.dtype) if isinstance(w, Tensor) else w.kind for w in weights}
+    names = (
+        names & KINDS or names
+    )  # beside quantised weights, norms and embeddings are always whole
+    return names.pop() if len(names) == 1 else "mixed"
 
 
 def _combine(digests: dict[str, bytes]) -> str:
@@ -256,35 +275,6 @@ def _combine(digests: dict[str, bytes]) -> str:
         whole.update(f"{name}\0".encode())
         whole.update(digests[name])
     return whole.hexdigest()
-
-
-def _hash_tensor(tensor: Tensor) -> tuple[bytes, bytes]:
-    """Digests of a tensor's numbers as they are, and rounded to bfloat16."""
-    shape = f"{tuple(tensor.shape)}\0"
-    exact = hashlib.sha256(f"{dtype_name(tensor.dtype)}{shape}".encode())
-    rounded = hashlib.sha256(f"bfloat16{shape}".encode())
-    for chunk in _chunks(tensor.detach()):
-        exact.update(_bytes(chunk))
-        if tensor.dtype != torch.bfloat16:
-            rounded.update(_bytes(chunk.to(torch.bfloat16)))
-    if tensor.dtype == torch.bfloat16:
-        return exact.digest(), exact.digest()
-    return exact.digest(), rounded.digest()
-
-
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The numbers in row-major order, some at a time, on the CPU."""
-    if tensor.is_contiguous():
-        flat = tensor.view(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            yield flat[start : start + _CHUNK].cpu()
-    else:
-        for part in tensor if tensor.ndim > 1 else [tensor]:
-            yield from _chunks(part.contiguous())
-
-
-def _bytes(chunk: Tensor) -> memoryview:
-    return chunk.contiguous().view(torch.uint8).numpy().data
 
 
 def _is_meta(parameter: Tensor) -> bool:

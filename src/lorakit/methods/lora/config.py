@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
-from lorakit.errors import ConfigurationError, require_bool, require_choice
+from lorakit.configuration import conform
+from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import build
 from lorakit.methods.lora.layer import Init
 from lorakit.methods.module import AdapterModule
@@ -19,6 +19,8 @@ from lorakit.methods.trained import as_names
 
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,9 @@ class LoRA:
     """Let an adapter on a tied input embedding act on the output head as well."""
 
     def __post_init__(self) -> None:
+        conform(self)
         for name in ("targets", "train_modules"):
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r}; it must map module names to numbers."
-                )
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
-        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
         self._check()
 
     def _check(self) -> None:
@@ -74,17 +70,12 @@ class LoRA:
                 "targets is empty. Name at least one, for example 'attention.qv'."
             )
         for where, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if rank < 1:
                 raise ConfigurationError(
                     f"{where} is {rank!r}; it must be a whole number of 1 or more."
                 )
         for where, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
-            if (
-                isinstance(alpha, bool)
-                or not isinstance(alpha, (int, float))
-                or not math.isfinite(alpha)
-                or alpha == 0
-            ):
+            if not math.isfinite(alpha) or alpha == 0:
                 raise ConfigurationError(
                     f"{where} is {alpha!r}: with it the adapter would have no (or no finite) effect. "
                     "Use a number other than 0; alpha = 2 * rank is a common start."
@@ -96,14 +87,10 @@ class LoRA:
                 raise ConfigurationError(
                     f"The pattern {key!r} is not a regular expression: {error}."
                 ) from None
-        for name in ("dora", "tie_head"):
-            require_bool(name, getattr(self, name))
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
             )
-        for name, allowed in (("bias", Bias), ("init", Init), ("scaling", Scaling)):
-            require_choice(name, getattr(self, name), allowed)
         if self.dora and self.tie_head:
             raise ConfigurationError(
                 "dora and tie_head exclude each other: the head cannot follow the embedding's magnitudes. Drop one."
@@ -142,5 +129,5 @@ def _lookup(patterns: dict, path: str, default):
     )
 
 
-def _entries(name: str, patterns: dict) -> list[tuple[str, object]]:
+def _entries(name: str, patterns: dict[str, T]) -> list[tuple[str, T]]:
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]

@@ -1,0 +1,286 @@
+"""The examples of a workload: drawn once, tokenised once, and put in order once, for every system.
+
+A folder holds ``train.jsonl`` and ``held_out.jsonl``, the rows as text, and ``examples.json``, the same
+rows as tokens with the batches of each order. The orders are those of the full data set in small: a batch
+drawn at random, or one of like lengths out of fifty (lorakit's default, and "group by length" elsewhere).
+Every order holds the same examples.
+
+python -m benchmarks.examples e2e FOLDER    prepares a row for single runs (benchmarks.run)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.workloads import SEED, WORKLOADS, Order, Workload
+from lorakit.data import BatchSampler, DataConfig, docstrings, load_examples
+from lorakit.data.batches import MEGABATCH
+from lorakit.models.loading import load_tokenizer
+from lorakit.tasks import Example, LabelledExample, LanguageExample
+
+IGNORED = -100
+MAX_LENGTH = 512
+"""Tokens of an example at most; of longer ones the prompt loses its beginning, for every system."""
+HELD_OUT = {"completion": 64, "classification": 256}
+
+INSTRUCTION = """\
+You write short texts for the web site of a city guide. Below is a list of what is known about one place \
+to eat: its name, what kind of place it is, what it serves, what it costs, how guests rate it, where it is, \
+and whether children are welcome. Write one or two plain sentences that say all of it and nothing else. Do \
+not invent dishes, prices, streets or opening hours, and do not praise the place beyond its rating.
+"""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The examples of a workload, as every system reads them."""
+
+    workload: Workload
+    folder: Path
+    base: str
+    source: str
+    """Where the rows come from, in words."""
+    examples: list[dict[str, Any]]
+    """Each with input_ids, labels (as many, -100 where there is no target; or a class), token_type_ids."""
+    held_out: list[dict[str, Any]]
+    batches: dict[Order, list[list[int]]]
+    pad_id: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Prepared:
+        """Return what :func:`prepare` wrote."""
+        record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+        return cls(**{**record, "workload": Workload(**record["workload"]), "folder": folder})
+
+    @property
+    def data(self) -> DataConfig:
+        """The rows as text, for a system that tokenises them itself."""
+        return DataConfig(
+            train=str(self.folder / "train.jsonl"),
+            test=str(self.folder / "held_out.jsonl"),
+            task=self.workload.task,
+            max_length=MAX_LENGTH,
+            too_long="truncate",
+        )
+
+    def in_order(self, order: Order) -> list[list[dict[str, Any]]]:
+        """Return the batches of an order."""
+        return [[self.examples[i] for i in batch] for batch in self.batches[order]]
+
+    def tokens(self, order: Order) -> list[int]:
+        """Return the tokens of each batch of an order, each example's in full, without padding."""
+        return [sum(len(e["input_ids"]) for e in batch) for batch in self.in_order(order)]
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch padded on the right to its longest example."""
+
+        def padded(name: str, value: int) -> Tensor:
+            rows = [torch.tensor(example[name]) for example in examples]
+            return pad_sequence(rows, batch_first=True, padding_value=value)
+
+        batch = {"input_ids": padded("input_ids", self.pad_id)}
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        columns = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (columns < lengths[:, None]).long()
+        if self.workload.task == "completion":
+            batch["labels"] = padded("labels", IGNORED)
+        else:
+            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = padded("token_type_ids", 0)
+        return batch
+
+
+def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Prepared:
+    """Draw the examples of `updates` counted updates and the held-out ones, and write them into `folder`."""
+    generator = random.Random(SEED)
+    rows, held_out, source = _rows(workload, generator)
+    folder.mkdir(parents=True)
+    count = workload.warmup + updates
+    draw = _grouped if workload.grouped else _bucketed
+    rows = draw(rows, workload, base, count, generator, folder)
+    _write(folder / "train.jsonl", rows)
+    _write(folder / "held_out.jsonl", generator.sample(held_out, HELD_OUT[workload.task]))
+    prepared = Prepared(workload, folder, base, source, [], [], {}, 0)
+    tokenizer = load_tokenizer(base)
+    train = load_examples(prepared.data, "train", tokenizer)
+    size = workload.batch_size
+    if workload.grouped:
+        prompts = [example.prompt for example in train.examples]
+        orders = {"grouped": BatchSampler(train.lengths, size, SEED, groups=prompts)(0)}
+    else:
+        plain = [list(range(i, i + size)) for i in range(0, len(train), size)]
+        orders = {"plain": plain, "bucketed": BatchSampler(train.lengths, size, SEED)(0)}
+    record = {
+        "workload": dataclasses.asdict(workload),
+        "base": base,
+        "source": source,
+        "examples": [_plain(example) for example in train.examples],
+        "held_out": [_plain(e) for e in load_examples(prepared.data, "test", tokenizer).examples],
+        "batches": orders,
+        "pad_id": tokenizer.pad_token_id,
+    }
+    (folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
+    return Prepared.read(folder)
+
+
+def _plain(example: Example) -> dict[str, Any]:
+    if isinstance(example, LanguageExample):
+        pairs = zip(example.input_ids, example.loss_mask, strict=True)
+        labels = [token if target else IGNORED for token, target in pairs]
+        return {"input_ids": example.input_ids, "labels": labels}
+    assert isinstance(example, LabelledExample)
+    types = {} if example.token_type_ids is None else {"token_type_ids": example.token_type_ids}
+    return {"input_ids": example.input_ids, "labels": example.label, **types}
+
+
+def _bucketed(
+    rows: list[Row],
+    workload: Workload,
+    base: str,
+    count: int,
+    generator: random.Random,
+    folder: Path,
+) -> list[Row]:
+    """Draw the rows of `count` batches at equal distances out of a whole stretch, sorted by length.
+
+    So few examples have the lengths, and the padding when bucketed, of the whole data set.
+    """
+    size = workload.batch_size
+    pool = generator.sample(rows, min(MEGABATCH * size, len(rows)))
+    _write(folder / "pool.jsonl", pool)
+    config = DataConfig(
+        train=str(folder / "pool.jsonl"),
+        task=workload.task,
+        max_length=MAX_LENGTH,
+        too_long="truncate",
+    )
+    lengths = load_examples(config, "train", load_tokenizer(base)).lengths
+    order = sorted(range(len(pool)), key=lengths.__getitem__)
+    stretch = len(order) // size
+    chosen = [
+        pool[order[(2 * k + 1) * stretch // (2 * count) * size + i]]
+        for k in range(count)
+        for i in range(size)
+    ]
+    generator.shuffle(chosen)
+    return chosen
+
+
+def _grouped(
+    rows: list[Row],
+    workload: Workload,
+    base: str,
+    count: int,
+    generator: random.Random,
+    folder: Path,
+) -> list[Row]:
+    """Draw prompts, with all their completions, until there are the examples of `count` batches."""
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    prompts = list(by_prompt)
+    generator.shuffle(prompts)
+    chosen = [row for prompt in prompts for row in by_prompt[prompt]]
+    return chosen[: count * workload.batch_size]
+
+
+def _rows(workload: Workload, generator: random.Random) -> tuple[list[Row], list[Row], str]:
+    """Return training rows, held-out rows, and where they come from."""
+    folder = shared_data()
+    if folder is None:
+        return _docstring_rows(workload, generator)
+    if workload.data == "mrpc":
+        files, title = ("mrpc/train.jsonl", "mrpc/validation.jsonl"), "MRPC"
+        names = ("sentence1", "sentence2", "label")
+
+        def as_row(row: Row) -> Row:
+            return {name: row[name] for name in names}
+
+    elif workload.data == "samsum":
+        files, title = ("samsum/train.jsonl.gz", "samsum/validation.jsonl"), "SAMSum"
+
+        def as_row(row: Row) -> Row:
+            return {"prompt": f"{row['dialogue']}\n\nSummary: ", "completion": row["summary"]}
+
+    else:
+        files, title = ("e2e_nlg/train.jsonl.gz", "e2e_nlg/validation.jsonl"), "E2E NLG"
+        before = INSTRUCTION if workload.data == "instruction" else ""
+
+        def as_row(row: Row) -> Row:
+            prompt = f"{before}{row['meaning_representation']}\n"
+            return {"prompt": prompt, "completion": row["human_reference"]}
+
+    train, held_out = ([as_row(row) for row in _read(folder / name)] for name in files)
+    return train, held_out, title
+
+
+def _docstring_rows(
+    workload: Workload, generator: random.Random
+) -> tuple[list[Row], list[Row], str]:
+    """The built-in data set, in the form of the one that is absent."""
+    source = f"the standard library's docstrings ({workload.data} is not on this machine)"
+    before = INSTRUCTION if workload.data == "instruction" else ""
+    sets = []
+    for split in ("train", "validation"):
+        rows = docstrings.load(split)
+        if workload.task == "classification":  # does the text describe the function?
+            others = generator.sample(rows, len(rows))
+            pairs = [(row, row, 1) for row in rows]
+            pairs += [(row, other, 0) for row, other in zip(rows, others, strict=True)]
+            sets.append(
+                [
+                    {"sentence1": a["prompt"], "sentence2": b["completion"], "label": label}
+                    for a, b, label in pairs
+                ]
+            )
+        else:
+            sets.append(
+                [{"prompt": before + r["prompt"], "completion": r["completion"]} for r in rows]
+            )
+    return sets[0], sets[1], source
+
+
+def shared_data() -> Path | None:
+    """The folder of real data sets: data/ in $LORAKIT_SHARED, else in ../shared; None where there is none."""
+    root = Path(os.environ.get("LORAKIT_SHARED") or Path(__file__).parents[2] / "shared")
+    return root / "data" if (root / "data").is_dir() else None
+
+
+def _read(path: Path) -> list[Row]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    rows = {workload.name: workload for workload in WORKLOADS}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("row", choices=rows)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--updates", type=int, help="counted updates; by default those of the row")
+    args = parser.parse_args()
+    workload = rows[args.row]
+    prepare(workload, args.folder, base=workload.base, updates=args.updates or workload.updates)
+
+
+if __name__ == "__main__":
+    main()

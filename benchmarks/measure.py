@@ -1,0 +1,102 @@
+"""Clock and scales, the same for every system."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from benchmarks.examples import IGNORED, Prepared
+
+
+class Meter:
+    """Times updates and watches memory from the end of the warm-up to the end of the last update.
+
+    An update ends where its optimizer has made its step, in whatever library that happens: torch tells.
+    So all that a system does between two steps counts, the making of batches and its book-keeping too.
+    """
+
+    def __init__(self, warmup: int) -> None:
+        self._warmup = warmup
+        self._stamps: list[float] = []
+        self._before = memory()
+        self._peak = 0
+        self.trained = 0
+        """Number of trained parameters."""
+
+    def __enter__(self) -> Meter:
+        self._hook = register_optimizer_step_post_hook(self._after_step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if len(self._stamps) == self._warmup - 1:
+            restart_peak()
+        self._peak = peak_memory()
+        self.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        self._stamps.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each update after the warm-up."""
+        counted = self._stamps[self._warmup - 1 :]
+        return [after - before for before, after in pairwise(counted)]
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak, above what the process held when the meter was made."""
+        return self._peak - self._before
+
+
+def memory() -> int:
+    """Bytes that the process holds now; on a GPU, those allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """The most bytes that the process held since :func:`restart_peak`; on a GPU, those allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def restart_peak() -> None:
+    """Forget the peak so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # man 5 proc
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, prepared: Prepared, batch_size: int = 8) -> float:
+    """Return the mean cross-entropy of the held-out targets, from a float32 model's plain logits."""
+    model.eval()
+    device = next(model.parameters()).device
+    examples = sorted(prepared.held_out, key=lambda example: len(example["input_ids"]))
+    total, count = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = prepared.collate(examples[start : start + batch_size])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        if prepared.workload.task == "completion":
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
+        count += int((labels != IGNORED).sum())
+    return total / count

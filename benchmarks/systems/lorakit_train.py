@@ -1,0 +1,66 @@
+"""lorakit as its users have it: `lorakit.train` on the file of rows, every setting at its default.
+
+Settings: method, lora (default) or full.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import lorakit
+from benchmarks.examples import Prepared
+from benchmarks.systems import Trained, load_model
+from benchmarks.workloads import SEED
+from lorakit.evaluation.config import BaseConfig
+from lorakit.training.config import OptimizerConfig, TrainConfig
+from lorakit.training.loop import train as run_training
+
+
+def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:
+    """Train in a run folder in `scratch`."""
+    workload = prepared.workload
+    full = settings.get("method") == "full"
+    lora = lorakit.LoRA(
+        rank=workload.rank, alpha=workload.alpha, targets=workload.targets, dropout=workload.dropout
+    )
+    config = TrainConfig(
+        base=BaseConfig(name=prepared.base),
+        data=prepared.data,
+        output=str(scratch / "run"),
+        method="full" if full else "lora",
+        lora=lorakit.LoRA() if full else lora,
+        epochs=1,
+        batch_size=workload.batch_size,
+        sampling="grouped" if workload.grouped else "random",
+        gradient_checkpointing=workload.checkpointing,
+        seed=SEED,
+        optimizer=OptimizerConfig(
+            learning_rate=workload.full_learning_rate if full else workload.learning_rate,
+            schedule="constant",
+            warmup=0,
+        ),
+    )
+    result = run_training(config)
+    order = workload.orders[-1]
+    _check_batches(result.folder, prepared.tokens(order))
+
+    def in_float32() -> nn.Module:
+        model = load_model(prepared, "float32")
+        lorakit.load(model, result.adapter)
+        return model
+
+    return Trained(order, in_float32)
+
+
+def _check_batches(run: Path, expected: list[int]) -> None:
+    """Make sure that `lorakit.train` drew the batches that the other systems are given."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    totals = [0, *(json.loads(line)["tokens"] for line in lines)]
+    found = [after - before for before, after in pairwise(totals)]
+    if found != expected:
+        raise RuntimeError(f"batches have {found} tokens, and {expected} in the file of examples")

@@ -1,0 +1,62 @@
+"""PEFT with `transformers.Trainer`.
+
+Settings: precision, float32 (the default), autocast (bfloat16 over float32 weights) or bfloat16 (the base's
+weights; PEFT keeps the adapter's in float32); order, plain (the default), bucketed (by length) or grouped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+
+from benchmarks.examples import Prepared
+from benchmarks.systems import Trained, load_model
+from benchmarks.systems.trainer import run_trainer
+from benchmarks.workloads import SEED
+
+TARGETS = {
+    "attention.qv": ["q_proj", "v_proj"],
+    "all-linear": "all-linear",
+    "attention": ["query", "key", "value", "attention.output.dense"],
+}
+"""Our names of targets in PEFT's terms, for the models of the workloads."""
+
+
+def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:
+    """Train as `settings` say."""
+    workload = prepared.workload
+    precision = settings["precision"]
+    base = load_model(prepared, "bfloat16" if precision == "bfloat16" else "float32")
+    set_seed(SEED)
+    model = get_peft_model(base, lora_config(prepared))  # type: ignore[arg-type]
+    run_trainer(
+        model,
+        prepared,
+        order=settings["order"],
+        autocast=precision == "autocast",
+        learning_rate=workload.learning_rate,
+        scratch=scratch,
+    )
+
+    def in_float32() -> nn.Module:
+        model.save_pretrained(scratch / "adapter")
+        return PeftModel.from_pretrained(load_model(prepared, "float32"), scratch / "adapter")  # type: ignore[arg-type]
+
+    return Trained(settings["order"], in_float32)
+
+
+def lora_config(prepared: Prepared) -> LoraConfig:
+    """The row's adapter in PEFT's terms."""
+    workload = prepared.workload
+    classifies = workload.task == "classification"
+    return LoraConfig(
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # which trains a classifier's head too
+        r=workload.rank,
+        lora_alpha=workload.alpha,  # type: ignore[arg-type]
+        lora_dropout=workload.dropout,
+        target_modules=TARGETS[workload.targets],
+    )

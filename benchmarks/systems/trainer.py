@@ -1,0 +1,59 @@
+"""`transformers.Trainer` over the batches of a row, as a user sets it up who wants speed and no extras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from benchmarks.examples import Prepared
+from benchmarks.workloads import SEED, Order
+
+
+def run_trainer(
+    model: nn.Module,
+    prepared: Prepared,
+    *,
+    order: Order,
+    autocast: bool,
+    learning_rate: float,
+    scratch: Path,
+) -> None:
+    """Train `model` in place on the batches of `order`, in bfloat16 autocast or in its own precision."""
+    logging.set_verbosity_error()
+    workload = prepared.workload
+    checkpointing: dict[str, Any] = {}
+    if workload.checkpointing:
+        checkpointing["gradient_checkpointing"] = True
+        checkpointing["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    arguments = TrainingArguments(
+        output_dir=str(scratch / "trainer"),
+        per_device_train_batch_size=workload.batch_size,
+        num_train_epochs=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        bf16=autocast,
+        use_cpu=not torch.cuda.is_available(),  # without which Trainer refuses bf16 on a CPU
+        **checkpointing,
+        train_sampling_strategy="sequential",  # the examples are handed over in their order
+        remove_unused_columns=False,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    examples: list[dict[str, Any]] = [e for batch in prepared.in_order(order) for e in batch]
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,  # type: ignore[arg-type]
+        data_collator=prepared.collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()

@@ -1,0 +1,124 @@
+"""What is trained: one workload for each row of the training tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SEED = 0
+
+Task = Literal["completion", "classification"]
+Data = Literal["e2e", "instruction", "samsum", "mrpc"]
+Order = Literal["plain", "bucketed", "grouped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, an adapter, data, and how many updates of which size are made on it."""
+
+    name: str
+    title: str
+    data: Data = "e2e"
+    base: str = "smollm2-135m"
+    targets: str = "attention.qv"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    learning_rate: float = 1e-3
+    full_learning_rate: float = 5e-5
+    """For full fine-tuning, which takes about a tenth."""
+    batch_size: int = 16
+    grouped: bool = False
+    """Batches of examples with one prompt, for every system, instead of batches drawn at random."""
+    checkpointing: bool = False
+    """Activations are computed anew in the backward pass, in every system."""
+    warmup: int = 1
+    """First updates, which neither clock nor scales count."""
+    updates: int = 4
+    """Updates that are counted."""
+    quick_updates: int = 2
+    """The same for a quick run; 0 leaves the row out."""
+    others: bool = True
+    """Whether loralib and full fine-tuning are run beside PEFT."""
+    sweeps: bool = True
+    """Whether PEFT's settings are compared here; else its best is that of the row before."""
+
+    @property
+    def task(self) -> Task:
+        """What an example is."""
+        return "classification" if self.data == "mrpc" else "completion"
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """The orders in which a system may take the examples; lorakit's own is the last."""
+        return ("grouped",) if self.grouped else ("plain", "bucketed")
+
+
+WORKLOADS = (
+    Workload(name="e2e", title="E2E NLG, q and v, batches of 16, random order"),
+    Workload(
+        name="e2e-grouped",
+        title="E2E NLG, q and v, batches of 16, grouped by prompt",
+        grouped=True,
+        others=False,
+    ),
+    Workload(
+        name="e2e-all",
+        title="E2E NLG, all linear layers, batches of 16, random order",
+        targets="all-linear",
+        quick_updates=0,
+        others=False,
+    ),
+    Workload(
+        name="e2e-small",
+        title="E2E NLG, q and v, batches of 4, random order",
+        batch_size=4,
+        updates=10,
+        quick_updates=0,
+    ),
+    Workload(
+        name="e2e-all-small",
+        title="E2E NLG, all linear layers, batches of 4, random order",
+        targets="all-linear",
+        batch_size=4,
+        updates=10,
+        quick_updates=0,
+        others=False,
+    ),
+    Workload(
+        name="instruction",
+        title="One instruction of 100 tokens before each short input, q and v, batches of 8, random order",
+        data="instruction",
+        batch_size=8,
+        updates=3,
+        quick_updates=0,
+        others=False,
+    ),
+    Workload(
+        name="distinct",
+        title="SAMSum, dialogues that share nothing, q and v, batches of 4, random order",
+        data="samsum",
+        batch_size=4,
+        quick_updates=0,
+    ),
+    Workload(
+        name="mrpc",
+        title="MRPC with MiniLM-L6, q, k, v and o, dropout 0.1, batches of 16, random order",
+        data="mrpc",
+        base="minilm-l6",
+        targets="attention",
+        dropout=0.1,
+        warmup=4,
+        updates=32,
+        quick_updates=16,
+    ),
+    Workload(
+        name="e2e-checkpointing",
+        title="E2E NLG, q and v, batches of 16, random order, gradient checkpointing",
+        checkpointing=True,
+        updates=2,
+        quick_updates=0,
+        others=False,
+        sweeps=False,
+    ),
+)

@@ -1,0 +1,180 @@
+"""What an adapter amplifies in its base: the paper's section 7.3, Table 7 and figure 8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.analysis.base_weights import Weights
+from lorakit.analysis.deltas import chosen, deltas_of, notices, read, weight_name, weight_parts
+from lorakit.analysis.leading import leading_svd
+from lorakit.analysis.similarity import similarity_of_directions
+from lorakit.analysis.thin_svd import change_directions
+from lorakit.errors import AdapterFileError, ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amplification:
+    """One column of Table 7. `projected_*` is ``||U^T W V||_F`` with directions U, V from three sources."""
+
+    rank: int
+    """Number r of directions: the rank of the change."""
+    base_norm: float
+    """``||W||_F``."""
+    change_norm: float
+    """``||dW||_F``, alpha / r included."""
+    projected: float
+    """Directions from the change."""
+    projected_own: float
+    """W's own r leading directions: the most that any can give."""
+    projected_random: float
+    """Random directions, drawn."""
+    expected_random: float
+    """Their root mean square (`random_projection`)."""
+
+    @property
+    def factor(self) -> float:
+        """Amplification factor ``||dW||_F / ||U^T W V||_F``."""
+        return self.change_norm / self.projected if self.projected else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        return {**vars(self), "factor": self.factor if math.isfinite(self.factor) else None}
+
+
+def amplification(
+    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, seed: int = 0
+) -> Amplification:
+    """How much of W lies in the directions of ``dW = scaling * B A``, and how far dW exceeds it.
+
+    With ``dW = U S V^T`` (rank r), W's projection on its directions is ``||U^T W V||_F``, and the
+    amplification factor ``||dW||_F`` over it. The same is taken for W's own leading directions and for
+    random ones.
+
+    Args:
+        W: The base's weight, (out, in).
+        A: (r, in).
+        B: (out, r).
+        scaling: Factor on the product.
+        seed: Of the random directions.
+
+    Raises:
+        ConfigurationError: The shapes do not fit each other, or the change is zero.
+    """
+    if W.shape != (B.shape[0], A.shape[1]):
+        raise ConfigurationError(
+            f"W has shape {tuple(W.shape)}, and B A has shape {(B.shape[0], A.shape[1])}."
+        )
+    U, S, Vh = change_directions(A, B, scaling)
+    r = len(S)
+    W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64)).Q
+        for n in W.shape
+    ]
+    base_norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
+    return Amplification(
+        rank=r,
+        base_norm=base_norm,
+        change_norm=float(torch.linalg.vector_norm(S)),
+        projected=_projected(W, U, Vh.mT),
+        projected_own=float(torch.linalg.vector_norm(leading_svd(W, r)[1])),
+        projected_random=_projected(W, *drawn),
+        expected_random=random_projection(r, base_norm, *W.shape),
+    )
+
+
+def random_projection(rank: int, base_norm: float, rows: int, columns: int) -> float:
+    """Root mean square of ``||U^T W V||_F`` over random directions: ``r ||W||_F / sqrt(rows * columns)``."""
+    return rank * base_norm / math.sqrt(rows * columns)
+
+
+def similarity_to_base(
+    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, share: float = 0.1
+) -> Tensor:
+    """``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
+
+    Args:
+        W: The base's weight, (out, in).
+        A: (r, in).
+        B: (out, r).
+        scaling: Factor on the product.
+        share: How many of W's directions: this share of its width.
+
+    Returns:
+        (share * min(out, in), r), float64.
+
+    Raises:
+        ConfigurationError: The shapes do not form a product, or the change is zero.
+    """
+    Vh = change_directions(A, B, scaling)[2]
+    leading = max(1, round(share * min(W.shape)))
+    return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
+
+
+def _projected(W: Tensor, U: Tensor, V: Tensor) -> float:
+    return float(torch.linalg.vector_norm(U.mT @ (W @ V.to(W.dtype)).double()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterAmplification:
+    """Table 7 for each matrix of an adapter."""
+
+    layers: dict[str, Amplification]
+    notices: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        return {
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "notices": self.notices,
+        }
+
+
+def adapter_amplification(
+    adapter: StoredAdapter | str | Path,
+    weights: Weights,
+    *,
+    alpha: float | None = None,
+    only: str | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> AdapterAmplification:
+    """Amplification of each matrix of an adapter.
+
+    Args:
+        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
+        weights: The base's (`open_weights`).
+        alpha: The constant of a loralib file, which does not record it.
+        only: A regular expression found in the names of the matrices to look at; None looks at all.
+        seed: Of the random directions.
+        progress: Called with the name of each matrix before it is looked at.
+
+    Raises:
+        AdapterFileError: The adapter cannot be read, does not fit the base, or was never trained.
+        BaseModelError: The base lacks a weight.
+    """
+    stored = read(adapter, alpha=alpha)
+    layers, untrained = {}, []
+    for name, delta in chosen(deltas_of(stored), only).items():
+        if progress is not None:
+            progress(name)
+        if not delta.A.any() or not delta.B.any():
+            untrained.append(f"'{name}' is left out: the adapter is zero there.")
+            continue
+        layer = stored.layers[delta.path]
+        W = weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
+        layers[name] = amplification(W, delta.A, delta.B, delta.scaling, seed=seed)
+    if not layers:
+        raise AdapterFileError("The adapter is zero everywhere: it was never trained.")
+    return AdapterAmplification(
+        layers=layers, notices=[*untrained, *notices(stored), *weights.notices]
+    )

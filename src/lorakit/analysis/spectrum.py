@@ -1,0 +1,170 @@
+"""How an adapter's change is spread over its rank: the singular values of ``scaling * B A``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.analysis.deltas import deltas_of, notices, read
+from lorakit.analysis.thin_svd import singular_values
+from lorakit.errors import ConfigurationError
+
+ENERGY = 0.9
+"""Share of the squared norm that a suggested rank keeps unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one change ``scaling * B A``, and what follows from them.
+
+    An adapter that was never trained has B = 0: all its numbers are 0.
+    """
+
+    singular_values: Tensor
+    """(r,), descending, float64; fewer where the matrix is narrower than the rank."""
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        return float(torch.linalg.vector_norm(self.singular_values))
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp(-sum p log p)`` with ``p = sigma / sum of sigma`` (Roy and Vetterli 2007), 1 to r."""
+        total = self.singular_values.sum()
+        if total == 0:
+            return 0.0
+        return float(torch.special.entr(self.singular_values / total).sum().exp())
+
+    @property
+    def stable_rank(self) -> float:
+        """Squared Frobenius norm over squared spectral norm, 1 to r."""
+        largest = self.singular_values[0]
+        return 0.0 if largest == 0 else float((self.singular_values / largest).square().sum())
+
+    @property
+    def energy(self) -> Tensor:
+        """Share of the squared norm in the first i singular values, i = 1 to r: (r,)."""
+        return cumulative_share(self.singular_values.square())
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank that keeps this share of the squared norm; 0 for an untrained adapter."""
+        return rank_for(self.energy, energy)
+
+
+def spectrum(A: Tensor, B: Tensor, scaling: float = 1.0) -> Spectrum:
+    """Spectrum of ``scaling * B A``, from an r x r decomposition.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scaling: Factor on the product, ``alpha / r``.
+
+    Raises:
+        ConfigurationError: The shapes do not form a product.
+    """
+    return Spectrum(singular_values(A, B, scaling))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpectrum:
+    """The spectra of an adapter's matrices."""
+
+    layers: dict[str, Spectrum]
+    """By name; a fused projection has one for each adapted slice."""
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def energy(self) -> Tensor:
+        """Share of the whole adapter's squared norm kept if every matrix is cut to rank i."""
+        width = max(len(s.singular_values) for s in self.layers.values())
+        total = torch.zeros(width, dtype=torch.float64)
+        for layer in self.layers.values():
+            total[: len(layer.singular_values)] += layer.singular_values.square()
+        return cumulative_share(total)
+
+    @property
+    def norm(self) -> float:
+        """Root of the sum of all squared norms."""
+        return sum(layer.norm**2 for layer in self.layers.values()) ** 0.5
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank for all matrices alike that keeps this share of the squared norm."""
+        return rank_for(self.energy, energy)
+
+    def to_json(self, energy: float = ENERGY) -> dict[str, Any]:
+        """All numbers as JSON values; the suggested ranks keep the share `energy`."""
+        return {
+            "energy": energy,
+            "overall": {
+                "norm": self.norm,
+                "energy_by_rank": self.energy.tolist(),
+                "suggested_rank": self.rank_for(energy),
+            },
+            "layers": {
+                name: {
+                    "singular_values": layer.singular_values.tolist(),
+                    "norm": layer.norm,
+                    "effective_rank": layer.effective_rank,
+                    "stable_rank": layer.stable_rank,
+                    "energy_by_rank": layer.energy.tolist(),
+                    "suggested_rank": layer.rank_for(energy),
+                }
+                for name, layer in self.layers.items()
+            },
+            "notices": self.notices,
+        }
+
+
+def adapter_spectrum(
+    adapter: StoredAdapter | str | Path, *, alpha: float | None = None
+) -> AdapterSpectrum:
+    """Spectra of all matrices of an adapter.
+
+    Args:
+        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
+        alpha: The constant of a loralib file, which does not record it.
+
+    Raises:
+        AdapterFileError: The adapter cannot be read, or has no low-rank factors.
+    """
+    stored = read(adapter, alpha=alpha)
+    layers = {name: spectrum(d.A, d.B, d.scaling) for name, d in deltas_of(stored).items()}
+    return AdapterSpectrum(layers=layers, notices=notices(stored))
+
+
+def cumulative_share(values: Tensor) -> Tensor:
+    """Running sums of `values` (n,), divided by their total; zeros where that is 0."""
+    total = values.sum()
+    return torch.zeros_like(values) if total == 0 else values.cumsum(0) / total
+
+
+def rank_for(energy_by_rank: Tensor, energy: float) -> int:
+    """The first rank i whose share ``energy_by_rank[i - 1]`` reaches `energy`.
+
+    Raises:
+        ConfigurationError: `energy` is no share above 0 and up to 1.
+    """
+    check_energy(energy)
+    if energy_by_rank[-1] == 0:
+        return 0
+    # The last share is 1 but for rounding; so is one that misses `energy` by as little.
+    return int((energy_by_rank < energy * (1 - 1e-12)).sum()) + 1
+
+
+def check_energy(energy: float) -> None:
+    """Refuse a share of the squared norm that is none.
+
+    Raises:
+        ConfigurationError: It is not above 0 and at most 1.
+    """
+    if not 0 < energy <= 1:
+        raise ConfigurationError(
+            f"energy is {energy!r}; it is the share of the squared norm to keep, above 0 and at most 1, "
+            "for example 0.9."
+        )

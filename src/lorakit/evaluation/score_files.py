@@ -1,0 +1,183 @@
+"""Scoring outputs that stand in files: plain text as the E2E scorer reads it, or rows as `lorakit evaluate` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit import metrics
+from lorakit.data.readers import Problem, Row, reader_for
+from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
+
+OnTexts = Literal["e2e", "webnlg", "dart", "rouge"]
+OnLabels = Literal["classification", "regression"]
+GlueTask = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
+Family = Literal[OnTexts, "wikisql", OnLabels, GlueTask]
+
+
+def score_files(
+    outputs: str | Path,
+    references: str | Path | None,
+    family: Family,
+    *,
+    java: bool | None = None,
+) -> dict[str, float]:
+    """Return the metrics of a family, by `lorakit.metrics`, for the outputs in a file.
+
+    A file called .jsonl, .json, .csv, .tsv or .parquet (perhaps with .gz after it) is read by rows, any other as plain
+    UTF-8 text:
+
+    ========== ===================================================== ============================
+    what       plain text                                            columns of rows
+    ========== ===================================================== ============================
+    outputs    one a line; an empty line is an empty output          output
+    references one a line, groups parted by an empty line; without   references, a list of texts,
+               any empty line, one for each output                   or reference, a text
+    labels     one a line                                            label
+    WikiSQL    (not possible)                                        table, sql
+    ========== ===================================================== ============================
+
+    Args:
+        outputs: File of the outputs: texts, predicted classes or predicted numbers.
+        references: File of what is right, in the same order; None: the rows of `outputs` say it.
+        family: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a task of GLUE
+            or of any "classification" or "regression".
+        java: Whether "e2e", "webnlg" and "dart" use Java; None: where it is installed.
+
+    Raises:
+        DataError: A file cannot be read, or what stands in it cannot be scored.
+        ConfigurationError: There are no references, or a package or Java is not installed.
+        LorakitError: Java failed.
+    """
+    require_choice("metrics", family, Family)  # type: ignore[arg-type]
+    said = _read(outputs)
+    right = said if references is None else _read(references)
+    if references is None and said.rows is None:
+        raise ConfigurationError(
+            f"{outputs} is plain text, so the references have to stand in a file of their own: name it."
+        )
+    if family in metrics.GLUE:
+        return metrics.glue(family, said.numbers("output"), right.numbers("label"))
+    if family == "classification":
+        return metrics.classification(said.numbers("output"), right.numbers("label"))  # type: ignore[arg-type]
+    if family == "regression":
+        return metrics.regression(said.numbers("output"), right.numbers("label"))
+    if family == "wikisql":
+        return metrics.wikisql(said.texts("output"), right.values())
+    if family == "rouge":
+        return metrics.rouge(said.texts("output"), right.groups())
+    score = metrics.e2e if family == "e2e" else metrics.webnlg
+    return score(said.texts("output"), right.groups(), java=java)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What stands in a file: rows, or the lines of a plain text."""
+
+    path: Path
+    rows: list[Row] | None = None
+    lines: tuple[str, ...] = ()
+
+    def texts(self, column: str) -> list[str]:
+        """The texts of a column, or the lines."""
+        if self.rows is None:
+            return list(self.lines)
+        return [_text(_value(row, column), row, column) for row in self.rows]
+
+    def groups(self) -> list[list[str]]:
+        """The references of each output."""
+        if self.rows is not None:
+            return [_references(row) for row in self.rows]
+        lines = list(self.lines)
+        while lines and not lines[-1]:
+            lines.pop()
+        if "" not in lines:
+            return [[line] for line in lines]
+        groups: list[list[str]] = [[]]
+        for line in lines:
+            if line:
+                groups[-1].append(line)
+            else:
+                groups.append([])
+        return groups
+
+    def numbers(self, column: str) -> list[float]:
+        """The numbers of a column, or of the lines; whole ones as int."""
+        return [_number(value, origin) for value, origin in self._cells(column)]
+
+    def values(self) -> list[dict[str, Any]]:
+        """The rows themselves."""
+        if self.rows is None:
+            raise DataError(
+                f"{self.path} is plain text, expected rows of WikiSQL with 'table' and 'sql' (.jsonl)."
+            )
+        return [row.values for row in self.rows]
+
+    def _cells(self, column: str) -> Iterator[tuple[object, str]]:
+        if self.rows is None:
+            yield from ((line, f"{self.path}:{i}") for i, line in enumerate(self.lines, start=1))
+        else:
+            yield from ((_value(row, column), row.origin) for row in self.rows)
+
+
+def _read(file: str | Path) -> _File:
+    path = Path(file)
+    reader = reader_for(path)
+    try:
+        if reader is None:
+            return _File(path, lines=_plain_lines(path))
+        rows = list(reader(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}.") from None
+    for row in rows:
+        if isinstance(row, Problem):
+            raise DataError(str(row))
+    return _File(path, rows=rows)  # type: ignore[arg-type]
+
+
+def _plain_lines(path: Path) -> tuple[str, ...]:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}).") from None
+    # Not splitlines(), for which a text may hold other ends of lines too.
+    return tuple(line.strip() for line in text.removesuffix("\n").split("\n")) if text else ()
+
+
+def _value(row: Row, column: str) -> Any:
+    value = row.values.get(column)
+    if value is None:
+        raise DataError(
+            f"{row.origin}: there is no '{column}'. It has: {', '.join(map(str, row.values)) or 'nothing'}."
+            + nearest(column, map(str, row.values))
+        )
+    return value
+
+
+def _text(value: object, row: Row, column: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{row.origin}: '{column}' is {value!r:.80}, expected a text.")
+    return value
+
+
+def _references(row: Row) -> list[str]:
+    if row.values.get("references") is None and "reference" in row.values:
+        return [_text(_value(row, "reference"), row, "reference")]
+    found = _value(row, "references")
+    if not isinstance(found, list):
+        raise DataError(f"{row.origin}: 'references' is {found!r:.80}, expected a list of texts.")
+    return [_text(reference, row, "references") for reference in found]
+
+
+def _number(value: object, origin: str) -> float:
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise DataError(f"{origin}: found {value!r:.80}, expected a number.") from None
+    return int(number) if number.is_integer() else number

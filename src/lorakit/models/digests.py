@@ -1,0 +1,55 @@
+"""Digests of weights: as they are, and rounded to bfloat16.
+
+The second recognises the same weights loaded in another dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22
+"""Numbers hashed at a time: a large tensor is never copied whole."""
+
+
+class Digests(NamedTuple):
+    """SHA-256 digests of one weight."""
+
+    exact: bytes
+    """Of its numbers as they are."""
+    bfloat16: bytes | None
+    """Of its numbers rounded to bfloat16; None where they are not known."""
+
+
+def digests(tensor: Tensor) -> Digests:
+    """Hash a tensor's numbers in row-major order, with their dtype and shape."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    shape = f"{tuple(tensor.shape)}\0"
+    exact = hashlib.sha256(f"{name}{shape}".encode())
+    rounded = hashlib.sha256(f"bfloat16{shape}".encode())
+    for chunk in _chunks(tensor.detach()):
+        exact.update(_bytes(chunk))
+        if tensor.dtype != torch.bfloat16:
+            rounded.update(_bytes(chunk.to(torch.bfloat16)))
+    if tensor.dtype == torch.bfloat16:
+        return Digests(exact.digest(), exact.digest())
+    return Digests(exact.digest(), rounded.digest())
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """The numbers in row-major order, some at a time, on the CPU."""
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            yield flat[start : start + _CHUNK].cpu()
+    else:
+        for part in tensor if tensor.ndim > 1 else [tensor]:
+            yield from _chunks(part.contiguous())
+
+
+def _bytes(chunk: Tensor) -> memoryview:
+    return chunk.contiguous().view(torch.uint8).numpy().data

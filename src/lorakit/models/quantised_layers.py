@@ -1,0 +1,137 @@
+"""Linear layers that keep their weight in 4 or 8 bits, on bitsandbytes' formats.
+
+Each computes ``y = x W_q^T + b`` with the same ``W_q`` in training and evaluation, on every device, and
+has a gradient to ``x`` and ``b``. Their parents do not on a CPU: `Linear4bit` repacks its weight in
+evaluation, after which no gradient passes through it, and `Linear8bitLt` rounds ``x`` to 8 bits in
+evaluation but not in training. Both round a trained bias in place to the dtype of ``x``.
+
+Importing this module needs bitsandbytes; `lorakit.models.quantised` does it where it is asked for.
+"""
+
+# bitsandbytes' annotations are older than its code.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.models.digests import digests
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """What a quantised weight was made from."""
+
+    layer_class: type[nn.Module]
+    """`nn.Linear`, or `Conv1D`, which stores its weight as (in, out)."""
+    dtype: torch.dtype
+    """In which it was, and its layer computes."""
+    bfloat16: bytes
+    """Digest of its numbers rounded to bfloat16."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> WholeWeight:
+        """Describe a layer's weight before it is quantised."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        rounded = digests(weight).bfloat16
+        assert rounded is not None
+        return cls(type(layer), weight.dtype, rounded)
+
+
+class NF4Linear(bnb.nn.Linear4bit):
+    """``W_q`` in NF4 (Dettmers et al. 2023): 4 bits a number, a float32 scale for every 64.
+
+    Args:
+        layer: The `nn.Linear` or `Conv1D` that this one takes the place of; it is not changed.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        W = _matrix(layer)
+        out_features, in_features = W.shape
+        options = {"compress_statistics": False, "quant_type": "nf4"}
+        super().__init__(
+            in_features, out_features, bias=False, compute_dtype=W.dtype, device="meta", **options
+        )
+        # `to` is what quantises.
+        self.weight = bnb.nn.Params4bit(W, requires_grad=False, **options).to(W.device)
+        _take_over(self, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W_q^T + b``, computed in the dtype of the whole weight: (..., in) to (..., out)."""
+        dtype, state = self.compute_dtype, self.weight.quant_state
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state, bias=bias).to(x.dtype)
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """``W_q`` in 8 bits a number, symmetric, with a float32 scale for every output row.
+
+    Args:
+        layer: The `nn.Linear` or `Conv1D` that this one takes the place of; it is not changed.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        W = _matrix(layer)
+        out_features, in_features = W.shape
+        super().__init__(
+            in_features, out_features, bias=False, has_fp16_weights=False, device="meta"
+        )
+        packed, scales, _ = bnb.functional.int8_vectorwise_quant(W.to(torch.float16))
+        self.weight = bnb.nn.Int8Params(packed, requires_grad=False, SCB=scales)
+        _take_over(self, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W_q^T + b``, computed in the dtype of `x`: (..., in) to (..., out)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _Int8Product.apply(x, self.weight, self.weight.SCB, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        super()._apply(fn, recurse)
+        # Moving a module gives a parameter new data; its attributes stay where they were.
+        self.weight.SCB = self.weight.SCB.to(self.weight.device)
+        return self
+
+
+class _Int8Product(torch.autograd.Function):
+    """``x W_q^T + b``. The backward pass makes ``W_q`` anew: neither it nor `x` is kept."""
+
+    @staticmethod
+    def forward(ctx, x, packed, scales, bias):
+        ctx.save_for_backward(packed, scales)
+        return F.linear(x, _Int8Product.whole(packed, scales, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        packed, scales = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _Int8Product.whole(packed, scales, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias
+
+    @staticmethod
+    def whole(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return packed.to(dtype).mul_(scales[:, None] / 127)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The layer's weight as (out, in)."""
+    W = layer.weight.detach()  # type: ignore[union-attr, operator]
+    return W.T.contiguous() if isinstance(layer, Conv1D) else W  # type: ignore[union-attr]
+
+
+def _take_over(quantised: nn.Module, layer: nn.Module) -> None:
+    quantised.bias = layer.bias
+    quantised.made_from = WholeWeight.of(layer)  # type: ignore[assignment]
+    quantised.train(layer.training)

@@ -1,0 +1,145 @@
+"""Keeping the projections of a base model in 4 or 8 bits."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.errors import BaseModelError, ConfigurationError, nearest
+from lorakit.models.dtypes import QUANTISATIONS, Quantisation
+from lorakit.models.heads import classification_head, output_embeddings
+from lorakit.models.layers import is_inside
+from lorakit.models.quantised import FLAGS, quantised_weights
+
+_OLDEST = "0.50"
+"""The oldest bitsandbytes that was tested."""
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, kind: Quantisation) -> int:
+    """Keep the weights of a model's projections in 4 or 8 bits, from now on, each as it is reached.
+
+    The projections are the linear layers (GPT-2's `Conv1D` included) in the model's numbered blocks.
+    Embeddings, norms, biases, heads and what stands outside of the blocks stay as they are.
+
+    Args:
+        model: A model with whole weights and no adapters. It computes in its dtype, before and after.
+        kind: What to keep them in.
+
+    Returns:
+        How many layers are quantised.
+
+    Raises:
+        ConfigurationError: `kind` is not known, or bitsandbytes is not installed.
+        BaseModelError: The model has no projection to quantise, or is quantised already.
+    """
+    layer_class = _layer_class(kind)
+    if any(True for _ in quantised_weights(model)):
+        raise BaseModelError(
+            f"The weights of this {type(model).__name__} are quantised in its checkpoint already. Leave the dtype "
+            "at auto to take them as they are."
+        )
+    places = _places_of_projections(model)
+    if not places:
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layer in numbered blocks, so there is nothing to keep in {kind}. "
+            "Set the dtype to auto, bfloat16 or float32."
+        )
+    for first, *others in places:
+        layer = layer_class(model.get_submodule(first))
+        for path in (first, *others):
+            model.set_submodule(path, layer)
+    _mark(model, kind)
+    return len(places)
+
+
+def check_available(kind: str) -> None:
+    """Refuse an unknown kind of quantisation, or one whose library is missing.
+
+    Raises:
+        ConfigurationError: Says what there is, or what to install.
+    """
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    if kind not in QUANTISATIONS:
+        raise ConfigurationError(
+            f"'{kind}' is no quantisation; there are {', '.join(QUANTISATIONS)}."
+            f"{nearest(str(kind), QUANTISATIONS)}"
+        )
+    if not is_bitsandbytes_available(_OLDEST):
+        raise ConfigurationError(
+            f"To keep a base in {kind}, lorakit needs bitsandbytes {_OLDEST} or newer, which is not installed. "
+            "Install it with: pip install 'lorakit[quantised]'"
+        )
+
+
+def _layer_class(kind: str) -> Any:
+    check_available(kind)
+    # On some processors the import logs which kernel it would like to fetch from the hub: one that the
+    # layers here do not use, since it has no gradient.
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from lorakit.models.quantised_layers import Int8Linear, NF4Linear
+    finally:
+        log.setLevel(level)
+    return {"nf4": NF4Linear, "int8": Int8Linear}[kind]
+
+
+def _places_of_projections(model: nn.Module) -> list[list[str]]:
+    """The paths of each layer to quantise; a layer that stands at several has them all."""
+    heads = classification_head(model)
+    kept = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+        # T5 and its relatives cast the input of `wo` to its weight's dtype, which would be an integer's.
+        "wo",
+    }
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) not in (nn.Linear, Conv1D) or module is output_embeddings(model):
+            continue
+        parts = path.split(".")
+        in_block = any(part.isdecimal() for part in parts[:-1])
+        if not in_block or kept & set(parts) or any(is_inside(path, head) for head in heads):
+            continue
+        # torch's own layer reads its linear layers' weights in a fast path, without calling them.
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            continue
+        places.setdefault(id(module), []).append(path)
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return [
+        paths
+        for paths in places.values()
+        if len(holders[id(model.get_submodule(paths[0]).weight)]) == 1
+    ]
+
+
+def _mark(model: nn.Module, kind: str) -> None:
+    """Say what the model is to those who look: PEFT at the flag, `save_pretrained` at the configuration."""
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
+    setattr(model, FLAGS[kind], True)
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return
+    whole = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    options: dict[str, Any] = (
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": config.dtype,
+        }
+        if kind == "nf4"
+        else {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    )
+    config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=whole)

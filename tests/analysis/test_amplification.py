@@ -1,0 +1,152 @@
+"""Table 7's quantities equal those of dense float64 decompositions; its random column, the formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sample_adapters import (
+    dense,
+    dense_parts,
+    factors,
+    layers,
+    linear,
+    randn,
+    stored,
+    trained_llama,
+    weight_shape,
+)
+
+from lorakit.analysis import (
+    adapter_amplification,
+    amplification,
+    random_projection,
+    similarity_to_base,
+    subspace_similarity,
+)
+from lorakit.errors import AdapterFileError, ConfigurationError
+
+
+class Base(dict):
+    """Weights at hand, in place of a model on disk."""
+
+    notices = ()
+
+
+def reference(W: torch.Tensor, change: torch.Tensor, rank: int) -> dict[str, float]:
+    W = W.double()
+    U, S, Vh = torch.linalg.svd(change)
+    own = torch.linalg.svdvals(W)[:rank]
+    norm = torch.linalg.matrix_norm
+    return {
+        "rank": rank,
+        "base_norm": float(norm(W)),
+        "change_norm": float(S.norm()),
+        "projected": float(norm(U[:, :rank].T @ W @ Vh[:rank].T)),
+        "projected_own": float(own.norm()),
+        "factor": float(S.norm() / norm(U[:, :rank].T @ W @ Vh[:rank].T)),
+    }
+
+
+def assert_equal(found, expected: dict[str, float]) -> None:
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+
+
+def test_random_matrices():
+    W = randn(70, 50, seed=0)
+    A, B = factors(6, 50, 70, seed=1)
+    assert_equal(amplification(W, A, B, 0.7), reference(W, dense(A, B, 0.7), 6))
+
+
+def test_a_large_weight_is_decomposed_in_part():
+    W = randn(640, 700, seed=0)
+    A, B = factors(8, 700, 640, seed=1)
+    assert_equal(amplification(W, A, B), reference(W, dense(A, B), 8))
+
+
+def test_directions_beyond_the_rank_do_not_count():
+    W = randn(30, 40, seed=0)
+    A, B = factors(4, 40, 30, seed=1)
+    B[:, 3] = 0
+    assert_equal(amplification(W, A, B), reference(W, dense(A, B), 3))
+
+
+def test_the_random_column():
+    # As Table 7 has it: 61.95 for W_q of 12288 x 12288, 0.02 at r = 4 and 0.33 at r = 64.
+    assert random_projection(4, 61.95, 12288, 12288) == pytest.approx(0.0202, abs=5e-5)
+    assert random_projection(64, 61.95, 12288, 12288) == pytest.approx(0.323, abs=5e-4)
+    W, (A, B) = randn(48, 36, seed=0), factors(4, 36, 48, seed=1)
+    drawn = [amplification(W, A, B, seed=s) for s in range(300)]
+    mean_square = sum(d.projected_random**2 for d in drawn) / len(drawn)
+    assert math.sqrt(mean_square) == pytest.approx(drawn[0].expected_random, rel=0.05)
+    assert drawn[0].projected_random == amplification(W, A, B, seed=0).projected_random
+
+
+@pytest.mark.parametrize("name", layers())
+def test_every_kind_of_layer(name):
+    layer = layers()[name]
+    W = randn(*weight_shape(name), seed=99)
+    found = adapter_amplification(
+        stored(name), Base({f"{name}.weight": W, f"{name}.in_proj_weight": W})
+    )
+    matrix = W.flatten(1)
+    if name in ("conv1d", "embedding"):
+        matrix = W.T
+    pieces = [matrix[piece.rows()] for piece in layer.slices] or list(matrix.chunk(layer.groups))
+    if name == "loralib-conv":
+        pieces = [W.reshape(12, 15)]
+    changes = dense_parts(layer)
+    if name == "grouped":  # a group's factors see its own channels alone
+        changes = [c[:, c.abs().sum(0) > 0] for c in changes]
+    for one, piece, change in zip(found.layers.values(), pieces, changes, strict=True):
+        assert_equal(one, reference(piece, change, one.rank))
+
+
+def test_a_trained_adapter_beside_its_base():
+    handle = trained_llama()
+    adapter = handle.stored()
+    weights = Base(
+        {f"{p}.weight": handle.model.get_submodule(p).weight.detach() for p in adapter.layers}
+    )
+    found = adapter_amplification(adapter, weights, only="q_proj")
+    assert list(found.layers) == [p for p in adapter.layers if "q_proj" in p]
+    for path, one in found.layers.items():
+        layer = adapter.layers[path]
+        change = dense(layer.A, layer.B, layer.scaling)
+        assert_equal(one, reference(weights[f"{path}.weight"], change, 4))
+
+
+def test_similarity_to_the_base():
+    W, (A, B) = randn(60, 50, seed=0), factors(3, 50, 60, seed=1)
+    found = similarity_to_base(W, A, B, share=0.2)
+    expected = subspace_similarity(W.double(), dense(A, B))[:10, :3]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_untrained_matrix_is_named():
+    adapter = stored("linear", other=linear(B=torch.zeros(20, 4)))
+    weights = Base({"linear.weight": randn(20, 24, seed=0), "other.weight": randn(20, 24, seed=1)})
+    found = adapter_amplification(adapter, weights)
+    assert list(found.layers) == ["linear"]
+    assert found.notices == ["'other' is left out: the adapter is zero there."]
+    with pytest.raises(AdapterFileError, match="never trained"):
+        adapter_amplification(adapter, weights, only="other")
+
+
+@pytest.mark.parametrize(
+    ("only", "message"), [("key", "none of the 1 names"), ("(", "no regular expression")]
+)
+def test_a_choice_that_chooses_nothing(only, message):
+    with pytest.raises(ConfigurationError, match=message):
+        adapter_amplification(stored("linear"), Base(), only=only)
+
+
+def test_a_base_of_another_shape():
+    with pytest.raises(AdapterFileError, match=r"has shape \(20, 23\).*20 x 24"):
+        adapter_amplification(stored("linear"), Base({"linear.weight": randn(20, 23, seed=0)}))
+    with pytest.raises(ConfigurationError, match="W has shape"):
+        amplification(randn(3, 4, seed=0), *factors(2, 5, 3, seed=0))
+    with pytest.raises(ConfigurationError, match="never trained"):
+        amplification(randn(3, 5, seed=0), randn(2, 5, seed=0), torch.zeros(3, 2))

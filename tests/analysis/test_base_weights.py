@@ -1,0 +1,117 @@
+"""A base's weights, read from its files under the adapter's names and checked against its record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorakit
+from lorakit.analysis import open_weights, read_weights
+from lorakit.analysis.deltas import weight_name
+from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
+from lorakit.evaluation.config import BaseConfig
+
+ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "roberta", "t5", "vit")
+"""Two name their weights otherwise on disk: gpt-neox its head, vit everything."""
+
+
+def saved(folder: Path, arch: str = "llama", **settings) -> lorakit.Adapters:
+    """A tiny base in `folder`, and a handle on the same model with a random adapter."""
+    model = tiny_models.build(arch, **settings)
+    model.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return lorakit.attach(model, lorakit.LoRA(rank=2, targets="all-linear"), name="a")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_adapted_weight_is_found_and_the_base_is_recognised(arch, tmp_path):
+    handle = saved(tmp_path / "base", arch)
+    adapter = handle.stored()
+    weights = open_weights(BaseConfig(name=str(tmp_path / "base")), adapter)
+    assert weights.notices == []
+    for path, layer in adapter.layers.items():
+        name = weight_name(path, layer)
+        assert torch.equal(weights[name], handle.model.get_parameter(name)), name
+
+
+def test_files_in_shards(tmp_path):
+    handle = saved(tmp_path / "base")
+    folder = tmp_path / "base"
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = {"model-1.safetensors": {}, "model-2.safetensors": {}}
+    for i, (name, tensor) in enumerate(whole.items()):
+        halves[f"model-{i % 2 + 1}.safetensors"][name] = tensor
+    for file, tensors in halves.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    listed = {name: file for file, tensors in halves.items() for name in tensors}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    weights = open_weights(BaseConfig(name=str(folder)), handle.stored())
+    assert weights.notices == []
+    assert len(weights) == len(whole)
+
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"model-2.safetensors' is missing"):
+        read_weights(BaseConfig(name=str(folder)))
+    index.write_text("{}")
+    with pytest.raises(BaseModelError, match="damaged"):
+        read_weights(BaseConfig(name=str(folder)))
+
+
+def test_a_checkpoint_that_is_no_safetensors_file_is_loaded_as_a_whole(tmp_path):
+    handle = saved(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "base" / "pytorch_model.bin")
+    found = open_weights(BaseConfig(name=str(tmp_path / "base")), handle.stored())
+    assert found.notices == []
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found[name], weights[name])
+
+
+def test_another_base_is_refused(tmp_path):
+    adapter = saved(tmp_path / "base").stored()
+    other = BaseConfig(name=str(tmp_path / "other"))
+    tiny_models.build("llama", seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(WrongBaseError, match="weights are others"):
+        open_weights(other, adapter)
+    (notice,) = open_weights(other, adapter, allow_other_base=True).notices
+    assert "allow_other_base" in notice
+
+    tiny_models.build("bert").save_pretrained(tmp_path / "bert")
+    with pytest.raises(WrongBaseError, match="its class is Bert"):
+        open_weights(BaseConfig(name=str(tmp_path / "bert")), adapter)
+
+
+def test_the_base_that_the_adapter_records(tmp_path, monkeypatch):
+    adapter = saved(tmp_path / "base").stored()
+    weights = open_weights(None, adapter)
+    assert weights.source.path_or_id == str(tmp_path / "base")
+    adapter.base = None
+    with pytest.raises(ConfigurationError, match=r"--base.name"):
+        open_weights(None, adapter)
+    weights = open_weights(BaseConfig(name=str(tmp_path / "base")), adapter)
+    assert "was not checked" in weights.notices[0]
+
+
+def test_a_weight_that_is_not_there(tmp_path):
+    saved(tmp_path / "base")
+    weights = read_weights(BaseConfig(name=str(tmp_path / "base")))
+    with pytest.raises(BaseModelError, match=r"no weight 'model.layers.9.self_attn.q_proj.weight'"):
+        weights["model.layers.9.self_attn.q_proj.weight"]
+    # One layer's name may end like another's; a name that fits several stands for none.
+    assert "weight" not in weights
+
+
+def test_a_damaged_file(tmp_path):
+    saved(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        read_weights(BaseConfig(name=str(tmp_path / "base")))

@@ -1,0 +1,91 @@
+"""A base, an adapter in every form, data, and a shell."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from random_adapters import randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorakit
+from lorakit.adapters import formats
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from user_mistakes import (
+    RECORD,
+    ROWS,
+    Shell,
+    save_base,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folders: base; retrained, of the same shapes; wider."""
+    folder = tmp_path_factory.mktemp("models")
+    save_base(folder / "base")
+    save_base(folder / "wider", intermediate_size=96)
+    save_base(folder / "learned-positions", "gpt2")
+    shutil.copytree(folder / "base", folder / "retrained")
+    tensors = load_file(folder / "retrained" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(tensors, folder / "retrained" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(bases: Path) -> str:
+    return str(bases / "base")
+
+
+@pytest.fixture
+def model(base: str) -> nn.Module:
+    return lorakit.load_base(base, dtype="float32").model
+
+
+@pytest.fixture(scope="session")
+def saved(bases: Path) -> Path:
+    """The user's adapter: a folder of lorakit's, which is one of PEFT's with a record beside it."""
+    adapters = lorakit.attach(
+        lorakit.load_base(bases / "base", dtype="float32").model, lorakit.LoRA(rank=2)
+    )
+    randomise(adapters)
+    return adapters.save(bases / "adapter")
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def peft_folder(adapter: Path) -> Path:
+    """The same from PEFT: no record, no checksums."""
+    (adapter / RECORD).unlink()
+    return adapter
+
+
+@pytest.fixture
+def loralib_file(saved: Path, tmp_path: Path) -> Path:
+    formats.write_loralib(formats.read(saved), tmp_path / "lora.bin")
+    return tmp_path / "lora.bin"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "train.jsonl", ROWS)
+
+
+@pytest.fixture
+def shell(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Shell:
+    """A shell in an empty folder, so that relative paths and stray files land in it."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys, tmp_path)

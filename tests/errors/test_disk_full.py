@@ -1,0 +1,168 @@
+"""A full disk at any write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from user_mistakes import (
+    TENSORS,
+    FullAfter,
+    Shell,
+    assert_says,
+    disk_full,
+    nothing_left,
+    refused,
+    run_config,
+)
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.errors import (
+    LorakitError,
+    RunFolderError,
+)
+from lorakit.training import checkpoint
+from lorakit.training.run_folder import JsonLines, RunResult
+
+# --- disk full ------------------------------------------------------------------------------------
+
+
+WRITES = {
+    "mkdir": (Path, "mkdir"),
+    "tensors": (formats.tensors, "save_file"),
+    "bytes": (Path, "write_bytes"),
+    "text": (Path, "write_text"),
+    "fsync": (os, "fsync"),
+    "rename": (os, "rename"),
+}
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+@pytest.mark.parametrize("write", WRITES)
+def test_disk_full_at_any_write_of_a_save(
+    write: str, calls: int, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=2))
+    owner, name = WRITES[write]
+    full = FullAfter(getattr(owner, name), calls)
+    with nothing_left(tmp_path), monkeypatch.context() as patched:
+        patched.setattr(owner, name, lambda *args, **kwargs: full(*args, **kwargs))
+        try:
+            adapters.save(tmp_path / "new" / "adapter")
+        except RunFolderError as error:
+            assert_says(str(error), ("disk full", "adapter", "free some space"))
+        else:  # a save makes fewer such calls than that
+            assert full.left >= 0
+            shutil.rmtree(tmp_path / "new")
+    assert full.left == 0 or calls
+
+
+@pytest.mark.parametrize("write", ["tensors", "bytes", "fsync"])
+def test_disk_full_while_replacing_an_adapter(
+    write: str,
+    adapter: Path,
+    model: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=2))
+    with nothing_left(tmp_path), monkeypatch.context() as patched:
+        patched.setattr(*WRITES[write], disk_full)
+        with refused(RunFolderError, "disk full", "nothing was changed"):
+            adapters.save(adapter, overwrite=True)
+    assert formats.read(adapter).layers
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with 4 KiB left."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "lorakit-test", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a small disk; the injected errors are tested above")
+    try:
+        (folder / "filler").write_bytes(bytes(28 << 10))
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge adapter disk/new --base.name {base}",
+        "convert adapter disk/new",
+        "convert adapter disk/new.bin --to loralib",
+        "generate --base.name {base} --prompt river --output disk/new --decoding.max_new_tokens 2",
+        "train --base.name {base} --data.train {data} --output disk/new",
+    ],
+    ids=["merge", "convert to peft", "convert to loralib", "generate", "train"],
+)
+def test_really_full_disk(
+    command: str, small_disk: Path, shell: Shell, adapter: Path, base: str, data: str
+) -> None:
+    if command.startswith(("generate", "train")):  # whose first writes are small
+        with (small_disk / "filler").open("ab") as file:
+            file.write(bytes(4 << 10))
+    shell.refuses(command.format(base=base, data=data), "disk full", "disk/new", "free some space")
+
+
+def test_save_to_a_really_full_disk(small_disk: Path, model: nn.Module, tmp_path: Path) -> None:
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=2))
+    with nothing_left(tmp_path), refused(RunFolderError, "disk full", "free some space"):
+        adapters.save(small_disk / "adapter")
+
+
+IN_A_RUN = {
+    "fsync": (os, "fsync"),
+    "metrics": (JsonLines, "_write"),
+    "tensors": (checkpoint, "save_file"),
+    "settings": (Path, "write_text"),
+    "records": (Path, "write_bytes"),
+}
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 1], ids=["first", "early", "late", "last"])
+@pytest.mark.parametrize("write", IN_A_RUN)
+def test_disk_full_in_a_run(
+    write: str,
+    share: float,
+    base: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was saved before stays whole: once there is space, the run goes on to the same weights."""
+    owner, name = IN_A_RUN[write]
+    function = getattr(owner, name)
+
+    def train(room: int, output: str, **settings: Any) -> tuple[FullAfter, RunResult | None]:
+        full = FullAfter(function, room)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, lambda *args, **kwargs: full(*args, **kwargs))
+            try:
+                return full, lorakit.train(run_config(base, data, tmp_path / output, **settings))
+            except LorakitError as error:
+                assert_says(str(error), ("disk full", output, "free some space"))
+                return full, None
+
+    plenty = 10**6
+    full, undisturbed = train(plenty, "undisturbed")
+    assert undisturbed is not None
+    calls = plenty - full.left
+    _, result = train(int(share * (calls - 1)), "run")
+    assert result is None
+    assert not [path for path in (tmp_path / "run").rglob("*") if ".tmp-" in path.name]
+    _, result = train(plenty, "run", resume=True)
+    assert result is not None
+    assert (result.adapter / TENSORS).read_bytes() == (undisturbed.adapter / TENSORS).read_bytes()

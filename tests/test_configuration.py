@@ -1,0 +1,177 @@
+"""A configuration takes what its annotations say, and what means the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from lorakit.configuration import conform
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.methods import BitFit, FullFineTuning, LoRA
+from lorakit.training.config import (
+    CheckpointConfig,
+    HeldOutConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    name: str = "a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    rank: int = 8
+    alpha: float = 16.0
+    dora: bool = False
+    bias: Literal["none", "all"] = "none"
+    targets: tuple[str, ...] | str = ("q",)
+    sources: str | list[str] = "train.jsonl"
+    betas: tuple[float, float] = (0.9, 0.999)
+    ranks: dict[str, int] = field(default_factory=dict)
+    limit: int | None = None
+    inner: Inner = field(default_factory=Inner)
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        conform(self)
+
+
+TAKEN = {
+    "whole for a number": ("alpha", 16, 16.0),
+    "numpy's whole number": ("rank", np.int64(4), 4),
+    "numpy's number": ("alpha", np.float32(0.5), 0.5),
+    "numpy's whole for a number": ("alpha", np.int32(2), 2.0),
+    "a list for a tuple": ("targets", ["q", "v"], ("q", "v")),
+    "a text beside a list": ("targets", "q", "q"),
+    "a tuple for a list": ("sources", ("a", "b"), ["a", "b"]),
+    "a path for a text": ("sources", Path("a") / "b", str(Path("a") / "b")),
+    "paths for texts": ("sources", [Path("a")], ["a"]),
+    "numbers in a pair": ("betas", [0, 1], (0.0, 1.0)),
+    "a mapping": ("ranks", {"q": np.int64(2)}, {"q": 2}),
+    "nothing": ("limit", None, None),
+    "something": ("limit", 3, 3),
+    "none of many": ("loggers", [], ()),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), TAKEN.values(), ids=TAKEN)
+def test_what_means_the_same_is_taken(name: str, value: Any, expected: Any) -> None:
+    found = getattr(Settings(**{name: value}), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_what_is_as_annotated_stays_the_very_object() -> None:
+    inner = Inner()
+    assert Settings(inner=inner).inner is inner
+
+
+REFUSED = {
+    "text for a whole number": ("rank", "8", "rank is '8'; it must be a whole number."),
+    "number for a whole one": ("rank", 2.5, "rank is 2.5; it must be a whole number."),
+    "True for a whole number": ("rank", True, "rank is True; it must be a whole number."),
+    "None for a whole number": ("rank", None, "rank is None; it must be a whole number."),
+    "text for a number": ("alpha", "16", "alpha is '16'; it must be a number."),
+    "too large for a number": ("alpha", 10**400, "it must be a number."),
+    "complex for a number": ("alpha", 1j, "alpha is 1j; it must be a number."),
+    "text for a truth": ("dora", "no", "dora is 'no'; it must be True or False."),
+    "1 for a truth": ("dora", 1, "dora is 1; it must be True or False."),
+    "none of the choices": (
+        "bias",
+        "nome",
+        "bias is 'nome'; it must be one of none, all. Did you mean 'none'?",
+    ),
+    "None for a choice": ("bias", None, "bias is None; it must be one of none, all."),
+    "number for texts": ("targets", 5, "targets is 5; it must be a list of texts or a text."),
+    "a number among texts": ("targets", ["q", 5], "targets[1] is 5; it must be a text."),
+    "bytes for texts": ("targets", b"q", "targets is b'q'; it must be a list of texts or a text."),
+    "a set for texts": (
+        "targets",
+        {"q"},
+        "targets is {'q'}; it must be a list of texts or a text.",
+    ),
+    "three for two": (
+        "betas",
+        (0.1, 0.2, 0.3),
+        "betas is (0.1, 0.2, 0.3); it must be a list of 2 numbers.",
+    ),
+    "a text in a pair": ("betas", (0.1, "b"), "betas[1] is 'b'; it must be a number."),
+    "a list for a mapping": (
+        "ranks",
+        ["q"],
+        "ranks is ['q']; it must be a mapping of texts to whole numbers.",
+    ),
+    "a text in a mapping": ("ranks", {"q": "2"}, "ranks['q'] is '2'; it must be a whole number."),
+    "a number for a key": ("ranks", {5: 2}, "a key of ranks is 5; it must be a text."),
+    "text or nothing": ("limit", "3", "limit is '3'; it must be a whole number or None."),
+    "a text for a section": ("inner", "a", "inner is 'a'; it must be a Inner(...)."),
+    "the class for a section": ("inner", Inner, "it must be a Inner(...)."),
+    "a choice among many": (
+        "loggers",
+        ["wandbb"],
+        "loggers[0] is 'wandbb'; it must be one of tensorboard, wandb. Did you mean 'wandb'?",
+    ),
+    "a text for many": (
+        "loggers",
+        "wandb",
+        "loggers is 'wandb'; it must be a list of tensorboard, wandb.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED.values(), ids=REFUSED)
+def test_everything_else_is_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Settings(**{name: value})
+    assert message in str(raised.value)
+
+
+def test_a_message_says_the_section_and_repeats_no_more_than_a_line() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        OptimizerConfig(eps="8" * 10_000)  # type: ignore[arg-type]
+    assert re.fullmatch(r"optimizer\.eps is '8+\.\.\.; it must be a number\.", str(raised.value))
+    assert len(str(raised.value)) < 200
+
+
+# --- every configuration of the library -----------------------------------------------------------
+
+DATA = DataConfig(train="train.jsonl")
+CONFIGURATIONS: list[Any] = [
+    BitFit(),
+    FullFineTuning(),
+    LoRA(),
+    BaseConfig(name="base"),
+    DATA,
+    Decoding(),
+    EvaluateConfig(data=DATA),
+    OptimizerConfig(),
+    HeldOutConfig(),
+    CheckpointConfig(),
+    TrainConfig(base=BaseConfig(name="base"), data=DATA, output="run"),
+]
+
+
+class Stranger:
+    """Of a type that no setting has."""
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(config, f.name) for config in CONFIGURATIONS for f in dataclasses.fields(config)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_no_setting_takes_a_value_of_another_type(config: Any, name: str) -> None:
+    for value in (Stranger(), Stranger, {"a": Stranger()}, [Stranger()]):
+        with pytest.raises(ConfigurationError, match=name):
+            dataclasses.replace(config, **{name: value})
