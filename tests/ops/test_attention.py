@@ -138,3 +138,12 @@ def test_dropout_leaves_the_expectation_and_its_gradient_is_that_of_the_drawn_we
 def test_a_query_that_sees_nothing_is_finite():
     mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     assert masked_attention(*inputs(1, 5), mask, scale=1.0).isfinite().all()
+
+
+def test_autocast_decides_the_dtype_of_the_products():
+    q, k, v = (x.detach().float().requires_grad_() for x in inputs(1, 12))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = masked_attention(q, k, v, causal(12)[None, None], scale=0.3)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorakit.ops.autocast import no_autocast
 from lorakit.ops.dropout import fast, kept, multiplier
 
 BLOCK_SIZES = (32, 64, 128)
@@ -43,7 +44,8 @@ def masked_attention(
 ) -> Tensor:
     """Return ``softmax(scale * Q K^T, where the mask is True) V`` (Vaswani et al. 2017, equation 1).
 
-    The softmax is computed in float32 (float64 for float64 input), the products in the dtype of `query`.
+    The softmax is computed in float32 (float64 for float64 input), the products in the dtype of `query`, or
+    in that of autocast where it is on.
 
     Args:
         query: Shape (B, H, T, D).
@@ -57,11 +59,15 @@ def masked_attention(
     Returns:
         Shape (B, T, H, D): what the output projection takes, once the last two are joined.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     B, _, T, _ = query.shape
     blocks = _blocks(None if mask is None else mask.expand(B, 1, T, -1), mask, key.shape[1])
     if (key.shape[2] if blocks.keys is None else blocks.length) > LONGEST:
         return _fused(query, key, value, mask, scale, dropout)
-    return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
+    with no_autocast(query):
+        return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
 
 
 def _fused(

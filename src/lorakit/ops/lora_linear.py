@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lorakit.ops.autocast import no_autocast
 
 
 def lora_linear(
@@ -33,7 +33,7 @@ def lora_linear(
     # A view cannot be handed back from a custom function that wrote into it; and a compiler, which
     # cannot look whether it is one, fuses the addition anyway.
     in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
-    with _no_autocast(out):
+    with no_autocast(out):
         return _LoraLinear.apply(x, out, A, B, scaling, in_place)
 
 
@@ -74,10 +74,3 @@ class _LoraLinear(torch.autograd.Function):
             if needs_x:
                 grad_x = (grad_h_NR @ A.to(grad.dtype)).view(ctx.x_shape)
         return grad_x, grad, grad_A, grad_B, None, None
-
-
-def _no_autocast(tensor: Tensor):
-    """Switch autocast off: the dtype is chosen above, and an in-place product may not change it."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return contextlib.nullcontext()
