@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.methods.bitfit import BitFit
+    from lorakit.methods.bottleneck import BottleneckAdapter
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
     from lorakit.models.loading import load_base
@@ -43,6 +44,7 @@ _HOME = {
     "EvaluateConfig": "lorakit.evaluation.config",
     "evaluate": "lorakit.evaluation.evaluate",
     "BitFit": "lorakit.methods.bitfit",
+    "BottleneckAdapter": "lorakit.methods.bottleneck",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
     "load_base": "lorakit.models.loading",
@@ -54,6 +56,7 @@ _HOME = {
 __all__ = [
     "Adapters",
     "BitFit",
+    "BottleneckAdapter",
     "DataConfig",
     "EvaluateConfig",
     "FullFineTuning",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit import BitFit, FullFineTuning
+from lorakit import BitFit, BottleneckAdapter, FullFineTuning
 from lorakit.methods import Method
 
 
@@ -34,15 +34,25 @@ class Case:
         return self.plain_batch(model)
 
 
+HALF_ADAPTED = BottleneckAdapter(
+    size=4, activation="gelu", drop_layers=(0,), train_modules=("classifier", "output.LayerNorm")
+)
+
 CASES: dict[str, Case] = {
     **{
         f"bitfit {arch}": Case(arch, BitFit())
         for arch in ("gpt2", "bert", "deberta-v2", "bart", "gpt-neox")
     },
     "bitfit and head": Case("roberta", BitFit(train_modules="classifier")),
+    **{
+        f"{kind} {arch}": Case(arch, BottleneckAdapter(kind=kind, size=3), merges=False)
+        for kind in ("houlsby", "lin", "pfeiffer")
+        for arch in ("llama", "gpt2", "bert", "deberta-v2", "t5")
+    },
+    "dropped layers": Case("roberta", HALF_ADAPTED, merges=False),
     "top layers": Case("t5", FullFineTuning(top_layers=1)),
 }
-COMPILED = ("bitfit gpt2",)
+COMPILED = ("bitfit gpt2", "houlsby llama")
 """One case of each kind: compiling takes seconds."""
 
 

@@ -4,10 +4,15 @@ A folder written by `save_pretrained` must never give the bare base when it is l
 hold the adapted (merged) weights, which every reader understands; the adapter's own tensors follow
 beside them, with a mark on each layer. When such a file is loaded back into a model that carries the
 adapter (a resumed training run), the mark says that its base weights are to be left as they are.
+
+An adapter that no weight can hold (a bottleneck, virtual tokens) leaves the bare base in the base keys.
+The configuration of such a folder names no file of weights, so that loading it as a model is an error;
+a resumed training run loads the tensors itself.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import CONFIG_NAME
 
+from lorakit import storage
 from lorakit.adapters.installed import adapted_layers, base_weights
 from lorakit.adapters.layer_adapters import MARK, LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
-_OUR_TENSOR = re.compile(r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|trained\..+)")
+_LOG = logging.getLogger(__name__)
+
+_OUR_TENSOR = re.compile(
+    r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
+)
 
 
 def save_pretrained(
@@ -37,8 +48,15 @@ def save_pretrained(
     What is written is not quantised, whatever the base is: the adapted weights are not.
 
     Raises:
-        AdapterStateError: Called inside `per_sample`: no single weight holds several adapters.
+        AdapterStateError: Called inside `per_sample`: no single weight holds several adapters; or what is to be
+            pushed to a hub is the bare base, as no weight can hold an active adapter.
     """
+    beside = _active_beside_weights(model)
+    if beside and kwargs.get("push_to_hub"):
+        raise AdapterStateError(
+            f"'{beside[0]}' cannot be merged into the weights, so that the bare base would be pushed. Push the folder "
+            "that adapters.save() writes."
+        )
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
     config: Any = getattr(model, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
@@ -54,6 +72,32 @@ def save_pretrained(
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
+        if beside:
+            _refuse_to_load(Path(save_directory), beside[0])
+
+
+def _refuse_to_load(folder: Path, name: str) -> None:
+    """Let `from_pretrained` fail on a folder whose base keys hold the bare base, and say why."""
+    path = folder / CONFIG_NAME
+    if path.exists():  # written by the first process alone
+        reason = f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
+        storage.write_json(path, {**storage.read_json(path), "transformers_weights": reason})
+    _LOG.warning(
+        "'%s' cannot be merged into the weights: '%s' can be resumed from, and from_pretrained refuses it. "
+        "adapters.save() writes a folder to load.",
+        name,
+        folder,
+    )
+
+
+def _active_beside_weights(model: nn.Module) -> list[str]:
+    """The active adapters that have a part which is no change of a weight."""
+    return [
+        name
+        for _, _, adapters in adapted_layers(model)
+        for name in adapters.activation.active.names
+        if name in adapters and not adapters[name].merges
+    ]
 
 
 @torch.no_grad()

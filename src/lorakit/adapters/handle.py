@@ -372,8 +372,9 @@ class Adapters:
                 )
             if not adapter.scales and (len(weights) > 1 or weight != 1):
                 raise AdapterStateError(
-                    f"'{name}' has parts whose effect is not linear in a weight (DoRA, or biases or modules "
-                    "trained in full), so it can only act alone and with weight 1."
+                    f"'{name}' ({type(adapter.method).__name__}) has parts whose effect is not linear in a weight, "
+                    "so it can only act alone and with weight 1. Of LoRA these are DoRA, and biases or modules "
+                    "trained in full."
                 )
         return Active(weights=tuple((name, float(weight)) for name, weight in weights.items()))
 

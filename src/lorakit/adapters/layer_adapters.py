@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, compute_dtype
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
 MARK = "holds_merged_weights"
@@ -19,7 +19,7 @@ MARK = "holds_merged_weights"
 in a state dict, that the base keys hold an adapter's effect."""
 
 
-class LayerAdapters(nn.ModuleDict):
+class LayerAdapters(AdapterSlot):
     """The adapters on one layer, by name: the layer's child module `adapters`.
 
     Args:
@@ -68,6 +68,8 @@ class LayerAdapters(nn.ModuleDict):
 
     def after(self, layer: nn.Module, x: Any, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
+        if isinstance(output, tuple):  # a block's hidden states, and what it returns beside them
+            return (self.after(layer, x, output[0]), *output[1:])
         active = self._active_here()
         if active.rows is not None:
             return self._adapt_rows(layer, x, output, active.rows)

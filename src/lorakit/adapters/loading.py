@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters import formats
-from lorakit.adapters.attach import handle_for
+from lorakit.adapters.attach import handle_for, seeded
 from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
@@ -180,10 +181,42 @@ def _build_modules(
         path: _build_layer(model, path, layer, stored, origin)
         for path, layer in stored.layers.items()
     }
+    modules.update(_build_other_modules(model, stored, origin))
     if isinstance(stored.method, LoRA) and stored.method.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
     return modules
+
+
+def _build_other_modules(
+    model: nn.Module, stored: StoredAdapter, origin: str
+) -> dict[str, AdapterModule]:
+    """The modules of methods other than LoRA: made by the method, then filled with the file's tensors."""
+    if isinstance(stored.method, LoRA):
+        return {}
+    with seeded(0):  # the random start is overwritten, and is to leave no trace
+        modules = stored.method.modules(model)
+    for path in {**modules, **stored.modules}:
+        expected = modules[path].state_dict() if path in modules else {}
+        found = stored.modules.get(path, {})
+        if expected.keys() != found.keys():
+            raise AdapterFileError(
+                f"{origin} holds {_listed(found)} for '{path}', and {type(stored.method).__name__} has "
+                f"{_listed(expected)} there on this model. Load it on the model class it was trained with."
+            )
+        for name, tensor in found.items():
+            if tensor.shape != expected[name].shape:
+                raise AdapterFileError(
+                    f"{origin}: '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model takes "
+                    f"{tuple(expected[name].shape)}. Load it on the base it was made for."
+                )
+        there = {name: t.to(expected[name].device, copy=True) for name, t in found.items()}
+        modules[path].load_state_dict(there, assign=True)  # in the file's dtype
+    return modules
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(tensors) or "no tensor"
 
 
 def _build_layer(

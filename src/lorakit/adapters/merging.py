@@ -31,6 +31,12 @@ def merge(model: nn.Module, active: Active) -> None:
     names = [name for name, _ in active.weights]
     merged = []
     for path, layer, adapters in adapted_layers(model):
+        for name in names:
+            if name in adapters and not adapters[name].merges:
+                raise AdapterStateError(
+                    f"'{name}' cannot be merged: what it does at '{path}' is no change of a weight. Leave it beside "
+                    "the base, as activate does."
+                )
         for attribute in adapters.weights_changed_by(layer, names):
             W = getattr(layer, attribute)
             if not W.is_floating_point() and quantised_weight(layer, W) is None:

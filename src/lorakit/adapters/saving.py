@@ -14,6 +14,7 @@ from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.module import AdapterModule
 
 
 def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
@@ -23,10 +24,12 @@ def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
         for path, module in adapter.modules.items()
         if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
     }
+    modules = {path: _tensors(module) for path, module in adapter.modules.items()}
     trained = {name: at_rest(tensor) for name, tensor in adapter.trained_tensors().items()}
     return StoredAdapter(
         method=adapter.method,
         layers=layers,
+        modules={path: own for path, own in modules.items() if own},
         trained=trained,
         base=formats.base_record(model, exclude=tuple(trained)),
         provenance=dict(adapter.provenance),
@@ -66,6 +69,14 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
         initial_B=None if module.initial_B is None else at_rest(module.initial_B),
         base_norms=None if norms is None else at_rest(norms),
     )
+
+
+def _tensors(module: AdapterModule) -> dict[str, Tensor]:
+    """A module's own tensors, without copies of base tensors; LoRA's are stored as layers."""
+    if isinstance(module, LoRALayer):
+        return {}
+    own = module.state_dict()
+    return {name: at_rest(t) for name, t in own.items() if not name.startswith("trained.")}
 
 
 def at_rest(tensor: Tensor) -> Tensor:

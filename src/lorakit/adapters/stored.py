@@ -196,6 +196,8 @@ class StoredAdapter:
     """How it was made."""
     layers: dict[str, StoredLayer] = field(default_factory=dict)
     """The adapted layers, by their path in the base model."""
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What other methods add: tensors by name, by the path of the layer they sit on."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Base parameters that were trained in full (biases, heads), by their name in the base model."""
     base: BaseRecord | None = None
@@ -214,9 +216,9 @@ class StoredAdapter:
     def __post_init__(self) -> None:
         if isinstance(self.method, LoRA) and not self.layers:
             raise AdapterFileError("it holds no lora_A and lora_B for any layer.")
-        if not self.layers and not self.trained:
+        if not self.layers and not self.modules and not self.trained:
             raise AdapterFileError("it holds no tensors.")
-        for tensors in (self.trained, self.base_copies):
+        for tensors in (self.trained, self.base_copies, self.module_tensors):
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
         layout = self.base.layout if self.base is not None else None
@@ -228,13 +230,20 @@ class StoredAdapter:
                 self.layers = layout.with_tied_head(self.layers)
 
     @property
+    def module_tensors(self) -> dict[str, Tensor]:
+        """The tensors in `modules` by layer path and name, joined by a dot."""
+        found = self.modules.items()
+        return {f"{path}.{name}": t for path, own in found for name, t in own.items()}
+
+    @property
     def parameters(self) -> int:
         """Number of trained numbers in the file."""
         factors = ("A", "B", "magnitude")
         tensors = [
             t for layer in self.layers.values() for n, t in layer.tensors.items() if n in factors
         ]
-        return sum(t.numel() for t in (*tensors, *self.trained.values()))
+        tensors += [*self.module_tensors.values(), *self.trained.values()]
+        return sum(t.numel() for t in tensors)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
-from lorakit.methods.module import Method
+from lorakit.methods.module import Method, describe
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
     total = sum(weight.numel() for _, weight in base_weights(model))
     size = sum(p.numel() * p.element_size() for p in adapter.parameters())
     counts = Counts(sum(by_layer.values()), total, by_layer)
-    return Summary(adapter.name, _describe(adapter.method), counts, size)
+    return Summary(adapter.name, describe(adapter.method), counts, size)
 
 
 def count_parameters(model: nn.Module, method: Method) -> Counts:
@@ -95,18 +95,6 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
             by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
     total = sum(weight.numel() for _, weight in base_weights(model))
     return Counts(sum(by_layer.values()), total, by_layer)
-
-
-def _describe(method: Method) -> str:
-    """The method with the settings that differ from its defaults."""
-    fields = getattr(type(method), "__dataclass_fields__", {})
-    changed = []
-    for name, field in fields.items():
-        value = getattr(method, name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default:
-            changed.append(f"{name}={value!r}")
-    return f"{type(method).__name__}({', '.join(changed)})"
 
 
 def _size(n: float) -> str:

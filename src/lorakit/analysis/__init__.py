@@ -13,7 +13,14 @@ from lorakit.analysis.amplification import (
     similarity_to_base,
 )
 from lorakit.analysis.base_weights import Weights, open_weights, read_weights
+from lorakit.analysis.combine import combine_adapters, dare, ties
+from lorakit.analysis.compress import compress, compress_adapter
+from lorakit.analysis.derived import Derived, LayerResult
+from lorakit.analysis.diff import AdapterDiff, Difference, adapter_diff, difference
+from lorakit.analysis.drift import Drift, adapter_drift, divergence
+from lorakit.analysis.extract import extract, extract_adapter
 from lorakit.analysis.intruders import AdapterIntruders, Intruders, adapter_intruders, intruders
+from lorakit.analysis.saving import Saved, ScoringConfig, save
 from lorakit.analysis.similarity import (
     AdapterSimilarity,
     Similarity,
@@ -25,25 +32,44 @@ from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum, adapter_spectru
 
 __all__ = [
     "AdapterAmplification",
+    "AdapterDiff",
     "AdapterIntruders",
     "AdapterSimilarity",
     "AdapterSpectrum",
     "Amplification",
+    "Derived",
+    "Difference",
+    "Drift",
     "Intruders",
+    "LayerResult",
+    "Saved",
+    "ScoringConfig",
     "Similarity",
     "Spectrum",
     "Weights",
     "adapter_amplification",
+    "adapter_diff",
+    "adapter_drift",
     "adapter_intruders",
     "adapter_similarity",
     "adapter_spectrum",
     "amplification",
+    "combine_adapters",
+    "compress",
+    "compress_adapter",
+    "dare",
+    "difference",
+    "divergence",
+    "extract",
+    "extract_adapter",
     "intruders",
     "open_weights",
     "random_level",
     "random_projection",
     "read_weights",
+    "save",
     "similarity_to_base",
     "spectrum",
     "subspace_similarity",
+    "ties",
 ]

@@ -113,8 +113,12 @@ def similarity_to_base(
         (share * min(out, in), r), float64.
 
     Raises:
-        ConfigurationError: The shapes do not form a product, or the change is zero.
+        ConfigurationError: The shapes do not form a product, the change is zero, or `share` is none.
     """
+    if not 0 < share <= 1:
+        raise ConfigurationError(
+            f"share is {share!r}; it is a share of the base's directions, above 0 and at most 1."
+        )
     Vh = change_directions(A, B, scaling)[2]
     leading = max(1, round(share * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
@@ -129,12 +133,24 @@ class AdapterAmplification:
     """Table 7 for each matrix of an adapter."""
 
     layers: dict[str, Amplification]
+    phi: dict[str, Tensor] = field(default_factory=dict)
+    """`similarity_to_base` by matrix, where it was asked for."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Dimension of the input space of each matrix in `phi`."""
     notices: list[str] = field(default_factory=list)
+
+    def random_level(self, name: str) -> float:
+        """Phi expected of random directions at the last row and column."""
+        return max(self.phi[name].shape) / self.widths[name]
 
     def to_json(self) -> dict[str, Any]:
         """All numbers as JSON values."""
         return {
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "layers": {
+                name: layer.to_json()
+                | ({"phi_base": self.phi[name].tolist()} if name in self.phi else {})
+                for name, layer in self.layers.items()
+            },
             "notices": self.notices,
         }
 
@@ -146,6 +162,7 @@ def adapter_amplification(
     alpha: float | None = None,
     only: str | None = None,
     seed: int = 0,
+    share: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AdapterAmplification:
     """Amplification of each matrix of an adapter.
@@ -156,6 +173,7 @@ def adapter_amplification(
         alpha: The constant of a loralib file, which does not record it.
         only: A regular expression found in the names of the matrices to look at; None looks at all.
         seed: Of the random directions.
+        share: Also compare the change's directions with this share of the base's (`similarity_to_base`).
         progress: Called with the name of each matrix before it is looked at.
 
     Raises:
@@ -163,7 +181,7 @@ def adapter_amplification(
         BaseModelError: The base lacks a weight.
     """
     stored = read(adapter, alpha=alpha)
-    layers, untrained = {}, []
+    layers, untrained, phi, widths = {}, [], {}, {}
     for name, delta in chosen(deltas_of(stored), only).items():
         if progress is not None:
             progress(name)
@@ -173,8 +191,10 @@ def adapter_amplification(
         layer = stored.layers[delta.path]
         W = weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
         layers[name] = amplification(W, delta.A, delta.B, delta.scaling, seed=seed)
+        if share is not None:
+            phi[name] = similarity_to_base(W, delta.A, delta.B, share=share)
+            widths[name] = W.shape[1]
     if not layers:
         raise AdapterFileError("The adapter is zero everywhere: it was never trained.")
-    return AdapterAmplification(
-        layers=layers, notices=[*untrained, *notices(stored), *weights.notices]
-    )
+    found = [*untrained, *notices(stored), *weights.notices]
+    return AdapterAmplification(layers=layers, phi=phi, widths=widths, notices=found)

@@ -147,6 +147,20 @@ def read_weights(base: BaseConfig) -> Weights:
     return _mapped(base) or _loaded(base, None)[0]
 
 
+def task_of_class(class_name: str) -> Task:
+    """What a model of this class is for; "base" (no head) where the name does not say."""
+    return next((task for end, task in _TASKS.items() if class_name.endswith(end)), "base")
+
+
+def config_of(base: BaseConfig) -> Any:
+    """The transformers configuration of a model.
+
+    Raises:
+        BaseModelError: There is no such model, or its configuration cannot be read.
+    """
+    return _config(resolve(base.name, revision=base.revision), base)
+
+
 def _mapped(base: BaseConfig) -> Weights | None:
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
@@ -157,12 +171,9 @@ def _mapped(base: BaseConfig) -> Weights | None:
 def _loaded(base: BaseConfig, recorded: BaseRecord | None) -> tuple[Weights, BaseRecord]:
     """The model as a whole: its checkpoint is no safetensors file, or names its weights otherwise."""
     class_name = "" if recorded is None else recorded.architecture.class_name
-    task: Task = "base"
-    for end, meant in _TASKS.items():
-        task = meant if class_name.endswith(end) else task
     loaded = load_base(
         base.name,
-        task=task,
+        task=task_of_class(class_name),
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit.adapters import formats
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.analysis.checkpoints import is_checkpoint, read_checkpoint
 from lorakit.errors import AdapterFileError, ConfigurationError
 
 Factors = tuple[Tensor, Tensor]
@@ -42,9 +43,19 @@ class Delta:
 
 
 def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> StoredAdapter:
-    """The adapter at a path (see `formats.read`); one that was read already, as it is."""
+    """The adapter or a run's checkpoint at a path; one that was read already, as it is.
+
+    Args:
+        adapter: A folder of lorakit or PEFT, a loralib file, a checkpoint, or an adapter.
+        alpha: The constant of a loralib file, which does not record it.
+
+    Raises:
+        AdapterFileError: Nothing readable is there.
+    """
     if isinstance(adapter, StoredAdapter):
         return adapter
+    if is_checkpoint(adapter):
+        return read_checkpoint(adapter)
     return formats.read(adapter, alpha=alpha)
 
 
@@ -83,6 +94,40 @@ def chosen(deltas: Mapping[str, Delta], only: str | None) -> dict[str, Delta]:
     return found
 
 
+def family(name: str) -> str:
+    """The name with a star for its block's number: what the like matrices of all blocks share."""
+    return re.sub(r"\.\d+(?=\.|$| )", ".*", name)
+
+
+def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[list[str], list[str]]:
+    """Names of the matrices that two adapters have in common, and a notice on those that one has alone.
+
+    Raises:
+        AdapterFileError: There are none, or a common one has two shapes.
+    """
+    shared = [name for name in one if name in other]
+    if not shared:
+        raise AdapterFileError(
+            f"The two adapters have no matrix in common: the first adapts '{next(iter(one))}' and others, the "
+            f"second '{next(iter(other))}' and others. Compare adapters of the same layers."
+        )
+    for name in shared:
+        shapes = [(d.B.shape[0], d.A.shape[1]) for d in (one[name], other[name])]
+        if shapes[0] != shapes[1]:
+            raise AdapterFileError(
+                f"'{name}' is {shapes[0][0]} x {shapes[0][1]} in the first adapter and {shapes[1][0]} x "
+                f"{shapes[1][1]} in the second: they are for different base models."
+            )
+    found = []
+    for which, mine, theirs in (("first", one, other), ("second", other, one)):
+        alone = [name for name in mine if name not in theirs]
+        if alone:
+            found.append(
+                f"{len(alone)} matrices are in the {which} adapter alone, '{alone[0]}' among them."
+            )
+    return shared, found
+
+
 def notices(stored: StoredAdapter) -> list[str]:
     """What ``scaling * B A`` does not say of an adapter, in sentences."""
     found = []
@@ -113,28 +158,35 @@ def parts_of(layer: StoredLayer) -> list[Factors]:
     return parts
 
 
-def with_parts(layer: StoredLayer, parts: Sequence[Factors]) -> StoredLayer:
+def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.0) -> StoredLayer:
     """The layer with other factors of the same widths, and any rank common to all parts.
 
-    ``B A`` of each part is the whole change: the scaling becomes 1, and so does PiSSA's start, which
-    the factors contain.
+    The parts are the whole change, so that PiSSA's start, which `parts_of` puts into them, goes.
     """
     A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
     if layer.kind == "conv":
         A = A.unflatten(1, tuple(layer.A.shape[1:]))
         B = B.view(*B.shape, *(1 for _ in layer.B.shape[2:]))
-    rank = A.shape[0] // max(1, len(layer.slices))
-    if layer.kind == "conv-loralib":
-        rank = A.shape[0] // layer.kernel_width
+    rank = A.shape[0] // (max(1, len(layer.slices)) * rank_unit(layer))
     return replace(
         layer,
         A=A.contiguous(),
         B=B.contiguous(),
-        scaling=1.0,
-        alpha=float(rank),
+        scaling=scaling,
+        alpha=scaling * rank,
         initial_A=None,
         initial_B=None,
     )
+
+
+def rank_unit(layer: StoredLayer) -> int:
+    """Rank of a part for each rank of the layer; above 1 only for loralib's convolutions."""
+    return layer.kernel_width if layer.kind == "conv-loralib" else 1
+
+
+def part_rank(layer: StoredLayer, rank: int) -> int:
+    """Rank of each part of a layer of this rank, at least 1: a convolution's groups share it out."""
+    return -(-rank // layer.groups) * rank_unit(layer)
 
 
 def weight_name(path: str, layer: StoredLayer) -> str:

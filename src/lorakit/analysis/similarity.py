@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.stored import StoredAdapter
-from lorakit.analysis.deltas import Delta, deltas_of, notices, read
+from lorakit.analysis.deltas import chosen, deltas_of, in_common, notices, read
 from lorakit.analysis.thin_svd import row_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
 
@@ -124,6 +124,7 @@ def adapter_similarity(
     second: StoredAdapter | str | Path,
     *,
     alpha: float | None = None,
+    only: str | None = None,
 ) -> AdapterSimilarity:
     """Similarity of two adapters, ranks or seeds, matrix by matrix.
 
@@ -131,12 +132,13 @@ def adapter_similarity(
         first: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
         second: The other one.
         alpha: The constant of loralib files, which do not record it.
+        only: A regular expression found in the names of the matrices to look at; None looks at all.
 
     Raises:
         AdapterFileError: One cannot be read, or they have no matrix in common.
     """
     stored = read(first, alpha=alpha), read(second, alpha=alpha)
-    one, other = (deltas_of(adapter) for adapter in stored)
+    one, other = (chosen(deltas_of(adapter), only) for adapter in stored)
     shared, found = in_common(one, other)
     for name in list(shared):
         untrained = [d for d in (one[name], other[name]) if not d.A.any() or not d.B.any()]
@@ -148,38 +150,9 @@ def adapter_similarity(
     return AdapterSimilarity(
         A={n: _similarity(one[n].A, other[n].A) for n in shared},
         B={n: _similarity(one[n].B.mT, other[n].B.mT) for n in shared},
-        notices=[*found, *notices(stored[0]), *notices(stored[1])],
+        notices=list(dict.fromkeys((*found, *notices(stored[0]), *notices(stored[1])))),
     )
 
 
 def _similarity(A1: Tensor, A2: Tensor) -> Similarity:
     return Similarity(subspace_similarity(A1, A2), A1.shape[1])
-
-
-def in_common(one: dict[str, Delta], other: dict[str, Delta]) -> tuple[list[str], list[str]]:
-    """Names of the matrices that two adapters have in common, and a notice on those that one has alone.
-
-    Raises:
-        AdapterFileError: There are none, or a common one has two shapes.
-    """
-    shared = [name for name in one if name in other]
-    if not shared:
-        raise AdapterFileError(
-            f"The two adapters have no matrix in common: the first adapts '{next(iter(one))}' and others, the "
-            f"second '{next(iter(other))}' and others. Compare adapters of the same layers."
-        )
-    for name in shared:
-        shapes = [(d.B.shape[0], d.A.shape[1]) for d in (one[name], other[name])]
-        if shapes[0] != shapes[1]:
-            raise AdapterFileError(
-                f"'{name}' is {shapes[0][0]} x {shapes[0][1]} in the first adapter and {shapes[1][0]} x "
-                f"{shapes[1][1]} in the second: they are for different base models."
-            )
-    found = []
-    for which, mine, theirs in (("first", one, other), ("second", other, one)):
-        alone = [name for name in mine if name not in theirs]
-        if alone:
-            found.append(
-                f"{len(alone)} matrices are in the {which} adapter alone, '{alone[0]}' among them."
-            )
-    return shared, found

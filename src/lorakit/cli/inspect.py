@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 def describe(stored: StoredAdapter) -> dict[str, Any]:
     """The adapter's facts as JSON-able values; `norm` is the Frobenius norm of ``scaling * B A``."""
     tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
-    tensors += stored.trained.values()
+    tensors += [*stored.module_tensors.values(), *stored.trained.values()]
     return {
         "method": repr(stored.method),
         "parameters": stored.parameters,
@@ -77,6 +77,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
             }
             for path, layer in stored.layers.items()
         },
+        "modules": {name: list(tensor.shape) for name, tensor in stored.module_tensors.items()},
         "trained": {name: list(tensor.shape) for name, tensor in stored.trained.items()},
         "base": None if stored.base is None else stored.base.to_json(),
         "provenance": stored.provenance,
@@ -105,7 +106,7 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     console.print(f"{facts['parameters']:,} parameters, {facts['bytes'] / 2**20:.2f} MiB")
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, layer in facts["layers"].items():
-        key = path if each_layer else re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        key = path if each_layer else _any_block(path)
         groups.setdefault(key, []).append(layer)
     if groups:
         table = Table(box=None, pad_edge=False)
@@ -124,6 +125,12 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
                 spread,
             )
         console.print(table)
+    alike: dict[str, int] = {}
+    for name, shape in facts["modules"].items():
+        key = f"{name if each_layer else _any_block(name)} {tuple(shape)}"
+        alike[key] = alike.get(key, 0) + 1
+    for key, count in alike.items():
+        console.print(f"{count} x {key}", markup=False, highlight=False)
     for name, shape in facts["trained"].items():
         console.print(f"trained in full: {name} {tuple(shape)}", markup=False)
     if facts["base"]:
@@ -140,6 +147,11 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         )
     for notice in facts["notices"]:
         console.print(f"note: {notice}", markup=False, highlight=False)
+
+
+def _any_block(path: str) -> str:
+    """A path with a star for each number in it: that of a layer of every block."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def _one(values: Any) -> str:

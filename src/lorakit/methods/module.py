@@ -11,12 +11,16 @@ from torch import Tensor, nn
 class AdapterModule(nn.Module):
     """The tensors of one adapter on one layer of the base model, and what they do there.
 
+    A layer is any module of the base: a projection, a norm, a dropout, a whole block.
+
     A plain `AdapterModule` does nothing but hold trained copies of its layer's own parameters
     (`trained`: a bias, a whole classification head). Subclasses add an effect on the output.
     """
 
     scales: bool = True
     """Whether the effect is linear in a weight, so that adapters can be mixed by weight."""
+    merges: bool = True
+    """Whether the effect is a change of the layer's weights, which a merge can make."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights replaced for the length of a call, where the output cannot be added to."""
 
@@ -25,7 +29,10 @@ class AdapterModule(nn.Module):
         self.trained = nn.ParameterDict()
 
     def adapt(self, layer: nn.Module, x: Any, output: Any, weight: float) -> Any:
-        """Return `output` with the adapter's effect, scaled by `weight`; the plain module has none."""
+        """Return `output` with the adapter's effect, scaled by `weight`; the plain module has none.
+
+        Of a layer that returns a tuple `output` is the first entry: a block's hidden states.
+        """
         return output
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -55,6 +62,18 @@ class Method(Protocol):
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Names of base parameters that are trained in full, each through a copy of its own."""
         ...
+
+
+def describe(method: Method) -> str:
+    """Return a method as text, with the settings that differ from its defaults."""
+    fields = getattr(type(method), "__dataclass_fields__", {})
+    changed = []
+    for name, field in fields.items():
+        value = getattr(method, name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != default:
+            changed.append(f"{name}={value!r}")
+    return f"{type(method).__name__}({', '.join(changed)})"
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -49,7 +49,7 @@ def _official(outputs: Sequence[str], references: Sequence[Sequence[str]], java:
             str(hypotheses),
             str(answers),
             *("-l", "en", "-norm", "-r", str(most)),
-            timeout=120 + most * len(outputs) / 10,
+            timeout=300 + most * len(outputs) / 10,
         )
     found = re.search(r"^Final score:\s+(\S+)", printed, re.MULTILINE)
     if found is None:

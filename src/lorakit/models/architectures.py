@@ -8,7 +8,7 @@ those of ``transformers`` 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.models.layers import RowSlice
@@ -71,6 +71,10 @@ class Architecture:
     Attributes:
         model_types: values of ``config.model_type`` that share these names.
         layers: name relative to the block -> its role, or the roles fused in it.
+        dropouts: name of a layer -> the dropout that its output goes through before it is added to
+            the residual stream, where a block has one and nothing else uses it.
+        output_norm: name of the LayerNorm that a block's output comes from; None where the block ends
+            with a residual sum.
         stacked_experts: name of the module that holds expert weights as stacked tensors rather
             than as layers, so that no adapter can sit on them.
         input_embedding: last part of the path of the embeddings that the model calls, where that
@@ -81,9 +85,16 @@ class Architecture:
 
     model_types: tuple[str, ...]
     layers: Mapping[str, str | Fused]
+    dropouts: Mapping[str, str] = field(default_factory=dict)
+    output_norm: str | None = None
     stacked_experts: str | None = None
     input_embedding: str | None = None
     never_called: tuple[str, ...] = ()
+
+    def output_norm_of(self, config: Any) -> str | None:
+        """Return the name of the LayerNorm that a block of the model `config` describes ends with."""
+        # One of OPT's sizes, 350M, normalises after the residual sum, the others before the layer.
+        return None if getattr(config, "do_layer_norm_before", False) else self.output_norm
 
     def roles_of(self, name: str) -> tuple[str, ...]:
         """Return the roles of the layer called ``name`` in its block."""
@@ -101,18 +112,30 @@ _LLAMA_MLP = {"mlp.gate_proj": GATE, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
 
 _BERT_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
 _BERT_MLP = {"intermediate.dense": UP, "output.dense": DOWN}
+_BERT_DROPOUTS = {
+    "attention.output.dense": "attention.output.dropout",
+    "crossattention.output.dense": "crossattention.output.dropout",
+    "output.dense": "output.dropout",
+}
 _FUSED_PER_HEAD = Fused(roles=(Q, K, V), interleaved=True)
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
-        model_types=(
-            *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"),
-            *("electra", "roberta-prelayernorm"),
-        ),
+        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
         layers={
             **_attention("attention", "crossattention", **_BERT_ATTENTION),
             **_BERT_MLP,
         },
+        dropouts=_BERT_DROPOUTS,
+        output_norm="output.LayerNorm",
+    ),
+    Architecture(
+        model_types=("xlm-roberta-xl", "roberta-prelayernorm"),
+        layers={
+            **_attention("attention", "crossattention", **_BERT_ATTENTION),
+            **_BERT_MLP,
+        },
+        dropouts=_BERT_DROPOUTS,
     ),
     Architecture(
         model_types=("deberta-v2",),
@@ -126,6 +149,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             ),
             **_BERT_MLP,
         },
+        dropouts=_BERT_DROPOUTS,
+        output_norm="output.LayerNorm",
         never_called=("rel_embeddings",),
     ),
     Architecture(
@@ -135,6 +160,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn.lin1": UP,
             "ffn.lin2": DOWN,
         },
+        dropouts={"ffn.lin2": "ffn.dropout"},
+        output_norm="output_layer_norm",
     ),
     Architecture(
         model_types=("modernbert",),
@@ -156,6 +183,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.c_fc": UP,
             "mlp.c_proj": DOWN,
         },
+        dropouts={
+            "attn.c_proj": "attn.resid_dropout",
+            "crossattention.c_proj": "crossattention.resid_dropout",
+            "mlp.c_proj": "mlp.dropout",
+        },
     ),
     Architecture(
         model_types=("gpt_neo",),
@@ -163,6 +195,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             **_attention("attn.attention", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
             "mlp.c_fc": UP,
             "mlp.c_proj": DOWN,
+        },
+        dropouts={
+            "attn.attention.out_proj": "attn.attention.resid_dropout",
+            "mlp.c_proj": "mlp.dropout",
         },
     ),
     Architecture(
@@ -172,6 +208,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.fc_in": UP,
             "mlp.fc_out": DOWN,
         },
+        dropouts={"attn.out_proj": "attn.resid_dropout", "mlp.fc_out": "mlp.dropout"},
     ),
     Architecture(
         model_types=("gpt_neox",),
@@ -180,6 +217,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "attention.dense": O,
             "mlp.dense_h_to_4h": UP,
             "mlp.dense_4h_to_h": DOWN,
+        },
+        dropouts={
+            "attention.dense": "post_attention_dropout",
+            "mlp.dense_4h_to_h": "post_mlp_dropout",
         },
     ),
     Architecture(
@@ -218,6 +259,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "fc1": UP,
             "fc2": DOWN,
         },
+        output_norm="final_layer_norm",
     ),
     Architecture(
         model_types=(
@@ -248,6 +290,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
             "mlp.down_proj": DOWN,
         },
+        dropouts={
+            "self_attn.o_proj": "resid_attn_dropout",
+            "mlp.down_proj": "resid_mlp_dropout",
+        },
     ),
     Architecture(
         model_types=("glm", "glm4"),
@@ -270,11 +316,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "DenseReluDense.wi_1": UP,
             "DenseReluDense.wo": DOWN,
         },
+        dropouts={
+            "SelfAttention.o": "dropout",
+            "EncDecAttention.o": "dropout",
+            "DenseReluDense.wo": "dropout",
+        },
         input_embedding="embed_tokens",
         never_called=("shared",),
     ),
     Architecture(
-        model_types=("bart", "mbart", "m2m_100", "marian", "pegasus"),
+        model_types=("bart", "marian"),
+        layers={
+            **_attention(
+                *("self_attn", "encoder_attn"), q="q_proj", k="k_proj", v="v_proj", o="out_proj"
+            ),
+            "fc1": UP,
+            "fc2": DOWN,
+        },
+        output_norm="final_layer_norm",
+        input_embedding="embed_tokens",
+        never_called=("shared",),
+    ),
+    Architecture(
+        model_types=("mbart", "m2m_100", "pegasus"),
         layers={
             **_attention(
                 *("self_attn", "encoder_attn"), q="q_proj", k="k_proj", v="v_proj", o="out_proj"

@@ -14,6 +14,10 @@ ADAPTERS = "adapters"
 """Name of the child module in which a layer keeps its adapters (``<layer>.adapters.<name>``)."""
 
 
+class AdapterSlot(nn.ModuleDict):
+    """The child module in which a layer keeps its adapters, by name: no part of the base."""
+
+
 def is_of_adapter(name: str) -> bool:
     """Whether a module path, parameter name or state-dict key is of an adapter, not of the base."""
     return f".{ADAPTERS}." in f".{name}."
@@ -72,7 +76,7 @@ def walk(model: nn.Module) -> Iterator[LocatedModule]:
 
     def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
         for name, child in parent.named_children():
-            if id(child) in seen or (name == ADAPTERS and why_not_adaptable(parent) is None):
+            if id(child) in seen or isinstance(child, AdapterSlot):
                 continue
             seen.add(id(child))
             governing = _configuration(child) or config

@@ -110,7 +110,7 @@ def all_places(model: nn.Module, modules: Iterable[LocatedModule]) -> Iterator[P
     """Yield the place of every single role that the model has."""
     modules = list(modules)
     for path, module, config in modules:
-        architecture, name = architecture_of(config), _name_in_block(path)
+        architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention):
             yield from _multihead_projections(path, module)
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
@@ -133,7 +133,7 @@ def _expand(entry: str) -> tuple[str, ...]:
     return roles if len(set(roles)) == len(roles) else ()
 
 
-def _name_in_block(path: str) -> str | None:
+def name_in_block(path: str) -> str | None:
     """Return what follows the last number in ``path``, None if it is in no block."""
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
@@ -172,14 +172,14 @@ def _further_linear_places(
         and path not in taken
         and module is not output
         and not any(is_inside(path, head) for head in heads)
-        and (architecture_of(config) is None or _name_in_block(path) is not None)
+        and (architecture_of(config) is None or name_in_block(path) is not None)
     ]
 
 
 def _refuse_unreachable(modules: list[LocatedModule], entry: str, wanted: tuple[str, ...]) -> None:
     """Refuse a role that some of its layers cannot take: silence would adapt a part."""
     for path, module, config in modules:
-        architecture, name = architecture_of(config), _name_in_block(path)
+        architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention) and set(wanted) & {Q, K, V}:
             reason = why_not_adaptable(module)
             if reason is not None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
+from lorakit.methods.module import describe
 from lorakit.models.sources import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -21,6 +22,13 @@ _AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+}
+
+_KINDS = {
+    "LoRA": "LoRA adapter",
+    "FullFineTuning": "Fine-tuned weights",
+    "BitFit": "BitFit biases",
+    "BottleneckAdapter": "Bottleneck adapter",
 }
 
 _PACKAGED = {model.name for model in PACKAGED_MODELS}
@@ -60,7 +68,7 @@ def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
 
 
 def _title(stored: StoredAdapter) -> str:
-    kind = "LoRA adapter" if isinstance(stored.method, LoRA) else "Fine-tuned weights"
+    kind = _KINDS.get(type(stored.method).__name__, "Adapter")
     base = _base_name(stored)
     return f"{kind} for {_plain(base)}" if base else kind
 
@@ -99,7 +107,7 @@ def _summary(stored: StoredAdapter) -> str:
             rows["Trained in full"] = ", ".join(_code(m) for m in method.train_modules)
         rows["Adapted layers"] = str(len(stored.layers))
     else:
-        rows["Method"] = type(method).__name__
+        rows["Method"] = _code(describe(method))
     rows["Trained parameters"] = f"{stored.parameters:,}"
     return _table(("", ""), rows.items())
 

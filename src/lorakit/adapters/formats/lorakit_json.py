@@ -40,6 +40,7 @@ def write_tensors(stored: StoredAdapter, folder: Path) -> None:
         for path, layer in stored.layers.items()
         for name, tensor in layer.tensors.items()
     }
+    tensors.update({f"modules.{name}": tensor for name, tensor in stored.module_tensors.items()})
     tensors.update({f"trained.{name}": tensor for name, tensor in stored.trained.items()})
     write_safetensors(folder / TENSORS_NAME, tensors)
 
@@ -65,6 +66,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
             path: _describe(layer, None if form is None else form.layer_keys[path])
             for path, layer in stored.layers.items()
         },
+        "modules": {path: list(own) for path, own in stored.modules.items()},
         "trained": {
             name: None if form is None else form.trained_keys[name] for name in stored.trained
         },
@@ -102,10 +104,12 @@ def read(folder: Path) -> StoredAdapter:
     tensors = read_safetensors(folder / tensors_name)
     try:
         restore = _restore_own if tensors_name == TENSORS_NAME else _restore_from_peft
+        modules = _take_modules(record, tensors)
         layers, trained = restore(record, tensors)
         return StoredAdapter(
             method=_method(record.get("method")),
             layers=layers,
+            modules=modules,
             trained=trained,
             base=None if record.get("base") is None else BaseRecord.from_json(record["base"]),
             provenance=dict(record.get("provenance") or {}),
@@ -222,6 +226,20 @@ def _method(found: Any) -> Method:
             f"its method has settings that are not known here: {sorted(unknown)}."
         )
     return kind(**settings)
+
+
+def _take_modules(
+    record: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Take the tensors of other methods than LoRA out of `tensors`."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for path, names in record.get("modules", {}).items():
+        for name in names:
+            key = f"modules.{path}.{name}"
+            if key not in tensors:
+                raise AdapterFileError(f"'{path}' has no '{name}' in the file of tensors.")
+            modules.setdefault(path, {})[name] = tensors.pop(key)
+    return modules
 
 
 def _restore_own(

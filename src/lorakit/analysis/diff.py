@@ -1,0 +1,186 @@
+"""How two adapters, or two checkpoints of one, differ: distance and angle of their changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.analysis.deltas import Delta, deltas_of, in_common, read
+from lorakit.analysis.thin_svd import singular_values
+from lorakit.errors import AdapterFileError, ConfigurationError
+
+Change = tuple[Tensor, Tensor, float]
+"""A (r, in), B (out, r) and the scaling of ``scaling * B A``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two changes of one matrix, or of several taken together. Norms are Frobenius norms."""
+
+    first: float
+    """``||D1||``."""
+    second: float
+    """``||D2||``."""
+    distance: float
+    """``||D1 - D2||``."""
+
+    @property
+    def relative(self) -> float:
+        """The distance as a multiple of the first norm."""
+        return self.distance / self.first if self.first else (math.inf if self.distance else 0.0)
+
+    @property
+    def angle(self) -> float | None:
+        """Degrees between the two as vectors; None where one is zero.
+
+        ``sin^2(angle / 2) = (distance^2 - (first - second)^2) / (4 first second)``, which keeps its
+        digits where they hardly differ.
+        """
+        if not self.first or not self.second:
+            return None
+        squared = (self.distance**2 - (self.first - self.second) ** 2) / (
+            4 * self.first * self.second
+        )
+        return math.degrees(2 * math.asin(math.sqrt(min(max(squared, 0.0), 1.0))))
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        relative = self.relative if math.isfinite(self.relative) else None
+        return {**vars(self), "relative": relative, "angle": self.angle}
+
+
+def difference(first: Change, second: Change) -> Difference:
+    """Distance and angle of ``s1 * B1 A1`` and ``s2 * B2 A2``, from their factors.
+
+    Args:
+        first: A (r1, in), B (out, r1) and the scaling.
+        second: The same of rank r2.
+
+    Raises:
+        ConfigurationError: The shapes do not fit each other.
+    """
+    (A1, B1, s1), (A2, B2, s2) = ((A.double(), B.double(), s) for A, B, s in (first, second))
+    norms = [
+        float(torch.linalg.vector_norm(singular_values(*change))) for change in (first, second)
+    ]
+    if A1.shape[1] != A2.shape[1] or B1.shape[0] != B2.shape[0]:
+        raise ConfigurationError(
+            f"The first change is {B1.shape[0]} x {A1.shape[1]} and the second {B2.shape[0]} x {A2.shape[1]}; "
+            "one shape was expected."
+        )
+    if s1 == s2 and A1.equal(A2) and B1.equal(B2):
+        return Difference(first=norms[0], second=norms[1], distance=0.0)
+    both = singular_values(torch.cat([A1, A2]), torch.cat([s1 * B1, -s2 * B2], dim=1))
+    distance = float(torch.linalg.vector_norm(both))
+    return Difference(first=norms[0], second=norms[1], distance=distance)
+
+
+def together(differences: Iterable[Difference]) -> Difference:
+    """Several differences as one: the matrices side by side."""
+    found = list(differences)
+    total = {
+        name: math.sqrt(sum(getattr(one, name) ** 2 for one in found))
+        for name in ("first", "second", "distance")
+    }
+    return Difference(**total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDiff:
+    """The differences between two adapters."""
+
+    layers: dict[str, Difference]
+    """Of the low-rank changes, by matrix; against zero where one adapter has none."""
+    trained: dict[str, Difference]
+    """Of what is trained in full (biases, heads, DoRA's magnitudes): of the tensors themselves."""
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def overall(self) -> Difference:
+        """All low-rank changes together."""
+        return together(self.layers.values())
+
+    def most_moved(self) -> list[str]:
+        """Names of the matrices, those with the largest share of the distance first."""
+        return sorted(self.layers, key=lambda name: -self.layers[name].distance)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        return {
+            "overall": self.overall.to_json() if self.layers else None,
+            "layers": {name: one.to_json() for name, one in self.layers.items()},
+            "trained": {name: one.to_json() for name, one in self.trained.items()},
+            "most_moved": self.most_moved(),
+            "notices": self.notices,
+        }
+
+
+def adapter_diff(
+    first: StoredAdapter | str | Path,
+    second: StoredAdapter | str | Path,
+    *,
+    alpha: float | None = None,
+) -> AdapterDiff:
+    """What has changed from one adapter, or checkpoint of a run, to another.
+
+    Args:
+        first: A folder of lorakit or PEFT, a loralib file, a checkpoint (``RUN/checkpoints/step-000100``),
+            or an adapter that was read.
+        second: The other one.
+        alpha: The constant of loralib files, which do not record it.
+
+    Raises:
+        AdapterFileError: One cannot be read, or they have nothing in common.
+    """
+    stored = read(first, alpha=alpha), read(second, alpha=alpha)
+    layers, found = {}, []
+    if any(adapter.layers for adapter in stored):
+        one, other = (deltas_of(adapter) for adapter in stored)
+        _, found = in_common(one, other)
+        for name in dict.fromkeys((*one, *other)):
+            present = one.get(name) or other[name]
+            changes = [_change(side.get(name), present) for side in (one, other)]
+            layers[name] = difference(changes[0], changes[1])
+    tensors = [_trained(adapter) for adapter in stored]
+    shared = [name for name in tensors[0] if name in tensors[1]]
+    for which, mine, theirs in (("first", *tensors), ("second", *reversed(tensors))):
+        alone = [name for name in mine if name not in theirs]
+        if alone:
+            found.append(f"'{alone[0]}' is trained in full in the {which} adapter alone.")
+    trained = {name: _of_tensors(name, tensors[0][name], tensors[1][name]) for name in shared}
+    return AdapterDiff(layers=layers, trained=trained, notices=found)
+
+
+def _change(delta: Delta | None, present: Delta) -> Change:
+    if delta is None:
+        return present.A, torch.zeros_like(present.B), 0.0
+    return delta.A, delta.B, delta.scaling
+
+
+def _trained(stored: StoredAdapter) -> dict[str, Tensor]:
+    magnitudes = {
+        f"{path}.magnitude": layer.magnitude
+        for path, layer in stored.layers.items()
+        if layer.magnitude is not None
+    }
+    return {**stored.trained, **magnitudes}
+
+
+def _of_tensors(name: str, one: Tensor, other: Tensor) -> Difference:
+    if one.shape != other.shape:
+        raise AdapterFileError(
+            f"'{name}' has shape {tuple(one.shape)} in the first adapter and {tuple(other.shape)} in the second: "
+            "they were trained for different tasks or bases."
+        )
+    norms = [
+        float(torch.linalg.vector_norm(t, dtype=torch.float64))
+        for t in (one, other, one.double() - other.double())
+    ]
+    return Difference(first=norms[0], second=norms[1], distance=norms[2])

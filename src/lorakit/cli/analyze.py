@@ -1,0 +1,404 @@
+"""`lorakit analyze`: measures of adapters, as tables, JSON and figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit.errors import ConfigurationError, nearest
+from lorakit.evaluation.config import BaseConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MEASURES = {
+    "spectrum": "Singular values of the change: effective rank, energy by rank, a rank that would do",
+    "similarity": "How much of one adapter's directions lies in another's (ranks, seeds, tasks)",
+    "amplification": "What the adapter amplifies in its base (the paper's Table 7 and figure 8)",
+    "intruders": "Singular vectors of the adapted weights that match none of the base's",
+    "diff": "Distance and angle of two adapters or checkpoints, and which layers moved",
+    "drift": "How far the model's predictions on a text have moved from the base's",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How a measure is shown."""
+
+    alpha: float | None = None
+    """The constant of a loralib file, which does not record it."""
+    layers: bool = False
+    """One line for each matrix instead of one for each kind of layer."""
+    json: bool = False
+    """Print JSON for programs."""
+    plot: str | None = None
+    """Draw a figure into this file (.png, .svg or .pdf)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnBase(Shown):
+    """What a measure that reads the base's weights looks at."""
+
+    adapter: str
+    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    base: BaseConfig | None = None
+    """The base model; by default the one that the adapter records."""
+    allow_other_base: bool = False
+    """Accept a base other than the one the adapter records, knowing what that means."""
+    only: str | None = None
+    """Look at the matrices in whose names this regular expression is found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumConfig(Shown):
+    """What `lorakit analyze spectrum` shows."""
+
+    adapter: str
+    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    energy: float = 0.9
+    """Share of the squared norm that the suggested rank keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(Shown):
+    """What `lorakit analyze diff` compares."""
+
+    first: str
+    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    second: str
+    """What it is compared with: another adapter, or a later checkpoint (RUN/checkpoints/step-000100)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityConfig(PairConfig):
+    """What `lorakit analyze similarity` compares."""
+
+    only: str | None = None
+    """Look at the matrices in whose names this regular expression is found."""
+    side: Literal["A", "B"] = "A"
+    """Which directions the figure shows: A, of the input, or B, of the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmplificationConfig(OnBase):
+    """What `lorakit analyze amplification` looks at."""
+
+    base_directions: float | None = None
+    """Also compare the change's directions with this share of the base's leading ones, for example 0.1; the
+    figure then shows them, as the paper's figure 8."""
+    seed: int = 0
+    """Seed of the random directions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntrudersConfig(OnBase):
+    """What `lorakit analyze intruders` looks at."""
+
+    top: int = 10
+    """Number of leading singular vectors to examine in each matrix."""
+    threshold: float = 0.5
+    """A vector whose cosines with all of the base's are below this is an intruder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftConfig:
+    """What `lorakit analyze drift` compares."""
+
+    adapter: str
+    """Adapter folder (lorakit's or PEFT's)."""
+    text: str
+    """UTF-8 text file; each line that is not blank is one text."""
+    base: BaseConfig | None = None
+    """The base model; by default the one that the adapter records."""
+    allow_other_base: bool = False
+    """Accept a base other than the one the adapter records, knowing what that means."""
+    limit: int | None = None
+    """Read the first texts only; none reads all."""
+    max_length: int = 512
+    """Longer texts are cut into pieces of this many tokens."""
+    batch_size: int = 4
+    """Texts computed together."""
+    json: bool = False
+    """Print JSON for programs."""
+    plot: str | None = None
+    """Draw a figure into this file (.png, .svg or .pdf)."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the measure and its options, measure, and print."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    name, *rest = argv
+    if name not in MEASURES:
+        raise ConfigurationError(
+            f"There is no measure '{name}'.{nearest(name, MEASURES)} Measures: {', '.join(MEASURES)}."
+        )
+    _RUN[name](rest)
+
+
+def _overview() -> str:
+    width = max(map(len, MEASURES))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in MEASURES.items())
+    return (
+        "usage: lorakit analyze MEASURE ADAPTER [OTHER] [--option VALUE ...]\n\n"
+        f"Look into adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."
+    )
+
+
+def _spectrum(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+
+    config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
+    found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
+    facts = found.to_json(config.energy)
+    rows = {
+        name: {
+            "rank": len(layer["singular_values"]),
+            "norm": layer["norm"],
+            "effective rank": layer["effective_rank"],
+            "stable rank": layer["stable_rank"],
+            "first direction": layer["energy_by_rank"][0],
+            f"rank for {config.energy:.4g}": layer["suggested_rank"],
+        }
+        for name, layer in facts["layers"].items()
+    }
+    shares = ", ".join(
+        f"{rank}: {found.energy[rank - 1]:.1%}" for rank in _ranks(len(found.energy))
+    )
+    lines = [
+        f"Share of the whole squared norm kept at rank {shares}.",
+        f"Rank {facts['overall']['suggested_rank']} for all keeps {config.energy:.4g} of it.",
+    ]
+    _show(config, facts, rows, lines, lambda: plots.spectrum_figure(found, config.energy))
+
+
+def _similarity(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+
+    config = _parse(SimilarityConfig, "similarity", argv, "first", "second")
+    found = analysis.adapter_similarity(
+        config.first, config.second, alpha=config.alpha, only=config.only
+    )
+    facts = found.to_json()
+    rows = {
+        name: {
+            f"{side} {heading}": layer[side][key]
+            for side in "AB"
+            for heading, key in (
+                ("phi(1,1)", "phi_1_1"),
+                ("whole", "phi_whole"),
+                ("at random", "random_whole"),
+            )
+        }
+        for name, layer in facts["layers"].items()
+    }
+    lines = [
+        "1: one span contains the other; 0: they are orthogonal. A: input directions, B: output directions."
+    ]
+    _show(config, facts, rows, lines, lambda: plots.similarity_figure(found, config.side))
+
+
+def _amplification(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+    from lorakit.analysis.deltas import read
+
+    config = _parse(AmplificationConfig, "amplification", argv, "adapter")
+    stored = read(config.adapter, alpha=config.alpha)
+    weights = analysis.open_weights(config.base, stored, allow_other_base=config.allow_other_base)
+    found = analysis.adapter_amplification(
+        stored,
+        weights,
+        only=config.only,
+        seed=config.seed,
+        share=config.base_directions,
+        progress=_progress,
+    )
+    facts = found.to_json()
+    rows = {
+        name: {
+            "rank": layer.rank,
+            "|W|": layer.base_norm,
+            "|dW|": layer.change_norm,
+            "W on dW": layer.projected,
+            "W on its own": layer.projected_own,
+            "W on random": layer.expected_random,
+            "factor": layer.factor,
+        }
+        for name, layer in found.layers.items()
+    }
+    lines = [
+        "Frobenius norms. factor = |dW| / (W on dW): how far the change exceeds what W had there."
+    ]
+    draw = plots.base_similarity_figure if found.phi else plots.amplification_figure
+    _show(config, facts, rows, lines, lambda: draw(found))
+
+
+def _intruders(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+    from lorakit.analysis.deltas import read
+
+    config = _parse(IntrudersConfig, "intruders", argv, "adapter")
+    stored = read(config.adapter, alpha=config.alpha)
+    weights = analysis.open_weights(config.base, stored, allow_other_base=config.allow_other_base)
+    found = analysis.adapter_intruders(
+        stored,
+        weights,
+        only=config.only,
+        top=config.top,
+        threshold=config.threshold,
+        progress=_progress,
+    )
+    rows = {
+        name: {
+            "intruders": layer.count,
+            "first at": next((j for j, x in enumerate(layer.is_intruder.tolist(), 1) if x), None),
+            "smallest cosine": float(layer.cosine.min()),
+            "singular values": f"{layer.singular_values[0]:.3g} to {layer.singular_values[-1]:.3g}",
+        }
+        for name, layer in found.layers.items()
+    }
+    examined = sum(len(layer.cosine) for layer in found.layers.values())
+    lines = [f"{found.count} of {examined} leading singular vectors match none of the base's."]
+    _show(config, found.to_json(), rows, lines, lambda: plots.intruders_figure(found))
+
+
+def _diff(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+
+    config = _parse(PairConfig, "diff", argv, "first", "second")
+    found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
+    both = {**found.layers, **{f"{name} (whole)": d for name, d in found.trained.items()}}
+    rows = {
+        name: {
+            "first": one.first,
+            "second": one.second,
+            "distance": one.distance,
+            "relative": one.relative,
+            "angle": one.angle,
+        }
+        for name, one in both.items()
+    }
+    lines = []
+    if found.layers:
+        overall = found.overall
+        angle = "-" if overall.angle is None else f"{overall.angle:.3g}"
+        lines.append(
+            f"All together: norms {overall.first:.3g} and {overall.second:.3g}, distance {overall.distance:.3g} "
+            f"({overall.relative:.3g} of the first), angle {angle} degrees."
+        )
+        lines.append(f"Moved most: {', '.join(found.most_moved()[:3])}.")
+    _show(config, found.to_json(), rows, lines, lambda: plots.diff_figure(found))
+
+
+def _drift(argv: Sequence[str]) -> None:
+    from lorakit import analysis
+    from lorakit.analysis import plots
+
+    config = _parse(DriftConfig, "drift", argv, "adapter", "text")
+    found = analysis.adapter_drift(
+        config.adapter,
+        config.text,
+        base=config.base,
+        allow_other_base=config.allow_other_base,
+        limit=config.limit,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        progress=lambda done: _progress(f"{done} texts"),
+    )
+    most = sorted(found.texts, key=lambda text: -text.most["kl"])[:5]
+    rows = {
+        f"...{text.most['context'][-60:]!r}": {
+            "KL": text.most["kl"],
+            "base": repr(text.most["base"]),
+            "adapted": repr(text.most["adapted"]),
+        }
+        for text in most
+    }
+    lines = [
+        f"{found.positions:,} predictions on {len(found.texts):,} texts: KL(base || adapted) {found.kl:.4g} nats on "
+        f"average, the likeliest token changed in {found.changed:.2%}.",
+        f"Loss of the texts: {found.loss_base:.4f} with the base, {found.loss_adapted:.4f} with the adapter.",
+        "Where it changed most:",
+    ]
+    _show(
+        config,
+        found.to_json(),
+        rows,
+        lines,
+        lambda: plots.drift_figure(found),
+        what="after",
+        each=True,
+        lines_first=True,
+    )
+
+
+_RUN: dict[str, Callable[[Sequence[str]], None]] = {
+    "spectrum": _spectrum,
+    "similarity": _similarity,
+    "amplification": _amplification,
+    "intruders": _intruders,
+    "diff": _diff,
+    "drift": _drift,
+}
+
+
+def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str) -> Any:
+    from lorakit.cli.parsing import parse
+
+    usage = " ".join(field.upper() for field in positional)
+    text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
+    return parse(config_class, f"analyze {name}", text, argv, *positional)
+
+
+def _show(
+    config: Any,
+    facts: dict[str, Any],
+    rows: dict[str, dict[str, Any]],
+    lines: list[str],
+    draw: Callable[[], Any],
+    *,
+    what: str = "matrix",
+    each: bool | None = None,
+    lines_first: bool = False,
+) -> None:
+    """Print what was found as a table or as JSON, and draw the figure that was asked for."""
+    from lorakit.analysis import plots
+    from lorakit.cli.layer_table import console, layer_table
+
+    if config.plot is not None:
+        plots.save(draw(), config.plot)
+    if config.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    out: Console = console()
+    table = layer_table(rows, each=config.layers if each is None else each, what=what)
+    if not lines_first:
+        out.print(table)
+    for line in lines:
+        out.print(line, markup=False)
+    if lines_first:
+        out.print(table)
+    for notice in facts["notices"]:
+        out.print(f"note: {notice}", markup=False)
+    if config.plot is not None:
+        out.print(f"Figure in {config.plot}.", markup=False)
+
+
+def _progress(what: str) -> None:
+    """Say on a terminal what is being worked on."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def _ranks(count: int) -> list[int]:
+    """1, 2, 4, ... up to `count`."""
+    return [rank for rank in (2**i for i in range(20)) if rank < count] + [count]

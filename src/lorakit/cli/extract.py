@@ -1,0 +1,63 @@
+"""`lorakit extract`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorakit.cli.algebra import ResultConfig, finish
+from lorakit.evaluation.config import BaseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ResultConfig):
+    """What `lorakit extract` makes an adapter of."""
+
+    tuned: str
+    """The fine-tuned model: a folder, a hub id, or a folder of lorakit's full fine-tuning."""
+    base: BaseConfig
+    """The base model it was fine-tuned from."""
+    targets: list[str] | str = "all-linear"
+    """Layers whose difference becomes factors: roles (attention.qv, all-linear), names or regular expressions."""
+    train_modules: list[str] = field(default_factory=list)
+    """Modules to store whole, as they are in the fine-tuned model (name suffixes), such as a new head."""
+    rank: int | None = None
+    """Rank of the factors. Give rank or energy."""
+    energy: float | None = None
+    """Take for every layer the rank that keeps this share of its squared difference, for example 0.95."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Extract, score, save."""
+    from lorakit.analysis import extract_adapter
+    from lorakit.analysis.saving import check_output
+    from lorakit.cli.parsing import parse
+
+    config = parse(
+        ExtractConfig,
+        "extract",
+        "Make an adapter of the difference between a fine-tuned model and its base, with the error of each layer "
+        "and what else differs. Usage: lorakit extract TUNED OUTPUT --base.name BASE --rank 16.",
+        argv,
+        "tuned",
+        "output",
+    )
+    check_output(config.output, overwrite=config.overwrite)
+    targets = [config.targets] if isinstance(config.targets, str) else config.targets
+    made = extract_adapter(
+        config.base,
+        config.tuned,
+        targets=tuple(targets),
+        train_modules=tuple(config.train_modules),
+        rank=config.rank,
+        energy=config.energy,
+    )
+    settings = {
+        "command": "extract",
+        "base": config.base.name,
+        "targets": targets,
+        "train_modules": config.train_modules,
+        "rank": config.rank,
+        "energy": config.energy,
+    }
+    finish(made, config, [config.tuned], settings, base=config.base)

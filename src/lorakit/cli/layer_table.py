@@ -1,0 +1,60 @@
+"""Tables of numbers by layer, with one line for each layer or for each kind of layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorakit.analysis.deltas import family
+
+Cell = float | int | str | None
+
+
+def console() -> Console:
+    """Where a command prints; a pipe has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def layer_table(
+    rows: Mapping[str, Mapping[str, Cell]], *, each: bool, what: str = "matrix"
+) -> Table:
+    """A table of `rows`: the name of a layer, and its numbers by heading.
+
+    Args:
+        rows: By name; all have the same headings.
+        each: A line for each layer; otherwise those that differ by their number alone share one, with the
+            least and the greatest value.
+        what: Heading of the names.
+    """
+    groups: dict[str, list[Mapping[str, Cell]]] = {}
+    for name, cells in rows.items():
+        key = name if each else family(name)
+        groups.setdefault(key, []).append(cells)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(what, overflow="fold")
+    if not each:
+        table.add_column("count", justify="right")
+    headings = list(next(iter(rows.values()), {}))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, group in groups.items():
+        spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
+        table.add_row(escape(name), *([] if each else [str(len(group))]), *spreads)
+    return table
+
+
+def _spread(cells: Sequence[Cell]) -> str:
+    numbers = sorted(cell for cell in cells if isinstance(cell, (int, float)))
+    if not numbers:
+        return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))
+    least, greatest = number(numbers[0]), number(numbers[-1])
+    return least if least == greatest else f"{least} to {greatest}"
+
+
+def number(value: float) -> str:
+    """A number as a table shows it."""
+    return str(value) if isinstance(value, int) else f"{value:.3g}"

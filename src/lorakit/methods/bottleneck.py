@@ -1,0 +1,175 @@
+"""Bottleneck adapters: small MLPs put between the parts of a frozen model (Houlsby et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.configuration import conform
+from lorakit.errors import ConfigurationError
+from lorakit.methods.module import AdapterModule
+from lorakit.methods.trained import as_names, modules_named, parameters_below
+from lorakit.models.blocks import Site, block_outputs, residual_branches, stacks
+
+Kind = Literal["houlsby", "lin", "pfeiffer"]
+Activation = Literal["relu", "gelu", "silu"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+INIT_STD = 0.02
+"""Standard deviation of both matrices at the start: RoBERTa's initializer_range, as in the paper's code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckAdapter:
+    """``f(x) = W_up act(W_down x + b_down) + b_up`` added where a block's parts meet.
+
+    With u the output of an attention or MLP, and h that of a block:
+
+    - ``houlsby`` (AdapterH, Houlsby et al. 2019): two in each block, ``u + f(u)`` after the attention and
+      after the MLP, before the residual sum (of an encoder-decoder's decoder, three);
+    - ``lin`` (AdapterL, Lin et al. 2020): one in each block, ``h + f(LayerNorm(h))`` with a LayerNorm of
+      its own;
+    - ``pfeiffer`` (AdapterP, Pfeiffer et al. 2021): one in each block. Where a block ends with a residual
+      sum s, ``s + f(s)``; where it ends with a LayerNorm of it (BERT), ``LayerNorm(s + f(LayerNorm(s)))``.
+
+    AdapterD (AdapterDrop, Rücklé et al. 2020) is any of them without the blocks in ``drop_layers``. One
+    adapter has ``2 d r + r + d`` parameters for the width d and the bottleneck r, in ``lin`` 2 d more.
+
+    Raises:
+        ConfigurationError: A value cannot work.
+    """
+
+    kind: Kind = "houlsby"
+    """Where adapters stand: houlsby (two in each block), lin or pfeiffer (one)."""
+    size: int = 64
+    """Width of the bottleneck, r."""
+    activation: Activation | None = None
+    """Nonlinearity; by default silu (swish) for houlsby and relu for the others, as in the paper's code."""
+    drop_layers: tuple[int, ...] = ()
+    """Blocks that get no adapter, counted from 0 in each stack of blocks (AdapterDrop)."""
+    train_modules: tuple[str, ...] | str = ()
+    """Modules trained in full beside the adapters (name suffixes): a new classification head, or LayerNorms."""
+
+    def __post_init__(self) -> None:
+        conform(self)
+        object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
+        if self.size < 1:
+            raise ConfigurationError(f"size is {self.size}; it must be 1 or more.")
+        if min(self.drop_layers, default=0) < 0:
+            raise ConfigurationError(
+                f"drop_layers is {self.drop_layers}; blocks are counted from 0, so that each must be 0 or more."
+            )
+
+    def modules(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32
+    ) -> dict[str, AdapterModule]:
+        """One bottleneck for each place that the kind means, by path (see `Method`).
+
+        Raises:
+            TargetError: The blocks of the model's architecture are not known.
+            ConfigurationError: `size` exceeds the width, or `drop_layers` names a block that is not there.
+        """
+        find = residual_branches if self.kind == "houlsby" else block_outputs
+        dropped = self._dropped(model)
+        return {
+            site.path: self._bottleneck(model, site, dtype)
+            for site in find(model)
+            if site.block not in dropped
+        }
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters in ``train_modules`` (see `Method`)."""
+        return parameters_below(model, modules_named(model, self.train_modules))
+
+    def _dropped(self, model: nn.Module) -> set[str]:
+        dropped = set()
+        for stack in stacks(model).values():
+            if max(self.drop_layers, default=-1) >= len(stack):
+                raise ConfigurationError(
+                    f"drop_layers names block {max(self.drop_layers)}, and the model has the blocks 0 to "
+                    f"{len(stack) - 1}."
+                )
+            dropped.update(stack[i] for i in self.drop_layers)
+        return dropped
+
+    def _bottleneck(self, model: nn.Module, site: Site, dtype: torch.dtype) -> Bottleneck:
+        if self.size > site.width:
+            raise ConfigurationError(
+                f"size {self.size} exceeds the width {site.width} of '{site.path}': that is no bottleneck. Use at "
+                f"most {site.width}."
+            )
+        layer = model.get_submodule(site.path)
+        device = next(model.get_submodule(site.block).parameters()).device
+        return Bottleneck(
+            site.width,
+            self.size,
+            activation=self.activation or ("silu" if self.kind == "houlsby" else "relu"),
+            own_norm=self.kind == "lin",
+            renormalise=self.kind == "pfeiffer" and isinstance(layer, nn.LayerNorm),
+            options={"device": device, "dtype": dtype},
+        )
+
+
+class Bottleneck(AdapterModule):
+    """One adapter on the output of a layer: ``x + f(x)``.
+
+    Args:
+        width: Width d of the output, shape (..., d).
+        size: Width r of the bottleneck.
+        activation: The nonlinearity's name.
+        own_norm: Give f the output normalised by a LayerNorm of its own.
+        renormalise: The layer is a LayerNorm: add f of its output to its input and normalise anew.
+        options: Device and dtype of the tensors.
+    """
+
+    scales = merges = False
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        *,
+        activation: Activation,
+        own_norm: bool,
+        renormalise: bool,
+        options: dict,
+    ) -> None:
+        super().__init__()
+        self.activation, self.renormalise = activation, renormalise
+        self.down_weight = nn.Parameter(torch.empty(size, width, **options))
+        self.down_bias = nn.Parameter(torch.zeros(size, **options))
+        self.up_weight = nn.Parameter(torch.empty(width, size, **options))
+        self.up_bias = nn.Parameter(torch.zeros(width, **options))
+        self.norm_weight = nn.Parameter(torch.ones(width, **options)) if own_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(width, **options)) if own_norm else None
+        for matrix in (self.down_weight, self.up_weight):
+            nn.init.normal_(matrix, std=INIT_STD)
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        f = self._f(output)
+        base = x if self.renormalise else output
+        # In place, where autocast has not given f a narrower dtype: another tensor of full size less.
+        total = f.add_(base) if f.dtype == base.dtype else base + f
+        return layer.forward(total) if self.renormalise else total
+
+    def _f(self, x: Tensor) -> Tensor:
+        # The small tensors are cast to the activations' dtype, never the other way round.
+        if self.norm_weight is not None and self.norm_bias is not None:
+            weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
+            x = F.layer_norm(x, weight.shape, weight, bias)
+        h = F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype))
+        h = _ACTIVATIONS[self.activation](h)
+        return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype))
+
+    def extra_repr(self) -> str:
+        size, width = self.down_weight.shape
+        return f"{width} -> {size} -> {width}, {self.activation}"

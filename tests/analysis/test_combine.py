@@ -1,0 +1,277 @@
+"""Sums are exactly the sums of the changes; alone at weight 1, every adapter stays what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from at_rest import delta, same_bits
+from random_adapters import randomise
+from sample_adapters import dense_parts, layers, linear, randn, stored, trained_llama
+
+import lorakit
+from lorakit.adapters.loading import put_on
+from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.analysis import combine_adapters, dare, ties
+from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
+from lorakit.models.layers import RowSlice
+
+OPTIONS = {
+    "plain": {},
+    "rslora": {"scaling": "rslora"},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "biases": {"bias": "all"},
+    "patterns": {"rank_pattern": {"c_proj": 3}, "alpha_pattern": {"c_fc": 5.0}},
+    "head": {"train_modules": "ln_f"},
+    "embedding": {"targets": ("embedding", "attention.qv")},
+    "tied head": {"targets": ("embedding", "attention.qv"), "tie_head": True},
+    "slices": {"targets": ("attention.q", "attention.v", "mlp")},
+    "dropout": {"dropout": 0.5},
+}
+
+
+def adapted_gpt2(**settings) -> lorakit.Adapters:
+    """GPT-2 has fused projections, transposed weights, biases, and a head tied to its embedding."""
+    model = tiny_models.build("gpt2")
+    method = lorakit.LoRA(**{"rank": 2, "alpha": 3.0, "targets": "all-linear"} | settings)
+    handle = lorakit.attach(model, method, name="a")
+    randomise(handle)
+    return handle
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("how", ["sum", "ties", "dare"])
+def test_one_adapter_with_weight_1_is_itself(option, how, tmp_path):
+    handle = adapted_gpt2(**OPTIONS[option])
+    original = handle.stored()
+    made = combine_adapters([original], [1.0], how=how)
+    assert made.error == 0
+    assert made.adapter.method == original.method
+    for path, layer in original.layers.items():
+        for field, tensor in layer.tensors.items():
+            same_bits(made.adapter.layers[path].tensors[field], tensor, f"{path}.{field}")
+        assert made.adapter.layers[path].scaling == layer.scaling
+    for name, tensor in original.trained.items():
+        same_bits(made.adapter.trained[name], tensor, name)
+
+    model = tiny_models.build("gpt2")
+    put_on(model, made.adapter, name="same", trainable=False)
+    batch = tiny_models.example_batch("gpt2", model)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, handle.model(**batch).logits)
+
+
+@pytest.mark.parametrize("name", [n for n in layers() if n != "dora"])
+def test_the_sum_of_two_is_the_sum_of_their_changes(name):
+    first = stored(name)
+    second = stored(**{name: _other(layers()[name])})
+    made = combine_adapters([first, second], [0.7, -1.3])
+    expected = 0.7 * delta(first.layers[name]) - 1.3 * delta(second.layers[name])
+    # One rounding of each number of B to float32.
+    found = delta(made.adapter.layers[name])
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-7 * float(expected.norm()))
+    assert made.error == 0
+    ranks = [
+        2 * layer.rank if layer.initial_A is not None else layer.rank
+        for layer in (first.layers[name], second.layers[name])
+    ]
+    assert made.adapter.layers[name].rank == sum(ranks)
+
+
+def _other(layer: StoredLayer) -> StoredLayer:
+    """A layer like this one, with other numbers, another scaling and, where it can, another rank."""
+    noisy = {
+        name: tensor + randn(*tensor.shape, seed=77)
+        for name, tensor in layer.tensors.items()
+        if name in ("A", "B")
+    }
+    if layer.kind == "linear" and not layer.slices and layer.initial_A is None:
+        noisy = {"A": noisy["A"][:3], "B": noisy["B"][:, :3]}
+    return dataclasses.replace(layer, **noisy, scaling=0.3 * layer.scaling, alpha=0.3 * layer.alpha)
+
+
+def test_equal_scalings_leave_every_bit_of_the_factors():
+    one, other = stored("linear"), stored(linear=linear(50))
+    found = combine_adapters([one, other]).adapter.layers["linear"]
+    same_bits(found.A, torch.cat([one.layers["linear"].A, other.layers["linear"].A]))
+    same_bits(found.B, torch.cat([one.layers["linear"].B, other.layers["linear"].B], dim=1))
+    assert found.scaling == 2.0
+
+
+def test_a_layer_of_one_adapter_alone_is_only_scaled():
+    made = combine_adapters([stored("linear", "pissa"), stored("fused")], [0.5, 2.0])
+    assert list(made.adapter.layers) == ["linear", "pissa", "fused"]
+    assert made.adapter.method.targets == ("linear", "pissa", "fused")
+    for name, factor in (("linear", 0.5), ("pissa", 0.5), ("fused", 2.0)):
+        layer, found = layers()[name], made.adapter.layers[name]
+        same_bits(found.A, layer.A)
+        assert found.scaling == factor * layer.scaling
+
+
+def test_different_slices_of_one_layer():
+    fused = layers()["fused"]
+    middle = RowSlice(groups=1, stride=60, offset=20, width=20)
+    other = linear(70, slices=(middle,))
+    whole = linear(71, B=randn(60, 4, seed=71))
+    for second in (other, whole):
+        made = combine_adapters([stored("fused"), stored(fused=second)], [2.0, 1.0])
+        expected = 2 * delta(fused)
+        expected = expected + (delta(second))
+        found = made.adapter.layers["fused"]
+        assert found.slices == ()
+        torch.testing.assert_close(delta(found), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_loralib_s_convolution_with_peft_s():
+    loralib = layers()["loralib-conv"]
+    peft = StoredLayer(
+        kind="conv",
+        A=randn(2, 5, 3, 3, seed=1),
+        B=randn(4, 2, 1, 1, seed=2),
+        scaling=0.5,
+        alpha=1.0,
+    )
+    made = combine_adapters([stored("loralib-conv"), stored(**{"loralib-conv": peft})])
+    expected = delta(loralib) + delta(peft)
+    torch.testing.assert_close(
+        delta(made.adapter.layers["loralib-conv"]), expected, atol=1e-4, rtol=1e-5
+    )
+
+
+def test_a_sum_acts_as_the_weighted_adapters_do_together(tmp_path):
+    handle = adapted_gpt2()
+    lorakit.attach(handle.model, lorakit.LoRA(rank=3, targets=("attention.qv", "mlp")), name="b")
+    randomise(handle, "b", seed=1)
+    adapters = [handle.stored("a"), handle.stored("b")]
+    made = combine_adapters(adapters, [0.6, -0.4])
+    handle.activate({"a": 0.6, "b": -0.4})
+    batch = tiny_models.example_batch("gpt2", handle.model)
+    model = tiny_models.build("gpt2")
+    put_on(model, made.adapter, name="sum", trainable=False)
+    with torch.no_grad():
+        expected = handle.model(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_adapters_compressed_after_the_sum():
+    first, second = trained_llama().stored(), trained_llama(1).stored()
+    made = combine_adapters([first, second], rank=3)
+    for path, layer in made.adapter.layers.items():
+        change = delta(first.layers[path]) + delta(second.layers[path])
+        U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+        torch.testing.assert_close(delta(layer), U[:, :3] * S[:3] @ Vh[:3], rtol=0, atol=1e-5)
+        assert made.layers[path].residual == pytest.approx(float(S[3:].norm()), rel=1e-4)
+
+
+def test_ties_by_its_definition():
+    changes = [torch.tensor([[3.0, -1.0, 0.5, 2.0]]), torch.tensor([[-1.0, -2.0, 0.1, -4.0]])]
+    # Trimmed to half: (3, 0, 0, 2) and (0, -2, 0, -4). Signs elected: +, -, none, -.
+    expected = torch.tensor([[3.0, -2.0, 0.0, -4.0]])
+    torch.testing.assert_close(ties(changes, [1.0, 1.0], 0.5), expected)
+    # Untrimmed: sums 2, -3, 0.6, -2; the mean is over those that agree.
+    torch.testing.assert_close(
+        ties(changes, [1.0, 1.0], 1.0), torch.tensor([[3.0, -1.5, 0.3, -4.0]])
+    )
+
+
+def test_ties_and_dare_beside_peft():
+    merge_utils = pytest.importorskip("peft.utils.merge_utils")
+    changes = [randn(12, 9, seed=i) for i in range(3)]
+    expected = merge_utils.ties(changes, torch.ones(3), 0.4)
+    torch.testing.assert_close(ties(changes, [1.0] * 3, 0.4), expected)
+    kept = dare(changes[0], 0.5, torch.Generator().manual_seed(0))
+    chosen = kept != 0
+    torch.testing.assert_close(kept[chosen], 2 * changes[0][chosen])
+    assert 0.3 < chosen.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("how", ["ties", "dare"])
+@pytest.mark.parametrize("name", ["linear", "fused", "grouped", "embedding"])
+def test_entrywise_results_are_approximated_at_the_sum_of_the_ranks(how, name):
+    first, second = stored(name), stored(**{name: _other(layers()[name])})
+    made = combine_adapters([first, second], how=how, density=0.6, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    pieces = [dense_parts(adapter.layers[name]) for adapter in (first, second)]
+    residual, norm = 0.0, 0.0
+    for number, changes in enumerate(zip(*pieces, strict=True)):
+        if name == "grouped":  # a group's own channels
+            changes = [c[:, 9 * number : 9 * (number + 1)] for c in changes]
+        changes = [change.float() for change in changes]
+        if how == "ties":
+            mixed = ties(changes, [1.0, 1.0], 0.6)
+        else:
+            mixed = sum(dare(change, 0.6, generator) for change in changes)
+        rank = sum(a.layers[name].rank // a.layers[name].groups for a in (first, second))
+        U, S, Vh = torch.linalg.svd(mixed.double(), full_matrices=False)
+        found = dense_parts(made.adapter.layers[name])[number]
+        if name == "grouped":
+            found = found[:, 9 * number : 9 * (number + 1)]
+        torch.testing.assert_close(found, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=0, atol=1e-4)
+        residual += float(S[rank:].square().sum())
+        norm += float(S.square().sum())
+    assert made.error == pytest.approx((residual / norm) ** 0.5, rel=1e-3, abs=1e-4)
+
+
+def _adapter(**settings) -> StoredAdapter:
+    return adapted_gpt2(**settings).stored()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("dora", "DoRA magnitudes"), ("biases", "trained in full"), ("head", "trained in full")],
+)
+def test_what_is_not_linear_in_a_weight(option, message):
+    adapter = _adapter(**OPTIONS[option])
+    with pytest.raises(ConfigurationError, match=message):
+        combine_adapters([adapter], [0.5])
+    with pytest.raises(ConfigurationError, match="only stand alone, with weight 1"):
+        combine_adapters([_adapter(), adapter])
+
+
+def test_adapters_that_do_not_belong_together():
+    with pytest.raises(ConfigurationError, match="tie_head"):
+        combine_adapters([_adapter(**OPTIONS["tied head"]), _adapter(**OPTIONS["embedding"])])
+    other = tiny_models.build("gpt2", seed=5)
+    foreign = lorakit.attach(other, lorakit.LoRA(rank=2, targets="all-linear"), name="b").stored()
+    with pytest.raises(WrongBaseError, match="different bases"):
+        combine_adapters([_adapter(), foreign])
+    (notice,) = combine_adapters([_adapter(), foreign], allow_other_base=True).notices
+    assert "allow_other_base" in notice
+    with pytest.raises(AdapterFileError, match="not the same kind of layer"):
+        combine_adapters([stored("linear"), stored(linear=linear(A=randn(4, 9, seed=0)))])
+    with pytest.raises(AdapterFileError, match="not the same kind of layer"):
+        combine_adapters([stored("linear"), stored(linear=layers()["embedding"])])
+
+
+def test_an_unknown_base_is_said():
+    known = _adapter()
+    unknown = dataclasses.replace(known, base=None)
+    made = combine_adapters([unknown, known])
+    assert "was not checked" in made.notices[0]
+    assert made.adapter.base == known.base
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": [1.0]}, "2 adapters and 1 weights"),
+        ({"weights": [1.0, 0.0]}, "other than 0"),
+        ({"weights": [1.0, float("nan")]}, "finite"),
+        ({"weights": [1.0, True]}, "finite"),
+        ({"how": "tees"}, "Did you mean 'ties'"),
+        ({"density": 0.5}, "keeps every entry"),
+        ({"how": "ties", "density": 0.0}, "above 0"),
+        ({"rank": 2, "energy": 0.5}, "both"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        combine_adapters([stored("linear"), stored("linear")], **settings)
+
+
+def test_nothing_to_combine():
+    with pytest.raises(ConfigurationError, match="at least one"):
+        combine_adapters([])

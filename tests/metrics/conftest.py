@@ -1,0 +1,56 @@
+"""What the tests of metrics share: the golden E2E files, a Java that works, and one that does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Outputs, references and the scores that the official scorer printed for them."""
+
+    outputs: list[str]
+    references: list[list[str]]
+    scores: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Golden:
+    folder = shared / "metrics" / "e2e_golden"
+    groups = (folder / "references.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    return Golden(
+        outputs=(folder / "outputs.txt").read_text(encoding="utf-8").splitlines(),
+        references=[group.splitlines() for group in groups],
+        scores=json.loads((folder / "scores.json").read_text()),
+    )
+
+
+@pytest.fixture(scope="session")
+def java() -> str:
+    """The path of Java, for tests that run the official programs."""
+    path = shutil.which("java")
+    if path is None:
+        pytest.skip("Java is not installed: apt-get install default-jre-headless")
+    return path
+
+
+@pytest.fixture
+def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a program in the place of Java; it is a line of shell."""
+    if os.name != "posix":
+        pytest.skip("the stand-in for Java is a shell script")
+
+    def install(script: str) -> None:
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    return install

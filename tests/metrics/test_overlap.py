@@ -1,0 +1,64 @@
+"""BLEU and ROUGE of texts, by their packages."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from lorakit.errors import ConfigurationError, DataError
+from lorakit.metrics import bleu, rouge
+
+
+def test_rouge_by_hand() -> None:
+    # "a b c d" and "a b d e": 3 words of 4, 1 pair of 3, "a b d" of 4.
+    assert rouge(["a b c d"], [["a b d e"]]) == {
+        "ROUGE_1": pytest.approx(3 / 4),
+        "ROUGE_2": pytest.approx(1 / 3),
+        "ROUGE_L": pytest.approx(3 / 4),
+    }
+
+
+def test_rouge_takes_the_best_reference_of_each_score_and_the_mean_over_outputs() -> None:
+    scores = rouge(["a b c", "x"], [["c b a", "a b q"], ["y"]])
+    assert scores["ROUGE_1"] == pytest.approx((1 + 0) / 2)  # the first reference
+    assert scores["ROUGE_2"] == pytest.approx((1 / 2 + 0) / 2)  # the second
+    assert scores["ROUGE_L"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_rouge_compares_stems_unless_told_not_to() -> None:
+    assert rouge(["dogs running"], [["dog runs"]])["ROUGE_1"] == pytest.approx(1)
+    assert rouge(["dogs running"], [["dog runs"]], stem=False)["ROUGE_1"] == 0
+
+
+def test_texts_without_words_score_zero() -> None:
+    assert rouge(["", "?"], [["a"], [""]]) == {"ROUGE_1": 0, "ROUGE_2": 0, "ROUGE_L": 0}
+    assert bleu([""], [["a"]]) == 0
+
+
+def test_bleu_smoothing() -> None:
+    outputs, references = ["a b c x e f"], [["a b c d e f"]]
+    assert bleu(outputs, references, smoothing="none") == 0  # no four words in a row match
+    assert bleu(outputs, references) > 0
+
+
+def test_bleu_of_tokenized_texts_is_silent(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        bleu(["a b c d ."] * 200, [["a b c d ."]] * 200)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("metric", [bleu, rouge])
+def test_no_reference_is_an_error(metric) -> None:
+    with pytest.raises(DataError, match="Output 1 has no reference"):
+        metric(["a"], [[]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "module"), [(bleu, "sacrebleu.metrics.bleu"), (rouge, "rouge_score.rouge_scorer")]
+)
+def test_a_missing_package_names_the_extra(monkeypatch, metric, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[train\]'"):
+        metric(["a"], [["a"]])
