@@ -194,17 +194,32 @@ def prepare(config: TrainConfig) -> Job:
     task = task_of(config.data)
     _check_task(config, task)
     base = open_base(config.base, task, seed=config.seed)
-    model, tokenizer = base.model, base.tokenizer
-    assert tokenizer is not None  # open_base refuses a base without
+    assert base.tokenizer is not None  # open_base refuses a base without
     data = dataclasses.replace(config.data, task=task.name)
     sets = {
-        split: load_examples(data, split, tokenizer, labels=task.labels)
+        split: load_examples(data, split, base.tokenizer, labels=task.labels)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
-    train, validation = sets["train"], sets.get("validation")
-    for examples in sets.values():
-        check_context(base, examples.examples)
+    return assemble(config, task, base, sets["train"], sets.get("validation"))
+
+
+def assemble(
+    config: TrainConfig,
+    task: DataTask,
+    base: Base,
+    train: ExampleSet,
+    validation: ExampleSet | None = None,
+) -> Job:
+    """Put the adapter on a loaded `base` and settle how batches and the loss are computed.
+
+    Raises:
+        LorakitError: A setting does not fit the data or the model.
+    """
+    model = base.model
+    for examples in (train, validation):
+        if examples is not None:
+            check_context(base, examples.examples)
     adapters = _attach(model, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
