@@ -28,6 +28,17 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         DataConfig(train="a.jsonl", **settings)
 
 
+def test_part_of_no_training_data_cannot_be_held_out():
+    with pytest.raises(ConfigurationError, match=r"no data\.train is named"):
+        DataConfig(validation_fraction=0.1)
+
+
+def test_several_files_have_no_split_of_their_own():
+    files = DataConfig(train=["a.jsonl", "b.jsonl"])
+    assert files.source("train") == ["a.jsonl", "b.jsonl"]
+    assert files.source("validation") is None
+
+
 def test_docstrings_bring_their_own_splits_and_files_do_not():
     built_in = DataConfig(train="docstrings")
     assert built_in.source("validation") == built_in.source("test") == "docstrings"

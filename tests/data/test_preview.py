@@ -6,6 +6,7 @@ import pytest
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, preview
+from lorakit.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 
@@ -39,6 +40,18 @@ def test_examples_show_tokens_and_targets(config):
         ("<|im_end|>", True),
     ]
     assert first.origin == f"{config.train}:1"
+
+
+def test_without_training_data_the_first_split_is_shown(config):
+    shown = preview(DataConfig(validation=config.validation), TOKENIZER, n=1)
+    assert shown.task == "completion"
+    assert list(shown.splits) == ["validation"]
+    assert shown.examples[0].origin == f"{config.validation}:1"
+
+
+def test_no_data_at_all_is_an_error():
+    with pytest.raises(DataError, match=r"set data\.train"):
+        preview(DataConfig(), TOKENIZER)
 
 
 def test_tokens_that_are_part_of_a_character_show_their_name(tmp_path):

@@ -110,6 +110,16 @@ def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, 
     assert {record["label"] for record in outputs} == {1}
 
 
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "base"])
+@pytest.mark.parametrize("kind", ["trained", "classifier"])
+def test_no_training_data_is_needed(kind: str, adapter: bool, request) -> None:
+    """Its task and labels are the adapter's, or those of the data that is scored."""
+    folder = request.getfixturevalue(kind)
+    config = settings(folder, adapter=str(folder / "run" / "adapter") if adapter else None)
+    alone = dataclasses.replace(config, data=DataConfig(test=config.data.test))
+    assert evaluate(alone).scores == evaluate(config).scores
+
+
 def test_a_label_that_was_not_trained_is_an_error(classifier, tmp_path) -> None:
     test = tiny_runs.write_rows(tmp_path / "test.jsonl", [{"text": "river", "label": "damp"}])
     config = settings(classifier, adapter=str(classifier / "run" / "adapter"))

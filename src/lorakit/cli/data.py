@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.config import DataConfig
+from lorakit.errors import require_at_least
 from lorakit.evaluation.config import BaseConfig
 
 if TYPE_CHECKING:
@@ -28,9 +29,12 @@ class DataCommandConfig:
     data: DataConfig
     """The data."""
     examples: int = 3
-    """Training examples shown token by token."""
+    """Examples shown token by token."""
     json: bool = False
     """Print JSON for programs."""
+
+    def __post_init__(self) -> None:
+        require_at_least("examples", self.examples, 0)
 
 
 def run(argv: Sequence[str]) -> None:

@@ -25,10 +25,11 @@ FIELDS = (
 class DataConfig:
     """Data to train and evaluate on."""
 
-    train: str | list[str]
+    train: str | list[str] | None = None
     """One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
     (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
-    `docstrings`, which is built in and brings its own validation and test data."""
+    `docstrings`, which is built in and brings its own validation and test data. Training needs it;
+    evaluation takes task and labels from it, and from the data that is scored where it is not given."""
     validation: str | list[str] | None = None
     """Data for the held-out loss while training; written like `train`."""
     test: str | list[str] | None = None
@@ -78,6 +79,10 @@ class DataConfig:
             raise ConfigurationError(
                 f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."
             )
+        if self.validation_fraction and self.train is None:
+            raise ConfigurationError(
+                "data.validation_fraction takes part of data.train, and no data.train is named. Name it."
+            )
         if self.validation_fraction and self.validation is not None:
             raise ConfigurationError(
                 "Set data.validation or data.validation_fraction, not both: one names held-out data, the other takes "
@@ -96,7 +101,7 @@ class DataConfig:
         if split == "train" or (split == "validation" and self.validation_fraction):
             return self.train
         named = self.validation if split == "validation" else self.test
-        if named is None and self.train in BUILT_IN:
+        if named is None and isinstance(self.train, str) and self.train in BUILT_IN:
             return self.train
         return named
 

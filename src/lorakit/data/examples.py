@@ -116,21 +116,21 @@ def load_examples(
 ) -> ExampleSet:
     """Return the examples of a split.
 
-    Task and class labels are those of the training set, whichever split is asked for; `labels` gives them
-    where the training set is not at hand (evaluating an adapter), together with an explicit `task`.
+    Task and class labels are those of the training set, whichever split is asked for, and of the split itself
+    where no training set is named; `labels` gives them where they are known (evaluating an adapter), together with
+    an explicit `task`.
 
     Raises:
         DataError: the data is missing or empty, its columns fit no task, a label is unknown, or a row is
             bad or too long and the configuration says stop. Names files and lines.
     """
-    where = config.source(split)
-    if where is None:
-        raise DataError(f"the configuration names no {split} data; set data.{split}")
-    source = read_source(where, config.hub_split(split), config.limit)
+    source, where = _read(config, split), config.source(split)
     columns = ColumnMap(config, source.columns, source.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
-    elif (where, config.hub_split(split)) == (config.train, config.train_split):
+    elif config.train is None or (
+        where == config.train and (config.hub_split(split) == config.train_split)
+    ):
         resolved = _task_of(config, source, columns)
     else:
         resolved = task_of(config)
@@ -158,14 +158,24 @@ def load_examples(
     )
 
 
-def task_of(config: DataConfig) -> DataTask:
-    """Return task and labels of the training data, without a tokenizer: they decide on the model's head.
+def task_of(config: DataConfig, split: Split = "train") -> DataTask:
+    """Return task and labels of the data, without a tokenizer: they decide on the model's head.
+
+    They are those of the training set; of `split` where no training set is named.
 
     Raises:
-        DataError: the data cannot be read, or its columns fit no task.
+        DataError: the data is missing, cannot be read, or its columns fit no task.
     """
-    source = read_source(config.train, config.train_split, config.limit)
+    split = split if config.train is None else "train"
+    source = _read(config, split)
     return _task_of(config, source, ColumnMap(config, source.columns, source.name))
+
+
+def _read(config: DataConfig, split: Split) -> Source:
+    where = config.source(split)
+    if where is None:
+        raise DataError(f"the configuration names no {split} data; set data.{split}")
+    return read_source(where, config.hub_split(split), config.limit)
 
 
 def _task_of(config: DataConfig, source: Source, columns: ColumnMap) -> DataTask:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.config import DataConfig, Split
 from lorakit.data.examples import ExampleSet, Report, load_examples
+from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Preview:
     labels: tuple[str, ...]
     splits: dict[str, SplitPreview]
     examples: list[PreviewExample]
-    """The first examples of the training set."""
+    """The first examples of the training set, or of the first split there is."""
     overlaps: list[Overlap]
     notes: list[str] = field(default_factory=list)
     """What is worth a second look."""
@@ -106,7 +107,7 @@ class Preview:
 
 
 def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Preview:
-    """Return the first `n` training examples token by token, and statistics of every split named.
+    """Return the first `n` examples token by token, and statistics of every split named.
 
     Rows that would stop a training run do not stop the preview: the reports and a note tell of them.
 
@@ -121,14 +122,16 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
         for split in SPLITS
         if config.source(split) is not None
     }
-    train = sets["train"]
+    if not sets:
+        raise DataError("the configuration names no data; set data.train")
+    first, examples = next(iter(sets.items()))
     return Preview(
-        task=train.task,
-        labels=train.labels,
-        splits={str(split): _split_preview(examples) for split, examples in sets.items()},
-        examples=[_preview_example(example, tokenizer) for example in train.examples[:n]],
-        overlaps=[_overlap(first, second, sets) for first, second in combinations(sets, 2)],
-        notes=list(_notes(config, tokenizer, sets)),
+        task=examples.task,
+        labels=examples.labels,
+        splits={str(split): _split_preview(found) for split, found in sets.items()},
+        examples=[_preview_example(example, tokenizer) for example in examples.examples[:n]],
+        overlaps=[_overlap(one, other, sets) for one, other in combinations(sets, 2)],
+        notes=list(_notes(config, tokenizer, sets, first)),
     )
 
 
@@ -208,7 +211,10 @@ def _overlap(first: Split, second: Split, sets: dict[Split, ExampleSet]) -> Over
 
 
 def _notes(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: dict[Split, ExampleSet]
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: dict[Split, ExampleSet],
+    first: Split,
 ) -> Iterator[str]:
     for split, examples in sets.items():
         report = examples.report
@@ -225,12 +231,12 @@ def _notes(
                 f"{name} holds a backslash and an n, not a line feed; in YAML write the template in double "
                 "quotes, in a shell in $'...'"
             )
-    language = [example for example in sets["train"] if isinstance(example, LanguageExample)]
+    language = [example for example in sets[first] if isinstance(example, LanguageExample)]
     if spaced := sum(example.prompt.endswith(" ") for example in language):
         yield (
-            f"{spaced:,} prompts of train end in a space, which most tokenizers join to the next word: "
+            f"{spaced:,} prompts of {first} end in a space, which most tokenizers join to the next word: "
             "let the completion begin with it instead"
         )
     for special in tokenizer.all_special_tokens:
         if count := sum(special in example.completion for example in language):
-            yield f"{count:,} completions of train hold {special}, which the tokenizer reads as a special token"
+            yield f"{count:,} completions of {first} hold {special}, which the tokenizer reads as a special token"

@@ -64,8 +64,11 @@ def evaluate(
         progress: Called with the number of prompts for which text has been generated.
 
     Raises:
-        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other.
+        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other; the output is in
+            the way.
     """
+    if config.output is not None:
+        storage.require_free_file(config.output, overwrite=config.overwrite)
     task = _task(config)
     base = open_adapted(
         config.base, config.adapter, task=task, allow_other_base=config.allow_other_base
@@ -204,7 +207,7 @@ def _task(config: EvaluateConfig) -> DataTask:
     """Return the task an adapter was trained for, since its head means the labels of then; else the data's."""
     task = recorded_task(config.adapter) if config.adapter else None
     if task is None:
-        return task_of(config.data)
+        return task_of(config.data, config.split)
     if config.data.task not in ("auto", task.name):
         raise ConfigurationError(
             f"data.task is {config.data.task}, but the adapter {config.adapter} was trained for {task.name}. "

@@ -180,6 +180,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         conform(self)
+        if self.data.train is None:
+            raise ConfigurationError(
+                "data.train is not set; name the data to train on, for example --data.train yours.jsonl."
+            )
         if not self.output:
             raise ConfigurationError(
                 "output is empty; name a folder for the run, for example out/first."
