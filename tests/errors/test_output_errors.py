@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from user_mistakes import (
-    Shell,
-)
+import pytest
+from user_mistakes import ROWS, FullAfter, Shell, refused, run_config
 
+import lorakit
 from lorakit import storage
 from lorakit.cli import main
+from lorakit.errors import RunFolderError
+from lorakit.training import checkpoint
 
 # --- in use by another run ------------------------------------------------------------------------
 
@@ -51,3 +56,108 @@ def test_output_folder_in_use_by_this_process(shell: Shell, base: str, data: str
             f"train --base.name {base} --data.train {data} --output run",
             f"in use by another run (pid {os.getpid()})",
         )
+
+
+# --- output folders that hold something else ------------------------------------------------------
+
+OVERWRITES = {
+    "convert": "convert adapter precious",
+    "merge": "merge adapter precious --base.name {base}",
+    "train": "train --base.name {base} --data.train {data} --max_steps 1 --output precious",
+}
+FOREIGN = {
+    "a thesis": ["thesis.tex"],
+    "a project with a config.yaml": ["config.yaml", "checkpoints/last.ckpt", "train.py"],
+    "names of a run's": ["adapter/thesis.tex", "best/thesis.tex"],
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("command", OVERWRITES.values(), ids=OVERWRITES)
+def test_overwrite_deletes_nothing_of_others(
+    command: str, files: list[str], shell: Shell, adapter: Path, base: str, data: str
+) -> None:
+    for name in files:
+        path = Path("precious", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("years: of work\n")
+    line = command.format(base=base, data=data)
+    shell.refuses(line, "precious")
+    shell.refuses(f"{line} --overwrite true", "precious")
+
+
+@pytest.mark.parametrize("output", ["adapter", "model", "."])
+def test_merge_does_not_replace_what_it_reads(
+    output: str, shell: Shell, adapter: Path, base: str
+) -> None:
+    shutil.copytree(base, "model")
+    shell.refuses(f"merge adapter {output} --base.name model --overwrite true", output)
+
+
+def test_resume_on_a_base_that_has_changed(
+    shell: Shell, bases: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights would be those of no base."""
+    shutil.copytree(bases / "base", "model")
+    full = FullAfter(checkpoint.save_file, 4)  # in the second checkpoint
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with refused(RunFolderError, "disk full"):
+            lorakit.train(run_config("model", data, Path("run")))
+    shutil.rmtree("model")
+    shutil.copytree(bases / "retrained", "model")
+    shell.refuses("train --config run/config.yaml --resume true", "run", "base", "changed")
+
+
+# --- an output in the way -------------------------------------------------------------------------
+
+IN_THE_WAY = {
+    "merge": ("merge nowhere taken", "folder"),
+    "convert": ("convert nowhere taken", "folder"),
+    "convert to loralib": ("convert nowhere taken --to loralib", "file"),
+    "generate": ("generate --base.name nowhere --prompt hi --output taken", "file"),
+    "evaluate": ("evaluate --base.name nowhere --data.test nowhere.jsonl --output taken", "file"),
+}
+
+
+@pytest.mark.parametrize(("command", "kind"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_an_output_in_the_way_is_seen_before_anything_is_read(
+    command: str, kind: str, shell: Shell, adapter: Path
+) -> None:
+    """Minutes of work would be lost otherwise; here nothing that the work needs is even there."""
+    taken = Path("taken")
+    if kind == "folder":
+        shutil.copytree(adapter, taken)
+    else:
+        taken.write_text("years of work\n")
+    shell.refuses(command, "taken", "already exists", "overwrite")
+    taken.rename("other")
+    taken.write_text("") if kind == "folder" else taken.mkdir()
+    wrong = "is a file" if kind == "folder" else "is a folder"
+    for overwrite in ("", " --overwrite true"):
+        shell.refuses(command + overwrite, "taken", wrong)
+
+
+@pytest.mark.parametrize(("command", "kind"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_an_output_that_cannot_be_written_is_seen_before_anything_is_read(
+    command: str, kind: str, shell: Shell
+) -> None:
+    Path("file").touch()
+    for where in ("file/below", "a\0b", "a" * 300):
+        shell.refuses(
+            command.replace("taken", where), "null" if "\0" in where else "annot write"
+        )
+
+
+def test_overwrite_replaces_texts(shell: Shell, base: str) -> None:
+    Path("out.jsonl").write_text("old\n")
+    line = f"generate --base.name {base} --prompt river --decoding.max_new_tokens 2"
+    assert main(f"{line} --output out.jsonl --overwrite true".split()) == 0
+    assert json.loads(Path("out.jsonl").read_text())["prompt"] == "river"
+
+
+def test_overwrite_replaces_scores(shell: Shell, base: str, data: str) -> None:
+    Path("out.jsonl").write_text("old\n")
+    line = f"evaluate --base.name {base} --data.test {data} --decoding.max_new_tokens 2"
+    assert main(f"{line} --output out.jsonl --overwrite true".split()) == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == len(ROWS)

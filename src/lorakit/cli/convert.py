@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from lorakit.errors import RunFolderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +33,23 @@ def run(argv: Sequence[str]) -> None:
         ConvertConfig,
         "convert",
         "Turn a loralib file into a PEFT folder, or an adapter folder into a loralib file; the tensors are "
-        "taken over bit for bit. Usage: lorakit convert ADAPTER OUTPUT.",
+        "taken over bit for bit, and a tokenizer beside them comes along. Usage: lorakit convert ADAPTER OUTPUT.",
         argv,
         "adapter",
         "output",
     )
+    if config.to == "loralib":
+        storage.require_free_file(config.output, overwrite=config.overwrite)
+    else:
+        storage.require_free_folder(config.output, overwrite=config.overwrite)
+        formats.check_replaceable(config.output)
     stored = formats.read(config.adapter, alpha=config.alpha)
     if config.to == "loralib":
-        if Path(config.output).exists() and not config.overwrite:
-            raise RunFolderError(f"'{config.output}' exists. Set --overwrite true to replace it.")
         formats.write_loralib(stored, config.output)
         notices = ["loralib files record neither alpha nor rank: keep them beside the file."]
     else:
-        if config.overwrite:
-            formats.check_replaceable(config.output)
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
+            formats.copy_tokenizer(config.adapter, temporary)
             notices = formats.write(stored, temporary)
     print(f"{len(stored.layers)} layers written to {config.output} ({config.to}).")
     for notice in [*stored.notices, *notices]:

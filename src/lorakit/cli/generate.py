@@ -40,6 +40,8 @@ class GenerateConfig:
     """Put each prompt into the tokenizer's chat template as a user's turn."""
     output: str | None = None
     """Write prompts and outputs to this .jsonl file instead of printing them."""
+    overwrite: bool = False
+    """Replace an existing output."""
     decoding: Decoding = field(default_factory=Decoding)
     """Greedy, sampling or beam search."""
 
@@ -60,6 +62,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
     )
+    if config.output:
+        storage.require_free_file(config.output, overwrite=config.overwrite)
     prompts = _prompts(config)
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
     tokenizer = base.tokenizer

@@ -9,6 +9,9 @@ from pathlib import Path
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.config import BaseConfig
 
+SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+"""Suffixes of the files of a model and its tokenizer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
@@ -45,7 +48,10 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
+    output = storage.require_free_folder(config.output, overwrite=config.overwrite)
+    _require_replaceable(output)
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
+    _require_apart(output, config.adapter, base.source.path_or_id)
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_adapted refuses a base without
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
@@ -57,17 +63,6 @@ def run(argv: Sequence[str]) -> None:
         handle.merge(keep_base=False)
         after = model(**probe).logits.float()
     logging.disable_progress_bar()
-    output = Path(config.output)
-    inputs = [config.adapter, *([config.base.name] if config.base else [])]
-    if output.exists() and any(output.resolve() == Path(name).resolve() for name in inputs):
-        raise RunFolderError(
-            f"'{output}' is what is merged; it would be replaced. Choose another folder."
-        )
-    if output.is_dir() and any(output.iterdir()) and not (output / "model.safetensors").exists():
-        raise RunFolderError(
-            f"'{output}' holds files that are not a merged model's, and overwriting would delete them. Choose another "
-            "folder."
-        )
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -77,3 +72,27 @@ def run(argv: Sequence[str]) -> None:
         f"Largest difference of its logits from the unmerged model's: {difference:.2g} of {scale:.3g}."
     )
     print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')
+
+
+def _require_replaceable(output: Path) -> None:
+    """Refuse to overwrite what is no merged model: a folder with anything that `save_pretrained` does not write."""
+    others = (
+        sorted(p.name for p in output.iterdir() if p.suffix not in SAVED) if output.is_dir() else []
+    )
+    if others or (
+        output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists()
+    ):
+        raise RunFolderError(
+            f"'{output}' is no merged model's folder, and overwriting would delete what it holds"
+            f"{': ' if others else ''}{', '.join(others[:3])}. Choose another folder."
+        )
+
+
+def _require_apart(output: Path, *inputs: str) -> None:
+    """Refuse to overwrite what is merged, or a folder around it."""
+    for name in inputs:
+        path = Path(name).resolve()
+        if path.exists() and (path == output or output in path.parents):
+            raise RunFolderError(
+                f"'{output}' holds what is merged ({name}); it would be replaced. Choose another folder."
+            )

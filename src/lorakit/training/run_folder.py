@@ -235,11 +235,11 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     """
     path = Path(config.output)
     target = storage.require_free_folder(path, overwrite=True)
+    _require_own(path)  # before the lock, which is a file in it
     config = _resolved(config)
     new = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
-            _require_own(path)
             if (path / CONFIG).exists() and not config.overwrite:
                 _require_resumable(path, config)
             try:
@@ -275,6 +275,8 @@ def _startable(config: TrainConfig) -> dict[str, Any]:
 
 def _require_own(path: Path) -> None:
     """Refuse a folder of other things: a typing error in `output` must neither mix with them nor delete them."""
+    if not path.exists():
+        return
     if (path / CONFIG).exists():
         if _settings(path).keys() >= {"base", "data", "method", "output"}:
             return

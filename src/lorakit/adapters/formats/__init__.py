@@ -12,8 +12,11 @@ loralib         one file of tensors                             yes     `loralib
 from __future__ import annotations
 
 import os
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
+from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
@@ -36,6 +39,7 @@ __all__ = [
     "check_replaceable",
     "check_targets",
     "compare",
+    "copy_tokenizer",
     "expected_layers",
     "read",
     "read_loralib",
@@ -44,6 +48,12 @@ __all__ = [
     "write_loralib",
     "write_peft",
 ]
+
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("additional_chat_templates", "vocab.*", "merges.txt", "*.model"),
+)
+"""Names under which transformers' tokenizers save themselves."""
 
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
@@ -100,6 +110,20 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     (folder / lorakit_json.CARD_NAME).write_bytes(text.encode())
     lorakit_json.write(stored, folder, form)
     return notices
+
+
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """Copy the tokenizer and chat template beside an adapter into the folder of another; call before `write`."""
+    if not Path(source).is_dir():
+        return  # a loralib file
+    for path in sorted(Path(source).iterdir()):
+        if not any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
+            continue
+        with storage.reading(path, AdapterFileError):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copy(path, folder / path.name)
 
 
 def check_replaceable(folder: str | Path) -> None:
