@@ -60,7 +60,9 @@ class State:
     started: bool = False
     """Whether the evaluation before the first step is done."""
     tokens: int = 0
-    """Tokens computed, without padding."""
+    """Tokens of the examples so far, each example's counted in full."""
+    computed_tokens: int = 0
+    """Tokens pushed through the model for them: fewer where prefixes are shared, more with padding."""
     seconds: float = 0.0
     """Time spent in steps, over all sessions."""
     train_loss: float | None = None
@@ -84,7 +86,9 @@ class State:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
-        self.tokens += sum(token_count(batch) for batch in batches)
+        for batch in batches:
+            self.tokens += token_count(batch)
+            self.computed_tokens += batch["input_ids"].numel()
         self.seconds += seconds
 
 

@@ -59,6 +59,7 @@ class Loggers:
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "tokens": state.tokens,
+                "computed_tokens": state.computed_tokens,
                 "seconds": round(state.seconds, 3),
             },
         )

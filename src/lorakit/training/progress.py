@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import TracebackType
 
@@ -22,8 +23,7 @@ class Reporter:
     def __init__(self, job: Job, state: State) -> None:
         self._lines = job.describe()
         self._total, self._device = job.plan.total, job.device
-        self._start, self._start_tokens = state.step, state.tokens
-        self._start_seconds = state.seconds
+        self._start = dataclasses.replace(state)
         self._console = Console(stderr=True)
         self._shown = time.monotonic()
         self._live: Progress | None = None
@@ -32,8 +32,8 @@ class Reporter:
     def __enter__(self) -> Reporter:
         for line in self._lines:
             self.say(line)
-        if self._start:
-            self.say(f"resumed after step {self._start} of {self._total}")
+        if self._start.step:
+            self.say(f"resumed after step {self._start.step} of {self._total}")
         if self._console.is_terminal:
             self._live = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -42,7 +42,7 @@ class Reporter:
                 console=self._console,
             )
             self._live.start()
-            self._task = self._live.add_task("", total=self._total, completed=self._start)
+            self._task = self._live.add_task("", total=self._total, completed=self._start.step)
         return self
 
     def __exit__(
@@ -66,12 +66,14 @@ class Reporter:
             return
         self._shown = now
         # Time in steps alone: evaluations would make both figures jump.
-        seconds = max(state.seconds - self._start_seconds, 1e-9)
-        speed = (state.tokens - self._start_tokens) / seconds
-        left = (self._total - state.step) * seconds / max(state.step - self._start, 1)
+        seconds = max(state.seconds - self._start.seconds, 1e-9)
+        tokens = state.tokens - self._start.tokens
+        computed = (state.computed_tokens - self._start.computed_tokens) / max(tokens, 1)
+        left = (self._total - state.step) * seconds / max(state.step - self._start.step, 1)
         text = (
-            f"loss {state.train_loss:.4f}  rate {rate:.2e}  {speed:,.0f} tokens/s  "
-            f"{duration(left)} left  {gigabytes(peak_memory(self._device))}"
+            f"loss {state.train_loss:.4f}  rate {rate:.2e}  {tokens / seconds:,.0f} tokens/s "
+            f"({computed:.0%} computed)  {duration(left)} left  "
+            f"{gigabytes(peak_memory(self._device))}"
         )
         if self._live:
             self._live.update(self._task, completed=state.step, description=text)

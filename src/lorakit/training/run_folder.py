@@ -65,7 +65,9 @@ class RunResult:
     best_scores: dict[str, float] = field(default_factory=dict)
     """Validation scores at that step."""
     tokens: int
-    """Tokens computed in training steps, without padding."""
+    """Tokens of the examples of all training steps, each example's counted in full."""
+    computed_tokens: int = 0
+    """Tokens pushed through the model for them: fewer where prefixes are shared, more with padding."""
     seconds: float
     """Time spent in training steps, over all sessions."""
     peak_memory: int
@@ -203,6 +205,7 @@ class RunFolder:
             best_step=state.best_step,
             best_scores=state.best_scores,
             tokens=state.tokens,
+            computed_tokens=state.computed_tokens,
             seconds=round(state.seconds, 3),
             peak_memory=peak_memory(device),
         )
