@@ -31,7 +31,7 @@ from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method
-from lorakit.models.quantised import keep_differentiable
+from lorakit.models.quantised import require_exact_layers
 
 Choice = str | Mapping[str, float] | None
 """One adapter, several by weight, or none."""
@@ -296,7 +296,7 @@ class Adapters:
         provenance: dict[str, Any] | None = None,
     ) -> InstalledAdapter:
         """Install an adapter's modules on the model and freeze the base."""
-        keep_differentiable(self.model)
+        require_exact_layers(self.model)
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
         self._installed[name] = adapter

@@ -17,7 +17,7 @@ from lorakit.models.gguf import conversion_notices, converted_folder
 from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
-from lorakit.models.quantised import keep_differentiable
+from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise
 from lorakit.models.sources import Source, resolve
 
@@ -125,7 +125,7 @@ def load_base(
             f"The weights of {count} projections are kept in {quantisation} (by bitsandbytes), all others in "
             f"{str(weights_dtype).removeprefix('torch.')}."
         )
-    keep_differentiable(model)
+    require_exact_layers(model)
     if source.packaged or source.kind == "gguf":
         # Where this machine keeps or caches the weights says nothing to another one.
         model.config._name_or_path = source.name

@@ -81,9 +81,7 @@ class QuantisedWeight:
         state = getattr(self.packed, "quant_state", None)
         if state is None:
             return functional.int8_vectorwise_dequant(self.packed.data, self._row_scales)
-        state = copy.copy(state)
-        state.dtype = torch.float32  # else it would be rounded to the whole weight's dtype
-        return functional.dequantize_4bit(self.packed.data, state)
+        return expanded_4bit(self.packed.data, state, torch.float32)
 
     def whole(self) -> Tensor:
         """``W_q`` rounded to the dtype and in the layout of the weight it was made from."""
@@ -118,6 +116,17 @@ class QuantisedWeight:
             made_from.layer_class if made_from else getattr(self.layer, "source_cls", nn.Linear)
         )
         return issubclass(source, Conv1D)
+
+
+def expanded_4bit(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """``W_q``, (out, in), in `dtype`, of 4-bit numbers and bitsandbytes' `QuantState`."""
+    from bitsandbytes import functional
+
+    # As one row: bitsandbytes' CPU kernel (0.50) counts the blocks of 64 by rows, and where the width is no
+    # multiple of 64 it takes the scales of other blocks.
+    flat = copy.copy(state)
+    flat.shape, flat.dtype = torch.Size((1, state.shape.numel())), dtype
+    return functional.dequantize_4bit(packed, flat).view(state.shape)
 
 
 def quantised_weight(
@@ -235,21 +244,33 @@ def _marks(model: nn.Module) -> list[tuple[Any, str]]:
     return [(owner, name) for owner, name in named if owner is not None and name in vars(owner)]
 
 
-def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes' own 4-bit layers from repacking their weights, which leaves them without a gradient.
+def require_exact_layers(model: nn.Module) -> None:
+    """Keep bitsandbytes' own 4-bit layers computing with their weights, and differentiable.
+
+    In evaluation on some CPUs they repack their weight, which rounds its scales and leaves it without a
+    gradient; from now on they do not.
 
     Raises:
-        AdapterStateError: One is repacked already, which cannot be undone exactly.
+        AdapterStateError: One is repacked already, or computes with other numbers than it holds.
     """
-    bnb = _loaded_library()
+    bnb: Any = _loaded_library()
     for path, layer in model.named_modules() if bnb is not None else ():
-        if not isinstance(layer, bnb.nn.Linear4bit):  # pyright: ignore[reportOptionalMemberAccess]
+        if not isinstance(layer, bnb.nn.Linear4bit) or not layer.weight.bnb_quantized:
             continue
-        state = getattr(layer.weight, "quant_state", None)
+        state = layer.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             raise AdapterStateError(
                 f"bitsandbytes has repacked the weight of '{path}' in an evaluation on the CPU, and no gradient "
                 "passes through it any more. Load the base anew and attach the adapter before the model is run, "
                 "or load it by lorakit.models.loading.load_base(name, dtype='nf4'), which keeps it from that."
             )
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        layer.support_avx512bf16_for_cpu = False
+        own_product = type(layer).__module__.startswith("bitsandbytes.")
+        if own_product and layer.in_features % state.blocksize:
+            computed = bnb.functional.dequantize_4bit(layer.weight.data, state)
+            if not computed.equal(expanded_4bit(layer.weight.data, state, state.dtype)):
+                raise AdapterStateError(
+                    f"'{path}' has {layer.in_features} inputs, which is no multiple of {state.blocksize}, and this "
+                    "bitsandbytes computes it with the scales of other blocks. Load the whole weights by "
+                    "lorakit.models.loading.load_base(name, dtype='nf4'), whose layers do not."
+                )

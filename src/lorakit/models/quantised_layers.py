@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.digests import digests
+from lorakit.models.quantised import expanded_4bit
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,14 @@ class NF4Linear(bnb.nn.Linear4bit):
         """``x W_q^T + b``, computed in the dtype of the whole weight: (..., in) to (..., out)."""
         dtype, state = self.compute_dtype, self.weight.quant_state
         bias = None if self.bias is None else self.bias.to(dtype)
-        return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state, bias=bias).to(x.dtype)
+        # bitsandbytes' product has kernels of its own. But on a CPU it takes the scales of other blocks, where
+        # blocks go on in the next row; and it sums a bias' gradient over the first dimension alone.
+        exact = self.in_features % state.blocksize == 0
+        if exact and (bias is None or not bias.requires_grad):
+            product = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state, bias=bias)
+        else:
+            product = _Product.apply(x.to(dtype), self.weight, state, bias, expanded_4bit)
+        return product.to(x.dtype)
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
@@ -92,7 +100,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         """``x W_q^T + b``, computed in the dtype of `x`: (..., in) to (..., out)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _Int8Product.apply(x, self.weight, self.weight.SCB, bias)
+        return _Product.apply(x, self.weight, self.weight.SCB, bias, _expanded_8bit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
@@ -101,28 +109,28 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         return self
 
 
-class _Int8Product(torch.autograd.Function):
-    """``x W_q^T + b``. The backward pass makes ``W_q`` anew: neither it nor `x` is kept."""
+class _Product(torch.autograd.Function):
+    """``x W_q^T + b``. The backward pass expands ``W_q`` anew: neither it nor `x` is kept."""
 
     @staticmethod
-    def forward(ctx, x, packed, scales, bias):
-        ctx.save_for_backward(packed, scales)
-        return F.linear(x, _Int8Product.whole(packed, scales, x.dtype), bias)
+    def forward(ctx, x, packed, scales, bias, expand):
+        ctx.save_for_backward(packed)
+        ctx.scales, ctx.expand = scales, expand
+        return F.linear(x, expand(packed, scales, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed, scales = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _Int8Product.whole(packed, scales, grad.dtype)
+            grad_x = grad @ ctx.expand(*ctx.saved_tensors, ctx.scales, grad.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias
+        return grad_x, None, None, grad_bias, None
 
-    @staticmethod
-    def whole(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return packed.to(dtype).mul_(scales[:, None] / 127)
+
+def _expanded_8bit(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return packed.to(dtype).mul_(scales[:, None] / 127)
 
 
 def _matrix(layer: nn.Module) -> Tensor:
