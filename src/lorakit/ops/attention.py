@@ -146,16 +146,17 @@ class _Blocks:
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The blocks of a mask, by its number of key heads: all layers of a model are shown one mask."""
+"""The blocks of a mask, by its version and its key heads: all layers of a model are shown one mask."""
 
 
 def _blocks(mask: Tensor | None, name: Tensor | None, heads: int) -> _Blocks:
     if mask is None or name is None:
         return _Blocks()
-    found = _known.setdefault(name, {})
-    if heads not in found:
-        found[heads] = _cheapest_blocks(mask[:, 0], heads)
-    return found[heads]
+    found: dict[tuple[int, int], _Blocks] = _known.setdefault(name, {})  # type: ignore[assignment]
+    key = name._version, heads  # the version counts writes into the mask
+    if key not in found:
+        found[key] = _cheapest_blocks(mask[:, 0], heads)
+    return found[key]
 
 
 def _cheapest_blocks(mask: Tensor, heads: int) -> _Blocks:
@@ -234,7 +235,7 @@ class _MaskedAttention(torch.autograd.Function):
         grad_P = torch.bmm(G, V.transpose(1, 2))
         if factors is not None:
             grad_P.mul_(factors)
-        grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype).mul_(ctx.scale)
+        grad_S = torch.ops.aten._softmax_backward_data(grad_P, P, -1, P.dtype).mul_(ctx.scale)
         grad_Q = blocks.join(torch.bmm(grad_S, K), heads, query.shape).transpose(1, 2)
         grad_K = torch.bmm(grad_S.transpose(1, 2), Q)
         return (
