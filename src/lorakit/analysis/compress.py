@@ -98,12 +98,9 @@ def compress(
 
 def decompose(matrix: Tensor, rank: int | None) -> Decomposition:
     """A whole matrix (out, in), all of it or its `rank` leading parts."""
-    width = min(matrix.shape)
-    found = Decomposition(*leading_svd(matrix, width if rank is None else min(rank, width)))
-    whole = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-    complete = len(found.S) == width
-    missing = 0.0 if complete else math.sqrt(max(whole**2 - found.norm**2, 0.0))
-    return found._replace(missing=missing)
+    U, S, Vh = leading_svd(matrix, min(matrix.shape) if rank is None else rank)
+    missing = torch.linalg.vector_norm(matrix.to(U.dtype) - (U * S) @ Vh, dtype=torch.float64)
+    return Decomposition(U, S, Vh, float(missing))
 
 
 def fit(
@@ -118,7 +115,7 @@ def fit(
     Args:
         layer: Says the kind and the widths.
         changes: One for each of its parts (`parts_of`).
-        rank: The layer's rank; one of the two is given.
+        rank: The layer's rank, or its width where that is less; one of the two is given.
         energy: The share of each part's squared norm to keep at least.
 
     Returns:
@@ -128,9 +125,9 @@ def fit(
     if rank is None:
         assert energy is not None
         k = max(change.rank_for(energy) for change in changes)
-        k = -(-k // unit) * unit
     else:
-        k = part_rank(layer, rank)
+        k = min(part_rank(layer, rank), max(len(change.S) for change in changes))
+    k = -(-k // unit) * unit
     dtype = torch.promote_types(layer.A.dtype, torch.float32)
     fitted = with_parts(layer, [change.factors(k, dtype) for change in changes])
     return fitted, LayerResult(

@@ -106,10 +106,10 @@ def require_known(stored: StoredAdapter) -> None:
     Raises:
         AdapterFileError: It has no low-rank factors, or copies of base weights that may have been trained.
     """
-    if not stored.layers or not isinstance(stored.method, LoRA):
+    if not stored.layers or stored.modules or not isinstance(stored.method, LoRA):
         raise AdapterFileError(
-            f"This adapter ({type(stored.method).__name__}) has no low-rank factors to calculate with. "
-            "lorakit extract makes some from a fully fine-tuned model."
+            f"This adapter ({type(stored.method).__name__}) is not of low-rank factors, with which alone lorakit "
+            "calculates. lorakit extract makes some from a fully fine-tuned model."
         )
     if stored.base_copies:
         raise AdapterFileError(

@@ -99,7 +99,7 @@ class AdapterDiff:
     layers: dict[str, Difference]
     """Of the low-rank changes, by matrix; against zero where one adapter has none."""
     trained: dict[str, Difference]
-    """Of what is trained in full (biases, heads, DoRA's magnitudes): of the tensors themselves."""
+    """Of what is trained as it is (biases, heads, DoRA's magnitudes, other methods' modules): of the tensors."""
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -170,7 +170,7 @@ def _trained(stored: StoredAdapter) -> dict[str, Tensor]:
         for path, layer in stored.layers.items()
         if layer.magnitude is not None
     }
-    return {**stored.trained, **magnitudes}
+    return {**stored.trained, **stored.module_tensors, **magnitudes}
 
 
 def _of_tensors(name: str, one: Tensor, other: Tensor) -> Difference:

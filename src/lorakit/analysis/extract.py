@@ -86,8 +86,9 @@ def extract_adapter(
         trust_remote_code=base.trust_remote_code,
     )
     model = loaded.model
-    weights = _tuned_weights(model, base, tuned)
-    method = LoRA(rank=rank or 1, alpha=rank or 1, targets=targets, train_modules=train_modules)
+    weights, notices = _tuned_weights(model, base, tuned)
+    # The pattern: which layers, of which kinds and slices. Its rank is of no account.
+    method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
     handle = attach(model, method, name="extracted")
     pattern = handle.stored()
     layers, results, unchanged = {}, {}, []
@@ -107,9 +108,8 @@ def extract_adapter(
     for name in pattern.trained:
         pattern.trained[name] = _of(weights, name, tuned).to(pattern.trained[name].dtype).clone()
     adapter = derive(pattern, layers)
-    notices = (
-        [f"{len(unchanged)} targeted layers are the same in both models."] if unchanged else []
-    )
+    if unchanged:
+        notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
     covered = {weight_name(path, layer) for path, layer in pattern.layers.items()} | {
         *pattern.trained
     }
@@ -117,18 +117,26 @@ def extract_adapter(
     return Derived(adapter=adapter, layers=results, notices=notices)
 
 
-def _tuned_weights(model: nn.Module, base: BaseConfig, tuned: str | Path) -> Mapping[str, Tensor]:
-    """The weights of a fine-tuned model, or of the base with those of lorakit's full fine-tuning."""
+def _tuned_weights(
+    model: nn.Module, base: BaseConfig, tuned: str | Path
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The weights of a fine-tuned model, or of the base with those of lorakit's full fine-tuning; notices."""
     if not (Path(tuned) / lorakit_json.NAME).is_file():
-        return read_weights(dataclasses.replace(base, name=str(tuned), revision=None))
+        return read_weights(dataclasses.replace(base, name=str(tuned), revision=None)), []
     stored = formats.read(tuned)
-    if stored.layers:
+    if stored.layers or stored.modules:
         raise AdapterFileError(
-            f"'{tuned}' is an adapter with low-rank factors already. lorakit compress changes its rank."
+            f"'{tuned}' is an adapter already ({type(stored.method).__name__}). lorakit compress changes its rank."
         )
+    notices = []
     if stored.base is not None:
-        formats.compare(stored.base, formats.base_record(model, exclude=tuple(stored.trained)))
-    return ChainMap(stored.trained, dict(model.named_parameters()))
+        live = formats.base_record(model, exclude=tuple(stored.trained))
+        notices += formats.compare(stored.base, live)
+    if all(name in stored.trained for name, _ in base_parameters(model)):
+        notices.append(
+            "All weights were trained, so that nothing in it tells whether this is the base they started from."
+        )
+    return ChainMap(stored.trained, dict(model.named_parameters())), notices
 
 
 def _base(model: nn.Module, name: str) -> Tensor:

@@ -24,7 +24,7 @@ def leading_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         W: (out, in).
-        k: How many, at most min(out, in).
+        k: How many; all, where there are fewer.
 
     Raises:
         ConfigurationError: scipy is not installed.
@@ -32,6 +32,7 @@ def leading_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     W = W.detach().cpu()
     W = W if W.dtype == torch.float64 else W.float()
     width = min(W.shape)
+    k = min(k, width)
     if width <= _SMALL or k > width // 16:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[:, :k], S[:k], Vh[:k]

@@ -59,7 +59,7 @@ def spectrum_figure(found: AdapterSpectrum, energy: float = ENERGY) -> Figure:
     figure = _figure(9, max(3.2, min(8.0, 1.6 + 0.11 * len(shares))))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     image = left.imshow(
-        shares,
+        shares.numpy(),
         aspect="auto",
         cmap=COLOURS,
         vmin=0,
@@ -183,7 +183,7 @@ def intruders_figure(found: AdapterIntruders) -> Figure:
     figure = _figure(6, max(3.2, min(9.0, 1.8 + 0.13 * len(cosines))))
     axis = figure.subplots()
     image = axis.imshow(
-        cosines,
+        cosines.numpy(),
         aspect="auto",
         cmap=COLOURS,
         vmin=0,
@@ -284,7 +284,7 @@ def _heat_map(axis: Axes, phi: Tensor, largest: float) -> Any:
     rows, columns = phi.shape
     axis.tick_params(labelsize=7)
     return axis.imshow(
-        phi,
+        phi.numpy(),
         aspect="auto",
         cmap=COLOURS,
         vmin=0,

@@ -130,7 +130,7 @@ def _score(
     assert scoring.data is not None
     with tempfile.TemporaryDirectory() as folder:
         _write(stored, Path(folder), tokenizer_from, for_peft=False)
-        settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(scoring)}
+        settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}
         config = EvaluateConfig(
             **settings, base=base, adapter=folder, allow_other_base=allow_other_base
         )

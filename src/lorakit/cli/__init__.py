@@ -18,6 +18,10 @@ COMMANDS = {
     "generate": "Generate text for a prompt or a file of prompts",
     "merge": "Fold an adapter into its base and save the whole model",
     "inspect": "Show what an adapter holds, without loading its base",
+    "analyze": "Look into adapters: spectrum, similarity, amplification, intruders, diff, drift",
+    "compress": "Bring an adapter to a smaller rank, as exactly as that can be",
+    "combine": "Put several adapters together: their exact weighted sum, TIES or DARE",
+    "extract": "Make an adapter of the difference between a fine-tuned model and its base",
     "convert": "Turn a PEFT adapter into a loralib file, or the other way round",
 }
 

@@ -16,7 +16,7 @@ Cell = float | int | str | None
 
 def console() -> Console:
     """Where a command prints; a pipe has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def layer_table(
@@ -35,7 +35,9 @@ def layer_table(
         key = name if each else family(name)
         groups.setdefault(key, []).append(cells)
     table = Table(box=None, pad_edge=False)
-    table.add_column(what, overflow="fold")
+    # The names are what a row is read by: numbers fold before they do.
+    longest = max(map(len, groups), default=0)
+    table.add_column(what, overflow="fold", min_width=min(longest, 60))
     if not each:
         table.add_column("count", justify="right")
     headings = list(next(iter(rows.values()), {}))

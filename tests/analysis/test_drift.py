@@ -1,0 +1,123 @@
+"""Drift equals KL divergences and losses of two separate models, text by text."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_runs
+import torch
+from random_adapters import randomise
+from tiny_tokenizer import SENTENCES
+
+import lorakit
+from lorakit.analysis import adapter_drift, divergence
+from lorakit.errors import BaseModelError, ConfigurationError, DataError
+from lorakit.evaluation.config import BaseConfig
+
+
+def test_divergence_by_its_definition():
+    base, adapted = torch.randn(7, 11), torch.randn(7, 11)
+    kl, changed = divergence(base, adapted)
+    p, q = (torch.distributions.Categorical(logits=logits.double()) for logits in (base, adapted))
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(p, q))
+    assert torch.equal(changed, base.argmax(-1) != adapted.argmax(-1))
+    assert not divergence(base, base)[0].any()
+
+
+def test_classes_that_are_masked_in_both():
+    logits = torch.tensor([[1.0, -torch.inf, 0.0]])
+    kl, _ = divergence(logits, logits + torch.tensor([0.0, 0.0, 1.0]))
+    assert kl.isfinite().all()
+    with pytest.raises(ConfigurationError, match="one shape"):
+        divergence(torch.ones(2, 3), torch.ones(2, 4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny base and a random adapter for it, on disk."""
+    folder = tmp_path_factory.mktemp("drift")
+    name = tiny_runs.save_base(folder / "base")
+    model = lorakit.load_base(name, dtype="float32").model
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="all-linear"), name="a")
+    randomise(handle)
+    handle.save(folder / "adapter")
+    (folder / "text.txt").write_text("\n\n".join(SENTENCES) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_against_two_models_run_apart(folder):
+    base = BaseConfig(name=str(folder / "base"), dtype="float32")
+    found = adapter_drift(folder / "adapter", folder / "text.txt", base=base, batch_size=3)
+    loaded = lorakit.load_base(base.name, dtype="float32")
+    adapted = lorakit.load_base(base.name, dtype="float32").model
+    lorakit.load(adapted, folder / "adapter")
+    kls, changed, losses, count = [], 0, [0.0, 0.0], 0
+    for text, one in zip(SENTENCES, found.texts, strict=True):
+        ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = [m(input_ids=ids).logits[0, :-1].double() for m in (loaded.model, adapted)]
+        p, q = (torch.distributions.Categorical(logits=each) for each in logits)
+        kl = torch.distributions.kl_divergence(p, q)
+        torch.testing.assert_close(torch.tensor(one.kl).double(), kl, rtol=1e-3, atol=1e-6)
+        kls += kl.tolist()
+        changed += int((logits[0].argmax(-1) != logits[1].argmax(-1)).sum())
+        targets = ids[0, 1:]
+        for i, each in enumerate(logits):
+            losses[i] += float(torch.nn.functional.cross_entropy(each, targets, reduction="sum"))
+        count += len(targets)
+        most = int(kl.argmax())
+        assert one.most["kl"] == pytest.approx(float(kl[most]), rel=1e-3)
+        assert one.most["base"] == loaded.tokenizer.decode([int(logits[0][most].argmax())])
+    assert found.positions == count
+    assert found.kl == pytest.approx(sum(kls) / count, rel=1e-4)
+    assert found.changed == changed / count
+    assert found.loss_base == pytest.approx(losses[0] / count, rel=1e-5)
+    assert found.loss_adapted == pytest.approx(losses[1] / count, rel=1e-5)
+    assert found.kl > 0.01
+    assert found.to_json()["overall"]["texts"] == len(SENTENCES)
+
+
+def test_an_adapter_that_does_nothing_leaves_every_prediction(folder, tmp_path):
+    model = lorakit.load_base(str(folder / "base"), dtype="float32").model
+    lorakit.attach(model, lorakit.LoRA(rank=2, targets="mlp"), name="a").save(tmp_path / "fresh")
+    base = BaseConfig(name=str(folder / "base"), dtype="float32")
+    found = adapter_drift(tmp_path / "fresh", folder / "text.txt", base=base)
+    assert (found.kl, found.changed) == (0, 0)
+    assert found.loss_base == found.loss_adapted
+
+
+def test_long_texts_are_cut(folder):
+    base = BaseConfig(name=str(folder / "base"), dtype="float32")
+    found = adapter_drift(folder / "adapter", folder / "text.txt", base=base, max_length=8, limit=2)
+    assert max(len(text.kl) for text in found.texts) == 7
+    assert len(found.texts) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"\n  \n", "no text in it"),
+        ("latin.txt", b"caf\xe9\n", "not UTF-8"),
+        ("rows.jsonl", b'{"text": "a"}\n', "data file with columns"),
+        ("missing.txt", None, "cannot be read"),
+    ],
+)
+def test_files_that_are_no_text(folder, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        adapter_drift(folder / "adapter", tmp_path / name)
+
+
+@pytest.mark.parametrize("settings", [{"limit": 0}, {"batch_size": 0}, {"max_length": 1}])
+def test_settings_that_cannot_work(folder, settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        adapter_drift(folder / "adapter", folder / "text.txt", **settings)
+
+
+def test_a_model_that_writes_no_text(tmp_path):
+    base = tiny_runs.save_base(tmp_path / "base", "t5")
+    model = lorakit.load_base(base, task="seq2seq-lm", dtype="float32").model
+    lorakit.attach(model, lorakit.LoRA(rank=2), name="a").save(tmp_path / "a")
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(BaseModelError, match="models that write text"):
+        adapter_drift(tmp_path / "a", tmp_path / "text.txt", base=BaseConfig(name=base))

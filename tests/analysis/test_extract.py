@@ -1,0 +1,151 @@
+"""An adapter extracted from two models stands for their difference, with the error that it reports."""
+
+from __future__ import annotations
+
+import math
+
+import at_rest
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from sample_adapters import randn
+
+import lorakit
+from lorakit.adapters.loading import put_on
+from lorakit.analysis import extract, extract_adapter
+from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
+from lorakit.evaluation.config import BaseConfig
+
+
+@pytest.mark.parametrize("target", [{"rank": 3}, {"energy": 0.7}, {"rank": 40}])
+def test_the_best_factors_of_a_difference(target):
+    base, tuned = randn(30, 20, seed=0), randn(30, 20, seed=1)
+    change = (tuned - base).double()
+    A, B, error = extract(base, tuned, **target)
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    k = len(A)
+    if "energy" in target:
+        shares = S.square().cumsum(0) / S.square().sum()
+        assert k == int((shares < 0.7).sum()) + 1
+    else:
+        assert k == min(target["rank"], 20)
+    found = B.double() @ A.double()
+    torch.testing.assert_close(found, U[:, :k] * S[:k] @ Vh[:k], rtol=0, atol=1e-4)
+    assert error == pytest.approx(float(S[k:].norm() / S.norm()), abs=1e-6)
+
+
+def models(tmp_path, arch="gpt2", **settings):
+    """A base, and the same with an adapter of rank 3 merged into it, on disk and live."""
+    model = tiny_models.build(arch)
+    model.save_pretrained(tmp_path / "base")
+    method = lorakit.LoRA(**{"rank": 3, "alpha": 3, "targets": "all-linear"} | settings)
+    handle = lorakit.attach(model, method, name="a")
+    randomise(handle, scale=0.1)
+    handle.merge(keep_base=False)
+    model.save_pretrained(tmp_path / "tuned")
+    return BaseConfig(name=str(tmp_path / "base")), model
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gpt-neox", "roberta"])
+def test_a_difference_of_low_rank_is_found_again(arch, tmp_path):
+    base, tuned = models(tmp_path, arch)
+    made = extract_adapter(base, tmp_path / "tuned", rank=3)
+    assert made.error < 1e-4
+    assert made.notices == []
+    model = tiny_models.build(arch)
+    put_on(model, made.adapter, name="extracted", trainable=False)
+    batch = tiny_models.example_batch(arch, model)
+    with torch.no_grad():
+        expected = tuned(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_slices_of_fused_layers_and_other_kinds(tmp_path):
+    base, _ = models(tmp_path, targets=("attention.qv", "embedding"))
+    made = extract_adapter(base, tmp_path / "tuned", targets=("attention.qv", "embedding"), rank=3)
+    assert made.error < 1e-4
+    fused = made.adapter.layers["transformer.h.0.attn.c_attn"]
+    assert [str(piece) for piece in fused.slices] == ["rows 0:32", "rows 64:96"]
+    assert made.adapter.layers["transformer.wte"].kind == "embedding"
+
+
+def test_energy_and_the_error_of_each_layer(tmp_path):
+    base, tuned = models(tmp_path)
+    original = tiny_models.build("gpt2")
+    made = extract_adapter(base, tmp_path / "tuned", energy=0.6)
+    for path, layer in made.adapter.layers.items():
+        name = f"{path}.weight"
+        change = (tuned.get_parameter(name) - original.get_parameter(name)).detach().double().T
+        left = change - at_rest.delta(layer)
+        assert made.layers[path].residual == pytest.approx(float(left.norm()), rel=1e-3)
+        assert left.norm() ** 2 <= 0.4 * change.norm() ** 2 * (1 + 1e-5)
+        assert made.adapter.method.rank_of(path) == layer.rank
+
+
+def test_what_else_differs_is_said_or_taken_in(tmp_path):
+    base, tuned = models(tmp_path, targets=("attention.qv",))
+    with torch.no_grad():
+        tuned.transformer.ln_f.weight += 0.5
+        tuned.transformer.h[1].mlp.c_fc.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention", rank=3)
+    unchanged, left = made.notices
+    assert "2 targeted layers are the same" in unchanged
+    assert "2 other parameters differ" in left
+    assert "'transformer.h.1.mlp.c_fc.weight' most" in left
+    taken = math.hypot(*(layer.norm for layer in made.layers.values())) ** 2
+    missing = 0.25 * 32 + 0.01 * 32 * 128
+    assert f"{taken / (taken + missing):.1%}" in left
+
+    made = extract_adapter(
+        base, tmp_path / "tuned", targets=("attention", "mlp"), train_modules="ln_f", rank=3
+    )
+    assert "other parameters" not in "".join(made.notices)
+    expected = tuned.transformer.ln_f.weight.detach()
+    assert torch.equal(made.adapter.trained["transformer.ln_f.weight"], expected)
+
+
+def test_full_fine_tuning_of_lorakit_s(tmp_path):
+    model = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    handle = lorakit.attach(model, lorakit.FullFineTuning(), name="full")
+    randomise(handle, scale=0.01)
+    handle.save(tmp_path / "full")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    made = extract_adapter(base, tmp_path / "full", rank=32)
+    path = "model.layers.0.self_attn.q_proj"
+    original = tiny_models.build("llama").get_parameter(f"{path}.weight").detach()
+    change = handle.stored().trained[f"{path}.weight"] - original
+    layer = made.adapter.layers[path]
+    torch.testing.assert_close(layer.scaling * layer.B @ layer.A, change, rtol=0, atol=1e-6)
+    assert "nothing in it tells" in made.notices[0]
+
+
+def test_full_fine_tuning_of_another_base(tmp_path):
+    model = tiny_models.build("llama")
+    handle = lorakit.attach(model, lorakit.FullFineTuning(top_layers=1), name="part")
+    randomise(handle)
+    handle.save(tmp_path / "part")
+    tiny_models.build("llama", seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(WrongBaseError):
+        extract_adapter(BaseConfig(name=str(tmp_path / "other")), tmp_path / "part", rank=2)
+
+
+def test_models_that_do_not_go_together(tmp_path):
+    base, _ = models(tmp_path)
+    with pytest.raises(AdapterFileError, match="nothing to extract"):
+        extract_adapter(base, tmp_path / "base", rank=2)
+    tiny_models.build("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises(BaseModelError, match="one architecture"):
+        extract_adapter(base, tmp_path / "llama", rank=2)
+    tiny_models.build("gpt2", n_embd=64).save_pretrained(tmp_path / "large")
+    with pytest.raises(BaseModelError, match="different sizes"):
+        extract_adapter(base, tmp_path / "large", rank=2)
+    made = extract_adapter(base, tmp_path / "tuned", rank=2)
+    model = tiny_models.build("gpt2")
+    put_on(model, made.adapter, name="a", trainable=False).save(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="an adapter already"):
+        extract_adapter(base, tmp_path / "adapter", rank=2)
+    with pytest.raises(ConfigurationError, match="neither"):
+        extract_adapter(base, tmp_path / "tuned")

@@ -1,0 +1,201 @@
+"""`lorakit compress`, `combine` and `extract`: folders that load, with what they were made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from tiny_tokenizer import tiny_tokenizer
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny base, two adapters of it, a merged model, and data to score on."""
+    folder = tmp_path_factory.mktemp("algebra")
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model.config._name_or_path = str(folder / "base")
+    for name, seed in (("one", 1), ("two", 2)):
+        handle = lorakit.attach(model, lorakit.LoRA(rank=4, targets="all-linear"), name=name)
+        randomise(handle, name, scale=0.1, seed=seed)
+        handle.save(
+            folder / name,
+            name,
+            tokenizer=tokenizer,
+            provenance={"task": "completion", "labels": []},
+        )
+    handle.activate("one")
+    handle.merge(keep_base=False)
+    model.save_pretrained(folder / "tuned")
+    rows = [
+        {"prompt": "The river:", "completion": " cheap food"},
+        {"prompt": "A plane:", "completion": " list"},
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main([*map(str, argv)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def logits(folder: Path, *adapters: tuple[Path, float]) -> torch.Tensor:
+    loaded = lorakit.load_base(folder / "base", dtype="float32")
+    batch = loaded.tokenizer("The river pub serves food.", return_tensors="pt")
+    for i, (path, _) in enumerate(adapters):
+        handle = lorakit.load(loaded.model, path, name=f"a{i}")
+    handle.activate({f"a{i}": weight for i, (_, weight) in enumerate(adapters)})
+    with torch.no_grad():
+        return loaded.model(**batch).logits
+
+
+def test_compress(capsys, folder, tmp_path):
+    status, out, err = run(capsys, "compress", folder / "one", tmp_path / "small", "--rank", "2")
+    assert (status, err) == (0, "")
+    assert "model.layers.*.self_attn.q_proj" in out
+    stored = formats.read(tmp_path / "small")
+    assert {layer.rank for layer in stored.layers.values()} == {2}
+    assert stored.provenance["config"] == {"command": "compress", "rank": 2, "energy": None}
+    (origin,) = stored.provenance["made_from"]
+    assert origin["name"] == "one"
+    assert origin["sha256"] is not None
+    assert stored.provenance["task"] == "completion"
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+    assert '"command": "compress"' in (tmp_path / "small" / "README.md").read_text()
+    logits(folder, (tmp_path / "small", 1.0))  # it loads on its base
+
+
+def test_combine(capsys, folder, tmp_path):
+    argv = ["combine", folder / "one", folder / "two", "--output", tmp_path / "sum"]
+    status, _, err = run(capsys, *argv, "--weights", "[0.7, -0.2]")
+    assert (status, err) == (0, "")
+    expected = logits(folder, (folder / "one", 0.7), (folder / "two", -0.2))
+    torch.testing.assert_close(
+        logits(folder, (tmp_path / "sum", 1.0)), expected, rtol=1e-4, atol=1e-4
+    )
+    stored = formats.read(tmp_path / "sum")
+    assert [origin["name"] for origin in stored.provenance["made_from"]] == ["one", "two"]
+    assert stored.provenance["error"] == 0
+
+
+def test_combine_one_is_the_same_files(capsys, folder, tmp_path):
+    status, _, _ = run(capsys, "combine", folder / "one", "--output", tmp_path / "same")
+    assert status == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "same" / name).read_bytes() == (folder / "one" / name).read_bytes()
+
+
+def test_extract(capsys, folder, tmp_path):
+    argv = [
+        "extract",
+        folder / "tuned",
+        tmp_path / "found",
+        "--base.name",
+        folder / "base",
+        "--rank",
+        "4",
+    ]
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (0, "")
+    assert "note:" not in out
+    expected = logits(folder, (folder / "one", 1.0))
+    torch.testing.assert_close(
+        logits(folder, (tmp_path / "found", 1.0)), expected, rtol=1e-3, atol=1e-3
+    )
+    assert formats.read(tmp_path / "found").base is not None
+
+
+def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
+    argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5", "--json", "true"]
+    status, out, _ = run(
+        capsys,
+        *argv,
+        "--data.test",
+        folder / "test.jsonl",
+        "--base.name",
+        folder / "base",
+        "--base.dtype",
+        "float32",
+    )
+    assert status == 0
+    facts = json.loads(out)
+    before, after = facts["scores"][str(folder / "one")], facts["scores"]["result"]
+    assert before["loss"] != after["loss"]
+    assert formats.read(tmp_path / "small").provenance["scores"] == after
+    assert 0 < facts["error"] < 0.5**0.5
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "## Scores" in card
+
+    status, out, _ = run(
+        capsys,
+        "evaluate",
+        "--adapter",
+        tmp_path / "small",
+        "--data.test",
+        folder / "test.jsonl",
+        "--base.name",
+        folder / "base",
+        "--base.dtype",
+        "float32",
+        "--scores",
+        "[loss]",
+    )
+    assert status == 0
+    assert f"{after['loss']:.4f}" in out
+
+
+def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, dilation=2))
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="0"), name="a")
+    randomise(handle)
+    handle.save(tmp_path / "one")
+    assert not (tmp_path / "one" / "adapter_config.json").exists()
+    status, out, _ = run(capsys, "compress", tmp_path / "one", tmp_path / "small", "--rank", "1")
+    assert status == 0
+    assert not (tmp_path / "small" / "adapter_config.json").exists()
+    assert "Only lorakit can load this folder" in out
+    assert formats.read(tmp_path / "small").layers["0"].rank == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["compress", "{one}", "{out}"], "neither"),
+        (["compress", "{one}", "{one}", "--rank", "2"], "already exists"),
+        (["compress", "{base}", "{out}", "--rank", "2"], "holds no adapter"),
+        (
+            ["combine", "{one}", "{two}", "--output", "{out}", "--weights", "[1]"],
+            "2 adapters and 1 weights",
+        ),
+        (["combine", "{one}", "--output", "{out}", "--how", "mean"], "how"),
+        (["combine", "--output", "{out}"], "adapters"),
+        (["extract", "{tuned}", "{out}", "--rank", "2"], "base"),
+        (
+            ["extract", "{base}", "{out}", "--base.name", "{base}", "--rank", "2"],
+            "nothing to extract",
+        ),
+        (["compress", "{one}", "{base}", "--rank", "2", "--overwrite", "true"], "not an adapter's"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_message(capsys, folder, tmp_path, argv, message):
+    names = {name: folder / name for name in ("one", "two", "base", "tuned")} | {
+        "out": tmp_path / "out"
+    }
+    status, _, err = run(capsys, *(word.format(**names) for word in argv))
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()

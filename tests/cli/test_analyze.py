@@ -1,0 +1,147 @@
+"""`lorakit analyze`: tables, JSON and figures of every measure; errors as one clear message."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+from random_adapters import randomise
+from tiny_tokenizer import SENTENCES, tiny_tokenizer
+
+import lorakit
+from lorakit.cli import main
+from lorakit.cli.analyze import MEASURES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny base with two adapters of it, and a text."""
+    folder = tmp_path_factory.mktemp("analyze")
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model.config._name_or_path = str(folder / "base")
+    for name, rank in (("one", 2), ("two", 6)):
+        handle = lorakit.attach(model, lorakit.LoRA(rank=rank, targets="all-linear"), name=name)
+        randomise(handle, name, seed=rank)
+        handle.save(folder / name, name)
+    (folder / "text.txt").write_text("\n".join(SENTENCES))
+    return folder
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main(["analyze", *map(str, argv)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def calls(folder: Path) -> dict[str, list]:
+    return {
+        "spectrum": ["spectrum", folder / "one"],
+        "similarity": ["similarity", folder / "one", folder / "two"],
+        "amplification": ["amplification", folder / "one"],
+        "intruders": ["intruders", folder / "one", "--top", "3"],
+        "diff": ["diff", folder / "one", folder / "two"],
+        "drift": [
+            "drift",
+            folder / "one",
+            folder / "text.txt",
+            "--base.dtype",
+            "float32",
+            "--base.name",
+            folder / "base",
+        ],
+    }
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_prints_a_table_and_draws_a_figure(capsys, folder, tmp_path, measure):
+    figure = tmp_path / f"{measure}.png"
+    status, out, err = run(capsys, *calls(folder)[measure], "--plot", figure)
+    assert (status, err) == (0, "")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert f"Figure in {figure}."[:40] in out.replace("\n", "")
+    if measure != "drift":
+        assert "model.layers.*.self_attn.q_proj" in out
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_prints_json(capsys, folder, measure):
+    status, out, _ = run(capsys, *calls(folder)[measure], "--json", "true")
+    assert status == 0
+    facts = json.loads(out)
+    if measure != "drift":
+        assert len(facts["layers"]) == 14
+    assert "notices" in facts
+
+
+def test_a_line_for_each_matrix(capsys, folder):
+    _, grouped, _ = run(capsys, "spectrum", folder / "one")
+    _, each, _ = run(capsys, "spectrum", folder / "one", "--layers", "true")
+    assert "model.layers.0.self_attn.q_proj" not in grouped
+    for number in (0, 1):
+        assert f"model.layers.{number}.self_attn.q_proj" in each
+
+
+def test_the_paper_s_figures(capsys, folder, tmp_path):
+    for side in "AB":
+        figure = tmp_path / f"similarity-{side}.svg"
+        argv = ["similarity", folder / "one", folder / "two", "--only", "[qv]_proj", "--side", side]
+        status, out, _ = run(capsys, *argv, "--plot", figure)
+        assert status == 0
+        assert "gate_proj" not in out
+        assert "<svg" in figure.read_text()
+    figure = tmp_path / "figure8.svg"
+    argv = ["amplification", folder / "one", "--base_directions", "0.2", "--plot", figure]
+    assert run(capsys, *argv)[0] == 0
+    assert "at random up to" in figure.read_text() or figure.stat().st_size > 5000
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["analyze", "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(f"\n  {measure} " in out for measure in MEASURES)
+    for measure in MEASURES:
+        with pytest.raises(SystemExit):
+            main(["analyze", measure, "--help"])
+        out = capsys.readouterr().out
+        assert out.startswith(f"usage: lorakit analyze {measure}")
+        assert "\n  (required" not in out.replace("  (required, type", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["spectrm", "x"], "Did you mean 'spectrum'?"),
+        (["spectrum"], "adapter"),
+        (["spectrum", "nowhere"], "does not exist"),
+        (["spectrum", "{one}", "--energy", "2"], "above 0 and at most 1"),
+        (["spectrum", "{one}", "--plot", "figure"], ".png, .svg or .pdf"),
+        (["spectrum", "{one}", "--plot", "no/such/folder/figure.png"], "Cannot write"),
+        (["intruders", "{one}", "--only", "nothing"], "none of the 14 names"),
+        (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
+        (["diff", "{one}", "{base}"], "holds no adapter"),
+        (["drift", "{one}", "{one}"], "cannot be read"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):
+    status, _, err = run(
+        capsys, *(word.format(one=folder / "one", base=folder / "base") for word in argv)
+    )
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_figures_without_matplotlib(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = run(capsys, "spectrum", folder / "one", "--plot", tmp_path / "x.png")
+    assert status == 1
+    assert "pip install 'lorakit[analysis]'" in err
