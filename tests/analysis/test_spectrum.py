@@ -6,8 +6,18 @@ import math
 
 import pytest
 import torch
-from sample_adapters import dense, dense_parts, factors, layers, randn, stored, trained_llama
+from sample_adapters import (
+    dense,
+    dense_parts,
+    factors,
+    layers,
+    linear,
+    randn,
+    stored,
+    trained_llama,
+)
 
+from lorakit.adapters import formats
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.analysis import adapter_spectrum, spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -160,3 +170,9 @@ def test_full_fine_tuning_has_no_factors():
     whole = StoredAdapter(method=FullFineTuning(), trained={"weight": torch.ones(2, 2)})
     with pytest.raises(AdapterFileError, match="no low-rank factors"):
         adapter_spectrum(whole)
+
+
+def test_matrices_come_in_the_order_of_the_blocks(tmp_path):
+    names = [f"layers.{i}.q_proj" for i in (0, 1, 2, 10)]
+    formats.write(stored(**{name: linear(i) for i, name in enumerate(names)}), tmp_path)
+    assert list(adapter_spectrum(tmp_path).layers) == names

@@ -149,7 +149,10 @@ def read_weights(base: BaseConfig) -> Weights:
 
 def task_of_class(class_name: str) -> Task:
     """What a model of this class is for; "base" (no head) where the name does not say."""
-    return next((task for end, task in _TASKS.items() if class_name.endswith(end)), "base")
+    for end, task in _TASKS.items():
+        if class_name.endswith(end):
+            return task
+    return "base"
 
 
 def config_of(base: BaseConfig) -> Any:

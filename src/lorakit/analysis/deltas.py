@@ -54,9 +54,11 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     """
     if isinstance(adapter, StoredAdapter):
         return adapter
-    if is_checkpoint(adapter):
-        return read_checkpoint(adapter)
-    return formats.read(adapter, alpha=alpha)
+    checkpoint = is_checkpoint(adapter)
+    stored = read_checkpoint(adapter) if checkpoint else formats.read(adapter, alpha=alpha)
+    # In the order of the blocks: a JSON file has block 10 before block 2.
+    stored.layers = dict(sorted(stored.layers.items(), key=lambda item: _in_order(item[0])))
+    return stored
 
 
 def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
@@ -263,6 +265,10 @@ def _deltas(stored: StoredAdapter) -> Iterator[Delta]:
             labels = [f" group {i}" for i in range(layer.groups)]
         for i, ((A, B), label) in enumerate(zip(parts, labels, strict=True)):
             yield Delta(name=path + label, path=path, part=i, A=A, B=B, scaling=layer.scaling)
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _some(names: list[str]) -> str:

@@ -151,9 +151,8 @@ def amplification_figure(found: AdapterAmplification) -> Figure:
     right.plot(
         [one.factor for one in layers], rows, linestyle="", color=ORANGE, marker="o", markersize=4
     )
-    right.set(xscale="log", xlabel="amplification factor ‖ΔW‖ / ‖UᵀWV‖")
+    right.set(xlabel="amplification factor ‖ΔW‖ / ‖UᵀWV‖", xlim=(0, None))
     _name_rows(left, names, at=0.0)
-    left.invert_yaxis()
     return figure
 
 
@@ -212,7 +211,6 @@ def diff_figure(found: AdapterDiff) -> Figure:
     right.plot(turned, rows, linestyle="", marker="o", markersize=4, color=ORANGE)
     right.set(xlabel="angle between ΔW₁ and ΔW₂ (degrees)", xlim=(0, None))
     _name_rows(left, names, at=0.0)
-    left.invert_yaxis()
     return figure
 
 
@@ -301,6 +299,7 @@ def _colour_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
 
 
 def _name_rows(axis: Axes, names: Sequence[str], at: float = 0.5) -> None:
-    """The names of the rows, as many as can be read."""
+    """The names of the rows from the top down, as many as can be read."""
+    axis.set_ylim(len(names) - 0.5 + at, at - 0.5)
     step = max(1, math.ceil(len(names) / 60))
     axis.set_yticks([i + at for i in range(0, len(names), step)], names[::step], fontsize=6)

@@ -261,7 +261,8 @@ def _intruders(argv: Sequence[str]) -> None:
             "intruders": layer.count,
             "first at": next((j for j, x in enumerate(layer.is_intruder.tolist(), 1) if x), None),
             "smallest cosine": float(layer.cosine.min()),
-            "singular values": f"{layer.singular_values[0]:.3g} to {layer.singular_values[-1]:.3g}",
+            "largest singular value": float(layer.singular_values[0]),
+            "last examined": float(layer.singular_values[-1]),
         }
         for name, layer in found.layers.items()
     }

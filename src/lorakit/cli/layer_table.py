@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lorakit.analysis.deltas import family
+from lorakit.cli.console import console
+
+__all__ = ["Cell", "console", "layer_table"]
 
 Cell = float | int | str | None
-
-
-def console() -> Console:
-    """Where a command prints; a pipe has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def layer_table(
