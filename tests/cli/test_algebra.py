@@ -184,6 +184,10 @@ def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
         (["combine", "--output", "{out}"], "adapters"),
         (["extract", "{tuned}", "{out}", "--rank", "2"], "base"),
         (
+            ["compress", "{one}", "{out}", "--rank", "2", "--data.validation", "x.jsonl"],
+            "split is test",
+        ),
+        (
             ["extract", "{base}", "{out}", "--base.name", "{base}", "--rank", "2"],
             "nothing to extract",
         ),

@@ -217,8 +217,8 @@ def diff_figure(found: AdapterDiff) -> Figure:
 def drift_figure(found: Drift) -> Figure:
     """Distribution of the divergence over the predictions."""
     values = torch.tensor([kl for text in found.texts for kl in text.kl])
-    floor = 1e-6
-    edges = torch.logspace(-6, max(1.0, math.ceil(math.log10(float(values.max()) + floor))), 50)
+    floor = 1e-4
+    edges = torch.logspace(-4, max(1.0, math.ceil(math.log10(float(values.max()) + floor))), 50)
     figure = _figure(6, 3.4)
     axis = figure.subplots()
     axis.hist(values.clamp(min=floor), bins=edges.tolist(), color=BLUE)

@@ -18,6 +18,7 @@ from lorakit.adapters.stored import StoredAdapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig, Score
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.training.environment import versions
@@ -29,8 +30,8 @@ TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME)
 class ScoringConfig:
     """How a calculated adapter is scored beside what it was made from."""
 
-    data: DataConfig | None = None
-    """Data to score on; none scores nothing. The settings are those of lorakit evaluate."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data to score the result and its inputs on, as for lorakit evaluate; without any nothing is scored."""
     split: Literal["validation", "test"] = "test"
     """Which of the data's held-out parts is scored."""
     scores: tuple[Score, ...] = ("loss",)
@@ -41,6 +42,21 @@ class ScoringConfig:
     """How text is generated."""
     batch_size: int = 16
     """Examples per forward pass where nothing is generated."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is something to score on.
+
+        Raises:
+            ConfigurationError: There is data, and none of it for the split that is scored.
+        """
+        if self.data == DataConfig():
+            return False
+        if self.data.source(self.split) is None:
+            raise ConfigurationError(
+                f"data names nothing to score on: split is {self.split}. Set data.{self.split}, or split."
+            )
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +112,7 @@ def save(
     }
     for_peft = not any(_beyond_peft(path) for path in adapters)
     scores: dict[str, dict[str, float]] = {}
-    if scoring is not None and scoring.data is not None:
+    if scoring is not None and scoring.wanted:
         for path in adapters:
             scores[str(path)] = _score(
                 read(path, alpha=alpha), path, scoring, base, allow_other_base
@@ -127,7 +143,6 @@ def _score(
     base: BaseConfig | None,
     allow_other_base: bool,
 ) -> dict[str, float]:
-    assert scoring.data is not None
     with tempfile.TemporaryDirectory() as folder:
         _write(stored, Path(folder), tokenizer_from, for_peft=False)
         settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}

@@ -27,6 +27,19 @@ class ResultConfig(ScoringConfig):
     """Print JSON for programs."""
 
 
+def check_before(config: ResultConfig) -> None:
+    """Refuse, before long work, what `finish` would refuse after it.
+
+    Raises:
+        RunFolderError: The output cannot be written.
+        ConfigurationError: There is data, and none of it to score on.
+    """
+    from lorakit.analysis.saving import check_output
+
+    check_output(config.output, overwrite=config.overwrite)
+    _ = config.wanted
+
+
 def finish(
     made: Derived,
     config: ResultConfig,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.cli.algebra import ResultConfig, finish
+from lorakit.cli.algebra import ResultConfig, check_before, finish
 from lorakit.evaluation.config import BaseConfig
 
 
@@ -41,7 +41,6 @@ class CombineConfig(ResultConfig):
 def run(argv: Sequence[str]) -> None:
     """Combine, score, save."""
     from lorakit.analysis import combine_adapters
-    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -54,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
         "--weights '[0.7, 0.3]'.",
         [*named, *argv[len(folders) :]],
     )
-    check_output(config.output, overwrite=config.overwrite)
+    check_before(config)
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")

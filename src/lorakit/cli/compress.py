@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.cli.algebra import ResultConfig, finish
+from lorakit.cli.algebra import ResultConfig, check_before, finish
 from lorakit.evaluation.config import BaseConfig
 
 
@@ -30,7 +30,6 @@ class CompressConfig(ResultConfig):
 def run(argv: Sequence[str]) -> None:
     """Compress, score, save."""
     from lorakit.analysis import compress_adapter
-    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -42,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
-    check_output(config.output, overwrite=config.overwrite)
+    check_before(config)
     made = compress_adapter(
         config.adapter, rank=config.rank, energy=config.energy, alpha=config.alpha
     )

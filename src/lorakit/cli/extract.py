@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorakit.cli.algebra import ResultConfig, finish
+from lorakit.cli.algebra import ResultConfig, check_before, finish
 from lorakit.evaluation.config import BaseConfig
 
 
@@ -30,7 +30,6 @@ class ExtractConfig(ResultConfig):
 def run(argv: Sequence[str]) -> None:
     """Extract, score, save."""
     from lorakit.analysis import extract_adapter
-    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -42,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
         "tuned",
         "output",
     )
-    check_output(config.output, overwrite=config.overwrite)
+    check_before(config)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     made = extract_adapter(
         config.base,
