@@ -1,13 +1,22 @@
 """What lorakit costs, beside its peers and the machine's limit.
 
-``python -m benchmarks`` runs every part, ``python -m benchmarks training --rows e2e`` some rows of one.
+``python -m benchmarks`` runs every part, ``python -m benchmarks training --rows e2e`` some rows of one. A part
+is a module: its ``main`` starts processes in turn, most of them of the same module, and makes the tables.
 
-=================  ===================================================================================
-workloads.py       what is trained: the rows of the training tables
-examples.py        the one file of tokenised examples, in order, that every system of a row reads
-systems/           the systems: each trains on that file as its users would
-run.py             one run of one system in a process of its own; measure.py is its clock and scales
-limit.py           the products a batch needs, and how fast this machine multiplies
-training.py        runs the systems of each row in turn, and makes the tables
-=================  ===================================================================================
+==================  ==================================================================================
+training.py         updates of lorakit, PEFT, loralib and full fine-tuning; training_tables.py shows them
+inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
+table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
+adapter.py          attach, save, load
+merge_drift.py      what merging leaves behind in the base
+------------------  ----------------------------------------------------------------------------------
+workloads.py        what is trained: the rows of the training tables
+examples.py         the one file of tokenised examples, in order, that every system of a row reads
+systems/            the systems: each trains on that file as its users would
+run.py              one run of one system; measure.py is its clock and scales, before.py its zero
+limit.py            the products that a batch needs, and how fast this machine multiplies
+latency.py          forward passes of several models in turn, and their ratios
+runs.py             processes whose figures are kept, so that an interrupted benchmark goes on
+report.py           JSON, Markdown, console
+==================  ==================================================================================
 """

@@ -2,36 +2,85 @@
 
 python -m benchmarks                              every part
 python -m benchmarks --quick                      a few rows, one round: results/quick/
-python -m benchmarks training --rows e2e mrpc     some rows of one part
+python -m benchmarks --resume                     go on with an interrupted one
+python -m benchmarks training --rows e2e mrpc     some rows of the training tables
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 
-from benchmarks import report, training
+from benchmarks import report
 from benchmarks.workloads import WORKLOADS
 
-PARTS = {"training": training.main}
+PARTS = {
+    part: f"benchmarks.{module}"
+    for part, module in {
+        "training": "training",
+        "inference": "inference",
+        "table1": "table1",
+        "adapter": "adapter",
+        "merge": "merge_drift",
+        "planner": "planner",
+    }.items()
+    if find_spec(f"benchmarks.{module}")
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run; all if none")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named"
+    )
     parser.add_argument("--quick", action="store_true", help="a few rows and updates, one round")
     parser.add_argument("--rows", nargs="*", default=[], choices=[w.name for w in WORKLOADS])
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the runs that an interrupted one has finished"
+    )
     args = parser.parse_args()
+    for name in args.parts:
+        if name not in PARTS:
+            parser.error(f"'{name}' is none of the parts {', '.join(PARTS)}")
     # What is on this machine is measured, and nothing is asked of the network on the way.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parts = args.parts or list(PARTS)
+    prepare_work(parts, args.quick, args.resume)
     began = time.monotonic()
-    for name in args.parts or PARTS:
-        PARTS[name](quick=args.quick, rows=args.rows)
+    for name in parts:
+        import_module(PARTS[name]).main(quick=args.quick, rows=args.rows)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def prepare_work(parts: list[str], quick: bool, resume: bool) -> None:
+    """Empty the parts' work folders, or see to it that what is resumed was measured on this machine."""
+    work = report.work(quick)
+    here = {name: value for name, value in report.machine().items() if name != "date"}
+    witness = work / "machine.json"
+    if resume and witness.exists():
+        there = json.loads(witness.read_text(encoding="utf-8"))
+        changed = [name for name in here if here[name] != there.get(name)]
+        if changed:
+            sys.exit(
+                f"The runs in {work} are of another machine or software ({', '.join(changed)} differ), and "
+                "figures of two are not compared. Start anew, without --resume."
+            )
+    elif not resume:
+        for part in parts:
+            shutil.rmtree(work / part, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    witness.write_text(json.dumps(here), encoding="utf-8")
+    if any((work / part).exists() for part in parts):
+        report.say(f"Runs that are finished in {work} are kept.")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ class Prepared:
             too_long="truncate",
         )
 
+    @property
+    def updates(self) -> int:
+        """Updates that are counted."""
+        return len(next(iter(self.batches.values()))) - self.workload.warmup
+
     def in_order(self, order: Order) -> list[list[dict[str, Any]]]:
         """Return the batches of an order."""
         return [[self.examples[i] for i in batch] for batch in self.batches[order]]

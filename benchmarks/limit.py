@@ -4,28 +4,24 @@ Needed are 4 products of two operations per matmul weight for each distinct toke
 gradient, a multiplication and an addition each. A prefix that examples of a batch share is one set of
 distinct tokens. To that come 4 per weight of the head for each target, and attention. The rate is that of
 products in the model's own shapes, forward and backward, on the same threads. No training is faster.
-
-python -m benchmarks.limit FOLDER    prints the rate and the seconds of each batch as JSON
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from benchmarks.examples import IGNORED, Prepared
-from benchmarks.systems import load_model
-from lorakit.models.loading import compute_dtype
+from benchmarks.examples import IGNORED
+from benchmarks.workloads import Task
 
-SECONDS_PER_SHAPE = 0.3
+SECONDS_PER_PRODUCT = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,29 +53,27 @@ class Counts:
     """Pairs of a distinct token and one that it attends to."""
 
 
-def shapes_of(prepared: Prepared) -> Shapes:
-    """Read the shapes off the row's model."""
-    model = load_model(prepared, "float32")
+def shapes_of(model: Any, task: Task) -> Shapes:
+    """Read the shapes off a model."""
     # A classifier's pooler and head see one token of an example, and are nothing beside the blocks.
     linear = Counter(
         (layer.in_features, layer.out_features)
-        for path, layer in model.base_model.named_modules()  # type: ignore[operator]
+        for path, layer in model.base_model.named_modules()
         if isinstance(layer, nn.Linear) and "pooler" not in path
     )
-    config: Any = model.config
+    config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    completes = prepared.workload.task == "completion"
     return Shapes(
         linear=dict(linear),
-        head=(config.hidden_size, config.vocab_size) if completes else None,
+        head=(config.hidden_size, config.vocab_size) if task == "completion" else None,
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
     )
 
 
-def counts_of(prepared: Prepared, batch: list[dict[str, Any]]) -> Counts:
+def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
     """Count what a batch needs; where tokens see their prefix alone, those that share it are one."""
     lengths = [len(example["input_ids"]) for example in batch]
-    if prepared.workload.task == "classification":
+    if task == "classification":
         return Counts(sum(lengths), len(batch), sum(length**2 for length in lengths))
     nodes: dict[tuple[int, int], int] = {}  # (node of the token before, token) -> its node
     targets: set[int] = set()
@@ -105,8 +99,11 @@ def operations(shapes: Shapes, counts: Counts) -> int:
     return 4 * shapes.weights * counts.tokens + 4 * head + attention
 
 
-def rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
-    """Return the operations per second of `dtype` products in the model's shapes, as often as they occur."""
+def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
+    """Return the operations per second of `dtype` products in the model's shapes, as often as they occur.
+
+    One sample, of about a second; :func:`settled` makes one figure of several.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [(shape, count, counts.tokens) for shape, count in shapes.linear.items()]
     if shapes.head:
@@ -123,34 +120,15 @@ def rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
                 num_threads=torch.get_num_threads(),
             )
             total += 2 * tokens * width * out * count
-            seconds += timer.blocked_autorange(min_run_time=SECONDS_PER_SHAPE).median * count
+            seconds += timer.blocked_autorange(min_run_time=SECONDS_PER_PRODUCT).median * count
     return total / seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--result", type=Path, help="write the figures here too")
-    args = parser.parse_args()
-    prepared = Prepared.read(args.folder)
-    shapes, dtype = shapes_of(prepared), compute_dtype("auto")
-    batches = prepared.in_order(prepared.workload.orders[-1])[prepared.workload.warmup :]
-    counts = [counts_of(prepared, batch) for batch in batches]
-    middle = sorted(counts, key=lambda c: c.tokens)[len(counts) // 2]
-    per_second = rate(shapes, middle, dtype)
-    figures = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "rate": per_second,
-        "threads": torch.get_num_threads(),
-        "distinct_tokens": [c.tokens for c in counts],
-        "targets": [c.targets for c in counts],
-        "seconds": [operations(shapes, c) / per_second for c in counts],
-        "tokens": prepared.tokens(prepared.workload.orders[-1])[prepared.workload.warmup :],
-    }
-    print(json.dumps(figures))
-    if args.result:
-        args.result.write_text(json.dumps(figures), encoding="utf-8")
+def settled(rates: Sequence[float]) -> float:
+    """Return the median of the faster half of samples.
 
-
-if __name__ == "__main__":
-    main()
+    Whatever else runs on the machine makes a sample slower, never faster: the slower half may say more about
+    that than about the machine. The fastest alone may be a moment at a clock that no training holds.
+    """
+    faster = sorted(rates, reverse=True)[: (len(rates) + 1) // 2]
+    return median(faster)

@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.examples import IGNORED, Prepared
@@ -21,22 +22,37 @@ class Meter:
 
     An update ends where its optimizer has made its step, in whatever library that happens: torch tells.
     So all that a system does between two steps counts, the making of batches and its book-keeping too.
+    Loading ends where the first module computes.
+
+    Args:
+        warmup: Updates that do not count.
+        before: Bytes that are no part of the memory: those of the interpreter with torch imported.
     """
 
-    def __init__(self, warmup: int) -> None:
+    def __init__(self, warmup: int, before: int) -> None:
         self._warmup = warmup
+        self._before = before
         self._stamps: list[float] = []
-        self._before = memory()
         self._peak = 0
+        self._loading = 0
         self.trained = 0
         """Number of trained parameters."""
 
     def __enter__(self) -> Meter:
-        self._hook = register_optimizer_step_post_hook(self._after_step)
+        restart_peak()
+        self._hooks = [
+            register_optimizer_step_post_hook(self._after_step),
+            register_module_forward_pre_hook(self._before_forward),
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_forward(self, *_: Any) -> None:
+        self._loading = peak_memory()
+        self._hooks.pop().remove()  # the first call says it all, and later ones are timed
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.cuda.is_available():
@@ -55,8 +71,13 @@ class Meter:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak, above what the process held when the meter was made."""
+        """Bytes at the peak of the counted updates, above what was there before."""
         return self._peak - self._before
+
+    @property
+    def loading_memory(self) -> int:
+        """The same until the first module computed."""
+        return self._loading - self._before
 
 
 def memory() -> int:

@@ -1,28 +1,39 @@
 """What merging and unmerging leaves behind in the base weights: lorakit beside PEFT.
 
-Merges and unmerges eight adapters in turn, many times, on a small Llama, and prints how far the base has
-moved, and how far a merged weight is from ``round(float32(W) + delta)``.
+Merges and unmerges eight adapters in turn, many times, on a small Llama, and tells how far the base has
+moved, and whether a merged weight is ``round(float32(W) + delta)``.
 
-    python benchmarks/merge_drift.py --cycles 1000
+python -m benchmarks.merge_drift lorakit --dtype bfloat16 --cycles 1000 --result FILE    one process
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
 import time
 import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit
+from benchmarks import report
+from benchmarks.runs import runs_of
 
 ADAPTERS = 8
+CYCLES, QUICK_CYCLES = 1000, 100
+ROUNDS = 3
+DTYPES = ("float32", "bfloat16")
+
+
+# --- one process -------------------------------------------------------------------------------------
 
 
 def small_llama(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -72,7 +83,8 @@ def exact_merges(handle: lorakit.Adapters) -> bool:
     return True
 
 
-def run_lorakit(dtype: torch.dtype, cycles: int):
+def of_lorakit(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
+    """Merge and unmerge with lorakit."""
     model = small_llama(dtype)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     handle = with_adapters(model)
@@ -82,10 +94,13 @@ def run_lorakit(dtype: torch.dtype, cycles: int):
         if i < ADAPTERS:
             exact &= exact_merges(handle)
         handle.unmerge()
-    return *moved(base, model), exact, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    changed, largest = moved(base, model)
+    return {"changed": changed, "largest": largest, "exact": exact, "seconds": seconds / cycles}
 
 
-def run_peft(dtype: torch.dtype, cycles: int):
+def of_peft(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
+    """Merge and unmerge with PEFT, the same adapters."""
     model = small_llama(dtype)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -99,38 +114,69 @@ def run_peft(dtype: torch.dtype, cycles: int):
     for i in range(cycles):
         peft.merge_adapter([f"a{i % ADAPTERS}"])
         peft.unmerge_adapter()
-    return *moved(base, peft), None, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    changed, largest = moved(base, peft)
+    return {"changed": changed, "largest": largest, "exact": None, "seconds": seconds / cycles}
 
 
-def main() -> None:
+LIBRARIES = {"lorakit": of_lorakit, "PEFT": of_peft}
+
+
+def run() -> None:
+    """Measure in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cycles", type=int, default=1000)
-    cycles = parser.parse_args().cycles
+    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--cycles", type=int, default=CYCLES)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    table = Table(title=f"{cycles} merge and unmerge cycles over {ADAPTERS} adapters")
-    headings = (
-        "dtype",
-        "library",
-        "base values changed",
-        "largest change",
-        "merges exact",
-        "ms a cycle",
+    figures = LIBRARIES[args.library](getattr(torch, args.dtype), args.cycles)
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Measure both libraries in both dtypes, and write their table."""
+    report.say("\nmerge: what merging and unmerging leaves behind")
+    cycles = QUICK_CYCLES if quick else CYCLES
+    figures: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for number in range(1 if quick else ROUNDS):
+        for dtype in DTYPES:
+            for name in LIBRARIES:
+                found = runs_of("merge", dtype, quick).run(
+                    f"{number} {name}",
+                    *("benchmarks.merge_drift", name, "--dtype", dtype, "--cycles", str(cycles)),
+                )
+                figures.setdefault(dtype, {}).setdefault(name, []).append(found)
+                report.say(
+                    f"  {number + 1}  {dtype:<9} {name:<8} {1000 * found['seconds']:.2f} ms a cycle"
+                )
+    section = report.Section(
+        f"{cycles:,} merge and unmerge cycles over {ADAPTERS} adapters", drift(figures)
     )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, run in (("lorakit", run_lorakit), ("PEFT", run_peft)):
-            count, largest, exact, seconds = run(dtype, cycles)
-            table.add_row(
-                str(dtype).removeprefix("torch."),
-                name,
-                f"{count:,}",
-                f"{largest:.3g}",
-                "-" if exact is None else str(exact),
-                f"{1000 * seconds / cycles:.2f}",
+    report.write("merge", {"machine": report.machine(), "runs": figures}, [section], quick)
+    report.show([section])
+
+
+def drift(figures: dict[str, dict[str, list[dict[str, Any]]]]) -> Table:
+    """What is left behind, which is the same in every run, and the median time of a cycle."""
+    made = report.table(
+        "dtype, library", "base values changed", "largest change", "merges exact", "ms a cycle"
+    )
+    for dtype, libraries in figures.items():
+        for name, runs in libraries.items():
+            made.add_row(
+                f"{dtype}, {name}",
+                f"{runs[0]['changed']:,}",
+                f"{runs[0]['largest']:.3g}",
+                {True: "yes", False: "no", None: "-"}[runs[0]["exact"]],
+                f"{1000 * median(run['seconds'] for run in runs):.2f}",
             )
-    Console().print(table)
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -24,7 +25,15 @@ PACKAGES = ("torch", "transformers", "peft", "loralib", "accelerate")
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=170)  # a log has room for whole tables
+    console = Console(highlight=False, width=190)  # a log has room for whole tables
+
+
+class Section(NamedTuple):
+    """A table with its title, and what a reader has to know beside it."""
+
+    title: str
+    table: Table
+    note: str = ""
 
 
 def machine() -> dict[str, Any]:
@@ -46,6 +55,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """Describe a machine in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    where = "no GPU" if found["device"] == "cpu" else found["device"]
+    return (
+        f"{found['date']}: {found['processor']}, {found['cores']} cores, {found['threads']} threads, "
+        f"{found['instructions']}, {where}; {versions}."
+    )
+
+
 def folder(quick: bool) -> Path:
     """Where results go: a quick run's do not replace those that pages quote."""
     path = RESULTS / "quick" if quick else RESULTS
@@ -53,30 +72,47 @@ def folder(quick: bool) -> Path:
     return path
 
 
+def work(quick: bool) -> Path:
+    """Where the figures of single runs are kept, for an interrupted benchmark to go on from."""
+    return RESULTS / "work" / ("quick" if quick else "full")
+
+
 def write(
-    part: str, record: dict[str, Any], sections: Sequence[tuple[str, Table]], quick: bool
+    part: str, record: dict[str, Any], sections: Sequence[tuple[Any, ...]], quick: bool
 ) -> None:
-    """Write a part's figures as JSON and its titled tables as Markdown."""
+    """Write a part's figures as JSON and its tables as Markdown.
+
+    Args:
+        part: Name of the files.
+        record: All figures.
+        sections: A :class:`Section` for each table.
+        quick: Whether they are those of a quick run.
+    """
     target = folder(quick)
     text = json.dumps(record, indent=1, sort_keys=True)
     (target / f"{part}.json").write_text(text + "\n", encoding="utf-8")
-    with (target / f"{part}.md").open("w", encoding="utf-8") as file:
-        plain = Console(file=file, width=1000, color_system=None)
-        for title, table in sections:
-            plain.print(f"### {title}\n", markup=False)
-            plain.print(table)
-            plain.print()
-    # rich pads lines to the table's width.
-    lines = (target / f"{part}.md").read_text(encoding="utf-8").splitlines()
-    text = "\n".join(line.strip() for line in lines).rstrip("\n")
-    (target / f"{part}.md").write_text(text + "\n", encoding="utf-8")
+    (target / f"{part}.md").write_text(markdown(sections), encoding="utf-8")
 
 
-def show(sections: Sequence[tuple[str, Table]]) -> None:
-    """Print titled tables on the console."""
-    for title, table in sections:
-        console.print(f"\n[bold]{title}[/bold]")
-        console.print(table)
+def markdown(sections: Sequence[tuple[Any, ...]]) -> str:
+    """Return sections in Markdown, under headings of the third level, the machine before them."""
+    blocks = [f"*{in_words(machine())}*"]
+    for title, content, *notes in sections:
+        file = io.StringIO()
+        Console(file=file, width=1000, color_system=None).print(content)
+        # rich pads every line to the table's width, and puts empty ones around it.
+        lines = [line.strip() for line in file.getvalue().splitlines()]
+        blocks += [f"### {title}", "\n".join(line for line in lines if line), *filter(None, notes)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def show(sections: Sequence[tuple[Any, ...]]) -> None:
+    """Print sections on the console."""
+    for title, content, *notes in sections:
+        console.print(f"\n{title}", style="bold", markup=False)
+        console.print(content)
+        for note in filter(None, notes):
+            say(note)
 
 
 def table(first: str, *others: str) -> Table:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.before import BEFORE
 from benchmarks.examples import Prepared
 from benchmarks.measure import Meter, held_out_loss
 
@@ -27,12 +28,13 @@ def main() -> None:
     prepared = Prepared.read(args.folder)
     warmup = prepared.workload.warmup
     with TemporaryDirectory() as scratch:
-        with Meter(warmup) as meter:  # made after all imports: they are no part of the memory
+        with Meter(warmup, BEFORE) as meter:
             trained = system.train(prepared, args.settings, Path(scratch))
         figures = {
             "seconds": meter.seconds,
             "tokens": prepared.tokens(trained.order)[warmup:],
             "memory": meter.memory,
+            "loading_memory": meter.loading_memory,
             "trained": meter.trained,
         }
         if len(figures["seconds"]) != len(figures["tokens"]):

@@ -1,35 +1,32 @@
 """Training speed, memory and loss of lorakit beside PEFT, loralib and full fine-tuning.
 
 Every run is a process of its own. The systems of a row take turns, round after round, so that a machine that
-slows down slows all of them; so does the measurement of the machine's limit. In the first round PEFT runs in
-each of its settings, and the fastest goes on as its best. A row's figures are medians over the rounds.
+slows down slows all of them. In the first round PEFT runs in several of its settings, and the fastest goes on
+as its best. Before each run the machine's rate of products is sampled.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from benchmarks import report
+from benchmarks import limit, report
 from benchmarks.examples import Prepared, prepare
 from benchmarks.large_model import large_llama
+from benchmarks.runs import Runs, runs_of
+from benchmarks.systems import load_model
+from benchmarks.training_tables import sections, speed
 from benchmarks.workloads import WORKLOADS, Workload
+from lorakit.models.dtypes import compute_dtype
 
 ROUNDS = 3
-PRECISIONS = ("float32", "autocast", "bfloat16")
-PRECISION_NAMES = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}
-LIMIT = "limit"
+PRECISIONS = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,18 @@ OURS = System("lorakit", "lorakit_train")
 def peft(precision: str, order: str) -> System:
     """Return PEFT in one of its settings."""
     return System(
-        f"PEFT, {PRECISION_NAMES[precision]}, {order}",
+        f"PEFT, {PRECISIONS[precision]}, {order}",
         "peft_trainer",
         (("precision", precision), ("order", order)),
     )
+
+
+def peft_settings(workload: Workload, *, all_of_them: bool) -> list[System]:
+    """Return PEFT's settings: all, or its default and those that win wherever all are compared."""
+    if all_of_them:
+        return [peft(p, o) for p, o in product(PRECISIONS, workload.orders)]
+    fast = [peft(p, workload.orders[-1]) for p in ("autocast", "bfloat16")]
+    return [peft("float32", workload.orders[0]), *fast]
 
 
 def others(workload: Workload) -> list[System]:
@@ -73,165 +78,98 @@ def main(*, quick: bool, rows: list[str]) -> None:
     """Measure the rows named, or all."""
     report.say("training: lorakit, PEFT, loralib and full fine-tuning in turn")
     chosen = [w for w in WORKLOADS if (w.name in rows if rows else w.quick_updates or not quick)]
-    kept = _earlier(quick) if rows else {}
-    best: System | None = None
+    record = _earlier(quick) if rows else {}
     with TemporaryDirectory() as scratch:
-        base = large_llama(Path(scratch) / "llama-1b") if torch.cuda.is_available() else None
+        large = large_llama(Path(scratch) / "llama-1b") if torch.cuda.is_available() else None
         for workload in chosen:
+            runs = runs_of("training", workload.name, quick)
+            base = large if large and workload.task == "completion" else workload.base
             updates = (workload.quick_updates or 2) if quick else workload.updates
-            prepared = prepare(
-                workload,
-                Path(scratch) / workload.name,
-                base=base if base and workload.task == "completion" else workload.base,
-                updates=updates,
-            )
-            sweeps = best is None or (workload.sweeps and not quick)
-            best, figures = measure(
-                prepared, rounds=1 if quick else ROUNDS, best=best, sweeps=sweeps, quick=quick
-            )
-            kept[workload.name] = figures
+            prepared = prepare_once(workload, runs.folder / "examples", base, updates)
+            record[workload.name] = measure(prepared, runs, quick=quick)
             # After each row: an hour's work should survive a row that fails.
-            report.write("training", kept, sections(kept), quick)
-            report.show(sections({workload.name: figures}))
+            report.write("training", record, sections(record), quick)
+            report.show(sections({workload.name: record[workload.name]}))
 
 
-def measure(
-    prepared: Prepared, *, rounds: int, best: System | None, sweeps: bool, quick: bool
-) -> tuple[System, dict[str, Any]]:
-    """Run the systems of a row; return PEFT's fastest setting and the row's figures."""
+def prepare_once(workload: Workload, folder: Path, base: str, updates: int) -> Prepared:
+    """Draw a row's examples, unless the runs that are kept had the same drawn."""
+    if (folder / "examples.json").exists():
+        prepared = Prepared.read(folder)
+        if prepared.workload == workload and prepared.updates == updates:
+            return prepared
+        raise RuntimeError(
+            f"The runs that are kept of '{workload.name}' are of other settings. Start anew, without --resume."
+        )
+    return prepare(workload, folder, base=base, updates=updates)
+
+
+def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
+    """Run the systems of a row, and return its figures."""
     workload = prepared.workload
+    rounds = 1 if quick else ROUNDS
     report.say(
-        f"\n{workload.name}: {workload.title}; {prepared.source}, {workload.warmup} + "
-        f"{len(prepared.batches[workload.orders[-1]]) - workload.warmup} updates"
+        f"\n{workload.name}: {workload.title}; {prepared.source}, {workload.warmup} + {prepared.updates} updates"
     )
-    default = peft("float32", workload.orders[0])
-    settings = [peft(p, o) for p, o in product(PRECISIONS, workload.orders)]
+    settings = peft_settings(workload, all_of_them=workload.sweeps and not quick)
+    default, best = settings[0], settings[0]
     beside = others(workload) if workload.others and not quick else []
-    runs: dict[str, list[dict[str, Any]]] = {}
-    if best is not None:
-        best = _in_order(best, workload)
+    machine = Machine(prepared)
+    figures: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
-        if sweeps and number == 0:
-            peers = settings
-        else:
-            assert best is not None
-            peers = list(dict.fromkeys([default, best]))
-        for system in (None, OURS, *peers, *beside):
-            name = LIMIT if system is None else system.name
-            figures = _run(system, prepared, held_out=number == 0)
-            runs.setdefault(name, []).append(figures)
-            report.say(f"  {number + 1}/{rounds}  {name:<40} {_speed(figures):>8,.0f} tokens/s")
-        if sweeps and number == 0:
-            best = max(settings, key=lambda s: _speed(runs[s.name][0]))
-    assert best is not None
-    return best, {
+        peers = settings if number == 0 else list(dict.fromkeys([default, best]))
+        for system in (OURS, *peers, *beside):
+            key = f"{number} {system.name}"
+            found = runs.kept(key)
+            if found is None:
+                command = system.command(prepared.folder, held_out=number == 0)
+                found = runs.run(key, *command, rate=machine.sample())
+            figures.setdefault(system.name, []).append(found)
+            report.say(
+                f"  {number + 1}/{rounds}  {system.name:<40} {speed(found):>8,.0f} tokens/s "
+                f"{found['process_seconds']:>6.0f} s; the machine {found['rate'] / 1e9:,.0f} GFLOP/s"
+            )
+        if number == 0:
+            best = max(settings, key=lambda s: speed(figures[s.name][0]))
+    return {
         "title": workload.title,
         "source": prepared.source,
         "machine": report.machine(),
         "default": default.name,
         "best": best.name,
-        "sweep": [s.name for s in settings] if sweeps else [],
+        "sweep": [s.name for s in settings],
         "systems": [s.name for s in dict.fromkeys([OURS, default, best, *beside])],
-        "runs": runs,
+        "left_out": [] if beside else [s.name.split(",")[0] for s in others(workload)],
+        "limit": machine.limit(),
+        "runs": figures,
     }
 
 
-def _in_order(best: System, workload: Workload) -> System:
-    """The fastest setting of another row, in an order that this row has."""
-    settings = dict(best.settings)
-    order = settings["order"] if settings["order"] in workload.orders else workload.orders[-1]
-    return peft(settings["precision"], order)
+class Machine:
+    """What of a row's work this machine cannot avoid, and how fast it multiplies while the row is measured."""
 
+    def __init__(self, prepared: Prepared) -> None:
+        order = prepared.workload.orders[-1]
+        batches = prepared.in_order(order)[prepared.workload.warmup :]
+        task = prepared.workload.task
+        self.shapes = limit.shapes_of(load_model(prepared, "float32"), task)
+        self.counts = [limit.counts_of(batch, task) for batch in batches]
+        self.dtype = compute_dtype("auto")
+        self.tokens = prepared.tokens(order)[prepared.workload.warmup :]
 
-def _run(system: System | None, prepared: Prepared, *, held_out: bool) -> dict[str, Any]:
-    """Run a system, or where it is None the measurement of the limit; return its figures."""
-    result = prepared.folder / "result.json"
-    command = (
-        ["benchmarks.limit", str(prepared.folder)]
-        if system is None
-        else system.command(prepared.folder, held_out=held_out)
-    )
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--result", str(result)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    figures = json.loads(result.read_text(encoding="utf-8"))
-    return {**figures, "process_seconds": time.perf_counter() - began}
+    def sample(self) -> float:
+        """Return the operations per second at this moment, on a batch of middle size."""
+        middle = sorted(self.counts, key=lambda c: c.tokens)[len(self.counts) // 2]
+        return limit.sample_rate(self.shapes, middle, self.dtype)
 
-
-def _speed(run: dict[str, Any]) -> float:
-    """Tokens per second, each example's in full, over the counted updates of a run."""
-    return sum(run["tokens"]) / sum(run["seconds"])
-
-
-def sections(results: dict[str, dict[str, Any]]) -> list[tuple[str, Table]]:
-    """Return the tables of each row: its systems, and PEFT's settings where they were compared."""
-    made = []
-    for row in results.values():
-        made.append((f"{row['title']}", comparison(row)))
-        if row["sweep"]:
-            made.append((f"PEFT's settings: {row['title']}", sweep(row)))
-    return made
-
-
-def comparison(row: dict[str, Any]) -> Table:
-    """The systems of a row beside PEFT's default, its best, and the limit."""
-    speeds = {name: [_speed(run) for run in runs] for name, runs in row["runs"].items()}
-    middle = {name: median(values) for name, values in speeds.items()}
-    middle[LIMIT] = max(speeds[LIMIT])  # what the machine can do, not what it usually does
-    made = report.table(
-        "system",
-        "tokens/s",
-        "range",
-        "x PEFT's default",
-        "x PEFT's best",
-        "share of the limit",
-        "peak memory, MB",
-        "held-out loss",
-        "trained",
-    )
-    for name in row["systems"]:
-        runs = row["runs"][name]
-        label = name + (" (default)" if name == row["default"] else "")
-        label += " (best)" if name == row["best"] else ""
-        made.add_row(
-            label,
-            f"{middle[name]:,.0f}",
-            f"{min(speeds[name]):,.0f} to {max(speeds[name]):,.0f}",
-            f"{middle[name] / middle[row['default']]:.2f}",
-            f"{middle[name] / middle[row['best']]:.2f}",
-            # The limit is that of thin matrices: to train the weights takes half as many products again.
-            "" if name.startswith("full") else f"{middle[name] / middle[LIMIT]:.0%}",
-            f"{median(run['memory'] for run in runs) / 1e6:,.0f}",
-            f"{runs[0]['held_out']:.4f}",
-            f"{runs[0]['trained']:,}",
-        )
-    made.add_row(
-        f"limit, {row['runs'][LIMIT][0]['dtype']} products at "
-        f"{max(run['rate'] for run in row['runs'][LIMIT]) / 1e9:,.0f} GFLOP/s",
-        f"{middle[LIMIT]:,.0f}",
-        f"{min(speeds[LIMIT]):,.0f} to {max(speeds[LIMIT]):,.0f}",
-        f"{middle[LIMIT] / middle[row['default']]:.2f}",
-        f"{middle[LIMIT] / middle[row['best']]:.2f}",
-        *[""] * 4,
-    )
-    return made
-
-
-def sweep(row: dict[str, Any]) -> Table:
-    """PEFT's settings, one run each."""
-    made = report.table("setting", "tokens/s", "peak memory, MB", "held-out loss")
-    for name in row["sweep"]:
-        run = row["runs"][name][0]
-        made.add_row(
-            name, f"{_speed(run):,.0f}", f"{run['memory'] / 1e6:,.0f}", f"{run['held_out']:.4f}"
-        )
-    return made
+    def limit(self) -> dict[str, Any]:
+        """Return the operations of each batch, and what they were counted from."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "operations": [limit.operations(self.shapes, c) for c in self.counts],
+            "tokens": self.tokens,
+            "counts": [asdict(c) for c in self.counts],
+        }
 
 
 def _earlier(quick: bool) -> dict[str, Any]:

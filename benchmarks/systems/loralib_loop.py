@@ -16,8 +16,8 @@ from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED, Workload
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
-from lorakit.models.loading import compute_dtype
 
 
 def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:

@@ -1,0 +1,122 @@
+"""The time it takes to attach an adapter, to save it and to load it: lorakit beside PEFT.
+
+Every process attaches one adapter to a fresh model, saves it, and loads it onto another fresh model. What a
+first call does that later ones are spared is in the figures, as it is for a user; imports are not.
+
+python -m benchmarks.adapter lorakit --result FILE    one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.table import Table
+from torch import nn
+
+import lorakit
+from benchmarks import report
+from benchmarks.runs import runs_of
+from lorakit.models.dtypes import resolved_dtype
+from lorakit.models.loading import load_base
+
+BASE_MODEL = "smollm2-135m"
+RANK, ALPHA = 8, 16
+ROUNDS, QUICK_ROUNDS = 5, 1
+STEPS = ("attach", "save", "load")
+
+
+# --- one process -------------------------------------------------------------------------------------
+
+
+def of_lorakit(model: nn.Module, fresh: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The three steps with lorakit, in their order."""
+    attach, load = lorakit.attach, lorakit.load  # imported here, outside of what is timed
+    method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
+    handles: list[lorakit.Adapters] = []
+    return {
+        "attach": lambda: handles.append(attach(model, method)),
+        "save": lambda: handles[0].save(folder),
+        "load": lambda: load(fresh, folder),
+    }
+
+
+def of_peft(model: Any, fresh: Any, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The three steps with PEFT, in their order."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"
+    )
+    models: list[Any] = []
+    return {
+        "attach": lambda: models.append(get_peft_model(model, config)),
+        "save": lambda: models[0].save_pretrained(folder),
+        "load": lambda: PeftModel.from_pretrained(fresh, folder),
+    }
+
+
+LIBRARIES = {"lorakit": of_lorakit, "PEFT": of_peft}
+
+
+def run() -> None:
+    """Measure in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    model = load_base(BASE_MODEL).model
+    figures = {}
+    with TemporaryDirectory() as scratch:
+        steps = LIBRARIES[args.library](model, copy.deepcopy(model), Path(scratch) / "adapter")
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            figures[name] = time.perf_counter() - began
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Measure both libraries in turn, and write their table."""
+    report.say("\nadapter: attach, save and load")
+    runs = runs_of("adapter", "all-linear", quick)
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in LIBRARIES}
+    for number in range(QUICK_ROUNDS if quick else ROUNDS):
+        for name in LIBRARIES:
+            found = runs.run(f"{number} {name}", "benchmarks.adapter", name)
+            figures[name].append(found)
+            told = ", ".join(f"{step} {1000 * found[step]:.0f} ms" for step in STEPS)
+            report.say(f"  {number + 1}  {name:<8} {told}")
+    section = report.Section(
+        f"An adapter on all linear layers of {BASE_MODEL}, {resolved_dtype('auto')}, rank {RANK}",
+        durations(figures),
+        f"Milliseconds, the first call of a process; medians of {len(figures['lorakit'])} processes each, the two "
+        "libraries in turn, and their range.",
+    )
+    report.write("adapter", {"machine": report.machine(), "runs": figures}, [section], quick)
+    report.show([section])
+
+
+def durations(figures: dict[str, list[dict[str, float]]]) -> Table:
+    """The libraries' medians and ranges."""
+    made = report.table("library", *STEPS)
+    for name, found in figures.items():
+        cells = []
+        for step in STEPS:
+            times = [1000 * run[step] for run in found]
+            cells.append(f"{median(times):,.0f} ({min(times):,.0f} to {max(times):,.0f})")
+        made.add_row(name, *cells)
+    return made
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,249 @@
+"""What an adapter costs when the model is used: base, merged, unmerged, and PEFT unmerged.
+
+Every process loads the models in another order and lets them compute in turn: the prefill of one prompt, and
+decode steps, a token for each row of a batch, all as `model.generate` does them. Ratios are those of single
+steps (benchmarks.latency), over the steps of all processes.
+
+python -m benchmarks.inference --dtype bfloat16    one process; prints nothing, writes --result
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+import lorakit
+from benchmarks import report
+from benchmarks.latency import Times, in_turn, operations, ratio
+from benchmarks.runs import runs_of
+from benchmarks.systems.peft_trainer import TARGETS
+from benchmarks.workloads import SEED
+from lorakit.models.dtypes import resolved_dtype
+from lorakit.models.loading import load_base
+
+BASE_MODEL = "smollm2-135m"
+RANK, ALPHA = 8, 16
+PROMPT = 512
+"""Tokens of the prompt whose prefill is timed."""
+BATCH, CONTEXT = 8, 128
+"""Rows that are decoded together, and the tokens before the first decoded one."""
+ROUNDS = 3
+STEPS = {"prefill": 16, "decode": 64}
+QUICK_STEPS = {"prefill": 6, "decode": 24}
+
+BASE = "base"
+TARGET_NAMES = {"attention.qv": "q and v", "all-linear": "all linear layers"}
+LIMITS = {
+    "lorakit merged, all linear layers": {"prefill": 1.03, "decode": 1.03},
+    "lorakit unmerged, q and v": {"prefill": 1.05, "decode": 1.10},
+    "lorakit unmerged, all linear layers": {"prefill": 1.15, "decode": 1.30},
+}
+"""What the ratio is meant to be at most."""
+
+
+# --- one process -------------------------------------------------------------------------------------
+
+
+def variants(base: PreTrainedModel) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each of the compared models, by its name in the tables."""
+    made: dict[str, Callable[[], nn.Module]] = {BASE: lambda: copy.deepcopy(base)}
+    made["lorakit merged, all linear layers"] = lambda: _lorakit(base, "all-linear", merged=True)
+    for targets, name in TARGET_NAMES.items():
+        made[f"lorakit unmerged, {name}"] = lambda t=targets: _lorakit(base, t)
+    for targets, name in TARGET_NAMES.items():
+        made[f"PEFT unmerged, {name}"] = lambda t=targets: _peft(base, t)
+        if base.dtype != torch.float32:
+            of = str(base.dtype).removeprefix("torch.")
+            made[f"PEFT unmerged, {name}, adapter in {of}"] = lambda t=targets: _peft(
+                base, t, autocast_adapter_dtype=False
+            )
+    return made
+
+
+def _lorakit(base: PreTrainedModel, targets: str, *, merged: bool = False) -> nn.Module:
+    model = copy.deepcopy(base)
+    method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets=targets)
+    handle = lorakit.attach(model, method, seed=SEED)
+    _fill(model, "lora_B")
+    if merged:
+        handle.merge()
+    return model.eval()
+
+
+def _peft(base: PreTrainedModel, targets: str, **options: Any) -> nn.Module:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[targets]
+    )
+    model = get_peft_model(copy.deepcopy(base), config, **options)
+    _fill(model, "lora_B")
+    return model.eval()
+
+
+def _fill(model: nn.Module, name: str) -> None:
+    """Give the factor that starts at zero the values of a trained one."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
+    for path, parameter in model.named_parameters():
+        if name in path:
+            parameter.data.normal_(std=0.02, generator=generator)
+
+
+def prefill_call(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
+    """Return what runs the prompt through the model, to the logits of the token that comes next."""
+
+    @torch.no_grad()
+    def call() -> object:
+        return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    return call
+
+
+def decode_call(model: nn.Module, prompts: torch.Tensor) -> Callable[[], object]:
+    """Return what decodes a token for each row, each time one further on."""
+    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    token = prompts[:, -1:]
+
+    @torch.no_grad()
+    def call() -> object:
+        return model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    with torch.no_grad():
+        model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return call
+
+
+def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[str, Any]:
+    """Build the models in an order of their own, and let them compute in turn."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(BASE_MODEL, dtype=dtype).model.to(device)  # type: ignore[arg-type]
+    # As in every model with an adapter: PyTorch multiplies by a weight that trains in another shape.
+    base.requires_grad_(False)
+    makers = list(variants(base).items())
+    random.Random(seed).shuffle(makers)
+    models = {name: make() for name, make in makers}
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(rows: int, length: int) -> torch.Tensor:
+        shape = (rows, length)
+        return torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
+
+    prompt, prompts = tokens(1, PROMPT), tokens(BATCH, CONTEXT)
+    calls = {
+        "prefill": {name: prefill_call(model, prompt) for name, model in models.items()},
+        "decode": {name: decode_call(model, prompts) for name, model in models.items()},
+    }
+    figures: dict[str, Any] = {
+        kind: in_turn(calls[kind], steps[kind], seed=seed) for kind in ("prefill", "decode")
+    }
+    if trace:
+        figures["operations"] = {
+            kind: {name: operations(call) for name, call in calls[kind].items()} for kind in calls
+        }
+    return figures
+
+
+def run() -> None:
+    """Measure in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prefill", type=int, default=STEPS["prefill"], help="steps")
+    parser.add_argument("--decode", type=int, default=STEPS["decode"], help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", action="store_true", help="list the operations too")
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    steps = {"prefill": args.prefill, "decode": args.decode}
+    figures = measure(args.dtype, steps, args.seed, args.trace)
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Measure latencies, and write their tables."""
+    report.say("\ninference: base, merged and unmerged, in turn")
+    steps = QUICK_STEPS if quick else STEPS
+    record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
+    dtypes = [resolved_dtype("auto")] if quick else [resolved_dtype("auto"), "float32"]
+    for dtype in dict.fromkeys(dtypes):
+        runs = runs_of("inference", dtype, quick)
+        record[dtype] = []
+        for number in range(1 if quick else ROUNDS):
+            command = ["benchmarks.inference", "--dtype", dtype, "--seed", str(number)]
+            command += [word for kind in steps for word in (f"--{kind}", str(steps[kind]))]
+            figures = runs.run(str(number), *command, *([] if number else ["--trace"]))
+            record[dtype].append(figures)
+            report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
+    made = list(sections(record))
+    report.write("inference", record, made, quick)
+    report.show(made)
+
+
+def sections(record: dict[str, Any]) -> Iterator[report.Section]:
+    """Yield the tables."""
+    dtypes = [name for name in record if name in ("bfloat16", "float32")]
+    titles = {
+        "prefill": f"Prefill of {PROMPT} tokens",
+        "decode": f"A decode step, {BATCH} rows after {CONTEXT} tokens",
+    }
+    for dtype in dtypes:
+        for kind, title in titles.items():
+            yield report.Section(
+                f"{title}: {record['base']}, {dtype}",
+                latencies([run[kind] for run in record[dtype]], kind),
+            )
+    trace = record[dtypes[0]][0]["operations"]
+    yield report.Section("Operations that the profiler sees", operation_counts(trace))
+
+
+def latencies(processes: list[Times], kind: str) -> Any:
+    """The models of one kind of step: their times, and the ratios to the base."""
+    made = report.table(
+        "model", "ms", "x base (95 % interval)", "range over the processes", "meant to be at most"
+    )
+    pooled = {name: [t for times in processes for t in times[name]] for name in processes[0]}
+    for name in sorted(pooled, key=_place):
+        each = [
+            median(a / b for a, b in zip(times[name], times[BASE], strict=True))
+            for times in processes
+        ]
+        limit = LIMITS.get(name)
+        made.add_row(
+            name,
+            f"{1000 * median(pooled[name]):.1f}",
+            "1" if name == BASE else str(ratio(pooled[name], pooled[BASE])),
+            "" if name == BASE else f"{min(each):.3f} to {max(each):.3f}",
+            f"{limit[kind]:.2f}" if limit else "",
+        )
+    return made
+
+
+def _place(name: str) -> tuple[bool, bool, str]:
+    """Where a model stands in a table: the base first, then ours."""
+    return name != BASE, not name.startswith("lorakit"), name
+
+
+def operation_counts(trace: dict[str, dict[str, list[str]]]) -> Any:
+    """How many operations each model runs, and whether they are those of the base, one for one."""
+    made = report.table("model", "in a prefill", "in a decode step", "the base's, in its order")
+    for name in sorted(trace["prefill"], key=_place):
+        same = all(trace[kind][name] == trace[kind][BASE] for kind in trace)
+        made.add_row(
+            name, *(f"{len(trace[kind][name]):,}" for kind in trace), "yes" if same else "no"
+        )
+    return made
+
+
+if __name__ == "__main__":
+    run()

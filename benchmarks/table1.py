@@ -1,0 +1,202 @@
+"""The paper's Table 1: the latency of one forward pass of GPT-2 medium, with adapters and without.
+
+LoRA is merged, and computes what the fine-tuned model computes. Adapters of Houlsby et al. 2019 (AdapterH) and
+of Lin et al. 2020 (AdapterL) are layers of their own, which every token passes one after the other. The weights
+are random, of which a latency does not depend. Without a GPU the paper's batches are divided by 16.
+
+python -m benchmarks.table1 --batch 2 --length 512 --adapter-l 8 --adapter-h 5    one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lorakit
+from benchmarks import report
+from benchmarks.latency import Times, in_turn, ratio
+from benchmarks.runs import runs_of
+from benchmarks.workloads import SEED
+from lorakit.models.dtypes import compute_dtype, resolved_dtype
+
+ROUNDS = 3
+BASE, MERGED = "fine-tuned model", "LoRA, merged"
+ADAPTERS = {"AdapterL": "lin", "AdapterH": "houlsby"}
+"""The paper's names, and those of `lorakit.BottleneckAdapter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A column of the table."""
+
+    batch: int
+    """The paper's."""
+    length: int
+    widths: dict[str, int]
+    """Width of each adapter's bottleneck, from which its number of parameters comes (inferred)."""
+    parameters: str
+    paper: dict[str, str]
+    """The slow-down that the paper prints."""
+    steps: int
+    quick_steps: int
+
+    @property
+    def name(self) -> str:
+        """Batch and length as they are run here."""
+        return f"b{self.rows} s{self.length}"
+
+    @property
+    def rows(self) -> int:
+        """The batch that is run here."""
+        return self.batch if torch.cuda.is_available() else max(1, self.batch // 16)
+
+
+SETTINGS = (
+    Setting(
+        batch=32,
+        length=512,
+        widths={"AdapterL": 8, "AdapterH": 5},
+        parameters="0.5M",
+        paper={"AdapterL": "+2.2 %", "AdapterH": "+3.0 %"},
+        steps=6,
+        quick_steps=2,
+    ),
+    Setting(
+        batch=16,
+        length=256,
+        widths={"AdapterL": 224, "AdapterH": 112},
+        parameters="11M",
+        paper={"AdapterL": "+5.0 %", "AdapterH": "+8.4 %"},
+        steps=15,
+        quick_steps=5,
+    ),
+    Setting(
+        batch=1,
+        length=128,
+        widths={"AdapterL": 224, "AdapterH": 112},
+        parameters="11M",
+        paper={"AdapterL": "+20.7 %", "AdapterH": "+30.3 %"},
+        steps=25,
+        quick_steps=8,
+    ),
+)
+
+
+# --- one process -------------------------------------------------------------------------------------
+
+
+def gpt2_medium() -> GPT2LMHeadModel:
+    """Return GPT-2 medium with random weights, in the dtype that this machine computes fastest in."""
+    torch.manual_seed(SEED)
+    config = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    model = GPT2LMHeadModel(config).to(compute_dtype("auto")).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def models(widths: dict[str, int]) -> dict[str, nn.Module]:
+    """Return the compared models by name; those of the adapters in `widths` alone."""
+    base = gpt2_medium()
+    merged = copy.deepcopy(base)
+    lorakit.attach(merged, lorakit.LoRA(rank=4, alpha=32, targets="attention.qv")).merge()
+    made: dict[str, nn.Module] = {BASE: base, MERGED: merged}
+    for name, width in widths.items():
+        made[name] = copy.deepcopy(base)
+        method = lorakit.BottleneckAdapter(kind=ADAPTERS[name], size=width)
+        lorakit.attach(made[name], method, dtype=base.dtype)
+        made[name].eval()
+    return made
+
+
+def run() -> None:
+    """Measure in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--widths", type=json.loads, default={}, help='{"AdapterL": 8}')
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    compared = models(args.widths)
+    base = compared[BASE]
+    tokens = torch.randint(base.config.vocab_size, (args.batch, args.length))  # type: ignore[union-attr, arg-type]
+    tokens = tokens.to(next(base.parameters()).device)
+
+    def forward(model: nn.Module) -> Callable[[], object]:
+        @torch.no_grad()
+        def call() -> object:
+            return model(input_ids=tokens, use_cache=False)
+
+        return call
+
+    calls = {name: forward(model) for name, model in compared.items()}
+    times = in_turn(calls, args.steps, warmup=1, seed=args.seed)
+    args.result.write_text(json.dumps(times), encoding="utf-8")
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Measure the three settings, and write the table."""
+    report.say("\ntable1: GPT-2 medium, one forward pass")
+    adapters = list(ADAPTERS) if hasattr(lorakit, "BottleneckAdapter") else []
+    times: dict[str, list[Times]] = {setting.name: [] for setting in SETTINGS}
+    for number in range(1 if quick else ROUNDS):
+        for setting in SETTINGS:
+            widths = {name: setting.widths[name] for name in adapters}
+            found = runs_of("table1", setting.name, quick).run(
+                f"{number} {' '.join(adapters)}",
+                *("benchmarks.table1", "--batch", str(setting.rows)),
+                *("--length", str(setting.length), "--widths", json.dumps(widths)),
+                *("--steps", str(setting.quick_steps if quick else setting.steps)),
+                *("--seed", str(number)),
+            )
+            seconds = found.pop("process_seconds")
+            times[setting.name].append(found)
+            report.say(f"  {number + 1}  {setting.name}: {seconds:.0f} s")
+    section = report.Section(
+        f"Table 1 of the paper: GPT-2 medium, random weights, {resolved_dtype('auto')}",
+        latencies(times),
+        "Milliseconds of a forward pass, with the head and without a cache; in brackets what it takes more than the "
+        "fine-tuned model and the 95 % interval of that. The paper's: batches of 32, 16 and 1 on a Quadro RTX 8000.",
+    )
+    report.write("table1", {"machine": report.machine(), "times": times}, [section], quick)
+    report.show([section])
+
+
+def latencies(times: dict[str, list[Times]]) -> Table:
+    """A row for each method, and in each setting its time, its slow-down, and the paper's slow-down."""
+    headings = []
+    for setting in SETTINGS:
+        headings += [f"{setting.name}, adapters of {setting.parameters}", "paper"]
+    made = report.table("method", *headings)
+    for name in next(iter(times.values()))[0]:
+        cells = []
+        for setting in SETTINGS:
+            pooled = {
+                model: [t for process in times[setting.name] for t in process[model]]
+                for model in (name, BASE)
+            }
+            cell = f"{1000 * median(pooled[name]):,.1f}"
+            if name != BASE:
+                slower = ratio(pooled[name], pooled[BASE])
+                more = [f"{100 * (r - 1):+.1f}" for r in (slower.middle, slower.low, slower.high)]
+                cell += f" ({more[0]} %; {more[1]} to {more[2]})"
+            cells += [cell, setting.paper.get(name, "")]
+        made.add_row(name, *cells)
+    return made
+
+
+if __name__ == "__main__":
+    run()

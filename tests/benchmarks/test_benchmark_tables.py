@@ -1,0 +1,133 @@
+"""Tables from figures, as pages show them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from benchmarks import adapter, inference, merge_drift, report, table1, training_tables
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the one line of a Markdown table that starts with `first`."""
+    lines = [line for line in text.splitlines() if re.match(rf"\| {re.escape(first)}\s*\|", line)]
+    assert len(lines) == 1, text
+    return [cell.strip() for cell in lines[0].strip("|").split("|")]
+
+
+def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
+    return {
+        "tokens": [60, 40],
+        "seconds": [seconds / 2, seconds / 2],
+        "rate": rate,
+        "memory": 2e9,
+        "loading_memory": 1e9,
+        "held_out": 1.25,
+        "trained": 1234,
+        **figures,
+    }
+
+
+@pytest.fixture
+def row() -> dict[str, Any]:
+    """Three rounds; the machine is half as fast in the second, and busy while it is sampled there."""
+    return {
+        "title": "A row",
+        "source": "E2E NLG",
+        "machine": report.machine(),
+        "default": "PEFT, float32, plain",
+        "best": "PEFT, bf16 weights, bucketed",
+        "sweep": ["PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
+        "systems": ["lorakit", "PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
+        "left_out": ["loralib", "full fine-tuning", "full fine-tuning"],
+        "limit": {"dtype": "bfloat16", "tokens": [60, 40], "operations": [3e8, 2e8], "counts": []},
+        "runs": {
+            "lorakit": [run(1.0), run(2.0, rate=1e7), run(1.25)],
+            "PEFT, float32, plain": [run(4.0), run(8.0, rate=1e7), run(5.0)],
+            "PEFT, bf16 weights, bucketed": [run(2.0), run(4.0, rate=1e7), run(2.5)],
+        },
+    }
+
+
+def test_a_training_row(row: dict[str, Any]) -> None:
+    text = report.markdown(training_tables.sections({"a": row}))
+    # 500 million operations at a billion a second: 200 tokens/s are the limit.
+    of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
+    assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
+    assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
+    assert cells(text, "PEFT, float32, plain (default)")[3:5] == ["1.00", "0.50"]
+    assert cells(text, "PEFT, bf16 weights, bucketed (best)")[3:5] == ["2.00", "1.00"]
+    assert "Not run here, for time: loralib, full fine-tuning." in text
+    assert "Medians of 3 runs." in text
+    assert "1 GFLOP/s, the median of the faster half of 9 samples (0 to 1)" in text
+
+
+def test_a_row_of_another_day_says_so(row: dict[str, Any]) -> None:
+    row["machine"]["date"] = "1999-12-31"
+    assert "Measured on 1999-12-31" in training_tables.note(row)
+
+
+def test_sections_become_headings_tables_and_notes() -> None:
+    made = report.table("system", "tokens/s")
+    made.add_row("ours", "12")
+    text = report.markdown([report.Section("A [title]", made, "A note."), ("Another", made)])
+    blocks = text.rstrip("\n").split("\n\n")
+    assert blocks[0] == f"*{report.in_words(report.machine())}*"
+    assert [blocks[1], blocks[3], blocks[4]] == ["### A [title]", "A note.", "### Another"]
+    heading, rule, line = blocks[2].splitlines()
+    assert re.fullmatch(r"\| system \| tokens/s \|", heading)
+    assert re.fullmatch(r"\|-+\|-+:?\|", rule)
+    assert re.fullmatch(r"\| ours +\| +12 \|", line)
+
+
+def test_inference_tables() -> None:
+    times = {
+        inference.BASE: [0.1, 0.2, 0.1],
+        "lorakit merged, all linear layers": [0.1, 0.2, 0.1],
+        "lorakit unmerged, q and v": [0.11, 0.22, 0.11],
+    }
+    trace = {name: ["aten::mm"] for name in times} | {
+        "lorakit unmerged, q and v": ["aten::mm", "aten::addmm_"]
+    }
+    process = {
+        "prefill": times,
+        "decode": times,
+        "operations": {"prefill": trace, "decode": trace},
+    }
+    record = {"base": "tiny", "bfloat16": [process, process]}
+    sections = list(inference.sections(record))
+    assert len(sections) == 3
+    text = report.markdown(sections[1:2])
+    assert cells(text, inference.BASE)[1:3] == ["100.0", "1"]
+    unmerged = cells(text, "lorakit unmerged, q and v")
+    assert unmerged[1:] == ["110.0", "1.100 (1.100 to 1.100)", "1.100 to 1.100", "1.10"]
+    operations = report.markdown(sections[2:])
+    assert cells(operations, "lorakit merged, all linear layers")[1:] == ["1", "1", "yes"]
+    assert cells(operations, "lorakit unmerged, q and v")[1:] == ["2", "2", "no"]
+
+
+def test_table_1_with_the_paper_beside() -> None:
+    process = {
+        table1.BASE: [1.0, 2.0],
+        table1.MERGED: [1.0, 2.0],
+        "AdapterL": [1.5, 3.0],
+        "AdapterH": [2.0, 4.0],
+    }
+    text = report.markdown(
+        [("Table 1", table1.latencies({s.name: [process] for s in table1.SETTINGS}))]
+    )
+    assert cells(text, table1.BASE)[1] == "1,500.0"
+    assert cells(text, table1.MERGED)[1:3] == ["1,500.0 (+0.0 %; +0.0 to +0.0)", ""]
+    assert cells(text, "AdapterL")[1:3] == ["2,250.0 (+50.0 %; +50.0 to +50.0)", "+2.2 %"]
+    assert cells(text, "AdapterH")[6] == "+30.3 %"
+
+
+def test_adapter_and_merge_tables() -> None:
+    steps = [{"attach": 0.01 * i, "save": 0.02, "load": 0.03} for i in (1, 9, 2)]
+    text = report.markdown([("", adapter.durations({"lorakit": steps}))])
+    assert cells(text, "lorakit")[1:] == ["20 (10 to 90)", "20 (20 to 20)", "30 (30 to 30)"]
+    runs = [{"changed": 1234, "largest": 0.5, "exact": None, "seconds": 0.002}]
+    text = report.markdown([("", merge_drift.drift({"bfloat16": {"PEFT": runs}}))])
+    assert cells(text, "bfloat16, PEFT")[1:] == ["1,234", "0.5", "-", "2.00"]
