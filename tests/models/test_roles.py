@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
 from lorakit.models.architectures import ARCHITECTURES, Fused
-from lorakit.models.layers import RowSlice
+from lorakit.models.layers import AdapterSlot, RowSlice
 from lorakit.models.roles import find_places, is_role, resolve_targets
 
 EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
@@ -244,7 +244,7 @@ def test_adapters_of_a_layer_are_not_targets() -> None:
     model = tiny_models.build("llama")
     before = resolve_targets(model, "all-linear"), resolve_targets(model, "q_proj")
     for place in before[0]:
-        adapter = nn.ModuleDict({"default": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
+        adapter = AdapterSlot({"default": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
         model.get_submodule(place.path).add_module("adapters", adapter)
     assert (resolve_targets(model, "all-linear"), resolve_targets(model, "q_proj")) == before
 
