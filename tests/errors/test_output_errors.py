@@ -144,9 +144,7 @@ def test_an_output_that_cannot_be_written_is_seen_before_anything_is_read(
 ) -> None:
     Path("file").touch()
     for where in ("file/below", "a\0b", "a" * 300):
-        shell.refuses(
-            command.replace("taken", where), "null" if "\0" in where else "annot write"
-        )
+        shell.refuses(command.replace("taken", where), "null" if "\0" in where else "annot write")
 
 
 def test_overwrite_replaces_texts(shell: Shell, base: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -253,8 +253,9 @@ def require_exact_layers(model: nn.Module) -> None:
     Raises:
         AdapterStateError: One is repacked already, or computes with other numbers than it holds.
     """
-    bnb: Any = _loaded_library()
-    for path, layer in model.named_modules() if bnb is not None else ():
+    bnb = cast(Any, _loaded_library())
+    modules = cast(Any, model.named_modules() if bnb is not None else ())
+    for path, layer in modules:
         if not isinstance(layer, bnb.nn.Linear4bit) or not layer.weight.bnb_quantized:
             continue
         state = layer.weight.quant_state
