@@ -253,8 +253,10 @@ def require_exact_layers(model: nn.Module) -> None:
     Raises:
         AdapterStateError: One is repacked already, or computes with other numbers than it holds.
     """
-    bnb = cast(Any, _loaded_library())
-    modules = cast(Any, model.named_modules() if bnb is not None else ())
+    library = _loaded_library()
+    if library is None:
+        return
+    bnb, modules = cast(Any, library), cast(Any, model.named_modules())
     for path, layer in modules:
         if not isinstance(layer, bnb.nn.Linear4bit) or not layer.weight.bnb_quantized:
             continue
