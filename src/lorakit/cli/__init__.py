@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,10 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding cannot show is written as escapes: no reason to lose hours of work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Imported only now: most commands need PyTorch, and --help should not wait for it.
     module = import_module(f"lorakit.cli.{command}")
     try:
-        return module.run(rest) or 0
+        status = module.run(rest) or 0
+        if sys.stdout is not None:  # as it is where a command was started with it closed
+            sys.stdout.flush()
+        return status
     except LorakitError as error:
         print(f"lorakit {command}: {error}", file=sys.stderr)
         return 1
@@ -57,8 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stderr.close()
+        # What is left in the buffer goes nowhere, or Python would complain about it at its end.
+        assert sys.stdout is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # the last net: a library's own file, a disk that fails
+        name = f"'{error.filename}': " if error.filename else ""
+        print(f"lorakit {command}: {name}{error.strerror or error}.", file=sys.stderr)
+        return 1
 
 
 def _overview() -> str:

@@ -39,8 +39,7 @@ class DataCommandConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Show examples, lengths, labels and duplicates."""
-    from rich.console import Console
-
+    from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.data import preview
     from lorakit.models.loading import load_tokenizer
@@ -61,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     if config.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
-        _print(Console(highlight=False), found)
+        _print(console(), found)
 
 
 def _print(console: Console, found: Preview) -> None:

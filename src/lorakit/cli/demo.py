@@ -49,9 +49,8 @@ class DemoConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Score a base, adapt it, score it again, merge, and say what to try next."""
-    from rich.console import Console
-
     from lorakit.adapters.loading import load
+    from lorakit.cli.console import console as standard_output
     from lorakit.cli.parsing import parse
     from lorakit.data import DataConfig, load_examples
     from lorakit.evaluation.adapted import TEXT
@@ -67,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
         argv,
     )
     _require_demo_folder(Path(config.output))
-    console = Console(highlight=False)
+    console = standard_output()
     began = time.monotonic()
     data = DataConfig(
         train="docstrings",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 def run(argv: Sequence[str]) -> None:
     """Score a base or an adapter and print the scores."""
-    from rich.console import Console
     from rich.table import Table
 
+    from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
@@ -27,4 +27,4 @@ def run(argv: Sequence[str]) -> None:
     table.add_column("value", justify="right")
     for name, value in result.scores.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    console().print(table)

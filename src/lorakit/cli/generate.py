@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit import storage
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig, Decoding
 from lorakit.tasks import BadRow
@@ -54,7 +55,6 @@ class GenerateConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Generate and print, or write, the continuations."""
-    from lorakit import storage
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.adapted import open_adapted
     from lorakit.evaluation.generate import generate
@@ -92,12 +92,8 @@ def _prompts(config: GenerateConfig) -> list[Prompt]:
     if config.prompt is not None:
         return [config.prompt]
     assert config.file is not None
-    try:
+    with storage.reading(config.file, DataError):
         text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"'{config.file}' cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{config.file}' is not UTF-8: {error}.") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"'{config.file}' holds no prompt.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,8 @@ class InspectConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Read the adapter's files alone and print what they hold."""
-    from rich.console import Console
-
     from lorakit.adapters import formats
+    from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -51,8 +49,7 @@ def run(argv: Sequence[str]) -> None:
     if config.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        wide = None if sys.stdout.isatty() else 120  # a pipe has no width of its own
-        _print(Console(width=wide), facts, config.layers)
+        _print(console(), facts, config.layers)
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:

@@ -28,9 +28,9 @@ class ScoreConfig:
 
 def run(argv: Sequence[str]) -> None:
     """Score the files and print the scores."""
-    from rich.console import Console
     from rich.table import Table
 
+    from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.score_files import score_files
 
@@ -52,4 +52,4 @@ def run(argv: Sequence[str]) -> None:
     table.add_column("value", justify="right")
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    console().print(table)
