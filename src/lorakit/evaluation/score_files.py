@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lorakit import metrics
 from lorakit.data.readers import Problem, Row, reader_for
@@ -51,7 +51,7 @@ def score_files(
         ConfigurationError: There are no references, or a package or Java is not installed.
         LorakitError: Java failed.
     """
-    require_choice("metrics", family, Family)  # type: ignore[arg-type]
+    require_choice("metrics", family, get_args(Family))
     said = _read(outputs)
     right = said if references is None else _read(references)
     if references is None and said.rows is None:
