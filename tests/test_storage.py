@@ -420,7 +420,7 @@ def test_json_that_is_none_is_named_with_its_position(tmp_path, data, message):
 
 
 def test_json_that_is_missing_or_huge(tmp_path, monkeypatch):
-    with pytest.raises(AdapterFileError, match="No such file"):
+    with pytest.raises(AdapterFileError, match="does not exist"):
         storage.read_json(tmp_path / "none.json")
     with pytest.raises(AdapterFileError, match="Is a directory"):
         storage.read_json(tmp_path)
@@ -525,9 +525,9 @@ def refuse(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: None, "No such file"),
+        (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "Is a directory"),
-        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere"),
         (lambda path: path.write_bytes(b"caf\xe9"), "not UTF-8 text: byte 3 is 0xe9"),
     ],
     ids=["missing", "a folder", "a link to nowhere", "another encoding"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +55,10 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     entries = [where] if isinstance(where, str) else list(where)
     if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
         raise DataError(f"data is {where!r}; name at least one file or data set")
-    parts = [part for entry in entries for part in _parts(entry, split)]
+    parts = []
+    for entry in entries:
+        with storage.reading(entry, DataError):
+            parts += _parts(entry, split)
     for part, count in Counter(part.name for part in parts).items():
         if count > 1:
             raise DataError(
@@ -73,7 +77,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         raise DataError(
             f"{name}: none of its {len(rows):,} rows can be read; the first is {rows[0]}"
         )
-    digests = [part.sha256() for part in parts]
+    digests = [_digest(part) for part in parts]
     return Source(
         name=name,
         rows=rows,
@@ -94,10 +98,15 @@ class _Part:
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+def _digest(part: _Part) -> str:
+    with storage.reading(part.name, DataError):
+        return part.sha256()
+
+
 def _parts(entry: str, split: str) -> list[_Part]:
     if entry in BUILT_IN:
         return [_built_in(entry, split)]
-    path = Path(entry).expanduser()
+    path = Path(os.path.expanduser(entry))
     if path.is_file():
         return [_file(path)]
     if path.is_dir():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lorakit import storage
 from lorakit.errors import BaseModelError, nearest
 
 
@@ -105,12 +106,14 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Sou
     """
     text = os.fspath(name).strip()
     packaged = _BY_NAME.get(text.lower())
-    if packaged is not None:
-        source = _resolve_packaged(packaged, text)
-    elif Path(text).expanduser().exists() and text:
-        source = _resolve_path(Path(text).expanduser())
-    else:
-        source = _resolve_hub_id(text, revision)
+    path = Path(os.path.expanduser(text))
+    with storage.reading(path, BaseModelError):
+        if packaged is not None:
+            source = _resolve_packaged(packaged, text)
+        elif text and path.exists():
+            source = _resolve_path(path)
+        else:
+            source = _resolve_hub_id(text, revision)
     if revision is not None and source.kind != "hub":
         raise BaseModelError(
             f"revision '{revision}' was given for '{text}', which is not on the hub but local: "
@@ -193,7 +196,7 @@ def _resolve_hub_id(text: str, revision: str | None) -> Source:
 
 
 def _nearest_neighbour(text: str) -> str:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not path.parent.is_dir():
         return f" Neither does its folder, '{path.parent}'."
     return nearest(path.name, [entry.name for entry in path.parent.iterdir()])

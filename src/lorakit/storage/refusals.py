@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +15,35 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
-    """Say that `path` cannot be read, and why, where the system refuses it or it is no UTF-8 text.
+    """Say what cannot be read, and why, where the system refuses `path` or something in it.
 
     Raises:
-        error: It is missing, locked, a folder, on a broken disk, or in another encoding.
+        error: It is missing, locked, a folder, on a broken disk, or in another encoding than UTF-8.
     """
     try:
         yield
     except OSError as refusal:
-        reason = refusal.strerror or refusal
-        raise error(f"'{path}' cannot be read: {reason}. Check the path and its rights.") from None
+        if _is_disk_full(refusal):  # what is read is written elsewhere at the same time
+            raise
+        name = refusal.filename or path
+        if not isinstance(refusal, FileNotFoundError):
+            reason = (
+                f"cannot be read: {refusal.strerror or refusal}. Check its kind and its rights."
+            )
+        elif os.path.islink(name):
+            reason = "is a link that leads nowhere. Check the path."
+        else:
+            reason = "does not exist. Check the path."
+        raise error(f"'{name}' {reason}") from refusal
     except UnicodeDecodeError as refusal:
         raise error(
             f"'{path}' is not UTF-8 text: byte {refusal.start} is 0x{refusal.object[refusal.start]:02x}. It is of "
             "another kind, damaged, or in another encoding; save it as UTF-8."
-        ) from None
+        ) from refusal
+    except ValueError as refusal:
+        if "null byte" not in str(refusal):
+            raise
+        raise error(f"{str(path)!r} is no path: {refusal}.") from refusal
 
 
 @contextmanager

@@ -67,9 +67,20 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
         AdapterFileError: Nothing readable is there, or it is damaged, incomplete or unsafe.
         ConfigurationError: A loralib file without `alpha`, or an `alpha` that another file contradicts.
     """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise AdapterFileError(
+            f"The path of an adapter is {path!r}; name a folder of lorakit or PEFT, or a loralib file."
+        )
     path = Path(path)
+    with storage.reading(path, AdapterFileError):
+        return _read(path, alpha)
+
+
+def _read(path: Path, alpha: float | None) -> StoredAdapter:
     if path.is_file():
         return _read_file(path, alpha)
+    if path.exists() and not path.is_dir():
+        raise AdapterFileError(f"'{path}' is neither a folder nor a file, but a pipe or a device.")
     if not path.is_dir():
         raise AdapterFileError(
             f"'{path}' does not exist. Check the path; for an adapter on the Hugging Face hub, fetch it "
@@ -134,7 +145,10 @@ def check_replaceable(folder: str | Path) -> None:
     """
     folder = Path(folder)
     marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / m).exists() for m in marks):
+    with storage.reading(folder, RunFolderError):
+        holds = folder.is_dir() and any(folder.iterdir())
+        is_own = any((folder / mark).exists() for mark in marks)
+    if holds and not is_own:
         raise RunFolderError(
             f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
             "Choose another folder."

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorakit import storage
 from lorakit.errors import AdapterFileError
 
 SAFETENSORS = ".safetensors"
@@ -27,11 +28,8 @@ def regular_file(path: Path) -> Path:
     Raises:
         AdapterFileError: Nothing is there, or a folder, pipe or device, which might never end.
     """
-    try:
+    with storage.reading(path, AdapterFileError):
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        what = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
-        raise AdapterFileError(f"'{path}' {what}. Check the path.") from error
     if not stat.S_ISREG(mode):
         raise AdapterFileError(f"'{path}' is not a file, and one with tensors was expected there.")
     return path
@@ -86,18 +84,17 @@ def read_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about kinds of files that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # the bytes are not ours: any part of the parser may trip over them
+        # Its message is not passed on: it advises to open the file with weights_only=False.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise AdapterFileError(f"'{path}' is damaged or no PyTorch file: {error}") from error
+        if isinstance(error, pickle.UnpicklingError) and wanted is not None:
+            raise AdapterFileError(
+                f"'{path}' asks to run code ({wanted[1].rstrip('.')}) when it is opened. Files of tensors "
+                "need none, so it was not opened. Ask its author for a .safetensors file."
+            ) from error
         raise AdapterFileError(
-            f"'{path}' asks to run code ({wanted[1].rstrip('.')}) when it is opened. Files of tensors "
-            "need none, so it was not opened. Ask its author for a .safetensors file."
-        ) from error
-    except Exception as error:
-        raise AdapterFileError(
-            f"'{path}' cannot be read as a PyTorch file: {error}. The file is truncated, damaged or of "
-            "another kind; fetch or save it again."
+            f"'{path}' is no file of tensors, neither safetensors nor PyTorch's, or it is truncated or damaged. "
+            "Check the path, or fetch or save it again."
         ) from error
 
 

@@ -1,0 +1,232 @@
+"""Files that are folders, links to nowhere, pipes, in another encoding, or not the user's to read."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from user_mistakes import COMMANDS_ON_AN_ADAPTER, PEFT_CONFIG, RECORD, TENSORS, Shell, refused
+from user_mistakes import on_data as command_on_data
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.cli import main
+from lorakit.errors import AdapterFileError, LorakitError
+
+IN_PLACE: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: path.mkdir(),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.fixture(params=IN_PLACE.values(), ids=IN_PLACE)
+def put(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
+    """Put something else in the place of a file."""
+
+    def instead(path: Path) -> Path:
+        path.unlink(missing_ok=True)
+        request.param(path)
+        return path
+
+    return instead
+
+
+@pytest.mark.parametrize("name", [TENSORS, PEFT_CONFIG, RECORD])
+def test_in_an_adapter(name: str, put: Callable[[Path], Path], shell: Shell, adapter: Path) -> None:
+    put(adapter / name)
+    shell.refuses("inspect adapter", f"adapter/{name}")
+    shell.refuses("convert adapter converted", f"adapter/{name}")
+
+
+def test_in_place_of_an_adapter(put: Callable[[Path], Path], shell: Shell) -> None:
+    put(Path("lora.pt"))
+    shell.refuses("inspect lora.pt", "lora.pt")
+
+
+@pytest.mark.parametrize("command", ["train", "data"])
+def test_in_place_of_data(
+    command: str, put: Callable[[Path], Path], shell: Shell, base: str
+) -> None:
+    put(Path("rows.jsonl"))
+    shell.refuses(command_on_data(command, base) + "rows.jsonl", "rows.jsonl")
+
+
+# A pipe is as good as a file there: `--file <(command)`.
+NO_PIPE = {name: make for name, make in IN_PLACE.items() if name != "a pipe"}
+
+
+@pytest.mark.parametrize("make", NO_PIPE.values(), ids=NO_PIPE)
+def test_in_place_of_prompts(make: Callable[[Path], object], shell: Shell, base: str) -> None:
+    make(Path("prompts.txt"))
+    shell.refuses(f"generate --base.name {base} --file prompts.txt", "prompts.txt")
+
+
+@pytest.mark.parametrize("make", NO_PIPE.values(), ids=NO_PIPE)
+def test_in_place_of_settings(make: Callable[[Path], object], shell: Shell) -> None:
+    make(Path("run.yaml"))
+    shell.refuses("train --config run.yaml", "run.yaml")
+
+
+@pytest.mark.parametrize("path", ["", None, 5, "a\0b", "a" * 5000])
+def test_what_is_no_path_of_an_adapter(path: Any) -> None:
+    with refused(
+        AdapterFileError, "path" if not isinstance(path, str) or "a" * 9 not in path else ""
+    ):
+        formats.read(path)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_in_another_encoding(name: str, shell: Shell, base: str) -> None:
+    Path(name).write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    shell.refuses(f"generate --base.name {base} --file {name}", name, "not UTF-8", "0xe9")
+
+
+# --- without the right to read -------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that another user has closed: nothing in it can be listed, looked up or opened."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+
+    def guard(owner: Any, name: str, inside_alone: bool) -> None:
+        original = getattr(owner, name)
+
+        def guarded(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+            full = Path(os.path.abspath(path)) if isinstance(path, (str, os.PathLike)) else None
+            if full is not None and (
+                folder in full.parents or (full == folder and not inside_alone)
+            ):
+                raise PermissionError(13, os.strerror(13), os.fspath(path))
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    for name in ("stat", "lstat"):
+        guard(os, name, inside_alone=True)
+    for owner, name in ((os, "listdir"), (os, "scandir"), (io, "open")):
+        guard(owner, name, inside_alone=False)
+    return folder
+
+
+LOCKED = {
+    "an adapter folder": "inspect locked",
+    "an adapter": "inspect locked/adapter",
+    "a loralib file": "convert locked/lora.pt converted --alpha 4",
+    "a base folder": "generate --base.name locked --prompt river",
+    "a base": "generate --base.name locked/base --prompt river",
+    "prompts": "generate --base.name {base} --file locked/prompts.txt",
+    "data": "train --base.name {base} --data.train locked/rows.jsonl --output run",
+    "a folder of data": "data --base.name {base} --data.train locked",
+    "settings": "train --config locked/run.yaml",
+    "a run": "train --base.name {base} --data.train {data} --output locked/run",
+    "a run's folder": "train --base.name {base} --data.train {data} --output locked",
+    "an output": "generate --base.name {base} --prompt river --output locked/out.jsonl",
+}
+
+
+@pytest.mark.usefixtures("locked")
+@pytest.mark.parametrize("command", LOCKED.values(), ids=LOCKED)
+def test_locked(
+    command: str, base: str, data: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command.format(base=base, data=data).split()) == 1
+    err = capsys.readouterr().err
+    assert "Permission denied" in err
+    assert "locked" in err
+    assert "Traceback" not in err
+
+
+def test_locked_through_python(locked: Path, base: str) -> None:
+    for call in (
+        lambda: formats.read(locked / "adapter"),
+        lambda: lorakit.load_base(locked / "base"),
+        lambda: lorakit.load_base(locked),
+    ):
+        with refused(LorakitError, "locked", "Permission denied"):
+            call()
+
+
+def test_what_the_system_refuses_is_never_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, shell: Shell
+) -> None:
+    """The last net, for files that libraries open."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error", "somewhere")
+
+    monkeypatch.setattr("lorakit.cli.inspect.run", failing)
+    shell.refuses("inspect adapter", "somewhere", "Input/output error")
+
+
+# --- where the output goes ------------------------------------------------------------------------
+
+
+def test_a_terminal_that_cannot_show_it(
+    monkeypatch: pytest.MonkeyPatch, base: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "café", "completion": "日本"}\n', encoding="utf-8"
+    )
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main((command_on_data("data", base) + str(tmp_path / "rows.jsonl")).split()) == 0
+    assert b"completion" in raw.getvalue()
+
+
+@pytest.mark.parametrize("options", [[], ["--json", "true"]], ids=["table", "json"])
+def test_a_reader_that_has_seen_enough(options: list[str], adapter: Path) -> None:
+    """As `lorakit inspect adapter | head -1` is for the shell."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(writing, "w") as pipe:
+        patch.setattr("sys.stdout", pipe)
+        assert main(["inspect", str(adapter), *options]) == 0
+
+
+def test_a_closed_standard_output(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["inspect", str(adapter)]) == 0
+
+
+# --- a library's own advice -----------------------------------------------------------------------
+
+NO_TENSORS = {
+    "rows": b'{"prompt": "a"}\n',
+    "text": b"years of work\n",
+    "nothing": b"",
+    "noise": bytes(range(256)) * 8,
+    "a zip of something else": b"PK\x05\x06" + bytes(18),
+    "the head of a pickle": b"\x80\x02}q\x00(",
+    "a pickle of a text": b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00\x8c\x01a\x94.",
+}
+
+
+@pytest.mark.parametrize("content", NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize("name", ["lora.pt", "rows.jsonl", "lora.safetensors"])
+def test_a_file_of_no_tensors(name: str, content: bytes, shell: Shell) -> None:
+    """torch would advise to open it with weights_only=False, which runs what is in it."""
+    Path(name).write_bytes(content)
+    shell.refuses(f"inspect {name}", name)
+    main(["inspect", name])
+    err = shell.capsys.readouterr().err.lower()
+    assert not any(word in err for word in ("weights_only", "arbitrary code", "file an issue"))
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "merge", "convert"])
+def test_a_peft_folder_with_a_file_of_no_tensors(
+    command: str, shell: Shell, peft_folder: Path, base: str
+) -> None:
+    (peft_folder / TENSORS).unlink()
+    (peft_folder / "adapter_model.bin").write_bytes(b"years of work\n")
+    shell.refuses(
+        COMMANDS_ON_AN_ADAPTER[command].format(base=base), "adapter_model.bin", "no file of tensors"
+    )
