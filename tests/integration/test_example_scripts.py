@@ -61,7 +61,7 @@ def logits(model: nn.Module, names: dict[str, Any]) -> Tensor:
 
 def test_every_example_is_tested() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*TRAINING, "many_adapters", "load_with_peft", "tiny_base"}
+    assert scripts == {*TRAINING, "many_adapters", "load_with_peft", "look_inside", "tiny_base"}
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -120,6 +120,16 @@ def test_load_with_peft(run: Callable[..., dict[str, Any]]) -> None:
     assert set(dict(taken_over.model.named_modules())) >= {"model.layers.0.self_attn.q_proj"}
     taken_over.detach()
     assert_same_base(taken_over.model, fresh_base(names))
+
+
+def test_look_inside(run: Callable[..., dict[str, Any]]) -> None:
+    names = run("look_inside")
+    losses = names["losses"]
+    assert max(losses["one"], losses["two"], losses["small"]) < losses[None] - 0.05
+    assert names["mean"].error == 0
+    assert 0 < names["small"].error < 0.5
+    assert {layer.rank for layer in names["small"].adapter.layers.values()} == {4}
+    assert_same_base(names["model"], fresh_base(names))
 
 
 def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
