@@ -33,7 +33,7 @@ from lorakit.tasks import Example, LabelledExample, LanguageExample
 IGNORED = -100
 MAX_LENGTH = 512
 """Tokens of an example at most; of longer ones the prompt loses its beginning, for every system."""
-HELD_OUT = {"completion": 64, "classification": 256}
+HELD_OUT = {"completion": 32, "classification": 256}
 
 INSTRUCTION = """\
 You write short texts for the web site of a city guide. Below is a list of what is known about one place \

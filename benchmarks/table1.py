@@ -4,15 +4,16 @@ LoRA is merged, and computes what the fine-tuned model computes. Adapters of Hou
 of Lin et al. 2020 (AdapterL) are layers of their own, which every token passes one after the other. The weights
 are random, of which a latency does not depend. Without a GPU the paper's batches are divided by 16.
 
-python -m benchmarks.table1 --batch 2 --length 512 --adapter-l 8 --adapter-h 5    one process
+python -m benchmarks.table1 --result FILE    one process
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ ROUNDS = 3
 BASE, MERGED = "fine-tuned model", "LoRA, merged"
 ADAPTERS = {"AdapterL": "lin", "AdapterH": "houlsby"}
 """The paper's names, and those of `lorakit.BottleneckAdapter`."""
+METHODS = (BASE, MERGED, *ADAPTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Setting:
     batch: int
     """The paper's."""
     length: int
-    widths: dict[str, int]
+    sizes: dict[str, int]
     """Width of each adapter's bottleneck, from which its number of parameters comes (inferred)."""
     parameters: str
     paper: dict[str, str]
@@ -65,16 +67,16 @@ SETTINGS = (
     Setting(
         batch=32,
         length=512,
-        widths={"AdapterL": 8, "AdapterH": 5},
+        sizes={"AdapterL": 8, "AdapterH": 5},
         parameters="0.5M",
         paper={"AdapterL": "+2.2 %", "AdapterH": "+3.0 %"},
-        steps=6,
+        steps=5,
         quick_steps=2,
     ),
     Setting(
         batch=16,
         length=256,
-        widths={"AdapterL": 224, "AdapterH": 112},
+        sizes={"AdapterL": 224, "AdapterH": 112},
         parameters="11M",
         paper={"AdapterL": "+5.0 %", "AdapterH": "+8.4 %"},
         steps=15,
@@ -83,7 +85,7 @@ SETTINGS = (
     Setting(
         batch=1,
         length=128,
-        widths={"AdapterL": 224, "AdapterH": 112},
+        sizes={"AdapterL": 224, "AdapterH": 112},
         parameters="11M",
         paper={"AdapterL": "+20.7 %", "AdapterH": "+30.3 %"},
         steps=25,
@@ -99,38 +101,33 @@ def gpt2_medium() -> GPT2LMHeadModel:
     """Return GPT-2 medium with random weights, in the dtype that this machine computes fastest in."""
     torch.manual_seed(SEED)
     config = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
-    model = GPT2LMHeadModel(config).to(compute_dtype("auto")).eval()
+    model = GPT2LMHeadModel(config).to(compute_dtype("auto")).eval().requires_grad_(False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def models(widths: dict[str, int]) -> dict[str, nn.Module]:
-    """Return the compared models by name; those of the adapters in `widths` alone."""
-    base = gpt2_medium()
-    merged = copy.deepcopy(base)
-    lorakit.attach(merged, lorakit.LoRA(rank=4, alpha=32, targets="attention.qv")).merge()
-    made: dict[str, nn.Module] = {BASE: base, MERGED: merged}
-    for name, width in widths.items():
-        made[name] = copy.deepcopy(base)
-        method = lorakit.BottleneckAdapter(kind=ADAPTERS[name], size=width)
-        lorakit.attach(made[name], method, dtype=base.dtype)
-        made[name].eval()
-    return made
+@contextlib.contextmanager
+def adapted(model: nn.Module, setting: Setting, name: str) -> Iterator[None]:
+    """Let `model` be what the row `name` means in a setting."""
+    if name == BASE:
+        yield
+        return
+    if name == MERGED:
+        handle = lorakit.attach(model, lorakit.LoRA(rank=4, alpha=32, targets="attention.qv"))
+        handle.merge()
+    else:
+        method = lorakit.BottleneckAdapter(kind=ADAPTERS[name], size=setting.sizes[name])
+        handle = lorakit.attach(model, method, dtype=next(model.parameters()).dtype)
+    model.eval()
+    yield
+    handle.detach()
 
 
-def run() -> None:
-    """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--widths", type=json.loads, default={}, help='{"AdapterL": 8}')
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
-    compared = models(args.widths)
-    base = compared[BASE]
-    tokens = torch.randint(base.config.vocab_size, (args.batch, args.length))  # type: ignore[union-attr, arg-type]
-    tokens = tokens.to(next(base.parameters()).device)
+def measure(setting: Setting, models: dict[str, nn.Module], steps: int, seed: int) -> Times:
+    """Let the models compute in turn."""
+    device = next(models[BASE].parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    shape = (setting.rows, setting.length)
+    tokens = torch.randint(GPT2Config().vocab_size, shape, generator=generator).to(device)
 
     def forward(model: nn.Module) -> Callable[[], object]:
         @torch.no_grad()
@@ -139,9 +136,29 @@ def run() -> None:
 
         return call
 
-    calls = {name: forward(model) for name, model in compared.items()}
-    times = in_turn(calls, args.steps, warmup=1, seed=args.seed)
-    args.result.write_text(json.dumps(times), encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        for name, model in models.items():
+            stack.enter_context(adapted(model, setting, name))
+        calls = {name: forward(model) for name, model in models.items()}
+        return in_turn(calls, steps, warmup=1, seed=seed)
+
+
+def run() -> None:
+    """Measure in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    base = gpt2_medium()
+    models: dict[str, nn.Module] = {
+        name: base if name == BASE else copy.deepcopy(base) for name in METHODS
+    }
+    figures = {}
+    for setting in SETTINGS:
+        steps = setting.quick_steps if args.quick else setting.steps
+        figures[setting.name] = measure(setting, models, steps, args.seed)
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
 
 
 # --- the part ----------------------------------------------------------------------------------------
@@ -150,21 +167,14 @@ def run() -> None:
 def main(*, quick: bool, rows: list[str]) -> None:
     """Measure the three settings, and write the table."""
     report.say("\ntable1: GPT-2 medium, one forward pass")
-    adapters = list(ADAPTERS) if hasattr(lorakit, "BottleneckAdapter") else []
     times: dict[str, list[Times]] = {setting.name: [] for setting in SETTINGS}
     for number in range(1 if quick else ROUNDS):
+        found = runs_of("table1", "gpt2-medium", quick).run(
+            str(number), "benchmarks.table1", "--seed", str(number), *(["--quick"] if quick else [])
+        )
         for setting in SETTINGS:
-            widths = {name: setting.widths[name] for name in adapters}
-            found = runs_of("table1", setting.name, quick).run(
-                f"{number} {' '.join(adapters)}",
-                *("benchmarks.table1", "--batch", str(setting.rows)),
-                *("--length", str(setting.length), "--widths", json.dumps(widths)),
-                *("--steps", str(setting.quick_steps if quick else setting.steps)),
-                *("--seed", str(number)),
-            )
-            seconds = found.pop("process_seconds")
-            times[setting.name].append(found)
-            report.say(f"  {number + 1}  {setting.name}: {seconds:.0f} s")
+            times[setting.name].append(found[setting.name])
+        report.say(f"  process {number + 1}: {found['process_seconds']:.0f} s")
     section = report.Section(
         f"Table 1 of the paper: GPT-2 medium, random weights, {resolved_dtype('auto')}",
         latencies(times),
@@ -181,7 +191,7 @@ def latencies(times: dict[str, list[Times]]) -> Table:
     for setting in SETTINGS:
         headings += [f"{setting.name}, adapters of {setting.parameters}", "paper"]
     made = report.table("method", *headings)
-    for name in next(iter(times.values()))[0]:
+    for name in METHODS:
         cells = []
         for setting in SETTINGS:
             pooled = {

@@ -82,6 +82,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
     with TemporaryDirectory() as scratch:
         large = large_llama(Path(scratch) / "llama-1b") if torch.cuda.is_available() else None
         for workload in chosen:
+            workload = workload.on_gpu() if large else workload
             runs = runs_of("training", workload.name, quick)
             base = large if large and workload.task == "completion" else workload.base
             updates = (workload.quick_updates or 2) if quick else workload.updates
@@ -111,9 +112,10 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     report.say(
         f"\n{workload.name}: {workload.title}; {prepared.source}, {workload.warmup} + {prepared.updates} updates"
     )
-    settings = peft_settings(workload, all_of_them=workload.sweeps and not quick)
+    everything = workload.compares_all and not quick
+    settings = peft_settings(workload, all_of_them=everything)
     default, best = settings[0], settings[0]
-    beside = others(workload) if workload.others and not quick else []
+    beside = others(workload) if everything else []
     machine = Machine(prepared)
     figures: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,14 +35,17 @@ class Workload:
     """Activations are computed anew in the backward pass, in every system."""
     warmup: int = 1
     """First updates, which neither clock nor scales count."""
-    updates: int = 4
-    """Updates that are counted."""
+    updates: int = 2
+    """Updates that are counted in a run."""
     quick_updates: int = 2
     """The same for a quick run; 0 leaves the row out."""
-    others: bool = True
-    """Whether loralib and full fine-tuning are run beside PEFT."""
-    sweeps: bool = False
-    """Whether all of PEFT's settings are compared; else its default and those that win where all are."""
+    compares_all: bool = False
+    """Whether loralib and full fine-tuning run beside PEFT, and PEFT in all of its settings; else in its default
+    and in those that win where all are compared."""
+
+    def on_gpu(self) -> Workload:
+        """The same with as many updates as a GPU needs to show its speed."""
+        return dataclasses.replace(self, warmup=5, updates=40, quick_updates=self.quick_updates * 5)
 
     @property
     def task(self) -> Task:
@@ -55,25 +59,23 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload(name="e2e", title="E2E NLG, q and v, batches of 16, random order", sweeps=True),
+    Workload(name="e2e", title="E2E NLG, q and v, batches of 16, random order", compares_all=True),
     Workload(
         name="e2e-grouped",
         title="E2E NLG, q and v, batches of 16, grouped by prompt",
         grouped=True,
-        others=False,
     ),
     Workload(
         name="e2e-all",
         title="E2E NLG, all linear layers, batches of 16, random order",
         targets="all-linear",
         quick_updates=0,
-        others=False,
     ),
     Workload(
         name="e2e-small",
         title="E2E NLG, q and v, batches of 4, random order",
         batch_size=4,
-        updates=10,
+        updates=6,
         quick_updates=0,
     ),
     Workload(
@@ -81,9 +83,8 @@ WORKLOADS = (
         title="E2E NLG, all linear layers, batches of 4, random order",
         targets="all-linear",
         batch_size=4,
-        updates=10,
+        updates=6,
         quick_updates=0,
-        others=False,
     ),
     Workload(
         name="instruction",
@@ -92,13 +93,13 @@ WORKLOADS = (
         batch_size=8,
         updates=3,
         quick_updates=0,
-        others=False,
     ),
     Workload(
         name="distinct",
         title="SAMSum, dialogues that share nothing, q and v, batches of 4, random order",
         data="samsum",
         batch_size=4,
+        updates=3,
         quick_updates=0,
     ),
     Workload(
@@ -111,14 +112,12 @@ WORKLOADS = (
         warmup=4,
         updates=32,
         quick_updates=16,
-        sweeps=True,
+        compares_all=True,
     ),
     Workload(
         name="e2e-checkpointing",
         title="E2E NLG, q and v, batches of 16, random order, gradient checkpointing",
         checkpointing=True,
-        updates=2,
         quick_updates=0,
-        others=False,
     ),
 )
