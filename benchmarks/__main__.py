@@ -54,15 +54,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parts = args.parts or list(PARTS)
-    prepare_work(parts, args.quick, args.resume)
+    if args.rows and parts != ["training"]:
+        parser.error("--rows chooses rows of the training tables: name the part, training")
+    places = [f"training/{row}" for row in args.rows] or parts
+    prepare_work(places, quick=args.quick, resume=args.resume)
     began = time.monotonic()
     for name in parts:
         import_module(PARTS[name]).main(quick=args.quick, rows=args.rows)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def prepare_work(parts: list[str], quick: bool, resume: bool) -> None:
-    """Empty the parts' work folders, or see to it that what is resumed was measured on this machine."""
+def prepare_work(places: list[str], *, quick: bool, resume: bool) -> None:
+    """Empty these places in the work folder, or see to it that what is resumed was measured on this machine."""
     work = report.work(quick)
     here = {name: value for name, value in report.machine().items() if name != "date"}
     witness = work / "machine.json"
@@ -75,11 +78,11 @@ def prepare_work(parts: list[str], quick: bool, resume: bool) -> None:
                 "figures of two are not compared. Start anew, without --resume."
             )
     elif not resume:
-        for part in parts:
-            shutil.rmtree(work / part, ignore_errors=True)
+        for place in places:
+            shutil.rmtree(work / place, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     witness.write_text(json.dumps(here), encoding="utf-8")
-    if any((work / part).exists() for part in parts):
+    if any((work / place).exists() for place in places):
         report.say(f"Runs that are finished in {work} are kept.")
 
 

@@ -173,7 +173,6 @@ def run() -> None:
 def main(*, quick: bool, rows: list[str]) -> None:
     """Measure latencies, and write their tables."""
     report.say("\ninference: base, merged and unmerged, in turn")
-    steps = QUICK_STEPS if quick else STEPS
     record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
     best = resolved_dtype("auto")
     # In float32 one process, to see the difference; the figures are those in the dtype of `auto`.
@@ -181,6 +180,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
     for dtype in sorted(rounds):
         runs = runs_of("inference", dtype, quick)
         record[dtype] = []
+        steps = STEPS if rounds[dtype] > 1 else QUICK_STEPS
         for number in range(rounds[dtype]):
             command = ["benchmarks.inference", "--dtype", dtype, "--seed", str(number)]
             command += [word for kind in steps for word in (f"--{kind}", str(steps[kind]))]

@@ -70,7 +70,7 @@ SETTINGS = (
         sizes={"AdapterL": 8, "AdapterH": 5},
         parameters="0.5M",
         paper={"AdapterL": "+2.2 %", "AdapterH": "+3.0 %"},
-        steps=5,
+        steps=3,
         quick_steps=2,
     ),
     Setting(
@@ -79,7 +79,7 @@ SETTINGS = (
         sizes={"AdapterL": 224, "AdapterH": 112},
         parameters="11M",
         paper={"AdapterL": "+5.0 %", "AdapterH": "+8.4 %"},
-        steps=15,
+        steps=8,
         quick_steps=5,
     ),
     Setting(
@@ -88,7 +88,7 @@ SETTINGS = (
         sizes={"AdapterL": 224, "AdapterH": 112},
         parameters="11M",
         paper={"AdapterL": "+20.7 %", "AdapterH": "+30.3 %"},
-        steps=25,
+        steps=14,
         quick_steps=8,
     ),
 )

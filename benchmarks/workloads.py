@@ -110,7 +110,7 @@ WORKLOADS = (
         targets="attention",
         dropout=0.1,
         warmup=4,
-        updates=32,
+        updates=16,
         quick_updates=16,
         compares_all=True,
     ),
