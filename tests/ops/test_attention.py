@@ -135,6 +135,14 @@ def test_dropout_leaves_the_expectation_and_its_gradient_is_that_of_the_drawn_we
     assert torch.autograd.gradcheck(drawn, (q, k, v), fast_mode=True)
 
 
+def test_one_mask_serves_batches_of_any_size():
+    mask = causal(40)[None, None].clone()
+    for rows in (1, 3):
+        ours = inputs(rows, 40)
+        out = masked_attention(*ours, mask, scale=0.5)
+        torch.testing.assert_close(out, masked_attention_reference(*ours, mask, scale=0.5))
+
+
 def test_a_query_that_sees_nothing_is_finite():
     mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     assert masked_attention(*inputs(1, 5), mask, scale=1.0).isfinite().all()

@@ -73,15 +73,7 @@ def spectrum_figure(found: AdapterSpectrum, energy: float = ENERGY) -> Figure:
     right.plot(ranks, found.energy, color=BLUE, marker="o", markersize=3)
     suggested = found.rank_for(energy)
     right.axhline(energy, color=GREY, linestyle=":", linewidth=1)
-    right.axvline(suggested, color=ORANGE, linestyle="--", linewidth=1)
-    right.annotate(
-        f"rank {suggested}\nkeeps {energy:.0%}",
-        (suggested, 0.04),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color=ORANGE,
-        fontsize=8,
-    )
+    _mark(right, suggested, f"rank {suggested}\nkeeps {energy:.0%}", height=0.04)
     right.set(
         xlabel="rank kept",
         ylabel="share of the squared norm",
@@ -222,16 +214,7 @@ def drift_figure(found: Drift) -> Figure:
     figure = _figure(6, 3.4)
     axis = figure.subplots()
     axis.hist(values.clamp(min=floor), bins=edges.tolist(), color=BLUE)
-    axis.axvline(found.kl, color=ORANGE, linestyle="--", linewidth=1)
-    axis.annotate(
-        f"mean {found.kl:.3g}",
-        (found.kl, 0.93),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color=ORANGE,
-        fontsize=8,
-    )
+    _mark(axis, found.kl, f"mean {found.kl:.3g}", height=0.93)
     axis.set(
         xscale="log",
         xlabel="KL(base ‖ adapted) of a prediction (nats; the first bar holds all below)",
@@ -241,6 +224,20 @@ def drift_figure(found: Drift) -> Figure:
 
 
 # --- parts of figures ----------------------------------------------------------------------------
+
+
+def _mark(axis: Any, x: float, text: str, *, height: float) -> None:
+    """Draw a line at `x`, with its meaning beside it at this share of the axis' height."""
+    axis.axvline(x, color=ORANGE, linestyle="--", linewidth=1)
+    axis.annotate(
+        text,
+        (x, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=ORANGE,
+        fontsize=8,
+    )
 
 
 def _families(layers: Mapping[str, Any]) -> list[dict[str, Any]]:

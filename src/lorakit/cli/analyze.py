@@ -14,6 +14,9 @@ from lorakit.evaluation.config import BaseConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorakit.adapters.stored import StoredAdapter
+    from lorakit.analysis.base_weights import Weights
+
 MEASURES = {
     "spectrum": "Singular values of the change: effective rank, energy by rank, a rank that would do",
     "similarity": "How much of one adapter's directions lies in another's (ranks, seeds, tasks)",
@@ -207,11 +210,9 @@ def _similarity(argv: Sequence[str]) -> None:
 def _amplification(argv: Sequence[str]) -> None:
     from lorakit import analysis
     from lorakit.analysis import plots
-    from lorakit.analysis.deltas import read
 
     config = _parse(AmplificationConfig, "amplification", argv, "adapter")
-    stored = read(config.adapter, alpha=config.alpha)
-    weights = analysis.open_weights(config.base, stored, allow_other_base=config.allow_other_base)
+    stored, weights = _opened(config)
     found = analysis.adapter_amplification(
         stored,
         weights,
@@ -243,11 +244,9 @@ def _amplification(argv: Sequence[str]) -> None:
 def _intruders(argv: Sequence[str]) -> None:
     from lorakit import analysis
     from lorakit.analysis import plots
-    from lorakit.analysis.deltas import read
 
     config = _parse(IntrudersConfig, "intruders", argv, "adapter")
-    stored = read(config.adapter, alpha=config.alpha)
-    weights = analysis.open_weights(config.base, stored, allow_other_base=config.allow_other_base)
+    stored, weights = _opened(config)
     found = analysis.adapter_intruders(
         stored,
         weights,
@@ -358,6 +357,14 @@ def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str)
     usage = " ".join(field.upper() for field in positional)
     text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
     return parse(config_class, f"analyze {name}", text, argv, *positional)
+
+
+def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
+    from lorakit.analysis import open_weights
+    from lorakit.analysis.deltas import read
+
+    stored = read(config.adapter, alpha=config.alpha)
+    return stored, open_weights(config.base, stored, allow_other_base=config.allow_other_base)
 
 
 def _show(

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorakit import storage
@@ -25,6 +24,7 @@ from lorakit.evaluation.base import (
 )
 from lorakit.evaluation.config import Decoding, EvaluateConfig
 from lorakit.evaluation.generate import generate
+from lorakit.evaluation.mode import evaluating
 from lorakit.evaluation.objective import (
     Classification,
     Objective,
@@ -131,9 +131,7 @@ def held_out(
     total, count = 0.0, 0
     predictions: dict[int, float] = {}
     classes = 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])
@@ -146,7 +144,6 @@ def held_out(
             else:
                 total += objective.loss_sum(model, batch).item()
             count += objective.count(batch)
-    model.train(was_training)
     loss = total / max(count, 1)
     if not math.isfinite(loss):
         raise LorakitError(

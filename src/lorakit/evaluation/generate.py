@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lorakit.errors import DataError
 from lorakit.evaluation.base import context_length
 from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.mode import evaluating
 
 Prompt = str | Sequence[int]
 
@@ -63,18 +64,16 @@ def generate(
 @contextmanager
 def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
     """Leave the model, and the random state that dropout draws from, as they were."""
-    was_training, own = model.training, model.generation_config
+    own = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
     # `generate` takes what a configuration leaves open from the model's own: a temperature, a repetition penalty.
     model.generation_config = settings
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with evaluating(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
     finally:
         model.generation_config = own
-        model.train(was_training)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.evaluation.mode import evaluating
 from lorakit.ops import linear_cross_entropy
 
 IGNORED = -100
@@ -287,12 +288,8 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> float:
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        value = objective.loss_sum(model, batch).item() / max(objective.count(batch), 1)
-    model.train(was_training)
-    return value
+    with evaluating(model):
+        return objective.loss_sum(model, batch).item() / max(objective.count(batch), 1)
 
 
 def tolerance(model: nn.Module) -> float:

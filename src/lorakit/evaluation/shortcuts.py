@@ -7,8 +7,6 @@ shortcut is one that leaves the results of a small batch what they were, to the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
+from lorakit.evaluation.mode import evaluating
 from lorakit.evaluation.objective import Batch, backbone, inputs_of, targets_of, tolerance
 from lorakit.models.faster import make_faster, make_stock
 from lorakit.tasks import LanguageExample
@@ -56,6 +55,8 @@ def try_faster(model: PreTrainedModel, batch: Batch) -> str:
         model: Changed in place, and left as it was where a reason is returned.
         batch: A padded batch, on which the logits must stay what they are.
     """
+    if model.device.type != "cpu":  # the stock kernels of other devices leave nothing to gain
+        return ""
     before = _logits(model, batch)
     try:
         make_faster(model)
@@ -71,7 +72,7 @@ def try_faster(model: PreTrainedModel, batch: Batch) -> str:
 def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:
     device = next(stem.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with _evaluating(stem):
+    with evaluating(stem):
         hidden = stem(**inputs_of(stem, batch), use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[targets_of(batch).at]
 
@@ -79,20 +80,8 @@ def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     # An encoder-decoder makes its decoder's inputs of the labels; others would compute a loss of them.
     hidden = () if model.config.is_encoder_decoder else ("labels",)
-    with _evaluating(model):
+    with evaluating(model):
         return model(**{name: x for name, x in batch.items() if name not in hidden}).logits
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; the model's mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _distance(x: Tensor, expected: Tensor) -> float:

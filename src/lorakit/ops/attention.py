@@ -62,8 +62,7 @@ def masked_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    B, _, T, _ = query.shape
-    blocks = _blocks(None if mask is None else mask.expand(B, 1, T, -1), mask, key.shape[1])
+    blocks = _blocks(mask, len(query), query.shape[2], key.shape[1])
     if (key.shape[2] if blocks.keys is None else blocks.length) > LONGEST:
         return _fused(query, key, value, mask, scale, dropout)
     with no_autocast(query):
@@ -108,13 +107,12 @@ class _Blocks:
     offsets: Tensor | None = None
     """Shape (B * K * S): where in `uses` the places of each key begin."""
 
-    def gather(self, x: Tensor, heads: int) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(B, K, S, D) to (B * N * K, L, D)."""
-        width = x.shape[-1]
         if self.keys is None:
             return x.reshape(-1, *x.shape[2:])
-        rows = x.reshape(-1, width).index_select(0, self.keys)
-        return rows.view(-1, self.length, width)
+        width = x.shape[-1]
+        return x.reshape(-1, width).index_select(0, self.keys).view(-1, self.length, width)
 
     def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
         """(B * N * K, L, D) to (B, K, S, D), summed over the blocks in which a key stands."""
@@ -146,16 +144,16 @@ class _Blocks:
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The blocks of a mask, by its version and its key heads: all layers of a model are shown one mask."""
+"""The blocks of a mask, by what else decides them: all layers of a model are shown one mask."""
 
 
-def _blocks(mask: Tensor | None, name: Tensor | None, heads: int) -> _Blocks:
-    if mask is None or name is None:
+def _blocks(mask: Tensor | None, B: int, T: int, heads: int) -> _Blocks:
+    if mask is None:
         return _Blocks()
-    found: dict[tuple[int, int], _Blocks] = _known.setdefault(name, {})  # type: ignore[assignment]
-    key = name._version, heads  # the version counts writes into the mask
+    found: dict[tuple[int, ...], _Blocks] = _known.setdefault(mask, {})  # type: ignore[assignment]
+    key = (mask._version, B, T, heads)  # the version counts writes into the mask
     if key not in found:
-        found[key] = _cheapest_blocks(mask[:, 0], heads)
+        found[key] = _cheapest_blocks(mask.expand(B, 1, T, -1)[:, 0], heads)
     return found[key]
 
 
@@ -209,7 +207,7 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale, dropout):
         heads = key.shape[1]
-        Q, K, V = blocks.split(query, heads), blocks.gather(key, heads), blocks.gather(value, heads)
+        Q, K, V = blocks.split(query, heads), blocks.gather(key), blocks.gather(value)
         P = _probabilities(Q, K, blocks, scale, heads)
         drawn, weights = None, P
         if dropout:
@@ -225,7 +223,7 @@ class _MaskedAttention(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, P, drawn = ctx.saved_tensors
         blocks, heads = ctx.blocks, key.shape[1]
-        Q, K, V = blocks.split(query, heads), blocks.gather(key, heads), blocks.gather(value, heads)
+        Q, K, V = blocks.split(query, heads), blocks.gather(key), blocks.gather(value)
         if P is None:
             P = _probabilities(Q, K, blocks, ctx.scale, heads)
         G = blocks.split(grad.transpose(1, 2), heads)

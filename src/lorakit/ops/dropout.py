@@ -15,8 +15,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element set to zero with probability `p`, the others divided by ``1 - p``.
 
     On a CPU the random bits come from a small fast generator (SFC64) that one draw of torch's default
-    generator seeds, so that torch's seed and saved state still decide everything; elsewhere, under a
-    compiler and in float64 it is `torch.nn.functional.dropout`.
+    generator seeds, so that torch's seed and saved state still decide everything; elsewhere and under a
+    compiler it is `torch.nn.functional.dropout`.
 
     Args:
         x: Any shape.

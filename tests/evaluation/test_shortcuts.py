@@ -1,0 +1,90 @@
+"""Our attention and dropout inside models of transformers: same results, nothing left behind."""
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from lorakit.evaluation.shortcuts import try_faster
+from lorakit.models import faster
+
+TAKING = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "bert", "roberta"]
+
+
+def build(arch, **settings):
+    model = tiny_models.build(arch, **settings)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def padded_batch():
+    ids = torch.tensor([[5, 7, 3, 9, 8, 2], [6, 4, 2, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("arch", TAKING)
+def test_logits_and_gradients_are_those_of_the_stock_attention(arch):
+    model, batch = build(arch), padded_batch()
+    seen = batch["attention_mask"].bool()
+
+    def compute():
+        model.zero_grad()
+        logits = model(**batch).logits
+        logits = logits[seen] if logits.ndim == 3 else logits
+        logits.square().sum().backward()
+        return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = compute()
+    assert try_faster(model, batch) == ""
+    assert model.config._attn_implementation == faster.ATTENTION
+    logits, gradients = compute()
+    torch.testing.assert_close(logits, before[0], rtol=1e-4, atol=1e-5)
+    # Float32 rounds sums in another order; a small gradient has the rounding of the large ones it comes from.
+    scale = max(gradient.norm() for gradient in before[1])
+    for ours, stock in zip(gradients, before[1], strict=True):
+        assert (ours - stock).norm() <= 1e-5 * scale
+    faster.make_stock(model)
+    assert model.config._attn_implementation == faster.STOCK
+    torch.testing.assert_close(compute(), before, rtol=0, atol=0)
+
+
+def test_an_attention_that_computes_something_else_is_found_out(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(
+        faster, "masked_attention", lambda q, k, v, *rest, **options: q.transpose(1, 2).contiguous()
+    )
+    assert "would differ" in try_faster(model, padded_batch())
+    assert model.config._attn_implementation == faster.STOCK
+
+
+def test_an_attention_that_fails_is_not_taken(monkeypatch):
+    model = build("llama")
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(faster, "masked_attention", fails)
+    assert try_faster(model, padded_batch()) == "it raised RuntimeError: no such kernel"
+    assert model.config._attn_implementation == faster.STOCK
+
+
+def test_a_model_with_an_attention_of_its_own_keeps_it():
+    model = tiny_models.build("llama")  # eager
+    assert try_faster(model, padded_batch()) == ""
+    assert model.config._attn_implementation == "eager"
+
+
+def test_dropout_modules_are_faster_and_put_back():
+    model = build("gpt2").train()
+    dropouts = [m for m in model.modules() if type(m) is nn.Dropout and m.p]
+    assert dropouts
+    faster.make_faster(model)
+    x = torch.ones(2000)
+    for module in dropouts:
+        torch.manual_seed(0)
+        dropped = (module(x) == 0).float().mean()
+        assert abs(dropped - module.p) < 5 * (module.p * (1 - module.p) / len(x)) ** 0.5
+        assert torch.equal(module.eval()(x), x)
+    faster.make_stock(model)
+    assert not any("forward" in vars(module) for module in dropouts)
