@@ -14,6 +14,7 @@ from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.config import BaseConfig, EvaluateConfig
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.training.config import (
@@ -126,7 +127,11 @@ def test_default_rates_follow_the_method() -> None:
         ({"method": "full", "lora": LoRA(rank=4)}, "section lora has settings"),
         ({"full": FullFineTuning(top_layers=2)}, "section full has settings"),
         ({"method": "full", "optimizer": OptimizerConfig(lr_ratio=4)}, "lr_ratio"),
+        ({"method": "bottleneck", "bitfit": BitFit(train_modules="head")}, "section bitfit has"),
+        ({"method": "bitfit", "optimizer": OptimizerConfig(lr_ratio=4)}, "lr_ratio"),
+        ({"method": "bottelneck"}, "Did you mean 'bottleneck'"),
         ({"from_adapter": "x", "lora": LoRA(rank=4)}, "brings its own method"),
+        ({"from_adapter": "x", "method": "bitfit"}, "brings its own method"),
         ({"evaluation": HeldOutConfig(patience=2)}, r"patience needs validation data"),
         ({"evaluation": HeldOutConfig(samples=2)}, r"data\.validation_fraction"),
     ],

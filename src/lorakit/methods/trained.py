@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from lorakit.errors import ConfigurationError, TargetError, nearest
+from lorakit.methods.module import Method
 from lorakit.models.layers import is_inside, is_of_adapter
 
 
@@ -50,3 +53,20 @@ def parameter_names(model: nn.Module) -> list[str]:
 def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return the names of the base's parameters in the modules at `paths`."""
     return [n for n in parameter_names(model) if any(is_inside(n, path) for path in paths)]
+
+
+def with_head(method: Method, head: Sequence[str]) -> Method:
+    """Return the method with a new task head trained beside it, unless it names modules to train itself.
+
+    Raises:
+        ConfigurationError: It has no setting for that.
+    """
+    settings: Any = method
+    if not head or getattr(method, "train_modules", ()):
+        return method
+    if "train_modules" not in method.__dataclass_fields__:
+        raise ConfigurationError(
+            f"The model has a new head ({', '.join(head)}), and {type(method).__name__} has no setting "
+            "train_modules to train it with. Give it one, whose parameters trained_parameters names too."
+        )
+    return dataclasses.replace(settings, train_modules=tuple(head))

@@ -9,16 +9,29 @@ from typing import Any, Literal
 
 from lorakit.configuration import conform
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least, require_choice
+from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.methods.module import Method
 
-MethodName = Literal["lora", "full"]
 Schedule = Literal["linear", "cosine", "constant"]
 Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
+
+DEFAULT_RATES: dict[str, float] = {
+    # Thin matrices take about ten times the rate of the weights themselves (paper, Tables 9 and 11).
+    "lora": 5e-4,
+    "full": 5e-5,
+    # A bias only shifts what its layer gives out; the paper takes eight times the rate of LoRA (section D.4).
+    "bitfit": 1e-3,
+    # The rate of nearly all of the paper's adapter runs (Table 9).
+    "bottleneck": 3e-4,
+}
+"""Every method that a configuration can name, and the peak learning rate that it starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +39,8 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019) and its learning rate over time."""
 
     learning_rate: float | None = None
-    """Peak rate. By default 5e-4 for lora and 5e-5 for full: thin matrices take about ten times as much."""
+    """Peak rate. By default that of the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
+    bottleneck."""
     lr_ratio: float = 1.0
     """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
     schedule: Schedule = "linear"
@@ -135,12 +149,17 @@ class TrainConfig:
     """The data and how an example is read from it."""
     output: str
     """Run folder: configuration, metrics, checkpoints, the adapter."""
-    method: MethodName = "lora"
-    """What is trained: thin matrices beside the weights (lora) or the weights themselves (full)."""
+    method: str = "lora"
+    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit) or
+    small layers in between (bottleneck)."""
     lora: LoRA = field(default_factory=LoRA)
-    """Settings of the method lora. A new classification head is trained beside it without being named."""
+    """Settings of the method lora. A new classification head is trained beside any method without being named."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
     """Settings of the method full."""
+    bitfit: BitFit = field(default_factory=BitFit)
+    """Settings of the method bitfit."""
+    bottleneck: BottleneckAdapter = field(default_factory=BottleneckAdapter)
+    """Settings of the method bottleneck."""
     from_adapter: str | None = None
     """Start from the weights (and method) of this adapter folder, with a new optimizer; unlike resume."""
 
@@ -221,20 +240,37 @@ class TrainConfig:
             )
 
     def _check_method(self) -> None:
-        other, default = ("lora", LoRA()) if self.method == "full" else ("full", FullFineTuning())
-        if getattr(self, other) != default:
+        if self.method not in DEFAULT_RATES:
             raise ConfigurationError(
-                f"method is {self.method}, but the section {other} has settings of its own, which would have no "
-                f"effect. Set method to {other}, or leave the section out."
+                f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}."
+                + nearest(self.method, DEFAULT_RATES)
             )
-        if self.method == "full" and self.optimizer.lr_ratio != 1:
+        set_by_hand = [name for name in DEFAULT_RATES if self._has_settings(name)]
+        for name in set_by_hand:
+            if name != self.method:
+                raise ConfigurationError(
+                    f"method is {self.method}, but the section {name} has settings of its own, which would have no "
+                    f"effect. Set method to {name}, or leave the section out."
+                )
+        if self.method != "lora" and self.optimizer.lr_ratio != 1:
             raise ConfigurationError(
-                "optimizer.lr_ratio is for the A and B of lora; with method full leave it at 1."
+                f"optimizer.lr_ratio is for the A and B of lora; with method {self.method} leave it at 1."
             )
-        if self.from_adapter is not None and (self.method == "full" or self.lora != LoRA()):
+        if self.from_adapter is not None and (self.method != "lora" or set_by_hand):
             raise ConfigurationError(
-                "from_adapter brings its own method and settings; leave out method, lora and full beside it."
+                "from_adapter brings its own method and settings; leave out method and the sections of methods "
+                f"({', '.join(DEFAULT_RATES)}) beside it."
             )
+
+    def _has_settings(self, section: str) -> bool:
+        """Whether a method's section differs from its defaults."""
+        settings = getattr(self, section)
+        return settings != type(settings)()
+
+    @property
+    def chosen_method(self) -> Method:
+        """The method that `method` names, with the settings of its section."""
+        return getattr(self, self.method)
 
     @property
     def validates(self) -> bool:
@@ -246,7 +282,7 @@ class TrainConfig:
         """The learning rate, or the method's default."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        return {"lora": 5e-4, "full": 5e-5}[self.method]
+        return DEFAULT_RATES[self.method]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that YAML and JSON can hold."""

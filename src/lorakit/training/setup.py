@@ -23,8 +23,7 @@ from lorakit.evaluation.base import Collate, check_context, collator, open_base
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
-from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.trained import with_head
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
@@ -286,11 +285,9 @@ def _attach(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Adap
     if config.from_adapter is not None:
         adapters = load(model, config.from_adapter, name=ADAPTER, trainable=True)
     else:
-        method: LoRA | FullFineTuning = config.lora if config.method == "lora" else config.full
-        head = tuple(classification_head(model))
-        if not task.generates and not method.train_modules:
-            # The head is new and random: frozen, it would leave nothing to learn from.
-            method = dataclasses.replace(method, train_modules=head)
+        # The head is new and random: frozen, it would leave nothing to learn from.
+        head = [] if task.generates else classification_head(model)
+        method = with_head(config.chosen_method, head)
         adapters = attach(model, method, name=ADAPTER, seed=config.seed)
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.

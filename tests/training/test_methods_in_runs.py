@@ -1,0 +1,192 @@
+"""Every method, named in a configuration: it trains, goes on where it was stopped, is evaluated and generates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_runs import adapter_bytes
+
+from lorakit import BottleneckAdapter, FullFineTuning, load_base
+from lorakit.cli import main
+from lorakit.data import DataConfig
+from lorakit.evaluation.config import Decoding, EvaluateConfig
+from lorakit.evaluation.evaluate import evaluate
+from lorakit.training.config import DEFAULT_RATES, HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.training.loop import train
+from lorakit.training.run_folder import RunResult
+from lorakit.training.setup import prepare
+
+METHODS = {
+    "lora": {},
+    "full": {"full": FullFineTuning(top_layers=1)},
+    "bitfit": {},
+    "bottleneck": {"bottleneck": BottleneckAdapter(kind="lin", size=4)},
+}
+"""Methods with the sections that make them fit a tiny model."""
+
+MERGES = {"lora", "full", "bitfit"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    folder: Path
+    config: TrainConfig
+    result: RunResult
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny GPT-2: it has biases, without which there is no BitFit."""
+    return tiny_runs.save_base(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_runs.save_base(tmp_path_factory.mktemp("roberta"), "roberta", "base")
+
+
+def writing(folder: Path, base: str, method: str, **overrides) -> TrainConfig:
+    return tiny_runs.config(folder, base, method=method, **{**METHODS[method], **overrides})
+
+
+def labelling(folder: Path, base: str, method: str, **overrides) -> TrainConfig:
+    tiny_runs.write_rows(folder / "labels.jsonl", tiny_runs.labelled(80))
+    return tiny_runs.config(
+        folder,
+        base,
+        method=method,
+        data=DataConfig(train=str(folder / "labels.jsonl"), validation_fraction=0.2),
+        **{**METHODS[method], **overrides},
+    )
+
+
+def test_every_method_has_a_section_and_a_rate() -> None:
+    assert METHODS.keys() == DEFAULT_RATES.keys() <= TrainConfig.__dataclass_fields__.keys()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, decoder: str, method: str) -> Run:
+    """A finished run of the method that learns to write text."""
+    folder = tmp_path_factory.mktemp(method)
+    config = writing(folder, decoder, method, evaluation=HeldOutConfig(samples=2, max_new_tokens=3))
+    return Run(folder, config, train(config))
+
+
+def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: str, capsys) -> None:
+    result = run.result
+    assert result.scores["loss"] < result.scores_before["loss"]
+    lines = (run.folder / "run" / "samples.jsonl").read_text().splitlines()
+    last = [s for s in map(json.loads, lines) if s["step"] == result.steps]
+    held_out = DataConfig(train=run.config.data.train, test=run.config.data.validation)
+    scored = evaluate(
+        EvaluateConfig(
+            base=run.config.base,
+            adapter=str(result.adapter),
+            data=held_out,
+            decoding=Decoding(max_new_tokens=3),
+            scores=("loss", "text"),
+        )
+    )
+    assert scored.scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
+    texts = {output["prompt"]: output["output"] for output in scored.outputs}
+    assert last
+    assert all(texts[s["prompt"]] == s["output"] for s in last)
+
+    command = [
+        "generate",
+        "--base.name",
+        decoder,
+        "--base.dtype",
+        "float32",
+        "--base.device",
+        "cpu",
+    ]
+    command += ["--adapter", str(result.adapter), "--prompt", last[0]["prompt"]]
+    assert main([*command, "--decoding.max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip() == last[0]["output"]
+    assert main(["inspect", str(result.adapter)]) == 0
+    assert type(run.config.chosen_method).__name__ in capsys.readouterr().out
+
+
+def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path) -> None:
+    config = tiny_runs.config(
+        tmp_path, decoder, data=run.config.data, from_adapter=str(run.result.adapter), max_steps=2
+    )
+    before = train(config).scores_before["loss"]
+    assert before == pytest.approx(run.result.scores["loss"], rel=1e-5)
+
+
+def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "merged"
+    command = ["merge", str(run.result.adapter), str(output), "--base.name", decoder]
+    code = main([*command, "--base.dtype", "float32", "--base.device", "cpu"])
+    if method in MERGES:
+        assert code == 0
+        assert load_base(str(output)).model.config.model_type == "gpt2"
+    else:
+        assert code == 1
+        assert "cannot be merged" in capsys.readouterr().err
+        assert not output.exists()
+
+
+def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, decoder, method, monkeypatch) -> None:
+    class Crash(Exception):
+        pass
+
+    whole = writing(tmp_path, decoder, method, max_steps=5, evaluation=HeldOutConfig())
+    train(whole)
+    stopped = dataclasses.replace(whole, output=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        calls = iter(range(10))
+
+        def crashing(*args) -> None:
+            if next(calls) == 4:
+                raise Crash
+
+        patch.setattr("lorakit.training.loop.require_finite", crashing)
+        with pytest.raises(Crash):
+            train(stopped)
+    train(dataclasses.replace(stopped, resume=True))
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
+
+
+def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
+    config = labelling(
+        tmp_path,
+        encoder,
+        method,
+        evaluation=HeldOutConfig(metric="accuracy"),
+        optimizer=OptimizerConfig(learning_rate=2e-3 if method == "full" else 2e-2),
+        epochs=3,
+    )
+    job = prepare(config)
+    assert {name for name in job.parameters if name.startswith("classifier.")}
+    result = train(config)
+    assert result.scores["loss"] < result.scores_before["loss"]
+    scored = evaluate(
+        EvaluateConfig(
+            base=config.base,
+            adapter=str(result.adapter),
+            data=config.data,
+            split="validation",
+            scores=("loss",),
+        )
+    )
+    assert scored.scores["accuracy"] == result.scores["accuracy"]
+
+
+def test_default_rates_stand_in_the_recorded_configuration(tmp_path: Path, decoder: str) -> None:
+    train(writing(tmp_path, decoder, "bitfit", max_steps=1, optimizer=OptimizerConfig()))
+    assert f"learning_rate: {DEFAULT_RATES['bitfit']}" in (tmp_path / "run/config.yaml").read_text()
