@@ -112,3 +112,28 @@ def test_merged_parameter_is_a_tensor_of_its_own():
     assert all(torch.equal(tensor, copy) for tensor, copy in held.values())
     handle.unmerge()
     assert all(model.state_dict(keep_vars=True)[key] is tensor for key, (tensor, _) in held.items())
+
+
+def test_a_merged_model_is_called_as_the_base_is():
+    """No hook is left that would have nothing to do; the one of another's stays, and ours come back."""
+    model = tiny_models.build("llama").eval()
+    layer = model.model.layers[0].self_attn.q_proj
+    seen = []
+    layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    handle = with_eight_adapters(model)
+    handle.activate("adapter7")
+    ids = torch.arange(3, 10)[None]
+    adapted = model(ids).logits
+    handle.merge()
+    ours = {
+        id(m)
+        for child in model.modules()
+        if hasattr(child, "adapters")
+        for m in child.adapters.modules()
+    }
+    assert [len(m._forward_hooks) for m in model.modules() if id(m) not in ours] == hooks
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    handle.unmerge()
+    assert torch.equal(model(ids).logits, adapted)
+    assert len(seen) == 3

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
@@ -154,6 +154,18 @@ def test_merge_before_backward_is_refused() -> None:
     value = loss(model)
     adapters.merge()
     with pytest.raises(AdapterStateError, match="backward"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_merge_in_evaluation_before_backward_is_refused(use_reentrant: bool) -> None:
+    """A merge in evaluation takes the hooks off, not the refusal."""
+    model, adapters = build(use_reentrant=use_reentrant)
+    unchanged(model, adapters)
+    value = loss(model)
+    model.eval()
+    adapters.merge()
+    with pytest.raises((AdapterStateError, CheckpointError)):
         value.backward()
 
 

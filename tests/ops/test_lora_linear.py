@@ -89,3 +89,25 @@ def test_under_autocast_it_computes_in_the_output_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lora_linear(x, torch.zeros(3, 5, 11, dtype=torch.bfloat16), A, B, 1.0)
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 3])  # at rank 2: the activations are cast, the matrices are
+@pytest.mark.parametrize("in_place", [True, False])
+def test_without_gradients(rows, in_place, master):
+    x, out, A, B = (t.detach() for t in tensors(torch.bfloat16, shape=(rows, 1), master=master))
+    target = out.clone()
+    with torch.no_grad():
+        y = lora_linear(x, target, A, B, 0.5, in_place=in_place)
+    assert (y.data_ptr() == target.data_ptr()) == in_place
+    assert torch.equal(target, out) != in_place
+    assert y.dtype == torch.bfloat16
+    exact = lora_linear_reference(x.float(), out.float(), A.float(), B.float(), 0.5)
+    assert (y.float() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+def test_without_gradients_a_narrow_adapter_is_multiplied_in_the_dtype_of_the_output():
+    x, out, A, B = (t.detach() for t in tensors(torch.float32, shape=(2,), master=torch.bfloat16))
+    with torch.no_grad():
+        y = lora_linear(x, out.clone(), A, B, 0.5)
+    torch.testing.assert_close(y, lora_linear_reference(x, out, A, B, 0.5))

@@ -61,6 +61,11 @@ class Activation:
             self._remember_reentrant()
         return self.active
 
+    @property
+    def recomputation_pending(self) -> bool:
+        """Whether a reentrant checkpoint has run once, and may be run again by a backward pass."""
+        return bool(self._reentrant) and not self._recomputing
+
     def _replay(self, recorded: Active) -> Active:
         if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
             raise AdapterStateError(

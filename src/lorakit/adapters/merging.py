@@ -10,6 +10,7 @@ from torch import nn
 from lorakit.adapters.activation import Active
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers
+from lorakit.adapters.layer_adapters import listen, stop_listening
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 
@@ -48,8 +49,11 @@ def merge(model: nn.Module, active: Active) -> None:
             merged.append((layer, adapters, attribute, weight))
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
-    for _, _, adapters in adapted_layers(model):
+    for _, layer, adapters in adapted_layers(model):
         adapters.merged = True
+        # In training the hook stays, to refuse what a checkpointed block may still ask for.
+        if not model.training and not adapters.activation.recomputation_pending:
+            stop_listening(layer)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -58,6 +62,7 @@ def unmerge(model: nn.Module) -> None:
         for attribute in list(adapters.replaced):
             adapters.restore(layer, attribute)
         adapters.merged = False
+        listen(layer)
 
 
 def forget_base(model: nn.Module) -> None:

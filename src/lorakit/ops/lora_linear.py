@@ -16,6 +16,8 @@ def lora_linear(
 
     The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast,
     never the activations. Only `x` and the rank-sized intermediate are kept for the backward pass.
+    Without gradients a batch of fewer rows than the rank (a decoding step) is the thinner of the two: it
+    is cast then, and the product computed in the dtype of A and B.
 
     Args:
         x: Input of the layer, shape (..., in).
@@ -34,7 +36,9 @@ def lora_linear(
     # cannot look whether it is one, fuses the addition anyway.
     in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
     with no_autocast(out):
-        return _LoraLinear.apply(x, out, A, B, scaling, in_place)
+        if torch.is_grad_enabled():
+            return _LoraLinear.apply(x, out, A, B, scaling, in_place)
+        return _add_product(x, out, A, B, scaling, in_place)
 
 
 def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -43,20 +47,43 @@ def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling:
     return out + scaling * ((x @ A.to(out.dtype).T) @ B.to(out.dtype).T)
 
 
+def _add_product(
+    x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
+) -> Tensor:
+    """`lora_linear` without gradients."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    wide = A.dtype == B.dtype == torch.promote_types(A.dtype, out.dtype)
+    if wide and x_ND.shape[0] <= A.shape[0]:
+        # Three casts less, and a product in float32, which has less overhead where there is little to
+        # multiply: 8 rows of 576 to 1536 features at rank 8 take 21 microseconds instead of 43.
+        delta = ((x_ND.to(A.dtype) @ A.T) @ B.T).view(out.shape)
+        if not in_place:
+            return out.add(delta, alpha=scaling).to(out.dtype)
+        return out.add_(delta, alpha=scaling)
+    h_NR = x_ND @ A.to(out.dtype).T
+    return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
+
+
+def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
+    """``out + scaling * h B^T``, written into `out` where its rows can be had without a copy."""
+    out_NO = out.reshape(-1, out.shape[-1])
+    if in_place and out_NO.data_ptr() == out.data_ptr():
+        out_NO.addmm_(h_NR, B.T, alpha=scaling)
+        return out
+    return torch.addmm(out_NO, h_NR, B.T, alpha=scaling).view(out.shape)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, out, A, B, scaling, in_place):
-        A_c, B_c = A.to(out.dtype), B.to(out.dtype)
         x_ND = x.reshape(-1, x.shape[-1])
-        h_NR = x_ND @ A_c.T
+        h_NR = x_ND @ A.to(out.dtype).T
         ctx.save_for_backward(x_ND, h_NR, A, B)
         ctx.scaling, ctx.x_shape = scaling, x.shape
-        out_NO = out.reshape(-1, out.shape[-1])
-        if in_place and out_NO.data_ptr() == out.data_ptr():
-            out_NO.addmm_(h_NR, B_c.T, alpha=scaling)
+        total = _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
+        if total is out:
             ctx.mark_dirty(out)
-            return out
-        return torch.addmm(out_NO, h_NR, B_c.T, alpha=scaling).view(out.shape)
+        return total
 
     @staticmethod
     @once_differentiable
