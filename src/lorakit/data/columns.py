@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit.data.config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
-from lorakit.tasks import TASKS, Task
+from lorakit.tasks import GENERIC, Task, task_type
 
 
 class ColumnMap:
@@ -34,10 +34,15 @@ class ColumnMap:
             for field, text in texts.items()
             if text is not None
         }
+        task = config.task_type
+        derived = () if task is None else task.derived
         for template in self.templates.values():
-            template.check([*self.columns, *self.renamed], where)
+            template.check([*self.columns, *self.renamed, *derived], where)
         present = {*self.columns, *self.renamed, *self.templates}
-        self.fields = [name for name in FIELDS if name in present]
+        names = FIELDS
+        if task is not None and task not in GENERIC.values():  # it may read all that there is
+            names = (*self.renamed, *self.columns)
+        self.fields = [name for name in dict.fromkeys(names) if name in present]
         """The fields that these rows can have."""
 
     def column_of(self, field: str) -> str:
@@ -45,18 +50,31 @@ class ColumnMap:
         return self.renamed.get(field, field)
 
     def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of one row; a field that the row lacks is left out.
+        """Return the fields of one row, templates filled in; a field that the row lacks is left out.
 
         Raises:
             BadRow: a template cannot be filled in.
         """
+        found = self._named(values)
+        return {**found, **self._filled(lambda field: values.get(self.column_of(field)))}
 
-        def value_of(field: str) -> Any:
-            return values.get(self.column_of(field))
+    def examples(self, values: Mapping[str, Any], task: Task) -> Iterator[dict[str, Any]]:
+        """Yield the fields of each example that one row holds for `task`, templates filled in.
 
-        found = {field: value_of(field) for field in self.fields}
-        found |= {field: template.render(value_of) for field, template in self.templates.items()}
+        Raises:
+            BadRow: the row lacks what the task reads, or a template cannot be filled in.
+        """
+        for fields in task.rows(self._named(values)):
+            raw = {**values, **fields}
+            filled = self._filled(lambda field, raw=raw: raw.get(self.column_of(field)))
+            yield {**fields, **filled}
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = {field: values.get(self.column_of(field)) for field in self.fields}
         return {field: value for field, value in found.items() if value is not None}
+
+    def _filled(self, value_of: Callable[[str], Any]) -> dict[str, Any]:
+        return {field: template.render(value_of) for field, template in self.templates.items()}
 
     def task(self, name: str, rows: Sequence[Mapping[str, Any]]) -> type[Task]:
         """Return the task called `name`; for "auto", the one that can read these fields.
@@ -66,7 +84,7 @@ class ColumnMap:
         """
         if name == "auto" and self.templates:
             name = "completion"
-        candidates = [TASKS[name]] if name != "auto" else list(TASKS.values())
+        candidates = [task_type(name)] if name != "auto" else list(GENERIC.values())
         if name == "auto":
             fitting = [task for task in candidates if task.reads(self.fields, rows)]
             if len(fitting) == 1:

@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorakit.configuration import conform
+from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN
 from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
-from lorakit.tasks import TASKS
+from lorakit.tasks import GENERIC, Completion, Task, task_type
 
 Split = Literal["train", "validation", "test"]
 
 OPTIONAL_FIELDS = ("tools",)
 FIELDS = (
-    *dict.fromkeys(name for task in TASKS.values() for layout in task.layouts for name in layout),
+    *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
     *OPTIONAL_FIELDS,
 )
 """The names that `columns` can give a value to."""
@@ -26,10 +27,10 @@ class DataConfig:
     """Data to train and evaluate on."""
 
     train: str | list[str] | None = None
-    """One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
+    """By default the training set of a named task. One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
     (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
-    `docstrings`, which is built in and brings its own validation and test data. Training needs it;
-    evaluation takes task and labels from it, and from the data that is scored where it is not given."""
+    `docstrings`, which is built in and brings its own validation and test data. Training needs it (or a named
+    task); evaluation takes task and labels from it, and from the data that is scored where it is not given."""
     validation: str | list[str] | None = None
     """Data for the held-out loss while training; written like `train`."""
     test: str | list[str] | None = None
@@ -37,14 +38,21 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Hold out this share of the distinct inputs of `train` for validation, instead of `validation`.
     Rows with the same input stay together."""
-    train_split: str = "train"
-    """The split of a hub data set to train on."""
-    validation_split: str = "validation"
-    """The split of a hub data set to validate on."""
-    test_split: str = "test"
-    """The split of a hub data set to test on."""
+    train_split: str | None = None
+    """The split of a hub data set to train on (train), or the name of a named task's file."""
+    validation_split: str | None = None
+    """The split of a hub data set to validate on (validation), or the name of a named task's file: MNLI has
+    validation_matched and validation_mismatched."""
+    test_split: str | None = None
+    """The split of a hub data set to test on (test), or the name of a named task's file."""
     task: str = "auto"
-    """auto (by the columns), completion, chat, classification or regression."""
+    """auto (by the columns); completion, chat, classification or regression; or a named task, which knows its
+    data: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte; or one of your own, `path/to/file.py:Class`."""
+    root: str | None = None
+    """A folder with the data of named tasks, each in a sub-folder (`mrpc/train.jsonl`); without it they are read
+    from the hub."""
+    encoding: str | None = None
+    """How a named task writes a row as text, where it knows several ways; by default its first."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names for columns of the data: `{prompt: meaning_representation, completion: human_reference}`.
     Names are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
@@ -65,12 +73,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         conform(self, "data")
-        require_choice("data.task", self.task, ("auto", *TASKS))
+        self._check_task()
+        names = self._fields()
         for name in self.columns:
-            if name not in FIELDS:
+            if name not in names:
                 raise ConfigurationError(
                     f"data.columns: {name!r} is not a name of ours; write `ours: theirs`, where ours is one of "
-                    f"{', '.join(FIELDS)}." + nearest(name, FIELDS)
+                    f"{', '.join(names)}." + nearest(name, names)
                 )
         require_at_least("data.max_length", self.max_length, 2)
         if self.limit is not None:
@@ -79,7 +88,7 @@ class DataConfig:
             raise ConfigurationError(
                 f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."
             )
-        if self.validation_fraction and self.train is None:
+        if self.validation_fraction and not self.has("train"):
             raise ConfigurationError(
                 "data.validation_fraction takes part of data.train, and no data.train is named. Name it."
             )
@@ -91,24 +100,92 @@ class DataConfig:
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
                 Template(text, name=option)  # one that cannot be read is an error here already
-                if self.task not in ("auto", "completion"):
-                    raise ConfigurationError(
-                        f"data.{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one."
-                    )
+                self._check_templates(option)
+
+    def _check_task(self) -> None:
+        task = self.task_type
+        if self.root is not None and (task is None or task.data_set is None):
+            raise ConfigurationError(
+                f"data.root is {self.root!r}, a folder with the data of named tasks, but data.task is {self.task}. "
+                "Name one, for example --data.task mrpc, or name files with data.train, validation and test."
+            )
+        if self.encoding is not None:
+            known = () if task is None else task.encodings
+            if not known:
+                raise ConfigurationError(
+                    f"data.encoding is {self.encoding!r}, but task {self.task} has no encodings; leave it out."
+                )
+            require_choice("data.encoding", self.encoding, known)
+
+    def _check_templates(self, option: str) -> None:
+        task = self.task_type
+        if task is not None and not issubclass(task, Completion):
+            raise ConfigurationError(
+                f"data.{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one."
+            )
+
+    def _fields(self) -> tuple[str, ...]:
+        """The names that `columns` can give a value to."""
+        task = self.task_type
+        if task is None or task in GENERIC.values():
+            return FIELDS
+        return tuple(dict.fromkeys(name for layout in task.layouts for name in layout))
+
+    @property
+    def task_type(self) -> type[Task] | None:
+        """The task that is named; None for "auto".
+
+        Raises:
+            ConfigurationError: There is no such task.
+        """
+        return None if self.task == "auto" else task_type(self.task)
+
+    @property
+    def own(self) -> OwnData | None:
+        """The data that a named task brings; None for other tasks."""
+        task = self.task_type
+        if task is None or task.data_set is None:
+            return None
+        return OwnData(task=task, root=self.root)
+
+    def has(self, split: Split) -> bool:
+        """Whether data of a split is named, or belongs to a named task, without looking whether it is there."""
+        if split == "validation" and self.validation_fraction:
+            return True
+        if self._named(split) is not None:
+            return True
+        return self.own is not None and bool(self.own.names(split, self._chosen(split)))
 
     def source(self, split: Split) -> str | list[str] | None:
-        """Return what the configuration names for a split; None when it names nothing."""
-        if split == "train" or (split == "validation" and self.validation_fraction):
-            return self.train
-        named = self.validation if split == "validation" else self.test
-        if named is None and isinstance(self.train, str) and self.train in BUILT_IN:
-            return self.train
+        """Return what the configuration, or a named task, has for a split; None when that is nothing.
+
+        Raises:
+            DataError: The folder of a named task, or a split of it that is named, is not there.
+        """
+        if split == "validation" and self.validation_fraction:
+            split = "train"
+        named = self._named(split)
+        if named is None and self.own is not None:
+            return self.own.source(split, self._chosen(split))
         return named
 
     def hub_split(self, split: Split) -> str:
         """Return the name under which a hub data set holds a split."""
         if split == "validation" and self.validation_fraction:
             split = "train"
+        if chosen := self._chosen(split):
+            return chosen
+        if self._named(split) is None and self.own is not None:
+            return next(iter(self.own.names(split)), split)
+        return split
+
+    def _named(self, split: Split) -> str | list[str] | None:
+        named = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if named is None and isinstance(self.train, str) and self.train in BUILT_IN:
+            return self.train
+        return named
+
+    def _chosen(self, split: Split) -> str | None:
         return {
             "train": self.train_split,
             "validation": self.validation_split,

@@ -13,7 +13,7 @@ from lorakit.data.config import DataConfig, Split
 from lorakit.data.readers import Problem, Row
 from lorakit.data.sources import Source, read_source
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Example, RowError, Task, TooLong, UnknownLabel
+from lorakit.tasks import BadRow, Example, Kind, RowError, Task, TooLong, UnknownLabel, task_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,14 +27,24 @@ class DataTask:
     """What the training data is for."""
 
     name: str
-    """completion, chat, classification or regression."""
+    """As in `DataConfig.task`, "auto" resolved."""
     labels: tuple[str, ...] = ()
     """Class names in index order; empty without classes."""
 
     @property
+    def type(self) -> type[Task]:
+        """The task itself."""
+        return task_type(self.name)
+
+    @property
+    def kind(self) -> Kind:
+        """What the model answers with."""
+        return self.type.kind
+
+    @property
     def generates(self) -> bool:
         """Whether the model's answer is text."""
-        return self.name in ("completion", "chat")
+        return self.kind == "text"
 
 
 @dataclass(kw_only=True)
@@ -42,7 +52,10 @@ class Report:
     """What became of every row of a data set: `read = kept + skipped + held_out`."""
 
     source: str
+    rows: int = 0
+    """Rows of the data."""
     read: int = 0
+    """Examples in them: as many, unless the rows of a named task hold several each."""
     kept: int = 0
     truncated: int = 0
     """Of those kept."""
@@ -65,7 +78,8 @@ class Report:
         return dataclasses.asdict(self) | {"skipped": self.skipped}
 
     def __str__(self) -> str:
-        parts = [f"{self.kept:,} of {self.read:,} rows"]
+        rows = "rows" if self.read == self.rows else f"examples in {self.rows:,} rows"
+        parts = [f"{self.kept:,} of {self.read:,} {rows}"]
         if self.bad:
             parts.append(f"{len(self.bad):,} bad, skipped")
         if self.too_long:
@@ -128,8 +142,8 @@ def load_examples(
     columns = ColumnMap(config, source.columns, source.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
-    elif config.train is None or (
-        where == config.train and (config.hub_split(split) == config.train_split)
+    elif not config.has("train") or (
+        where == config.source("train") and config.hub_split(split) == config.hub_split("train")
     ):
         resolved = _task_of(config, source, columns)
     else:
@@ -140,8 +154,9 @@ def load_examples(
         max_length=config.max_length,
         truncate=config.too_long == "truncate",
         labels=resolved.labels if labels is None else labels,
+        encoding=config.encoding,
     )
-    report = Report(source=source.name, read=len(source.rows))
+    report = Report(source=source.name, rows=len(source.rows), read=len(source.rows))
     examples = list(_encode(source, columns, task, config, report))
     if not examples:
         raise DataError(
@@ -154,7 +169,11 @@ def load_examples(
     report.kept = len(examples)
     report.truncated = sum(example.truncated for example in examples)
     return ExampleSet(
-        examples=examples, task=task.name, labels=task.labels, report=report, sha256=source.sha256
+        examples=examples,
+        task=resolved.name,
+        labels=task.labels,
+        report=report,
+        sha256=source.sha256,
     )
 
 
@@ -166,7 +185,9 @@ def task_of(config: DataConfig, split: Split = "train") -> DataTask:
     Raises:
         DataError: the data is missing, cannot be read, or its columns fit no task.
     """
-    split = split if config.train is None else "train"
+    if config.own is not None and config.own.settles_labels:
+        return DataTask(name=config.task, labels=config.own.task.classes)
+    split = "train" if config.has("train") else split
     source = _read(config, split)
     return _task_of(config, source, ColumnMap(config, source.columns, source.name))
 
@@ -174,6 +195,8 @@ def task_of(config: DataConfig, split: Split = "train") -> DataTask:
 def _read(config: DataConfig, split: Split) -> Source:
     where = config.source(split)
     if where is None:
+        if config.own is not None:
+            raise DataError(config.own.why_not(split))
         raise DataError(f"the configuration names no {split} data; set data.{split}")
     return read_source(where, config.hub_split(split), config.limit)
 
@@ -182,7 +205,8 @@ def _task_of(config: DataConfig, source: Source, columns: ColumnMap) -> DataTask
     rows = list(_fields(source, columns))
     task = columns.task(config.task, rows)
     declared = source.class_names.get(columns.column_of("label"), ())
-    return DataTask(name=task.name, labels=task.labels_of(rows, declared))
+    name = task.name if config.task == "auto" else config.task
+    return DataTask(name=name, labels=task.labels_of(rows, declared))
 
 
 def _fields(source: Source, columns: ColumnMap) -> Iterator[dict[str, Any]]:
@@ -206,17 +230,24 @@ def _encode(
             report.bad.append(row)
             continue
         try:
-            example = task.encode(columns.apply(row.values))
-        except UnknownLabel as error:
-            raise DataError(str(_problem(row, error, columns))) from None
+            found = list(columns.examples(row.values, task))
         except BadRow as error:
             report.bad.append(_problem(row, error, columns))
-        except TooLong as error:
-            report.too_long.append(_problem(row, error, columns))
-            report.longest = max(report.longest, error.length)
-        else:
-            example.origin = row.origin
-            yield example
+            continue
+        report.read += len(found) - 1  # a row may hold several
+        for fields in found:
+            try:
+                example = task.encode(fields)
+            except UnknownLabel as error:
+                raise DataError(str(_problem(row, error, columns))) from None
+            except BadRow as error:
+                report.bad.append(_problem(row, error, columns))
+            except TooLong as error:
+                report.too_long.append(_problem(row, error, columns))
+                report.longest = max(report.longest, error.length)
+            else:
+                example.origin = row.origin
+                yield example
     if report.bad and config.bad_rows == "stop":
         raise DataError(
             f"{source.name}: {len(report.bad):,} of {report.read:,} rows cannot be used"

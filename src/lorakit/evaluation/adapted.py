@@ -14,7 +14,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.evaluation.base import open_base
 from lorakit.evaluation.config import BaseConfig
 from lorakit.models.loading import Base
-from lorakit.tasks import TASKS
+from lorakit.tasks import GENERIC, TASKS, task_type
 
 TEXT = DataTask(name="completion", labels=())
 """What a model is for when nothing says otherwise: to write text."""
@@ -23,17 +23,27 @@ ADAPTER = "adapter"
 """Name of the adapter on its model."""
 
 
-def recorded_task(adapter: str) -> DataTask | None:
-    """Return what an adapter says it was trained for; None where its file does not say (PEFT's own)."""
-    return _recorded_task(formats.read(adapter), adapter)
+def recorded_task(adapter: str, asked: str | None = None) -> DataTask | None:
+    """Return what an adapter says it was trained for; None where its file does not say (PEFT's own).
+
+    Args:
+        adapter: Its folder.
+        asked: The task that the configuration names. A task of the user's own is code, which is run where the user
+            names it and never because a file does: without it, such an adapter counts as one of the generic task.
+    """
+    return _recorded_task(formats.read(adapter), adapter, asked)
 
 
-def _recorded_task(stored: StoredAdapter, adapter: str) -> DataTask | None:
+def _recorded_task(
+    stored: StoredAdapter, adapter: str, asked: str | None = None
+) -> DataTask | None:
     made = stored.provenance
     if "task" not in made:
         return None
     name, labels = made["task"], made.get("labels")
-    known = isinstance(name, str) and name in TASKS
+    if name not in TASKS and made.get("generic_task") in GENERIC:
+        name = asked if asked and task_type(asked).name == name else made["generic_task"]
+    known = isinstance(name, str) and (name in TASKS or name == asked)
     if not known or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
         raise AdapterFileError(
             f"The adapter {adapter} records the task {name!r} with the labels {labels!r}; a task is one of "

@@ -134,9 +134,9 @@ def _encoder_decoder_batch(
 
 
 def _model_task(config: BaseConfig, task: DataTask) -> Task:
-    if task.name == "classification":
+    if task.kind == "classification":
         return "sequence-classification"
-    if task.name == "regression":
+    if task.kind == "regression":
         return "regression"
     return "seq2seq-lm" if _is_encoder_decoder(config) else "causal-lm"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -126,17 +126,18 @@ class EvaluateConfig:
     """Adapter folder; none scores the base alone."""
     allow_other_base: bool = False
     """Score an adapter on a base other than the one it records, knowing what that means."""
-    split: Literal["validation", "test"] = "test"
-    """Which of the data's held-out parts is scored."""
+    split: Literal["validation", "test"] | None = None
+    """Which of the data's held-out parts is scored; by default test, and for a named task the part that published
+    scores are of (validation for GLUE, whose tests have no public labels)."""
     scores: tuple[Score, ...] = ("loss", "text")
-    """For text generation: the held-out loss, BLEU and ROUGE-L of generated text, or both. Classification and
-    regression always give all of theirs."""
+    """For text generation: the held-out loss, the scores of generated text (BLEU and ROUGE-L, or those of a named
+    task), or both. Classification and regression always give all of theirs."""
     limit: int | None = None
     """Score this many prompts (all rows that share one count once), from the first; none scores all."""
     lowercase: bool = True
-    """Compare generated text and references in lower case, as the E2E NLG challenge does."""
-    decoding: Decoding = field(default_factory=Decoding)
-    """How text is generated."""
+    """Compare generated text and references in lower case for BLEU; a named task has rules of its own."""
+    decoding: Decoding | None = None
+    """How text is generated; by default as the named task does it, and greedily without one."""
     batch_size: int = 16
     """Examples per forward pass where nothing is generated."""
     output: str | None = None

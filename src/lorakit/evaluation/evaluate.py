@@ -33,9 +33,16 @@ from lorakit.evaluation.objective import (
     language_modelling,
     predict,
 )
-from lorakit.evaluation.score import classification_scores, regression_scores, text_scores
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, LabelledExample, LanguageExample
+from lorakit.tasks import (
+    GENERIC,
+    TASKS,
+    Completion,
+    Example,
+    LabelledExample,
+    LanguageExample,
+    Task,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,8 @@ def evaluate(
     )
     assert base.tokenizer is not None  # open_adapted refuses a base without
     data = dataclasses.replace(config.data, task=task.name)
-    examples = load_examples(data, config.split, base.tokenizer, labels=task.labels).examples
+    split = config.split or task.type.scored_split
+    examples = load_examples(data, split, base.tokenizer, labels=task.labels).examples
     check_context(base, examples)
     if task.generates:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
@@ -86,11 +94,22 @@ def evaluate(
     if "loss" in config.scores or not task.generates:
         objective = objective_for(base, task, examples)
         result = held_out(
-            base.model, objective, examples, collator(base), batch_size=config.batch_size
+            base.model,
+            objective,
+            examples,
+            collator(base),
+            batch_size=config.batch_size,
+            task=task.type,
         )
     if "text" in config.scores and task.generates:
+        decoding = config.decoding or Decoding(**(task.type.decoding or {}))
         text = generated(
-            base, examples, config.decoding, lowercase=config.lowercase, progress=progress
+            base,
+            examples,
+            decoding,
+            task=task.type,
+            lowercase=config.lowercase,
+            progress=progress,
         )
         result = Evaluation(scores={**result.scores, **text.scores}, outputs=text.outputs)
     if config.output is not None:
@@ -102,9 +121,9 @@ def objective_for(
     base: Base, task: DataTask, examples: Sequence[Example], *, label_smoothing: float = 0.0
 ) -> Objective:
     """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed."""
-    if task.name == "regression":
+    if task.kind == "regression":
         return Regression()
-    if task.name == "classification":
+    if task.kind == "classification":
         return Classification(label_smoothing=label_smoothing)
     if base.model.config.is_encoder_decoder:
         return SequenceToSequence(label_smoothing=label_smoothing)
@@ -119,11 +138,12 @@ def held_out(
     collate: Collate,
     *,
     batch_size: int,
+    task: type[Task] | None = None,
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and what else one forward pass tells.
 
-    For language modelling that is the perplexity; for classification accuracy, F1 and the Matthews correlation; for
-    regression the correlations and the mean squared error.
+    For language modelling that is the perplexity; for labels the scores of `task`, without it those of classification
+    (accuracy, F1 and the Matthews correlation) or regression (the correlations and the mean squared error).
     """
     # By length, so that batches hold little padding; the sum does not depend on the order of batches in exact
     # arithmetic, and the order is the same each time, so neither does it in floating point.
@@ -153,7 +173,11 @@ def held_out(
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     return _label_evaluation(
-        objective, loss, [predictions[i] for i in range(len(labelled))], labelled, classes
+        task or TASKS["classification" if isinstance(objective, Classification) else "regression"],
+        loss,
+        [predictions[i] for i in range(len(labelled))],
+        labelled,
+        classes,
     )
 
 
@@ -162,10 +186,15 @@ def generated(
     examples: Sequence[Example],
     decoding: Decoding | None = None,
     *,
+    task: type[Task] = Completion,
+    quick: bool = False,
     lowercase: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Generate once per distinct prompt of `examples` and score against all completions it has there."""
+    """Generate once per distinct prompt of `examples` and score against all completions it has there.
+
+    The scores are those of `task`, with `quick` only the cheap ones.
+    """
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
     encodes = base.model.config.is_encoder_decoder
     prompts = [
@@ -177,16 +206,14 @@ def generated(
     outputs = [
         {
             "prompt": group[0].prompt,
-            "output": text.strip(),
-            "references": [example.completion.strip() for example in group],
+            "output": task.answer(text),
+            "references": [task.answer(example.completion) for example in group],
+            **group[0].gold,
         }
         for text, group in zip(texts, groups.values(), strict=True)
     ]
-    scores = text_scores(
-        [record["output"] for record in outputs],
-        [record["references"] for record in outputs],
-        lowercase=lowercase,
-    )
+    answers = [record["output"] for record in outputs]
+    scores = task.score(answers, list(groups.values()), quick=quick, lowercase=lowercase)
     return Evaluation(scores=scores, outputs=outputs)
 
 
@@ -202,31 +229,41 @@ def by_prompt(
 
 def _task(config: EvaluateConfig) -> DataTask:
     """Return the task an adapter was trained for, since its head means the labels of then; else the data's."""
-    task = recorded_task(config.adapter) if config.adapter else None
-    if task is None:
-        return task_of(config.data, config.split)
-    if config.data.task not in ("auto", task.name):
+    asked = config.data.task_type
+    recorded = None
+    if config.adapter:
+        recorded = recorded_task(config.adapter, None if asked is None else config.data.task)
+    if recorded is None:
+        split = config.split or ("test" if asked is None else asked.scored_split)
+        return task_of(config.data, split)
+    if asked is None or config.data.task == recorded.name:
+        return recorded
+    # A named task reads its data as the generic one that it inherits from: an adapter for either answers both.
+    labels = asked.classes or recorded.labels
+    if not _reads_alike(asked, recorded.type) or labels != recorded.labels:
+        trained = recorded.name + (f" ({', '.join(recorded.labels)})" if recorded.labels else "")
+        of = f" ({', '.join(asked.classes)})" if asked.classes else ""
         raise ConfigurationError(
-            f"data.task is {config.data.task}, but the adapter {config.adapter} was trained for {task.name}. "
+            f"data.task is {config.data.task}{of}, but the adapter {config.adapter} was trained for {trained}. "
             "Leave data.task out, or name data of that task."
         )
-    return task
+    return DataTask(name=config.data.task, labels=recorded.labels)
+
+
+def _reads_alike(one: type[Task], other: type[Task]) -> bool:
+    return any(issubclass(one, g) and issubclass(other, g) for g in GENERIC.values())
 
 
 def _label_evaluation(
-    objective: Classification | Regression,
+    task: type[Task],
     loss: float,
     predictions: list[float],
     examples: list[LabelledExample],
     classes: int,
 ) -> Evaluation:
     labels = [example.label for example in examples]
-    if isinstance(objective, Regression):
-        scores = regression_scores(predictions, labels)
-    else:
-        scores = classification_scores(
-            [int(p) for p in predictions], [int(label) for label in labels], classes=classes
-        )
+    answers = [int(p) for p in predictions] if task.kind == "classification" else predictions
+    scores = task.score(answers, [[example] for example in examples], classes=classes)
     outputs = [
         {"prompt": example.prompt, "output": prediction, "label": label}
         for example, prediction, label in zip(examples, predictions, labels, strict=True)

@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lorakit import metrics
+from lorakit.metrics.overlap import text_scores
+
+__all__ = [
+    "DIRECTIONS",
+    "classification_scores",
+    "is_better",
+    "regression_scores",
+    "text_scores",
+]
 
 Direction = Literal["min", "max"]
 
@@ -30,23 +39,6 @@ def is_better(score: str, new: float, old: float | None) -> bool:
     if math.isnan(new):
         return False
     return old is None or (new < old if DIRECTIONS[score] == "min" else new > old)
-
-
-def text_scores(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = True
-) -> dict[str, float]:
-    """Return corpus BLEU and mean ROUGE-L, both from 0 to 100, against any number of references per output.
-
-    See :func:`lorakit.metrics.bleu` and, without stemming, :func:`lorakit.metrics.rouge`. In lower case BLEU is also
-    that of the E2E NLG Challenge, but for outputs of fewer than four tokens; ROUGE-L is always in lower case.
-
-    Raises:
-        DataError: There are no outputs, or one has no reference.
-    """
-    return {
-        "bleu": metrics.bleu(outputs, references, lowercase=lowercase),
-        "rouge_l": 100 * metrics.rouge(outputs, references, stem=False)["ROUGE_L"],
-    }
 
 
 def classification_scores(

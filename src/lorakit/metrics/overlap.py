@@ -78,3 +78,20 @@ def rouge(
         name: sum(max(score[theirs].fmeasure for score in group) for group in scores) / len(scores)
         for name, theirs in names.items()
     }
+
+
+def text_scores(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = True
+) -> dict[str, float]:
+    """Return corpus BLEU and mean ROUGE-L, both from 0 to 100, against any number of references per output.
+
+    See :func:`bleu` and, without stemming, :func:`rouge`. In lower case BLEU is also
+    that of the E2E NLG Challenge, but for outputs of fewer than four tokens; ROUGE-L is always in lower case.
+
+    Raises:
+        DataError: There are no outputs, or one has no reference.
+    """
+    return {
+        "bleu": bleu(outputs, references, lowercase=lowercase),
+        "rouge_l": 100 * rouge(outputs, references, stem=False)["ROUGE_L"],
+    }

@@ -1,17 +1,21 @@
-"""Tasks: what an example of each kind of data looks like.
+"""Tasks: what an example of each kind of data looks like, and how it is scored.
 
-To add one, write a subclass of `Task` in a file of its own and name it in `TASKS`.
+To add one, write a subclass in a file of its own and name it in `lorakit.tasks.registry`; or, outside the package,
+name it as `data.task: path/to/file.py:Class` or under the entry points `lorakit.tasks`.
 """
 
 from __future__ import annotations
 
 from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
+from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.registry import GENERIC, TASKS, generic_task, task_type
 from lorakit.tasks.task import (
     BadRow,
     Example,
     Fields,
+    Kind,
     LabelledExample,
     LanguageExample,
     RowError,
@@ -20,19 +24,17 @@ from lorakit.tasks.task import (
     UnknownLabel,
 )
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Completion, Chat, Classification, Regression)
-}
-"""Every task by its name in the configuration."""
-
 __all__ = [
+    "GENERIC",
     "TASKS",
     "BadRow",
     "Chat",
     "Classification",
     "Completion",
+    "DataSet",
     "Example",
     "Fields",
+    "Kind",
     "LabelledExample",
     "LanguageExample",
     "Regression",
@@ -40,4 +42,6 @@ __all__ = [
     "Task",
     "TooLong",
     "UnknownLabel",
+    "generic_task",
+    "task_type",
 ]

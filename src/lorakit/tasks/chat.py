@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
-from lorakit.tasks.language_modelling import end_id, fit
-from lorakit.tasks.task import BadRow, Fields, LanguageExample, Task, checked_text, kind
+from lorakit.tasks.language_modelling import TextTask, end_id, fit
+from lorakit.tasks.task import BadRow, Fields, LanguageExample, checked_text, kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class Chat(Task):
+class Chat(TextTask):
     """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
 
     A row may also have `tools`, a list of JSON schemas that the template is given.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from lorakit import metrics
 from lorakit.errors import DataError, nearest
 from lorakit.tasks.task import (
     BadRow,
+    Example,
     Fields,
     LabelledExample,
     Task,
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _Labelled(Task):
+class Labelled(Task):
     """What classification and regression share: one target for a text or a pair of texts."""
+
+    texts: ClassVar[tuple[str, ...]] = ()
+    """The columns of the text or the pair of texts; empty: `text`, or `sentence1` and `sentence2`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -33,10 +38,13 @@ class _Labelled(Task):
         self.separator = "" if specials(pair=True) > specials(pair=False) else "\n"
 
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
-        if fields.get("text") is not None or fields.get("sentence1") is None:
-            first, second = text_field(fields, "text"), None
-        else:
-            first, second = text_field(fields, "sentence1"), text_field(fields, "sentence2")
+        names = self.texts
+        if not names:
+            pair = fields.get("text") is None and fields.get("sentence1") is not None
+            names = ("sentence1", "sentence2") if pair else ("text",)
+        first, second = text_field(fields, names[0]), None
+        if len(names) == 2:
+            second = text_field(fields, names[1])
         pair = None if second is None else self.separator + second
         encoded = self.tokenizer(
             first, pair, return_token_type_ids=self.takes_token_types, verbose=False
@@ -62,7 +70,7 @@ class _Labelled(Task):
         )
 
 
-class Classification(_Labelled):
+class Classification(Labelled):
     """`text` or `sentence1` and `sentence2`, with a `label` that is a name or a whole number.
 
     Class indices follow the sorted labels of the training set: whole numbers by size, names by alphabet.
@@ -70,6 +78,9 @@ class Classification(_Labelled):
     """
 
     name = "classification"
+    kind = "classification"
+    metric = "accuracy"
+    scores = quick_scores = ("accuracy", "f1", "matthews")
     layouts = (("text", "label"), ("sentence1", "sentence2", "label"))
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
@@ -84,6 +95,8 @@ class Classification(_Labelled):
     @classmethod
     def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the sorted labels of the training set, or `known` where they all are among them."""
+        if cls.classes:
+            return cls.classes
         names = {name for name in map(_label_or_none, rows) if name is not None}
         if known and names <= set(known):
             return tuple(known)
@@ -98,21 +111,34 @@ class Classification(_Labelled):
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
         label = class_name(fields.get("label"))
+        if self.classes and label.isdigit() and int(label) < len(self.classes):
+            label = self.classes[int(label)]
         if label not in self.index:
-            raise UnknownLabel(
-                f"is {label!r}, which the training set does not have; its labels are "
-                + ", ".join(self.labels)
-                + "."
-                + nearest(label, self.labels),
-                "label",
+            known = ", ".join(self.labels)
+            whose = (
+                f"task {self.name} does not know; write one of {known}, or its index from 0."
+                if self.classes
+                else f"the training set does not have; its labels are {known}."
             )
+            raise UnknownLabel(f"is {label!r}, which {whose}{nearest(label, self.labels)}", "label")
         return self._encode(fields, self.index[label], label)
 
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return accuracy, F1 and the Matthews correlation: :func:`lorakit.metrics.classification`."""
+        labels = [int(label) for label in targets(examples)]
+        return metrics.classification(outputs, labels, classes=settings.get("classes"))
 
-class Regression(_Labelled):
+
+class Regression(Labelled):
     """`text` or `sentence1` and `sentence2`, with a `score`, or a `label` that is a decimal number."""
 
     name = "regression"
+    kind = "regression"
+    metric = "pearson"
+    scores = quick_scores = ("pearson", "spearman", "mse")
     layouts = (
         ("text", "score"),
         ("sentence1", "sentence2", "score"),
@@ -132,6 +158,19 @@ class Regression(_Labelled):
         column = "score" if fields.get("score") is not None else "label"
         score = number(fields.get(column), column)
         return self._encode(fields, score, str(score))
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return Pearson's and Spearman's correlation and the squared error: :func:`lorakit.metrics.regression`."""
+        del settings
+        return metrics.regression(outputs, targets(examples))
+
+
+def targets(examples: Sequence[Sequence[Example]]) -> list[int | float]:
+    """Return the class indices or scores of labelled examples, of which each input has one."""
+    return [example.label for (example,) in examples if isinstance(example, LabelledExample)]
 
 
 def class_name(label: object) -> str:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
-from lorakit.tasks.task import BadRow, Fields, LanguageExample, Task, TooLong, text_field
+from lorakit.metrics.overlap import text_scores
+from lorakit.tasks.task import BadRow, Example, Fields, LanguageExample, Task, TooLong, text_field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Completion(Task):
+class TextTask(Task):
+    """What tasks share whose answer is a text: BLEU and ROUGE-L against every reference."""
+
+    kind = "text"
+    metric = "bleu"
+    scores = quick_scores = ("bleu", "rouge_l")
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return corpus BLEU and mean ROUGE-L, from 0 to 100."""
+        lowercase = settings.get("lowercase", True)
+        return text_scores(outputs, references(cls, examples), lowercase=lowercase)
+
+
+class Completion(TextTask):
     """`prompt` and `completion`, as plain text."""
 
     name = "completion"
@@ -42,6 +60,11 @@ class Completion(Task):
             completion=completion,
         )
         return fit(example, self.max_length, truncate=self.truncate, keep=len(self.start))
+
+
+def references(task: type[Task], examples: Sequence[Sequence[Example]]) -> list[list[str]]:
+    """Return the expected answers to each input, as `task` leaves a generated one."""
+    return [[task.answer(example.completion) for example in group] for group in examples]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.errors import DataError
+from lorakit.tasks.data_set import DataSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Fields = Mapping[str, Any]
 """One row, by the names that tasks use (`prompt`, `completion`, `messages`, `text`, `label` ...)."""
+
+Kind = Literal["text", "classification", "regression"]
+"""What a model answers with: text it writes, one of several classes, or a number."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +32,8 @@ class Example:
     """The input as text: what the model is given."""
     completion: str
     """The expected answer as text: the reference that generated text, or a predicted label, is scored against."""
+    gold: Mapping[str, Any] = field(default_factory=dict)
+    """What scoring needs of the row beside `completion`: a table, a category. Empty for most tasks."""
     origin: str = ""
     """Where the row stands, as `file:line`."""
     truncated: bool = False
@@ -91,11 +97,34 @@ class UnknownLabel(RowError):
 
 
 class Task(ABC):
-    """How rows of one kind become examples. A new task is a subclass and an entry in `tasks.TASKS`."""
+    """How rows of one kind become examples, and how what a model makes of them is scored.
+
+    A generic task (completion, chat, classification, regression) reads any data with its columns. A named task is a
+    subclass of one that knows its data set: where it lies, what its columns are, and how it is scored.
+    """
 
     name: ClassVar[str]
+    kind: ClassVar[Kind]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
     """The sets of fields, any one of which a row must have."""
+    metric: ClassVar[str] = "loss"
+    """The score that speaks for the task, one of `scores`."""
+    scores: ClassVar[tuple[str, ...]] = ()
+    """Names of the scores that `score` returns."""
+    quick_scores: ClassVar[tuple[str, ...]] = ()
+    """Names of those that are cheap enough to be taken during training."""
+    decoding: ClassVar[Mapping[str, Any] | None] = None
+    """Settings of text generation other than the defaults, by the names in `Decoding`."""
+    encodings: ClassVar[tuple[str, ...]] = ()
+    """Ways to write a row as text, the default first; empty where there is but one."""
+    data_set: ClassVar[DataSet | None] = None
+    """Where a named task finds its rows when the configuration names none."""
+    scored_split: ClassVar[Literal["validation", "test"]] = "test"
+    """The split that `lorakit evaluate` scores when none is named: that of the published scores."""
+    classes: ClassVar[tuple[str, ...]] = ()
+    """Class names in index order, where the task itself says them; a label is then a name or an index."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Fields that `rows` adds to those of the data, for templates to name."""
 
     def __init__(
         self,
@@ -104,11 +133,13 @@ class Task(ABC):
         max_length: int,
         truncate: bool = False,
         labels: Sequence[str] = (),
+        encoding: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate = truncate
         self.labels = tuple(labels)
+        self.encoding = encoding or next(iter(self.encodings), "")
 
     @abstractmethod
     def encode(self, fields: Fields) -> Example:
@@ -133,7 +164,41 @@ class Task(ABC):
         `known` holds the names that the data set itself declares, if it does.
         """
         del rows, known
-        return ()
+        return cls.classes
+
+    def rows(self, fields: Fields) -> Iterable[Fields]:
+        """Yield the examples that one row of data holds, each in the fields that `encode` reads.
+
+        Raises:
+            BadRow: a field is missing, empty or of the wrong type.
+        """
+        yield fields
+
+    @classmethod
+    @abstractmethod
+    def score(
+        cls,
+        outputs: Sequence[Any],
+        examples: Sequence[Sequence[Example]],
+        *,
+        quick: bool = False,
+        lowercase: bool = True,
+        classes: int | None = None,
+    ) -> dict[str, float]:
+        """Return the scores of what a model made of the examples.
+
+        Args:
+            outputs: Texts as `answer` leaves them, class indices, or numbers.
+            examples: For each output the examples with its input, one or more.
+            quick: Only those of `quick_scores`.
+            lowercase: Whether generic scores of text take upper and lower case as the same.
+            classes: How many classes there are.
+        """
+
+    @classmethod
+    def answer(cls, text: str) -> str:
+        """Return what counts of a generated text."""
+        return text.strip()
 
 
 def text_field(fields: Fields, column: str) -> str:

@@ -199,9 +199,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         conform(self)
-        if self.data.train is None:
+        if not self.data.has("train"):
             raise ConfigurationError(
-                "data.train is not set; name the data to train on, for example --data.train yours.jsonl."
+                "data.train is not set; name the data to train on, for example --data.train yours.jsonl, or a task "
+                "that has its own, for example --data.task mrpc."
             )
         if not self.output:
             raise ConfigurationError(

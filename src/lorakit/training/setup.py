@@ -27,7 +27,7 @@ from lorakit.methods.trained import with_head
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, LanguageExample
+from lorakit.tasks import Example, LanguageExample, Task, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -38,9 +38,6 @@ T = TypeVar("T")
 ADAPTER = "default"
 """Name of the trained adapter on its model."""
 
-LABEL_SCORES = ("loss", "accuracy", "f1", "matthews")
-NUMBER_SCORES = ("loss", "pearson", "spearman", "mse")
-TEXT_SCORES = ("loss", "perplexity", "bleu", "rouge_l")
 
 
 @dataclass(kw_only=True)
@@ -62,6 +59,11 @@ class Job:
     def model(self) -> PreTrainedModel:
         """The base model, with the adapter on it."""
         return self.base.model
+
+    @property
+    def task(self) -> type[Task]:
+        """What is trained and scored."""
+        return task_type(self.train.task)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +140,9 @@ class Job:
                 for split, data in sets.items()
                 if data is not None
             },
-            "task": self.train.task,
+            "task": self.task.name,
+            "generic_task": generic_task(self.task).name,
+            "encoding": self.config.data.encoding or next(iter(self.task.encodings), None),
             "labels": list(self.train.labels),
             "seed": self.config.seed,
             "versions": versions(),
@@ -296,20 +300,25 @@ def _attach(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Adap
 
 
 def _check_task(config: TrainConfig, task: DataTask) -> None:
-    scores = {"classification": LABEL_SCORES, "regression": NUMBER_SCORES}.get(
-        task.name, TEXT_SCORES
-    )
+    always = ("loss", "perplexity") if task.generates else ("loss",)
+    scores = (*always, *task.type.quick_scores)
     if config.evaluation.metric not in scores:
+        late = "has not during training" if config.evaluation.metric in task.type.scores else ""
         raise ConfigurationError(
-            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "
-            f"{', '.join(scores)}."
+            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} {late or 'does not have'}; it "
+            f"has {', '.join(scores)}."
+        )
+    if task.generates and config.evaluation.metric not in always and not config.evaluation.samples:
+        raise ConfigurationError(
+            f"evaluation.metric is {config.evaluation.metric}, which scores generated samples, but "
+            "evaluation.samples is 0. Set it, for example to 100."
         )
     if config.evaluation.samples and not task.generates:
         raise ConfigurationError(
             f"evaluation.samples is {config.evaluation.samples}, but task {task.name} generates no text; set it "
             "to 0."
         )
-    if config.label_smoothing and task.name == "regression":
+    if config.label_smoothing and task.kind == "regression":
         raise ConfigurationError(
             "label_smoothing is for classes and tokens, and regression has neither; set it to 0."
         )

@@ -30,6 +30,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.scored,
             job.collate,
             batch_size=settings.batch_size or job.config.batch_size,
+            task=job.task,
         )
         state.scores = evaluation.scores
         if settings.samples:
@@ -64,6 +65,8 @@ def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
         job.base,
         [example for group in spread(groups, settings.samples) for example in group],
         decoding,
+        task=job.task,
+        quick=True,
     )
     for record in evaluation.outputs:
         run.samples.append(step=step, **record)
