@@ -144,8 +144,6 @@ def test_settings_that_cannot_work_say_why(settings, message: str) -> None:
 @pytest.mark.parametrize(
     ("section", "settings", "message"),
     [
-        (HeldOutConfig, {"metric": "bleu"}, "evaluation.samples is 0"),
-        (HeldOutConfig, {"metric": "blue"}, "evaluation.metric is 'blue'"),
         (HeldOutConfig, {"every": 0}, "evaluation.every is 0"),
         (CheckpointConfig, {"keep": 0}, "checkpoints.keep is 0"),
         (BaseConfig, {"name": ""}, "base.name is empty"),
@@ -164,3 +162,20 @@ def test_sections_check_themselves(section, settings, message: str) -> None:
 def test_a_numbered_device_that_is_not_there_is_an_error(device: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{device}.* sees no such device"):
         BaseConfig(name="x", device=device).pick_device()
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("bleu", "evaluation.samples is 0"),
+        ("blue", "evaluation.metric is 'blue'.*Did you mean 'bleu'"),
+    ],
+)
+def test_the_metric_is_held_against_the_task(metric: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        TrainConfig(
+            base=BaseConfig(name="b"),
+            data=DataConfig(train="t.jsonl"),
+            output="out",
+            evaluation=HeldOutConfig(metric=metric),
+        )

@@ -101,8 +101,13 @@ class ColumnMap:
             for task in candidates
         )
         of_task = "any task" if name == "auto" else f"task {name}"
+        advice = (
+            "for example {prompt: question, completion: answer}, or make prompt and completion "
+        )
+        advice += "with prompt_template and completion_template"
+        if candidates[0] not in GENERIC.values():
+            advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
         raise DataError(
             f"{self.where}: its columns are {', '.join(self.columns)}; expected those of {of_task}:{expected}\n"
-            "Give yours these names with `columns`, for example {prompt: question, completion: answer}, or "
-            "make prompt and completion with prompt_template and completion_template"
+            f"Give yours these names with `columns`, {advice}"
         )

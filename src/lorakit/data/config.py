@@ -27,10 +27,11 @@ class DataConfig:
     """Data to train and evaluate on."""
 
     train: str | list[str] | None = None
-    """By default the training set of a named task. One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
+    """One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
     (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
-    `docstrings`, which is built in and brings its own validation and test data. Training needs it (or a named
-    task); evaluation takes task and labels from it, and from the data that is scored where it is not given."""
+    `docstrings`, which is built in and brings its own validation and test data. By default the set of the named
+    task. Training needs it; evaluation takes task and labels from it, and from the data that is scored where it
+    is not given."""
     validation: str | list[str] | None = None
     """Data for the held-out loss while training; written like `train`."""
     test: str | list[str] | None = None

@@ -159,7 +159,8 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
     except Exception as error:  # whatever datasets, the hub or the network raise
         raise DataError(
             f"{entry}: the hub data set cannot be loaded, split {split!r} ({type(error).__name__}: {error}). "
-            "Check its name (owner/name:config), its splits, and the network; a file on disk needs no network"
+            "Check its name (owner/name:config), its splits, and the network; a file on disk, or the folder of a named "
+            "task (data.root), needs no network"
         ) from error
     classes = {
         column: tuple(feature.names)

@@ -35,13 +35,13 @@ from lorakit.evaluation.objective import (
 )
 from lorakit.models.loading import Base
 from lorakit.tasks import (
-    GENERIC,
     TASKS,
     Completion,
     Example,
     LabelledExample,
     LanguageExample,
     Task,
+    generic_task,
 )
 
 
@@ -240,7 +240,7 @@ def _task(config: EvaluateConfig) -> DataTask:
         return recorded
     # A named task reads its data as the generic one that it inherits from: an adapter for either answers both.
     labels = asked.classes or recorded.labels
-    if not _reads_alike(asked, recorded.type) or labels != recorded.labels:
+    if generic_task(asked) is not generic_task(recorded.type) or labels != recorded.labels:
         trained = recorded.name + (f" ({', '.join(recorded.labels)})" if recorded.labels else "")
         of = f" ({', '.join(asked.classes)})" if asked.classes else ""
         raise ConfigurationError(
@@ -248,10 +248,6 @@ def _task(config: EvaluateConfig) -> DataTask:
             "Leave data.task out, or name data of that task."
         )
     return DataTask(name=config.data.task, labels=recorded.labels)
-
-
-def _reads_alike(one: type[Task], other: type[Task]) -> bool:
-    return any(issubclass(one, g) and issubclass(other, g) for g in GENERIC.values())
 
 
 def _label_evaluation(

@@ -31,14 +31,20 @@ DIRECTIONS: dict[str, Direction] = {
     "spearman": "max",
     "mse": "min",
 }
-"""Every score there is, and whether less or more of it is better."""
+"""The scores of the generic tasks, and whether less or more of each is better."""
 
 
-def is_better(score: str, new: float, old: float | None) -> bool:
-    """Return whether `new` improves on `old` in the direction of `score`; NaN never does."""
+def is_better(
+    score: str, new: float, old: float | None, *, less_is_better: Sequence[str] = ()
+) -> bool:
+    """Return whether `new` improves on `old` in the direction of `score`; NaN never does.
+
+    A score of a task's own is better the higher it is, unless `less_is_better` names it.
+    """
     if math.isnan(new):
         return False
-    return old is None or (new < old if DIRECTIONS[score] == "min" else new > old)
+    lower = score in less_is_better or DIRECTIONS.get(score) == "min"
+    return old is None or (new < old if lower else new > old)
 
 
 def classification_scores(

@@ -78,7 +78,9 @@ def _in_file(path: str, class_name: str) -> object:
     own = [
         name
         for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Task) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
     ]
     if class_name not in vars(module):
         asked = f"no '{class_name}' in it" if class_name else "no class is named after it"
@@ -120,7 +122,11 @@ def _checked(found: object, name: str) -> type[Task]:
     if "name" not in vars(found) or found.name in TASKS:
         raise ConfigurationError(
             f"data.task is {name!r}, and the class has "
-            + (f"the name {found.name!r} of a task of lorakit" if hasattr(found, "name") else "no name")
+            + (
+                f"the name {found.name!r} of a task of lorakit"
+                if hasattr(found, "name")
+                else "no name"
+            )
             + '; give it one of its own: name = "...".'
         )
     if missing := sorted(found.__abstractmethods__):

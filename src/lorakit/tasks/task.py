@@ -113,6 +113,8 @@ class Task(ABC):
     """Names of the scores that `score` returns."""
     quick_scores: ClassVar[tuple[str, ...]] = ()
     """Names of those that are cheap enough to be taken during training."""
+    less_is_better: ClassVar[tuple[str, ...]] = ()
+    """Names of those of which less is better."""
     decoding: ClassVar[Mapping[str, Any] | None] = None
     """Settings of text generation other than the defaults, by the names in `Decoding`."""
     encodings: ClassVar[tuple[str, ...]] = ()

@@ -17,6 +17,7 @@ from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
+from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
 Sampling = Literal["random", "grouped"]
@@ -94,7 +95,7 @@ class HeldOutConfig:
     """Examples per forward pass; by default that of training."""
     metric: str = "loss"
     """The score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1, matthews;
-    pearson, spearman, mse."""
+    pearson, spearman, mse; or another of a named task's that is cheap enough."""
     patience: int | None = None
     """Stop after this many evaluations in a row without a new best; none never stops early."""
     samples: int = 0
@@ -111,12 +112,6 @@ class HeldOutConfig:
                 require_at_least(f"evaluation.{name}", value, 1)
         require_at_least("evaluation.samples", self.samples, 0)
         require_at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
-        require_choice("evaluation.metric", self.metric, DIRECTIONS)
-        if self.metric in ("bleu", "rouge_l") and not self.samples:
-            raise ConfigurationError(
-                f"evaluation.metric is {self.metric}, which scores generated samples, but evaluation.samples is 0. "
-                "Set it, for example to 100."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +224,7 @@ class TrainConfig:
                 "resume and overwrite exclude each other: one goes on with the run, the other deletes it."
             )
         self._check_method()
+        self._check_metric()
         needs = [
             f"evaluation.{name}"
             for name in ("every", "limit", "patience", "samples")
@@ -238,6 +234,30 @@ class TrainConfig:
             raise ConfigurationError(
                 f"{', '.join(needs)} needs validation data. Name a file with data.validation, or set part of the "
                 "training data aside with data.validation_fraction, for example 0.05."
+            )
+
+    def _check_metric(self) -> None:
+        task, metric = self.data.task_type, self.evaluation.metric
+        if task is None:  # the data will say
+            require_choice("evaluation.metric", metric, DIRECTIONS)
+            of_text = metric in TextTask.quick_scores
+        else:
+            always = ("loss", "perplexity") if task.kind == "text" else ("loss",)
+            if metric in task.scores and metric not in task.quick_scores:
+                raise ConfigurationError(
+                    f"evaluation.metric is {metric}, which is not computed during training; choose one of "
+                    f"{', '.join((*always, *task.quick_scores))}."
+                )
+            require_choice(
+                f"for task {self.data.task}, evaluation.metric",
+                metric,
+                (*always, *task.quick_scores),
+            )
+            of_text = task.kind == "text" and metric in task.quick_scores
+        if of_text and not self.evaluation.samples:
+            raise ConfigurationError(
+                f"evaluation.metric is {metric}, which scores generated samples, but evaluation.samples is 0. "
+                "Set it, for example to 100."
             )
 
     def _check_method(self) -> None:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
-from lorakit.adapters.loading import load
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import Collate, check_context, collator, open_base
@@ -32,12 +31,12 @@ from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
 from lorakit.training.schedule import StepPlan, rate_factor
+from lorakit.training.warm_start import warm_start
 
 T = TypeVar("T")
 
 ADAPTER = "default"
 """Name of the trained adapter on its model."""
-
 
 
 @dataclass(kw_only=True)
@@ -223,7 +222,7 @@ def assemble(
     for examples in (train, validation):
         if examples is not None:
             check_context(base, examples.examples)
-    adapters = _attach(model, config, task)
+    adapters = _attach(base, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     with _autocast(config, adapters, model.device):
@@ -285,9 +284,10 @@ def _groups(config: TrainConfig, train: ExampleSet) -> list[str] | None:
     return [example.prompt for example in train.examples] if config.sampling == "grouped" else None
 
 
-def _attach(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Adapters:
+def _attach(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
+    model = base.model
     if config.from_adapter is not None:
-        adapters = load(model, config.from_adapter, name=ADAPTER, trainable=True)
+        adapters = warm_start(base, config.from_adapter, name=ADAPTER)
     else:
         # The head is new and random: frozen, it would leave nothing to learn from.
         head = [] if task.generates else classification_head(model)
@@ -303,15 +303,9 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
     always = ("loss", "perplexity") if task.generates else ("loss",)
     scores = (*always, *task.type.quick_scores)
     if config.evaluation.metric not in scores:
-        late = "has not during training" if config.evaluation.metric in task.type.scores else ""
         raise ConfigurationError(
-            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} {late or 'does not have'}; it "
-            f"has {', '.join(scores)}."
-        )
-    if task.generates and config.evaluation.metric not in always and not config.evaluation.samples:
-        raise ConfigurationError(
-            f"evaluation.metric is {config.evaluation.metric}, which scores generated samples, but "
-            "evaluation.samples is 0. Set it, for example to 100."
+            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "
+            f"{', '.join(scores)}."
         )
     if config.evaluation.samples and not task.generates:
         raise ConfigurationError(

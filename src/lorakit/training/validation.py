@@ -41,7 +41,8 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         show.scores(state)
         return
     best = state.best_scores.get(settings.metric)
-    if improved := is_better(settings.metric, state.scores[settings.metric], best):
+    found, less = state.scores[settings.metric], job.task.less_is_better
+    if improved := is_better(settings.metric, found, best, less_is_better=less):
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
         job.save_adapter(run.best, state)
     else:

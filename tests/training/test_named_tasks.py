@@ -1,0 +1,150 @@
+"""A task by its name through training, warm start and evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+
+from lorakit.adapters import formats
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError, WrongBaseError
+from lorakit.evaluation.config import BaseConfig, EvaluateConfig
+from lorakit.evaluation.evaluate import evaluate
+from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.training.loop import train
+
+
+def write_pairs(folder: Path, first: str, second: str, classes: int) -> None:
+    """Pairs of words whose label is which of `classes` words stands in the second."""
+    folder.mkdir(parents=True)
+    for split, count in (("train", 48), ("validation", 12), ("validation_matched", 12)):
+        rows = [
+            {
+                first: "river park",
+                second: f"{tiny_runs.WORDS[3 + i % 9]} {tiny_runs.WORDS[i % classes]}",
+                "label": i % classes,
+            }
+            for i in range(count)
+        ]
+        tiny_runs.write_rows(folder / f"{split}.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("named")
+    write_pairs(folder / "data" / "mnli", "premise", "hypothesis", 3)
+    write_pairs(folder / "data" / "mrpc", "sentence1", "sentence2", 2)
+    write_pairs(folder / "data" / "stsb", "sentence1", "sentence2", 6)
+    tiny_runs.save_base(folder / "base", "roberta", "base")
+    train(config(folder, "mnli", epochs=4))
+    return folder
+
+
+def config(folder: Path, task: str, **overrides) -> TrainConfig:
+    settings = {
+        "data": DataConfig(task=task, root=str(folder / "data")),
+        "output": str(folder / f"run-{task}"),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "evaluation": HeldOutConfig(),
+        "overwrite": True,
+        **overrides,
+    }
+    return tiny_runs.config(folder, str(folder / "base"), **settings)
+
+
+def test_a_run_is_scored_as_the_task_is(root: Path) -> None:
+    result = json.loads((root / "run-mnli" / "result.json").read_text())
+    assert set(result["scores"]) == {"loss", "accuracy"}
+    provenance = formats.read(root / "run-mnli" / "adapter").provenance
+    assert (provenance["task"], provenance["generic_task"]) == ("mnli", "classification")
+    assert provenance["labels"] == ["entailment", "neutral", "contradiction"]
+    # Nothing but the adapter and the root: task, split and labels are known.
+    scored = EvaluateConfig(
+        base=BaseConfig(name=str(root / "base"), dtype="float32", device="cpu"),
+        adapter=str(root / "run-mnli" / "adapter"),
+        data=DataConfig(task="mnli", root=str(root / "data")),
+    )
+    found = evaluate(scored)
+    assert found.scores == pytest.approx(result["scores"], rel=1e-5)
+    assert len(found.outputs) == 12
+
+
+def test_an_adapter_of_other_labels_does_not_score_a_task(root: Path) -> None:
+    scored = EvaluateConfig(
+        base=BaseConfig(name=str(root / "base"), dtype="float32", device="cpu"),
+        adapter=str(root / "run-mnli" / "adapter"),
+        data=DataConfig(task="mrpc", root=str(root / "data")),
+    )
+    with pytest.raises(ConfigurationError, match=r"mrpc \(not_equ.*trained for mnli \(entailment"):
+        evaluate(scored)
+
+
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_warm_start_carries_over_what_fits_and_says_so(root: Path, task: str, capsys) -> None:
+    start = str(root / "run-mnli" / "adapter")
+    train(
+        config(
+            root,
+            task,
+            from_adapter=start,
+            max_steps=1,
+            optimizer=OptimizerConfig(learning_rate=1e-12, weight_decay=0),
+        )
+    )
+    shown = " ".join(capsys.readouterr().err.split() + capsys.readouterr().out.split())
+    there = formats.read(start)
+    here = formats.read(root / f"run-{task}" / "adapter")
+    classes = 2 if task == "mrpc" else 1
+    # The factors and the head's first layer are the old adapter's.
+    for path, layer in there.layers.items():
+        torch.testing.assert_close(here.layers[path].B, layer.B)
+        assert layer.B.abs().max() > 0
+    for name in ("classifier.dense.weight", "classifier.dense.bias"):
+        torch.testing.assert_close(here.trained[name], there.trained[name])
+    # Its last layer starts anew, in the shape of this task, and is trained.
+    assert there.trained["classifier.out_proj.weight"].shape[0] == 3
+    assert here.trained["classifier.out_proj.weight"].shape[0] == classes
+    assert f"classifier.out_proj.weight (3, 32) -> ({classes}, 32)" in shown
+    assert "classifier.dense.bias, classifier.dense.weight and the adapter carried over" in shown
+
+
+def test_warm_start_trains_the_new_layer(root: Path) -> None:
+    start = str(root / "run-mnli" / "adapter")
+    short = config(root, "mrpc", from_adapter=start, max_steps=1, output=str(root / "one"))
+    train(short)
+    longer = config(root, "mrpc", from_adapter=start, max_steps=6, output=str(root / "six"))
+    train(longer)
+    one, six = (formats.read(root / name / "adapter").trained for name in ("one", "six"))
+    for name in ("classifier.out_proj.weight", "classifier.dense.weight"):
+        assert (one[name] - six[name]).abs().max() > 1e-4
+
+
+def test_warm_start_still_needs_the_base(root: Path, tmp_path: Path) -> None:
+    tiny_runs.save_base(tmp_path / "base", "roberta", "base", seed=3)
+    with pytest.raises(WrongBaseError):
+        train(
+            config(
+                root,
+                "mrpc",
+                base=BaseConfig(name=str(tmp_path / "base"), dtype="float32", device="cpu"),
+                from_adapter=str(root / "run-mnli" / "adapter"),
+                output=str(tmp_path / "run"),
+            )
+        )
+
+
+def test_the_metric_is_one_of_the_tasks(root: Path) -> None:
+    train(config(root, "mrpc", max_steps=2, evaluation=HeldOutConfig(metric="f1")))
+    with pytest.raises(
+        ConfigurationError, match=r"task mnli, evaluation\.metric is 'f1'.*loss, accuracy"
+    ):
+        config(root, "mnli", evaluation=HeldOutConfig(metric="f1"))
+
+
+def test_a_training_set_is_needed() -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.train is not set.*--data\.task mrpc"):
+        TrainConfig(base=BaseConfig(name="b"), data=DataConfig(), output="out")
