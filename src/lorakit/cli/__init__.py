@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "Preview a data set as the model will see it",
     "train": "Train an adapter (or the whole model) and save it",
     "evaluate": "Score a base model or an adapter on held-out data",
+    "report": "Write the page of a run, or one that compares runs",
     "score": "Score a file of outputs with the paper's metrics",
     "generate": "Generate text for a prompt or a file of prompts",
     "merge": "Fold an adapter into its base and save the whole model",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 def run(argv: Sequence[str]) -> None:
     """Train as the configuration says and print where the result lies."""
     from lorakit.cli.parsing import parse
+    from lorakit.cli.report import write_run_report
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
 
@@ -32,4 +33,5 @@ def run(argv: Sequence[str]) -> None:
     print(f"adapter  {result.adapter}")
     if result.best is not None and result.best_step != result.steps:
         print(f"best     {result.best} (step {result.best_step})")
+    print(f"report   {write_run_report(result.folder)}")
     print(f"next     lorakit inspect {result.adapter}")

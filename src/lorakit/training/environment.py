@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ def versions() -> dict[str, str | None]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions, and the machine of this session."""
     return {
+        "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "processor": _processor(),
@@ -28,6 +31,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def command() -> str:
+    """Return the command of this process, as it would be typed in a shell."""
+    program, *arguments = sys.argv or [""]
+    name = Path(program).name
+    if name in ("lorakit", "__main__.py"):  # the installed command, or python -m lorakit
+        return shlex.join(["lorakit", *arguments])
+    return shlex.join(["python", *([program] if program else []), *arguments])
 
 
 def peak_memory(device: torch.device) -> int:

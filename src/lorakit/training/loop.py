@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> RunResult:
         run.claim()
         state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=job.inputs)
         keep = run.config.checkpoints.keep
-        run.begin(state, job.device)
+        run.begin(state, job.device, job.sizes)
         with (
             Interruption() as interruption,
             Loggers(run, state) as log,
