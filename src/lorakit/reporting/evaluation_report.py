@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -41,14 +41,16 @@ def evaluation_page(config: EvaluateConfig, found: Evaluation, command: str = ""
         command: The command that made it.
     """
     what = config.adapter or (config.base.name if config.base is not None else "")
-    data = config.data.source(config.split)
+    task = config.data.task_type
+    split = config.split or ("test" if task is None else task.scored_split)
+    data = _data(config, split)
     count = len(found.outputs)
     figures = [
         KeyFigure(label=measures.score_name(name), value=f"{value:.4g}")
         for name, value in found.scores.items()
     ]
     rows: list[tuple[Cell, ...]] = [(measures.score_name(n), v) for n, v in found.scores.items()]
-    table = Table(caption=f"Scores on {config.split} data.", columns=("Score", "Value"), rows=rows)
+    table = Table(caption=f"Scores on {split} data.", columns=("Score", "Value"), rows=rows)
     sections = [
         Section(title="Scores", blocks=[KeyFigures(figures=tuple(figures)), table]),
         Section(title="Examples", blocks=_examples(found.outputs)),
@@ -60,10 +62,18 @@ def evaluation_page(config: EvaluateConfig, found: Evaluation, command: str = ""
     return Page(
         kind="Evaluation",
         title=str(what).rstrip("/"),
-        subtitle=f"{data or 'data'} · {config.split}",
-        summary=[f"{subject} was scored on the {config.split} part of {data}: {listed}.{scored}"],
+        subtitle=f"{data} · {split}",
+        summary=[f"{subject} was scored on the {split} part of {data}: {listed}.{scored}"],
         sections=[section for section in sections if section.blocks],
     )
+
+
+def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:
+    """What was scored, in a word or two."""
+    if config.data.task_type is not None and config.data.own is not None:
+        return config.data.task
+    source = config.data.source(split)
+    return ", ".join(source) if isinstance(source, list) else source or "its data"
 
 
 def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.evaluation.score import DIRECTIONS, is_better
+from lorakit.tasks import TASKS
 
 SCORE_NAMES = {
     "loss": "Loss",
@@ -25,7 +26,11 @@ def score_name(key: str) -> str:
 
 def better(key: str, new: float, old: float) -> bool | None:
     """Whether `new` improves on `old`; None where they are equal or the direction is not known."""
-    return None if new == old or key not in DIRECTIONS else is_better(key, new, old)
+    own = {score for task in TASKS.values() for score in task.scores}
+    if new == old or key not in {*DIRECTIONS, *own}:
+        return None
+    less = [score for task in TASKS.values() for score in task.less_is_better]
+    return is_better(key, new, old, less_is_better=less)
 
 
 def size(count: float) -> str:
