@@ -6,11 +6,15 @@ import datetime
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.installed import base_parameters, base_weights
 
 PACKAGES = ("lorakit", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -40,6 +44,16 @@ def command() -> str:
     if name in ("lorakit", "__main__.py"):  # the installed command, or python -m lorakit
         return shlex.join(["lorakit", *arguments])
     return shlex.join(["python", *([program] if program else []), *arguments])
+
+
+def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return numbers of parameters, and of bytes that the base takes in memory."""
+    tensors = [parameter for _, parameter in base_parameters(model)]
+    return {
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "base_parameters": sum(weight.shape.numel() for _, weight in base_weights(model)),
+        "base_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
-from lorakit.adapters.installed import base_parameters, base_weights
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import Collate, check_context, collator, open_base
@@ -84,16 +83,6 @@ class Job:
             if f".adapters.{ADAPTER}." in name
         }
         return {**self.parameters, **buffers}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers of parameters, and of bytes that the base takes in memory."""
-        tensors = [p for _, p in base_parameters(self.model)]
-        return {
-            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
-            "base_parameters": sum(weight.shape.numel() for _, weight in base_weights(self.model)),
-            "base_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        }
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the run's precision where trained tensors are float32 masters of base weights.
