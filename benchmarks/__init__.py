@@ -5,6 +5,7 @@ is a module: its ``main`` starts processes in turn, most of them of the same mod
 
 ==================  ==================================================================================
 training.py         updates of lorakit, PEFT, loralib and full fine-tuning; training_tables.py shows them
+compiled.py         the same updates with and without torch.compile
 inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py          attach, save, load

@@ -176,6 +176,9 @@ class TrainConfig:
     """Share of the target's probability that is spread evenly over all tokens or classes."""
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile: a minute or more at the start. For GPUs; on a CPU in bfloat16
+    it was slower wherever it was measured."""
     seed: int = 0
     """Seed of the adapter's start, the order of the data and dropout."""
 

@@ -23,6 +23,7 @@ from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods.trained import with_head
+from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
@@ -233,6 +234,8 @@ def assemble(
         )
     notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
     objective.note = "; ".join(note for note in notes if note)
+    if config.compile:
+        compile_blocks(model)
     model.train()
     # From here on the global generator serves dropout alone.
     torch.manual_seed(config.seed)
