@@ -70,14 +70,20 @@ def page_of(runs: Sequence[str | Path], *, predicted: Mapping[str, float] | None
     Raises:
         RunFolderError: A folder is not that of a run, or is damaged.
     """
+    from lorakit.analysis.report import comparison_sections, run_sections
     from lorakit.reporting.comparison import comparison_page
     from lorakit.reporting.run_record import read_run
     from lorakit.reporting.run_report import run_page
+    from lorakit.training.run_folder import ADAPTER
 
     records = [read_run(folder) for folder in runs]
+    # The adapter after the last step; a run that is not finished may have none.
+    adapters = [r.folder / ADAPTER for r in records if r.result is not None]
     if len(records) == 1:
-        return run_page(records[0], predicted=predicted)
-    return comparison_page(records)
+        analysis = run_sections(adapters[0]) if adapters else []
+        return run_page(records[0], predicted=predicted, analysis=analysis)
+    both = len(records) == len(adapters) == 2
+    return comparison_page(records, analysis=comparison_sections(*adapters) if both else [])
 
 
 def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = None) -> str:
