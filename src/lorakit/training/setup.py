@@ -31,6 +31,7 @@ from lorakit.tasks import Example, LanguageExample, Task, generic_task, task_typ
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
+from lorakit.training.mixed_precision import let_norms_compute
 from lorakit.training.schedule import StepPlan, rate_factor
 from lorakit.training.warm_start import warm_start
 
@@ -299,6 +300,7 @@ def _attach(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
         parameter.data = parameter.data.float()
+    let_norms_compute(model)
     return adapters
 
 
