@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorakit.methods.bottleneck import BottleneckAdapter
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
+    from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.models.loading import load_base
     from lorakit.models.roles import targets
     from lorakit.training.config import TrainConfig
@@ -47,6 +48,8 @@ _HOME = {
     "BottleneckAdapter": "lorakit.methods.bottleneck",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
+    "PrefixEmbedding": "lorakit.methods.prefix",
+    "PrefixLayer": "lorakit.methods.prefix",
     "load_base": "lorakit.models.loading",
     "targets": "lorakit.models.roles",
     "TrainConfig": "lorakit.training.config",
@@ -62,6 +65,8 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "LorakitError",
+    "PrefixEmbedding",
+    "PrefixLayer",
     "TrainConfig",
     "__version__",
     "attach",

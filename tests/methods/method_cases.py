@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit import BitFit, BottleneckAdapter, FullFineTuning
+from lorakit import BitFit, BottleneckAdapter, FullFineTuning, PrefixEmbedding, PrefixLayer
 from lorakit.methods import Method
+from lorakit.methods.virtual_tokens import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,20 @@ class Case:
 
     def batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """What the adapted model is given."""
-        return self.plain_batch(model)
+        batch = self.plain_batch(model)
+        tokens = getattr(self.method, "virtual_tokens", None)
+        return batch if tokens is None else with_virtual_tokens(batch, tokens)
+
+
+def with_virtual_tokens(batch: dict[str, Tensor], tokens: VirtualTokens) -> dict[str, Tensor]:
+    """A batch with the prefix after each first token and the infix at the end."""
+    fills = {"input_ids": None, "attention_mask": 1, "labels": -100}
+    return {
+        name: torch.tensor(
+            [tokens.place(row, keep=1, fill=fills.get(name, 0)) for row in x.tolist()]
+        )
+        for name, x in batch.items()
+    }
 
 
 HALF_ADAPTED = BottleneckAdapter(
@@ -51,8 +65,19 @@ CASES: dict[str, Case] = {
     },
     "dropped layers": Case("roberta", HALF_ADAPTED, merges=False),
     "top layers": Case("t5", FullFineTuning(top_layers=1)),
+    **{
+        f"{name} {arch}": Case(arch, method, merges=False)
+        for name, method in (
+            ("prefix embedding", PrefixEmbedding(prefix_length=3, infix_length=2)),
+            ("prefix layer", PrefixLayer(prefix_length=3, infix_length=2)),
+        )
+        for arch in ("llama", "gpt2", "roberta", "deberta-v2")
+    },
+    "prefix and head": Case(
+        "roberta", PrefixLayer(prefix_length=2, train_modules="classifier"), merges=False
+    ),
 }
-COMPILED = ("bitfit gpt2", "houlsby llama")
+COMPILED = ("bitfit gpt2", "houlsby llama", "prefix layer gpt2")
 """One case of each kind: compiling takes seconds."""
 
 

@@ -11,7 +11,13 @@ import pytest
 import tiny_runs
 from tiny_runs import adapter_bytes
 
-from lorakit import BottleneckAdapter, FullFineTuning, load_base
+from lorakit import (
+    BottleneckAdapter,
+    FullFineTuning,
+    PrefixEmbedding,
+    PrefixLayer,
+    load_base,
+)
 from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.evaluation.config import Decoding, EvaluateConfig
@@ -26,6 +32,14 @@ METHODS = {
     "full": {"full": FullFineTuning(top_layers=1)},
     "bitfit": {},
     "bottleneck": {"bottleneck": BottleneckAdapter(kind="lin", size=4)},
+    "prefix_embedding": {
+        "prefix_embedding": PrefixEmbedding(prefix_length=3, infix_length=2),
+        "optimizer": OptimizerConfig(learning_rate=0.2),  # of an embedding of width 32
+    },
+    "prefix_layer": {
+        "prefix_layer": PrefixLayer(prefix_length=3, infix_length=2),
+        "optimizer": OptimizerConfig(learning_rate=0.2),
+    },
 }
 """Methods with the sections that make them fit a tiny model."""
 

@@ -5,9 +5,11 @@ from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
 METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind for kind in (BitFit, BottleneckAdapter, FullFineTuning, LoRA)
+    kind.__name__: kind
+    for kind in (BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
 }
 """Every method by the name under which a file records it."""
 
@@ -19,4 +21,6 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "Method",
+    "PrefixEmbedding",
+    "PrefixLayer",
 ]

@@ -17,6 +17,7 @@ from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
+from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -31,6 +32,10 @@ DEFAULT_RATES: dict[str, float] = {
     "bitfit": 1e-3,
     # The rate of nearly all of the paper's adapter runs (Table 9).
     "bottleneck": 3e-4,
+    # Vectors that start at random and small have a way to go; the paper takes 5e-4 and 1e-4 (section D.4) over many
+    # more steps than a small run has.
+    "prefix_embedding": 1e-3,
+    "prefix_layer": 5e-4,
 }
 """Every method that a configuration can name, and the peak learning rate that it starts from."""
 
@@ -41,7 +46,7 @@ class OptimizerConfig:
 
     learning_rate: float | None = None
     """Peak rate. By default that of the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
-    bottleneck."""
+    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer."""
     lr_ratio: float = 1.0
     """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
     schedule: Schedule = "linear"
@@ -145,8 +150,9 @@ class TrainConfig:
     output: str
     """Run folder: configuration, metrics, checkpoints, the adapter."""
     method: str = "lora"
-    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit) or
-    small layers in between (bottleneck)."""
+    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit),
+    small layers in between (bottleneck), or vectors of virtual tokens around the prompt, at the embedding alone
+    (prefix_embedding) or in every block (prefix_layer)."""
     lora: LoRA = field(default_factory=LoRA)
     """Settings of the method lora. A new classification head is trained beside any method without being named."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
@@ -155,6 +161,10 @@ class TrainConfig:
     """Settings of the method bitfit."""
     bottleneck: BottleneckAdapter = field(default_factory=BottleneckAdapter)
     """Settings of the method bottleneck."""
+    prefix_embedding: PrefixEmbedding = field(default_factory=PrefixEmbedding)
+    """Settings of the method prefix_embedding."""
+    prefix_layer: PrefixLayer = field(default_factory=PrefixLayer)
+    """Settings of the method prefix_layer."""
     from_adapter: str | None = None
     """Start from the weights (and method) of this adapter folder, with a new optimizer; unlike resume."""
 

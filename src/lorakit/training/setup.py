@@ -18,7 +18,13 @@ from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import Collate, check_context, collator, open_base
+from lorakit.evaluation.base import (
+    Collate,
+    check_context,
+    collator,
+    open_base,
+    with_virtual_tokens,
+)
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
@@ -221,15 +227,15 @@ def assemble(
         LorakitError: A setting does not fit the data or the model.
     """
     model = base.model
+    adapters = _attach(base, config, task)
     for examples in (train, validation):
         if examples is not None:
             check_context(base, examples.examples)
-    adapters = _attach(base, config, task)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     with _autocast(config, adapters, model.device):
         stock = try_faster(model, collator(base)(train.examples[:2]))
-        packed, packing_note = _packs(model, config, train.examples)
+        packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
             base, task, train.examples, label_smoothing=config.label_smoothing
         )
@@ -270,11 +276,10 @@ def _autocast(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _packs(
-    model: PreTrainedModel, config: TrainConfig, examples: Sequence[Example]
-) -> tuple[bool, str]:
+def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tuple[bool, str]:
     """Whether batches are packed, and what to tell the user of it."""
-    first = examples[0]
+    model = base.model
+    (first,) = with_virtual_tokens(base, examples[:1])
     if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
         return False, ""
     if not config.packing:

@@ -29,6 +29,8 @@ _KINDS = {
     "FullFineTuning": "Fine-tuned weights",
     "BitFit": "BitFit biases",
     "BottleneckAdapter": "Bottleneck adapter",
+    "PrefixEmbedding": "Prefix embeddings",
+    "PrefixLayer": "Prefix vectors of every block",
 }
 
 _PACKAGED = {model.name for model in PACKAGED_MODELS}
