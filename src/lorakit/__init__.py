@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.methods.bitfit import BitFit
     from lorakit.methods.bottleneck import BottleneckAdapter
+    from lorakit.methods.combined import Combined
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
@@ -46,6 +47,7 @@ _HOME = {
     "evaluate": "lorakit.evaluation.evaluate",
     "BitFit": "lorakit.methods.bitfit",
     "BottleneckAdapter": "lorakit.methods.bottleneck",
+    "Combined": "lorakit.methods.combined",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
     "PrefixEmbedding": "lorakit.methods.prefix",
@@ -60,6 +62,7 @@ __all__ = [
     "Adapters",
     "BitFit",
     "BottleneckAdapter",
+    "Combined",
     "DataConfig",
     "EvaluateConfig",
     "FullFineTuning",

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit import BitFit, BottleneckAdapter, FullFineTuning, PrefixEmbedding, PrefixLayer
+from lorakit import (
+    BitFit,
+    BottleneckAdapter,
+    Combined,
+    FullFineTuning,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+)
 from lorakit.methods import Method
 from lorakit.methods.virtual_tokens import VirtualTokens
 
@@ -33,8 +41,8 @@ class Case:
     def batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """What the adapted model is given."""
         batch = self.plain_batch(model)
-        tokens = getattr(self.method, "virtual_tokens", None)
-        return batch if tokens is None else with_virtual_tokens(batch, tokens)
+        tokens = getattr(self.method, "virtual_tokens", VirtualTokens())
+        return batch if not tokens.total else with_virtual_tokens(batch, tokens)
 
 
 def with_virtual_tokens(batch: dict[str, Tensor], tokens: VirtualTokens) -> dict[str, Tensor]:
@@ -73,6 +81,21 @@ CASES: dict[str, Case] = {
         )
         for arch in ("llama", "gpt2", "roberta", "deberta-v2")
     },
+    "lora and prefix embedding": Case(
+        "llama",
+        Combined(
+            methods=(LoRA(targets="all-linear", dropout=0.1), PrefixEmbedding(prefix_length=2))
+        ),
+        merges=False,
+    ),
+    "lora, biases and prefix layer": Case(
+        "roberta",
+        Combined(
+            methods=(LoRA(rank=2), BitFit(), PrefixLayer(prefix_length=2, infix_length=1)),
+            train_modules="classifier",
+        ),
+        merges=False,
+    ),
     "prefix and head": Case(
         "roberta", PrefixLayer(prefix_length=2, train_modules="classifier"), merges=False
     ),

@@ -3,13 +3,26 @@
 import pytest
 from paper_models import paper_model
 
-from lorakit import BitFit, BottleneckAdapter, PrefixEmbedding, PrefixLayer, count_parameters
+from lorakit import (
+    BitFit,
+    BottleneckAdapter,
+    Combined,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+    count_parameters,
+)
 
 HEAD = 592_899  # RoBERTa-base's classification head with 3 labels
 
 
 def dropped(count: int, **settings) -> BottleneckAdapter:
     return BottleneckAdapter(kind="pfeiffer", drop_layers=tuple(range(count)), **settings)
+
+
+def with_prefix(rank: int, prefix) -> Combined:
+    """LoRA+PE or LoRA+PL of the paper's Table 15."""
+    return Combined(methods=(LoRA(rank=rank), prefix(prefix_length=8, infix_length=4)))
 
 
 ROWS = [
@@ -48,6 +61,10 @@ ROWS = [
     ("gpt2-large", PrefixLayer(prefix_length=17), 783_360),
     ("gpt3-175b", PrefixLayer(prefix_length=2, infix_length=2), 4_718_592),
     ("gpt3-175b", PrefixLayer(prefix_length=32, infix_length=4), 42_467_328),
+    ("gpt3-175b", with_prefix(8, PrefixEmbedding), 37_896_192),
+    ("gpt3-175b", with_prefix(32, PrefixEmbedding), 151_142_400),
+    ("gpt3-175b", with_prefix(64, PrefixEmbedding), 302_137_344),
+    ("gpt3-175b", with_prefix(8, PrefixLayer), 51_904_512),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import AdapterModule, Method
@@ -9,7 +10,10 @@ from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
 METHODS: dict[str, type[Method]] = {
     kind.__name__: kind
-    for kind in (BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
+    for kind in (
+        *(BitFit, BottleneckAdapter, Combined, FullFineTuning),
+        *(LoRA, PrefixEmbedding, PrefixLayer),
+    )
 }
 """Every method by the name under which a file records it."""
 
@@ -18,6 +22,7 @@ __all__ = [
     "AdapterModule",
     "BitFit",
     "BottleneckAdapter",
+    "Combined",
     "FullFineTuning",
     "LoRA",
     "Method",

@@ -14,6 +14,7 @@ from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
@@ -46,7 +47,7 @@ class OptimizerConfig:
 
     learning_rate: float | None = None
     """Peak rate. By default that of the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
-    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer."""
+    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer; of several the lowest."""
     lr_ratio: float = 1.0
     """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
     schedule: Schedule = "linear"
@@ -152,7 +153,7 @@ class TrainConfig:
     method: str = "lora"
     """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit),
     small layers in between (bottleneck), or vectors of virtual tokens around the prompt, at the embedding alone
-    (prefix_embedding) or in every block (prefix_layer)."""
+    (prefix_embedding) or in every block (prefix_layer). Several are joined by a plus: lora+prefix_embedding."""
     lora: LoRA = field(default_factory=LoRA)
     """Settings of the method lora. A new classification head is trained beside any method without being named."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
@@ -274,19 +275,23 @@ class TrainConfig:
             )
 
     def _check_method(self) -> None:
-        if self.method not in DEFAULT_RATES:
-            raise ConfigurationError(
-                f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}."
-                + nearest(self.method, DEFAULT_RATES)
-            )
+        names = self.method_names
+        for name in names:
+            if name not in DEFAULT_RATES:
+                raise ConfigurationError(
+                    f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, or several joined by "
+                    f"a plus.{nearest(name, DEFAULT_RATES)}"
+                )
+            if names.count(name) > 1:
+                raise ConfigurationError(f"method is {self.method!r}, which names {name} twice.")
         set_by_hand = [name for name in DEFAULT_RATES if self._has_settings(name)]
         for name in set_by_hand:
-            if name != self.method:
+            if name not in names:
                 raise ConfigurationError(
                     f"method is {self.method}, but the section {name} has settings of its own, which would have no "
                     f"effect. Set method to {name}, or leave the section out."
                 )
-        if self.method != "lora" and self.optimizer.lr_ratio != 1:
+        if "lora" not in names and self.optimizer.lr_ratio != 1:
             raise ConfigurationError(
                 f"optimizer.lr_ratio is for the A and B of lora; with method {self.method} leave it at 1."
             )
@@ -295,6 +300,7 @@ class TrainConfig:
                 "from_adapter brings its own method and settings; leave out method and the sections of methods "
                 f"({', '.join(DEFAULT_RATES)}) beside it."
             )
+        _ = self.chosen_method  # methods that exclude each other are an error here already
 
     def _has_settings(self, section: str) -> bool:
         """Whether a method's section differs from its defaults."""
@@ -302,9 +308,15 @@ class TrainConfig:
         return settings != type(settings)()
 
     @property
+    def method_names(self) -> tuple[str, ...]:
+        """The names that `method` joins."""
+        return tuple(self.method.split("+"))
+
+    @property
     def chosen_method(self) -> Method:
         """The method that `method` names, with the settings of its section."""
-        return getattr(self, self.method)
+        chosen = tuple(getattr(self, name) for name in self.method_names)
+        return chosen[0] if len(chosen) == 1 else Combined(methods=chosen)
 
     @property
     def validates(self) -> bool:
@@ -316,7 +328,8 @@ class TrainConfig:
         """The learning rate, or the method's default."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        return DEFAULT_RATES[self.method]
+        # Of several the lowest: one rate for all must not be too high for any.
+        return min(DEFAULT_RATES[name] for name in self.method_names)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that YAML and JSON can hold."""
