@@ -14,11 +14,9 @@ from lorakit.version import __version__
 COMMANDS = {
     "demo": "Adapt a real language model in a few minutes and see what changed",
     "data": "Preview a data set as the model will see it",
+    "plan": "Predict the memory, time and size of a training run, without weights",
     "train": "Train an adapter (or the whole model) and save it",
-    "recipes": "List the paper's hyper-parameters, which lorakit train --recipe NAME takes",
-    "paper": "Run a table of the paper on your model and print your rows beside the published ones",
     "evaluate": "Score a base model or an adapter on held-out data",
-    "report": "Write the page of a run, or one that compares runs",
     "score": "Score a file of outputs with the paper's metrics",
     "generate": "Generate text for a prompt or a file of prompts",
     "merge": "Fold an adapter into its base and save the whole model",

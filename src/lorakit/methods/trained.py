@@ -62,8 +62,7 @@ def with_head(method: Method, head: Sequence[str]) -> Method:
         ConfigurationError: It has no setting for that.
     """
     settings: Any = method
-    parts = (method, *getattr(method, "methods", ()))
-    if not head or any(getattr(part, "train_modules", ()) for part in parts):
+    if not head or getattr(method, "train_modules", ()):
         return method
     if "train_modules" not in method.__dataclass_fields__:
         raise ConfigurationError(

@@ -48,7 +48,7 @@ def converted_folder(gguf: Path) -> Path:
             a package that is not installed.
         RunFolderError: the cache cannot be written.
     """
-    folder = cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}-{_CONVERSION}"
+    folder = _folder_of(gguf)
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,19 @@ def converted_folder(gguf: Path) -> Path:
     return folder
 
 
+def conversion_of(gguf: Path) -> Path | None:
+    """Return the folder that `converted_folder` made of a GGUF file before; None where it did not."""
+    folder = _folder_of(gguf)
+    return folder if _is_complete(folder) else None
+
+
 def conversion_notices(folder: Path) -> list[str]:
     """Return what the conversion had to leave inexact."""
     return list(read_json(folder / _RECORD)["notices"])
+
+
+def _folder_of(gguf: Path) -> Path:
+    return cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}-{_CONVERSION}"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -134,6 +134,13 @@ def load_base(
     return base
 
 
+def model_class(task: Task) -> Any:
+    """Return the class of transformers that makes models with a head for `task`."""
+    import transformers
+
+    return getattr(transformers, _MODEL_CLASSES[task])
+
+
 def load_tokenizer(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -247,14 +254,12 @@ def _explained(source: Source, path: str, task: str) -> Iterator[None]:
 
 def _load_model(
     path: str,
-    task: str,
+    task: Task,
     num_labels: int | None,
     dtype: torch.dtype,
     seed: int,
     options: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    import transformers
-
     settings = dict(options)
     if task == "regression":
         settings |= {"num_labels": 1, "problem_type": "regression"}
@@ -262,7 +267,7 @@ def _load_model(
         settings["num_labels"] = num_labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, _MODEL_CLASSES[task]).from_pretrained(
+        return model_class(task).from_pretrained(
             path,
             dtype=dtype,
             output_loading_info=True,

@@ -43,7 +43,7 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
             f"The weights of this {type(model).__name__} are quantised in its checkpoint already. Leave the dtype "
             "at auto to take them as they are."
         )
-    places = _places_of_projections(model)
+    places = places_of_projections(model)
     if not places:
         raise BaseModelError(
             f"{type(model).__name__} has no linear layer in numbered blocks, so there is nothing to keep in {kind}. "
@@ -91,8 +91,8 @@ def _layer_class(kind: str) -> Any:
     return {"nf4": NF4Linear, "int8": Int8Linear}[kind]
 
 
-def _places_of_projections(model: nn.Module) -> list[list[str]]:
-    """The paths of each layer to quantise; a layer that stands at several has them all."""
+def places_of_projections(model: nn.Module) -> list[list[str]]:
+    """Return the paths of each layer that `quantise` takes; a layer that stands at several has them all."""
     heads = classification_head(model)
     kept = {
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),

@@ -257,7 +257,7 @@ def _probabilities(Q: Tensor, K: Tensor, blocks: _Blocks, scale: float, heads: i
 
 def _draw(P: Tensor, dropout: float) -> tuple[Tensor, float]:
     if fast(P):
-        return kept(P.shape, dropout)
+        return kept(P, dropout)
     return torch.rand_like(P, dtype=torch.float32) >= dropout, 1 / (1 - dropout)
 
 

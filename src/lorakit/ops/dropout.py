@@ -29,17 +29,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def fast(x: Tensor) -> bool:
     """Whether `x` is served by the fast generator."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, torch._subclasses.FakeTensor)
-    )
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def kept(shape: torch.Size | tuple[int, ...], p: float) -> tuple[Tensor, float]:
-    """Draw which elements are kept: a bool tensor on the CPU, and the factor on what is kept."""
+def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Draw which elements of `x` are kept: a bool tensor on the CPU, and the factor on what is kept."""
     threshold = min(max(round(p * STEPS), 1), STEPS - 1)
-    count = int(np.prod(shape))
+    if isinstance(x, torch._subclasses.FakeTensor):  # a step that is only planned has no numbers
+        return torch.empty(x.shape, dtype=torch.bool), STEPS / (STEPS - threshold)
+    shape, count = x.shape, x.numel()
     seed = int(torch.randint(2**63 - 1, ()))
     words = np.random.SFC64(seed).random_raw(-(-count // 4))
     drawn = words.view(np.uint16)[:count] >= threshold
@@ -61,7 +59,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        drawn, ctx.factor = kept(x.shape, p)
+        drawn, ctx.factor = kept(x, p)
         ctx.save_for_backward(drawn)
         return multiplier(drawn, ctx.factor, x.dtype).mul_(x)
 

@@ -67,7 +67,7 @@ def _add_product(
 def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
     """``out + scaling * h B^T``, written into `out` where its rows can be had without a copy."""
     out_NO = out.reshape(-1, out.shape[-1])
-    if in_place and out_NO.data_ptr() == out.data_ptr():
+    if in_place and out.is_contiguous():
         out_NO.addmm_(h_NR, B.T, alpha=scaling)
         return out
     return torch.addmm(out_NO, h_NR, B.T, alpha=scaling).view(out.shape)

@@ -18,18 +18,11 @@ from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import (
-    Collate,
-    check_context,
-    collator,
-    open_base,
-    with_virtual_tokens,
-)
+from lorakit.evaluation.base import Collate, check_context, collator, open_base
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods.trained import with_head
-from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
@@ -37,7 +30,6 @@ from lorakit.tasks import Example, LanguageExample, Task, generic_task, task_typ
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
-from lorakit.training.mixed_precision import let_norms_compute
 from lorakit.training.schedule import StepPlan, rate_factor
 from lorakit.training.warm_start import warm_start
 
@@ -97,7 +89,7 @@ class Job:
 
         Thin matrices need no autocast, since their product casts them itself.
         """
-        return _autocast(self.config, self.adapters, self.device)
+        return autocast_of(self.config, self.adapters, self.device)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the peak learning rate after `step` finished steps."""
@@ -227,22 +219,20 @@ def assemble(
         LorakitError: A setting does not fit the data or the model.
     """
     model = base.model
-    adapters = _attach(base, config, task)
     for examples in (train, validation):
         if examples is not None:
             check_context(base, examples.examples)
+    adapters = attach_method(base, config, task)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
-    with _autocast(config, adapters, model.device):
+        checkpoint_activations(model)
+    with autocast_of(config, adapters, model.device):
         stock = try_faster(model, collator(base)(train.examples[:2]))
-        packed, packing_note = _packs(base, config, train.examples)
+        packed, packing_note = _packs(model, config, train.examples)
         objective = objective_for(
             base, task, train.examples, label_smoothing=config.label_smoothing
         )
     notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
     objective.note = "; ".join(note for note in notes if note)
-    if config.compile:
-        compile_blocks(model)
     model.train()
     # From here on the global generator serves dropout alone.
     torch.manual_seed(config.seed)
@@ -257,7 +247,7 @@ def assemble(
         objective=objective,
         plan=StepPlan(
             BatchSampler(
-                train.lengths, config.batch_size, config.seed, groups=_groups(config, train)
+                train.lengths, config.batch_size, config.seed, groups=groups_of(config, train)
             ),
             accumulation=config.accumulation,
             epochs=config.epochs,
@@ -266,9 +256,10 @@ def assemble(
     )
 
 
-def _autocast(
+def autocast_of(
     config: TrainConfig, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
+    """Compute in the run's precision where trained tensors are float32 masters of base weights."""
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
     dtype = compute_dtype(config.base.dtype)
     if dtype == torch.float32 or not trains_base:
@@ -276,10 +267,11 @@ def _autocast(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tuple[bool, str]:
+def _packs(
+    model: PreTrainedModel, config: TrainConfig, examples: Sequence[Example]
+) -> tuple[bool, str]:
     """Whether batches are packed, and what to tell the user of it."""
-    model = base.model
-    (first,) = with_virtual_tokens(base, examples[:1])
+    first = examples[0]
     if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
         return False, ""
     if not config.packing:
@@ -289,11 +281,13 @@ def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tupl
     return True, "shared prefixes computed once"
 
 
-def _groups(config: TrainConfig, train: ExampleSet) -> list[str] | None:
-    return [example.prompt for example in train.examples] if config.sampling == "grouped" else None
+def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None:
+    """What examples are grouped by in batches; None where their order is random."""
+    return [example.prompt for example in train] if config.sampling == "grouped" else None
 
 
-def _attach(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
+def attach_method(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
+    """Put what the run trains on its base, in float32."""
     model = base.model
     if config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=ADAPTER)
@@ -305,7 +299,6 @@ def _attach(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
         parameter.data = parameter.data.float()
-    let_norms_compute(model)
     return adapters
 
 
@@ -328,7 +321,8 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
         )
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model's blocks be computed anew in the backward pass, instead of keeping what they computed."""
     # Non-reentrant: the reentrant kind gives no gradient where a block's input needs none, as below a frozen base.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,71 @@
+"""`lorakit plan`: options of `lorakit train`, and what it prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+
+from lorakit.cli import main
+from lorakit.planning import machine
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """A machine of round numbers: nothing is measured, and no calibration of this one is read."""
+    made = machine.Machine(products=1e9, traffic=1e9, software=10**6, origin="a machine of tests")
+    monkeypatch.setattr("lorakit.planning.planner.find_machine", lambda *_, **__: made)
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    config = tiny_models.ARCHITECTURES["llama"]()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_prints_every_part(base, capsys):
+    assert main(["plan", "--base.name", base, "--length", "32", "--lora.rank", "4"]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        *("trained parameters", "saved file", "time per step", "peak memory"),
+        *("base", "adapter", "gradients", "optimizer", "activations", "logits", "temporary"),
+        *("FullFineTuning", "a machine of tests", "32 tokens an example, 16 of them targets"),
+    ):
+        assert part in shown
+
+
+def test_prints_json(base, capsys):
+    arguments = ["--base.name", base, "--length", "32", "--targets", "8", "--json", "true"]
+    assert main(["plan", *arguments]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["chosen"]["trained"] < record["full"]["trained"] == record["parameters"]
+    memory = record["chosen"]["memory"]
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+
+
+def test_takes_a_file_of_train(base, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"base:\n  name: {base}\n  dtype: float32\nmax_steps: 20\noutput: somewhere\n"
+    )
+    assert main(["plan", "--config", str(tmp_path / "run.yaml"), "--length", "16"]) == 0
+    assert "20 steps" in capsys.readouterr().out
+    assert not (tmp_path / "somewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "4"], "set length too"),
+        (["--length", "1"], "length is 1"),
+        (["--length", "32", "--lora.rank", "64"], "Rank 64 exceeds"),
+        (["--length", "32", "--lora.targets", "attention.qw"], "attention.q"),
+        (["--data.train", "absent.jsonl"], "absent.jsonl"),
+        (["--lenght", "32"], "length"),
+    ],
+)
+def test_mistakes_are_named(base, capsys, arguments, message):
+    assert main(["plan", "--base.name", base, *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""`lorakit.planning.plan`: from a configuration alone, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import tiny_runs
+from tiny_tokenizer import tiny_tokenizer
+
+import lorakit
+from lorakit.errors import BaseModelError, ConfigurationError, DataError
+from lorakit.evaluation.config import BaseConfig
+from lorakit.planning import plan
+from lorakit.planning.gpt3 import arithmetic
+from lorakit.planning.machine import Machine
+
+MACHINE = Machine(products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, origin="made up")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A folder with a configuration and a tokenizer, and no weights."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    config = tiny_models.ARCHITECTURES["llama"]()
+    config.update(
+        {"vocab_size": len(tokenizer), "num_hidden_layers": 5, "max_position_embeddings": 512}
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert not list(folder.glob("*.safetensors"))
+    return str(folder)
+
+
+def test_counts_are_those_of_the_trained_run(tmp_path):
+    base = tiny_runs.save_base(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, base, max_steps=1, epochs=1)
+    found = plan(config, machine=MACHINE)
+    run = lorakit.train(config)
+    (file,) = (run.folder / "adapter").glob("*.safetensors")
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert found.chosen.file_bytes == file.stat().st_size - header
+    assert found.chosen.memory.adapter == found.chosen.file_bytes
+    assert found.chosen.memory.optimizer == 2 * found.chosen.file_bytes
+    assert found.steps == 1
+
+
+def test_no_weights_are_needed(base, tmp_path):
+    found = plan(tiny_runs.config(tmp_path, base), machine=MACHINE)
+    vocabulary = len(tiny_tokenizer())
+    model = tiny_models.build("llama", vocab_size=vocabulary, num_hidden_layers=5)
+    assert found.parameters == model.num_parameters()
+    # Beside the parameters there are the frequencies of the positions.
+    assert 0 <= found.chosen.memory.base - 4 * found.parameters < 100
+    assert "train.jsonl" in found.lengths
+    assert found.steps == 18
+
+
+def test_the_parts_make_the_total(base, tmp_path):
+    found = plan(tiny_runs.config(tmp_path, base), length=64, machine=MACHINE)
+    record = found.as_dict()
+    json.dumps(record)
+    for name in ("chosen", "full"):
+        parts = dict(record[name]["memory"])
+        assert parts.pop("total") == sum(parts.values())
+        assert parts["software"] == 1000
+    of_step = ("activations", "gradients", "logits", "temporary")
+    memory = found.chosen.memory
+    assert memory.allocator == pytest.approx(
+        0.5 * sum(getattr(memory, name) for name in of_step), abs=1
+    )
+
+
+def test_full_fine_tuning_stands_beside(base, tmp_path):
+    config = tiny_runs.config(tmp_path, base, lora=lorakit.LoRA(rank=2))
+    found = plan(config, length=64, machine=MACHINE)
+    assert found.full is not None
+    assert found.full.trained == found.parameters
+    assert found.full.memory.optimizer == 8 * found.parameters
+    assert found.full.memory.gradients >= 0.9 * 4 * found.parameters
+    assert found.full.memory.total > found.chosen.memory.total
+    alone = plan(
+        dataclasses.replace(config, method="full", lora=lorakit.LoRA()), length=64, machine=MACHINE
+    )
+    assert alone.full is None
+    assert alone.chosen == found.full
+
+
+def test_more_of_anything_takes_more(base, tmp_path):
+    def total(**changes):
+        config = tiny_runs.config(tmp_path, base, accumulation=1)
+        length = changes.pop("length", 64)
+        config = dataclasses.replace(config, **changes)
+        return plan(config, length=length, compare=False, machine=MACHINE).chosen
+
+    usual = total()
+    for more in (
+        total(length=128),
+        total(batch_size=8),
+        total(lora=lorakit.LoRA(rank=16)),
+        total(lora=lorakit.LoRA(targets="all-linear")),
+        total(lora=lorakit.LoRA(dropout=0.1)),
+    ):
+        assert more.memory.total > usual.memory.total
+        assert more.seconds >= usual.seconds
+    half = total(base=BaseConfig(name=base, dtype="bfloat16", device="cpu"))
+    assert half.memory.base == pytest.approx(usual.memory.base / 2, abs=100)
+    assert half.memory.total < usual.memory.total
+    assert total(gradient_checkpointing=True).memory.activations < usual.memory.activations
+    twice = total(accumulation=2)
+    assert twice.seconds == pytest.approx(2 * usual.seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_a_quantised_base_is_smaller(base, tmp_path, dtype):
+    config = tiny_runs.config(tmp_path, base)
+    whole = plan(config, length=32, compare=False, machine=MACHINE)
+    config = dataclasses.replace(config, base=BaseConfig(name=base, dtype=dtype, device="cpu"))
+    packed = plan(config, length=32, machine=MACHINE)
+    assert packed.chosen.memory.base < whole.chosen.memory.base
+    assert packed.full is None or packed.full.trained > 0
+
+
+def test_an_encoder_is_planned_as_a_classifier(tmp_path):
+    config = tiny_models.ARCHITECTURES["bert"]()
+    config.architectures = ["BertModel"]
+    config.save_pretrained(tmp_path)
+    found = plan(tiny_runs.config(tmp_path, str(tmp_path)), length=32, machine=MACHINE)
+    head = 32 * 2 + 2 + 32 * 32 + 32  # classifier and pooler
+    assert found.chosen.trained > head
+    assert not found.packed
+
+
+def test_mistakes_are_named(base, tmp_path):
+    config = tiny_runs.config(tmp_path, base)
+    with pytest.raises(DataError, match="context"):
+        plan(config, length=4096, machine=MACHINE)
+    with pytest.raises(ConfigurationError, match="targets is 64"):
+        plan(config, length=64, targets=64, machine=MACHINE)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        plan(
+            dataclasses.replace(config, base=BaseConfig(name=str(tmp_path / "empty"))),
+            length=8,
+            machine=MACHINE,
+        )
+
+
+def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path):
+    config = tiny_runs.config(tmp_path, base)
+    config = dataclasses.replace(
+        config, base=BaseConfig(name=base, device="cuda", dtype="bfloat16")
+    )
+    found = plan(config, length=64)
+    assert found.device == "cuda"
+    assert found.chosen.memory.software == 0
+    assert found.chosen.seconds > 0
+
+
+def test_the_papers_arithmetic():
+    text = "\n".join(arithmetic())
+    for figure in ("18,874,368", "37.7 MB", "36.0 MiB", "9,285 times", "350.5 GB", "1,052 GB"):
+        assert figure in text
+
+
+def test_gpt3_is_planned_as_a_shape(tmp_path):
+    config = tiny_runs.config(
+        tmp_path, "gpt3-175b", lora=lorakit.LoRA(rank=4), accumulation=1, batch_size=1
+    )
+    config = dataclasses.replace(config, base=BaseConfig(name="gpt3-175b", dtype="bfloat16"))
+    found = plan(config, length=64, compare=False, machine=MACHINE)
+    assert found.parameters == 174_604_259_328
+    assert found.chosen.trained == 18_874_368
+    assert found.chosen.memory.base == pytest.approx(349.2e9, rel=0.001)
+    assert found.paper
+    assert not Path("gpt3-175b").exists()
