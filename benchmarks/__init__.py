@@ -5,10 +5,12 @@ is a module: its ``main`` starts processes in turn, most of them of the same mod
 
 ==================  ==================================================================================
 training.py         updates of lorakit, PEFT, loralib and full fine-tuning; training_tables.py shows them
+compiled.py         the same updates with and without torch.compile
 inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py          attach, save, load
 merge_drift.py      what merging leaves behind in the base
+long_run.py         one long run in both orders of the data; not part of the command above
 ------------------  ----------------------------------------------------------------------------------
 workloads.py        what is trained: the rows of the training tables
 examples.py         the one file of tokenised examples, in order, that every system of a row reads

@@ -24,6 +24,7 @@ PARTS = {
     part: f"benchmarks.{module}"
     for part, module in {
         "training": "training",
+        "compiled": "compiled",
         "inference": "inference",
         "table1": "table1",
         "adapter": "adapter",

@@ -35,7 +35,7 @@ class System:
 
     name: str
     module: str
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def command(self, folder: Path, *, held_out: bool) -> list[str]:
         """Return what runs it."""

@@ -1,6 +1,6 @@
 """lorakit as its users have it: `lorakit.train` on the file of rows, every setting at its default.
 
-Settings: method, lora (default) or full.
+Settings: method, lora (default) or full; compile, whether the blocks are compiled.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
         batch_size=workload.batch_size,
         sampling="grouped" if workload.grouped else "random",
         gradient_checkpointing=workload.checkpointing,
+        compile=settings.get("compile", False),
         seed=SEED,
         optimizer=OptimizerConfig(
             learning_rate=workload.full_learning_rate if full else workload.learning_rate,

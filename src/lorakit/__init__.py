@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.methods.bitfit import BitFit
     from lorakit.methods.bottleneck import BottleneckAdapter
+    from lorakit.methods.combined import Combined
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
+    from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.models.loading import load_base
     from lorakit.models.roles import targets
     from lorakit.training.config import TrainConfig
@@ -45,8 +47,11 @@ _HOME = {
     "evaluate": "lorakit.evaluation.evaluate",
     "BitFit": "lorakit.methods.bitfit",
     "BottleneckAdapter": "lorakit.methods.bottleneck",
+    "Combined": "lorakit.methods.combined",
     "FullFineTuning": "lorakit.methods.full",
     "LoRA": "lorakit.methods.lora.config",
+    "PrefixEmbedding": "lorakit.methods.prefix",
+    "PrefixLayer": "lorakit.methods.prefix",
     "load_base": "lorakit.models.loading",
     "targets": "lorakit.models.roles",
     "TrainConfig": "lorakit.training.config",
@@ -57,11 +62,14 @@ __all__ = [
     "Adapters",
     "BitFit",
     "BottleneckAdapter",
+    "Combined",
     "DataConfig",
     "EvaluateConfig",
     "FullFineTuning",
     "LoRA",
     "LorakitError",
+    "PrefixEmbedding",
+    "PrefixLayer",
     "TrainConfig",
     "__version__",
     "attach",

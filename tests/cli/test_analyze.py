@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny_tokenizer import SENTENCES, tiny_tokenizer
 import lorakit
 from lorakit.cli import main
 from lorakit.cli.analyze import MEASURES
+from lorakit.reporting.page import number
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +86,8 @@ def test_a_line_for_each_matrix(capsys, folder):
     _, grouped, _ = run(capsys, "spectrum", folder / "one")
     _, each, _ = run(capsys, "spectrum", folder / "one", "--layers", "true")
     assert "model.layers.0.self_attn.q_proj" not in grouped
-    for number in (0, 1):
-        assert f"model.layers.{number}.self_attn.q_proj" in each
+    for block in (0, 1):
+        assert f"model.layers.{block}.self_attn.q_proj" in each
 
 
 def test_the_paper_s_figures(capsys, folder, tmp_path):
@@ -124,7 +126,7 @@ def test_help(capsys):
         (["spectrum", "nowhere"], "does not exist"),
         (["spectrum", "{one}", "--energy", "2"], "above 0 and at most 1"),
         (["spectrum", "{one}", "--plot", "figure"], ".png, .svg or .pdf"),
-        (["spectrum", "{one}", "--plot", "no/such/folder/figure.png"], "Cannot write"),
+        (["spectrum", "{one}", "--plot", "{one}/lorakit.json/figure.png"], "Cannot write"),
         (["intruders", "{one}", "--only", "nothing"], "none of the 14 names"),
         (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
         (["diff", "{one}", "{base}"], "holds no adapter"),
@@ -140,8 +142,30 @@ def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):
     assert "Traceback" not in err
 
 
-def test_figures_without_matplotlib(capsys, folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    status, _, err = run(capsys, "spectrum", folder / "one", "--plot", tmp_path / "x.png")
-    assert status == 1
-    assert "pip install 'lorakit[analysis]'" in err
+def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    for option in ("plot", "report"):
+        target = tmp_path / f"x.{'png' if option == 'plot' else 'html'}"
+        status, out, err = run(capsys, "spectrum", folder / "one", f"--{option}", target)
+        assert (status, out) == (1, "")  # said before the measure is taken
+        assert "pip install 'lorakit[report]'" in err
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
+    page = tmp_path / "page.html"
+    argv = [*calls(folder)[measure], "--report", page]
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (0, "")
+    assert f"Report in {page}."[:40] in out.replace("\n", "")
+    text = html.unescape(page.read_text())
+    assert text.count("<svg") >= 1
+    assert MEASURES[measure] in text
+    _, facts, _ = run(capsys, *calls(folder)[measure], "--json", "true")
+    if measure == "spectrum":
+        for layer in json.loads(facts)["layers"].values():
+            assert f'<td class="number">{number(layer["norm"])}</td>' in text
+    if measure != "drift":
+        assert all(name in text for name in json.loads(facts)["layers"])
+    status, _, err = run(capsys, *argv)
+    assert (status, "already exists" in err) == (1, True)

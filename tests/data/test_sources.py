@@ -103,3 +103,18 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
 def test_a_hub_data_set_that_cannot_be_reached_is_named():
     with pytest.raises(DataError, match=r"no-one/nothing: the hub data set cannot be loaded"):
         read_source("no-one/nothing")
+
+
+def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
+    asked = []
+
+    def load_dataset(name, *args, **kwargs):
+        asked.append((name, kwargs))
+        if name != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+        return datasets.Dataset.from_dict({"text": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [row.values for row in read_source("owner/name:config", "test").rows] == [{"text": "a"}]
+    files = "hf://datasets/owner/name@refs%2Fconvert%2Fparquet/config/test/*.parquet"
+    assert asked[-1] == ("parquet", {"data_files": {"test": files}, "split": "test"})

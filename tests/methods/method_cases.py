@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit import BitFit, BottleneckAdapter, FullFineTuning
+from lorakit import (
+    BitFit,
+    BottleneckAdapter,
+    Combined,
+    FullFineTuning,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+)
 from lorakit.methods import Method
+from lorakit.methods.virtual_tokens import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,20 @@ class Case:
 
     def batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """What the adapted model is given."""
-        return self.plain_batch(model)
+        batch = self.plain_batch(model)
+        tokens = getattr(self.method, "virtual_tokens", VirtualTokens())
+        return batch if not tokens.total else with_virtual_tokens(batch, tokens)
+
+
+def with_virtual_tokens(batch: dict[str, Tensor], tokens: VirtualTokens) -> dict[str, Tensor]:
+    """A batch with the prefix after each first token and the infix at the end."""
+    fills = {"input_ids": None, "attention_mask": 1, "labels": -100}
+    return {
+        name: torch.tensor(
+            [tokens.place(row, keep=1, fill=fills.get(name, 0)) for row in x.tolist()]
+        )
+        for name, x in batch.items()
+    }
 
 
 HALF_ADAPTED = BottleneckAdapter(
@@ -51,8 +73,34 @@ CASES: dict[str, Case] = {
     },
     "dropped layers": Case("roberta", HALF_ADAPTED, merges=False),
     "top layers": Case("t5", FullFineTuning(top_layers=1)),
+    **{
+        f"{name} {arch}": Case(arch, method, merges=False)
+        for name, method in (
+            ("prefix embedding", PrefixEmbedding(prefix_length=3, infix_length=2)),
+            ("prefix layer", PrefixLayer(prefix_length=3, infix_length=2)),
+        )
+        for arch in ("llama", "gpt2", "roberta", "deberta-v2")
+    },
+    "lora and prefix embedding": Case(
+        "llama",
+        Combined(
+            methods=(LoRA(targets="all-linear", dropout=0.1), PrefixEmbedding(prefix_length=2))
+        ),
+        merges=False,
+    ),
+    "lora, biases and prefix layer": Case(
+        "roberta",
+        Combined(
+            methods=(LoRA(rank=2), BitFit(), PrefixLayer(prefix_length=2, infix_length=1)),
+            train_modules="classifier",
+        ),
+        merges=False,
+    ),
+    "prefix and head": Case(
+        "roberta", PrefixLayer(prefix_length=2, train_modules="classifier"), merges=False
+    ),
 }
-COMPILED = ("bitfit gpt2", "houlsby llama")
+COMPILED = ("bitfit gpt2", "houlsby llama", "prefix layer gpt2")
 """One case of each kind: compiling takes seconds."""
 
 

@@ -3,13 +3,26 @@
 import pytest
 from paper_models import paper_model
 
-from lorakit import BitFit, BottleneckAdapter, count_parameters
+from lorakit import (
+    BitFit,
+    BottleneckAdapter,
+    Combined,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+    count_parameters,
+)
 
 HEAD = 592_899  # RoBERTa-base's classification head with 3 labels
 
 
 def dropped(count: int, **settings) -> BottleneckAdapter:
     return BottleneckAdapter(kind="pfeiffer", drop_layers=tuple(range(count)), **settings)
+
+
+def with_prefix(rank: int, prefix) -> Combined:
+    """LoRA+PE or LoRA+PL of the paper's Table 15."""
+    return Combined(methods=(LoRA(rank=rank), prefix(prefix_length=8, infix_length=4)))
 
 
 ROWS = [
@@ -33,6 +46,25 @@ ROWS = [
     ("gpt3-175b", BottleneckAdapter(kind="houlsby", size=8), 40_109_568),
     ("gpt3-175b", BottleneckAdapter(kind="houlsby", size=16), 77_859_840),
     ("gpt3-175b", BottleneckAdapter(kind="houlsby", size=64), 304_361_472),
+    *(
+        ("gpt3-175b", PrefixEmbedding(prefix_length=length, infix_length=8), count)
+        for length, count in (
+            (32, 491_520),
+            (64, 884_736),
+            (128, 1_671_168),
+            (256, 3_244_032),
+            (512, 6_389_760),
+        )
+    ),
+    # The paper's own figures for PreLayer lie above its formula, L d (l_p + l_i), by 1 to 8 %.
+    ("gpt2-medium", PrefixLayer(prefix_length=14), 344_064),
+    ("gpt2-large", PrefixLayer(prefix_length=17), 783_360),
+    ("gpt3-175b", PrefixLayer(prefix_length=2, infix_length=2), 4_718_592),
+    ("gpt3-175b", PrefixLayer(prefix_length=32, infix_length=4), 42_467_328),
+    ("gpt3-175b", with_prefix(8, PrefixEmbedding), 37_896_192),
+    ("gpt3-175b", with_prefix(32, PrefixEmbedding), 151_142_400),
+    ("gpt3-175b", with_prefix(64, PrefixEmbedding), 302_137_344),
+    ("gpt3-175b", with_prefix(8, PrefixLayer), 51_904_512),
 ]
 
 

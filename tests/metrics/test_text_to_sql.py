@@ -13,7 +13,7 @@ import pytest
 from lorakit.errors import DataError
 from lorakit.metrics import wikisql
 from lorakit.metrics.tables import number_in
-from lorakit.metrics.text_to_sql import parse
+from lorakit.metrics.text_to_sql import parse, spelt
 
 HEADER = ["Player", "No.", "Position", "Years in Toronto", "Position from table"]
 
@@ -82,6 +82,42 @@ def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
     # Each against the query of the next row: right only where two rows ask for the same.
     shifted = wikisql([*outputs[1:], outputs[0]], rows)["logical_form"]
     assert shifted < 0.01
+
+
+def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path) -> None:
+    """All 8,421: written as text and read again, each is its own logical form, indices and all."""
+    file = shared / "data" / "wikisql" / "validation.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    failures = []
+    for row in rows:
+        sql, header = row["sql"], row["table"]["header"]
+        text = spelt(sql, header)
+        assert text == " ".join(sql["human_readable"].split())  # as WikiSQL itself writes it
+        found = parse(text, header)
+        conditions = {(c, op, " ".join(value.lower().split())) for c, op, value in sql["conds"]}
+        if found is None or (sql["sel"], sql["agg"], conditions) != (
+            *(found.column, found.aggregate),
+            found.conditions,
+        ):
+            failures.append((text, found))
+    assert (len(rows), failures) == (8421, [])
+
+
+def test_what_a_text_cannot_tell() -> None:
+    """Two columns of one name, and a value that holds a condition: the two ways for a query to come back as another."""
+    twice = parse(spelt({"sel": 1, "agg": 0, "conds": []}, ["Score", "score"]), ["Score", "score"])
+    assert twice is not None
+    assert twice.column == 0
+    conditions = [[0, 0, "a and No. > 3"]]
+    split = parse(spelt({"sel": 0, "agg": 0, "conds": conditions}, HEADER), HEADER)
+    assert split is not None
+    assert split.conditions == {(0, 0, "a"), (1, 1, "3")}
+
+
+def test_what_is_no_logical_form_is_not_written() -> None:
+    with pytest.raises(DataError, match=r"sql\.sel is 9, expected an index from 0 to 4"):
+        spelt({"sel": 9, "agg": 0, "conds": []}, HEADER)
 
 
 ROWS = [["Ann", 7, "Guard"], ["Bob", 31, "guard"], ["Cy", 40, "GUARD"], ["Di", 1000, None]]

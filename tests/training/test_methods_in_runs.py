@@ -11,7 +11,14 @@ import pytest
 import tiny_runs
 from tiny_runs import adapter_bytes
 
-from lorakit import BottleneckAdapter, FullFineTuning, load_base
+from lorakit import (
+    BottleneckAdapter,
+    FullFineTuning,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+    load_base,
+)
 from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.evaluation.config import Decoding, EvaluateConfig
@@ -26,6 +33,18 @@ METHODS = {
     "full": {"full": FullFineTuning(top_layers=1)},
     "bitfit": {},
     "bottleneck": {"bottleneck": BottleneckAdapter(kind="lin", size=4)},
+    "prefix_embedding": {
+        "prefix_embedding": PrefixEmbedding(prefix_length=3, infix_length=2),
+        "optimizer": OptimizerConfig(learning_rate=0.2),  # of an embedding of width 32
+    },
+    "prefix_layer": {
+        "prefix_layer": PrefixLayer(prefix_length=3, infix_length=2),
+        "optimizer": OptimizerConfig(learning_rate=0.2),
+    },
+    "lora+prefix_layer": {
+        "lora": LoRA(rank=4),
+        "prefix_layer": PrefixLayer(prefix_length=2, infix_length=1),
+    },
 }
 """Methods with the sections that make them fit a tiny model."""
 
@@ -68,7 +87,8 @@ def labelling(folder: Path, base: str, method: str, **overrides) -> TrainConfig:
 
 
 def test_every_method_has_a_section_and_a_rate() -> None:
-    assert METHODS.keys() == DEFAULT_RATES.keys() <= TrainConfig.__dataclass_fields__.keys()
+    names = {name for method in METHODS for name in method.split("+")}
+    assert names == DEFAULT_RATES.keys() <= TrainConfig.__dataclass_fields__.keys()
 
 
 @pytest.fixture(scope="module", params=METHODS)

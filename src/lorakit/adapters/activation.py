@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorakit.errors import AdapterStateError
+from lorakit.methods.virtual_tokens import VirtualPositions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Active:
         return frozenset(name for name, _ in self.weights)
 
 
+class Moment(NamedTuple):
+    """What holds while a layer runs."""
+
+    active: Active
+    virtual: VirtualPositions | None
+    """Where the virtual tokens of the pass stand; None without any."""
+
+
 class Activation:
     """The choice in force on one model, shared by all of its adapted layers.
 
@@ -41,39 +50,57 @@ class Activation:
         self.active = Active()
         self.swapping: set[str] = set()
         """Adapters with trained copies of base tensors, which take their places in the model."""
+        self.virtual: VirtualPositions | None = None
+        """Where virtual tokens stand in the ids of the pass being run."""
+        self.in_first_pass = False
+        """Whether a pass is being run that no cached token precedes."""
         self._reentrant: set[Active] = set()
         self._recomputing = False
 
+    def begin_pass(self, *, is_first: bool) -> None:
+        """Forget where virtual tokens stood in the pass before."""
+        self.virtual, self.in_first_pass = None, is_first
+
+    def end_pass(self) -> None:
+        """Let what is called outside of a pass know that it is."""
+        self.virtual, self.in_first_pass = None, False
+
     def current(self) -> Active:
         """The choice that holds for the forward pass being run, first or again."""
+        return self.moment().active
+
+    def moment(self) -> Moment:
+        """The choice and the places of virtual tokens in the forward pass being run, first or again."""
+        now = Moment(self.active, self.virtual)
         if torch.compiler.is_compiling():
-            return self.active  # a compiled graph has the choice of its trace, guarded
+            return now  # a compiled graph has the choice of its trace, guarded
         frames = _checkpoint_frames()
         for frame, again in frames:
             if again:
-                return self._replay(getattr(frame, _RECORD, self.active))
+                return self._replay(getattr(frame, _RECORD, now))
         for frame, _ in frames:
             if not hasattr(frame, _RECORD):
-                setattr(frame, _RECORD, self.active)
+                setattr(frame, _RECORD, now)
         if not frames and torch._C._current_graph_task_id() != -1:
             self._check_reentrant()
         elif not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             self._remember_reentrant()
-        return self.active
+        return now
 
     @property
     def recomputation_pending(self) -> bool:
         """Whether a reentrant checkpoint has run once, and may be run again by a backward pass."""
         return bool(self._reentrant) and not self._recomputing
 
-    def _replay(self, recorded: Active) -> Active:
+    def _replay(self, then: Moment) -> Moment:
+        recorded = then.active
         if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
             raise AdapterStateError(
                 "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
                 "biases or modules trained in full have taken other places since. Keep it unchanged until "
                 "backward() has returned."
             )
-        return recorded
+        return then
 
     def _remember_reentrant(self) -> None:
         """Note the choice of a reentrant checkpoint's first run, which leaves no frame to find it by."""
@@ -82,6 +109,11 @@ class Activation:
             caller = caller.f_back
         if caller is None:
             return
+        if self.virtual is not None:
+            raise AdapterStateError(
+                "Reentrant gradient checkpointing runs the forward again without knowing where its virtual tokens "
+                "stood. Use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         if self._recomputing:  # a new step: the choices of the last one are spent
             self._reentrant.clear()
             self._recomputing = False

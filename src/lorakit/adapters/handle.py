@@ -31,6 +31,7 @@ from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.quantised import require_exact_layers
 
 Choice = str | Mapping[str, float] | None
@@ -85,6 +86,15 @@ class Adapters:
     def summary(self, name: str | None = None) -> Summary:
         """Trainable and total parameters, layer by layer, and the size of the file."""
         return summarise(self.model, self._get(name))
+
+    @property
+    def virtual_tokens(self) -> VirtualTokens:
+        """The virtual tokens that each sequence takes under what is active: for most methods none."""
+        for name in self.active:
+            tokens = getattr(self._installed[name].method, "virtual_tokens", None)
+            if tokens is not None:
+                return tokens
+        return VirtualTokens()
 
     def trainable_parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The adapter's tensors that require a gradient, each once: what an optimizer needs."""
@@ -172,6 +182,10 @@ class Adapters:
             merging.forget_base(self.model)
             self._merged = None
             self._remove_all()
+
+    def require_mergeable(self) -> None:
+        """Raise an AdapterStateError where what is active cannot be merged: its effect is no change of weights."""
+        merging.require_mergeable(self.model, self._activation.active)
 
     def unmerge(self) -> None:
         """Put the base's own weights back, bit for bit, and let the merged adapters act unmerged.

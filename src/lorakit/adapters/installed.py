@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakit.adapters import virtual_tokens
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.layer_adapters import LayerAdapters, add_module, check_free
 from lorakit.errors import ConfigurationError
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.methods.prefix import VirtualVectors
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
@@ -80,6 +82,8 @@ def install(
     for path, module in modules.items():
         owner = model.get_submodule(path.rpartition(".")[0])
         add_module(model.get_submodule(path), owner, name, module, activation)
+    if any(isinstance(module, VirtualVectors) for module in modules.values()):
+        virtual_tokens.watch_passes(model)
     return installed
 
 

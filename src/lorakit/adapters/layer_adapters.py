@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters import virtual_tokens
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, compute_dtype
@@ -267,6 +268,7 @@ def add_module(
         layer.register_module(ADAPTERS, LayerAdapters(activation))
         listen(layer)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
+    virtual_tokens.add_hooks(layer, module)
     layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
     caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
     reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
@@ -292,7 +294,7 @@ def remove_from(layer: nn.Module) -> None:
     assert isinstance(adapters, LayerAdapters)
     adapters.unshadow(layer)
     del layer._modules[ADAPTERS]
-    _remove_hooks(layer, after_forward)
+    _remove_hooks(layer, after_forward, *virtual_tokens.HOOKS)
 
 
 def remove_idle_hooks(model: nn.Module) -> None:
@@ -300,12 +302,16 @@ def remove_idle_hooks(model: nn.Module) -> None:
     for module in model.modules():
         if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
             _remove_hooks(module, shadow_weights, unshadow_weights)
+        if virtual_tokens.is_idle(module):
+            _remove_hooks(module, *virtual_tokens.HOOKS)
 
 
 def remove_all_hooks(model: nn.Module) -> None:
     """Take every hook of ours off the model."""
     for module in model.modules():
-        _remove_hooks(module, after_forward, shadow_weights, unshadow_weights)
+        _remove_hooks(
+            module, after_forward, shadow_weights, unshadow_weights, *virtual_tokens.HOOKS
+        )
 
 
 def _remove_hooks(module: nn.Module, *ours: Any) -> None:

@@ -18,6 +18,7 @@ from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
+from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
@@ -182,7 +183,8 @@ def _build_modules(
         for path, layer in stored.layers.items()
     }
     modules.update(_build_other_modules(model, stored, origin))
-    if isinstance(stored.method, LoRA) and stored.method.tie_head:
+    lora = lora_of(stored.method)
+    if lora is not None and lora.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
     return modules
@@ -192,10 +194,11 @@ def _build_other_modules(
     model: nn.Module, stored: StoredAdapter, origin: str
 ) -> dict[str, AdapterModule]:
     """The modules of methods other than LoRA: made by the method, then filled with the file's tensors."""
-    if isinstance(stored.method, LoRA):
-        return {}
+    modules: dict[str, AdapterModule] = {}
     with seeded(0):  # the random start is overwritten, and is to leave no trace
-        modules = stored.method.modules(model)
+        for part in parts(stored.method):
+            if not isinstance(part, LoRA):
+                modules.update(part.modules(model))
     for path in {**modules, **stored.modules}:
         expected = modules[path].state_dict() if path in modules else {}
         found = stored.modules.get(path, {})
@@ -231,7 +234,8 @@ def _build_layer(
     options: dict[str, Any] = {}
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and kind is ConvLoRA:
         options["grouped"] = at_rest.A.shape[1] == layer.weight.shape[1]
-    dropout = stored.method.dropout if isinstance(stored.method, LoRA) else 0.0
+    lora = lora_of(stored.method)
+    dropout = lora.dropout if lora is not None else 0.0
     module = kind(
         layer,
         rank=at_rest.rank,

@@ -29,15 +29,10 @@ def merge(model: nn.Module, active: Active) -> None:
         AdapterStateError: A weight is quantised in a way that is not known here, or an adapter has no
             merged form.
     """
+    require_mergeable(model, active)
     names = [name for name, _ in active.weights]
     merged = []
     for path, layer, adapters in adapted_layers(model):
-        for name in names:
-            if name in adapters and not adapters[name].merges:
-                raise AdapterStateError(
-                    f"'{name}' cannot be merged: what it does at '{path}' is no change of a weight. Leave it beside "
-                    "the base, as activate does."
-                )
         for attribute in adapters.weights_changed_by(layer, names):
             W = getattr(layer, attribute)
             if not W.is_floating_point() and quantised_weight(layer, W) is None:
@@ -54,6 +49,17 @@ def merge(model: nn.Module, active: Active) -> None:
         # In training the hook stays, to refuse what a checkpointed block may still ask for.
         if not model.training and not adapters.activation.recomputation_pending:
             stop_listening(layer)
+
+
+def require_mergeable(model: nn.Module, active: Active) -> None:
+    """Raise an AdapterStateError where an adapter has no merged form."""
+    for path, _, adapters in adapted_layers(model):
+        for name, _ in active.weights:
+            if name in adapters and not adapters[name].merges:
+                raise AdapterStateError(
+                    f"'{name}' cannot be merged: what it does at '{path}' is no change of a weight. Leave it beside "
+                    "the base, as activate does."
+                )
 
 
 def unmerge(model: nn.Module) -> None:

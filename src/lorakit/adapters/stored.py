@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError
-from lorakit.methods import LoRA, Method
+from lorakit.methods import Method
+from lorakit.methods.combined import lora_of
 from lorakit.models.roles import RowSlice
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ class StoredAdapter:
     """adapter_config.json of the PEFT folder it was read from."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, LoRA) and not self.layers:
+        lora = lora_of(self.method)
+        if lora is not None and not self.layers:
             raise AdapterFileError("it holds no lora_A and lora_B for any layer.")
         if not self.layers and not self.modules and not self.trained:
             raise AdapterFileError("it holds no tensors.")
@@ -226,7 +228,7 @@ class StoredAdapter:
             self.layers = {
                 path: layout.describe(path, layer) for path, layer in self.layers.items()
             }
-            if isinstance(self.method, LoRA) and self.method.tie_head:
+            if lora is not None and lora.tie_head:
                 self.layers = layout.with_tied_head(self.layers)
 
     @property

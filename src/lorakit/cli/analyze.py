@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.analyze_options import (
+    AmplificationConfig,
+    DriftConfig,
+    IntrudersConfig,
+    OnBase,
+    PairConfig,
+    SimilarityConfig,
+    SpectrumConfig,
+)
 from lorakit.errors import ConfigurationError, nearest
-from lorakit.evaluation.config import BaseConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,109 +32,6 @@ MEASURES = {
     "diff": "Distance and angle of two adapters or checkpoints, and which layers moved",
     "drift": "How far the model's predictions on a text have moved from the base's",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """How a measure is shown."""
-
-    alpha: float | None = None
-    """The constant of a loralib file, which does not record it."""
-    layers: bool = False
-    """One line for each matrix instead of one for each kind of layer."""
-    json: bool = False
-    """Print JSON for programs."""
-    plot: str | None = None
-    """Draw a figure into this file (.png, .svg or .pdf)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnBase(Shown):
-    """What a measure that reads the base's weights looks at."""
-
-    adapter: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
-    base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
-    allow_other_base: bool = False
-    """Accept a base other than the one the adapter records, knowing what that means."""
-    only: str | None = None
-    """Look at the matrices in whose names this regular expression is found."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpectrumConfig(Shown):
-    """What `lorakit analyze spectrum` shows."""
-
-    adapter: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
-    energy: float = 0.9
-    """Share of the squared norm that the suggested rank keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairConfig(Shown):
-    """What `lorakit analyze diff` compares."""
-
-    first: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
-    second: str
-    """What it is compared with: another adapter, or a later checkpoint (RUN/checkpoints/step-000100)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimilarityConfig(PairConfig):
-    """What `lorakit analyze similarity` compares."""
-
-    only: str | None = None
-    """Look at the matrices in whose names this regular expression is found."""
-    side: Literal["A", "B"] = "A"
-    """Which directions the figure shows: A, of the input, or B, of the output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AmplificationConfig(OnBase):
-    """What `lorakit analyze amplification` looks at."""
-
-    base_directions: float | None = None
-    """Also compare the change's directions with this share of the base's leading ones, for example 0.1; the
-    figure then shows them, as the paper's figure 8."""
-    seed: int = 0
-    """Seed of the random directions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntrudersConfig(OnBase):
-    """What `lorakit analyze intruders` looks at."""
-
-    top: int = 10
-    """Number of leading singular vectors to examine in each matrix."""
-    threshold: float = 0.5
-    """A vector whose cosines with all of the base's are below this is an intruder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftConfig:
-    """What `lorakit analyze drift` compares."""
-
-    adapter: str
-    """Adapter folder (lorakit's or PEFT's)."""
-    text: str
-    """UTF-8 text file; each line that is not blank is one text."""
-    base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
-    allow_other_base: bool = False
-    """Accept a base other than the one the adapter records, knowing what that means."""
-    limit: int | None = None
-    """Read the first texts only; none reads all."""
-    max_length: int = 512
-    """Longer texts are cut into pieces of this many tokens."""
-    batch_size: int = 4
-    """Texts computed together."""
-    json: bool = False
-    """Print JSON for programs."""
-    plot: str | None = None
-    """Draw a figure into this file (.png, .svg or .pdf)."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -154,7 +58,7 @@ def _overview() -> str:
 
 def _spectrum(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
     found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
@@ -177,12 +81,19 @@ def _spectrum(argv: Sequence[str]) -> None:
         f"Share of the whole squared norm kept at rank {shares}.",
         f"Rank {facts['overall']['suggested_rank']} for all keeps {config.energy:.4g} of it.",
     ]
-    _show(config, facts, rows, lines, lambda: plots.spectrum_figure(found, config.energy))
+    _show(
+        "spectrum",
+        config,
+        facts,
+        rows,
+        lines,
+        lambda: figures.spectrum_figure(found, config.energy),
+    )
 
 
 def _similarity(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(SimilarityConfig, "similarity", argv, "first", "second")
     found = analysis.adapter_similarity(
@@ -204,12 +115,19 @@ def _similarity(argv: Sequence[str]) -> None:
     lines = [
         "1: one span contains the other; 0: they are orthogonal. A: input directions, B: output directions."
     ]
-    _show(config, facts, rows, lines, lambda: plots.similarity_figure(found, config.side))
+    _show(
+        "similarity",
+        config,
+        facts,
+        rows,
+        lines,
+        lambda: figures.similarity_figure(found, config.side),
+    )
 
 
 def _amplification(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(AmplificationConfig, "amplification", argv, "adapter")
     stored, weights = _opened(config)
@@ -237,13 +155,13 @@ def _amplification(argv: Sequence[str]) -> None:
     lines = [
         "Frobenius norms. factor = |dW| / (W on dW): how far the change exceeds what W had there."
     ]
-    draw = plots.base_similarity_figure if found.phi else plots.amplification_figure
-    _show(config, facts, rows, lines, lambda: draw(found))
+    draw = figures.base_similarity_figure if found.phi else figures.amplification_figure
+    _show("amplification", config, facts, rows, lines, lambda: draw(found))
 
 
 def _intruders(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(IntrudersConfig, "intruders", argv, "adapter")
     stored, weights = _opened(config)
@@ -267,12 +185,14 @@ def _intruders(argv: Sequence[str]) -> None:
     }
     examined = sum(len(layer.cosine) for layer in found.layers.values())
     lines = [f"{found.count} of {examined} leading singular vectors match none of the base's."]
-    _show(config, found.to_json(), rows, lines, lambda: plots.intruders_figure(found))
+    _show(
+        "intruders", config, found.to_json(), rows, lines, lambda: figures.intruders_figure(found)
+    )
 
 
 def _diff(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(PairConfig, "diff", argv, "first", "second")
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
@@ -296,12 +216,12 @@ def _diff(argv: Sequence[str]) -> None:
             f"({overall.relative:.3g} of the first), angle {angle} degrees."
         )
         lines.append(f"Moved most: {', '.join(found.most_moved()[:3])}.")
-    _show(config, found.to_json(), rows, lines, lambda: plots.diff_figure(found))
+    _show("diff", config, found.to_json(), rows, lines, lambda: figures.diff_figure(found))
 
 
 def _drift(argv: Sequence[str]) -> None:
     from lorakit import analysis
-    from lorakit.analysis import plots
+    from lorakit.analysis import figures
 
     config = _parse(DriftConfig, "drift", argv, "adapter", "text")
     found = analysis.adapter_drift(
@@ -330,11 +250,12 @@ def _drift(argv: Sequence[str]) -> None:
         "Where it changed most:",
     ]
     _show(
+        "drift",
         config,
         found.to_json(),
         rows,
         lines,
-        lambda: plots.drift_figure(found),
+        lambda: figures.drift_figure(found),
         what="after",
         each=True,
         lines_first=True,
@@ -356,7 +277,9 @@ def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str)
 
     usage = " ".join(field.upper() for field in positional)
     text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
-    return parse(config_class, f"analyze {name}", text, argv, *positional)
+    config = parse(config_class, f"analyze {name}", text, argv, *positional)
+    config.require_writable()
+    return config
 
 
 def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
@@ -368,6 +291,7 @@ def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
 
 
 def _show(
+    measure: str,
     config: Any,
     facts: dict[str, Any],
     rows: dict[str, dict[str, Any]],
@@ -378,12 +302,27 @@ def _show(
     each: bool | None = None,
     lines_first: bool = False,
 ) -> None:
-    """Print what was found as a table or as JSON, and draw the figure that was asked for."""
-    from lorakit.analysis import plots
+    """Print what was found as a table or as JSON, and draw the figure and the page that were asked for."""
+    from lorakit.analysis.report import measure_page
     from lorakit.cli.layer_table import console, layer_table
+    from lorakit.reporting import drawing
+    from lorakit.training.environment import command
 
     if config.plot is not None:
-        plots.save(draw(), config.plot)
+        drawing.save(draw(), config.plot)
+    if config.report is not None:
+        names = ("adapter", "first", "second", "text")
+        measure_page(
+            measure,
+            about=MEASURES[measure],
+            subjects=[getattr(config, name) for name in names if hasattr(config, name)],
+            lines=lines,
+            rows=rows,
+            what=what,
+            drawn=[draw()],
+            notices=facts["notices"],
+            command=command(),
+        ).write(config.report)
     if config.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -399,6 +338,8 @@ def _show(
         out.print(f"note: {notice}", markup=False)
     if config.plot is not None:
         out.print(f"Figure in {config.plot}.", markup=False)
+    if config.report is not None:
+        out.print(f"Report in {config.report}.", markup=False)
 
 
 def _progress(what: str) -> None:

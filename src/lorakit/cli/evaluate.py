@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def run(argv: Sequence[str]) -> None:
     """Score a base or an adapter and print the scores."""
     from rich.table import Table
 
+    from lorakit import storage
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
+    from lorakit.cli.report import written
     from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
+    from lorakit.reporting.evaluation_report import evaluation_page
+    from lorakit.training.environment import command
 
     config = parse(
         EvaluateConfig,
@@ -21,6 +26,9 @@ def run(argv: Sequence[str]) -> None:
         "generated text, accuracy and F1 or correlations of labels.",
         argv,
     )
+    page = Path(config.output or "evaluation.jsonl").with_suffix(".html")
+    if config.output is not None:
+        storage.require_free_file(page, overwrite=config.overwrite)
     result = evaluate(config)
     table = Table(box=None, pad_edge=False)
     table.add_column("score")
@@ -28,3 +36,6 @@ def run(argv: Sequence[str]) -> None:
     for name, value in result.scores.items():
         table.add_row(name, f"{value:.4f}")
     console().print(table)
+    if config.output is not None:
+        print(f"outputs  {config.output}")
+        print(f"report   {written(lambda: evaluation_page(config, result, command()).write(page))}")

@@ -54,12 +54,13 @@ def run(argv: Sequence[str]) -> None:
     _require_apart(output, config.adapter, base.source.path_or_id)
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_adapted refuses a base without
+    handle = handle_of(model)
+    assert handle is not None
+    handle.require_mergeable()
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = probe.to(model.device)
     with torch.no_grad():
         before = model(**probe).logits.float()
-        handle = handle_of(model)
-        assert handle is not None
         handle.merge(keep_base=False)
         after = model(**probe).logits.float()
     logging.disable_progress_bar()

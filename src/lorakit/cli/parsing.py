@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import (
@@ -37,7 +37,12 @@ class _Formatter(DefaultHelpFormatter):
 
 
 def parse(
-    config_class: type[Config], command: str, text: str, argv: Sequence[str], *positional: str
+    config_class: type[Config],
+    command: str,
+    text: str,
+    argv: Sequence[str],
+    *positional: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """Fill a configuration dataclass from `argv`, where `--config FILE.yaml` may set any field too.
 
@@ -47,6 +52,7 @@ def parse(
         text: What the command does.
         argv: Arguments after the command's name.
         positional: Fields that may be given first and without their names, in this order.
+        defaults: Values by dotted name that take the place of the class's own defaults.
 
     Raises:
         ConfigurationError: An option is unknown or has a wrong value; names the nearest option.
@@ -60,6 +66,8 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_class_arguments(config_class, None)
+    if defaults:
+        parser.set_defaults(dict(defaults))
     options = [name for action in parser._actions for name in action.option_strings]
     arguments = _named(list(argv), positional)
     _check_files(arguments)
@@ -75,6 +83,30 @@ def parse(
         ) from None
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     return config_class(**{name: getattr(parsed, name) for name in names})
+
+
+def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """Take an option that is no field of a configuration out of `argv`.
+
+    Returns:
+        Its value, None where it is not given, and the other arguments.
+
+    Raises:
+        ConfigurationError: It has no value, or is given twice.
+    """
+    rest, values = list(argv), []
+    for word in argv:
+        if word == option or word.startswith(f"{option}="):
+            at = rest.index(word)
+            _, equals, value = rest.pop(at).partition("=")
+            if not equals:
+                if at == len(rest) or rest[at].startswith("--"):
+                    raise ConfigurationError(f"{option} needs a value.")
+                value = rest.pop(at)
+            values.append(value)
+    if len(values) > 1:
+        raise ConfigurationError(f"{option} is given {len(values)} times; give it once.")
+    return (values[0] if values else None), rest
 
 
 def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def run(argv: Sequence[str]) -> None:
     """Train as the configuration says and print where the result lies."""
-    from lorakit.cli.parsing import parse
+    from lorakit.cli.parsing import parse, take_option
+    from lorakit.cli.report import write_run_report
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
 
+    recipe, rest = take_option(argv, "--recipe")
     config = parse(
         TrainConfig,
         "train",
         "Train an adapter on your data: base, data, method and schedule in one configuration. "
-        "The run folder holds the resolved configuration, metrics, checkpoints and the adapter.",
-        argv,
+        "The run folder holds the resolved configuration, metrics, checkpoints and the adapter. "
+        "--recipe NAME starts from the paper's settings ('lorakit recipes' lists them), which the other options "
+        "override.",
+        rest,
+        defaults=_recipe(recipe, rest) if recipe else None,
     )
     result = train(config)
     minutes = result.seconds / 60
@@ -32,4 +38,14 @@ def run(argv: Sequence[str]) -> None:
     print(f"adapter  {result.adapter}")
     if result.best is not None and result.best_step != result.steps:
         print(f"best     {result.best} (step {result.best_step})")
+    print(f"report   {write_run_report(result.folder)}")
     print(f"next     lorakit inspect {result.adapter}")
+
+
+def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a recipe; an adapter to start from brings its own method."""
+    from lorakit.paper.recipes import recipe
+
+    found = recipe(name)
+    from_adapter = any(word.split("=")[0] == "--from_adapter" for word in argv)
+    return found.starting_from_adapter() if from_adapter else found.settings

@@ -48,12 +48,14 @@ class DataConfig:
     """The split of a hub data set to test on (test), or the name of a named task's file."""
     task: str = "auto"
     """auto (by the columns); completion, chat, classification or regression; or a named task, which knows its
-    data: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte; or one of your own, `path/to/file.py:Class`."""
+    data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart, wikisql or samsum; or one of your
+    own, `path/to/file.py:Class`."""
     root: str | None = None
     """A folder with the data of named tasks, each in a sub-folder (`mrpc/train.jsonl`); without it they are read
     from the hub."""
     encoding: str | None = None
-    """How a named task writes a row as text, where it knows several ways; by default its first."""
+    """How a named task of texts writes a row: paper, as the LoRA paper's code does (the default), or prompt, as an
+    instruction in words, which prompt_template may replace."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names for columns of the data: `{prompt: meaning_representation, completion: human_reference}`.
     Names are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
@@ -123,6 +125,11 @@ class DataConfig:
         if task is not None and not issubclass(task, Completion):
             raise ConfigurationError(
                 f"data.{option} is set, but task {self.task} has no {option.split('_')[0]}; remove one."
+            )
+        if task is not None and task.encodings and self.encoding != "prompt":
+            raise ConfigurationError(
+                f"data.{option} is set, but the encoding is {self.encoding or task.encodings[0]}, which has none; set "
+                "data.encoding to prompt."
             )
 
     def _fields(self) -> tuple[str, ...]:

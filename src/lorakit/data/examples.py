@@ -55,7 +55,9 @@ class Report:
     rows: int = 0
     """Rows of the data."""
     read: int = 0
-    """Examples in them: as many, unless the rows of a named task hold several each."""
+    """Examples in them: as many, unless the rows of a named task hold several each, or none."""
+    without: int = 0
+    """Rows of a named task that hold no example: no text marked good, an empty dialogue."""
     kept: int = 0
     truncated: int = 0
     """Of those kept."""
@@ -80,6 +82,8 @@ class Report:
     def __str__(self) -> str:
         rows = "rows" if self.read == self.rows else f"examples in {self.rows:,} rows"
         parts = [f"{self.kept:,} of {self.read:,} {rows}"]
+        if self.without:
+            parts.append(f"{self.without:,} row{'s hold' if self.without > 1 else ' holds'} none")
         if self.bad:
             parts.append(f"{len(self.bad):,} bad, skipped")
         if self.too_long:
@@ -234,7 +238,8 @@ def _encode(
         except BadRow as error:
             report.bad.append(_problem(row, error, columns))
             continue
-        report.read += len(found) - 1  # a row may hold several
+        report.read += len(found) - 1  # a row may hold several, or none
+        report.without += not found
         for fields in found:
             try:
                 example = task.encode(fields)

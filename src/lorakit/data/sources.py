@@ -25,6 +25,10 @@ BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docs
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
+SCRIPT = "scripts are no longer supported"
+"""What datasets says of a data set that is a Python program."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The rows that a configuration names, in order, with those that cannot be read."""
@@ -155,7 +159,12 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
             f"{entry}: reading hub data sets needs datasets: pip install datasets"
         ) from None
     try:
-        data = datasets.load_dataset(name, config, split=split, revision=revision)
+        try:
+            data = datasets.load_dataset(name, config, split=split, revision=revision)
+        except RuntimeError as error:
+            if SCRIPT not in str(error):
+                raise
+            data = _exported(name, config, split)
     except Exception as error:  # whatever datasets, the hub or the network raise
         raise DataError(
             f"{entry}: the hub data set cannot be loaded, split {split!r} ({type(error).__name__}: {error}). "
@@ -179,6 +188,14 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
             yield {**dict(row), **names}
 
     return _of_values(f"{entry}[{split}]", values, classes)
+
+
+def _exported(name: str, config: str | None, split: str) -> Any:
+    """A split of a data set that is a script, which nobody should run, from the hub's own export of it."""
+    import datasets
+
+    files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}/*.parquet"
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split)
 
 
 def _of_values(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from lorakit.adapters import handle_of
 from lorakit.data import DataTask, collate
 from lorakit.data.batches import round_up
 from lorakit.data.packing import pack
+from lorakit.data.virtual_tokens import place
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.objective import IGNORED
+from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.loading import Base, Task, load_base, resolve
 from lorakit.tasks import Example, LanguageExample
+from lorakit.tasks.language_modelling import start_ids
+
+E = TypeVar("E", bound=Example)
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Makes a batch of examples, on the model's device."""
@@ -60,12 +67,30 @@ def check_context(base: Base, examples: Sequence[Example]) -> None:
     if base.model.config.is_encoder_decoder:
         return  # prompt and completion have a side each
     longest = max(examples, key=len, default=None)
-    if context is None or longest is None or len(longest) <= context:
+    virtual = virtual_tokens_of(base.model).total
+    if context is None or longest is None or len(longest) + virtual <= context:
         return
+    beside = f" and the adapter's {virtual} virtual ones" if virtual else ""
     raise DataError(
-        f"{longest.origin} has {len(longest):,} tokens, and the context of '{base.source.name}' is {context:,}. Set "
-        f"data.max_length to {context} and data.too_long to skip or truncate."
+        f"{longest.origin} has {len(longest):,} tokens{beside}, and the context of '{base.source.name}' is "
+        f"{context:,}. Set data.max_length to {context - virtual} and data.too_long to skip or truncate."
     )
+
+
+def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
+    """Return the virtual tokens that the model's active adapter takes: mostly none."""
+    handle = handle_of(model)
+    return VirtualTokens() if handle is None else handle.virtual_tokens
+
+
+def with_virtual_tokens(base: Base, examples: Sequence[E]) -> Sequence[E]:
+    """Return the examples as the active adapter takes them."""
+    tokens = virtual_tokens_of(base.model)
+    if not tokens.total:
+        return examples
+    assert base.tokenizer is not None  # open_base refuses a base without
+    start = start_ids(base.tokenizer)
+    return [place(example, tokens, start) for example in examples]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -94,6 +119,7 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
     context = context_length(model)
 
     def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        examples = with_virtual_tokens(base, examples)
         language = [e for e in examples if isinstance(e, LanguageExample)]
         splits = encodes and language
         if packed:

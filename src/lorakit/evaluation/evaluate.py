@@ -88,6 +88,8 @@ def evaluate(
     if task.generates:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]
+        if "text" in config.scores:
+            task.type.check_scoring()
     else:
         examples = examples[: config.limit]
     result = Evaluation()

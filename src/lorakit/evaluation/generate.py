@@ -6,12 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lorakit.data.virtual_tokens import place_in_prompt
 from lorakit.errors import DataError
-from lorakit.evaluation.base import context_length
+from lorakit.evaluation.base import context_length, virtual_tokens_of
 from lorakit.evaluation.config import Decoding
 from lorakit.evaluation.mode import evaluating
+from lorakit.methods.virtual_tokens import PREFIX_START
+from lorakit.tasks.language_modelling import start_ids
 
 Prompt = str | Sequence[int]
 
@@ -42,15 +52,29 @@ def generate(
     """
     decoding = decoding or Decoding()
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    _check_lengths(model, ids, decoding)
+    if [] in ids:
+        raise DataError(
+            f"Prompt {ids.index([]) + 1} is empty; the model needs a token to continue from."
+        )
+    virtual = virtual_tokens_of(model)
+    if virtual.total:
+        start = start_ids(tokenizer)
+        ids = [place_in_prompt(prompt, virtual, start) for prompt in ids]
+    _check_lengths(model, ids, decoding, virtual.total)
     settings = _generation_config(model, tokenizer, decoding)
+    processors = LogitsProcessorList()
+    if decoding.no_repeat_ngram:
+        # Its place in `settings` would index the vocabulary with the ids of virtual tokens.
+        processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     with _generating(model, settings, decoding.seed):
         for start in range(0, len(order), decoding.batch_size):
             chosen = order[start : start + decoding.batch_size]
             inputs = _left_pad([ids[i] for i in chosen], settings.pad_token_id, model.device)
-            outputs = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+            outputs = model.generate(  # type: ignore[operator]
+                **inputs, generation_config=settings, logits_processor=processors
+            )
             if not model.config.is_encoder_decoder:
                 outputs = outputs[:, inputs["input_ids"].shape[1] :]
             decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
@@ -80,15 +104,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
 
 
-def _check_lengths(model: PreTrainedModel, ids: list[list[int]], decoding: Decoding) -> None:
+def _check_lengths(
+    model: PreTrainedModel, ids: list[list[int]], decoding: Decoding, virtual: int
+) -> None:
     context = None if model.config.is_encoder_decoder else context_length(model)
+    beside = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
-        if not prompt:
-            raise DataError(f"Prompt {number} is empty; the model needs a token to continue from.")
         if context and len(prompt) + decoding.max_new_tokens > context:
             raise DataError(
-                f"Prompt {number} has {len(prompt)} tokens; with max_new_tokens {decoding.max_new_tokens} that "
-                f"exceeds the model's context of {context}. Shorten the prompt or lower max_new_tokens."
+                f"Prompt {number} has {len(prompt) - virtual} tokens{beside}; with max_new_tokens "
+                f"{decoding.max_new_tokens} that exceeds the model's context of {context}. Shorten the prompt or "
+                "lower max_new_tokens."
             )
 
 
@@ -115,7 +141,6 @@ def _generation_config(
         top_k=decoding.top_k if draws else None,
         num_beams=decoding.beams,
         length_penalty=decoding.length_penalty if decoding.beams > 1 else None,
-        no_repeat_ngram_size=decoding.no_repeat_ngram,
         eos_token_id=ends or None,
         pad_token_id=pad,
         bos_token_id=own.bos_token_id,
@@ -123,6 +148,26 @@ def _generation_config(
         forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
     )
+
+
+class NoRepeatedNGrams(LogitsProcessor):
+    """Bans tokens that would repeat an n-gram, also where virtual tokens stand between others.
+
+    A virtual token can be part of an n-gram and is nothing that could be generated: each gets a column beside the
+    vocabulary for as long as the ban is made.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.ban = NoRepeatNGramLogitsProcessor(size)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (B, V) with minus infinity at banned tokens."""
+        vocabulary = scores.shape[-1]
+        virtual = input_ids >= PREFIX_START
+        found, column = input_ids[virtual].unique(return_inverse=True)
+        ids = input_ids.masked_scatter(virtual, vocabulary + column)
+        wide = torch.nn.functional.pad(scores, (0, len(found)))
+        return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
 
 
 def _left_pad(

@@ -2,12 +2,18 @@
 
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import AdapterModule, Method
+from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
 METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind for kind in (BitFit, BottleneckAdapter, FullFineTuning, LoRA)
+    kind.__name__: kind
+    for kind in (
+        *(BitFit, BottleneckAdapter, Combined, FullFineTuning),
+        *(LoRA, PrefixEmbedding, PrefixLayer),
+    )
 }
 """Every method by the name under which a file records it."""
 
@@ -16,7 +22,10 @@ __all__ = [
     "AdapterModule",
     "BitFit",
     "BottleneckAdapter",
+    "Combined",
     "FullFineTuning",
     "LoRA",
     "Method",
+    "PrefixEmbedding",
+    "PrefixLayer",
 ]

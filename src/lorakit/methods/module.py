@@ -72,8 +72,14 @@ def describe(method: Method) -> str:
         value = getattr(method, name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if value != default:
-            changed.append(f"{name}={value!r}")
+            changed.append(f"{name}={_described(value)}")
     return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple) and value and all(isinstance(item, Method) for item in value):
+        return f"({', '.join(map(describe, value))})"
+    return repr(value)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -62,7 +62,8 @@ def with_head(method: Method, head: Sequence[str]) -> Method:
         ConfigurationError: It has no setting for that.
     """
     settings: Any = method
-    if not head or getattr(method, "train_modules", ()):
+    parts = (method, *getattr(method, "methods", ()))
+    if not head or any(getattr(part, "train_modules", ()) for part in parts):
         return method
     if "train_modules" not in method.__dataclass_fields__:
         raise ConfigurationError(

@@ -88,6 +88,26 @@ def parse(text: str, header: Sequence[str]) -> Query | None:
     return Query(*select, frozenset(conditions))
 
 
+def spelt(sql: Mapping[str, Any], header: Sequence[str]) -> str:
+    """Return a logical form (`sel`, `agg`, `conds`) as the text that WikiSQL spells it in, which `parse` reads.
+
+    Raises:
+        DataError: It is none, or names a column that `header` does not have.
+    """
+    _example({"table": {"header": header}, "sql": sql}, "The query")
+
+    def name(column: int) -> str:
+        return " ".join(str(header[column]).split())
+
+    selected = f"{AGGREGATES[sql['agg']]} {name(sql['sel'])}".strip()
+    conditions = [
+        f"{name(column)} {OPERATORS[operator]} {' '.join(str(value).split())}"
+        for column, operator, value in sql["conds"]
+    ]
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    return f"SELECT {selected} FROM table{where}"
+
+
 def _select(selected: str, names: list[str]) -> tuple[int, int] | None:
     """The column and the aggregate that follow SELECT."""
     for aggregate, name in enumerate(AGGREGATES):

@@ -52,6 +52,7 @@ def _dropout(module: nn.Dropout, x: Tensor) -> Tensor:
     return dropout(x, module.p) if module.training else x
 
 
+@torch.compiler.disable  # its blocks depend on what stands in the mask
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -66,8 +67,7 @@ def _attention(
     """Attention as `transformers` calls it: heads before tokens in, tokens before heads out."""
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if (
-        torch.compiler.is_compiling()
-        or (attention_mask is None and causal and query.shape[2] > 1)
+        (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
         or any(options.get(name) is not None for name in NOT_OURS)
     ):

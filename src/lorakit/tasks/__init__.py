@@ -10,6 +10,7 @@ from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
 from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.named_text import NamedText
 from lorakit.tasks.registry import GENERIC, TASKS, generic_task, task_type
 from lorakit.tasks.task import (
     BadRow,
@@ -37,6 +38,7 @@ __all__ = [
     "Kind",
     "LabelledExample",
     "LanguageExample",
+    "NamedText",
     "Regression",
     "RowError",
     "Task",

@@ -39,6 +39,11 @@ class Completion(TextTask):
         super().__init__(tokenizer, **settings)
         self.start = start_ids(tokenizer)
         self.end = end_id(tokenizer)
+        self.before_completion: list[int] = []
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the token ids to generate from, the same that training puts before a completion."""
+        return self.start + encode_text(self.tokenizer, prompt) + self.before_completion
 
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the example `[prompt, completion, eos]`; the completion's tokens and eos are targets."""
@@ -47,7 +52,7 @@ class Completion(TextTask):
         # Prompt and completion are tokenised apart. Generation is given the tokens of the prompt alone
         # and can only append: tokenising the joined text may merge the last character of the prompt with
         # the first of the completion, and train on a boundary that never occurs when generating.
-        prompt_ids = self.start + encode_text(self.tokenizer, prompt)
+        prompt_ids = self.prompt_ids(prompt)
         completion_ids = encode_text(self.tokenizer, completion)
         for ids, column in ((prompt_ids, "prompt"), (completion_ids, "completion")):
             if not ids:

@@ -14,16 +14,22 @@ from types import ModuleType
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
+from lorakit.tasks.data_to_text import DATA_TO_TEXT
 from lorakit.tasks.glue import GLUE
 from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.summarization import SAMSum
 from lorakit.tasks.task import Task
+from lorakit.tasks.text_to_sql import WikiSQL
 
 GENERIC: dict[str, type[Task]] = {
     task.name: task for task in (Completion, Chat, Classification, Regression)
 }
 """Tasks that read any data with their columns."""
 
-TASKS: dict[str, type[Task]] = {**GENERIC, **{task.name: task for task in GLUE}}
+NAMED: tuple[type[Task], ...] = (*GLUE, *DATA_TO_TEXT, WikiSQL, SAMSum)
+"""Tasks that know their data: those of the paper."""
+
+TASKS: dict[str, type[Task]] = {**GENERIC, **{task.name: task for task in NAMED}}
 """Every task that comes with lorakit."""
 
 ENTRY_POINTS = "lorakit.tasks"

@@ -197,6 +197,10 @@ class Task(ABC):
             classes: How many classes there are.
         """
 
+    @classmethod  # noqa: B027 - most tasks have nothing to check
+    def check_scoring(cls) -> None:
+        """Raise a ConfigurationError where a package that `score` needs is missing; called before the work."""
+
     @classmethod
     def answer(cls, text: str) -> str:
         """Return what counts of a generated text."""

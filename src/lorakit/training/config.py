@@ -14,9 +14,11 @@ from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
+from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -31,6 +33,10 @@ DEFAULT_RATES: dict[str, float] = {
     "bitfit": 1e-3,
     # The rate of nearly all of the paper's adapter runs (Table 9).
     "bottleneck": 3e-4,
+    # Vectors that start at random and small have a way to go; the paper takes 5e-4 and 1e-4 (section D.4) over many
+    # more steps than a small run has.
+    "prefix_embedding": 1e-3,
+    "prefix_layer": 5e-4,
 }
 """Every method that a configuration can name, and the peak learning rate that it starts from."""
 
@@ -41,7 +47,7 @@ class OptimizerConfig:
 
     learning_rate: float | None = None
     """Peak rate. By default that of the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
-    bottleneck."""
+    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer; of several the lowest."""
     lr_ratio: float = 1.0
     """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
     schedule: Schedule = "linear"
@@ -145,8 +151,9 @@ class TrainConfig:
     output: str
     """Run folder: configuration, metrics, checkpoints, the adapter."""
     method: str = "lora"
-    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit) or
-    small layers in between (bottleneck)."""
+    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit),
+    small layers in between (bottleneck), or vectors of virtual tokens around the prompt, at the embedding alone
+    (prefix_embedding) or in every block (prefix_layer). Several are joined by a plus: lora+prefix_embedding."""
     lora: LoRA = field(default_factory=LoRA)
     """Settings of the method lora. A new classification head is trained beside any method without being named."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
@@ -155,6 +162,10 @@ class TrainConfig:
     """Settings of the method bitfit."""
     bottleneck: BottleneckAdapter = field(default_factory=BottleneckAdapter)
     """Settings of the method bottleneck."""
+    prefix_embedding: PrefixEmbedding = field(default_factory=PrefixEmbedding)
+    """Settings of the method prefix_embedding."""
+    prefix_layer: PrefixLayer = field(default_factory=PrefixLayer)
+    """Settings of the method prefix_layer."""
     from_adapter: str | None = None
     """Start from the weights (and method) of this adapter folder, with a new optimizer; unlike resume."""
 
@@ -176,6 +187,9 @@ class TrainConfig:
     """Share of the target's probability that is spread evenly over all tokens or classes."""
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile: a minute or more at the start. For GPUs; on a CPU in bfloat16
+    it was slower wherever it was measured."""
     seed: int = 0
     """Seed of the adapter's start, the order of the data and dropout."""
 
@@ -261,19 +275,23 @@ class TrainConfig:
             )
 
     def _check_method(self) -> None:
-        if self.method not in DEFAULT_RATES:
-            raise ConfigurationError(
-                f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}."
-                + nearest(self.method, DEFAULT_RATES)
-            )
+        names = self.method_names
+        for name in names:
+            if name not in DEFAULT_RATES:
+                raise ConfigurationError(
+                    f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, or several joined by "
+                    f"a plus.{nearest(name, DEFAULT_RATES)}"
+                )
+            if names.count(name) > 1:
+                raise ConfigurationError(f"method is {self.method!r}, which names {name} twice.")
         set_by_hand = [name for name in DEFAULT_RATES if self._has_settings(name)]
         for name in set_by_hand:
-            if name != self.method:
+            if name not in names:
                 raise ConfigurationError(
                     f"method is {self.method}, but the section {name} has settings of its own, which would have no "
                     f"effect. Set method to {name}, or leave the section out."
                 )
-        if self.method != "lora" and self.optimizer.lr_ratio != 1:
+        if "lora" not in names and self.optimizer.lr_ratio != 1:
             raise ConfigurationError(
                 f"optimizer.lr_ratio is for the A and B of lora; with method {self.method} leave it at 1."
             )
@@ -282,6 +300,7 @@ class TrainConfig:
                 "from_adapter brings its own method and settings; leave out method and the sections of methods "
                 f"({', '.join(DEFAULT_RATES)}) beside it."
             )
+        _ = self.chosen_method  # methods that exclude each other are an error here already
 
     def _has_settings(self, section: str) -> bool:
         """Whether a method's section differs from its defaults."""
@@ -289,9 +308,15 @@ class TrainConfig:
         return settings != type(settings)()
 
     @property
+    def method_names(self) -> tuple[str, ...]:
+        """The names that `method` joins."""
+        return tuple(self.method.split("+"))
+
+    @property
     def chosen_method(self) -> Method:
         """The method that `method` names, with the settings of its section."""
-        return getattr(self, self.method)
+        chosen = tuple(getattr(self, name) for name in self.method_names)
+        return chosen[0] if len(chosen) == 1 else Combined(methods=chosen)
 
     @property
     def validates(self) -> bool:
@@ -303,7 +328,8 @@ class TrainConfig:
         """The learning rate, or the method's default."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        return DEFAULT_RATES[self.method]
+        # Of several the lowest: one rate for all must not be too high for any.
+        return min(DEFAULT_RATES[name] for name in self.method_names)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that YAML and JSON can hold."""

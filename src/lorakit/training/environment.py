@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 import sys
+from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.installed import base_parameters, base_weights
 
 PACKAGES = ("lorakit", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -21,12 +27,32 @@ def versions() -> dict[str, str | None]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions, and the machine of this session."""
     return {
+        "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+    }
+
+
+def command() -> str:
+    """Return the command of this process, as it would be typed in a shell."""
+    program, *arguments = sys.argv or [""]
+    name = Path(program).name
+    if name in ("lorakit", "__main__.py"):  # the installed command, or python -m lorakit
+        return shlex.join(["lorakit", *arguments])
+    return shlex.join(["python", *([program] if program else []), *arguments])
+
+
+def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return numbers of parameters, and of bytes that the base takes in memory."""
+    tensors = [parameter for _, parameter in base_parameters(model)]
+    return {
+        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "base_parameters": sum(weight.shape.numel() for _, weight in base_weights(model)),
+        "base_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
 
 

@@ -6,6 +6,7 @@ import time
 
 from lorakit.training import checkpoint
 from lorakit.training.config import TrainConfig
+from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
@@ -34,7 +35,7 @@ def train(config: TrainConfig) -> RunResult:
         run.claim()
         state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=job.inputs)
         keep = run.config.checkpoints.keep
-        run.begin(state, job.device)
+        run.begin(state, job.device, sizes(job.model, job.parameters))
         with (
             Interruption() as interruption,
             Loggers(run, state) as log,

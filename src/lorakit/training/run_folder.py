@@ -9,6 +9,7 @@ checkpoints/       step-000100/ and so on, from which ``--resume true`` goes on
 best/              the adapter with the best validation score
 adapter/           the adapter after the last step
 result.json        written last: its presence means that the run is finished
+report.html        the run to look at, written after it by ``lorakit train`` and ``lorakit report``
 =================  ===================================================================================
 """
 
@@ -18,7 +19,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,9 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.html"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES)
+FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 
 # What two sessions of one run may differ in: how the run is started, not what it computes.
@@ -182,14 +183,14 @@ class RunFolder:
         with storage.writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
 
-    def begin(self, state: State, device: torch.device) -> None:
+    def begin(self, state: State, device: torch.device, sizes: Mapping[str, int]) -> None:
         """Note this session in environment.json, and forget what was recorded after `state`."""
         step = state.step if state.started else -1
         self.metrics.truncate(step)
         self.samples.truncate(step)
         path = self.path / ENVIRONMENT
         record = storage.read_record(path, RunFolderError) if path.exists() else {}
-        session = {"from_step": state.step, **environment(device)}
+        session = {"from_step": state.step, **environment(device), "sizes": dict(sizes)}
         with storage.atomic_file(path) as temporary:
             storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
 

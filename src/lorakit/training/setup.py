@@ -18,11 +18,18 @@ from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import Collate, check_context, collator, open_base
+from lorakit.evaluation.base import (
+    Collate,
+    check_context,
+    collator,
+    open_base,
+    with_virtual_tokens,
+)
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods.trained import with_head
+from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
@@ -30,6 +37,7 @@ from lorakit.tasks import Example, LanguageExample, Task, generic_task, task_typ
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
+from lorakit.training.mixed_precision import let_norms_compute
 from lorakit.training.schedule import StepPlan, rate_factor
 from lorakit.training.warm_start import warm_start
 
@@ -219,20 +227,22 @@ def assemble(
         LorakitError: A setting does not fit the data or the model.
     """
     model = base.model
+    adapters = attach_method(base, config, task)
     for examples in (train, validation):
         if examples is not None:
             check_context(base, examples.examples)
-    adapters = attach_method(base, config, task)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     with autocast_of(config, adapters, model.device):
         stock = try_faster(model, collator(base)(train.examples[:2]))
-        packed, packing_note = _packs(model, config, train.examples)
+        packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
             base, task, train.examples, label_smoothing=config.label_smoothing
         )
     notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
     objective.note = "; ".join(note for note in notes if note)
+    if config.compile:
+        compile_blocks(model)
     model.train()
     # From here on the global generator serves dropout alone.
     torch.manual_seed(config.seed)
@@ -267,11 +277,10 @@ def autocast_of(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _packs(
-    model: PreTrainedModel, config: TrainConfig, examples: Sequence[Example]
-) -> tuple[bool, str]:
+def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tuple[bool, str]:
     """Whether batches are packed, and what to tell the user of it."""
-    first = examples[0]
+    model = base.model
+    (first,) = with_virtual_tokens(base, examples[:1])
     if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
         return False, ""
     if not config.packing:
@@ -299,6 +308,7 @@ def attach_method(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
         parameter.data = parameter.data.float()
+    let_norms_compute(model)
     return adapters
 
 

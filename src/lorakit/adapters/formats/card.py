@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.stored import StoredAdapter
+from lorakit.methods.combined import lora_of
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import describe
 from lorakit.models.sources import PACKAGED_MODELS
@@ -29,6 +30,9 @@ _KINDS = {
     "FullFineTuning": "Fine-tuned weights",
     "BitFit": "BitFit biases",
     "BottleneckAdapter": "Bottleneck adapter",
+    "Combined": "Combined adapter",
+    "PrefixEmbedding": "Prefix embeddings",
+    "PrefixLayer": "Prefix vectors of every block",
 }
 
 _PACKAGED = {model.name for model in PACKAGED_MODELS}
@@ -62,7 +66,7 @@ def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
         base_model=base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None,
         library_name="peft" if form is not None else "lorakit",
         pipeline_tag=_AUTO_CLASSES[task][1] if task else None,
-        tags=["lorakit", "lora"] if isinstance(stored.method, LoRA) else ["lorakit"],
+        tags=["lorakit", "lora"] if lora_of(stored.method) else ["lorakit"],
     )
     return f"---\n{data.to_yaml()}\n---"
 

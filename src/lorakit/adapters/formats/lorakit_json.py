@@ -23,7 +23,7 @@ from lorakit.adapters.formats.peft.writing import factor_keys
 from lorakit.adapters.formats.tensors import read_safetensors, regular_file, write_safetensors
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
-from lorakit.methods import METHODS, Method
+from lorakit.methods import METHODS, Combined, Method
 from lorakit.models.roles import RowSlice
 from lorakit.version import __version__
 
@@ -60,7 +60,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "format": "lorakit",
         "format_version": FORMAT_VERSION,
         "lorakit_version": __version__,
-        "method": {"name": type(stored.method).__name__, **dataclasses.asdict(stored.method)},
+        "method": _method_record(stored.method),
         "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
         "layers": {
             path: _describe(layer, None if form is None else form.layer_keys[path])
@@ -131,6 +131,14 @@ def read(folder: Path) -> StoredAdapter:
 
 
 # --- writing -------------------------------------------------------------------------------------
+
+
+def _method_record(method: Method) -> dict[str, Any]:
+    """A method's settings; a combination's with those of its parts."""
+    settings = dataclasses.asdict(method)
+    if isinstance(method, Combined):
+        settings["methods"] = [_method_record(part) for part in method.methods]
+    return {"name": type(method).__name__, **settings}
 
 
 def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
@@ -220,6 +228,8 @@ def _method(found: Any) -> Method:
     settings = {
         key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
     }
+    if kind is Combined:
+        settings["methods"] = tuple(map(_method, found["methods"]))
     unknown = settings.keys() - {f.name for f in dataclasses.fields(kind)}
     if unknown:
         raise AdapterFileError(

@@ -1,0 +1,70 @@
+"""The blocks of a model compiled, each by itself, for training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lorakit.errors import ConfigurationError
+from lorakit.models.blocks import stacks
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile the blocks of `model` in place, for batches of any length; return how many there are.
+
+    A block is compiled rather than the model, since all blocks of a stack share one compilation. The model
+    keeps its classes and keys. What a compiler cannot look into (the attention of `lorakit.models.faster`)
+    runs as it is, between two compiled halves.
+
+    Args:
+        model: Changed in place.
+        backend: A backend of `torch.compile`.
+
+    Raises:
+        ConfigurationError: The model has no blocks that are known, or there is nothing to compile with.
+    """
+    if backend == "inductor":
+        _require_compiler(next(model.parameters()).device)
+    paths = [path for stack in stacks(model).values() for path in stack]
+    if not paths:
+        raise ConfigurationError(
+            f"compile is set, and {type(model).__name__} has no list of blocks to compile. Set it to false."
+        )
+    # Graphs of one block: a length of 1, training with and without gradients of the input, each adapter choice.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for path in paths:
+        model.get_submodule(path).compile(dynamic=True, backend=backend)
+    return len(paths)
+
+
+@contextmanager
+def compiled_blocks_idle(model: nn.Module) -> Iterator[None]:
+    """Run blocks that `compile_blocks` compiled as they were: generation has a new shape for every token."""
+    compiled = {
+        module: call
+        for module in model.modules()
+        if (call := module._compiled_call_impl) is not None
+    }
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cuda":
+        return  # Triton comes with torch
+    names = (os.environ.get("CXX") or "g++", "clang++")
+    if not any(shutil.which(name) for name in names):
+        raise ConfigurationError(
+            f"compile is set, and torch.compile needs a C++ compiler on a CPU; none of {', '.join(names)} is there. "
+            "Install one (apt-get install g++), name it in the environment variable CXX, or set compile to false."
+        )

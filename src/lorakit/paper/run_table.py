@@ -1,0 +1,68 @@
+"""Run a table of the paper: the grid, and after every run the page, the JSON and the figure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit import storage
+from lorakit.paper.comparison import Comparison, compare
+from lorakit.paper.config import PaperConfig
+from lorakit.paper.grid import Grid, Say, open_grid
+from lorakit.paper.plots import save_plot
+from lorakit.paper.report import as_dict, markdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableResult:
+    """A table that was run."""
+
+    comparison: Comparison
+    page: Path
+    data: Path
+    figure: Path | None
+
+
+def run_table(config: PaperConfig, say: Say = print) -> TableResult:
+    """Make the runs that are missing, and write the table as far as it goes after each of them.
+
+    An interrupted call loses no finished run: the same call goes on where it was, within a run too.
+
+    Args:
+        config: The table, the model, and how much is run.
+        say: Told what is going on, a line at a time.
+
+    Raises:
+        LorakitError: Something the user can mend: settings, data, base, folder.
+    """
+    with open_grid(config, say) as grid:
+        grid.run(after_each=lambda: _write(grid))
+        return _write(grid, figure=True)
+
+
+def _write(grid: Grid, *, figure: bool = False) -> TableResult:
+    found = compare(grid)
+    folder, name = grid.config.folder, grid.config.table
+    page, data, plot = (folder / f"{name}{suffix}" for suffix in (".md", ".json", ".png"))
+    drawn = figure and _draw(found, plot)
+    text = markdown(found)
+    if drawn:
+        text = text.replace(
+            "\n## ", f"\n![Scores against trained parameters]({plot.name})\n\n## ", 1
+        )
+    with storage.atomic_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with storage.atomic_file(data) as temporary:
+        record = json.dumps(as_dict(found), indent=1, ensure_ascii=False)
+        temporary.write_text(record + "\n", encoding="utf-8")
+    return TableResult(comparison=found, page=page, data=data, figure=plot if drawn else None)
+
+
+def _draw(found: Comparison, path: Path) -> bool:
+    with storage.atomic_file(path) as temporary:
+        named = temporary.with_suffix(".png")
+        drawn = save_plot(found, named)
+        if drawn:
+            named.replace(temporary)
+    return drawn

@@ -1,0 +1,494 @@
+"""What each table of the paper compares: methods with their settings, on data sets with their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lorakit.errors import ConfigurationError, nearest
+from lorakit.paper.published import PublishedTable, published
+from lorakit.tasks.registry import task_type
+
+LEARNING_RATES: dict[str, float] = {
+    "full": 5e-5,
+    "full-top2": 5e-5,
+    "bitfit": 1e-3,
+    "bottleneck": 3e-4,
+    "lora": 5e-4,
+    "prefix_embedding": 5e-3,
+    "prefix_layer": 5e-3,
+}
+"""The rate in the middle of those tried, by the first method of a variant."""
+_LADDER = (1.0, 3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
+"""What the middle is multiplied by, trial after trial."""
+MAX_TRIALS = len(_LADDER)
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One row of a table: what is trained, and how."""
+
+    key: str
+    """Its name on the command line and in folders."""
+    method: str
+    """The paper's name of the method, which its published rows have too."""
+    settings: Settings
+    """Settings of `TrainConfig` by dotted name."""
+    setting: str = ""
+    """What tells it apart from other rows of its method."""
+
+    def rates(self, trials: int) -> list[float]:
+        """Return the learning rates to try, from small to large, two digits each."""
+        kind = self.settings["method"].split("+")[0]
+        middle = LEARNING_RATES.get(self.key, LEARNING_RATES.get(kind, 5e-4))
+        return sorted(float(f"{middle * factor:.1e}") for factor in _LADDER[:trials])
+
+    @property
+    def label(self) -> str:
+        """The method with its setting."""
+        return f"{self.method} {self.setting}".strip()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One score of a data set, as the paper's table prints it."""
+
+    name: str
+    """Its column in the published table."""
+    score: str
+    """Its name among the scores of an evaluation."""
+    scale: float = 1.0
+    """From the evaluation's unit to the table's."""
+    digits: int = 1
+    """Digits after the point, as the table prints them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet:
+    """The data of one or several columns."""
+
+    key: str
+    """Its name on the command line and in folders."""
+    task: str
+    """The named task."""
+    columns: tuple[Column, ...]
+    max_length: int = 128
+    """Longest example, in tokens; longer ones are cut."""
+    limit: int | None = None
+    """Training examples that the study itself asks for (Table 16)."""
+
+    @property
+    def split(self) -> Literal["validation", "test"]:
+        """The split that is scored at the end."""
+        return task_type(self.task).scored_split
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether part of the training data is held out for choices, since the scored split is the validation one."""
+        return self.split == "validation"
+
+    @property
+    def metric(self) -> str:
+        """The score on held-out data that choices are made by."""
+        task = task_type(self.task)
+        return "loss" if task.kind == "text" else task.metric
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """A table of the paper as something to run."""
+
+    table: PublishedTable
+    base: str
+    """The model that is taken where none is named."""
+    data_sets: tuple[DataSet, ...]
+    variants: tuple[Variant, ...]
+    average: str | None = None
+    """The column with the mean over all others, where the table has one."""
+    notes: tuple[str, ...] = field(default=())
+
+    def choose(self, data_sets: tuple[str, ...] | None, variants: tuple[str, ...] | None) -> Study:
+        """Return the study with some data sets and variants only, in the order of the table.
+
+        Raises:
+            ConfigurationError: A name is none of the study's, or stands twice.
+        """
+        chosen_sets = _chosen("tasks", self.data_sets, data_sets)
+        chosen_variants = _chosen("methods", self.variants, variants)
+        return replace(self, data_sets=chosen_sets, variants=chosen_variants)
+
+
+def _chosen(option: str, items: tuple[Any, ...], names: tuple[str, ...] | None) -> tuple[Any, ...]:
+    if names is None:
+        return items
+    known = {item.key: item for item in items}
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(
+                f"{option} names '{name}'; this table has {', '.join(known)}.{nearest(name, known)}"
+            )
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"{option} is {', '.join(names) or 'empty'}; name each once, and at least one."
+        )
+    return tuple(item for key, item in known.items() if key in names)
+
+
+def study(table: str) -> Study:
+    """Return the study of a table.
+
+    Raises:
+        ConfigurationError: The table is not one that is made of training runs.
+    """
+    if table not in STUDIES:
+        raise ConfigurationError(
+            f"table is {table!r}; it must be one of {', '.join(STUDIES)}.{nearest(table, STUDIES)}"
+        )
+    return STUDIES[table]
+
+
+def lora(rank: int, *targets: str, alpha: float = 16.0) -> dict[str, Any]:
+    """Return the settings of LoRA on some roles."""
+    return {"method": "lora", "lora.rank": rank, "lora.alpha": alpha, "lora.targets": targets}
+
+
+def bottleneck(kind: str, size: int) -> dict[str, Any]:
+    """Return the settings of bottleneck adapters."""
+    return {"method": "bottleneck", "bottleneck.kind": kind, "bottleneck.size": size}
+
+
+def prefix(method: str, length: int, infix: int) -> dict[str, Any]:
+    """Return the settings of prefixes, of embeddings or of activations."""
+    return {
+        "method": method,
+        f"{method}.prefix_length": length,
+        f"{method}.infix_length": infix,
+    }
+
+
+def _glue(key: str, column: str, score: str = "accuracy", max_length: int = 128) -> DataSet:
+    return DataSet(
+        key=key,
+        task=key,
+        columns=(Column(name=column, score=score, scale=100),),
+        max_length=max_length,
+    )
+
+
+_FT = Variant(key="full", method="FT", settings={"method": "full"})
+_FT_TOP2 = Variant(
+    key="full-top2", method="FT-Top2", settings={"method": "full", "full.top_layers": 2}
+)
+_BITFIT = Variant(key="bitfit", method="BitFit", settings={"method": "bitfit"})
+
+_GLUE = (
+    _glue("mnli", "MNLI"),
+    _glue("sst2", "SST-2"),
+    _glue("mrpc", "MRPC"),
+    _glue("cola", "CoLA", "matthews"),
+    _glue("qnli", "QNLI"),
+    _glue("qqp", "QQP"),
+    _glue("rte", "RTE", max_length=256),
+    _glue("stsb", "STS-B", "pearson"),
+)
+
+_TABLE2 = Study(
+    table=published("table2"),
+    base="minilm-l6",
+    data_sets=_GLUE,
+    average="Avg",
+    variants=(
+        _FT,
+        _BITFIT,
+        Variant(key="adapter_h", method="AdapterH", settings=bottleneck("houlsby", 8)),
+        Variant(key="adapter_p", method="AdapterP", settings=bottleneck("pfeiffer", 16)),
+        Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 0)),
+        Variant(key="lora", method="LoRA", settings=lora(8, "attention.qv")),
+    ),
+    notes=("Every run starts from the pre-trained model: none from an MNLI run.",),
+)
+
+_E2E_COLUMNS = (
+    Column(name="BLEU", score="BLEU", scale=100),
+    Column(name="NIST", score="NIST", digits=2),
+    Column(name="METEOR", score="METEOR", scale=100),
+    Column(name="ROUGE-L", score="ROUGE_L", scale=100),
+    Column(name="CIDEr", score="CIDEr", digits=2),
+)
+_GENERATION_VARIANTS = (
+    _FT,
+    _FT_TOP2,
+    Variant(key="adapter_l", method="AdapterL", settings=bottleneck("lin", 6)),
+    Variant(key="adapter_h", method="AdapterH", settings=bottleneck("houlsby", 4)),
+    _BITFIT,
+    Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 6)),
+    Variant(key="lora", method="LoRA", settings=lora(4, "attention.qv", alpha=32)),
+)
+
+_TABLE3 = Study(
+    table=published("table3"),
+    base="smollm2-135m",
+    data_sets=(DataSet(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
+    variants=_GENERATION_VARIANTS,
+)
+_FRACTIONS = ("METEOR", "TER")
+_TABLE13 = Study(
+    table=published("table13"),
+    base="smollm2-135m",
+    data_sets=(
+        DataSet(
+            key="dart",
+            task="dart",
+            columns=(
+                Column(name="BLEU", score="BLEU"),
+                *(Column(name=name, score=name, digits=2) for name in _FRACTIONS),
+            ),
+            max_length=384,
+        ),
+    ),
+    variants=_GENERATION_VARIANTS,
+)
+_TABLE14 = Study(
+    table=published("table14"),
+    base="smollm2-135m",
+    data_sets=(
+        DataSet(
+            key="webnlg",
+            task="webnlg",
+            columns=(
+                *(Column(name=f"BLEU {s}", score=f"BLEU_{s}") for s in "USA"),
+                *(
+                    Column(name=f"{name} {s}", score=f"{name}_{s}", digits=2)
+                    for name in _FRACTIONS
+                    for s in "USA"
+                ),
+            ),
+            max_length=384,
+        ),
+    ),
+    variants=_GENERATION_VARIANTS,
+)
+
+_WIKISQL = DataSet(
+    key="wikisql",
+    task="wikisql",
+    columns=(Column(name="WikiSQL", score="logical_form", scale=100),),
+    max_length=384,
+)
+_MNLI_M = DataSet(
+    key="mnli",
+    task="mnli",
+    columns=(Column(name="MNLI-m", score="accuracy", scale=100),),
+)
+_SAMSUM = DataSet(
+    key="samsum",
+    task="samsum",
+    columns=tuple(
+        Column(name=f"ROUGE-{n}", score=f"ROUGE_{n}", scale=100) for n in ("1", "2", "L")
+    ),
+    max_length=512,
+)
+_HEAD = "MNLI is read off a classification head, where GPT-3 wrote its answer as text."
+
+_TABLE4 = Study(
+    table=published("table4"),
+    base="smollm2-135m",
+    data_sets=(_WIKISQL, _MNLI_M, _SAMSUM),
+    variants=(
+        _FT,
+        _BITFIT,
+        Variant(
+            key="prefix_embedding", method="PreEmbed", settings=prefix("prefix_embedding", 256, 8)
+        ),
+        Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 8)),
+        Variant(
+            key="adapter_h", method="AdapterH", settings=bottleneck("houlsby", 1), setting="r=1"
+        ),
+        Variant(
+            key="adapter_h-8", method="AdapterH", settings=bottleneck("houlsby", 8), setting="r=8"
+        ),
+        Variant(key="lora", method="LoRA", settings=lora(1, "attention.qv"), setting="q,v, r=1"),
+        Variant(key="lora-8", method="LoRA", settings=lora(8, "attention.qv"), setting="q,v, r=8"),
+    ),
+    notes=(_HEAD,),
+)
+
+_ROLES = {
+    "q": ("attention.q",),
+    "k": ("attention.k",),
+    "v": ("attention.v",),
+    "o": ("attention.o",),
+    "q,k": ("attention.q", "attention.k"),
+    "q,v": ("attention.qv",),
+    "q,k,v,o": ("attention.q", "attention.k", "attention.v", "attention.o"),
+}
+
+
+def _lora_on(weights: str, rank: int, name: str = "") -> Variant:
+    key = name or f"{weights.replace(',', '')}-r{rank}"
+    return Variant(
+        key=key,
+        method="LoRA",
+        settings=lora(rank, *_ROLES[weights]),
+        setting=f"{weights}, r={rank}",
+    )
+
+
+_TABLE5 = Study(
+    table=published("table5"),
+    base="smollm2-135m",
+    data_sets=(_WIKISQL, _MNLI_M),
+    variants=tuple(
+        _lora_on(weights, rank)
+        for weights, rank in (
+            *(("q", 8), ("k", 8), ("v", 8), ("o", 8)),
+            *(("q,k", 4), ("q,v", 4), ("q,k,v,o", 2)),
+        )
+    ),
+    notes=(
+        _HEAD,
+        "The rows have one budget where all four matrices are square; with fewer key and value heads than query "
+        "heads, the parameters differ.",
+    ),
+)
+
+_TABLE6 = Study(
+    table=published("table6"),
+    base="smollm2-135m",
+    data_sets=(_WIKISQL, _MNLI_M),
+    variants=tuple(
+        _lora_on(weights, rank) for weights in ("q", "q,v", "q,k,v,o") for rank in (1, 2, 4, 8, 64)
+    ),
+    notes=(_HEAD, "alpha stays 16 at every rank."),
+)
+
+_TABLE15 = Study(
+    table=published("table15"),
+    base="smollm2-135m",
+    data_sets=(_WIKISQL, _MNLI_M),
+    variants=(
+        _FT,
+        *(
+            Variant(
+                key=f"{method}-{length}-{infix}",
+                method=name,
+                settings=prefix(method, length, infix),
+                setting=f"l_p={length}, l_i={infix}",
+            )
+            for method, name, lengths in (
+                ("prefix_embedding", "PreEmbed", ((32, 8), (64, 8), (128, 8), (256, 8), (512, 8))),
+                ("prefix_layer", "PreLayer", ((2, 2), (8, 0), (8, 8), (32, 4), (64, 0))),
+            )
+            for length, infix in lengths
+        ),
+        *(
+            Variant(
+                key=f"adapter_h-{size}",
+                method="AdapterH",
+                settings=bottleneck("houlsby", size),
+                setting=f"r={size}",
+            )
+            for size in (1, 4, 8, 16, 64)
+        ),
+        *(
+            _lora_on(weights, rank)
+            for weights, rank in (
+                *(("v", 2), ("q,v", 1), ("q,v", 2), ("q,k,v,o", 1), ("q,v", 4), ("q,k,v,o", 2)),
+                *(("q,v", 8), ("q,k,v,o", 4), ("q,v", 64), ("q,k,v,o", 64)),
+            )
+        ),
+        *(
+            Variant(
+                key=f"lora+{short}-{rank}",
+                method=name,
+                settings={
+                    **prefix(method, 8, 4),
+                    **lora(rank, "attention.qv"),
+                    "method": f"lora+{method}",
+                },
+                setting=f"q,v, r={rank}, l_p=8, l_i=4",
+            )
+            for short, name, method, ranks in (
+                ("pe", "LoRA+PE", "prefix_embedding", (8, 32, 64)),
+                ("pl", "LoRA+PL", "prefix_layer", (8,)),
+            )
+            for rank in ranks
+        ),
+    ),
+    notes=(_HEAD,),
+)
+
+_TABLE16 = Study(
+    table=published("table16"),
+    base="minilm-l6",
+    data_sets=tuple(
+        DataSet(
+            key=f"mnli-{name}",
+            task="mnli",
+            columns=(Column(name=f"MNLI-{name}", score="accuracy", scale=100),),
+            limit=limit,
+        )
+        for name, limit in (("100", 100), ("1k", 1_000), ("10k", 10_000), ("392k", None))
+    ),
+    variants=(
+        _FT,
+        Variant(
+            key="prefix_embedding", method="PreEmbed", settings=prefix("prefix_embedding", 16, 0)
+        ),
+        Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 0)),
+        Variant(key="lora", method="LoRA", settings=lora(8, "attention.qv")),
+    ),
+    notes=(
+        _HEAD,
+        "Smaller sets are parts of the larger ones. Learning rates and epochs are chosen on as many held-out "
+        "examples as there are for training, 200 at least and 1,000 at most, which are no part of the set.",
+    ),
+)
+
+_TABLE18 = Study(
+    table=published("table18"),
+    base="smollm2-135m",
+    data_sets=(
+        DataSet(
+            key="e2e",
+            task="e2e_nlg",
+            columns=(
+                Column(name="loss", score="loss", digits=3),
+                *(
+                    replace(
+                        column,
+                        scale=1.0 if column.name in ("METEOR", "ROUGE-L") else column.scale,
+                        digits=4,
+                    )
+                    for column in _E2E_COLUMNS
+                ),
+            ),
+            max_length=256,
+        ),
+    ),
+    variants=tuple(
+        Variant(
+            key=f"r{rank}",
+            method="LoRA",
+            settings=lora(rank, "attention.qv", alpha=32),
+            setting=f"r={rank}",
+        )
+        for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    ),
+    notes=(
+        "alpha stays 32 at every rank, as tuned at r=4.",
+        "The loss is that of the test references; the paper's is of the validation set.",
+    ),
+)
+
+STUDIES: dict[str, Study] = {
+    study.table.name: study
+    for study in (
+        *(_TABLE2, _TABLE3, _TABLE4, _TABLE5, _TABLE6),
+        *(_TABLE13, _TABLE14, _TABLE15, _TABLE16, _TABLE18),
+    )
+}
+"""The tables that are made of training runs, by name."""

@@ -1,0 +1,344 @@
+"""Charts as Vega-Lite specifications: lines, dots, bars, histograms and heat maps.
+
+A chart is data until it is drawn (`lorakit.reporting.drawing`): as SVG for a page, as a file for a paper. Every
+mark carries its numbers as a sentence, which the page shows on hover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorakit.reporting.axes import (
+    INK,
+    Mark,
+    Spec,
+    mark_layers,
+    row_axis,
+    rows_height,
+    short_names,
+)
+
+SERIES = ("#0072b2", "#d55e00", "#00805f", "#8e4a9e", "#9a6a00", "#5b6b7b")
+"""Colours of series, which all kinds of colour vision tell apart; the first three are Okabe and Ito's."""
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
+"""Each series has a dash pattern and a shape too: nothing is said by colour alone."""
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+
+WIDTH, HEIGHT = 310, 180
+"""Size of a chart's plot in pixels: two stand side by side on a page, one on a phone."""
+MOST_POINTS = 240
+"""Points drawn of a line at most; more would be closer than pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One chart: what is drawn, and the same in words for whoever cannot see it."""
+
+    title: str
+    alt: str
+    """What the chart shows, in a sentence with its main numbers."""
+    spec: Spec
+    """A Vega-Lite view without title and configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Charts that belong together, with a caption."""
+
+    caption: str
+    charts: tuple[Chart, ...]
+    columns: int = 2
+    """Charts side by side where it is saved as one picture."""
+    name: str = ""
+    """Name of its file where all pictures of a page are written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line of points (x, y)."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+    """Thin and pale, as raw values behind their mean."""
+    dots: bool = False
+    """Mark every point."""
+    colour: int | None = None
+    """Number of its colour; by default its place among the series."""
+
+    def finite(self) -> list[tuple[float, float]]:
+        """The points that can be drawn."""
+        return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    marks: Sequence[Mark] = (),
+    y_domain: tuple[float, float] | None = None,
+    y_format: str | None = None,
+    width: int = WIDTH,
+) -> Chart:
+    """Lines over x. The y axis begins at the data, as is right for curves, not at 0; the title says what it is."""
+    shown = [one for one in series if one.finite()]
+    chosen = {
+        one.name: (i if one.colour is None else one.colour) % len(SERIES)
+        for i, one in enumerate(shown)
+    }
+    log = log and all(value > 0 for one in shown for _, value in one.finite())
+    scale: Spec = {"zero": False, "nice": True, "type": "log" if log else "linear"}
+    if y_domain is not None:
+        scale = {"domain": list(y_domain)}
+    axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
+    if y_format is not None:
+        axis["format"] = y_format
+    names = [_name(one.name) for one in shown]
+    place = {
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "axis": {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1},
+            "scale": {"zero": False, "nice": False},
+        },
+        "y": {"field": "y", "type": "quantitative", "scale": scale, "axis": axis},
+    }
+    colour = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": names, "range": [SERIES[chosen[one.name]] for one in shown]},
+        "legend": {"symbolType": "stroke"} if len(shown) > 1 else None,
+    }
+    dash = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": names, "range": [DASHES[chosen[one.name]] for one in shown]},
+        "legend": None,
+    }
+    layers: list[Spec] = []
+    for one in shown:
+        points = thinned(one.finite())
+        values = [
+            {"x": a, "y": b, "series": _name(one.name), "label": f"{one.name}, {x} {a:g}: {b:.5g}"}
+            for a, b in points
+        ]
+        data = {"values": values}
+        thin = {"strokeWidth": 1, "opacity": 0.35} if one.faint else {"strokeWidth": 2}
+        line = {"type": "line", "aria": False, "interpolate": "linear", **thin}
+        layers.append(
+            {"data": data, "mark": line, "encoding": {**place, "color": colour, "strokeDash": dash}}
+        )
+        dot = {"type": "point", "filled": True, "size": 36, "opacity": 1.0 if one.dots else 0.0}
+        encoding = {**place, "color": colour, "description": {"field": "label"}}
+        layers.append({"data": data, "mark": dot, "encoding": encoding})
+    layers += [layer for mark in marks for layer in mark_layers(mark)]
+    spec = {"width": width, "height": HEIGHT, "layer": layers}
+    return Chart(title=title, alt=_lines_in_words(title, shown, x, y), spec=spec)
+
+
+def dot_chart(
+    title: str,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    x: str,
+    log: bool = False,
+    zero: bool = False,
+    first_colour: int = 0,
+) -> Chart:
+    """A row for each name, with a dot for each series' value there."""
+    labels = short_names(names)
+    colours = [SERIES[(first_colour + i) % len(SERIES)] for i in range(len(series))]
+    values = [
+        {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {value:.5g}"}
+        for name, numbers in series.items()
+        for i, value in enumerate(numbers)
+        if math.isfinite(value) and not (log and value <= 0)
+    ]
+    domain = list(series)
+    spec: Spec = {
+        "width": WIDTH,
+        "height": rows_height(len(names)),
+        "data": {"values": values},
+        "mark": {"type": "point", "filled": True, "size": 28, "opacity": 1},
+        "encoding": {
+            "x": {
+                "field": "x",
+                "type": "quantitative",
+                "scale": {"type": "log"} if log else {"zero": zero},
+                "axis": {"title": x, "tickCount": 5, "format": "~g"},
+            },
+            "y": row_axis(labels),
+            "color": {
+                "field": "series",
+                "type": "nominal",
+                "scale": {"domain": domain, "range": colours},
+                "legend": {"columns": 2} if len(series) > 1 else None,
+            },
+            "shape": {
+                "field": "series",
+                "type": "nominal",
+                "scale": {"domain": domain, "range": list(SHAPES[: len(series)])},
+            },
+            "description": {"field": "label"},
+        },
+    }
+    alt = f"{title}: {x} of {len(names)} rows. " + " ".join(
+        f"{name}: {in_words(numbers)}." for name, numbers in series.items()
+    )
+    return Chart(title=title, alt=alt, spec=spec)
+
+
+def bar_chart(
+    title: str, bars: Mapping[str, float], *, x: str, texts: Mapping[str, str] | None = None
+) -> Chart:
+    """Horizontal bars from 0, each with its value beside it."""
+    shown = {name: (texts or {}).get(name, f"{value:.4g}") for name, value in bars.items()}
+    values = [
+        {"name": _name(name), "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
+        for name, value in bars.items()
+    ]
+    largest = max(bars.values(), default=1) or 1
+    place = {
+        "y": {
+            "field": "name",
+            "type": "nominal",
+            "sort": None,
+            "axis": {"title": None, "ticks": False, "domain": False, "labelLimit": 140},
+        },
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "axis": {"title": x, "grid": False, "labels": False, "ticks": False, "domain": False},
+            # Room for the number at the end of the longest bar.
+            "scale": {"domain": [0, 1.3 * largest], "nice": False},
+        },
+    }
+    spec = {
+        "width": WIDTH,
+        "height": {"step": 30},
+        "data": {"values": values},
+        "layer": [
+            {
+                "mark": {"type": "bar", "color": SERIES[0], "height": {"band": 0.6}},
+                "encoding": {**place, "description": {"field": "label"}},
+            },
+            {
+                "mark": {
+                    "type": "text",
+                    "align": "left",
+                    "dx": 5,
+                    "color": INK,
+                    "fontSize": 11,
+                    "aria": False,
+                },
+                "encoding": {**place, "text": {"field": "text"}},
+            },
+        ],
+    }
+    alt = f"{title}: " + "; ".join(f"{name} {text}" for name, text in shown.items()) + "."
+    return Chart(title=title, alt=alt, spec=spec)
+
+
+def histogram(
+    title: str, edges: Sequence[float], counts: Sequence[int], *, x: str, y: str, marks=()
+) -> Chart:
+    """Counts between the edges, on a logarithmic x axis."""
+    values = [
+        {
+            "from": low,
+            "to": high,
+            "count": count,
+            "label": f"{low:.3g} to {high:.3g}: {count:,} {y}",
+        }
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        if count
+    ]
+    scale = {"type": "log", "domain": [edges[0], edges[-1]], "nice": False}
+    x_axis = {"title": x, "tickCount": 6, "format": "~g", "grid": False}
+    spec = {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "layer": [
+            {
+                "data": {"values": values},
+                "mark": {"type": "bar", "color": SERIES[0], "binSpacing": 1},
+                "encoding": {
+                    "x": {
+                        "field": "from",
+                        "type": "quantitative",
+                        "scale": scale,
+                        "axis": x_axis,
+                        "bin": {"binned": True},
+                    },
+                    "x2": {"field": "to"},
+                    "y": {
+                        "field": "count",
+                        "type": "quantitative",
+                        "axis": {"title": y, "tickCount": 5},
+                    },
+                    "description": {"field": "label"},
+                },
+            },
+            *(layer for mark in marks for layer in mark_layers(mark)),
+        ],
+    }
+    total = sum(counts)
+    alt = f"{title}: {total:,} {y} by {x}. " + " ".join(f"{mark.text}." for mark in marks)
+    return Chart(title=title, alt=alt, spec=spec)
+
+
+def thinned(
+    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
+) -> list[tuple[float, float]]:
+    """Leave out points so that the line keeps its peaks: of each stretch the ends, the least and the greatest."""
+    if len(points) <= most:
+        return list(points)
+    stretches = max(1, most // 4)
+    kept: set[int] = set()
+    for k in range(stretches):
+        part = range(k * len(points) // stretches, (k + 1) * len(points) // stretches)
+        kept |= {part[0], part[-1]}
+        kept |= {
+            min(part, key=lambda i: points[i][1]),
+            max(part, key=lambda i: points[i][1]),
+        }
+    return [points[i] for i in sorted(kept)]
+
+
+def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """The mean of each value and those before it, `window` of them where there are so many."""
+    means, total = [], 0.0
+    for i, (x, y) in enumerate(points):
+        total += y - (points[i - window][1] if i >= window else 0.0)
+        means.append((x, total / min(i + 1, window)))
+    return means
+
+
+# --- in words --------------------------------------------------------------------------------------
+
+
+def _name(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def in_words(numbers: Sequence[float]) -> str:
+    """The least and the greatest of some numbers."""
+    finite = [number for number in numbers if math.isfinite(number)]
+    if not finite:
+        return "no values"
+    low, high = min(finite), max(finite)
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def _lines_in_words(title: str, series: Sequence[Series], x: str, y: str) -> str:
+    parts = []
+    for one in series:
+        (x0, y0), (x1, y1) = one.finite()[0], one.finite()[-1]
+        parts.append(f"{one.name} goes from {y0:.4g} at {x} {x0:g} to {y1:.4g} at {x} {x1:g}.")
+    return f"{title}: {y} over {x}. {' '.join(parts)}"

@@ -1,0 +1,218 @@
+"""Several runs in one page: their curves over each other, their numbers and settings side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakit.reporting import measures
+from lorakit.reporting.charts import Figure
+from lorakit.reporting.differences import plain
+from lorakit.reporting.page import Answer, Block, Cell, Code, Page, Sample, Samples, Section, Table
+from lorakit.reporting.run_record import RunRecord
+from lorakit.reporting.run_report import (
+    SHOWN_SAMPLES,
+    loss_chart,
+)
+from lorakit.reporting.run_settings import setting_text, settings_text
+from lorakit.reporting.run_summary import subtitle
+from lorakit.training.progress import duration
+
+NOT_COMPARED = ("output", "resume", "overwrite")
+
+
+def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = ()) -> Page:
+    """The page that compares runs.
+
+    Args:
+        runs: Two runs or more.
+        analysis: Sections about their adapters.
+    """
+    runs = _distinct(runs)
+    sections = [
+        Section(title="Scores", blocks=[_scores(runs)]),
+        _curves(runs),
+        Section(title="Cost", blocks=[_costs(runs)]),
+        _samples(runs),
+        *analysis,
+        Section(title="Settings", blocks=_settings(runs)),
+        Section(
+            title="Commands",
+            blocks=[Code(text=r.command, label=r.name) for r in runs if r.command is not None],
+        ),
+    ]
+    return Page(
+        kind="Comparison of training runs",
+        title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
+        subtitle="; ".join(dict.fromkeys(subtitle(run) for run in runs)),
+        summary=_summary(runs),
+        sections=[section for section in sections if section is not None and section.blocks],
+    )
+
+
+def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs under names that differ: folders of one name get the one above put before."""
+    names = [run.name for run in runs]
+    return [
+        dataclasses.replace(run, label=f"{run.folder.resolve().parent.name}/{run.name}")
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]
+
+
+def _summary(runs: Sequence[RunRecord]) -> list[str]:
+    sentences = []
+    for name in _score_names(runs):
+        values = {
+            run.name: run.scores("after")[name] for run in runs if name in run.scores("after")
+        }
+        if len(values) < 2 or name == "perplexity":
+            continue
+        ranked = sorted(values, key=lambda run: values[run])
+        if measures.better(name, values[ranked[-1]], values[ranked[0]]):
+            ranked.reverse()
+        first, second = ranked[:2]
+        if values[first] == values[second]:
+            continue
+        sentences.append(
+            f"{measures.score_name(name)} is best in {first} ({values[first]:.4g}), before {second} "
+            f"({values[second]:.4g})."
+        )
+    different = _different(runs)
+    if different:
+        named = ", ".join(list(different)[:6]) + (" and more" if len(different) > 6 else "")
+        sentences.append(f"The runs differ in {named}.")
+    else:
+        sentences.append("The runs have the same settings.")
+    sources = {str(r.config.get("data")) for r in runs}
+    if len(sources) > 1:
+        sentences.append("Their data is not the same: scores on different data cannot be compared.")
+    return sentences
+
+
+def _scores(runs: Sequence[RunRecord]) -> Table:
+    names = _score_names(runs)
+    rows: list[list[Cell]] = []
+    for name in names:
+        before = [run.scores("before").get(name) for run in runs]
+        after = [run.scores("after").get(name) for run in runs]
+        rows.append([f"{measures.score_name(name)}, before", *before])
+        rows.append([f"{measures.score_name(name)}, after", *after])
+    caption = "Scores on the validation data of each run, before and after training."
+    return Table(caption=caption, columns=("Score", *(run.name for run in runs)), rows=rows)
+
+
+def _curves(runs: Sequence[RunRecord]) -> Section | None:
+    wanted = [
+        ("train", "loss"),
+        *(("validation", n) for n in _score_names(runs)),
+        ("train", "learning_rate"),
+    ]
+    charts = [loss_chart(runs, split, name) for split, name in wanted if name != "perplexity"]
+    drawn = tuple(chart for chart in charts if chart is not None)
+    if not drawn:
+        return None
+    caption = "Over the optimizer's steps. Training curves of 40 steps and more are running means."
+    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
+
+
+def _costs(runs: Sequence[RunRecord]) -> Table:
+    def cells(value: Any) -> list[Cell]:
+        return [value(run) for run in runs]
+
+    def speed(run: RunRecord) -> str | None:
+        seconds = run.total("seconds")
+        return f"{(run.total('tokens') or 0) / seconds:,.0f}" if seconds else None
+
+    def known(key: str, shown: Any) -> Any:
+        return lambda run: shown(run.sizes[key]) if key in run.sizes else None
+
+    rows = [
+        ["Steps", *cells(lambda run: (run.result or {}).get("steps", len(run.train)))],
+        ["Time in steps", *cells(lambda run: duration(run.total("seconds") or 0))],
+        ["Tokens a second", *cells(speed)],
+        [
+            "Peak memory",
+            *cells(lambda run: measures.size(run.result["peak_memory"]) if run.result else None),
+        ],
+        ["Trained parameters", *cells(known("trained_parameters", lambda n: n))],
+        [
+            "Adapter file",
+            *cells(lambda run: measures.size(run.adapter_bytes) if run.adapter_bytes else None),
+        ],
+        ["Processor", *cells(lambda run: _machine(run))],
+    ]
+    caption = (
+        "What each run took. Times compare only where the machine is the same and was as free."
+    )
+    return Table(caption=caption, columns=("Quantity", *(run.name for run in runs)), rows=rows)
+
+
+def _machine(run: RunRecord) -> str | None:
+    if not run.sessions:
+        return None
+    last = run.sessions[-1]
+    device = last.get("device")
+    return str(last.get("processor") if device == "cpu" else device)
+
+
+def _samples(runs: Sequence[RunRecord]) -> Section | None:
+    last: list[Mapping[str, Mapping[str, Any]]] = []
+    for run in runs:
+        step = run.samples[-1]["step"] if run.samples else None
+        last.append({str(r.get("prompt")): r for r in run.samples if r["step"] == step})
+    shared = [prompt for prompt in last[0] if all(prompt in found for found in last)]
+    if not shared:
+        return None
+    shown = []
+    for prompt in shared[:SHOWN_SAMPLES]:
+        answers = [
+            Answer(label=run.name, pieces=plain(str(found[prompt].get("output", ""))))
+            for run, found in zip(runs, last, strict=True)
+        ]
+        references = last[0][prompt].get("references")
+        if isinstance(references, list) and references:
+            answers.append(Answer(label="Reference", pieces=plain(str(references[0]))))
+        shown.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+    caption = f"{len(shown)} of {len(shared)} validation prompts that all runs generated for, at their last step."
+    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(shown))])
+
+
+def _settings(runs: Sequence[RunRecord]) -> list[Block]:
+    blocks: list[Block] = []
+    if different := _different(runs):
+        rows = [(name, *map(setting_text, values)) for name, values in different.items()]
+        columns = ("Setting", *(run.name for run in runs))
+        blocks.append(Table(caption="Settings that differ.", columns=columns, rows=rows))
+    blocks += [
+        Code(text=settings_text(run), label=f"Every setting of {run.name}", folded=True)
+        for run in runs
+    ]
+    return blocks
+
+
+def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    flat = [dict(_flat(run.config)) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    found = {name: [settings.get(name) for settings in flat] for name in names}
+    return {
+        name: values
+        for name, values in found.items()
+        if name not in NOT_COMPARED and any(value != values[0] for value in values)
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", value))
+    return pairs
+
+
+def _score_names(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.scores("after")))

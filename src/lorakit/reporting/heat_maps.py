@@ -1,0 +1,88 @@
+"""Heat maps: numbers as colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorakit.reporting.axes import Spec, between, edges, row_axis, rows_height, short_names
+from lorakit.reporting.charts import WIDTH, Chart, in_words
+
+SCHEME = "cividis"
+"""Colours of even lightness, readable in grey and in any colour vision."""
+SIDE = 190
+"""Pixels of a side of a map whose rows have no names."""
+
+
+def heat_map(
+    title: str,
+    rows: Sequence[Sequence[float]],
+    *,
+    x: str,
+    y: str,
+    value: str,
+    names: Sequence[str] | None = None,
+    domain: tuple[float, float] = (0.0, 1.0),
+    legend: bool = True,
+    crosses: Sequence[tuple[int, int]] = (),
+) -> Chart:
+    """Numbers as colours; rows are counted, or named.
+
+    Args:
+        title: Above the map.
+        rows: The numbers; NaN leaves a cell empty.
+        x: What the columns are.
+        y: What the rows are.
+        value: What the numbers are.
+        names: The rows' names, where they have some.
+        domain: Least and greatest value of the colours.
+        legend: Whether the scale of colours stands beside it.
+        crosses: Cells (row, column from 0) that are marked.
+    """
+    width = max((len(row) for row in rows), default=0)
+    cells = [
+        {"i": i, "j": j, "v": v}
+        for i, row in enumerate(rows, 1)
+        for j, v in enumerate(row, 1)
+        if not math.isnan(v)
+    ]
+    for cell in cells:
+        row = names[cell["i"] - 1] if names else f"{y} {cell['i']}"
+        cell["label"] = f"{row}, {x} {cell['j']}: {cell['v']:.3f}"
+    wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
+    across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
+    if names:
+        down: Spec = {"y": {**row_axis(short_names(names)), "field": "row"}}
+        for cell in cells:
+            cell["row"] = cell["i"] - 1
+        height = rows_height(len(rows))
+    else:
+        down = between("i", len(rows), {"title": y, "grid": False, "tickMinStep": 1}, reverse=True)
+        height = max(1, round(SIDE / max(len(rows), 1))) * len(rows)
+    colour = {
+        "field": "v",
+        "type": "quantitative",
+        "scale": {"scheme": SCHEME, "domain": list(domain), "clamp": True},
+        "legend": {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}
+        if legend
+        else None,
+    }
+    layers: list[Spec] = [
+        {
+            "data": {"values": cells},
+            "transform": edges("j") + ([] if names else edges("i")),
+            "mark": {"type": "rect"},
+            "encoding": {**across, **down, "color": colour, "description": {"field": "label"}},
+        }
+    ]
+    if crosses and names:
+        marks = [{"row": i, "j": j + 1} for i, j in crosses]
+        place = {"x": {"field": "j", "type": "quantitative"}, "y": down["y"]}
+        cross = {"type": "point", "shape": "cross", "filled": True, "color": "#ffffff", "size": 20}
+        layers.append(
+            {"data": {"values": marks}, "mark": {**cross, "aria": False}, "encoding": place}
+        )
+    numbers = [cell["v"] for cell in cells]
+    alt = f"{title}: heat map of {value}, {len(rows)} by {width}, {in_words(numbers)}."
+    spec = {"width": wide * width, "height": height, "layer": layers}
+    return Chart(title=title, alt=alt, spec=spec)

@@ -1,0 +1,62 @@
+"""Quantities as people read them, and scores by their names."""
+
+from __future__ import annotations
+
+from lorakit.evaluation.score import DIRECTIONS, is_better
+from lorakit.tasks import TASKS
+
+SCORE_NAMES = {
+    "loss": "Loss",
+    "perplexity": "Perplexity",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "accuracy": "Accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "mse": "Mean squared error",
+}
+
+
+def score_name(key: str) -> str:
+    """A score's name in the field's spelling."""
+    return SCORE_NAMES.get(key, key.replace("_", " "))
+
+
+def better(key: str, new: float, old: float) -> bool | None:
+    """Whether `new` improves on `old`; None where they are equal or the direction is not known."""
+    own = {score for task in TASKS.values() for score in task.scores}
+    if new == old or key not in {*DIRECTIONS, *own}:
+        return None
+    less = [score for task in TASKS.values() for score in task.less_is_better]
+    return is_better(key, new, old, less_is_better=less)
+
+
+def size(count: float) -> str:
+    """A number of bytes as 1.8 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def parameters(count: float) -> str:
+    """A number of parameters as 460.8 thousand or 135 million."""
+    for least, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if count >= least:
+            return f"{count / least:.4g} {word}"
+    return f"{count:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    """A part of a whole in percent, with two digits that mean something."""
+    percent = 100 * part / whole
+    return f"{percent:.1f} %" if percent >= 10 else f"{percent:.2g} %"
+
+
+def change(new: float, old: float) -> str:
+    """The way from one value to the other, absolute and relative."""
+    by = f"{new - old:+.4g}"
+    return f"{by} ({(new - old) / abs(old):+.1%})" if old else by

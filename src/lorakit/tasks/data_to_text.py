@@ -1,0 +1,231 @@
+"""Texts that say what a set of facts says: E2E NLG, WebNLG 2017 and DART.
+
+Scores are those of the official scorers, which compare an output with every text of its input. An output ends at a
+blank line, as in the paper's code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lorakit import metrics
+from lorakit.tasks.data_set import DataSet
+from lorakit.tasks.language_modelling import references
+from lorakit.tasks.named_text import NamedText
+from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+
+SLOT = re.compile(r"\s*([^\[\],]+)\[([^\[\]]*)\]\s*")
+
+SEEN = (
+    *("Airport", "Astronaut", "Building", "City", "ComicsCharacter"),
+    *("Food", "Monument", "SportsTeam", "University", "WrittenWork"),
+)
+"""WebNLG's categories that occur in its training set; the paper says nine, its code has these ten."""
+
+
+class DataToText(NamedText):
+    """What the three share."""
+
+    @classmethod
+    def check_scoring(cls) -> None:
+        """Score a word, so that what is missing shows before an hour of generation and not after it."""
+        metrics.e2e(["word"], [["word"]], java=False)
+        metrics.webnlg(["word"], [["word"]], java=False)
+
+    @classmethod
+    def answer(cls, text: str) -> str:
+        """Return a text up to its first blank line."""
+        return re.split(r"\n\s*\n", text.strip(), maxsplit=1)[0].strip()
+
+
+class E2E(DataToText):
+    """A meaning representation of a restaurant, and a sentence or two that say it (Novikova et al. 2017)."""
+
+    name = "e2e_nlg"
+    layouts = (("meaning_representation", "human_reference"),)
+    metric = "BLEU"
+    scores = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+    # Of the paper's table 11; its code has a length penalty of 0.8.
+    decoding = {"beams": 10, "length_penalty": 0.9, "no_repeat_ngram": 4, "max_new_tokens": 64}  # noqa: RUF012
+    data_set = DataSet(folder="e2e_nlg", hub="tuetschek/e2e_nlg")
+    template = (
+        "Describe the restaurant in one or two sentences that say all of these facts and nothing else.\n"
+        "Facts: {context}\nDescription:"
+    )
+
+    def context(self, fields: Fields) -> str:
+        """Return `slot : value | slot : value`."""
+        column = "meaning_representation"
+        text = text_field(fields, column)
+        slots = SLOT.findall(text)
+        if not slots or SLOT.sub("", text).strip(" ,"):
+            raise BadRow(f"is {text!r:.80}, expected slot[value], slot[value], ...", column)
+        return " | ".join(f"{slot.strip()} : {value.strip()}" for slot, value in slots)
+
+    def answers(self, fields: Fields) -> Iterable[str]:
+        """Return the row's one reference."""
+        return [text_field(fields, "human_reference").strip()]
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return the E2E challenge's scores: :func:`lorakit.metrics.e2e`."""
+        if settings.get("quick"):
+            return super().score(outputs, examples, **settings)
+        return metrics.e2e(outputs, references(cls, examples))
+
+
+class Triples(DataToText):
+    """Triples of subject, relation and object, and texts that say them."""
+
+    metric = "BLEU"
+    scores = ("BLEU", "METEOR", "TER")
+    less_is_better = ("TER",)
+    decoding = {"beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "max_new_tokens": 64}  # noqa: RUF012
+    template = (
+        "Write a text that says all of these facts and nothing else, each given as subject : relation : object.\n"
+        "Facts: {context}\nText:"
+    )
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return BLEU, METEOR and TER: :func:`lorakit.metrics.webnlg`."""
+        if settings.get("quick"):
+            return super().score(outputs, examples, **settings)
+        return metrics.webnlg(outputs, references(cls, examples))
+
+
+class WebNLG(Triples):
+    """Triples of DBpedia, and texts that say them (Gardent et al. 2017): an example for each text marked good.
+
+    Test inputs are of categories that training has (seen) and has not (unseen); scores are of each and of all.
+    """
+
+    name = "webnlg"
+    layouts = (("modified_triple_sets", "lex"),)
+    scores = tuple(
+        f"{score}{part}" for part in ("", " seen", " unseen") for score in Triples.scores
+    )
+    less_is_better = ("TER", "TER seen", "TER unseen")
+    data_set = DataSet(
+        folder="webnlg",
+        hub="webnlg-challenge/web_nlg:webnlg_challenge_2017",
+        validation=("dev", "validation"),
+    )
+
+    def context(self, fields: Fields) -> str:
+        """Return `subject : relation : object | ...` of the modified triples."""
+        column = "modified_triple_sets"
+        sets = _member(fields, column, "mtriple_set")
+        if not isinstance(sets, Sequence) or not sets or not isinstance(sets[0], Sequence):
+            raise BadRow("holds no list of triples in 'mtriple_set'", column)
+        return _joined([_split(triple, column) for triple in sets[0]], column)
+
+    def answers(self, fields: Fields) -> Iterable[str]:
+        """Return the texts marked good; there may be none."""
+        texts, comments = (_member(fields, "lex", name) for name in ("text", "comment"))
+        lists = isinstance(texts, Sequence) and isinstance(comments, Sequence)
+        if not lists or len(texts) != len(comments):
+            raise BadRow("needs lists 'text' and 'comment' of one length", "lex")
+        return [
+            _text(text, "lex").strip()
+            for text, comment in zip(texts, comments, strict=True)
+            if comment == "good"
+        ]
+
+    def gold(self, fields: Fields) -> Mapping[str, Any]:
+        """Return the category, and whether training has it."""
+        category = str(fields.get("category", ""))
+        said = fields.get("test_category")
+        derived = "seen" if category in SEEN else "unseen"
+        return {
+            "category": category,
+            "test_category": said if said in ("seen", "unseen") else derived,
+        }
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return BLEU, METEOR and TER of all inputs, and of those of seen and of unseen categories."""
+        scores = super().score(outputs, examples, **settings)
+        if settings.get("quick"):
+            return scores
+        for part in ("seen", "unseen"):
+            chosen = [i for i, g in enumerate(examples) if g[0].gold["test_category"] == part]
+            if chosen and len(chosen) < len(examples):
+                found = super().score(
+                    [outputs[i] for i in chosen], [examples[i] for i in chosen], **settings
+                )
+                scores |= {f"{name} {part}": value for name, value in found.items()}
+        return scores
+
+
+class DART(Triples):
+    """Triples from tables, WebNLG and E2E, and texts that say them (Nan et al. 2021): an example for each text."""
+
+    name = "dart"
+    layouts = (("tripleset", "annotations"),)
+    data_set = DataSet(folder="dart", hub="Yale-LILY/dart", validation=("validation", "dev"))
+
+    def context(self, fields: Fields) -> str:
+        """Return `subject : relation : object | ...`, the relation in lower case as in the paper's code."""
+        column = "tripleset"
+        triples = fields.get(column)
+        if not isinstance(triples, Sequence) or isinstance(triples, str):
+            raise BadRow(f"is {kind(triples)}, expected a list of triples", column)
+        parts = []
+        for triple in triples:
+            if not isinstance(triple, Sequence) or isinstance(triple, str) or len(triple) != 3:
+                raise BadRow(f"holds {triple!r:.80}, expected [subject, relation, object]", column)
+            subject, relation, thing = (_text(part, column) for part in triple)
+            parts.append((subject, relation.lower(), thing))
+        return _joined(parts, column)
+
+    def answers(self, fields: Fields) -> Iterable[str]:
+        """Return the texts, written as the hub has them (lists by name) or as the official file (a list of objects)."""
+        annotations = fields.get("annotations")
+        if isinstance(annotations, Mapping):
+            texts = annotations.get("text")
+        elif isinstance(annotations, Sequence) and not isinstance(annotations, str):
+            texts = [a.get("text") if isinstance(a, Mapping) else None for a in annotations]
+        else:
+            texts = None
+        if not isinstance(texts, Sequence) or isinstance(texts, str):
+            raise BadRow("needs a list of texts under 'text'", "annotations")
+        return [_text(text, "annotations").strip() for text in texts]
+
+
+def _joined(triples: Sequence[Sequence[str]], column: str) -> str:
+    if not triples:
+        raise BadRow("holds no triple", column)
+    return " | ".join(" : ".join(triple) for triple in triples)
+
+
+def _split(triple: object, column: str) -> Sequence[str]:
+    """Subject, relation and object of `subject | relation | object`."""
+    parts = [part.strip() for part in _text(triple, column).split(" | ")]
+    if len(parts) != 3:
+        raise BadRow(f"holds {triple!r:.80}, expected 'subject | relation | object'", column)
+    return parts
+
+
+def _member(fields: Fields, column: str, name: str) -> Any:
+    value = fields.get(column)
+    if not isinstance(value, Mapping):
+        raise BadRow(f"is {kind(value)}, expected an object with '{name}'", column)
+    return value.get(name)
+
+
+def _text(value: object, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"holds {value!r:.80}, expected a text", column)
+    return checked_text(value, column)
+
+
+DATA_TO_TEXT: tuple[type[NamedText], ...] = (E2E, WebNLG, DART)

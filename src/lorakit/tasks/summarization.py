@@ -1,0 +1,51 @@
+"""SAMSum: a chat between people, and what it is about in a sentence or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lorakit import metrics
+from lorakit.tasks.data_set import DataSet
+from lorakit.tasks.language_modelling import TextTask, references
+from lorakit.tasks.named_text import NamedText
+from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+
+
+class SAMSum(NamedText):
+    """A dialogue and its summary (Gliwa et al. 2019).
+
+    In the paper, turns are joined by a line feed, and a blank line stands between dialogue and summary.
+    """
+
+    name = "samsum"
+    layouts = (("dialogue", "summary"),)
+    metric = "ROUGE_1"
+    scores = ("ROUGE_1", "ROUGE_2", "ROUGE_L")
+    quick_scores = (*TextTask.quick_scores, *scores)
+    data_set = DataSet(folder="samsum", hub="knkarthick/samsum")
+    template = "Summarize the conversation in one or two sentences.\n\n{context}\n\nSummary:"
+    after_context = "\n\n"
+
+    def context(self, fields: Fields) -> str:
+        """Return the turns, a line each."""
+        dialogue = fields.get("dialogue")
+        if not isinstance(dialogue, str):
+            raise BadRow(f"is {kind(dialogue)}, expected text", "dialogue")
+        return "\n".join(checked_text(dialogue, "dialogue").splitlines()).strip()
+
+    def answers(self, fields: Fields) -> Iterable[str]:
+        """Return the summary; none where the dialogue is empty, as it is in one official row."""
+        if not self.context(fields):
+            return []
+        return [text_field(fields, "summary").strip()]
+
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return ROUGE-1, 2 and L: :func:`lorakit.metrics.rouge`."""
+        scores = metrics.rouge(outputs, references(cls, examples))
+        if settings.get("quick"):
+            return {**super().score(outputs, examples, **settings), **scores}
+        return scores

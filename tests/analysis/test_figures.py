@@ -1,0 +1,93 @@
+"""Figures of the measures hold the measures' numbers."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import pytest
+import torch
+from sample_adapters import linear, randn, stored, trained_llama
+
+from lorakit.adapters.stored import StoredAdapter
+from lorakit.analysis import adapter_similarity, adapter_spectrum
+from lorakit.analysis import figures as drawn
+from lorakit.analysis.report import comparison_sections, run_sections
+from lorakit.reporting import Figure
+from lorakit.reporting.drawing import inline_svg
+
+
+def labels(figure: Figure) -> list[str]:
+    svgs = "".join(inline_svg(chart, 1) for chart in figure.charts)
+    return [html.unescape(label) for label in re.findall(r'data-t="([^"]*)"', svgs)]
+
+
+def wide(rank: int, blocks: int, seed: int) -> StoredAdapter:
+    """Queries and values of a few blocks, with a rank as high as people use."""
+    return stored(
+        **{
+            f"layers.{block}.{kind}": linear(
+                A=randn(rank, 160, seed=seed + block), B=randn(150, rank, seed=seed + 50 + block)
+            )
+            for block in range(blocks)
+            for kind in "qv"
+        }
+    )
+
+
+def test_the_spectrum_s_shares() -> None:
+    adapter = trained_llama().stored()
+    found = adapter_spectrum(adapter)
+    shown = labels(drawn.spectrum_figure(found))
+    for name, layer in found.layers.items():
+        for rank, share in enumerate(layer.energy.tolist(), 1):
+            assert f"{name}, rank kept {rank}: {share:.3f}" in shown
+    for rank, share in enumerate(found.energy.tolist(), 1):
+        assert f"share, rank kept {rank}: {share:.5g}" in shown
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_the_similarity_s_cells(side) -> None:
+    found = adapter_similarity(wide(2, 3, 0), wide(6, 3, 20))
+    figure = drawn.similarity_figure(found, side)
+    shown = labels(figure)
+    assert figure.columns == 4
+    assert len(figure.charts) == 2 * 2 * 4  # kinds; whole and corner; three blocks and random
+    layers = found.A if side == "A" else found.B
+    for phi in (layers[f"layers.{block}.{kind}"].phi for block in range(3) for kind in "qv"):
+        assert f"i, first adapter 2, j, second adapter 5: {phi[1, 4]:.3f}" in shown
+
+
+def test_a_figure_of_high_ranks_stays_small() -> None:
+    found = adapter_similarity(wide(128, 4, 0), wide(128, 4, 20))
+    figure = drawn.similarity_figure(found)
+    assert len(figure.charts) == 4  # one block and the random level of each kind
+    assert sum(len(inline_svg(chart, 1)) for chart in figure.charts) < 2_000_000
+    assert "i, first adapter 64, j, second adapter 64:" in " ".join(labels(figure))
+
+
+def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        trained_llama(seed).save(tmp_path / name, "trained")
+    (section,) = run_sections(tmp_path / "one")
+    found = adapter_spectrum(tmp_path / "one")
+    assert f"Rank {found.rank_for(0.9)} for all matrices" in section.blocks[0].text
+    assert sum(row[1] for row in section.blocks[2].rows) == len(found.layers)
+    (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
+    assert [type(block) for block in section.blocks] == [Figure, Figure]
+
+
+def test_adapters_without_a_matrix_in_common_are_said_to_have_none(tmp_path) -> None:
+    from lorakit.adapters import formats
+
+    formats.write(stored(a=linear()), tmp_path / "one")
+    formats.write(stored(b=linear()), tmp_path / "two")
+    (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
+    assert "not compared" in section.blocks[0].text
+
+
+def test_panels_are_spread_from_the_first_to_the_last() -> None:
+    layers = {str(i): torch.tensor(i) for i in range(9)}
+    assert list(drawn.spread(layers)) == ["0", "4", "8"]
+    assert list(drawn.spread(layers, 1)) == ["0"]
+    assert list(drawn.spread({"a": 1})) == ["a"]

@@ -1,0 +1,163 @@
+"""`lorakit report`, and the reports that train and evaluate end in."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base and data."""
+    folder = tmp_path_factory.mktemp("report")
+    tiny_runs.save_base(folder / "base")
+    tiny_runs.write_rows(folder / "train.jsonl", tiny_runs.pairs(16))
+    tiny_runs.write_rows(folder / "validation.jsonl", tiny_runs.pairs(4, seed=1))
+    return folder
+
+
+def train(folder: Path, output: Path, *options: str) -> list[str]:
+    return [
+        *("train", "--base.name", str(folder / "base"), "--base.dtype", "float32"),
+        *("--data.train", str(folder / "train.jsonl")),
+        *("--data.validation", str(folder / "validation.jsonl")),
+        *("--max_steps", "2", "--batch_size", "4", "--output", str(output), *options),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> list[Path]:
+    found = [folder / "one", folder / "two"]
+    for seed, run in enumerate(found):
+        assert main(train(folder, run, "--seed", str(seed))) == 0
+    return found
+
+
+def call(capsys, *argv) -> tuple[int, str, str]:
+    status = main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
+    status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
+    assert status == 0
+    assert f"report   {tmp_path / 'run' / 'report.html'}" in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>run</h1>" in page
+    # A new run in its place takes the old report away with the rest.
+    assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
+    assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_command_that_made_a_run_is_in_its_report(runs) -> None:
+    environment = json.loads((runs[0] / "environment.json").read_text())
+    command = environment["sessions"][0]["command"]
+    assert command.startswith(("python", "lorakit"))
+    assert command.split()[1].split("/")[-1] in (runs[0] / "report.html").read_text()
+
+
+def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
+    capsys, folder, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
+    assert status == 0
+    assert "report   none." in out
+    assert "pip install 'lorakit[report]'" in out
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
+    status, _, err = call(capsys, "report", tmp_path / "run")
+    assert status == 1
+    assert "pip install 'lorakit[report]'" in err
+
+
+def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> None:
+    before = (runs[0] / "report.html").read_text()
+    status, out, _ = call(capsys, "report", runs[0], "--figures", tmp_path / "figures")
+    assert status == 0
+    assert (runs[0] / "report.html").read_text() == before
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"01-curves.png", "01-curves.svg"} <= names
+    assert out.count("figure   ") == len(names)
+
+
+def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:
+    target = tmp_path / "pages" / "both.html"
+    argv = ["report", *runs, "--output", target]
+    assert call(capsys, *argv)[0] == 0
+    page = target.read_text()
+    assert "The runs differ in seed." in page
+    status, _, err = call(capsys, *argv)
+    assert status == 1
+    assert "already exists" in err
+    assert call(capsys, *argv, "--overwrite", "true")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "runs"),
+        (["nowhere"], "is not a run folder"),
+        (["{one}", "{one}/"], "names a folder twice"),
+        (["{one}", "--outptu", "x"], "--output"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_message(capsys, runs, argv, message) -> None:
+    status, _, err = call(capsys, "report", *(word.format(one=runs[0]) for word in argv))
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_path) -> None:
+    output = tmp_path / "scores.jsonl"
+    argv = [
+        *("evaluate", "--adapter", runs[0] / "adapter", "--base.name", folder / "base"),
+        *("--base.dtype", "float32", "--data.test", folder / "validation.jsonl"),
+        *("--decoding.max_new_tokens", "4", "--output", output),
+    ]
+    status, out, _ = call(capsys, *argv)
+    assert status == 0
+    assert f"report   {output.with_suffix('.html')}" in out
+    page = output.with_suffix(".html").read_text()
+    loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
+    (shown,) = re.findall(r'<th scope="row">Loss</th><td class="number">([\d.]+)</td>', page)
+    assert float(shown) == pytest.approx(float(loss), abs=6e-4)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert page.count('<article class="sample">') == len(records)
+    output.unlink()
+    status, _, err = call(capsys, *argv)  # before any work, as for the output itself
+    assert (status, "scores.html' already exists" in err) == (1, True)
+
+
+def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "bert")
+    rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.labelled(12))
+    output = tmp_path / "labels.jsonl"
+    argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
+    status, _, err = call(capsys, *argv, "--base.dtype", "float32")
+    assert (status, err.count("Traceback")) == (0, 0), err
+    page = output.with_suffix(".html").read_text()
+    assert "Which label was taken for which" in page
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    table = page.split("Which label was taken for which")[-1].split("</table>")[0]
+    counted = [
+        [int(cell) for cell in re.findall(r'<td class="number">(\d+)</td>', row)]
+        for row in table.split("<tr>")[2:]
+    ]
+    expected = [
+        [sum(r["label"] == label and r["output"] == guess for r in records) for guess in (0, 1)]
+        for label in (0, 1)
+    ]
+    assert counted == expected

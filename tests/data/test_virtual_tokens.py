@@ -1,0 +1,155 @@
+"""Where virtual tokens stand in examples, batches and prompts."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+from lorakit import PrefixEmbedding, PrefixLayer, attach
+from lorakit.data.virtual_tokens import place, place_in_prompt
+from lorakit.errors import DataError
+from lorakit.evaluation.base import check_context, collator
+from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.generate import NoRepeatedNGrams, generate
+from lorakit.evaluation.objective import LanguageModelling
+from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
+from lorakit.models.loading import Base
+from lorakit.models.sources import Source
+from lorakit.tasks import LabelledExample, LanguageExample
+from lorakit.tasks.classification import Classification
+
+P, X = PREFIX_START, INFIX_START
+TOKENS = VirtualTokens(prefix=2, infix=1)
+
+
+def language(prompt: list[int], completion: list[int]) -> LanguageExample:
+    return LanguageExample(
+        input_ids=[*prompt, *completion],
+        loss_mask=[False] * len(prompt) + [True] * len(completion),
+        prompt_length=len(prompt),
+        prompt="p",
+        completion="c",
+        origin="file:1",
+    )
+
+
+def test_prefix_after_bos_and_infix_before_the_completion() -> None:
+    example = language([1, 7, 8], [9, 2])
+    found = place(example, TOKENS, [1])
+    assert found.input_ids == [1, P, P + 1, 7, 8, X, 9, 2]
+    assert found.loss_mask == [False] * 6 + [True] * 2
+    assert found.prompt_ids == place_in_prompt([1, 7, 8], TOKENS, [1]) == [1, P, P + 1, 7, 8, X]
+    assert example.input_ids == [1, 7, 8, 9, 2]
+    assert place(language([7, 8], [9]), TOKENS, [1]).input_ids == [P, P + 1, 7, 8, X, 9]
+    assert place(language([], [9]), TOKENS, []).input_ids == [P, P + 1, X, 9]
+
+
+def test_what_a_classifier_reads_ends_with_the_infix() -> None:
+    example = LabelledExample(
+        input_ids=[2, 7, 3, 8, 3],
+        token_type_ids=[0, 0, 0, 1, 1],
+        label=1,
+        prompt="p",
+        completion="1",
+    )
+    found = place(example, TOKENS, [2])
+    assert found.input_ids == [2, P, P + 1, 7, 3, 8, 3, X]
+    assert found.token_type_ids == [0, 0, 0, 0, 0, 1, 1, 0]
+
+
+def base_of(arch: str, tokenizer, **settings) -> Base:
+    model = tiny_models.build(arch, vocab_size=len(tokenizer), **settings)
+    return Base(
+        model=model, tokenizer=tokenizer, source=Source(name=arch, kind="folder", path_or_id=".")
+    )
+
+
+@pytest.fixture
+def decoder() -> Base:
+    return base_of("llama", tiny_tokenizer())
+
+
+EXAMPLES = [language([5, 6, 7], [8, 9]), language([5, 6, 7], [9]), language([10, 6], [11, 12, 4])]
+
+
+def test_packed_and_padded_batches_have_the_same_loss_and_gradient(decoder: Base) -> None:
+    adapters = attach(decoder.model, PrefixLayer(prefix_length=2, infix_length=2), seed=1)
+    parameters = adapters.trainable_parameters()
+    results = []
+    for packed in (False, True):
+        batch = collator(decoder, packed=packed)(EXAMPLES)
+        if packed:  # one prefix for all three, one infix for each of two prompts
+            ids = batch["input_ids"]
+            assert [int((ids == P + i).sum()) for i in range(2)] == [1, 1]
+            assert int((ids >= X).sum()) == 4
+        loss = LanguageModelling(path="fused").loss_sum(decoder.model, batch)
+        results.append([loss, *torch.autograd.grad(loss, parameters)])
+    for padded, together in zip(*results, strict=True):
+        torch.testing.assert_close(padded, together, atol=1e-5, rtol=1e-4)
+
+
+def test_targets_are_words_alone(decoder: Base) -> None:
+    attach(decoder.model, PrefixEmbedding(prefix_length=2, infix_length=1))
+    labels = collator(decoder)(EXAMPLES)["labels"]
+    assert labels[labels != -100].tolist() == [8, 9, 9, 11, 12, 4]
+    adapted = collator(decoder)
+    decoder.model._lorakit_adapters.activate(None)
+    assert int(adapted(EXAMPLES)["input_ids"].max()) < P
+
+
+def test_virtual_tokens_count_towards_the_context(decoder: Base) -> None:
+    long = language(list(range(3, 60)), [4, 4])
+    check_context(decoder, [long])
+    attach(decoder.model, PrefixEmbedding(prefix_length=5, infix_length=1))
+    with pytest.raises(
+        DataError, match=r"59 tokens and the adapter's 6 virtual ones.*max_length to 58"
+    ):
+        check_context(decoder, [long])
+    with pytest.raises(DataError, match=r"Prompt 1 has 55 tokens and 6 virtual ones"):
+        generate(decoder.model, decoder.tokenizer, [[5] * 55], Decoding(max_new_tokens=4))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_equals_whole_passes_in_any_batch(decoder: Base, beams: int) -> None:
+    adapters = attach(decoder.model, PrefixLayer(prefix_length=2, infix_length=2), seed=1)
+    prompts = [[5, 6, 7, 9, 30], [10, 6], [40, 41, 42]]
+    decoding = Decoding(max_new_tokens=6, beams=beams, no_repeat_ngram=3)
+    together = generate(decoder.model, decoder.tokenizer, prompts, decoding)
+    alone = [generate(decoder.model, decoder.tokenizer, [p], decoding)[0] for p in prompts]
+    assert together == alone
+    if beams == 1:
+        for prompt, text in zip(prompts, together, strict=True):
+            ids = place_in_prompt(prompt, adapters.virtual_tokens, [])
+            start = len(ids)
+            with torch.no_grad():
+                for _ in range(6):
+                    scores = decoder.model(torch.tensor([ids])).logits[:, -1]
+                    scores = NoRepeatedNGrams(3)(torch.tensor([ids]), scores)
+                    ids.append(int(scores.argmax()))
+                    if ids[-1] == decoder.tokenizer.eos_token_id:
+                        break
+            assert decoder.tokenizer.decode(ids[start:], skip_special_tokens=True) == text
+
+
+def test_no_ngram_is_repeated_across_virtual_tokens() -> None:
+    scores = torch.zeros(2, 50)
+    ids = torch.tensor([[P, 7, 8, X, 9, 7, 8], [P, 7, 8, 9, X, 7, 8]])
+    banned = NoRepeatedNGrams(3)(ids, scores).isinf()
+    assert banned.shape == scores.shape
+    assert banned.nonzero().tolist() == [[1, 9]]  # what follows 7, 8 in the first row is no word
+
+
+def test_an_encoder_classifies_with_its_first_token_where_it_was() -> None:
+    tokenizer = tiny_encoder_tokenizer()
+    base = base_of("roberta", tokenizer)
+    attach(base.model, PrefixLayer(prefix_length=2, infix_length=1, train_modules="classifier"))
+    task = Classification(tokenizer, max_length=32, labels=("no", "yes"))
+    examples = [
+        task.encode({"text": text, "label": label})
+        for text, label in (("cheap food", "yes"), ("a river in the park", "no"))
+    ]
+    batch = collator(base)(examples)
+    assert batch["input_ids"][:, :3].tolist() == [[tokenizer.cls_token_id, P, P + 1]] * 2
+    base.model(**batch).loss.backward()

@@ -1,0 +1,132 @@
+"""`lorakit train`, `evaluate` and `generate` with a task whose answer is a text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
+from lorakit.cli import main
+from lorakit.data import DataConfig
+from lorakit.evaluation import evaluate as evaluation
+from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.evaluate import evaluate
+from lorakit.metrics import data_to_text
+from lorakit.training.config import HeldOutConfig, OptimizerConfig
+from lorakit.training.loop import train
+
+BY_HEART = {
+    "method": "full",
+    "epochs": 80,
+    "accumulation": 1,
+    "optimizer": OptimizerConfig(learning_rate=1e-2),
+}
+INPUTS = [
+    f"name[{name}], food[{food}]" for name in ("Eagle", "Park") for food in ("river", "plane")
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on E2E and one on WikiSQL, of made rows, and their base."""
+    folder = tmp_path_factory.mktemp("named-text")
+    base = tiny_runs.save_base(folder / "base", max_position_embeddings=512)
+    e2e = [
+        {"meaning_representation": text, "human_reference": f"{word} food."}
+        for text in INPUTS
+        for word in ("English", "cheap")
+    ]
+    sql = {
+        "phase": 1,
+        "question": "Which river?",
+        "table": {"header": ["river", "park"]},
+        "sql": {"sel": 0, "agg": 0, "conds": []},
+    }
+    for task, rows in (("e2e_nlg", e2e), ("wikisql", [sql] * 4)):
+        (folder / "data" / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            tiny_runs.write_rows(folder / "data" / task / f"{split}.jsonl", rows)
+        train(
+            tiny_runs.config(
+                folder,
+                base,
+                data=DataConfig(task=task, root=str(folder / "data")),
+                output=str(folder / task),
+                # Few steps for the one; for the other, enough to learn its only query by heart.
+                **({"epochs": 1} if task == "e2e_nlg" else BY_HEART),
+                evaluation=HeldOutConfig(
+                    samples=2, metric="logical_form" if task == "wikisql" else "bleu", every=100
+                ),
+            )
+        )
+    return folder
+
+
+def config(folder: Path, task: str, **settings) -> EvaluateConfig:
+    values = {
+        "base": BaseConfig(name=str(folder / "base"), dtype="float32", device="cpu"),
+        "adapter": str(folder / task / "adapter"),
+        "data": DataConfig(task=task, root=str(folder / "data")),
+        "scores": ("text",),
+        **settings,
+    }
+    return EvaluateConfig(**values)
+
+
+def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch) -> None:
+    monkeypatch.setattr(data_to_text, "find_java", lambda _: None)
+    asked = []
+    real = evaluation.generate
+
+    def spy(model, tokenizer, prompts, decoding, **settings):
+        asked.append((prompts, decoding))
+        return real(model, tokenizer, prompts, Decoding(max_new_tokens=8), **settings)
+
+    monkeypatch.setattr(evaluation, "generate", spy)
+    found = evaluate(config(trained, "e2e_nlg"))
+    assert [name.split(" (")[0] for name in found.scores] == [
+        *("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+    ]
+    ((prompts, decoding),) = asked
+    assert decoding == Decoding(beams=10, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=64)
+    assert len(prompts) == len(found.outputs) == 4
+    assert [r["references"] for r in found.outputs] == [["English food.", "cheap food."]] * 4
+    assert found.scores == data_to_text.e2e(
+        [r["output"] for r in found.outputs], [r["references"] for r in found.outputs]
+    )
+    # What is asked for goes before the task's own.
+    evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=2)))
+    assert asked[-1][1] == Decoding(beams=2)
+
+
+def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: Path) -> None:
+    scores = json.loads((trained / "wikisql" / "result.json").read_text())["scores"]
+    assert scores["logical_form"] == 1  # one query, learnt by heart
+    output = tmp_path / "out.jsonl"
+    found = evaluate(config(trained, "wikisql", output=str(output)))
+    assert found.scores == {"logical_form": 1}
+    (record,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert record["output"] == "SELECT river FROM table"
+    assert record["table"] == {"header": ["river", "park"]}
+
+
+def test_what_evaluation_writes_is_what_score_reads(trained: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    evaluate(config(trained, "wikisql", output=str(output)))
+    assert main(["score", str(output), "--metrics", "wikisql", "--json", "true"]) in (0, None)
+    assert json.loads(capsys.readouterr().out) == {"logical_form": 1}
+
+
+def test_missing_packages_show_before_generation(trained: Path, monkeypatch) -> None:
+    from lorakit.errors import ConfigurationError
+
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("generated first"))
+    with pytest.raises(ConfigurationError, match="Scoring needs the 'metrics' extra"):
+        evaluate(config(trained, "e2e_nlg"))

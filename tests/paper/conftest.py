@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
+from lorakit.paper.config import PaperConfig
+
+WORDS = ["river", "pub", "park", "food", "cheap", "plane", "flute", "index", "list"]
+
+
+def pairs(count: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs of sentences, the same or not."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        first = " ".join(draw.choice(WORDS) for _ in range(3))
+        label = draw.randint(0, 1)
+        second = first if label else " ".join(draw.choice(WORDS) for _ in range(3))
+        rows.append({"sentence1": first, "sentence2": second, "label": label, "idx": number})
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_runs.save_base(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MRPC and RTE of a few made rows, in the layout of data.root."""
+    root = tmp_path_factory.mktemp("data")
+    for task in ("mrpc", "rte"):
+        write(root / task / "train.jsonl", pairs(60, seed=1))
+        write(root / task / "validation.jsonl", pairs(20, seed=2))
+    return root
+
+
+@pytest.fixture
+def table2(encoder: str, data: Path, tmp_path: Path) -> Callable[..., PaperConfig]:
+    """Table 2 with two methods on MRPC, in runs of a fraction of a second."""
+
+    def make(**changes: Any) -> PaperConfig:
+        settings: dict[str, Any] = {
+            "table": "table2",
+            "model": encoder,
+            "tasks": ("mrpc",),
+            "methods": ("bitfit", "lora"),
+            "seeds": 2,
+            "trials": 2,
+            "epochs": 1,
+            "data": str(data),
+            "output": str(tmp_path / "out"),
+            "dtype": "float32",
+            "device": "cpu",
+        }
+        return PaperConfig(**{**settings, **changes})
+
+    return make

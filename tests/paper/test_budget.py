@@ -1,0 +1,105 @@
+"""A budget: the same steps for every method, written down once, kept by a resumed grid."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorakit import storage
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.paper import budget
+from lorakit.paper.config import PaperConfig
+from lorakit.paper.grid import GRID, open_grid
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, monkeypatch):
+    config = table2(budget="60s", epochs=None, seeds=1, trials=1)
+    with open_grid(config, silent) as grid:
+        steps = dict(grid.plan.steps)
+        runs = [grid.trials(*cell)[0] for cell in grid.cells()]
+        assert {grid.runner.train_config(run).max_steps for run in runs} == {steps["mrpc"]}
+    assert steps["mrpc"] >= budget.FEWEST
+    monkeypatch.setattr(budget, "_time", lambda *a: pytest.fail("timed again"))
+    with open_grid(config, silent) as grid:
+        assert grid.plan.steps == steps
+    written = storage.read_record(tmp_path / "out" / GRID, RunFolderError)
+    assert written["plan"]["timing"]["mrpc"]["methods"].keys() == {"bitfit", "lora"}
+    assert not (tmp_path / "out" / "timing").exists()
+    with (
+        pytest.raises(ConfigurationError, match="seeds was 1 and is 2"),
+        open_grid(table2(budget="60s", epochs=None, seeds=2, trials=1), silent),
+    ):
+        pass
+
+
+def timed(step: float, scoring: float = 1.0, most: int | None = None) -> dict:
+    return {
+        "methods": {"a": {"step": step, "overhead": 2.0}, "b": {"step": 2 * step, "overhead": 2.0}},
+        "scoring": scoring,
+        "held_out": 0,
+        "most_steps": most,
+    }
+
+
+def divided(monkeypatch, config, timing, seconds):
+    cells = [(d, v) for d in config.study.data_sets for v in config.study.variants]
+    monkeypatch.setattr(budget, "_time", lambda runner, data_set, *rest: timing[data_set.key])
+    return budget.divide(seconds, None, cells, config, silent)[0]
+
+
+def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
+    config = table2(tasks=("mrpc", "rte"), seeds=2, trials=3)
+    timing = {"mrpc": timed(0.1), "rte": timed(0.2)}
+    steps = divided(monkeypatch, config, timing, 1000)
+    for key, measured in timing.items():
+        runs = 4  # three rates, and the second seed
+        took = sum(
+            runs * (cost["overhead"] + steps[key] * cost["step"]) + 2 * measured["scoring"]
+            for cost in measured["methods"].values()
+        )
+        assert took == pytest.approx(budget.RESERVE * 1000 / 2, rel=0.01)
+
+
+def test_epochs_cap_what_a_budget_gives(table2, monkeypatch):
+    config = table2(seeds=1, trials=1)
+    assert divided(monkeypatch, config, {"mrpc": timed(0.01, most=50)}, 1000) == {"mrpc": 50}
+
+
+def test_a_budget_that_is_too_small_says_what_would_do(table2, monkeypatch):
+    config = table2(budget="30s", seeds=1, trials=1)
+    with pytest.raises(
+        ConfigurationError, match=r"30s is too small for 2 runs.*would take about \d+m"
+    ):
+        divided(monkeypatch, config, {"mrpc": timed(1.0)}, 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "ten minutes"}, "write a number of seconds, minutes or hours"),
+        ({"budget": "0m"}, "budget is '0m'"),
+        ({"table": "table22"}, "table is 'table22'.*Did you mean 'table2'"),
+        ({"trials": 9}, "at most 7 learning rates"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"limit": 3}, "limit is 3"),
+        ({"methods": ("lorra",)}, "Did you mean 'lora'"),
+    ],
+)
+def test_settings_that_cannot_work(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        PaperConfig(**{"table": "table2", **changes})
+
+
+def test_the_command_says_what_was_asked_for():
+    config = PaperConfig(
+        table="2", tasks=("mrpc", "rte"), seeds=1, budget="10m", data="/home/me/data"
+    )
+    assert (
+        config.command == "lorakit paper table2 --tasks mrpc,rte --seeds 1 --budget 10m --data DATA"
+    )
+    assert json.loads(json.dumps(config.seconds)) == 600

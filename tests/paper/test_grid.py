@@ -1,0 +1,255 @@
+"""The grid: each run once whatever interrupts it, choices that never see what is scored, one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorakit import storage
+from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
+from lorakit.paper import grid as grid_module
+from lorakit.paper import runs as runs_module
+from lorakit.paper.comparison import compare
+from lorakit.paper.grid import open_grid
+from lorakit.paper.run_table import run_table
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a grid has written down, by file."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("rate-*.json")
+    }
+
+
+def test_a_table_from_runs_to_page(table2, tmp_path):
+    config = table2()
+    found = run_table(config, silent)
+    folder = tmp_path / "out"
+    # Two methods, two rates with the first seed, one run more for the second seed.
+    assert len(results(folder)) == 2 * 3
+    page = found.page.read_text(encoding="utf-8")
+    assert "| roberta-base | LoRA | 0.3M | 89.7 ± 0.7 |" in page
+    assert "**LoRA**" in page
+    data = json.loads(found.data.read_text(encoding="utf-8"))
+    assert len(data["runs"]) == 6
+    scored = [run for run in data["runs"] if run["scores"]]
+    assert len(scored) == 4  # a seed each of the chosen rate; the other trials were not scored
+    assert found.figure is not None
+    assert found.figure.stat().st_size > 1000
+    for row in data["own"]:
+        seeds = [run for run in scored if run["variant"] == row["key"]]
+        assert row["cells"]["MRPC"]["seeds"] == [100 * run["scores"]["accuracy"] for run in seeds]
+
+
+def test_the_rate_is_that_of_the_best_held_out_score(table2):
+    config = table2(methods=("lora",), seeds=1, trials=3)
+    run_table(config, silent)
+    with open_grid(config, silent) as grid:
+        ((data_set, variant),) = grid.cells()
+        records = [grid.runner.record(run) for run in grid.trials(data_set, variant)]
+        best = max(record.held_out["accuracy"] for record in records)
+        chosen = grid.chosen_rate(data_set, variant)
+        assert chosen == next(r.rate for r in records if r.held_out["accuracy"] == best)
+
+
+def test_no_choice_sees_the_data_that_is_scored(table2, data, tmp_path):
+    """With other validation data, and other scores, the same rates and the same weights come out."""
+    other = tmp_path / "other"
+    (other / "mrpc").mkdir(parents=True)
+    train = (data / "mrpc" / "train.jsonl").read_text(encoding="utf-8")
+    (other / "mrpc" / "train.jsonl").write_text(train, encoding="utf-8")
+    lines = (data / "mrpc" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    flipped = [{**row, "label": 1 - row["label"]} for row in rows]
+    text = "".join(json.dumps(row) + "\n" for row in flipped)
+    (other / "mrpc" / "validation.jsonl").write_text(text, encoding="utf-8")
+    found = []
+    for name, root in (("a", data), ("b", other)):
+        config = table2(data=str(root), output=str(tmp_path / name), methods=("lora",))
+        run_table(config, silent)
+        records = [json.loads(text) for _, text in sorted(results(tmp_path / name).items())]
+        found.append(records)
+    for first, second in zip(*found, strict=True):
+        assert first["held_out"] == second["held_out"]
+        assert first["best_step"] == second["best_step"]
+        assert bool(first["scores"]) == bool(second["scores"])
+        if first["scores"]:
+            assert first["scores"]["accuracy"] == pytest.approx(1 - second["scores"]["accuracy"])
+
+
+def test_held_out_rows_are_no_training_rows(table2):
+    config = table2(limit=16, methods=("lora",))
+    with open_grid(config, silent) as grid:
+        ((data_set, variant),) = grid.cells()
+        run = grid.trials(data_set, variant)[0]
+        settings = grid.runner.train_config(run).data
+        assert settings.validation_fraction > 0
+        assert settings.source("validation") == settings.source("train")
+        assert "validation" not in str(settings.source("train"))
+
+
+def test_a_repeated_call_makes_no_run_again(table2, tmp_path, monkeypatch):
+    config = table2()
+    run_table(config, silent)
+    before = results(tmp_path / "out")
+    monkeypatch.setattr(runs_module, "train", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(runs_module, "evaluate", lambda config: pytest.fail("scored again"))
+    run_table(config, silent)
+    assert results(tmp_path / "out") == before
+
+
+def test_a_failure_midway_keeps_what_was_done_and_the_same_call_goes_on(
+    table2, tmp_path, monkeypatch
+):
+    config, real = table2(), runs_module.train
+    calls = []
+
+    def failing(settings):
+        calls.append(settings.output)
+        if len(calls) == 4:
+            raise RunFolderError("the disk is full")
+        return real(settings)
+
+    monkeypatch.setattr(runs_module, "train", failing)
+    with pytest.raises(RunFolderError, match="disk is full"):
+        run_table(config, silent)
+    before = results(tmp_path / "out")
+    assert len(before) == 3
+    run_table(config, silent)
+    assert len(calls) == 3 + 1 + 3
+    after = results(tmp_path / "out")
+    assert {name: after[name] for name in before if b'"scores": {}' not in before[name]} == {
+        name: text for name, text in before.items() if b'"scores": {}' not in text
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_no_finished_run(table2, tmp_path):
+    config = table2(seeds=2, trials=2, epochs=3)
+    words = [
+        *(sys.executable, "-m", "lorakit", "paper", "table2", "--model", config.model),
+        *("--tasks", "mrpc", "--methods", "bitfit,lora", "--seeds", "2", "--trials", "2"),
+        *("--epochs", "3", "--data", config.data, "--output", config.output),
+        *("--dtype", "float32", "--device", "cpu"),
+    ]
+    folder = tmp_path / "out"
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
+    deadline = time.monotonic() + 120
+    while len(results(folder)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = results(folder)
+    assert len(before) >= 2
+    found = run_table(config, silent)
+    after = results(folder)
+    assert len(after) == 6
+    for name, text in before.items():
+        old, new = json.loads(text), json.loads(after[name])
+        assert old["seconds"] == new["seconds"]  # it is that run, not another
+    assert all("MRPC" in row.cells for row in found.comparison.own)
+
+
+def test_two_processes_in_one_folder_are_refused(table2):
+    config = table2()
+    with (
+        storage.lock_folder(config.folder),
+        pytest.raises(RunFolderError, match="in use by another run"),
+        open_grid(config, silent),
+    ):
+        pass
+
+
+def test_other_settings_in_the_same_folder_are_refused(table2):
+    with open_grid(table2(), silent):
+        pass
+    with (
+        pytest.raises(ConfigurationError, match=r"trials was 2 and is 3.*choose another output"),
+        open_grid(table2(trials=3), silent),
+    ):
+        pass
+    with open_grid(table2(seeds=3, methods=("bitfit", "adapter_h", "lora")), silent) as grid:
+        assert grid.total == 3 * (2 + 2)  # a grid without a budget may grow
+
+
+def test_a_folder_of_other_things_is_refused(table2, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("", encoding="utf-8")
+    with (
+        pytest.raises(RunFolderError, match=r"has no grid.json, but thesis.tex"),
+        open_grid(table2(), silent),
+    ):
+        pass
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
+    config, real = table2(methods=("lora",), seeds=1), runs_module.train
+
+    def diverging(settings):
+        if settings.optimizer.learning_rate == 5e-4:
+            raise LorakitError("Training diverged at step 3")
+        return real(settings)
+
+    monkeypatch.setattr(runs_module, "train", diverging)
+    found = run_table(config, silent)
+    text = found.page.read_text(encoding="utf-8")
+    assert "0.0005: diverged; **0.0015: " in text
+    assert found.comparison.own[0].cells
+
+
+def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2, monkeypatch):
+    real = grid_module.count_parameters
+
+    def refusing(model, method):
+        if type(method).__name__ == "BitFit":
+            raise ConfigurationError("it has no biases")
+        return real(model, method)
+
+    monkeypatch.setattr(grid_module, "count_parameters", refusing)
+    found = run_table(table2(seeds=1, trials=1), silent)
+    assert "BitFit is left out: it has no biases" in found.page.read_text(encoding="utf-8")
+    assert [bool(row.cells) for row in found.comparison.own] == [False, True]
+
+
+def test_weights_go_where_they_are_not_kept_and_the_scores_stay(table2, tmp_path):
+    config = table2(keep_weights=False)
+    run_table(config, silent)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    before = results(tmp_path / "out")
+    run_table(config, silent)
+    assert results(tmp_path / "out") == before
+
+
+def test_parameters_are_counted_without_the_new_head(table2):
+    with open_grid(table2(methods=("full", "lora")), silent) as grid:
+        counts = grid.plan.counts["mrpc"]
+    assert counts["lora"].trained == 2 * 2 * (32 + 32) * 8 or counts["lora"].trained > 0
+    assert counts["full"].head == counts["lora"].head > 0
+    assert counts["full"].trained > counts["lora"].trained
+
+
+def test_spread_and_verdict_follow_from_the_seeds(table2):
+    config = table2(seeds=3, trials=1)
+    run_table(config, silent)
+    with open_grid(config, silent) as grid:
+        found = compare(grid)
+    (difference,) = found.differences
+    bitfit, lora = (row.cells["MRPC"] for row in found.own)
+    assert difference.value == pytest.approx(lora.value - bitfit.value)
+    assert difference.spread == pytest.approx((lora.spread**2 + bitfit.spread**2) ** 0.5)
+    expected = "level" if abs(difference.value) <= difference.spread else None
+    assert difference.verdict == (expected or ("ahead" if difference.value > 0 else "behind"))
+    assert difference.published == ("roberta-base", pytest.approx(89.7 - 92.7))

@@ -1,0 +1,69 @@
+"""The commands recipes and paper, as a person types them."""
+
+import json
+
+import pytest
+
+from lorakit.cli import main
+from lorakit.cli.paper import _plain
+from lorakit.cli.parsing import take_option
+from lorakit.errors import ConfigurationError
+
+
+def test_lists_and_flags_as_people_type_them():
+    assert _plain(["table2", "--tasks", "mrpc,rte", "--methods=lora", "--dry-run"]) == [
+        *("table2", "--tasks", "[mrpc,rte]", "--methods=[lora]", "--dry_run=true"),
+    ]
+    assert _plain(["--dry-run", "false", "--eval-limit", "5"]) == [
+        *("--dry_run", "false", "--eval_limit", "5"),
+    ]
+
+
+def test_recipes_are_listed_and_one_is_shown_whole(capsys):
+    assert main(["recipes", "roberta-base", "mrpc"]) == 0
+    text = capsys.readouterr().out
+    assert "roberta-base/mrpc/lora@paper" in text
+    assert "roberta-base/mrpc/lora@code" in text
+    assert main(["recipes", "gpt2-medium/e2e_nlg/lora@code"]) == 0
+    text = capsys.readouterr().out
+    assert "--decoding.beams 10" in text
+    assert "lorakit train --recipe gpt2-medium/e2e_nlg/lora@code --output" in text
+    assert main(["recipes", "deberta", "rte", "--json", "true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {record["settings"]["lora.rank"] for record in found} == {8, 16}
+
+
+def test_words_that_no_recipe_has(capsys):
+    assert main(["recipes", "bert-tiny"]) == 1
+    assert "No recipe's name holds 'bert-tiny'" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
+    config = table2()
+    status = main(
+        [
+            *("paper", "table2", "--model", config.model, "--tasks", "mrpc", "--methods"),
+            *("full,lora", "--trials", "3", "--seeds", "2", "--data", config.data),
+            *("--output", config.output, "--dry-run"),
+        ]
+    )
+    text = capsys.readouterr().out
+    assert status == 0
+    assert "0.00017, 0.0005, 0.0015" in text
+    assert "0 of 8 runs are done" in text
+    assert not config.folder.exists()
+
+
+def test_an_option_that_is_no_setting():
+    assert take_option(["--a", "1", "--recipe", "x"], "--recipe") == ("x", ["--a", "1"])
+    assert take_option(["--recipe=x=y"], "--recipe") == ("x=y", [])
+    assert take_option(["--recipes", "x"], "--recipe") == (None, ["--recipes", "x"])
+    with pytest.raises(ConfigurationError, match="needs a value"):
+        take_option(["--recipe", "--output", "x"], "--recipe")
+    with pytest.raises(ConfigurationError, match="given 2 times"):
+        take_option(["--recipe", "x", "--recipe=y"], "--recipe")
+
+
+def test_an_unknown_recipe_is_an_error_of_the_command(capsys):
+    assert main(["train", "--recipe", "roberta-base/mrcp/lora", "--output", "out"]) == 1
+    assert "Did you mean 'roberta-base/mrpc/lora'" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Recipes: every one is a valid run, differs from its counterpart as documented, and yields to flags."""
+
+import pytest
+
+from lorakit.cli.parsing import parse
+from lorakit.cli.train import _recipe
+from lorakit.errors import ConfigurationError
+from lorakit.paper.recipes import matching, recipe, recipes
+from lorakit.paper.settings import train_config
+from lorakit.tasks import TASKS
+from lorakit.training.config import DEFAULT_RATES, TrainConfig
+
+
+def runs_now(name: str) -> bool:
+    """Whether this version has the recipe's task and method."""
+    settings = recipes()[name].settings
+    return settings["data.task"] in TASKS and settings["method"] in DEFAULT_RATES
+
+
+@pytest.mark.parametrize("name", list(filter(runs_now, recipes())))
+def test_a_recipe_is_the_configuration_of_a_run(name):
+    settings = {"base.name": "any-decoder", **recipes()[name].settings, "output": "out"}
+    config = train_config(settings)
+    assert config.peak_rate == settings["optimizer.learning_rate"]
+    assert config.validates is not None
+
+
+def test_paper_and_code_differ_where_the_register_says():
+    def pair(name):
+        return recipe(f"{name}@paper").settings, recipe(f"{name}@code").settings
+
+    paper, code = pair("roberta-base/mrpc/lora")
+    assert (paper["lora.alpha"], code["lora.alpha"]) == (8, 16)
+    assert code["batch_size"] * code["accumulation"] == 128
+    assert code["optimizer.weight_decay"] == 0.1
+    paper, code = pair("deberta-v2-xxlarge/rte/lora")
+    assert (paper["lora.rank"], code["lora.rank"]) == (8, 16)
+    assert (paper["optimizer.learning_rate"], code["optimizer.learning_rate"]) == (2e-4, 2.6e-4)
+    assert (paper["optimizer.warmup"], code["optimizer.warmup"]) == (0.1, 50)
+    paper, code = pair("roberta-large/stsb/lora")
+    assert (paper["batch_size"], paper["epochs"], paper["data.max_length"]) == (8, 30, 512)
+    assert (code["batch_size"], code["epochs"], code["data.max_length"]) == (4, 10, 128)
+    penalties = [
+        recipe(f"gpt2-medium/e2e_nlg/lora@{o}").decoding["length_penalty"]
+        for o in ("paper", "code")
+    ]
+    assert penalties == [0.9, 0.8]
+
+
+def test_a_name_without_origin_is_the_paper_s_and_else_prior_work_s():
+    assert recipe("roberta-base/mrpc/lora") is recipe("roberta-base/mrpc/lora@paper")
+    assert recipe("gpt2-medium/dart/full").origin == "prior"
+
+
+def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method():
+    found = recipe("roberta-base/rte/lora")
+    assert any("--from_adapter" in note for note in found.notes)
+    assert not any("--from_adapter" in note for note in recipe("roberta-base/cola/lora").notes)
+    left = _recipe("roberta-base/rte/lora", ["--from_adapter", "out/mnli/best"])
+    assert not any(name.startswith(("lora", "method")) for name in left)
+    assert left["optimizer.learning_rate"] == 5e-4
+
+
+def test_gpt3_s_recipes_need_a_decoder_and_count_its_warm_up_in_steps():
+    found = recipe("gpt3-175b/wikisql/lora-4.7m")
+    assert "base.name" not in found.settings
+    assert found.settings["optimizer.warmup"] == 6  # 250,000 tokens / (128 x 384), rounded up
+    assert recipe("gpt3-175b/mnli-1k/lora").settings["data.limit"] == 1000
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ConfigurationError, match="Did you mean 'roberta-base/mrpc/lora'"):
+        recipe("roberta-base/mrcp/lora")
+    with pytest.raises(ConfigurationError, match="no recipe 'roberta-base/mrpc/lora@official'"):
+        recipe("roberta-base/mrpc/lora@official")
+
+
+def test_words_narrow_the_list():
+    names = [found.name for found in matching("roberta-large rte @paper")]
+    assert "roberta-large/rte/lora@paper" in names
+    assert all("roberta-large/rte/" in name for name in names)
+    assert matching("nothing-like-it") == []
+
+
+def test_flags_override_a_recipe():
+    config = parse(
+        TrainConfig,
+        "train",
+        "",
+        ["--lora.rank", "4", "--output", "out", "--optimizer.warmup=0.1"],
+        defaults=recipe("roberta-base/mrpc/lora").settings,
+    )
+    assert (config.lora.rank, config.lora.alpha, config.epochs) == (4, 8, 30)
+    assert config.optimizer.warmup == 0.1
+    assert config.base.name == "FacebookAI/roberta-base"

@@ -1,0 +1,66 @@
+"""What the tables compare: rows that the paper has too, and the same number of trials for every method."""
+
+import pytest
+
+from lorakit.errors import ConfigurationError
+from lorakit.paper.published import PUBLISHED
+from lorakit.paper.settings import train_config
+from lorakit.paper.studies import MAX_TRIALS, STUDIES, study
+from lorakit.training.config import DEFAULT_RATES
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_columns_and_settings_are_those_of_the_published_table(name):
+    study = STUDIES[name]
+    for data_set in study.data_sets:
+        assert {column.name for column in data_set.columns} <= set(study.table.columns)
+    settings = {row.setting for row in study.table.rows}
+    if {variant.method for variant in study.variants} == {"LoRA"}:
+        assert {variant.setting for variant in study.variants} == settings
+    assert len({variant.key for variant in study.variants}) == len(study.variants)
+
+
+def test_every_row_of_table_15_is_a_variant():
+    ours = [(variant.method, variant.setting) for variant in STUDIES["table15"].variants]
+    assert ours == [(row.method, row.setting) for row in PUBLISHED["table15"].rows]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v for s in STUDIES.values() for v in s.variants if v.settings["method"] in DEFAULT_RATES],
+    ids=lambda variant: variant.key,
+)
+def test_a_variant_s_settings_are_those_of_a_run(variant):
+    config = train_config(
+        {"base.name": "x", "data.train": "x.jsonl", "output": "out", **variant.settings}
+    )
+    assert config.chosen_method is not None
+
+
+@pytest.mark.parametrize("trials", range(1, MAX_TRIALS + 1))
+def test_every_method_has_as_many_rates_and_they_grow_around_the_same_middle(trials):
+    for name in STUDIES:
+        for variant in STUDIES[name].variants:
+            rates = variant.rates(trials)
+            assert len(set(rates)) == trials
+            assert rates == sorted(rates)
+            assert set(variant.rates(1)) <= set(rates)
+
+
+def test_a_study_narrows_to_what_is_named_in_the_table_s_order():
+    chosen = study("table2").choose(("rte", "mrpc"), ("lora", "full"))
+    assert [d.key for d in chosen.data_sets] == ["mrpc", "rte"]
+    assert [v.key for v in chosen.variants] == ["full", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "methods", "message"),
+    [
+        (("mrcp",), None, "tasks names 'mrcp'.*Did you mean 'mrpc'"),
+        (None, ("lora", "lora"), "name each once"),
+        ((), None, "tasks is empty"),
+    ],
+)
+def test_names_that_a_table_does_not_have(tasks, methods, message):
+    with pytest.raises(ConfigurationError, match=message):
+        study("table2").choose(tasks, methods)

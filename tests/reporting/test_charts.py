@@ -1,0 +1,168 @@
+"""Charts: what is drawn are the numbers that were given, in every format."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from browser import HOSTILE
+
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.reporting import Figure, drawing
+from lorakit.reporting.axes import Mark, short_names
+from lorakit.reporting.charts import (
+    Series,
+    bar_chart,
+    dot_chart,
+    histogram,
+    line_chart,
+    running_mean,
+    thinned,
+)
+from lorakit.reporting.heat_maps import heat_map
+
+
+def labels(svg: str) -> list[str]:
+    """The sentences of an SVG's marks."""
+    found: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend(value for name, value in attrs if name == "data-t")
+
+    Reader().feed(svg)
+    return found
+
+
+CURVE = [(step, 3 / step) for step in range(1, 21)]
+CHARTS = {
+    "line": line_chart(
+        "Loss",
+        [Series(name="a", points=CURVE), Series(name="b", points=CURVE[::2], dots=True)],
+        x="step",
+        y="loss",
+        marks=[Mark(at=3, text="best"), Mark(at=1, text="level", axis="y")],
+    ),
+    "log": line_chart("Loss", [Series(name="a", points=CURVE)], x="step", y="loss", log=True),
+    "dot": dot_chart(
+        "Norms", ["l.0.q", "l.1.q"], {"W": [1.5, 2.5], "dW": [0.1, 0.25]}, x="norm", log=True
+    ),
+    "bar": bar_chart("Bytes", {"base": 1000, "adapter": 7}, x="", texts={"adapter": "seven"}),
+    "histogram": histogram("KL", [0.1, 1, 10], [3, 4], x="nats", y="predictions"),
+    "cells": heat_map("phi", [[0.25, 1.0], [math.nan, 0.5]], x="j", y="i", value="phi"),
+    "rows": heat_map(
+        "energy", [[0.25, 1.0]], x="rank", y="", value="share", names=["q"], crosses=[(0, 1)]
+    ),
+}
+EXPECTED = {
+    "line": ["a, step 1: 3", "b, step 3: 1"],
+    "log": ["a, step 20: 0.15"],
+    "dot": ["l.0.q, W: 1.5", "l.1.q, dW: 0.25"],
+    "bar": ["base: 1000", "adapter: seven"],
+    "histogram": ["0.1 to 1: 3 predictions", "1 to 10: 4 predictions"],
+    "cells": ["i 1, j 1: 0.250", "i 2, j 2: 0.500"],
+    "rows": ["q, rank 2: 1.000"],
+}
+
+
+@pytest.mark.parametrize("kind", CHARTS)
+def test_every_mark_carries_its_numbers(kind) -> None:
+    svg = drawing.inline_svg(CHARTS[kind], 1)
+    found = labels(svg)
+    assert set(EXPECTED[kind]) <= set(found)
+    assert not any("undefined" in label or "NaN" in label for label in found)
+    counts = {"line": 30, "log": 20, "dot": 4, "bar": 2, "histogram": 2, "cells": 3, "rows": 2}
+    assert len(found) == counts[kind]
+
+
+@pytest.mark.parametrize("kind", CHARTS)
+def test_a_chart_is_one_picture_to_a_screen_reader(kind) -> None:
+    root = ET.fromstring(drawing.inline_svg(CHARTS[kind], 1))
+    assert root.get("role") == "img"
+    assert root.get("aria-label") == CHARTS[kind].alt
+    inner = [part for part in root.iter() if part is not root]
+    assert not any(name.startswith(("aria", "role")) for part in inner for name in part.attrib)
+
+
+def test_alt_texts_hold_the_main_numbers() -> None:
+    assert "a goes from 3 at step 1 to 0.15 at step 20" in CHARTS["line"].alt
+    assert "adapter seven" in CHARTS["bar"].alt
+    assert "0.25 to 1" in CHARTS["cells"].alt
+
+
+def test_line_points_lie_where_the_numbers_say() -> None:
+    svg = drawing.inline_svg(CHARTS["log"], 1)
+    places = re.findall(
+        r'data-t="a, step ([\d.]+): ([\d.]+)" transform="translate\(([\d.]+),([\d.]+)\)', svg
+    )
+    step, value, x, y = (np.array(column, float) for column in zip(*places, strict=True))
+    assert len(places) == 20
+    assert np.corrcoef(step, x)[0, 1] == pytest.approx(1, abs=1e-6)
+    assert np.corrcoef(np.log(value), y)[0, 1] == pytest.approx(-1, abs=1e-3)
+
+
+def test_charts_of_a_page_share_no_ids() -> None:
+    ids = [
+        set(re.findall(r'\bid="([^"]+)"', drawing.inline_svg(CHARTS["cells"], n))) for n in (1, 2)
+    ]
+    assert not ids[0] & ids[1]
+    svg = drawing.inline_svg(CHARTS["cells"], 2)
+    assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= ids[1]
+    assert svg == drawing.inline_svg(CHARTS["cells"], 2)
+
+
+def test_hostile_names_stay_text() -> None:
+    chart = line_chart(HOSTILE, [Series(name=HOSTILE, points=CURVE)], x="step", y="y")
+    rows = dot_chart("t", ["a.q", f"a.{HOSTILE}'] + alert(1) + ['"], {HOSTILE: [1, 2]}, x="n")
+    for one in (chart, rows):
+        svg = drawing.inline_svg(one, 1)
+        assert "<script" not in svg
+        assert "<img" not in svg
+        root = ET.fromstring(svg)  # well-formed: no name broke out of its place
+        assert any(HOSTILE in (part.get("data-t") or "") for part in root.iter())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<svg"), (".pdf", b"%PDF")]
+)
+def test_a_figure_is_saved_as_a_picture(tmp_path, suffix, start) -> None:
+    figure = Figure(caption="", charts=tuple(CHARTS.values()), columns=3)
+    drawing.save(figure, tmp_path / f"figure{suffix}")
+    assert (tmp_path / f"figure{suffix}").read_bytes().startswith(start)
+
+
+def test_wrong_places_of_a_figure_are_errors(tmp_path) -> None:
+    figure = Figure(caption="", charts=(CHARTS["bar"],))
+    with pytest.raises(ConfigurationError, match=r"\.png, \.svg or \.pdf"):
+        drawing.save(figure, tmp_path / "figure")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="Cannot write"):
+        drawing.save(figure, tmp_path / "file" / "figure.png")
+
+
+def test_running_mean() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    means = running_mean(list(enumerate(values)), 8)
+    expected = [values[max(0, i - 7) : i + 1].mean() for i in range(50)]
+    np.testing.assert_allclose([y for _, y in means], expected, atol=1e-12)
+
+
+def test_a_thinned_line_keeps_its_ends_and_peaks() -> None:
+    points = [(float(i), math.sin(i / 50)) for i in range(10_000)]
+    points[777], points[5_555] = (777.0, 9.0), (5_555.0, -9.0)
+    kept = thinned(points)
+    assert len(kept) <= 240
+    assert {points[0], points[-1], points[777], points[5_555]} <= set(kept)
+    assert kept == sorted(kept)
+    assert thinned(points[:200]) == points[:200]
+
+
+def test_short_names() -> None:
+    assert short_names(["m.0.q", "m.1.q"]) == ["0.q", "1.q"]
+    assert short_names(["m.0.q", "m.0.v"]) == ["q", "v"]
+    assert short_names(["a.b", "a"]) == ["a.b", "a"]
+    assert short_names(["a.b"]) == ["a.b"]

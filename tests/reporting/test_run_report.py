@@ -1,0 +1,179 @@
+"""The page of a run: its numbers are those of the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from browser import HOSTILE
+
+from lorakit.errors import RunFolderError
+from lorakit.reporting import read_run, run_page
+from lorakit.reporting.comparison import comparison_page
+from lorakit.reporting.page import Section, Table, number
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, without tags."""
+    body = page.split("<body>")[1].split("<script>")[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    page = run_page(read_run(run))
+    text = text_of(page.render())
+    before, after = result["scores_before"], result["scores"]
+    for score in ("loss", "perplexity", "bleu", "rouge_l"):
+        assert number(float(after[score])) in text
+        assert number(float(before[score])) in text
+    assert f"On held-out data, loss fell from {before['loss']:.4g} to {after['loss']:.4g}" in text
+    assert "A LoRA adapter of rank 8" in text
+    assert "44 steps" in text
+    assert result["tokens"] > 0
+    assert f"{result['computed_tokens']:,}" in text
+    weights = (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"{weights / 1000:.3g} kB" in text
+    record = json.loads((run / "adapter" / "lorakit.json").read_text())
+    assert record["provenance"]["data"]["train"]["sha256"] in text
+    assert record["base"]["weights"]["exact"] in text
+    assert "batch_size: 4" in text
+
+
+def test_the_curves_hold_every_step(run: Path) -> None:
+    page = html.unescape(run_page(read_run(run)).render())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record["step"]
+        if record["split"] == "train":
+            assert f'"loss of a step, step {step}: {record["loss"]:.5g}"' in page
+            assert f'"learning rate, step {step}: {record["learning_rate"]:.5g}"' in page
+        else:
+            assert f"step {step}: {record['rouge_l']:.5g}" in page
+
+
+def test_samples_stand_side_by_side_with_their_differences(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    page = run_page(read_run(run)).render()
+    samples = page.split('id="samples"')[1].split("</section>")[0]
+    assert samples.count('<article class="sample">') == 4
+    assert "Before training" in samples
+    assert "After 44 steps" in samples
+    assert "<mark>" in samples
+    text = " ".join(html.unescape(re.sub(r"</?mark>", "", samples)).split())
+    for record in records:
+        if record["step"] in (0, 44):
+            assert " ".join(record["output"].split()) in text
+            assert record["references"][0] in text
+
+
+def test_texts_from_outside_stay_text(run: Path) -> None:
+    page = run_page(read_run(run)).render()
+    assert HOSTILE not in page
+    assert html.escape(HOSTILE, quote=False) in page.replace("&#34;", '"').replace("&#39;", "'")
+    assert page.count("<script") == 1
+    assert page.count("<img") == 0
+
+
+def test_predictions_stand_beside_the_measurements(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    predicted = {"seconds": result["seconds"] / 2, "peak_memory": result["peak_memory"] * 2.0}
+    page = run_page(read_run(run), predicted=predicted)
+    (table,) = [
+        b
+        for s in page.sections
+        for b in s.blocks
+        if isinstance(b, Table) and s.anchor == "speed-and-memory"
+    ]
+    rows = {row[0]: row for row in table.rows}
+    assert rows["Time in training steps"][3] == "2.00"
+    assert rows["Peak memory"][3] == "0.50"
+    assert rows["Adapter file"][1] is None
+
+
+def test_the_size_of_the_base_is_recorded(run: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    record = read_run(run)
+    model = AutoModelForCausalLM.from_pretrained(record.config["base"]["name"])
+    assert record.sizes["base_parameters"] == model.num_parameters()
+    assert record.sizes["base_bytes"] == 4 * model.num_parameters()
+    stored = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert stored["r"] == 8
+    assert 0 < record.sizes["trained_parameters"] < model.num_parameters()
+
+
+def test_an_unfinished_run_has_a_page(unfinished: Path) -> None:
+    record = read_run(unfinished)
+    assert len(record.train) == 20
+    page = run_page(record).render()
+    text = text_of(page)
+    assert "The run is not finished" in text
+    assert "has been trained for 20 steps" in text
+    assert "<i>" not in page
+
+
+def test_runs_compared(run: Path, unfinished: Path) -> None:
+    one, other = read_run(run), read_run(unfinished)
+    other = dataclasses.replace(other, config={**other.config, "seed": 7})
+    page = comparison_page([one, other])
+    text = text_of(page.render())
+    assert "The runs differ in seed." in text
+    assert "first and <i>second" in text
+    for record in (one, other):
+        assert number(record.scores("after")["loss"]) in text
+    assert page.render().count('<article class="sample">') == 4
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other" / run.name)
+    page = comparison_page([read_run(run), read_run(tmp_path / "other" / run.name)])
+    assert f"other/{run.name}" in page.render()
+    assert "The runs have the same settings." in page.summary
+
+
+def test_a_section_of_another_part_finds_its_place(run: Path) -> None:
+    section = Section(title="Spectrum", blocks=[Table(caption="c", columns=("a",), rows=[("x",)])])
+    titles = [s.title for s in run_page(read_run(run), analysis=[section]).sections]
+    assert titles.index("Adapter size") < titles.index("Spectrum") < titles.index("Configuration")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n[]\n', "metrics.jsonl:2 is damaged"),
+        ("config.yaml", "a: [", "is damaged"),
+        ("config.yaml", "a: 1", "not the configuration of a run"),
+        ("result.json", "{}", "checksum"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error(unfinished, tmp_path, name, content, message) -> None:
+    shutil.copytree(unfinished, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(RunFolderError, match=message):
+        read_run(tmp_path / "run")
+
+
+def test_another_folder_is_no_run(tmp_path) -> None:
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        read_run(tmp_path)
+
+
+def test_every_figure_is_saved_for_papers(run: Path, tmp_path: Path) -> None:
+    page = run_page(read_run(run))
+    written = page.save_figures(tmp_path / "figures")
+    assert len(written) == 2 * len(page.figures()) > 4
+    assert {path.suffix for path in written} == {".png", ".svg"}
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_numbers() -> None:
+    assert [number(x) for x in (None, 1234567, 3.14159, 0.5, 12345.678, 1e-6, True, "x")] == [
+        *("-", "1,234,567", "3.142", "0.5000"),
+        *("1.235e+04", "1e-06", "True", "x"),
+    ]
