@@ -47,6 +47,13 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
     assert len(scored) == 4  # a seed each of the chosen rate; the other trials were not scored
     assert found.figure is not None
     assert found.figure.stat().st_size > 1000
+    assert found.report is not None
+    page = found.report.read_text()
+    assert "Published in the paper." in page
+    for row in found.comparison.own:
+        assert row.variant.label in page
+        for name, cell in row.cells.items():
+            assert f"{cell.value:.{found.comparison.digits[name]}f}" in page
     for row in data["own"]:
         seeds = [run for run in scored if run["variant"] == row["key"]]
         assert row["cells"]["MRPC"]["seeds"] == [100 * run["scores"]["accuracy"] for run in seeds]

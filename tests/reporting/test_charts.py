@@ -24,6 +24,7 @@ from lorakit.reporting.charts import (
     thinned,
 )
 from lorakit.reporting.heat_maps import heat_map
+from lorakit.reporting.scatter import Point, scatter_chart
 
 
 def labels(svg: str) -> list[str]:
@@ -53,6 +54,16 @@ CHARTS = {
     ),
     "bar": bar_chart("Bytes", {"base": 1000, "adapter": 7}, x="", texts={"adapter": "seven"}),
     "histogram": histogram("KL", [0.1, 1, 10], [3, 4], x="nats", y="predictions"),
+    "scatter": scatter_chart(
+        "MNLI",
+        [
+            Point(series="LoRA", x=3e5, y=87.5, name="ours", spread=0.3),
+            Point(series="FT", x=1.25e8, y=87.6, name="theirs", hollow=True),
+        ],
+        series=["FT", "LoRA"],
+        x="parameters",
+        y="accuracy",
+    ),
     "cells": heat_map("phi", [[0.25, 1.0], [math.nan, 0.5]], x="j", y="i", value="phi"),
     "rows": heat_map(
         "energy", [[0.25, 1.0]], x="rank", y="", value="share", names=["q"], crosses=[(0, 1)]
@@ -64,6 +75,10 @@ EXPECTED = {
     "dot": ["l.0.q, W: 1.5", "l.1.q, dW: 0.25"],
     "bar": ["base: 1000", "adapter: seven"],
     "histogram": ["0.1 to 1: 3 predictions", "1 to 10: 4 predictions"],
+    "scatter": [
+        "ours, parameters 300,000: accuracy 87.5 ± 0.3",
+        "theirs, parameters 125,000,000: accuracy 87.6",
+    ],
     "cells": ["i 1, j 1: 0.250", "i 2, j 2: 0.500"],
     "rows": ["q, rank 2: 1.000"],
 }
@@ -75,7 +90,16 @@ def test_every_mark_carries_its_numbers(kind) -> None:
     found = labels(svg)
     assert set(EXPECTED[kind]) <= set(found)
     assert not any("undefined" in label or "NaN" in label for label in found)
-    counts = {"line": 30, "log": 20, "dot": 4, "bar": 2, "histogram": 2, "cells": 3, "rows": 2}
+    counts = {
+        "line": 30,
+        "log": 20,
+        "dot": 4,
+        "bar": 2,
+        "histogram": 2,
+        "scatter": 2,
+        "cells": 3,
+        "rows": 2,
+    }
     assert len(found) == counts[kind]
 
 

@@ -40,7 +40,7 @@ def _run(config) -> None:
     study = result.comparison.grid.study
     console().print(f"\n{study.table.title}\n", markup=False)
     console().print(_table(head, body, published))
-    for path in (result.page, result.data, result.figure):
+    for path in (result.page, result.data, result.figure, result.report):
         if path is not None:
             print(path)
 

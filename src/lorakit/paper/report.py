@@ -16,7 +16,7 @@ _EMPTY = "-"
 def markdown(found: Comparison) -> str:
     """Return the page of a table: the rows, what they say of LoRA, and how the runs were made."""
     parts = [
-        f"# {_title(found)}",
+        f"# {title(found)}",
         _introduction(found),
         _table(found),
         *_differences(found),
@@ -110,7 +110,8 @@ def _number(measured: Measured, digits: int) -> str:
     return text if measured.spread is None else f"{text} ± {measured.spread:.{digits}f}"
 
 
-def _title(found: Comparison) -> str:
+def title(found: Comparison) -> str:
+    """Return what was compared, in a few words."""
     number = found.grid.study.table.name.removeprefix("table")
     return f"Table {number} on {found.grid.config.base.name}"
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from lorakit import storage
 from lorakit.paper.comparison import Comparison, compare
 from lorakit.paper.config import PaperConfig
+from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import Grid, Say, open_grid
-from lorakit.paper.plots import save_plot
 from lorakit.paper.report import as_dict, markdown
+from lorakit.reporting import drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class TableResult:
     page: Path
     data: Path
     figure: Path | None
+    report: Path | None
+    """The page to look at; None until the runs are done."""
 
 
 def run_table(config: PaperConfig, say: Say = print) -> TableResult:
@@ -36,6 +39,7 @@ def run_table(config: PaperConfig, say: Say = print) -> TableResult:
     Raises:
         LorakitError: Something the user can mend: settings, data, base, folder.
     """
+    drawing.require_drawing()  # now rather than after hours of runs
     with open_grid(config, say) as grid:
         grid.run(after_each=lambda: _write(grid))
         return _write(grid, figure=True)
@@ -56,13 +60,14 @@ def _write(grid: Grid, *, figure: bool = False) -> TableResult:
     with storage.atomic_file(data) as temporary:
         record = json.dumps(as_dict(found), indent=1, ensure_ascii=False)
         temporary.write_text(record + "\n", encoding="utf-8")
-    return TableResult(comparison=found, page=page, data=data, figure=plot if drawn else None)
+    report = table_page(found).write(folder / f"{name}.html") if figure else None
+    return TableResult(
+        comparison=found, page=page, data=data, figure=plot if drawn else None, report=report
+    )
 
 
 def _draw(found: Comparison, path: Path) -> bool:
-    with storage.atomic_file(path) as temporary:
-        named = temporary.with_suffix(".png")
-        drawn = save_plot(found, named)
-        if drawn:
-            named.replace(temporary)
-    return drawn
+    figure = comparison_figure(found)
+    if figure is not None:
+        drawing.save(figure, path)
+    return figure is not None

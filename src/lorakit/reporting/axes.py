@@ -33,15 +33,15 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(path[shared:]) for path in paths]
 
 
-def mark_layers(mark: Mark) -> list[Spec]:
-    """The line of a mark, and its text."""
+def mark_layers(mark: Mark, *, left_of: bool = False) -> list[Spec]:
+    """The line of a mark, and its text, to the right of it or to the left."""
     data = {"values": [{"at": mark.at, "text": mark.text}]}
     place: Spec = {mark.axis: {"field": "at", "type": "quantitative"}}
     rule = {"type": "rule", "strokeDash": [4, 3], "color": MUTED, "aria": False}
     text = {"type": "text", "color": MUTED, "fontSize": 11, "align": "left", "aria": False}
     if mark.axis == "x":
         beside = {**place, "y": {"value": 8}}
-        text |= {"dx": 4}
+        text |= {"dx": -4, "align": "right"} if left_of else {"dx": 4}
     else:
         beside = {**place, "x": {"value": 4}}
         text |= {"dy": -6}

@@ -97,7 +97,7 @@ def line_chart(
         scale = {"domain": list(y_domain)}
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
     if y_format is not None:
-        axis["format"] = y_format
+        axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = [_name(one.name) for one in shown]
     place = {
         "x": {
@@ -136,7 +136,10 @@ def line_chart(
         dot = {"type": "point", "filled": True, "size": 36, "opacity": 1.0 if one.dots else 0.0}
         encoding = {**place, "color": colour, "description": {"field": "label"}}
         layers.append({"data": data, "mark": dot, "encoding": encoding})
-    layers += [layer for mark in marks for layer in mark_layers(mark)]
+    if marks and shown:
+        xs = [a for one in shown for a, _ in one.finite()]
+        middle = (min(xs) + max(xs)) / 2
+        layers += [layer for mark in marks for layer in mark_layers(mark, left_of=mark.at > middle)]
     spec = {"width": width, "height": HEIGHT, "layer": layers}
     return Chart(title=title, alt=_lines_in_words(title, shown, x, y), spec=spec)
 

@@ -38,9 +38,19 @@ def compared(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, .
     right: list[Piece] = []
     for what, i1, i2, j1, j2 in matcher.get_opcodes():
         for pieces, words in ((left, one[i1:i2]), (right, other[j1:j2])):
-            if text := "".join(words):
-                pieces.append(Piece(text, changed=what != "equal" and not text.isspace()))
-    return tuple(left), tuple(right)
+            pieces += _marked("".join(words)) if what != "equal" else [Piece("".join(words))]
+    return tuple(filter(_is_there, left)), tuple(filter(_is_there, right))
+
+
+def _marked(text: str) -> list[Piece]:
+    """A changed stretch; the blanks around it are no part of the change."""
+    core = text.strip()
+    before, _, after = text.partition(core) if core else (text, "", "")
+    return [Piece(before), Piece(core, changed=True), Piece(after)]
+
+
+def _is_there(piece: Piece) -> bool:
+    return bool(piece.text)
 
 
 def _words(text: str) -> list[str]:

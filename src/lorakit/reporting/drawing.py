@@ -124,7 +124,7 @@ def inline_svg(chart: Chart, number: int) -> str:
     The labels of its marks become the attribute data-t, from which the page's script shows them: a screen reader
     should hear the chart's one sentence, not its thousand points.
     """
-    spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": 2}
+    spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": 4}
     svg: str = require_drawing().vegalite_to_svg(spec)
     head, body = re.fullmatch(r"\s*(<svg\b[^>]*>)(.*)", svg, re.DOTALL).groups()  # type: ignore[union-attr]
     size = re.search(r'width="([\d.]+)" height="([\d.]+)"', head)

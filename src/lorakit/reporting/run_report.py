@@ -147,7 +147,7 @@ def _curves(run: RunRecord) -> Section | None:
     norm = run.points("train", "gradient_norm")
     if rate:
         one = Series(name="learning rate", points=rate)
-        charts.append(line_chart("Learning rate", [one], x="step", y="rate", y_format=".1e"))
+        charts.append(line_chart("Learning rate", [one], x="step", y="rate", y_format="~e"))
     if norm:
         one = Series(name="gradient norm", points=norm)
         charts.append(line_chart("Gradient norm, before clipping", [one], x="step", y="norm"))

@@ -1,0 +1,105 @@
+"""Scatter charts: points by series, with their spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorakit.reporting.axes import Spec
+from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A point of a scatter chart."""
+
+    series: str
+    x: float
+    y: float
+    name: str
+    spread: float = 0.0
+    """Half the length of the bar through it."""
+    hollow: bool = False
+    """Drawn as an outline: what one compares with."""
+
+
+def scatter_chart(
+    title: str,
+    points: Sequence[Point],
+    *,
+    series: Sequence[str],
+    x: str,
+    y: str,
+    legend: bool = True,
+) -> Chart:
+    """Points over a logarithmic x, by series; `series` names all there may be, so that charts agree in colours."""
+    shown = [one for one in points if one.x > 0 and math.isfinite(one.y)]
+    values = [
+        {
+            "series": one.series,
+            "x": one.x,
+            "y": one.y,
+            "low": one.y - one.spread,
+            "high": one.y + one.spread,
+            "label": f"{one.name}, {x} {one.x:,.0f}: {y} {one.y:.4g}"
+            + (f" ± {one.spread:.2g}" if one.spread else ""),
+            "hollow": one.hollow,
+        }
+        for one in shown
+    ]
+    names = list(series)
+    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
+    shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
+    colour = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": names, "range": colours},
+        "legend": {"columns": 4} if legend else None,
+    }
+    shape = {"field": "series", "type": "nominal", "scale": {"domain": names, "range": shapes}}
+    place: Spec = {
+        "x": {
+            "field": "x",
+            "type": "quantitative",
+            "scale": {"type": "log"},
+            "axis": {"title": x, "tickCount": 5, "format": "~s", "grid": False},
+        },
+        "y": {
+            "field": "y",
+            "type": "quantitative",
+            "scale": {"zero": False},
+            "axis": {"title": None, "tickCount": 5, "minExtent": 38},
+        },
+    }
+    described = {"description": {"field": "label"}}
+    point = {"type": "point", "size": 60, "opacity": 1}
+    spec = {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "data": {"values": values},
+        "layer": [
+            {
+                "transform": [{"filter": "datum.high > datum.low"}],
+                "mark": {"type": "rule", "aria": False},
+                "encoding": {
+                    "x": place["x"],
+                    "y": {**place["y"], "field": "low"},
+                    "y2": {"field": "high"},
+                    "color": {**colour, "legend": None},
+                },
+            },
+            {
+                "transform": [{"filter": "datum.hollow"}],
+                "mark": {**point, "filled": False},
+                "encoding": {**place, "color": colour, "shape": shape, **described},
+            },
+            {
+                "transform": [{"filter": "!datum.hollow"}],
+                "mark": {**point, "filled": True},
+                "encoding": {**place, "color": colour, "shape": shape, **described},
+            },
+        ],
+    }
+    alt = f"{title}: {y} over {x}, {len(shown)} points, {in_words([one.y for one in shown])}."
+    return Chart(title=title, alt=alt, spec=spec)
