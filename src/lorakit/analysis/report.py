@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorakit.adapters import formats
 from lorakit.analysis import figures
-from lorakit.analysis.deltas import family
+from lorakit.analysis.deltas import family, read
 from lorakit.analysis.similarity import adapter_similarity
 from lorakit.analysis.spectrum import ENERGY, adapter_spectrum
 from lorakit.errors import LorakitError
@@ -63,7 +62,7 @@ def measure_page(
 
 def run_sections(adapter: str | Path) -> list[Section]:
     """What the page of a run shows of its adapter: its spectrum, where it consists of thin matrices."""
-    stored = formats.read(adapter)
+    stored = read(adapter)
     if not stored.layers:
         return []
     found = adapter_spectrum(stored)
@@ -99,7 +98,7 @@ def run_sections(adapter: str | Path) -> list[Section]:
 
 def comparison_sections(first: str | Path, second: str | Path) -> list[Section]:
     """What a page that compares two runs shows of their adapters: how alike their directions are."""
-    if not (formats.read(first).layers and formats.read(second).layers):
+    if not (read(first).layers and read(second).layers):
         return []
     try:
         found = adapter_similarity(first, second)

@@ -118,7 +118,7 @@ def _scores(run: RunRecord) -> Section | None:
         return None
     step = best_step(run)
     shows_best = step is not None and run.result is not None and step != run.result.get("steps")
-    columns = ["Score", "Before training", "After training", "Change", ""]
+    columns = ["Score", "Before training", "After training", "Change", "Verdict"]
     if shows_best:
         columns.append(f"Best, step {step:,}")
     rows: list[list[Cell]] = []
