@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tiny_runs
 
 from lorakit.cli import main
 from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation import evaluate as evaluation
 from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
@@ -124,9 +126,53 @@ def test_what_evaluation_writes_is_what_score_reads(trained: Path, tmp_path: Pat
 
 
 def test_missing_packages_show_before_generation(trained: Path, monkeypatch) -> None:
-    from lorakit.errors import ConfigurationError
-
     monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("generated first"))
     with pytest.raises(ConfigurationError, match="Scoring needs the 'metrics' extra"):
         evaluate(config(trained, "e2e_nlg"))
+
+
+def generated(folder: Path, capsys, *arguments: str) -> tuple[list[str], str]:
+    """What `lorakit generate` prints, and what it notes."""
+    base = ["--base.name", str(folder / "base"), "--base.dtype", "float32", "--base.device", "cpu"]
+    main(["generate", *base, "--decoding.max_new_tokens", "40", *arguments])
+    shown = capsys.readouterr()
+    return shown.out.splitlines(), shown.err
+
+
+CONTEXT = "Columns: river | park\nQuestion: Which river?"
+ROW = {"question": "Which river?", "table": {"header": ["river", "park"]}}
+
+
+def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path, capsys) -> None:
+    adapter = ["--adapter", str(trained / "wikisql" / "adapter")]
+    answer = ["SELECT river FROM table"]
+    texts, note = generated(trained, capsys, *adapter, "--prompt", CONTEXT)
+    assert texts == answer
+    assert "contexts of task wikisql, put into its encoding 'paper'" in note
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROW, {"prompt": CONTEXT}])
+    assert generated(trained, capsys, *adapter, "--file", file)[0] == answer * 2
+    # As it is, without the blank line of the encoding.
+    plain = ["--task", "completion", "--prompt"]
+    texts, note = generated(trained, capsys, *adapter, *plain, f"{CONTEXT}\n\n")
+    assert (texts, "note" in note) == (answer, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--file", "rows.jsonl"], r"rows\.jsonl:1: 'question' is missing.*'prompt', its context"),
+        (["--prompt", "x", "--encoding", "word"], "encoding is 'word'; it must be one of paper"),
+        (["--prompt", "x", "--task", "wikisq"], "'wikisq'.*Did you mean 'wikisql'"),
+        (["--prompt", "x", "--task", "chat", "--encoding", "paper"], "no named task of texts"),
+        (["--prompt", "x", "--task", "wikisql", "--chat", "true"], "chat and task exclude each"),
+    ],
+)
+def test_generate_says_what_does_not_fit(
+    arguments, message, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tiny_runs.write_rows(tmp_path / "rows.jsonl", [{"table": ROW["table"]}])
+    adapter = ["--adapter", str(trained / "wikisql" / "adapter")]
+    assert main(["generate", *adapter, *arguments]) == 1
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))

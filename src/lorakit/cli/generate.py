@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit import storage
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig, Decoding
-from lorakit.tasks import BadRow
+from lorakit.tasks import BadRow, NamedText
 from lorakit.tasks.chat import checked_messages
 from lorakit.tasks.chat import prompt_ids as chat_prompt_ids
 from lorakit.tasks.language_modelling import prompt_ids
@@ -37,6 +37,11 @@ class GenerateConfig:
     file: str | None = None
     """A file of prompts: one a line, or .jsonl with a `prompt` or `messages` in each row. `-` reads standard
     input."""
+    task: str | None = None
+    """The named task whose contexts the prompts are: they are written as in its training, and rows of a file may have
+    its columns instead of `prompt`. By default the adapter's; completion takes prompts as they are."""
+    encoding: str | None = None
+    """The task's encoding, paper or prompt; by default the adapter's, else the task's first."""
     chat: bool = False
     """Put each prompt into the tokenizer's chat template as a user's turn."""
     output: str | None = None
@@ -47,6 +52,10 @@ class GenerateConfig:
     """Greedy, sampling or beam search."""
 
     def __post_init__(self) -> None:
+        if self.chat and (self.task or self.encoding):
+            raise ConfigurationError(
+                "chat and task exclude each other: each says how a prompt is written."
+            )
         if (self.prompt is None) == (self.file is None):
             raise ConfigurationError(
                 "Give either a prompt (--prompt TEXT) or a file of them (--file PATH)."
@@ -56,7 +65,7 @@ class GenerateConfig:
 def run(argv: Sequence[str]) -> None:
     """Generate and print, or write, the continuations."""
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation.adapted import open_adapted
+    from lorakit.evaluation.adapted import Prompting, open_adapted, prompting
     from lorakit.evaluation.generate import generate
 
     config = parse(
@@ -64,12 +73,23 @@ def run(argv: Sequence[str]) -> None:
     )
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    prompts = _prompts(config)
+    writing = Prompting()
+    if not config.chat:
+        writing = prompting(config.adapter, config.task, config.encoding)
+    prompts = _prompts(config, writing.task)
+    if writing.note:
+        print(f"note: {writing.note}", file=sys.stderr)
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
     tokenizer = base.tokenizer
     assert tokenizer is not None  # open_adapted refuses a base without
-    ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
-    texts = generate(base.model, tokenizer, ids, config.decoding)
+    if writing.task is not None:
+        task = writing.task(tokenizer, max_length=sys.maxsize, encoding=writing.encoding)
+        prompts = [_written(task, prompt) for prompt in prompts]
+        ids = [task.prompt_ids(str(prompt)) for prompt in prompts]
+        texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, config.decoding)]
+    else:
+        ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]  # type: ignore[arg-type]
+        texts = generate(base.model, tokenizer, ids, config.decoding)
     if config.output:
         with (
             storage.atomic_file(config.output) as temporary,
@@ -85,10 +105,18 @@ def run(argv: Sequence[str]) -> None:
         print(text)
 
 
-Prompt = str | list[dict[str, Any]]
+@dataclass(frozen=True)
+class _TaskRow:
+    """A row with a task's own columns, and where it stands."""
+
+    fields: dict[str, Any]
+    where: str
 
 
-def _prompts(config: GenerateConfig) -> list[Prompt]:
+Prompt = str | list[dict[str, Any]] | _TaskRow
+
+
+def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Prompt]:
     if config.prompt is not None:
         return [config.prompt]
     assert config.file is not None
@@ -99,10 +127,10 @@ def _prompts(config: GenerateConfig) -> list[Prompt]:
         raise DataError(f"'{config.file}' holds no prompt.")
     if not config.file.endswith(".jsonl"):
         return [line for _, line in lines]
-    return [_row_prompt(line, f"{config.file}:{n}") for n, line in lines]
+    return [_row_prompt(line, f"{config.file}:{n}", task) for n, line in lines]
 
 
-def _row_prompt(line: str, where: str) -> Prompt:
+def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -111,6 +139,8 @@ def _row_prompt(line: str, where: str) -> Prompt:
     try:
         if isinstance(row.get("prompt"), str):
             return checked_text(row["prompt"], "prompt")
+        if task is not None:
+            return _TaskRow(row, where)
         return checked_messages(row)
     except BadRow as error:
         raise DataError(
@@ -118,7 +148,23 @@ def _row_prompt(line: str, where: str) -> Prompt:
         ) from None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
+def _written(task: NamedText, prompt: Prompt) -> str:
+    """A prompt as the task's training has it."""
+    if isinstance(prompt, str):
+        return task.around(prompt)
+    assert isinstance(prompt, _TaskRow)
+    try:
+        return task.prompt(prompt.fields)
+    except BadRow as error:
+        raise DataError(
+            f"{prompt.where}: {error}. A row holds what task {task.name} writes from "
+            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a text."
+        ) from None
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], chat: bool
+) -> list[int]:
     if isinstance(prompt, str) and not chat:
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

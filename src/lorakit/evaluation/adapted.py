@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -10,11 +11,11 @@ from lorakit.adapters import formats
 from lorakit.adapters.loading import load_stored
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.data import DataTask
-from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.evaluation.base import open_base
 from lorakit.evaluation.config import BaseConfig
 from lorakit.models.loading import Base
-from lorakit.tasks import GENERIC, TASKS, task_type
+from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
 
 TEXT = DataTask(name="completion", labels=())
 """What a model is for when nothing says otherwise: to write text."""
@@ -50,6 +51,57 @@ def _recorded_task(
             f"{', '.join(TASKS)}, with a list of names as labels."
         )
     return DataTask(name=name, labels=tuple(labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """How an adapter's prompts were written in training."""
+
+    task: type[NamedText] | None = None
+    """The named task that wrote them; None where they are plain text."""
+    encoding: str | None = None
+    note: str = ""
+    """What the user should know of it."""
+
+
+def prompting(adapter: str | None, task: str | None, encoding: str | None) -> Prompting:
+    """Return how prompts are written: as `task` and `encoding` say, else as the adapter records.
+
+    Raises:
+        LorakitError: The adapter cannot be read, there is no such task or encoding, or prompts were made by a template
+            of the run's own.
+    """
+    made = formats.read(adapter).provenance if adapter else {}
+    recorded, about = made.get("task"), f"the adapter {adapter}"
+    if task is None and recorded not in TASKS and made.get("encoding"):
+        return Prompting(
+            note=f"{about} was trained for the task '{recorded}' of a file of its own, and prompts are taken as they "
+            f"are; name it, --task path/to/file.py:Class, to have them written as in training."
+        )
+    chosen = task_type(task) if task else TASKS.get(str(recorded))
+    if chosen is None or not issubclass(chosen, NamedText):
+        if encoding is not None:
+            raise ConfigurationError(
+                f"encoding is {encoding!r}, and there is no named task of texts; name one with --task, for example "
+                "e2e_nlg."
+            )
+        return Prompting()
+    if encoding is None and recorded == chosen.name:
+        encoding = made.get("encoding")
+        settings = made.get("config", {}).get("data", {})
+        if encoding == "prompt" and settings.get("prompt_template"):
+            raise ConfigurationError(
+                f"{about} was trained with a prompt_template of its own, {settings['prompt_template']!r}. Write whole "
+                "prompts like it, and take them as they are: --task completion."
+            )
+    encoding = encoding or chosen.encodings[0]
+    require_choice("encoding", encoding, chosen.encodings)
+    return Prompting(
+        task=chosen,
+        encoding=encoding,
+        note=f"prompts are contexts of task {chosen.name}, put into its encoding '{encoding}'; --task completion takes "
+        "them as they are.",
+    )
 
 
 def open_adapted(

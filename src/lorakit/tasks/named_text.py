@@ -56,7 +56,10 @@ class NamedText(Completion):
 
     def prompt(self, fields: Fields) -> str:
         """Return the text to generate from, for a row with or without its answers."""
-        context = self.context(fields)
+        return self.around(self.context(fields))
+
+    def around(self, context: str) -> str:
+        """Return a context as the text to generate from."""
         if self.encoding == "paper":
             return context + (self.after_context or "")
         return self.template.replace("{context}", context)
