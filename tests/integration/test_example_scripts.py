@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
+from lorakit.data import DataTask
+from lorakit.evaluation.adapted import recorded_task
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "accelerate_loop")
@@ -61,7 +64,14 @@ def logits(model: nn.Module, names: dict[str, Any]) -> Tensor:
 
 def test_every_example_is_tested() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*TRAINING, "many_adapters", "load_with_peft", "look_inside", "tiny_base"}
+    assert scripts == {
+        *TRAINING,
+        "many_adapters",
+        "load_with_peft",
+        "look_inside",
+        "tiny_base",
+        "own_task",
+    }
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -130,6 +140,22 @@ def test_look_inside(run: Callable[..., dict[str, Any]]) -> None:
     assert 0 < names["small"].error < 0.5
     assert {layer.rank for layer in names["small"].adapter.layers.values()} == {4}
     assert_same_base(names["model"], fresh_base(names))
+
+
+def test_own_task(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    names = run("own_task")
+    scores = names["scored"].scores
+    assert set(scores) == {"loss", "perplexity", "exact"}
+    assert scores["exact"] > 0  # of numbers that training has not seen
+    records = names["scored"].outputs
+    assert [r["references"] for r in records[:2]] == [["zero three"], ["one zero"]]
+    assert records[0]["prompt"] == "Write the number 03 in words:"
+    start = json.loads((tmp_path / "out/run/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert scores["loss"] < start / 2
+    # The adapter says what it was trained for, and that is read without running the file.
+    adapter = str(tmp_path / "out" / "run" / "adapter")
+    assert recorded_task(adapter) == DataTask(name="completion")
+    assert recorded_task(adapter, names["data"].task) == DataTask(name=names["data"].task)
 
 
 def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lorakit.tasks.task import (
     Task,
     TooLong,
     UnknownLabel,
+    text_field,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "UnknownLabel",
     "generic_task",
     "task_type",
+    "text_field",
 ]

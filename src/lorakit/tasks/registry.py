@@ -61,7 +61,7 @@ def task_type(name: str) -> type[Task]:
         return _checked(_loaded(installed[name]), name)
     known = [*TASKS, *installed]
     raise ConfigurationError(
-        f"There is no task {name!r}; a task is auto, one of {', '.join(known)}, or a class in a file, "
+        f"The task is {name!r}; it must be auto, one of {', '.join(known)}, or a class in a file, "
         f"path/to/file.py:Class.{nearest(name, known)}"
     )
 
