@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from lorakit.cli import main
+from lorakit.cli.report import write_run_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -90,6 +92,14 @@ def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> Non
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"01-curves.png", "01-curves.svg"} <= names
     assert out.count("figure   ") == len(names)
+
+
+def test_a_prediction_is_kept_beside_the_run(capsys, runs, tmp_path) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    seconds = json.loads((run / "result.json").read_text())["seconds"]
+    assert write_run_report(run, predicted={"seconds": 2 * seconds}) == str(run / "report.html")
+    assert call(capsys, "report", run)[0] == 0
+    assert "0.50" in (run / "report.html").read_text()
 
 
 def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:

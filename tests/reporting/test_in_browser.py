@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def pages(run: Path, unfinished: Path, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     one, other = read_run(run), read_run(unfinished)
     return {
-        "run": run_page(one, predicted={"seconds": 1.0}).write(folder / "run.html"),
+        "run": run_page(dataclasses.replace(one, predicted={"seconds": 1.0})).write(
+            folder / "run.html"
+        ),
         "comparison": comparison_page([one, other]).write(folder / "comparison.html"),
     }
 

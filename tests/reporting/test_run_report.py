@@ -83,7 +83,7 @@ def test_texts_from_outside_stay_text(run: Path) -> None:
 def test_predictions_stand_beside_the_measurements(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     predicted = {"seconds": result["seconds"] / 2, "peak_memory": result["peak_memory"] * 2.0}
-    page = run_page(read_run(run), predicted=predicted)
+    page = run_page(dataclasses.replace(read_run(run), predicted=predicted))
     (table,) = [
         b
         for s in page.sections

@@ -52,6 +52,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters.loading import load
     from lorakit.cli.console import console as standard_output
     from lorakit.cli.parsing import parse
+    from lorakit.cli.report import write_run_report
     from lorakit.data import DataConfig, load_examples
     from lorakit.evaluation.adapted import TEXT
     from lorakit.evaluation.base import open_base
@@ -97,7 +98,8 @@ def run(argv: Sequence[str]) -> None:
 
     console.print("\n[bold]4. Merging[/bold]")
     _verify_merge(console, config, result.adapter, test)
-    console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
+    console.print(f"\nThe run to look at: {write_run_report(result.folder)}", soft_wrap=True)
+    console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
     for command, what in _next_commands(config, result.adapter):
         console.print(f"  {command}\n      [dim]{what}[/dim]", soft_wrap=True)
 

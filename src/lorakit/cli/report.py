@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
             print(f"figure   {path}")
 
 
-def page_of(runs: Sequence[str | Path], *, predicted: Mapping[str, float] | None = None) -> Page:
+def page_of(runs: Sequence[str | Path]) -> Page:
     """The page of one run or of several.
 
     Raises:
@@ -81,16 +81,29 @@ def page_of(runs: Sequence[str | Path], *, predicted: Mapping[str, float] | None
     adapters = [r.folder / ADAPTER for r in records if r.result is not None]
     if len(records) == 1:
         analysis = run_sections(adapters[0]) if adapters else []
-        return run_page(records[0], predicted=predicted, analysis=analysis)
+        return run_page(records[0], analysis=analysis)
     both = len(records) == len(adapters) == 2
     return comparison_page(records, analysis=comparison_sections(*adapters) if both else [])
 
 
 def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = None) -> str:
-    """Write a finished run's report into its folder; return its path, or why there is none."""
-    from lorakit.training.run_folder import REPORT
+    """Write a finished run's report into its folder; return its path, or why there is none.
 
-    return written(lambda: page_of([folder], predicted=predicted).write(folder / REPORT))
+    Args:
+        folder: The run's folder.
+        predicted: What was expected of the run, by the keys of `lorakit.reporting.run_report.PREDICTED`; it is kept
+            beside the run, for reports to come.
+    """
+    from lorakit import storage
+    from lorakit.training.run_folder import PREDICTION, REPORT
+
+    def write() -> Path:
+        if predicted is not None:
+            with storage.atomic_file(folder / PREDICTION) as temporary:
+                storage.write_record(temporary, dict(predicted))
+        return page_of([folder]).write(folder / REPORT)
+
+    return written(write)
 
 
 def written(write: Callable[[], Path]) -> str:

@@ -14,7 +14,15 @@ import yaml
 from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
-from lorakit.training.run_folder import ADAPTER, CONFIG, ENVIRONMENT, METRICS, RESULT, SAMPLES
+from lorakit.training.run_folder import (
+    ADAPTER,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    PREDICTION,
+    RESULT,
+    SAMPLES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,8 @@ class RunRecord:
     """What the adapter records of its base."""
     adapter_bytes: int | None = None
     """Size of the adapter's weights file."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What was expected of it before it began, by the keys of `lorakit.reporting.run_report.PREDICTED`."""
     label: str | None = None
     """What to call it instead of its folder's name."""
 
@@ -141,6 +151,11 @@ def read_run(folder: str | Path) -> RunRecord:
         samples=_lines(folder / SAMPLES),
         provenance=_map(about.get("provenance")),
         base=_map(about.get("base")),
+        predicted={
+            name: float(value)
+            for name, value in _record(folder / PREDICTION).items()
+            if isinstance(value, (int, float))
+        },
         adapter_bytes=sum(path.stat().st_size for path in weights) if weights else None,
     )
 

@@ -50,14 +50,12 @@ PREDICTED = {
 def run_page(
     run: RunRecord,
     *,
-    predicted: Mapping[str, float] | None = None,
     analysis: Sequence[Section] = (),
 ) -> Page:
     """The page of a run.
 
     Args:
         run: The run.
-        predicted: What was expected of it before it began, by the keys of `PREDICTED`.
         analysis: Sections about its adapter, which stand after the samples.
     """
     sections = [
@@ -67,7 +65,7 @@ def run_page(
         _samples(run),
         _adapter(run),
         *analysis,
-        _speed(run, predicted or {}),
+        _speed(run),
         _configuration(run),
         _origin(run),
     ]
@@ -213,7 +211,8 @@ def _adapter(run: RunRecord) -> Section | None:
     )
 
 
-def _speed(run: RunRecord, predicted: Mapping[str, float]) -> Section | None:
+def _speed(run: RunRecord) -> Section | None:
+    predicted = run.predicted
     blocks: list[Block] = []
     if rows := _measured(run, predicted):
         heading = "Measured, beside what was predicted" if predicted else "Measured"

@@ -9,6 +9,7 @@ checkpoints/       step-000100/ and so on, from which ``--resume true`` goes on
 best/              the adapter with the best validation score
 adapter/           the adapter after the last step
 result.json        written last: its presence means that the run is finished
+prediction.json    what was expected of the run before it began, where that is known
 report.html        the run to look at, written after it by ``lorakit train`` and ``lorakit report``
 =================  ===================================================================================
 """
@@ -36,9 +37,10 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
-METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.html"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+REPORT, PREDICTION = "report.html", "prediction.json"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT)
+FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT, PREDICTION)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 
 # What two sessions of one run may differ in: how the run is started, not what it computes.
