@@ -101,10 +101,19 @@ def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None
         return None
     where = "Training" if split == "train" else "Held-out"
     title = f"{where} {in_sentence(measures.score_name(name))}"
+    if name == "learning_rate":
+        title = "Learning rate"
     marks = []
     if split == "validation" and not several and (best := best_step(runs[0])):
         marks = [Mark(at=best, text="best")]
-    return line_chart(title, series, x="step", y=measures.score_name(name), marks=marks)
+    return line_chart(
+        title,
+        series,
+        x="step",
+        y=measures.score_name(name),
+        marks=marks,
+        y_format="~e" if name == "learning_rate" else None,
+    )
 
 
 # --- sections ------------------------------------------------------------------------------------
