@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
 
 from lorakit.cli import main
 from lorakit.planning import machine
@@ -69,3 +75,15 @@ def test_takes_a_file_of_train(base, tmp_path, capsys):
 def test_mistakes_are_named(base, capsys, arguments, message):
     assert main(["plan", "--base.name", base, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
+    base = tiny_runs.save_base(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(16))
+    arguments = ["train", "--base.name", base, "--data.train", data, "--max_steps", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "first")]) == 0
+    assert "planned" in capsys.readouterr().out
+    # A finished run does not fail for a prediction.
+    monkeypatch.setattr("lorakit.planning.planner.simulate", lambda *_, **__: 1 / 0)
+    assert main([*arguments, "--output", str(tmp_path / "second")]) == 0
+    assert "planned  nothing: division by zero" in capsys.readouterr().out

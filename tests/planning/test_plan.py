@@ -18,7 +18,9 @@ from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import Machine
 
-MACHINE = Machine(products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, origin="made up")
+MACHINE = Machine(
+    products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, packed=0.0, origin="made up"
+)
 
 
 @pytest.fixture(scope="module")

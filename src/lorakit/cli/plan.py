@@ -83,6 +83,7 @@ def run(argv: Sequence[str]) -> None:
 def _print(out: Console, found: Plan) -> None:
     from rich.table import Table
 
+    from lorakit.planning.machine import INTERPRETER
     from lorakit.training.progress import duration
 
     def say(text: str) -> None:
@@ -107,7 +108,11 @@ def _print(out: Console, found: Plan) -> None:
     if found.why_no_full:
         say(f"full fine-tuning: {found.why_no_full}")
     out.print()
-    say("Memory is that above the interpreter with torch imported, about 0.23 GB.")
+    if found.device == "cpu":
+        say(
+            f"Memory is that above the interpreter with torch imported, about {size(INTERPRETER)}. Loading the base "
+            f"takes {size(found.loading)} for a moment."
+        )
     if found.steps:
         total = found.steps * found.chosen.seconds
         say(f"The run: {found.steps:,} steps, about {duration(total)} without evaluation.")

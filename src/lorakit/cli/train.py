@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.training.config import TrainConfig
+    from lorakit.training.run_folder import RunResult
 
 
 def run(argv: Sequence[str]) -> None:
@@ -32,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
         f"{result.peak_memory / 1e9:.2f} GB{early}"
     )
+    print(_planned(config, result))
     for name, value in result.scores.items():
         before = result.scores_before.get(name)
         print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}")
@@ -40,6 +45,21 @@ def run(argv: Sequence[str]) -> None:
         print(f"best     {result.best} (step {result.best_step})")
     print(f"report   {write_run_report(result.folder)}")
     print(f"next     lorakit inspect {result.adapter}")
+
+
+def _planned(config: TrainConfig, result: RunResult) -> str:
+    """What `lorakit plan` says of the run, beside what was measured."""
+    from lorakit.planning import plan
+
+    try:
+        found = plan(config, compare=False)
+    except Exception as error:  # a run that is finished does not fail for a prediction
+        return f"planned  nothing: {' '.join(str(error).split())}"
+    tokens = found.tokens / found.chosen.seconds
+    return (
+        f"planned  {tokens:,.0f} tokens a second, peak memory {found.process_peak / 1e9:.2f} GB "
+        f"('lorakit plan' shows its parts)"
+    )
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:

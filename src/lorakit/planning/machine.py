@@ -18,14 +18,27 @@ from lorakit.models.gguf import cache_folder
 from lorakit.planning.ledger import Work
 from lorakit.training.environment import environment
 
-SOFTWARE = 230 * 10**6
+SOFTWARE = 260 * 10**6
 """Bytes of what training imports beside torch (transformers, tokenizers, reading data), where not measured."""
 
-BYTES_PER_WORD = 800
-"""Bytes of a tokenizer for each token it knows."""
+INTERPRETER = 233 * 10**6
+"""Bytes of an interpreter with torch imported."""
 
-SLACK = 0.30
-"""Freed memory between tensors that the C library keeps, as a share of the step's tensors; 0.15 to 0.36 were seen."""
+IMPORTS = 165 * 10**6
+"""Of those of SOFTWARE, what is there before a base is loaded."""
+
+SLACK = {torch.float32: 0.32}
+"""Freed memory between tensors that the C library keeps, as a share of the step's tensors: more where they are
+large. 0.15 to 0.36 were seen."""
+
+HALF_SLACK = 0.22
+"""The same in bfloat16 and float16."""
+
+PACKED = {torch.float32: 1.5}
+"""Copies that products make of the widest matrix, in the order their kernel reads."""
+
+HALF_PACKED = 0.5
+"""The same in bfloat16 and float16."""
 
 GPU_SLACK = 0.05
 """The same of torch's allocator on a GPU, which gives out whole blocks."""
@@ -52,8 +65,10 @@ class Machine:
     """Seconds of an operation on nothing."""
     software: int | None = None
     """Bytes of imported libraries beyond torch, tokenizer and data; None where it was not measured."""
-    slack: float = SLACK
+    slack: float = HALF_SLACK
     """Memory that the allocator holds beyond tensors, as a share of those of a step."""
+    packed: float = HALF_PACKED
+    """Memory that products hold beyond tensors, as a multiple of the widest matrix."""
     origin: str
     """Where these come from, in words."""
 
@@ -82,7 +97,9 @@ def find_machine(device: torch.device, dtype: torch.dtype, *, here: bool) -> Mac
         assumed = (
             "no such device here: 120 TFLOP/s and 1.2 TB/s are assumed, about those of an A100"
         )
-        return Machine(**ASSUMED_GPU, call=6e-6, software=0, slack=GPU_SLACK, origin=assumed)
+        return Machine(
+            **ASSUMED_GPU, call=6e-6, software=0, slack=GPU_SLACK, packed=0.0, origin=assumed
+        )
     kept = read_calibration(device, dtype)
     if kept is not None:
         return kept
@@ -96,21 +113,24 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     W = torch.randn(out, width, device=device).to(dtype)
     product = _seconds("x @ W.T", x=x, W=W)
     y = torch.randn(2**21, device=device).to(dtype)
-    copy = _seconds("y * 2", y=y)
+    copy = _seconds("torch.mul(y, 2, out=z)", y=y, z=torch.empty_like(y))
     gpu = device.type != "cpu"
     return Machine(
         products=2 * rows * width * out / product,
         traffic=2 * y.numel() * y.element_size() / copy,
         call=6e-6 if gpu else CALL_SECONDS,
         software=0 if gpu else None,
-        slack=GPU_SLACK if gpu else SLACK,
+        slack=GPU_SLACK if gpu else SLACK.get(dtype, HALF_SLACK),
+        packed=0.0 if gpu else PACKED.get(dtype, HALF_PACKED),
         origin=f"products and memory traffic measured for {2 * SECONDS:g} s",
     )
 
 
-def _seconds(statement: str, **tensors: torch.Tensor) -> float:
-    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median
+def _seconds(statement: str, **tensors: Any) -> float:
+    names = {**tensors, "torch": torch}
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    # Whatever else the machine does makes a sample slower, never faster.
+    return min(timer.blocked_autorange(min_run_time=SECONDS).times)
 
 
 # --- calibrations that are kept -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lorakit.models.dtypes import compute_dtype, resolved_dtype
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
-from lorakit.planning.machine import BYTES_PER_WORD, SOFTWARE, Machine, find_machine
+from lorakit.planning.machine import IMPORTS, INTERPRETER, SOFTWARE, Machine, find_machine
 from lorakit.planning.shape import GPT3, Shape, shape_of
 from lorakit.planning.simulate import Run, as_full, simulate
 from lorakit.training.config import TrainConfig
@@ -38,7 +38,8 @@ class Memory:
     temporary: int
     """What single operations need."""
     allocator: int
-    """Freed memory between tensors, which the C library (on a GPU: torch) does not give back."""
+    """Freed memory between tensors, which the C library (on a GPU: torch) does not give back, and copies of
+    matrices in the order in which products read them."""
     software: int
     """Libraries beyond torch, the tokenizer; none on a GPU, whose memory has no part in them."""
 
@@ -87,6 +88,9 @@ class Plan:
     steps: int | None
     """Optimizer steps of the run; None where the number of examples is not known."""
     machine: Machine
+    loading: int
+    """Bytes at the fullest moment of loading the base, above those of the interpreter with torch imported: where
+    its file has another dtype, both are there for a moment."""
     chosen: Prediction
     """The run as configured."""
     full: Prediction | None
@@ -95,6 +99,13 @@ class Plan:
     """Why full fine-tuning cannot stand beside it."""
     paper: tuple[str, ...] = ()
     """For GPT-3: the paper's arithmetic, line by line."""
+
+    @property
+    def process_peak(self) -> int:
+        """Bytes that the process holds at most, or on a GPU what is allocated there."""
+        if self.device != "cpu":
+            return self.chosen.memory.total
+        return INTERPRETER + max(self.loading, self.chosen.memory.total)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, sizes in bytes, with the sum of each memory beside its parts."""
@@ -153,11 +164,19 @@ def plan(
         tokens=run.tokens * config.accumulation,
         steps=batches.steps,
         machine=machine,
-        chosen=_predict(run, config, shape, machine, gpu=gpu),
-        full=full and _predict(full, config, shape, machine, gpu=gpu),
+        loading=0 if gpu else _loading(shape, run, dtype),
+        chosen=_predict(run, config, machine, gpu=gpu),
+        full=full and _predict(full, config, machine, gpu=gpu),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
+
+
+def _loading(shape: Shape, run: Run, dtype: torch.dtype) -> int:
+    stored = getattr(shape.config, "dtype", None)
+    if not isinstance(stored, torch.dtype) or stored == dtype:
+        return IMPORTS + run.base
+    return IMPORTS + run.base + run.total * stored.itemsize
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -176,15 +195,14 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
     return from_lengths(config, length, targets, encoder=encoder)
 
 
-def _predict(
-    run: Run, config: TrainConfig, shape: Shape, machine: Machine, *, gpu: bool
-) -> Prediction:
+def _predict(run: Run, config: TrainConfig, machine: Machine, *, gpu: bool) -> Prediction:
     peak = run.fullest.peak
     # Gradients that earlier batches of a step have left are there from its second batch on.
     gradients = 4 * run.trained if config.accumulation > 1 else peak["gradients"]
     software = machine.software
     if software is None:
-        software = SOFTWARE + BYTES_PER_WORD * (shape.config.get_text_config().vocab_size or 0)
+        software = SOFTWARE
+    of_step = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
     memory = Memory(
         base=run.base,
         adapter=run.adapter,
@@ -193,9 +211,7 @@ def _predict(
         activations=peak["activations"],
         logits=peak["logits"],
         temporary=peak["temporary"],
-        allocator=round(
-            machine.slack * (gradients + sum(peak[k] for k in KINDS if k != "gradients"))
-        ),
+        allocator=round(machine.slack * of_step + machine.packed * run.fullest.widest),
         software=0 if gpu else software,
     )
     return Prediction(

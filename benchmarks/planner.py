@@ -1,0 +1,223 @@
+"""What `lorakit plan` predicts beside what is measured, over models, lengths, batches, ranks, targets and dtypes.
+
+Every cell trains for a few updates in a process of its own, as often as there are rounds; the median counts. Memory
+is that above the interpreter with torch imported, after the first update. The figures that the planner uses for this
+machine were fitted to none of these cells.
+
+python -m benchmarks.planner CELL --result FILE    one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.before import BEFORE
+from benchmarks.measure import Meter
+
+ROUNDS = 3
+WARMUP, UPDATES = 1, 2
+LOW, HIGH = -0.05, 0.15
+"""How far under and over the measured peak a prediction may be."""
+TIME = 0.30
+"""How far from the measured time."""
+
+TEXT = (
+    "time year people way day man thing woman life child world school state family student group country "
+    "problem hand part place case week company system program question work number night point home water "
+    "room mother area money story fact month lot right study book eye job word business issue side kind head "
+    "house service friend father power hour game line end member law car city name"
+)
+WORDS = TEXT.split(" ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A training run, all of whose examples have one length."""
+
+    base: str
+    length: int
+    targets: int = 1
+    """Target tokens of an example; a classifier has none, and takes no notice."""
+    batch_size: int
+    rank: int = 8
+    where: str = "attention.qv"
+    dtype: str = "bfloat16"
+    checkpointing: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """The cell in a row of the table."""
+        extra = ", checkpointing" if self.checkpointing else ""
+        return (
+            f"{self.base}, {self.batch_size} x {self.length}, r {self.rank} on {self.where}, "
+            f"{self.dtype}{extra}"
+        )
+
+
+SMOL, MINI = "smollm2-135m", "minilm-l6"
+CELLS = (
+    Cell(base=SMOL, length=40, targets=16, batch_size=5, quick=True),
+    Cell(base=SMOL, length=80, targets=30, batch_size=12, rank=16, where="all-linear"),
+    Cell(base=SMOL, length=160, targets=50, batch_size=3, rank=4, where="mlp"),
+    Cell(base=SMOL, length=56, targets=24, batch_size=10, dtype="float32"),
+    Cell(base=SMOL, length=80, targets=30, batch_size=12, checkpointing=True),
+    Cell(base=MINI, length=72, batch_size=20, where="attention", quick=True),
+    Cell(base=MINI, length=160, batch_size=12, rank=32, where="all-linear"),
+    Cell(base=MINI, length=56, batch_size=24, dtype="float32", quick=True),
+    Cell(base=MINI, length=240, batch_size=10, rank=4, where="mlp", dtype="float32"),
+)
+
+
+# --- one process -------------------------------------------------------------------------------------
+
+
+def config_of(cell: Cell, folder: Path) -> Any:
+    """Write the cell's data and return its run."""
+    import lorakit
+    from lorakit.data import DataConfig
+    from lorakit.evaluation.config import BaseConfig
+    from lorakit.training.config import TrainConfig
+
+    draw = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(words))
+
+    rows: list[dict[str, Any]] = []
+    for number in range(cell.batch_size * (WARMUP + UPDATES)):
+        if cell.base == MINI:
+            rows.append({"text": text(cell.length + 20), "label": number % 2})
+        else:  # too long, so that it is cut to the length
+            prompt = text(cell.length + 20 - cell.targets)
+            rows.append({"prompt": prompt, "completion": f" {text(cell.targets - 1)}"})
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return TrainConfig(
+        base=BaseConfig(name=cell.base, dtype=cell.dtype),  # type: ignore[arg-type]
+        data=DataConfig(train=str(data), max_length=cell.length, too_long="truncate"),
+        output=str(folder / "run"),
+        lora=lorakit.LoRA(rank=cell.rank, targets=cell.where),
+        batch_size=cell.batch_size,
+        gradient_checkpointing=cell.checkpointing,
+        max_steps=WARMUP + UPDATES,
+    )
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Train in this process."""
+    with TemporaryDirectory() as scratch, Meter(WARMUP, BEFORE) as meter:
+        from lorakit.training.loop import train
+
+        train(config_of(cell, Path(scratch)))
+    return {
+        "memory": meter.memory,
+        "loading_memory": meter.loading_memory,
+        "seconds": median(meter.seconds),
+    }
+
+
+def main_of_process() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cell", type=json.loads)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    args.result.write_text(json.dumps(measure(Cell(**args.cell))), encoding="utf-8")
+
+
+# --- the benchmark -----------------------------------------------------------------------------------
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Predict and measure every cell."""
+    from benchmarks import report
+    from benchmarks.runs import runs_of
+
+    report.say("planner: predicted beside measured")
+    record: dict[str, Any] = {"machine": report.machine(), "cells": {}}
+    runs = runs_of("planner", "cells", quick)
+    cells = [cell for cell in CELLS if cell.quick or not quick]
+    for number in range(1 if quick else ROUNDS):
+        for cell in cells:
+            row = record["cells"].setdefault(cell.name, {"runs": []})
+            if number == 0:
+                row["predicted"] = predict(cell)
+            settings = json.dumps(dataclasses.asdict(cell))
+            row["runs"].append(runs.run(f"{number} {cell.name}", "benchmarks.planner", settings))
+            report.say(f"  {number + 1}  {_line(cell.name, row)}")
+    sections = [report.Section("Predicted and measured", _table(record), _note(record))]
+    report.write("planner", record, sections, quick)
+    report.show(sections)
+
+
+def predict(cell: Cell) -> dict[str, Any]:
+    """Return the plan of a cell."""
+    from lorakit.planning import plan
+
+    with TemporaryDirectory() as scratch:
+        return plan(config_of(cell, Path(scratch)), compare=False).as_dict()
+
+
+def _measured(row: dict[str, Any]) -> tuple[float, float, float]:
+    """Median memory, its spread, and median time."""
+    memory = [run["memory"] for run in row["runs"]]
+    spread = (max(memory) - min(memory)) / median(memory)
+    return median(memory), spread, median(run["seconds"] for run in row["runs"])
+
+
+def _off(row: dict[str, Any]) -> tuple[float, float]:
+    """How far memory and time are predicted from what was measured, as shares of that."""
+    memory, _, seconds = _measured(row)
+    chosen = row["predicted"]["chosen"]
+    return chosen["memory"]["total"] / memory - 1, chosen["seconds"] / seconds - 1
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    memory, _, seconds = _measured(row)
+    off_memory, off_time = _off(row)
+    return f"{name}: {memory / 1e6:,.0f} MB ({off_memory:+.1%}), {seconds:.2f} s ({off_time:+.0%})"
+
+
+def _table(record: dict[str, Any]) -> Any:
+    from benchmarks import report
+
+    heads = ("predicted MB", "measured MB", "spread", "off", "predicted s", "measured s", "off ")
+    table = report.table("cell", *heads)
+    for name, row in record["cells"].items():
+        memory, spread, seconds = _measured(row)
+        off_memory, off_time = _off(row)
+        chosen = row["predicted"]["chosen"]
+        table.add_row(
+            name,
+            f"{chosen['memory']['total'] / 1e6:,.0f}",
+            f"{memory / 1e6:,.0f}",
+            f"{spread:.1%}",
+            f"{off_memory:+.1%}",
+            f"{chosen['seconds']:.2f}",
+            f"{seconds:.2f}",
+            f"{off_time:+.0%}",
+        )
+    return table
+
+
+def _note(record: dict[str, Any]) -> str:
+    offs = [_off(row) for row in record["cells"].values()]
+    inside = sum(LOW <= memory <= HIGH for memory, _ in offs)
+    in_time = sum(abs(seconds) <= TIME for _, seconds in offs)
+    first = next(iter(record["cells"].values()))["predicted"]["machine"]["origin"]
+    return (
+        f"Memory within {-LOW:.0%} under and {HIGH:.0%} over in {inside} of {len(offs)} cells, time within "
+        f"{TIME:.0%} in {in_time}. The machine: {first}."
+    )
+
+
+if __name__ == "__main__":
+    main_of_process()
