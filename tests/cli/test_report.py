@@ -57,6 +57,9 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     assert f"report   {tmp_path / 'run' / 'report.html'}" in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h1>run</h1>" in page
+    predicted = json.loads((tmp_path / "run" / "prediction.json").read_text())
+    assert {"seconds", "tokens_per_second", "peak_memory", "adapter_bytes"} < predicted.keys()
+    assert "Measured / predicted" in page
     # A new run in its place takes the old report away with the rest.
     assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()

@@ -36,30 +36,37 @@ def run(argv: Sequence[str]) -> None:
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
         f"{result.peak_memory / 1e9:.2f} GB{early}"
     )
-    print(_planned(config, result))
+    planned, predicted = _planned(config, result)
+    print(planned)
     for name, value in result.scores.items():
         before = result.scores_before.get(name)
         print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}")
     print(f"adapter  {result.adapter}")
     if result.best is not None and result.best_step != result.steps:
         print(f"best     {result.best} (step {result.best_step})")
-    print(f"report   {write_run_report(result.folder)}")
+    print(f"report   {write_run_report(result.folder, predicted=predicted)}")
     print(f"next     lorakit inspect {result.adapter}")
 
 
-def _planned(config: TrainConfig, result: RunResult) -> str:
-    """What `lorakit plan` says of the run, beside what was measured."""
+def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
+    """What `lorakit plan` says of the run, to be printed and for its report; None where it says nothing."""
     from lorakit.planning import plan
 
     try:
         found = plan(config, compare=False)
     except Exception as error:  # a run that is finished does not fail for a prediction
-        return f"planned  nothing: {' '.join(str(error).split())}"
+        return f"planned  nothing: {' '.join(str(error).split())}", None
     tokens = found.tokens / found.chosen.seconds
-    return (
+    line = (
         f"planned  {tokens:,.0f} tokens a second, peak memory {found.process_peak / 1e9:.2f} GB "
         f"('lorakit plan' shows its parts)"
     )
+    return line, {
+        "seconds": found.chosen.seconds * result.steps,
+        "tokens_per_second": tokens,
+        "peak_memory": found.process_peak,
+        "adapter_bytes": found.chosen.file_bytes,
+    }
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
