@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lorakit.evaluation.config import BaseConfig
+    from lorakit.paper.config import PaperConfig
     from lorakit.paper.grid import Grid
+    from lorakit.paper.runs import Run
 
 LISTS = ("--tasks", "--methods")
+QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
+"""Names of query projections, whole or as a slice of a fused one."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -24,18 +32,36 @@ def run(argv: Sequence[str]) -> None:
         _plain(argv),
         "table",
     )
-    if config.dry_run:
+    if config.table == "table1":
+        _latency(config)
+    elif config.dry_run:
         _preview(config)
     else:
         _run(config)
 
 
-def _run(config) -> None:
+def _latency(config: PaperConfig) -> None:
+    from lorakit.cli.console import console
+    from lorakit.paper.latency import PASSES, SETTINGS, run_latency
+
+    if config.dry_run:
+        for batch, length, share in SETTINGS:
+            print(
+                f"batch {batch}, length {length}, adapters of {share:.2%}: up to {PASSES} passes of each method"
+            )
+        return
+    result = run_latency(config, say=_say)
+    console().print(_table(result.head, result.rows, 3))
+    for path in (result.page, result.data):
+        print(path)
+
+
+def _run(config: PaperConfig) -> None:
     from lorakit.cli.console import console
     from lorakit.paper.report import rows
     from lorakit.paper.run_table import run_table
 
-    result = run_table(config, say=_say)
+    result = run_table(config, say=_say, amplification=_amplification)
     head, body, published = rows(result.comparison)
     study = result.comparison.grid.study
     console().print(f"\n{study.table.title}\n", markup=False)
@@ -45,7 +71,32 @@ def _run(config) -> None:
             print(path)
 
 
-def _preview(config) -> None:
+def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
+    """Return a row of table 7: of W_q in the block in the middle."""
+    from lorakit.analysis import adapter_amplification
+    from lorakit.analysis.base_weights import open_weights
+    from lorakit.analysis.deltas import deltas_of, read
+    from lorakit.errors import ConfigurationError
+
+    stored = read(adapter)
+    queries = [name for name in deltas_of(stored) if QUERY.search(name)]
+    if not queries:
+        raise ConfigurationError(
+            f"Table 7 is about the query projections, and of {base.name} none was found under the usual names."
+        )
+    middle = queries[len(queries) // 2 - (len(queries) > 1)]
+    found = adapter_amplification(stored, open_weights(base, stored), only=f"^{re.escape(middle)}$")
+    layer = next(iter(found.layers.values()))
+    return {
+        "from ΔW": layer.projected,
+        "from W": layer.projected_own,
+        "random": layer.expected_random,
+        "norm of ΔW": layer.change_norm,
+        "amplification": layer.factor,
+    }
+
+
+def _preview(config: PaperConfig) -> None:
     from lorakit.cli.console import console
     from lorakit.paper.grid import preview
     from lorakit.paper.report import parameters
@@ -78,13 +129,30 @@ def _preview(config) -> None:
     print(f"\n{grid.finished} of {grid.total} runs are done, in {config.folder}")
 
 
-def _predicted(grid: Grid, run) -> list[str]:
-    """Steps, memory and time of a run, as far as they can be told."""
-    from lorakit.training.config import TrainConfig
+def _predicted(grid: Grid, run: Run) -> list[str]:
+    """Steps, memory and time of a run, as the planner reckons them."""
+    from lorakit.errors import LorakitError
+    from lorakit.planning import plan
+    from lorakit.training.progress import duration, gigabytes
 
-    settings: TrainConfig = grid.runner.train_config(run)
-    steps = f"{settings.max_steps:,}" if settings.max_steps else f"{settings.epochs:g} epochs"
-    return [steps if not grid.config.budget or settings.max_steps else "from the budget", "", ""]
+    settings = grid.runner.train_config(run)
+    waits = grid.config.budget is not None and settings.max_steps is None
+    try:
+        found = plan(settings, compare=False)
+    except LorakitError as error:
+        return ["not predicted", str(error)]
+    drawn = [size for size in (grid.config.limit, run.data_set.limit) if size is not None]
+    steps = settings.max_steps or found.steps
+    if drawn and settings.max_steps is None:
+        steps = round(settings.epochs * -(-min(drawn) // settings.batch_size))
+    if waits or steps is None:
+        return [
+            "from the budget" if waits else f"{settings.epochs:g} epochs",
+            gigabytes(found.chosen.memory.total),
+            f"{found.chosen.seconds:.2f}s a step",
+        ]
+    time = duration(steps * found.chosen.seconds)
+    return [f"{steps:,}", gigabytes(found.chosen.memory.total), time]
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
@@ -103,8 +171,6 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
 
 
 def _say(text: str) -> None:
-    import sys
-
     print(text, file=sys.stderr, flush=True)
 
 

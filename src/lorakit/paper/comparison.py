@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
-from lorakit.paper.studies import Column, DataSet, Variant
+from lorakit.paper.studies import DataSet, Variant
 
 Verdict = Literal["ahead", "level", "behind", "open"]
 
@@ -138,11 +138,8 @@ def _own_row(grid: Grid, variant: Variant, sets: dict[str, DataSet]) -> OwnRow:
             continue
         records = grid.records(data_set, variant)
         for column in data_set.columns:
-            values = [
-                record.scores[column.score] * column.scale
-                for record in records
-                if column.score in record.scores
-            ]
+            found = [record.score(column.score) for record in records]
+            values = [value * column.scale for value in found if value is not None]
             if values:
                 cells[column.name] = _measured(values, _centre(grid))
     return OwnRow(
@@ -203,8 +200,3 @@ def _published_difference(
             if lora is not None and other is not None:
                 return model, sign * (lora.cells[column].value - other.cells[column].value)
     return None
-
-
-def column_of(grid: Grid, name: str) -> Column | None:
-    """Return the column of a name; None for an average."""
-    return next((c for d in grid.study.data_sets for c in d.columns if c.name == name), None)

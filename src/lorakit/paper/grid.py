@@ -18,7 +18,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.config import PaperConfig
-from lorakit.paper.runs import HELD_OUT_SHARE, Record, Run, Runner
+from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Run, Runner
 from lorakit.paper.studies import DataSet, Study, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
@@ -66,11 +66,17 @@ class Plan:
 class Grid:
     """An opened grid; see :func:`open_grid`."""
 
-    def __init__(self, config: PaperConfig, plan: Plan, say: Say) -> None:
+    def __init__(
+        self, config: PaperConfig, plan: Plan, say: Say, amplification: Measure | None = None
+    ) -> None:
         self.config, self.plan, self.say = config, plan, say
         self.study: Study = config.study
         self.runner = Runner(
-            config, steps=plan.steps, training=plan.training, held_out=plan.held_out
+            config,
+            steps=plan.steps,
+            training=plan.training,
+            held_out=plan.held_out,
+            amplification=amplification,
         )
 
     def cells(self) -> Iterator[tuple[DataSet, Variant]]:
@@ -169,8 +175,15 @@ class Grid:
 
 
 @contextmanager
-def open_grid(config: PaperConfig, say: Say) -> Iterator[Grid]:
+def open_grid(
+    config: PaperConfig, say: Say, amplification: Measure | None = None
+) -> Iterator[Grid]:
     """Open the folder of a grid for this process alone, and settle what has to be before the first run.
+
+    Args:
+        config: What was asked for.
+        say: Told what is going on, a line at a time.
+        amplification: Measures an adapter, for the table of amplification.
 
     Raises:
         RunFolderError: Another process holds the folder, or it holds something else.
@@ -192,12 +205,12 @@ def open_grid(config: PaperConfig, say: Say) -> Iterator[Grid]:
         _count(config, plan)
         for data_set in config.study.data_sets:
             _hold_out(config, data_set, plan)
-        grid = Grid(config, plan, say)
+        grid = Grid(config, plan, say, amplification)
         if config.seconds is not None and not plan.steps:
             plan.steps, plan.timing = divide(
                 config.seconds, grid.runner, list(grid.cells()), config, say
             )
-            grid = Grid(config, plan, say)
+            grid = Grid(config, plan, say, amplification)
         _write(path, settings, plan)
         yield grid
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparison import Comparison, Measured, OwnRow
 from lorakit.paper.grid import Grid
 from lorakit.version import __version__
@@ -220,6 +221,10 @@ def _notes(found: Comparison) -> list[str]:
     if grid.config.beams:
         own.append(
             f"Text is generated {'greedily' if grid.config.beams == 1 else f'with {grid.config.beams} beams'}."
+        )
+    if any(name.endswith(WITHOUT_JAVA) for r in _records(grid) for name in r.scores):
+        own.append(
+            "METEOR, ROUGE-L and CIDEr were computed without Java; see the guide to metrics."
         )
     if grid.config.limit:
         own.append(

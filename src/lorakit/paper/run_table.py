@@ -12,6 +12,7 @@ from lorakit.paper.config import PaperConfig
 from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import Grid, Say, open_grid
 from lorakit.paper.report import as_dict, markdown
+from lorakit.paper.runs import Measure
 from lorakit.reporting import drawing
 
 
@@ -27,7 +28,9 @@ class TableResult:
     """The page to look at; None until the runs are done."""
 
 
-def run_table(config: PaperConfig, say: Say = print) -> TableResult:
+def run_table(
+    config: PaperConfig, say: Say = print, *, amplification: Measure | None = None
+) -> TableResult:
     """Make the runs that are missing, and write the table as far as it goes after each of them.
 
     An interrupted call loses no finished run: the same call goes on where it was, within a run too.
@@ -35,12 +38,13 @@ def run_table(config: PaperConfig, say: Say = print) -> TableResult:
     Args:
         config: The table, the model, and how much is run.
         say: Told what is going on, a line at a time.
+        amplification: What table 7 measures of an adapter on its base: the numbers of a row by column.
 
     Raises:
         LorakitError: Something the user can mend: settings, data, base, folder.
     """
     drawing.require_drawing()  # now rather than after hours of runs
-    with open_grid(config, say) as grid:
+    with open_grid(config, say, amplification) as grid:
         grid.run(after_each=lambda: _write(grid))
         return _write(grid, figure=True)
 

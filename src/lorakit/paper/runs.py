@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 from lorakit import storage
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError, RunFolderError
-from lorakit.evaluation.config import Decoding, EvaluateConfig
+from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.settings import train_config
 from lorakit.paper.studies import DataSet, Variant
@@ -29,6 +30,10 @@ EVALUATIONS = 5
 """Evaluations on held-out data in a run whose length is a number of steps."""
 FALLBACK_EPOCHS = 3.0
 HELD_OUT_SHARE = 0.1
+
+
+Measure = Callable[[Path, BaseConfig], dict[str, float]]
+"""From the folder of an adapter and its base to numbers by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +73,10 @@ class Record:
     scores: dict[str, float] = field(default_factory=dict)
     """Scores on the data that the table is about; empty for a trial whose rate was not chosen."""
 
+    def score(self, name: str) -> float | None:
+        """Return a score, computed with Java or without; None where there is none."""
+        return self.scores.get(name, self.scores.get(f"{name}{WITHOUT_JAVA}"))
+
 
 class Runner:
     """Makes the runs of a grid, each once.
@@ -77,6 +86,7 @@ class Runner:
         steps: Steps of a run, by data set, where they come from a budget.
         training: Training data, by data set, where it is not that of the task.
         held_out: Share of the training data that is held out, by data set.
+        amplification: Measures what an adapter amplifies in its base, for the table of it.
     """
 
     def __init__(
@@ -86,8 +96,9 @@ class Runner:
         steps: Mapping[str, int],
         training: Mapping[str, str],
         held_out: Mapping[str, float],
+        amplification: Measure | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.amplification = config, amplification
         self.steps, self.training, self.held_out = steps, training, held_out
         self.folder = config.folder / "runs"
 
@@ -189,6 +200,10 @@ class Runner:
 
     def _score(self, run: Run, done: Record) -> Record:
         folder = self.folder / run.name
+        if self.config.study.measures == "amplification":
+            assert self.amplification is not None
+            measured = self.amplification(folder / "best", self.config.base)
+            return self._write(run, Record(**{**asdict(done), "scores": measured}))
         evaluation = evaluate(self.evaluate_config(run.data_set, folder / "best"))
         if task_type(run.data_set.task).kind == "text":
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
+from lorakit.errors import ConfigurationError, nearest
 from lorakit.training.config import TrainConfig
 
 
@@ -12,13 +13,15 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """Return the configuration of a run with some settings by dotted name, such as ``lora.rank``.
 
     Raises:
-        ConfigurationError: A value cannot work, or two settings exclude each other.
+        ConfigurationError: There is no such setting, a value cannot work, or two settings exclude each other.
     """
     hints = get_type_hints(TrainConfig)
     plain: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, dot, key = name.partition(".")
+        if (section if dot else name) not in hints:
+            raise ConfigurationError(f"A run has no setting '{name}'.{nearest(name, hints)}")
         if dot:
             sections.setdefault(section, {})[key] = value
         else:

@@ -9,19 +9,10 @@ from typing import Any, Literal
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.paper.published import PublishedTable, published
 from lorakit.tasks.registry import task_type
+from lorakit.training.config import DEFAULT_RATES
 
-LEARNING_RATES: dict[str, float] = {
-    "full": 5e-5,
-    "full-top2": 5e-5,
-    "bitfit": 1e-3,
-    "bottleneck": 3e-4,
-    "lora": 5e-4,
-    "prefix_embedding": 5e-3,
-    "prefix_layer": 5e-3,
-}
-"""The rate in the middle of those tried, by the first method of a variant."""
 _LADDER = (1.0, 3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
-"""What the middle is multiplied by, trial after trial."""
+"""What a method's default rate is multiplied by, trial after trial."""
 MAX_TRIALS = len(_LADDER)
 
 Settings = Mapping[str, Any]
@@ -42,8 +33,7 @@ class Variant:
 
     def rates(self, trials: int) -> list[float]:
         """Return the learning rates to try, from small to large, two digits each."""
-        kind = self.settings["method"].split("+")[0]
-        middle = LEARNING_RATES.get(self.key, LEARNING_RATES.get(kind, 5e-4))
+        middle = min(DEFAULT_RATES[name] for name in self.settings["method"].split("+"))
         return sorted(float(f"{middle * factor:.1e}") for factor in _LADDER[:trials])
 
     @property
@@ -108,6 +98,8 @@ class Study:
     variants: tuple[Variant, ...]
     average: str | None = None
     """The column with the mean over all others, where the table has one."""
+    measures: Literal["scores", "amplification"] = "scores"
+    """What the numbers are: scores of an evaluation, or what the adapter amplifies in its base."""
     notes: tuple[str, ...] = field(default=())
 
     def choose(self, data_sets: tuple[str, ...] | None, variants: tuple[str, ...] | None) -> Study:
@@ -235,6 +227,7 @@ _TABLE3 = Study(
     variants=_GENERATION_VARIANTS,
 )
 _FRACTIONS = ("METEOR", "TER")
+_PARTS = {"U": " unseen", "S": " seen", "A": ""}
 _TABLE13 = Study(
     table=published("table13"),
     base="smollm2-135m",
@@ -259,11 +252,11 @@ _TABLE14 = Study(
             key="webnlg",
             task="webnlg",
             columns=(
-                *(Column(name=f"BLEU {s}", score=f"BLEU_{s}") for s in "USA"),
+                *(Column(name=f"BLEU {s}", score=f"BLEU{part}") for s, part in _PARTS.items()),
                 *(
-                    Column(name=f"{name} {s}", score=f"{name}_{s}", digits=2)
+                    Column(name=f"{name} {s}", score=f"{name}{part}", digits=2)
                     for name in _FRACTIONS
-                    for s in "USA"
+                    for s, part in _PARTS.items()
                 ),
             ),
             max_length=384,
@@ -484,10 +477,34 @@ _TABLE18 = Study(
     ),
 )
 
+_TABLE7 = Study(
+    table=published("table7"),
+    base="minilm-l6",
+    data_sets=(
+        DataSet(
+            key="mnli",
+            task="mnli",
+            columns=tuple(
+                Column(name=name, score=name, digits=2) for name in published("table7").columns
+            ),
+        ),
+    ),
+    variants=tuple(
+        Variant(
+            key=f"r{rank}", method="LoRA", settings=lora(rank, "attention.qv"), setting=f"r={rank}"
+        )
+        for rank in (4, 64)
+    ),
+    measures="amplification",
+    notes=(
+        "W_q of the block in the middle, as the paper's layer 48 of 96; the norm of ΔW_q includes alpha / r.",
+    ),
+)
+
 STUDIES: dict[str, Study] = {
     study.table.name: study
     for study in (
-        *(_TABLE2, _TABLE3, _TABLE4, _TABLE5, _TABLE6),
+        *(_TABLE2, _TABLE3, _TABLE4, _TABLE5, _TABLE6, _TABLE7),
         *(_TABLE13, _TABLE14, _TABLE15, _TABLE16, _TABLE18),
     )
 }
