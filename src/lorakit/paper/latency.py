@@ -89,7 +89,7 @@ def run_latency(config: PaperConfig, say: Callable[[str], None] = print) -> Late
 def _fitting(model: PreTrainedModel, batch: int, length: int, seconds: float) -> int:
     """Return the largest halving of `batch` of which some passes of every method fit into the time."""
     with evaluating(model):
-        one = torch.full((1, length), 10, device=model.device)
+        one = torch.zeros((1, length), dtype=torch.long, device=model.device)
         _pass(model, one)
         each = _pass(model, one)
     while batch > 1 and FEWEST_PASSES * 4 * each * batch > seconds:
@@ -110,7 +110,8 @@ def _time_setting(
         attach(model, method, name=name)
     counts = {name: count_parameters(model, method).trainable for name, method in methods.items()}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 1000, (batch, length), generator=generator).to(model.device)
+    words = model.config.get_text_config().vocab_size
+    ids = torch.randint(words, (batch, length), generator=generator).to(model.device)
     times: dict[str, list[float]] = {name: [] for name in ("FT", MERGED, *methods)}
     try:
         with evaluating(model):

@@ -1,0 +1,57 @@
+"""Table 1: bare, merged and adapted passes take turns, and adapters have the paper's share of the base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_runs
+from tiny_models import build
+
+from lorakit.errors import ConfigurationError
+from lorakit.paper import latency
+from lorakit.paper.config import PaperConfig
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return tiny_runs.save_base(tmp_path_factory.mktemp("decoder"), "llama")
+
+
+def test_the_paper_s_rows_and_ours(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "SETTINGS", ((4, 16, 0.02), (2, 8, 0.05), (1, 8, 0.05)))
+    monkeypatch.setattr(latency, "PASSES", 4)
+    config = PaperConfig(
+        table="table1", model=decoder, output=str(tmp_path / "out"), dtype="float32", device="cpu"
+    )
+    result = latency.run_latency(config, lambda text: None)
+    assert {t.method for t in result.timings} == {"FT", "LoRA merged", "AdapterL", "AdapterH"}
+    assert len(result.timings) == 4 * 3
+    assert all(t.mean > 0 and t.passes >= 4 for t in result.timings)
+    assert {t.method: bool(t.parameters) for t in result.timings} == {
+        **{"FT": False, "LoRA merged": False},
+        **{"AdapterL": True, "AdapterH": True},
+    }
+    page = result.page.read_text(encoding="utf-8")
+    assert "| gpt2-medium | AdapterH | 0.5M, 11M, 11M | 1492.2 ± 1.0 |" in page
+    assert len(json.loads(result.data.read_text(encoding="utf-8"))["timings"]) == 12
+
+
+def test_adapters_have_about_the_asked_for_parameters_and_one_too_large_is_refused():
+    model = build("llama")
+    size = sum(p.numel() for p in model.parameters())
+    for kind in ("lin", "houlsby"):
+        method = latency._sized(model, kind, 0.1 * size)
+        found = latency.count_parameters(model, method).trainable
+        one_more = latency.count_parameters(
+            model, latency.BottleneckAdapter(kind=kind, size=method.size + 1)
+        ).trainable
+        assert abs(found - 0.1 * size) <= one_more - found
+    with pytest.raises(ConfigurationError, match="would be wider than this model"):
+        latency._sized(model, "lin", 100 * size)
+
+
+def test_a_batch_is_halved_until_passes_fit():
+    model = build("llama")
+    assert latency._fitting(model, 8, 8, seconds=1e9) == 8
+    assert latency._fitting(model, 8, 8, seconds=0.0) == 1
