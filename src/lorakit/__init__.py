@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorakit.methods.full import FullFineTuning
     from lorakit.methods.lora.config import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
+    from lorakit.methods.registry import use_method
     from lorakit.models.loading import load_base
     from lorakit.models.roles import targets
     from lorakit.training.config import TrainConfig
@@ -52,6 +53,7 @@ _HOME = {
     "LoRA": "lorakit.methods.lora.config",
     "PrefixEmbedding": "lorakit.methods.prefix",
     "PrefixLayer": "lorakit.methods.prefix",
+    "use_method": "lorakit.methods.registry",
     "load_base": "lorakit.models.loading",
     "targets": "lorakit.models.roles",
     "TrainConfig": "lorakit.training.config",
@@ -81,6 +83,7 @@ __all__ = [
     "metrics",
     "targets",
     "train",
+    "use_method",
 ]
 
 

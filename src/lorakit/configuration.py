@@ -70,6 +70,8 @@ class _Misfit(Exception):
 
 def _fitted(value: Any, annotation: Any, where: str) -> Any:
     """The value as its annotation has it."""
+    if annotation is Any:
+        return value
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return _fitted_to_one(value, args, where)

@@ -71,6 +71,7 @@ def test_every_example_is_tested() -> None:
         "look_inside",
         "tiny_base",
         "own_task",
+        "own_method",
     }
 
 
@@ -166,3 +167,11 @@ def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path)
     tokenizer.save_pretrained(tmp_path / "base")
     again = run("many_adapters", "--model", str(tmp_path / "base"))
     torch.testing.assert_close(again["logits"][None], names["logits"][None], atol=1e-5, rtol=0)
+
+
+def test_own_method(run: Callable[..., dict[str, Any]]) -> None:
+    names = run("own_method")
+    assert names["losses"][-1] < names["losses"][0] - 0.05
+    assert names["adapters"].names == ("again",)
+    loaded = names["adapters"].modules("again").values()
+    assert max((module.vector - 1).abs().max() for module in loaded) > 0.1

@@ -132,7 +132,7 @@ def test_default_rates_follow_the_method() -> None:
         ({"method": "bottelneck"}, "Did you mean 'bottleneck'"),
         ({"method": "lora+prefix_layr"}, "Did you mean 'prefix_layer'"),
         ({"method": "lora+lora"}, "names lora twice"),
-        ({"method": "lora+"}, r"or several joined by a plus"),
+        ({"method": "lora+"}, r"several joined by a plus"),
         ({"method": "prefix_embedding+prefix_layer"}, "both give vectors"),
         ({"method": "lora+bitfit", "full": FullFineTuning(top_layers=2)}, "section full has"),
         ({"from_adapter": "x", "lora": LoRA(rank=4)}, "brings its own method"),

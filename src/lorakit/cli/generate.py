@@ -32,6 +32,8 @@ class GenerateConfig:
     """Adapter folder; none lets the base speak."""
     allow_other_base: bool = False
     """Use an adapter on a base other than the one it records, knowing what that means."""
+    method: str | None = None
+    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
     prompt: str | None = None
     """The text to continue."""
     file: str | None = None
@@ -67,10 +69,13 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.adapted import Prompting, open_adapted, prompting
     from lorakit.evaluation.generate import generate
+    from lorakit.methods.registry import use_method
 
     config = parse(
         GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
     )
+    if config.method is not None:
+        use_method(config.method)
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     writing = Prompting()

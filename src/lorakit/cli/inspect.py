@@ -21,6 +21,8 @@ class InspectConfig:
     """Adapter folder (lorakit's or PEFT's), or a loralib file."""
     alpha: float | None = None
     """The constant of a loralib file, which does not record it; by default the scaling is shown for 1."""
+    method: str | None = None
+    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
     layers: bool = False
     """One line for each layer instead of one for each kind of layer."""
     json: bool = False
@@ -32,6 +34,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import formats
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
+    from lorakit.methods.registry import use_method
 
     config = parse(
         InspectConfig,
@@ -41,6 +44,8 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "adapter",
     )
+    if config.method is not None:
+        use_method(config.method)
     alpha = config.alpha
     if alpha is None and Path(config.adapter).is_file():
         alpha = 1.0

@@ -25,6 +25,8 @@ class MergeConfig:
     """The base model; by default the one that the adapter records, in the precision of its weights."""
     allow_other_base: bool = False
     """Merge into a base other than the one the adapter records, knowing what that means."""
+    method: str | None = None
+    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
     overwrite: bool = False
     """Replace an existing output folder."""
 
@@ -38,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import handle_of
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.adapted import open_adapted
+    from lorakit.methods.registry import use_method
 
     config = parse(
         MergeConfig,
@@ -48,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
+    if config.method is not None:
+        use_method(config.method)
     output = storage.require_free_folder(config.output, overwrite=config.overwrite)
     _require_replaceable(output)
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)

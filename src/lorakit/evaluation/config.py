@@ -11,6 +11,7 @@ import torch
 from lorakit.configuration import conform
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.methods.registry import use_method
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -126,6 +127,8 @@ class EvaluateConfig:
     """Adapter folder; none scores the base alone."""
     allow_other_base: bool = False
     """Score an adapter on a base other than the one it records, knowing what that means."""
+    method: str | None = None
+    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
     split: Literal["validation", "test"] | None = None
     """Which of the data's held-out parts is scored; by default test, and for a named task the part that published
     scores are of (validation for GLUE, whose tests have no public labels)."""
@@ -147,6 +150,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         conform(self)
+        if self.method is not None:
+            use_method(self.method)
         if not self.scores:
             raise ConfigurationError("scores is empty; name loss, text or both.")
         require_at_least("batch_size", self.batch_size, 1)

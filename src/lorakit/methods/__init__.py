@@ -7,15 +7,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import AdapterModule, Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
-
-METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind
-    for kind in (
-        *(BitFit, BottleneckAdapter, Combined, FullFineTuning),
-        *(LoRA, PrefixEmbedding, PrefixLayer),
-    )
-}
-"""Every method by the name under which a file records it."""
+from lorakit.methods.registry import METHODS, use_method
 
 __all__ = [
     "METHODS",
@@ -28,4 +20,5 @@ __all__ = [
     "Method",
     "PrefixEmbedding",
     "PrefixLayer",
+    "use_method",
 ]

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import os
-import sys
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
-from types import ModuleType
 
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.extensions import installed, load_from_file, load_installed, names_a_file
 from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
 from lorakit.tasks.data_to_text import DATA_TO_TEXT
@@ -53,69 +47,17 @@ def task_type(name: str) -> type[Task]:
     """
     if name in TASKS:
         return TASKS[name]
-    path, _, class_name = name.rpartition(":")
-    if path.endswith(".py") or name.endswith(".py"):
-        return _checked(_in_file(path or name, class_name if path else ""), name)
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in installed:
-        return _checked(_loaded(installed[name]), name)
-    known = [*TASKS, *installed]
+    if names_a_file(name):
+        found = load_from_file(name, "data.task", lambda kind: issubclass(kind, Task))
+        return _checked(found, name)
+    points = installed(ENTRY_POINTS)
+    if name in points:
+        return _checked(load_installed(points[name], "task"), name)
+    known = [*TASKS, *points]
     raise ConfigurationError(
         f"The task is {name!r}; it must be auto, one of {', '.join(known)}, or a class in a file, "
         f"path/to/file.py:Class.{nearest(name, known)}"
     )
-
-
-def _loaded(point: EntryPoint) -> object:
-    try:
-        return point.load()
-    except Exception as error:  # the code of another package may raise anything
-        raise ConfigurationError(
-            f"The task '{point.name}' is {point.value} of an installed package, which cannot be imported "
-            f"({type(error).__name__}: {error}). Mend or remove the package."
-        ) from error
-
-
-def _in_file(path: str, class_name: str) -> object:
-    file = Path(os.path.expanduser(path))
-    if not file.is_file():
-        raise ConfigurationError(f"data.task names the file '{path}', and there is none.")
-    module = _module(file.resolve())
-    own = [
-        name
-        for name, value in vars(module).items()
-        if inspect.isclass(value)
-        and issubclass(value, Task)
-        and value.__module__ == module.__name__
-    ]
-    if class_name not in vars(module):
-        asked = f"no '{class_name}' in it" if class_name else "no class is named after it"
-        raise ConfigurationError(
-            f"data.task names the file '{path}', and {asked}; write {path}:Class. Its tasks: "
-            f"{', '.join(own) or 'none'}.{nearest(class_name, own)}"
-        )
-    return vars(module)[class_name]
-
-
-def _module(file: Path) -> ModuleType:
-    """The module in a file, imported once for each content, so that a class stays one and the same."""
-    content = file.read_bytes()
-    name = f"lorakit_task_{hashlib.sha256(bytes(file) + content).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's code may raise anything
-        del sys.modules[name]
-        raise ConfigurationError(
-            f"data.task: the file '{file}' cannot be imported ({type(error).__name__}: {error}). Mend it."
-        ) from error
-    return module
 
 
 def _checked(found: object, name: str) -> type[Task]:

@@ -19,6 +19,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
+from lorakit.methods.registry import DEFAULT_RATE, is_own, own_method, use_method
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -153,7 +154,10 @@ class TrainConfig:
     method: str = "lora"
     """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit),
     small layers in between (bottleneck), or vectors of virtual tokens around the prompt, at the embedding alone
-    (prefix_embedding) or in every block (prefix_layer). Several are joined by a plus: lora+prefix_embedding."""
+    (prefix_embedding) or in every block (prefix_layer). Several are joined by a plus: lora+prefix_embedding.
+    A method of your own is a class in a file, path/to/file.py:Class, or an entry point of an installed package."""
+    method_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of a method of your own, by name."""
     lora: LoRA = field(default_factory=LoRA)
     """Settings of the method lora. A new classification head is trained beside any method without being named."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
@@ -276,11 +280,12 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         names = self.method_names
+        own = [name for name in names if name not in DEFAULT_RATES]
         for name in names:
-            if name not in DEFAULT_RATES:
+            if name not in DEFAULT_RATES and not is_own(name):
                 raise ConfigurationError(
-                    f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, or several joined by "
-                    f"a plus.{nearest(name, DEFAULT_RATES)}"
+                    f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, several joined by a "
+                    f"plus, or a class of yours in a file, path/to/file.py:Class.{nearest(name, DEFAULT_RATES)}"
                 )
             if names.count(name) > 1:
                 raise ConfigurationError(f"method is {self.method!r}, which names {name} twice.")
@@ -295,7 +300,14 @@ class TrainConfig:
             raise ConfigurationError(
                 f"optimizer.lr_ratio is for the A and B of lora; with method {self.method} leave it at 1."
             )
-        if self.from_adapter is not None and (self.method != "lora" or set_by_hand):
+        if self.method_settings and len(own) != 1:
+            raise ConfigurationError(
+                f"method_settings are for one method of your own, and method {self.method} names {len(own)}. Leave "
+                "them out, or give what they set defaults in the class."
+            )
+        # Beside from_adapter a method of one's own only says where the class is.
+        others = [name for name in names if name not in own]
+        if self.from_adapter is not None and (others not in ([], ["lora"]) or set_by_hand):
             raise ConfigurationError(
                 "from_adapter brings its own method and settings; leave out method and the sections of methods "
                 f"({', '.join(DEFAULT_RATES)}) beside it."
@@ -315,7 +327,10 @@ class TrainConfig:
     @property
     def chosen_method(self) -> Method:
         """The method that `method` names, with the settings of its section."""
-        chosen = tuple(getattr(self, name) for name in self.method_names)
+        chosen = tuple(
+            getattr(self, name) if name in DEFAULT_RATES else own_method(name, self.method_settings)
+            for name in self.method_names
+        )
         return chosen[0] if len(chosen) == 1 else Combined(methods=chosen)
 
     @property
@@ -329,7 +344,10 @@ class TrainConfig:
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
         # Of several the lowest: one rate for all must not be too high for any.
-        return min(DEFAULT_RATES[name] for name in self.method_names)
+        return min(
+            DEFAULT_RATES.get(name) or getattr(use_method(name), "default_rate", DEFAULT_RATE)
+            for name in self.method_names
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values that YAML and JSON can hold."""

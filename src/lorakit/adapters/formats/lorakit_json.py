@@ -24,6 +24,7 @@ from lorakit.adapters.formats.tensors import read_safetensors, regular_file, wri
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods import METHODS, Combined, Method
+from lorakit.methods.registry import recorded_method
 from lorakit.models.roles import RowSlice
 from lorakit.version import __version__
 
@@ -219,12 +220,13 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _method(found: Any) -> Method:
-    if not isinstance(found, Mapping) or found.get("name") not in METHODS:
-        name = found.get("name") if isinstance(found, Mapping) else found
+    name = found.get("name") if isinstance(found, Mapping) else found
+    kind = recorded_method(name)
+    if kind is None or not isinstance(found, Mapping):
         raise AdapterFileError(
-            f"its method is {name!r}; this lorakit knows {', '.join(METHODS)}. Update lorakit."
+            f"its method is {name!r}; this lorakit knows {', '.join(METHODS)}. Update lorakit, or, where the method is "
+            "one of your own, say where its class is: method path/to/file.py:Class (in Python lorakit.use_method)."
         )
-    kind = METHODS[found["name"]]
     settings = {
         key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
     }

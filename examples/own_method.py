@@ -1,0 +1,80 @@
+"""A method of one's own in one file: (IA)^3, vectors that scale keys, values and what the MLP holds inside.
+
+    lorakit train --method examples/own_method.py:IA3 --base.name smollm2-135m --data.train yours.jsonl --output out/ia3
+    lorakit generate --method examples/own_method.py:IA3 --adapter out/ia3/adapter --prompt "..."
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.methods import AdapterModule
+from lorakit.methods.trained import modules_named, parameters_below
+from lorakit.models.roles import resolve_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3:
+    """``l * (W x)``: each output of the chosen layers times a trained number that starts at 1."""
+
+    targets: tuple[str, ...] | list[str] = ("attention.k", "attention.v", "mlp.up")
+    train_modules: tuple[str, ...] = ()  # lorakit puts a new classification head in here
+
+    default_rate = 3e-3  # the peak learning rate of a run that sets none
+
+    def modules(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32
+    ) -> dict[str, AdapterModule]:
+        places = resolve_targets(model, tuple(self.targets))
+        return {place.path: Scale(model.get_submodule(place.path), dtype) for place in places}
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        return parameters_below(model, modules_named(model, self.train_modules))
+
+
+class Scale(AdapterModule):
+    """The vector of one layer."""
+
+    scales = merges = False  # alone and with weight 1; it could be merged, with a few lines more
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(
+            torch.ones(layer.out_features, dtype=dtype, device=layer.weight.device)
+        )
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return output * self.vector.to(output.dtype)
+
+
+if __name__ == "__main__":
+    from tiny_base import TEXTS, arguments, load_base
+
+    import lorakit
+
+    args = arguments()
+    model, tokenizer = load_base(args.model)
+    adapters = lorakit.attach(model, IA3(), name="mine")
+    optimizer = torch.optim.AdamW(adapters.trainable_parameters(), lr=1e-1)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    losses = []
+    for _ in range(10):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    adapters.save(args.out, overwrite=True)
+    adapters.detach()
+
+    lorakit.use_method(
+        IA3
+    )  # files name a method and never bring its code: say which class is meant
+    adapters = lorakit.load(model, args.out, name="again")
+    print(adapters.summary())

@@ -1,0 +1,150 @@
+"""A method of the user's own: from a file or an installed package, never from an adapter's folder."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
+from lorakit import attach, load, use_method
+from lorakit.cli import main
+from lorakit.data import DataConfig
+from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.evaluation.config import EvaluateConfig
+from lorakit.evaluation.evaluate import evaluate
+from lorakit.methods import registry
+from lorakit.methods.combined import Combined
+from lorakit.training.config import HeldOutConfig, OptimizerConfig
+from lorakit.training.loop import train
+
+FILE = Path(__file__).parents[2] / "examples" / "own_method.py"
+NAME = f"{FILE}:IA3"
+
+
+@pytest.fixture(autouse=True)
+def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins in a process that has named no method yet."""
+    monkeypatch.setattr(registry, "_OWN", {})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_runs.save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, monkeypatch) -> None:
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        method=NAME,
+        method_settings={"targets": ["mlp.up"]},
+        optimizer=OptimizerConfig(),
+        evaluation=HeldOutConfig(),
+    )
+    assert config.peak_rate == 3e-3
+    result = train(config)
+    assert result.scores["loss"] < result.scores_before["loss"]
+
+    # Another process: what is in the folder does not bring the code.
+    monkeypatch.setattr(registry, "_OWN", {})
+    folder = str(result.adapter)
+    data = {"base": config.base, "adapter": folder, "data": config.data, "scores": ("loss",)}
+    with pytest.raises(
+        AdapterFileError, match=r"its method is 'IA3'.*method path/to/file.py:Class"
+    ):
+        evaluate(EvaluateConfig(**data, split="validation"))
+    scored = evaluate(EvaluateConfig(**data, split="validation", method=NAME))
+    assert scored.scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
+    assert main(["inspect", folder, "--method", NAME]) == 0
+    assert "IA3(targets=" in capsys.readouterr().out
+    command = ["generate", "--method", NAME, "--adapter", folder, "--base.name", base]
+    assert main([*command, "--prompt", "river:", "--decoding.max_new_tokens", "2"]) == 0
+    more = tiny_runs.config(
+        tmp_path, base, method=NAME, from_adapter=folder, max_steps=1, output=str(tmp_path / "more")
+    )
+    assert train(more).scores_before["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
+
+
+def test_with_lora_and_with_a_new_head(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "llama", "base")
+    data = tiny_runs.write_rows(tmp_path / "labels.jsonl", tiny_runs.labelled(40))
+    config = tiny_runs.config(tmp_path, base, method=f"lora+{NAME}", optimizer=OptimizerConfig())
+    assert isinstance(config.chosen_method, Combined)
+    assert config.peak_rate == 5e-4
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        method=NAME,
+        data=DataConfig(train=data),
+        evaluation=HeldOutConfig(),
+        max_steps=1,
+    )
+    trained = load_file(train(config).adapter / "lorakit_model.safetensors")
+    assert "trained.score.weight" in trained
+
+
+def test_a_class_of_the_running_program(tmp_path: Path) -> None:
+    kind = use_method(NAME)
+    model = tiny_models.build("llama")
+    adapters = attach(model, kind())
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters():
+            parameter += 0.3
+    batch = tiny_models.example_batch("llama", model)
+    expected = model(**batch).logits
+    adapters.save(tmp_path / "mine")
+    registry._OWN.clear()
+    other = tiny_models.build("llama")
+    with pytest.raises(AdapterFileError, match="use_method"):
+        load(other, tmp_path / "mine")
+    assert use_method(kind) is kind
+    load(other, tmp_path / "mine")
+    assert torch.equal(other(**batch).logits, expected)
+
+
+def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:
+    (tmp_path / "their_package.py").write_text(FILE.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint(name="ia3", value="their_package:IA3", group="lorakit.methods")
+    monkeypatch.setattr(registry, "installed", lambda group: {"ia3": point})
+    config = tiny_runs.config(tmp_path, base, method="ia3", max_steps=1)
+    result = train(config)
+    monkeypatch.setattr(registry, "_OWN", {})
+    assert main(["inspect", str(result.adapter)]) == 0  # found by its class's name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "nowhere.py:IA3"}, "names the file 'nowhere.py', and there is none"),
+        ({"method": f"{FILE}:IA2"}, r"no 'IA2' in it.*Did you mean 'IA3'"),
+        ({"method": f"{FILE}"}, "What it has: IA3"),
+        ({"method": f"{FILE}:Scale"}, "a method is a frozen dataclass"),
+        ({"method": NAME, "method_settings": {"targts": []}}, "Did you mean 'targets'"),
+        ({"method_settings": {"size": 4}}, "one method of your own"),
+    ],
+)
+def test_what_cannot_work_says_why(tmp_path: Path, settings, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_runs.config(tmp_path, "base", **settings)
+
+
+def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("raise RuntimeError('no')")
+    with pytest.raises(ConfigurationError, match=r"cannot be imported \(RuntimeError: no\)"):
+        use_method(f"{file}:A")
+    file.write_text(FILE.read_text().replace("IA3", "LoRA"))
+    with pytest.raises(ConfigurationError, match="a method of lorakit is called LoRA"):
+        use_method(f"{file}:LoRA")
+    with pytest.raises(ConfigurationError, match="There is no method 'ia4' of yours"):
+        use_method("ia4")
