@@ -136,6 +136,7 @@ def inline_svg(chart: Chart, number: int) -> str:
         body,
     )
     body = re.sub(r' (?:role|aria-[a-z]+|pointer-events|font-family)="[^"]*"', "", body)
+    body = re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hexadecimal, body)
     # Ids are the page's, not the picture's, and the same whatever was drawn before.
     names = dict.fromkeys(re.findall(r'\bid="([^"]+)"', body))
     for place, name in enumerate(names):
@@ -147,6 +148,11 @@ def inline_svg(chart: Chart, number: int) -> str:
         f'<svg class="chart" role="img" aria-label="{html.escape(chart.alt)}" tabindex="0" '
         f'viewBox="0 0 {width} {height}" style="max-width:{1.15 * width:.0f}px">{body}'
     )
+
+
+def _hexadecimal(found: re.Match[str]) -> str:
+    """A colour in the half of the letters: heat maps have thousands."""
+    return "#" + "".join(f"{int(part):02x}" for part in found.groups())
 
 
 def _rounded(attribute: str) -> str:

@@ -47,8 +47,9 @@ def heat_map(
         if not math.isnan(v)
     ]
     for cell in cells:
-        row = names[cell["i"] - 1] if names else f"{y} {cell['i']}"
-        cell["label"] = f"{row}, {x} {cell['j']}: {cell['v']:.3f}"
+        # Short, as there may be thousands: of "j, second adapter" the j.
+        row = names[cell["i"] - 1] if names else f"{y.split(',')[0]} {cell['i']}"
+        cell["label"] = f"{row}, {x.split(',')[0]} {cell['j']}: {cell['v']:.3f}"
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
     across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
     if names:
