@@ -33,6 +33,9 @@ class PlanConfig(TrainConfig):
     """Tokens of an example, instead of reading the data; without either data.max_length, the most there can be."""
     targets: int | None = None
     """With length: how many of them are target tokens; by default half."""
+    calibrate: bool = False
+    """First train a small shape with random weights for two short runs, to fit how fast this machine computes and
+    what it holds beyond tensors. Kept in the user's cache folder, and used from then on."""
     json: bool = False
     """Print JSON for programs, sizes in bytes."""
 
@@ -71,6 +74,11 @@ def run(argv: Sequence[str]) -> None:
         "of lorakit train; --base.name gpt3-175b plans the paper's largest model.",
         argv,
     )
+    if config.calibrate:
+        from lorakit.models.dtypes import compute_dtype
+        from lorakit.planning.calibration import calibrate
+
+        calibrate(config.base.pick_device(), compute_dtype(config.base.dtype))
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
     found = plan(config.run, length=length, targets=config.targets)

@@ -108,13 +108,14 @@ def from_lengths(
             raise ConfigurationError(
                 f"targets is {wanted}, and an example has {size} tokens; it must be at least 1 and below that."
             )
-        examples = [_language(number, size, wanted) for number in range(config.batch_size)]
+        examples = [language_example(number, size, wanted) for number in range(config.batch_size)]
         source = f"{size:,} tokens an example, {wanted:,} of them targets"
     source += " (as given)" if length else " (data.max_length, the most there can be)"
     return Batches(task, examples, examples, source, config.max_steps)
 
 
-def _language(number: int, length: int, targets: int) -> LanguageExample:
+def language_example(number: int, length: int, targets: int) -> LanguageExample:
+    """Make up an example that shares nothing with one of another number; its last `targets` tokens are targets."""
     return LanguageExample(
         input_ids=[number, *[0] * (length - 1)],
         prompt=str(number),

@@ -1,0 +1,144 @@
+"""Fits what a machine computes and holds, from two short runs of a shape with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+import lorakit
+from lorakit.data.packing import pack
+from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.evaluation.base import PACKED_STEP
+from lorakit.evaluation.objective import LanguageModelling
+from lorakit.models.faster import make_faster
+from lorakit.planning.batches import language_example
+from lorakit.planning.machine import Machine, keep_calibration, measure
+from lorakit.planning.shape import new_mode, planning
+from lorakit.planning.step import Step, run_step, shorten
+
+TRIALS: tuple[dict[str, int], ...] = (
+    {"count": 4, "length": 48, "targets": 24},
+    {"count": 8, "length": 96, "targets": 24},
+)
+"""Batches of the two runs."""
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+"""A Llama of 50 million parameters: large enough that products decide, and soon made."""
+
+MARGIN = 1.1
+"""On the memory that was seen beyond tensors: a plan that says too little costs more than one that says too much."""
+
+
+def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Run two short trainings, fit this machine's constants to them, and keep those in the user's cache folder.
+
+    Raises:
+        ConfigurationError: The device is no CPU.
+        LorakitError: A run failed, or the cache folder cannot be written.
+    """
+    if device.type != "cpu":
+        raise ConfigurationError(
+            f"calibrate is for the CPU, and base.device is {device}: on a GPU the rates are measured in any case."
+        )
+    config = LlamaConfig(**SHAPE)  # type: ignore[arg-type]
+    measured = [_try(config, dtype, trial) for trial in TRIALS]
+    steps = [_simulate(config, dtype, trial) for trial in TRIALS]
+    machine = fit(measure(device, dtype), steps, measured)
+    keep_calibration(machine, device, dtype)
+    return machine
+
+
+def fit(machine: Machine, steps: list[Step], measured: list[dict[str, Any]]) -> Machine:
+    """Fit `machine` to what runs took.
+
+    Time: the rates of products and of memory traffic with which both runs come out; where none are, those of
+    `machine` by one common factor. Memory: the share beyond tensors that the last and largest run had.
+
+    Args:
+        machine: The rates of single products and copies.
+        steps: What the runs are known to compute and to hold.
+        measured: Of each run ``ready`` and ``peak``, bytes before the first step and at most, and ``seconds``.
+    """
+    left = [
+        m["seconds"] - s.work.calls * machine.call for s, m in zip(steps, measured, strict=True)
+    ]
+    work = np.array([[s.work.products, s.work.traffic] for s in steps])
+    with np.errstate(all="ignore"), contextlib.suppress(np.linalg.LinAlgError):
+        per_product, per_byte = np.linalg.solve(work, np.array(left))
+        if per_product > 0 and per_byte > 0:
+            rates = {"products": float(1 / per_product), "traffic": float(1 / per_byte)}
+            return _with_memory(dataclasses.replace(machine, **rates), steps, measured)
+    slower = sum(m["seconds"] for m in measured) / sum(machine.seconds(s.work) for s in steps)
+    rates = {"products": machine.products / slower, "traffic": machine.traffic / slower}
+    scaled = dataclasses.replace(machine, **rates, call=machine.call * slower)
+    return _with_memory(scaled, steps, measured)
+
+
+def _with_memory(machine: Machine, steps: list[Step], measured: list[dict[str, Any]]) -> Machine:
+    # Of the larger run, in which what libraries load at their first step weighs little.
+    step, run = steps[-1], measured[-1]
+    tensors = sum(step.peak.values())
+    beyond = run["peak"] - run["ready"] - tensors - machine.packed * step.widest
+    today = datetime.date.today().isoformat()
+    return dataclasses.replace(
+        machine,
+        slack=float(min(max(MARGIN * beyond / tensors, 0.05), 1.0)),
+        origin=f"calibrated on {today}, by two short runs",
+    )
+
+
+def _try(config: LlamaConfig, dtype: torch.dtype, trial: dict[str, int]) -> dict[str, Any]:
+    settings = config.to_diff_dict()
+    settings.pop("transformers_version", None)
+    settings["model_type"] = config.model_type
+    given = {**trial, "config": settings, "dtype": str(dtype).removeprefix("torch.")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lorakit.planning.trial"],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        raise LorakitError(
+            f"A run of the calibration ended with status {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _simulate(config: LlamaConfig, dtype: torch.dtype, trial: dict[str, int]) -> Step:
+    from transformers import AutoModelForCausalLM
+
+    examples = [
+        language_example(n, trial["length"], trial["targets"]) for n in range(trial["count"])
+    ]
+    batch = pack(examples, 0, step=PACKED_STEP)
+    with planning(new_mode()):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lorakit.attach(model, lorakit.LoRA())
+        model.train()
+        make_faster(model)
+        return run_step(
+            model,
+            shorten(model),
+            LanguageModelling(path="fused"),
+            batch,
+            autocast=contextlib.nullcontext(),
+            accumulates=False,
+        )

@@ -1,0 +1,65 @@
+"""One short run of a shape with random weights, in a process of its own: what a calibration measures.
+
+python -m lorakit.planning.trial    reads its settings as JSON from standard input, prints its figures as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+
+BEFORE = psutil.Process().memory_info().rss
+"""Bytes of the interpreter with torch imported; this module has to be the first that is."""
+
+STEPS = 4
+
+
+def main() -> None:
+    """Train for a few steps, and print the process's memory and the fastest step's time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import lorakit
+    from lorakit.data.packing import pack
+    from lorakit.evaluation.base import PACKED_STEP
+    from lorakit.evaluation.objective import LanguageModelling
+    from lorakit.models.faster import make_faster
+    from lorakit.planning.batches import language_example
+
+    given: dict[str, Any] = json.load(sys.stdin)
+    config = AutoConfig.for_model(**given["config"])
+    dtype = getattr(torch, given["dtype"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lorakit.attach(model, lorakit.LoRA())
+    model.train()
+    make_faster(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    examples = [
+        language_example(n, given["length"], given["targets"]) for n in range(given["count"])
+    ]
+    batch = pack(examples, 0, step=PACKED_STEP)
+    objective = LanguageModelling(path="fused")
+    ready = psutil.Process().memory_info().rss
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        objective.loss_sum(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # The first step makes what later ones keep.
+    figures = {"ready": ready - BEFORE, "peak": peak - BEFORE, "seconds": min(seconds[1:])}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
