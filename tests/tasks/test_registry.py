@@ -66,8 +66,11 @@ def test_a_file_is_run_once_until_it_changes(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{file}:Wether", "no 'Wether' in it; write .*:Class. Its tasks: Weather, Nameless, .*Did"),
-        ("{file}", "no class is named after it; write .*my_tasks.py:Class. Its tasks: Weather"),
+        (
+            "{file}:Wether",
+            "no 'Wether' in it; write .*:Class. What it has: Weather, Nameless, .*Did",
+        ),
+        ("{file}", "no class is named after it; write .*my_tasks.py:Class. What it has: Weather"),
         ("{file}:number", "which is 3; it must be a class that inherits from a task"),
         ("{file}:DataSet", "it must be a class that inherits from a task"),
         ("{file}:Nameless", "give it one of its own"),
@@ -99,11 +102,12 @@ def test_a_task_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None
     class Bikes(Classification):
         name = "bikes"
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: list(points.values()))
+    monkeypatch.setattr(registry, "installed", lambda group: points)
+    real = registry.load_installed
     monkeypatch.setattr(
         registry,
-        "_loaded",
-        lambda point, real=registry._loaded: Bikes if point is points["bikes"] else real(point),
+        "load_installed",
+        lambda point, what: Bikes if point is points["bikes"] else real(point, what),
     )
     assert task_type("bikes") is Bikes
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from lorakit.adapters import formats
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, WrongBaseError
+from lorakit.errors import ConfigurationError, LorakitError, WrongBaseError
 from lorakit.evaluation.config import BaseConfig, EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
@@ -148,3 +149,36 @@ def test_the_metric_is_one_of_the_tasks(root: Path) -> None:
 def test_a_training_set_is_needed() -> None:
     with pytest.raises(ConfigurationError, match=r"data\.train is not set.*--data\.task mrpc"):
         TrainConfig(base=BaseConfig(name="b"), data=DataConfig(), output="out")
+
+
+OWN = """
+from lorakit.tasks import Classification
+
+class Mine(Classification):
+    name = "mine"
+    texts = ("sentence1", "sentence2")
+    layouts = (("sentence1", "sentence2", "label"),)
+    classes = ("no", "yes")
+"""
+
+
+def test_a_run_does_not_go_on_with_a_changed_task_file(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    rows = str(root / "data" / "mrpc" / "train.jsonl")
+    settings = config(
+        root,
+        "mrpc",
+        data=DataConfig(task=f"{file}:Mine", train=rows),
+        output=str(tmp_path / "run"),
+        max_steps=2,
+        overwrite=False,
+    )
+    train(settings)
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed at its end
+    resumed = dataclasses.replace(settings, resume=True)
+    file.write_text(OWN.replace('"no", "yes"', '"yes", "no"'))
+    with pytest.raises(LorakitError, match=r"The task has changed.*mine\.py"):
+        train(resumed)
+    file.write_text(OWN)
+    train(resumed)

@@ -11,7 +11,7 @@ from lorakit.tasks.classification import Classification, Regression
 from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import Completion
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.registry import GENERIC, TASKS, generic_task, task_type
+from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
 from lorakit.tasks.task import (
     BadRow,
     Example,
@@ -45,6 +45,7 @@ __all__ = [
     "Task",
     "TooLong",
     "UnknownLabel",
+    "file_of",
     "generic_task",
     "task_type",
     "text_field",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
@@ -33,7 +34,7 @@ from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, LanguageExample, Task, generic_task, task_type
+from lorakit.tasks import Example, LanguageExample, Task, file_of, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -122,9 +123,10 @@ class Job:
 
     @property
     def inputs(self) -> Inputs:
-        """The base and the data as they were read, by which a resumed run knows them again."""
+        """The base, the data and a task's own file as they were read, by which a resumed run knows them again."""
         sets = {"train data": self.train, "validation data": self.validation}
         weights = base_record(self.model).weights
+        file = file_of(self.train.task)
         return {
             "base model": {
                 "source": self.config.base.name,
@@ -135,6 +137,7 @@ class Job:
                 for split, data in sets.items()
                 if data is not None
             },
+            **({"task": {"source": str(file), "sha256": storage.sha256(file)}} if file else {}),
         }
 
     def save_adapter(self, folder: Path, state: State) -> None:
