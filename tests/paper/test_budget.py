@@ -39,7 +39,10 @@ def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, 
 
 def timed(step: float, scoring: float = 1.0, most: int | None = None) -> dict:
     return {
-        "methods": {"a": {"step": step, "overhead": 2.0}, "b": {"step": 2 * step, "overhead": 2.0}},
+        "methods": {
+            "bitfit": {"step": step, "overhead": 2.0},
+            "lora": {"step": 2 * step, "overhead": 2.0},
+        },
         "scoring": scoring,
         "held_out": 0,
         "most_steps": most,
@@ -63,6 +66,26 @@ def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
             for cost in measured["methods"].values()
         )
         assert took == pytest.approx(budget.RESERVE * 1000 / 2, rel=0.01)
+
+
+def test_methods_are_timed_on_one_data_set_and_scaled_on_the_others(table2, monkeypatch):
+    config = table2(tasks=("mrpc", "rte"), seeds=1, trials=1)
+    cells = [(d, v) for d in config.study.data_sets for v in config.study.variants]
+    asked = []
+
+    def time(runner, data_set, variants, config):
+        asked.append((data_set.key, [variant.key for variant in variants]))
+        costs = {"bitfit": {"step": 0.1, "overhead": 2.0}, "lora": {"step": 0.3, "overhead": 4.0}}
+        slower = 2 if data_set.key == "rte" else 1
+        methods = {
+            v.key: {name: slower * cost for name, cost in costs[v.key].items()} for v in variants
+        }
+        return {"methods": methods, "scoring": 1.0, "held_out": 0, "most_steps": None}
+
+    monkeypatch.setattr(budget, "_time", time)
+    _, timing = budget.divide(1000, None, cells, config, silent)
+    assert asked == [("mrpc", ["bitfit", "lora"]), ("rte", ["bitfit"])]
+    assert timing["rte"]["methods"]["lora"] == pytest.approx({"step": 0.6, "overhead": 8.0})
 
 
 def test_epochs_cap_what_a_budget_gives(table2, monkeypatch):

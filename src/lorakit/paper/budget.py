@@ -25,7 +25,7 @@ STEPS = 6
 """Steps of a run that is timed."""
 FEW, MORE = 8, 40
 """Examples scored twice over, whose difference in time is that of the rest."""
-FEWEST = 20
+FEWEST = 10
 """Steps below which a run shows nothing."""
 RESERVE = 0.9
 """Share of the budget that is planned for."""
@@ -52,8 +52,20 @@ def divide(
     timing: dict[str, Any] = {}
     for key, data_set in sets.items():
         variants = [variant for other, variant in cells if other.key == key]
-        say(f"timing {len(variants)} methods on {key}")
-        timing[key] = _time(runner, data_set, variants, config)
+        # How methods compare is measured once; on the other data sets one of them stands for all.
+        known = next(iter(timing.values()), {}).get("methods", {})
+        timed = variants if not known else [v for v in variants if v.key in known][:1] or variants
+        say(f"timing {', '.join(variant.label for variant in timed)} on {key}")
+        timing[key] = _time(runner, data_set, timed, config)
+        methods = timing[key]["methods"]
+        first = timed[0].key
+        for variant in variants:
+            like = known.get(variant.key, known.get(first))
+            if variant.key not in methods and like is not None:
+                methods[variant.key] = {
+                    name: methods[first][name] * like[name] / max(known[first][name], 1e-9)
+                    for name in ("step", "overhead")
+                }
     left = seconds * RESERVE - (time.monotonic() - began)
     steps: dict[str, int] = {}
     needed = 0.0
