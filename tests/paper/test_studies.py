@@ -5,7 +5,8 @@ import pytest
 from lorakit.errors import ConfigurationError
 from lorakit.paper.published import PUBLISHED
 from lorakit.paper.settings import train_config
-from lorakit.paper.studies import MAX_TRIALS, STUDIES, study
+from lorakit.paper.studies import STUDIES, study
+from lorakit.paper.study import MAX_TRIALS
 from lorakit.training.config import DEFAULT_RATES
 
 

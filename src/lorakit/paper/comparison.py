@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
-from lorakit.paper.studies import DataSet, Variant
+from lorakit.paper.study import DataSet, Variant
 
 Verdict = Literal["ahead", "level", "behind", "open"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, nearest, require_at_least
 from lorakit.evaluation.config import BaseConfig, DType
-from lorakit.paper.studies import MAX_TRIALS, STUDIES, Study, study
+from lorakit.paper.studies import STUDIES, study
+from lorakit.paper.study import MAX_TRIALS, Study
 
 TABLES = ("table1", *STUDIES, "table7")
 """The tables that can be run: of training runs, and those of latency (1) and amplification (7)."""

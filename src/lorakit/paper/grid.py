@@ -19,7 +19,7 @@ from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Run, Runner
-from lorakit.paper.studies import DataSet, Study, Variant
+from lorakit.paper.study import DataSet, Study, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 

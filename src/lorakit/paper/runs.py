@@ -17,7 +17,7 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.settings import train_config
-from lorakit.paper.studies import DataSet, Variant
+from lorakit.paper.study import DataSet, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import train
