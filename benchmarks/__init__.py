@@ -1,6 +1,6 @@
 """What lorakit costs, beside its peers and the machine's limit.
 
-``python -m benchmarks`` runs every part, ``python -m benchmarks training --rows e2e`` some rows of one. A part
+``python -m benchmarks`` runs every part that fits into an hour, ``... training --rows e2e`` some rows of one. A part
 is a module: its ``main`` starts processes in turn, most of them of the same module, and makes the tables.
 
 ==================  ==================================================================================
@@ -10,6 +10,7 @@ inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py          attach, save, load
 merge_drift.py      what merging leaves behind in the base
+planner.py          what `lorakit plan` predicts beside what is measured
 long_run.py         one long run in both orders of the data; not part of the command above
 ------------------  ----------------------------------------------------------------------------------
 workloads.py        what is trained: the rows of the training tables
