@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,15 +52,15 @@ def _add_product(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
 ) -> Tensor:
     """`lora_linear` without gradients."""
-    x_ND = x.reshape(-1, x.shape[-1])
     wide = A.dtype == B.dtype == torch.promote_types(A.dtype, out.dtype)
-    if wide and x_ND.shape[0] <= A.shape[0]:
+    if wide and x.numel() <= A.numel():
         # Three casts less, and a product in float32, which has less overhead where there is little to
         # multiply: 8 rows of 576 to 1536 features at rank 8 take 21 microseconds instead of 43.
-        delta = ((x_ND.to(A.dtype) @ A.T) @ B.T).view(out.shape)
+        delta = F.linear(F.linear(x.to(A.dtype), A), B)
         if not in_place:
             return out.add(delta, alpha=scaling).to(out.dtype)
         return out.add_(delta, alpha=scaling)
+    x_ND = x.reshape(-1, x.shape[-1])
     h_NR = x_ND @ A.to(out.dtype).T
     return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
 
