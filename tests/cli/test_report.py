@@ -12,6 +12,7 @@ import pytest
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
+from lorakit.training import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -41,7 +42,10 @@ def train(folder: Path, output: Path, *options: str) -> list[str]:
 def runs(folder) -> list[Path]:
     found = [folder / "one", folder / "two"]
     for seed, run in enumerate(found):
-        assert main(train(folder, run, "--seed", str(seed))) == 0
+        arguments = train(folder, run, "--seed", str(seed))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["/usr/bin/lorakit", *arguments])
+            assert main(arguments) == 0
     return found
 
 
@@ -66,10 +70,25 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
 
 
 def test_the_command_that_made_a_run_is_in_its_report(runs) -> None:
-    environment = json.loads((runs[0] / "environment.json").read_text())
-    command = environment["sessions"][0]["command"]
-    assert command.startswith(("python", "lorakit"))
-    assert command.split()[1].split("/")[-1] in (runs[0] / "report.html").read_text()
+    record = json.loads((runs[0] / "environment.json").read_text())
+    command = record["sessions"][0]["command"]
+    assert command.startswith("lorakit train --base.name ")
+    assert command in (runs[0] / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/opt/bin/lorakit", "train", "--output", "my run"], "lorakit train --output 'my run'"),
+        (["/opt/lorakit/__main__.py", "plan"], "lorakit plan"),
+        (["/opt/pytest/__main__.py"], "python -m pytest"),
+        (["train.py", "--fast"], "python train.py --fast"),
+        ([""], "python"),
+    ],
+)
+def test_a_command_is_told_as_it_would_be_typed(monkeypatch, argv, command) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    assert environment.command() == command
 
 
 def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(

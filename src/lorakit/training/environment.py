@@ -40,10 +40,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 def command() -> str:
     """Return the command of this process, as it would be typed in a shell."""
     program, *arguments = sys.argv or [""]
-    name = Path(program).name
-    if name in ("lorakit", "__main__.py"):  # the installed command, or python -m lorakit
-        return shlex.join(["lorakit", *arguments])
-    return shlex.join(["python", *([program] if program else []), *arguments])
+    path = Path(program)
+    words = ["python", *([program] if program else [])]
+    if path.name == "__main__.py":  # of a package: python -m lorakit, python -m pytest
+        words = ["python", "-m", path.parent.name]
+    if "lorakit" in (path.name, words[-1]):
+        words = ["lorakit"]
+    return shlex.join([*words, *arguments])
 
 
 def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
