@@ -28,6 +28,17 @@ class Active:
             return frozenset(name for name in self.rows if name is not None)
         return frozenset(name for name, _ in self.weights)
 
+    def rows_of(self, name: str, batch: int) -> list[int]:
+        """The rows of a batch on which an adapter acts, where adapters are chosen by row.
+
+        Beam search repeats each row in place, and a flattened (batch, length) keeps rows together.
+        """
+        assert self.rows is not None
+        repeat = max(min(batch, 1), batch // len(self.rows))  # an empty batch has no rows
+        return [
+            i * repeat + j for i, row in enumerate(self.rows) if row == name for j in range(repeat)
+        ]
+
 
 class Moment(NamedTuple):
     """What holds while a layer runs."""

@@ -73,7 +73,7 @@ class LayerAdapters(AdapterSlot):
             return (self.after(layer, x, output[0]), *output[1:])
         active = self._active_here()
         if active.rows is not None:
-            return self._adapt_rows(layer, x, output, active.rows)
+            return self._adapt_rows(layer, x, output, active)
         for name, weight in active.weights:
             if name in self and not self[name].shadows:
                 output = self[name].adapt(layer, x, output, weight)
@@ -88,23 +88,18 @@ class LayerAdapters(AdapterSlot):
             )
         return active
 
-    def _adapt_rows(
-        self, layer: nn.Module, x: Tensor, output: Tensor, rows: tuple[str | None, ...]
-    ) -> Tensor:
+    def _adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
+        rows = active.rows
+        assert rows is not None
         if x.shape[0] % len(rows):
             raise AdapterStateError(
                 f"per_sample names {len(rows)} rows, and {type(layer).__name__} got a batch of {x.shape[0]}. "
                 "Give one name (or None) for each row of the batch."
             )
-        # Beam search repeats each row in place, and a flattened (batch, length) keeps rows together.
-        repeat = x.shape[0] // len(rows)
         for name in dict.fromkeys(rows):
             if name is None or name not in self:
                 continue
-            chosen = [
-                i * repeat + j for i, row in enumerate(rows) if row == name for j in range(repeat)
-            ]
-            index = torch.tensor(chosen, device=x.device)
+            index = torch.tensor(active.rows_of(name, x.shape[0]), device=x.device)
             output = output.index_copy(
                 0, index, self._adapt_chosen(layer, self[name], x[index], output[index])
             )

@@ -132,16 +132,9 @@ def _givers(moment: Moment, batch: int) -> Iterator[tuple[str, list[int] | None]
     if active.rows is None:
         yield from ((name, None) for name, _ in active.weights)
         return
-    repeat = max(1, batch // len(active.rows))  # beam search repeats each row in place
     for name in dict.fromkeys(active.rows):
         if name is not None:
-            rows = [
-                i * repeat + j
-                for i, n in enumerate(active.rows)
-                if n == name
-                for j in range(repeat)
-            ]
-            yield name, rows
+            yield name, active.rows_of(name, batch)
 
 
 def _takers(adapters: LayerAdapters, batch: int) -> list[VirtualVectors | None]:
