@@ -25,6 +25,7 @@ from lorakit.reporting.charts import (
 )
 from lorakit.reporting.heat_maps import heat_map
 from lorakit.reporting.scatter import Point, scatter_chart
+from lorakit.reporting.stacked_bars import stacked_bar_chart
 
 
 def labels(svg: str) -> list[str]:
@@ -53,6 +54,11 @@ CHARTS = {
         "Norms", ["l.0.q", "l.1.q"], {"W": [1.5, 2.5], "dW": [0.1, 0.25]}, x="norm", log=True
     ),
     "bar": bar_chart("Bytes", {"base": 1000, "adapter": 7}, x="", texts={"adapter": "seven"}),
+    "stacked": stacked_bar_chart(
+        "Memory",
+        {"LoRA": {"base": 300, "adapter": 100, "rest": 0}, "full": {"base": 300, "adapter": 900}},
+        shown=lambda value: f"{value:.0f} B",
+    ),
     "histogram": histogram("KL", [0.1, 1, 10], [3, 4], x="nats", y="predictions"),
     "scatter": scatter_chart(
         "MNLI",
@@ -74,6 +80,7 @@ EXPECTED = {
     "log": ["a, step 20: 0.15"],
     "dot": ["l.0.q, W: 1.5", "l.1.q, dW: 0.25"],
     "bar": ["base: 1000", "adapter: seven"],
+    "stacked": ["LoRA, adapter: 100 B (25.0%)", "full, adapter: 900 B (75.0%)"],
     "histogram": ["0.1 to 1: 3 predictions", "1 to 10: 4 predictions"],
     "scatter": [
         "ours, parameters 300,000: accuracy 87.5 ± 0.3",
@@ -95,6 +102,7 @@ def test_every_mark_carries_its_numbers(kind) -> None:
         "log": 20,
         "dot": 4,
         "bar": 2,
+        "stacked": 4,
         "histogram": 2,
         "scatter": 2,
         "cells": 3,
@@ -116,6 +124,7 @@ def test_alt_texts_hold_the_main_numbers() -> None:
     assert "a goes from 3 at step 1 to 0.15 at step 20" in CHARTS["line"].alt
     assert "adapter seven" in CHARTS["bar"].alt
     assert "0.25 to 1" in CHARTS["cells"].alt
+    assert "LoRA 400 B (base 300 B, adapter 100 B); full 1200 B" in CHARTS["stacked"].alt
 
 
 def test_line_points_lie_where_the_numbers_say() -> None:
@@ -127,6 +136,19 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert len(places) == 20
     assert np.corrcoef(step, x)[0, 1] == pytest.approx(1, abs=1e-6)
     assert np.corrcoef(np.log(value), y)[0, 1] == pytest.approx(-1, abs=1e-3)
+
+
+def test_stacked_parts_stand_one_after_another() -> None:
+    svg = drawing.inline_svg(CHARTS["stacked"], 1)
+    found = re.findall(r'data-t="(\w+), (\w+): (\d+) B[^"]*" d="M([\d.]+),[\d.]+h([\d.]+)', svg)
+    assert len(found) == 4
+    by_name = {(bar, part): tuple(map(float, rest)) for bar, part, *rest in found}
+    scale = {round(width / value, 2) for value, _, width in by_name.values()}
+    assert len(scale) == 1  # one scale for both bars
+    for bar in ("LoRA", "full"):
+        (_, start, width), (_, then, _) = by_name[bar, "base"], by_name[bar, "adapter"]
+        assert (start, then) == (0, pytest.approx(start + width, abs=0.05))
+    assert "rest" not in svg
 
 
 def test_charts_of_a_page_share_no_ids() -> None:

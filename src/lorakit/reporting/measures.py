@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorakit.evaluation.score import DIRECTIONS, is_better
 from lorakit.tasks import TASKS
+from lorakit.training.progress import duration
 
 SCORE_NAMES = {
     "loss": "Loss",
@@ -35,8 +36,8 @@ def better(key: str, new: float, old: float) -> bool | None:
 
 def size(count: float) -> str:
     """A number of bytes as 1.8 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
@@ -48,6 +49,13 @@ def parameters(count: float) -> str:
         if count >= least:
             return f"{count / least:.4g} {word}"
     return f"{count:.0f}"
+
+
+def seconds(value: float) -> str:
+    """A time as 85 ms, 4.2 s or 2h 05m."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.1f} s" if value < 60 else duration(value)
 
 
 def share(part: float, whole: float) -> str:
