@@ -61,6 +61,28 @@ def test_takes_a_file_of_train(base, tmp_path, capsys):
     assert not (tmp_path / "somewhere").exists()
 
 
+def test_writes_page_and_figure(base, tmp_path, capsys):
+    page, figure = tmp_path / "plan.html", tmp_path / "memory.svg"
+    arguments = ["plan", "--base.name", base, "--length", "32", "--lora.rank", "4"]
+    written = ["--report", str(page), "--plot", str(figure)]
+    assert main([*arguments, *written]) == 0
+    shown = capsys.readouterr().out
+    assert f"Report in {page}." in shown
+    assert f"Figure in {figure}." in shown
+    text = page.read_text()
+    for part in ("A LoRA adapter of rank 4", "Full fine-tuning", "a machine of tests", "rank: 4"):
+        assert part in text
+    assert "Peak memory by its parts" in figure.read_text()
+    # A page is not written over unasked, nor is anything planned for it.
+    page.write_text("mine")
+    assert main([*arguments, *written]) == 1
+    assert "say overwrite to replace it" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    assert main([*arguments, *written, "--overwrite", "true", "--json", "true"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["trained"]
+    assert page.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +92,8 @@ def test_takes_a_file_of_train(base, tmp_path, capsys):
         (["--length", "32", "--lora.targets", "attention.qw"], "attention.q"),
         (["--data.train", "absent.jsonl"], "absent.jsonl"),
         (["--lenght", "32"], "length"),
+        (["--length", "32", "--report", "plan.pdf"], "ends in .html"),
+        (["--length", "32", "--plot", "plan.html"], ".png, .svg or .pdf"),
     ],
 )
 def test_mistakes_are_named(base, capsys, arguments, message):

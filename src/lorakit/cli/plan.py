@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorakit.cli.analyze_options import Written
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.training.config import TrainConfig
@@ -38,6 +39,12 @@ class PlanConfig(TrainConfig):
     what it holds beyond tensors. Kept in the user's cache folder, and used from then on."""
     json: bool = False
     """Print JSON for programs, sizes in bytes."""
+    plot: str | None = None
+    """Draw the memory by its parts and the time of a step into this file (.png, .svg or .pdf)."""
+    report: str | None = None
+    """Write the plan as a page (.html)."""
+    overwrite: bool = False
+    """Replace an existing page."""
 
     def __post_init__(self) -> None:
         if not self.data.has("train"):
@@ -57,7 +64,9 @@ class PlanConfig(TrainConfig):
     def run(self) -> TrainConfig:
         """The settings of the run itself."""
         names = [f.name for f in dataclasses.fields(TrainConfig)]
-        return TrainConfig(**{name: getattr(self, name) for name in names})
+        settings = {name: getattr(self, name) for name in names}
+        # Here it is about the page.
+        return TrainConfig(**{**settings, "overwrite": False})
 
 
 def run(argv: Sequence[str]) -> None:
@@ -65,6 +74,9 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.planning import plan
+    from lorakit.planning.report import memory_figure, plan_page
+    from lorakit.reporting import drawing
+    from lorakit.training.environment import command
 
     config = parse(
         PlanConfig,
@@ -74,6 +86,8 @@ def run(argv: Sequence[str]) -> None:
         "of lorakit train; --base.name gpt3-175b plans the paper's largest model.",
         argv,
     )
+    files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
+    files.require_writable()
     if config.calibrate:
         from lorakit.models.dtypes import compute_dtype
         from lorakit.planning.calibration import calibrate
@@ -82,10 +96,19 @@ def run(argv: Sequence[str]) -> None:
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
     found = plan(config.run, length=length, targets=config.targets)
+    if config.plot is not None:
+        drawing.save(memory_figure(found), config.plot)
+    if config.report is not None:
+        plan_page(found, config.run, command=command()).write(config.report)
     if config.json:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
-    else:
-        _print(console(), found)
+        return
+    out = console()
+    _print(out, found)
+    if config.plot is not None:
+        out.print(f"Figure in {config.plot}.", markup=False)
+    if config.report is not None:
+        out.print(f"Report in {config.report}.", markup=False)
 
 
 def _print(out: Console, found: Plan) -> None:
@@ -130,6 +153,7 @@ def _print(out: Console, found: Plan) -> None:
 
 def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
     from lorakit.planning.planner import Memory
+    from lorakit.reporting.measures import seconds
 
     def sizes(name: str) -> list[str]:
         return [size(getattr(p.memory, name)) for p in columns]
@@ -152,12 +176,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:,.2f} TB"
-
-
-def seconds(value: float) -> str:
-    """Return a time as 85 ms, 4.2 s or 2h 05m."""
-    from lorakit.training.progress import duration
-
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    return f"{value:.1f} s" if value < 60 else duration(value)
