@@ -1,15 +1,13 @@
-"""Every method, named in a configuration: it trains, goes on where it was stopped, is evaluated and generates."""
+"""Every method, named in a configuration: it learns, is evaluated, generates, is trained further and merges."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import adapter_bytes
 
 from lorakit import (
     BottleneckAdapter,
@@ -159,27 +157,6 @@ def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, 
         assert code == 1
         assert "cannot be merged" in capsys.readouterr().err
         assert not output.exists()
-
-
-def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, decoder, method, monkeypatch) -> None:
-    class Crash(Exception):
-        pass
-
-    whole = writing(tmp_path, decoder, method, max_steps=5, evaluation=HeldOutConfig())
-    train(whole)
-    stopped = dataclasses.replace(whole, output=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        calls = iter(range(10))
-
-        def crashing(*args) -> None:
-            if next(calls) == 4:
-                raise Crash
-
-        patch.setattr("lorakit.training.loop.require_finite", crashing)
-        with pytest.raises(Crash):
-            train(stopped)
-    train(dataclasses.replace(stopped, resume=True))
-    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "run")
 
 
 def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
