@@ -1,4 +1,4 @@
-"""What besides the configuration a run's numbers depend on: software, processor, memory."""
+"""What besides the configuration a run's numbers depend on: software, processor, sizes."""
 
 from __future__ import annotations
 
@@ -57,20 +57,6 @@ def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
         "base_parameters": sum(weight.shape.numel() for _, weight in base_weights(model)),
         "base_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the largest memory in bytes so far: the GPU's allocations, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset  # type: ignore[attr-defined]
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
+from lorakit.training.memory import restart_peak
 from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunResult, open_run
@@ -30,6 +31,7 @@ def train(config: TrainConfig) -> RunResult:
     with open_run(config) as run:
         if (finished := run.result()) is not None:
             return finished
+        restart_peak()
         job = prepare(run.config)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         run.claim()

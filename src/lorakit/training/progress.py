@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lorakit.training.checkpoint import State
-from lorakit.training.environment import peak_memory
+from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
 
 PLAIN_INTERVAL = 10.0

@@ -34,7 +34,8 @@ from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.dtypes import resolved_dtype
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
-from lorakit.training.environment import environment, peak_memory
+from lorakit.training.environment import environment
+from lorakit.training.memory import peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -74,7 +75,8 @@ class RunResult:
     seconds: float
     """Time spent in training steps, over all sessions."""
     peak_memory: int
-    """Largest resident memory of the process in bytes (of the GPU's, where there is one)."""
+    """Largest resident memory of the process in bytes in the run's last session (of the GPU's, where there is one).
+    Where the system cannot start counting anew (macOS, Windows), that of the process since its start."""
 
     @property
     def adapter(self) -> Path:
