@@ -138,6 +138,14 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert np.corrcoef(np.log(value), y)[0, 1] == pytest.approx(-1, abs=1e-3)
 
 
+def test_points_of_a_scatter_chart_are_told_apart_by_a_legend() -> None:
+    point = Point(series="LoRA", x=3e5, y=87.5, name="ours")
+    for legend in (True, False):
+        chart = scatter_chart("t", [point], series=["FT", "LoRA"], x="n", y="y", legend=legend)
+        texts = re.findall(r">([^<>]+)</text>", drawing.inline_svg(chart, 1))
+        assert ({"FT", "LoRA"} <= set(texts)) == legend
+
+
 def test_stacked_parts_stand_one_after_another() -> None:
     svg = drawing.inline_svg(CHARTS["stacked"], 1)
     found = re.findall(r'data-t="(\w+), (\w+): (\d+) B[^"]*" d="M([\d.]+),[\d.]+h([\d.]+)', svg)

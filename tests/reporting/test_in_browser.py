@@ -105,6 +105,11 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, pages, name) -> No
             "[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)"
         )
         assert min(sizes) > 7
+        # A table may scroll; what it shows is said in sight.
+        ends = opened.run(
+            "[...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect().right)"
+        )
+        assert max(ends) <= 360
 
 
 def test_pointing_at_a_curve_shows_its_numbers(browser, pages) -> None:

@@ -181,7 +181,7 @@ def dot_chart(
                 "field": "series",
                 "type": "nominal",
                 "scale": {"domain": domain, "range": colours},
-                "legend": {"columns": 2} if len(series) > 1 else None,
+                "legend": {"columns": 2, "columnPadding": 24} if len(series) > 1 else None,
             },
             "shape": {
                 "field": "series",

@@ -51,13 +51,11 @@ def scatter_chart(
     names = list(series)
     colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
     shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
-    colour = {
-        "field": "series",
-        "type": "nominal",
-        "scale": {"domain": names, "range": colours},
-        "legend": {"columns": 4} if legend else None,
-    }
-    shape = {"field": "series", "type": "nominal", "scale": {"domain": names, "range": shapes}}
+    # Layers share their legend: where one has none, all have none.
+    shared: Spec = {"field": "series", "type": "nominal"}
+    shared["legend"] = {"columns": 3, "columnPadding": 20} if legend else None
+    colour = {**shared, "scale": {"domain": names, "range": colours}}
+    shape = {**shared, "scale": {"domain": names, "range": shapes}}
     place: Spec = {
         "x": {
             "field": "x",
@@ -86,7 +84,7 @@ def scatter_chart(
                     "x": place["x"],
                     "y": {**place["y"], "field": "low"},
                     "y2": {"field": "high"},
-                    "color": {**colour, "legend": None},
+                    "color": colour,
                 },
             },
             {
