@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from sample_adapters import (
@@ -116,6 +118,26 @@ def test_a_trained_adapter_beside_its_base():
         layer = adapter.layers[path]
         change = dense(layer.A, layer.B, layer.scaling)
         assert_equal(one, reference(weights[f"{path}.weight"], change, 4))
+    middle = {
+        "over_random": [one.projected / one.expected_random for one in found.layers.values()],
+        "of_own": [one.projected / one.projected_own for one in found.layers.values()],
+        "factor": [one.change_norm / one.projected for one in found.layers.values()],
+    }
+    expected = {name: np.median(values) for name, values in middle.items()}
+    assert found.to_json()["overall"] == pytest.approx(expected)
+
+
+def test_a_base_that_is_zero_has_no_medians():
+    handle = trained_llama()
+    weights = Base(
+        {
+            f"{p}.weight": torch.zeros_like(handle.model.get_submodule(p).weight)
+            for p in handle.stored().layers
+        }
+    )
+    found = adapter_amplification(handle.stored(), weights, only="q_proj")
+    assert found.to_json()["overall"] is None
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_similarity_to_the_base():

@@ -97,6 +97,19 @@ def test_json():
     assert layer["random_whole"] == pytest.approx(4 / 24)
 
 
+def test_the_medians_of_all_matrices():
+    one = {f"l.{n}": linear(n) for n in range(3)}
+    other = {f"l.{n}": linear(n + 10) for n in range(3)}
+    found = adapter_similarity(stored(**one), stored(**other))
+    facts = found.to_json()
+    for side in "AB":
+        layers = [layer[side] for layer in facts["layers"].values()]
+        for key, value in facts["overall"][side].items():
+            assert value == sorted(layer[key] for layer in layers)[1]
+    phi = sorted(float(reference(one[name].A, other[name].A)[0, 0]) for name in one)
+    assert found.overall["A"]["phi_1_1"] == pytest.approx(phi[1])
+
+
 def test_directions_of_equal_sets():
     V = torch.linalg.qr(randn(9, 3, seed=0).double()).Q.T
     torch.testing.assert_close(similarity_of_directions(V, V).diagonal(), torch.ones(3).double())

@@ -167,5 +167,12 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
             assert f'<td class="number">{number(layer["norm"])}</td>' in text
     if measure != "drift":
         assert all(name in text for name in json.loads(facts)["layers"])
+    else:  # what leads to the table is its caption, and no finding
+        assert "<caption>Where it changed most.</caption>" in text
+        assert "Where it changed most:" not in text
+    if measure in ("similarity", "amplification"):
+        overall = json.loads(facts)["overall"]
+        shown = overall["B"]["phi_whole"] if measure == "similarity" else overall["factor"]
+        assert f" {shown:.3g} " in text
     status, _, err = run(capsys, *argv)
     assert (status, "already exists" in err) == (1, True)

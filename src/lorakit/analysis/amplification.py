@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -139,6 +140,22 @@ class AdapterAmplification:
     """Dimension of the input space of each matrix in `phi`."""
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def overall(self) -> dict[str, float] | None:
+        """The medians over the matrices; None where W has nothing in the change's directions.
+
+        Of W in the change's directions over W in random ones (`over_random`) and over W in its own leading ones
+        (`of_own`), and of the amplification factor.
+        """
+        layers = [one for one in self.layers.values() if one.projected]
+        if not layers:
+            return None
+        return {
+            "over_random": median(one.projected / one.expected_random for one in layers),
+            "of_own": median(one.projected / one.projected_own for one in layers),
+            "factor": median(one.factor for one in layers),
+        }
+
     def random_level(self, name: str) -> float:
         """Phi expected of random directions at the last row and column."""
         return max(self.phi[name].shape) / self.widths[name]
@@ -146,6 +163,7 @@ class AdapterAmplification:
     def to_json(self) -> dict[str, Any]:
         """All numbers as JSON values."""
         return {
+            "overall": self.overall,
             "layers": {
                 name: layer.to_json()
                 | ({"phi_base": self.phi[name].tolist()} if name in self.phi else {})

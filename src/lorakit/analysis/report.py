@@ -25,6 +25,7 @@ def measure_page(
     drawn: Sequence[Figure],
     notices: Sequence[str],
     command: str,
+    heading: str | None = None,
 ) -> Page:
     """The page of a measure of `lorakit analyze`.
 
@@ -38,10 +39,11 @@ def measure_page(
         drawn: The figures.
         notices: What the reader should know.
         command: The command that made it.
+        heading: What the table shows; by default the numbers of every row.
     """
     columns = (what, *next(iter(rows.values()), {}))
     table = Table(
-        caption=f"The numbers of every {what}." if what == "matrix" else about,
+        caption=heading or f"The numbers of every {what}.",
         columns=columns,
         rows=[(name, *cells.values()) for name, cells in rows.items()],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class Similarity:
         """The two spans as wholes."""
         return float(self.phi[~self.phi.isnan()][-1])
 
+    @property
+    def random_whole(self) -> float:
+        """What `whole` is expected to be for random directions."""
+        return float(self.random[~self.phi.isnan()][-1])
+
     def to_json(self) -> dict[str, Any]:
         """All numbers as JSON values; None where there are no directions."""
         return {
@@ -95,7 +101,7 @@ class Similarity:
             "phi_1_1": self.first,
             "phi_whole": self.whole,
             "random_1_1": 1 / self.width,
-            "random_whole": float(self.random[~self.phi.isnan()][-1]),
+            "random_whole": self.random_whole,
         }
 
 
@@ -109,9 +115,26 @@ class AdapterSimilarity:
     """Of the output directions, by name."""
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def overall(self) -> dict[str, dict[str, float]]:
+        """The medians over the matrices, of A and of B.
+
+        Of phi of the first directions, of phi of the spans as wholes, and of their random levels.
+        """
+        return {
+            side: {
+                "phi_1_1": median(one.first for one in layers.values()),
+                "random_1_1": median(1 / one.width for one in layers.values()),
+                "phi_whole": median(one.whole for one in layers.values()),
+                "random_whole": median(one.random_whole for one in layers.values()),
+            }
+            for side, layers in (("A", self.A), ("B", self.B))
+        }
+
     def to_json(self) -> dict[str, Any]:
         """All numbers as JSON values."""
         return {
+            "overall": self.overall,
             "layers": {
                 name: {"A": self.A[name].to_json(), "B": self.B[name].to_json()} for name in self.A
             },

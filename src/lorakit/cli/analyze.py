@@ -113,8 +113,11 @@ def _similarity(argv: Sequence[str]) -> None:
         for name, layer in facts["layers"].items()
     }
     lines = [
-        "1: one span contains the other; 0: they are orthogonal. A: input directions, B: output directions."
+        _shared(space, found.overall[side]) for side, space in (("A", "Input"), ("B", "Output"))
     ]
+    lines.append(
+        "Medians over the matrices; 1: one span contains the other, 0: they are orthogonal."
+    )
     _show(
         "similarity",
         config,
@@ -122,6 +125,14 @@ def _similarity(argv: Sequence[str]) -> None:
         rows,
         lines,
         lambda: figures.similarity_figure(found, config.side),
+    )
+
+
+def _shared(space: str, medians: dict[str, float]) -> str:
+    return (
+        f"{space} directions: the first of both agree by {medians['phi_1_1']:.3g} "
+        f"(at random {medians['random_1_1']:.2g}), the spans as wholes by {medians['phi_whole']:.3g} "
+        f"(at random {medians['random_whole']:.3g})."
     )
 
 
@@ -152,9 +163,14 @@ def _amplification(argv: Sequence[str]) -> None:
         }
         for name, layer in found.layers.items()
     }
-    lines = [
-        "Frobenius norms. factor = |dW| / (W on dW): how far the change exceeds what W had there."
-    ]
+    lines = []
+    if (overall := found.overall) is not None:
+        lines.append(
+            f"In the change's directions lies {overall['over_random']:.3g} times what random ones hold of W, and "
+            f"{overall['of_own']:.3g} of what W's own leading ones hold (medians over the matrices)."
+        )
+        lines.append(f"The change is {overall['factor']:.3g} times what W had there (median).")
+    lines.append("Frobenius norms; factor = |dW| / (W on dW).")
     draw = figures.base_similarity_figure if found.phi else figures.amplification_figure
     _show("amplification", config, facts, rows, lines, lambda: draw(found))
 
@@ -308,6 +324,8 @@ def _show(
     from lorakit.reporting import drawing
     from lorakit.training.environment import command
 
+    # A line that leads to the table is its heading on the page.
+    heading = lines[-1].rstrip(":") + "." if lines_first else None
     if config.plot is not None:
         drawing.save(draw(), config.plot)
     if config.report is not None:
@@ -316,7 +334,8 @@ def _show(
             measure,
             about=MEASURES[measure],
             subjects=[getattr(config, name) for name in names if hasattr(config, name)],
-            lines=lines,
+            lines=lines if heading is None else lines[:-1],
+            heading=heading,
             rows=rows,
             what=what,
             drawn=[draw()],
