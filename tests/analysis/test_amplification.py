@@ -62,10 +62,11 @@ def test_random_matrices():
     assert_equal(amplification(W, A, B, 0.7), reference(W, dense(A, B, 0.7), 6))
 
 
-def test_a_large_weight_is_decomposed_in_part():
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_large_weight_is_decomposed_in_part(rank):
     W = randn(640, 700, seed=0)
-    A, B = factors(8, 700, 640, seed=1)
-    assert_equal(amplification(W, A, B), reference(W, dense(A, B), 8))
+    A, B = factors(rank, 700, 640, seed=1)
+    assert_equal(amplification(W, A, B), reference(W, dense(A, B), rank))
 
 
 def test_directions_beyond_the_rank_do_not_count():

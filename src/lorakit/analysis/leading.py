@@ -45,6 +45,7 @@ def leading_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     # A fixed start, so that the same weights give the same bits.
     start = np.random.default_rng(0).standard_normal(width).astype(W.numpy().dtype)
     found: Any = svds(W.numpy(), k=k, v0=start, tol=_TOLERANCE)  # type: ignore[arg-type]
-    U, S, Vh = (torch.from_numpy(np.ascontiguousarray(part)) for part in found)
+    # Copies: scipy gives views read backwards, which torch does not take, and which for k = 1 count as contiguous.
+    U, S, Vh = (torch.from_numpy(part.copy()) for part in found)
     order = S.argsort(descending=True)
     return U[:, order], S[order], Vh[order]
