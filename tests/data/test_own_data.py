@@ -39,7 +39,9 @@ def test_splits_are_found_by_the_names_of_their_files(root: Path) -> None:
     config = DataConfig(task="mnli", root=str(root))
     assert config.source("train") == str(root / "mnli" / "train_subset.jsonl.gz")
     assert labels(config, "train") == [1]
-    assert labels(config, "validation") == [1, 0]
+    assert labels(config, "validation") == [1, 0, 2]  # both sets, as they are published
+    matched = DataConfig(task="mnli", root=str(root), validation_split="validation_matched")
+    assert labels(matched, "validation") == [1, 0]
     other = DataConfig(task="mnli", root=str(root), validation_split="validation_mismatched")
     assert labels(other, "validation") == [2]
     # The whole training set goes before a subset of it.
@@ -70,7 +72,7 @@ def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
     assert found.splits["validation"].labels == {
         "entailment": 1,
         "neutral": 1,
-        "contradiction": 0,
+        "contradiction": 1,
     }
 
 
@@ -125,11 +127,13 @@ def test_without_a_root_the_hub_is_read(monkeypatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = DataConfig(task="mnli")
-    assert labels(config, "train") == labels(config, "validation") == [2, 0]
+    assert labels(config, "train") == [2, 0]
+    assert labels(config, "validation") == [2, 0, 2, 0]
     assert labels(DataConfig(task="mnli", validation_split="validation_mismatched"), "validation")
     assert asked == [
         ("nyu-mll/glue", "mnli", "train"),
         ("nyu-mll/glue", "mnli", "validation_matched"),
+        ("nyu-mll/glue", "mnli", "validation_mismatched"),
         ("nyu-mll/glue", "mnli", "validation_mismatched"),
     ]
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny_tokenizer import CLS, SEP, tiny_encoder_tokenizer
 
@@ -129,3 +130,61 @@ def test_settings_that_do_not_fit_a_task() -> None:
         DataConfig(train="t.jsonl", root="x")
     with pytest.raises(ConfigurationError, match=r"'text' is not a name of ours.*sentence, label"):
         DataConfig(task="cola", columns={"text": "sentence"})
+
+
+def mnli_rows(*labels: int) -> list[dict]:
+    return [{"premise": "a", "hypothesis": f"b {i}", "label": x} for i, x in enumerate(labels)]
+
+
+def test_both_development_sets_of_mnli_are_scored_as_one(tmp_path: Path) -> None:
+    classes = TASKS["mnli"].classes
+    matched, mismatched = [0, 1, 2, 0], [2, 1]
+    write(tmp_path / "mnli", "validation_matched.jsonl", mnli_rows(*matched))
+    write(tmp_path / "mnli", "validation_mismatched.jsonl", mnli_rows(*mismatched))
+    config = DataConfig(task="mnli", root=str(tmp_path))
+    found = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert [e.label for e in found] == matched + mismatched
+    groups = [[e] for e in found]
+    # 3 of 4 are right, and none of 2: the overall accuracy is that of the rows, not the mean of the sets.
+    scores = TASKS["mnli"].score([0, 1, 2, 1, 0, 0], groups)
+    assert scores == {"accuracy": 0.5, "accuracy matched": 0.75, "accuracy mismatched": 0.0}
+    assert TASKS["mnli"].scores == tuple(scores)
+    assert TASKS["mnli"].quick_scores == ("accuracy",)
+
+    one = DataConfig(
+        task="mnli", root=str(tmp_path), validation_split="validation_mismatched", limit=1
+    )
+    found = load_examples(one, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert [e.label for e in found] == [2]
+    assert TASKS["mnli"].score([2], [[e] for e in found]) == {"accuracy": 1.0}
+
+
+def test_mnli_without_its_mismatched_set(tmp_path: Path) -> None:
+    classes = TASKS["mnli"].classes
+    write(tmp_path / "mnli", "validation_matched.jsonl", mnli_rows(0, 1))
+    config = DataConfig(task="mnli", root=str(tmp_path))
+    found = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert len(found) == 2
+    assert TASKS["mnli"].score([0, 0], [[e] for e in found]) == {"accuracy": 0.5}
+    both = "validation_matched+validation_mismatched"
+    chosen = DataConfig(task="mnli", root=str(tmp_path), validation_split=both)
+    wanted = r"validation_matched\.jsonl with validation_mismatched\.jsonl.*found validation_match"
+    with pytest.raises(DataError, match=wanted):
+        load_examples(chosen, "validation", tiny_encoder_tokenizer(), labels=classes)
+
+
+def test_both_development_sets_are_read_from_the_hub(monkeypatch) -> None:
+    classes = TASKS["mnli"].classes
+    asked = []
+
+    def load_dataset(name: str, config: str, *, split: str, revision: str | None) -> Dataset:
+        asked.append((name, config, split))
+        return Dataset.from_list(mnli_rows(len(asked)))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = load_examples(
+        DataConfig(task="mnli"), "validation", tiny_encoder_tokenizer(), labels=classes
+    )
+    parts = ["validation_matched", "validation_mismatched"]
+    assert asked == [("nyu-mll/glue", "mnli", part) for part in parts]
+    assert [(e.split, e.label) for e in found] == list(zip(parts, (1, 2), strict=True))

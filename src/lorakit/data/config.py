@@ -43,7 +43,7 @@ class DataConfig:
     """The split of a hub data set to train on (train), or the name of a named task's file."""
     validation_split: str | None = None
     """The split of a hub data set to validate on (validation), or the name of a named task's file: MNLI has
-    validation_matched and validation_mismatched."""
+    validation_matched and validation_mismatched, and takes both where both are there. A plus joins several."""
     test_split: str | None = None
     """The split of a hub data set to test on (test), or the name of a named task's file."""
     task: str = "auto"

@@ -229,7 +229,7 @@ def _encode(
 
     With "stop", the whole set is looked through first, so that one run shows all that has to be mended.
     """
-    for row in source.rows:
+    for row, split in zip(source.rows, source.splits, strict=True):
         if isinstance(row, Problem):
             report.bad.append(row)
             continue
@@ -251,7 +251,7 @@ def _encode(
                 report.too_long.append(_problem(row, error, columns))
                 report.longest = max(report.longest, error.length)
             else:
-                example.origin = row.origin
+                example.origin, example.split = row.origin, split
                 yield example
     if report.bad and config.bad_rows == "stop":
         raise DataError(

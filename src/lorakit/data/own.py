@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorakit import storage
 from lorakit.data.readers import READERS, reader_for
+from lorakit.data.sources import joined, stem
 from lorakit.errors import DataError, nearest
 from lorakit.tasks import DataSet, Task
 
@@ -40,8 +41,8 @@ class OwnData:
         """Return the names that a split can have: the one that a configuration chose, or the task's."""
         return (chosen,) if chosen else self.data_set.names(split)
 
-    def source(self, split: str, chosen: str | None = None) -> str | None:
-        """Return the file or the hub data set of a split; None where there is none.
+    def source(self, split: str, chosen: str | None = None) -> str | list[str] | None:
+        """Return the file (files, where a name joins several) or the hub data set of a split; None where there is none.
 
         Raises:
             DataError: The task's folder is not there, holds two files for one split, or not the chosen one; or the
@@ -54,19 +55,15 @@ class OwnData:
             if self.data_set.hub is None:
                 raise DataError(
                     f"task {self.task.name} has no data set on the hub; set data.root to the folder that holds "
-                    f"{self.data_set.folder}/{names[0]}.jsonl"
+                    f"{self.data_set.folder}/{joined(names[0])[0]}.jsonl"
                 )
             return self.data_set.hub
         files = self._files()
         for name in names:
-            found = [file for file in files if _stem(file) == name]
-            if len(found) > 1:
-                raise DataError(
-                    f"{self.folder} holds {' and '.join(file.name for file in found)}, which are one split; "
-                    "remove one, or name the file with data." + split
-                )
-            if found:
-                return str(found[0])
+            found = [self._file(files, part, split) for part in joined(name)]
+            there = [str(file) for file in found if file is not None]
+            if len(there) == len(found):
+                return there if len(there) > 1 else there[0]
         if chosen or split == "train":
             raise DataError(self.why_not(split, chosen))
         return None
@@ -81,12 +78,23 @@ class OwnData:
                 f"set, or name a file with data.{split}"
             )
         files = [file.name for file in self._files()] if self.root is not None else []
-        wanted = " or ".join(f"{name}.jsonl" for name in names)
+        wanted = " or ".join(
+            " with ".join(f"{part}.jsonl" for part in joined(name)) for name in names
+        )
         return (
             f"{self.folder} has no {split} data of task {self.task.name}: looked for {wanted} (or another of "
             f"{', '.join(READERS)}; text formats also in .gz), found {', '.join(files) or 'no data file'}. Put it "
             f"there, or name a file with data.{split}"
         )
+
+    def _file(self, files: list[Path], name: str, split: str) -> Path | None:
+        found = [file for file in files if stem(file) == name]
+        if len(found) > 1:
+            raise DataError(
+                f"{self.folder} holds {' and '.join(file.name for file in found)}, which are one split; "
+                "remove one, or name the file with data." + split
+            )
+        return found[0] if found else None
 
     def _files(self) -> list[Path]:
         with storage.reading(str(self.folder), DataError):
@@ -105,8 +113,3 @@ class OwnData:
             f"{self.task.name} looks for {wanted}. Folders in it: {', '.join(beside[:12]) or 'none'}."
             + nearest(self.data_set.folder, beside)
         )
-
-
-def _stem(file: Path) -> str:
-    """A file's name without its endings; a dot may be part of nothing else."""
-    return file.name.split(".")[0]

@@ -39,6 +39,8 @@ class Source:
     """Of the file's bytes; for several files, of their digests; otherwise of the rows as JSON."""
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Names that a hub data set declares for the classes of a column."""
+    splits: list[str] = field(default_factory=list)
+    """For each row the split that it stands in: the hub's name of it, or its file's without endings."""
 
     @property
     def columns(self) -> list[str]:
@@ -51,7 +53,7 @@ class Source:
 def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> Source:
     """Read the rows that `where` names (see `DataConfig.train`), at most `limit` of them.
 
-    `split` is the split of a hub or built-in data set; files have none.
+    `split` is the split of a hub or built-in data set, or several joined by a plus; files have none.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no rows.
@@ -69,11 +71,13 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
                 f"{part} is named {count} times in {where!r}; its rows would be repeated"
             )
     rows: list[Row | Problem] = []
+    splits: list[str] = []
     for part in parts:
         before = len(rows)
         rows += islice(part.rows(), None if limit is None else limit - before)
         if len(rows) == before:
             raise DataError(f"{part.name} is empty: it has no rows")
+        splits += [part.split] * (len(rows) - before)
         if len(rows) == limit:
             break
     name = ", ".join(entries)
@@ -89,7 +93,18 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         if len(digests) == 1
         else hashlib.sha256("".join(digests).encode()).hexdigest(),
         class_names={column: names for part in parts for column, names in part.class_names.items()},
+        splits=splits,
     )
+
+
+def joined(split: str) -> list[str]:
+    """Return the names that a split's name joins with a plus, as on the hub."""
+    return split.split("+")
+
+
+def stem(file: Path) -> str:
+    """Return a file's name without its endings; a dot may be part of nothing else."""
+    return file.name.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ class _Part:
     """One file, or one split of a data set."""
 
     name: str
+    split: str
     rows: Callable[[], Rows]
     sha256: Callable[[], str]
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -127,7 +143,9 @@ def _parts(entry: str, split: str) -> list[_Part]:
             raise DataError(f"no file matches {entry}")
         return [_file(match) for match in found]
     if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
-        return [_hub(entry, hub["id"], hub["config"], hub["revision"], split)]
+        return [
+            _hub(entry, hub["id"], hub["config"], hub["revision"], part) for part in joined(split)
+        ]
     beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
         f"there is no file or data set {entry!r}; name a file ({', '.join(READERS)}), a hub data set "
@@ -143,12 +161,17 @@ def _file(path: Path) -> _Part:
             f"{path}: unknown format {path.suffix or '(no suffix)'!r}; data files end in "
             f"{', '.join(READERS)} (text formats also in .gz)"
         )
-    return _Part(name=str(path), rows=lambda: reader(path), sha256=lambda: storage.sha256(path))
+    return _Part(
+        name=str(path),
+        split=stem(path),
+        rows=lambda: reader(path),
+        sha256=lambda: storage.sha256(path),
+    )
 
 
 def _built_in(name: str, split: str) -> _Part:
     values = BUILT_IN[name](split)
-    return _of_values(f"{name}[{split}]", lambda: values)
+    return _of_values(name, split, lambda: values)
 
 
 def _hub(entry: str, name: str, config: str | None, revision: str | None, split: str) -> _Part:
@@ -187,7 +210,7 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
             }
             yield {**dict(row), **names}
 
-    return _of_values(f"{entry}[{split}]", values, classes)
+    return _of_values(entry, split, values, classes)
 
 
 def _exported(name: str, config: str | None, split: str) -> Any:
@@ -199,10 +222,13 @@ def _exported(name: str, config: str | None, split: str) -> Any:
 
 
 def _of_values(
-    name: str,
+    entry: str,
+    split: str,
     values: Callable[[], Iterable[dict[str, Any]]],
     class_names: dict[str, tuple[str, ...]] | None = None,
 ) -> _Part:
+    name = f"{entry}[{split}]"
+
     def rows() -> Rows:
         for number, row in enumerate(values(), start=1):
             yield Row(row, f"{name}:row {number}")
@@ -214,4 +240,4 @@ def _of_values(
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
-    return _Part(name, rows, sha256, class_names or {})
+    return _Part(name, split, rows, sha256, class_names or {})

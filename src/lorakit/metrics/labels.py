@@ -25,7 +25,8 @@ def glue(task: str, predictions: Sequence[float], labels: Sequence[float]) -> di
     """Return the metrics of a GLUE task, as fractions; the paper prints them times 100.
 
     Args:
-        task: Its name, a key of `GLUE`. For MNLI, score the matched and the mismatched set apart.
+        task: Its name, a key of `GLUE`. MNLI has two development sets, matched and mismatched: of both together this
+            is the overall accuracy, of either its own.
         predictions: Class indices; for stsb scores.
         labels: What is right, in the same order.
 

@@ -69,6 +69,8 @@ class DataSet:
     """Longest example, in tokens; longer ones are cut."""
     limit: int | None = None
     """Training examples that the study itself asks for (Table 16)."""
+    scored: str | None = None
+    """Which of several sets of the scored split the table is about; None for all."""
 
     @property
     def split(self) -> Literal["validation", "test"]:

@@ -22,5 +22,5 @@ class DataSet:
     test: tuple[str, ...] = ("test",)
 
     def names(self, split: str) -> tuple[str, ...]:
-        """Return the names of a split, the first being the hub's."""
+        """Return the names of a split, the first being the hub's; one that is several sets joins theirs with a plus."""
         return getattr(self, split)

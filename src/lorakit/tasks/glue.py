@@ -7,7 +7,7 @@ labels, MRPC's excepted, so scores are those of the development sets, as in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lorakit import metrics
 from lorakit.tasks.classification import Classification, Labelled, Regression, targets
@@ -22,14 +22,19 @@ class _Glue(Labelled):
     """What the tasks share: GLUE's own scores, and the development set as what is scored."""
 
     scored_split = "validation"
+    parts: ClassVar[tuple[str, ...]] = ()
+    """What tells several development sets apart, as in `validation_matched`: each has scores of its own too."""
 
     def __init_subclass__(cls, texts: tuple[str, ...] = (), **splits: tuple[str, ...]) -> None:
         """Fill in what follows from a task's name and the columns of its texts."""
         super().__init_subclass__()
         cls.texts = texts
         cls.layouts = ((*texts, "label"),)
-        cls.scores = cls.quick_scores = metrics.GLUE[cls.name]
-        cls.metric = cls.scores[0]
+        cls.quick_scores = metrics.GLUE[cls.name]
+        cls.metric = cls.quick_scores[0]
+        cls.scores = tuple(
+            f"{s}{p}" for p in ("", *(f" {part}" for part in cls.parts)) for s in cls.quick_scores
+        )
         cls.data_set = DataSet(
             folder=cls.name,
             hub=f"{HUB}:{cls.name}",
@@ -40,9 +45,16 @@ class _Glue(Labelled):
     def score(
         cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
     ) -> dict[str, float]:
-        """Return what GLUE reports: :func:`lorakit.metrics.glue`."""
+        """Return what GLUE reports, :func:`lorakit.metrics.glue`; of several sets scored as one also for each."""
         del settings
-        return metrics.glue(cls.name, outputs, targets(examples))
+        scores = metrics.glue(cls.name, outputs, targets(examples))
+        for part in cls.parts:
+            chosen = [i for i, (e,) in enumerate(examples) if e.split == f"validation_{part}"]
+            if 0 < len(chosen) < len(examples):
+                labels = targets([examples[i] for i in chosen])
+                found = metrics.glue(cls.name, [outputs[i] for i in chosen], labels)
+                scores |= {f"{name} {part}": value for name, value in found.items()}
+        return scores
 
 
 class CoLA(_Glue, Classification, texts=("sentence",)):
@@ -85,15 +97,20 @@ class QQP(
 
 
 class MNLI(
-    _Glue, Classification, texts=("premise", "hypothesis"), validation=("validation_matched",)
+    _Glue,
+    Classification,
+    texts=("premise", "hypothesis"),
+    validation=("validation_matched+validation_mismatched", "validation_matched"),
 ):
     """Whether a premise entails a hypothesis, is neutral to it or contradicts it; accuracy.
 
-    The matched development set is scored; `validation_split: validation_mismatched` takes the other one.
+    Two development sets are scored as one, as in the paper's Table 2: of matched genres, which training has, and of
+    mismatched ones. `validation_split: validation_matched` takes the first alone.
     """
 
     name = "mnli"
     classes = ("entailment", "neutral", "contradiction")
+    parts = ("matched", "mismatched")
 
 
 class QNLI(_Glue, Classification, texts=("question", "sentence")):

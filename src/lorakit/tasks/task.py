@@ -36,6 +36,8 @@ class Example:
     """What scoring needs of the row beside `completion`: a table, a category. Empty for most tasks."""
     origin: str = ""
     """Where the row stands, as `file:line`."""
+    split: str = ""
+    """The split that it stands in: the hub's name of it, or its file's without endings."""
     truncated: bool = False
 
     def __len__(self) -> int:
