@@ -116,17 +116,77 @@ def test_adapter_on_a_tied_embedding_takes_part_in_the_head() -> None:
     )
 
 
-def test_a_trained_head_gets_its_gradient() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "granite", "phi"])
+def test_full_fine_tuning_projects_in_chunks_too(arch: str, tied: bool) -> None:
+    """Every parameter's gradient, the head's among them, is that of the model's own loss; phi's head has a bias."""
+    model = tiny_models.build(arch, tie_word_embeddings=tied)
+    adapters = attach(model, FullFineTuning())
+    batch = batch_of_two()
+    objective = language_modelling(model, batch, label_smoothing=0.1)
+    assert objective.path == "fused"
+    head = model.get_output_embeddings()
+    assert (head.weight is model.get_input_embeddings().weight) == tied
+    ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch, 0.1)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    parameters = adapters.trainable_parameters()
+    assert any(p is head.weight for p in parameters)
+    assert len(parameters) == sum(p.requires_grad for p in model.parameters())
+    for a, b in zip(gradients(ours, parameters), gradients(plain, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    (mean,) = torch.autograd.grad(model(**batch).loss, [head.weight])  # the model's own: a mean
+    (summed,) = torch.autograd.grad(
+        language_modelling(model, batch).loss_sum(model, batch), [head.weight]
+    )
+    torch.testing.assert_close(summed / objective.count(batch), mean, rtol=1e-3, atol=1e-6)
+
+
+def test_a_head_trained_beside_lora() -> None:
     model = tiny_models.build("llama", tie_word_embeddings=False)
-    attach(model, FullFineTuning())
+    adapters = attach(model, LoRA(rank=4, train_modules="lm_head"))
     batch = batch_of_two()
     objective = language_modelling(model, batch)
-    assert objective.path == "own head"
-    weight = model.lm_head.weight
-    assert weight.requires_grad
-    (ours,) = gradients(objective.loss_sum(model, batch), [weight])
-    (plain,) = gradients(plain_loss(model, batch), [weight])
-    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+    assert objective.path == "fused"
+    randomise(adapters)
+    ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
+    parameters = adapters.trainable_parameters()
+    assert any(p is model.lm_head.weight for p in parameters)
+    for a, b in zip(gradients(ours, parameters), gradients(plain, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_master_of_the_head_gets_its_gradient_under_autocast() -> None:
+    model = tiny_models.build("llama", tie_word_embeddings=True).bfloat16()
+    adapters = attach(model, FullFineTuning())
+    for parameter in adapters.trainable_parameters():
+        parameter.data = parameter.data.float()
+    batch = batch_of_two()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective = language_modelling(model, batch)
+        assert objective.path == "fused"
+        ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
+    torch.testing.assert_close(ours, plain, rtol=2e-2, atol=0)
+    parameters = adapters.trainable_parameters()
+    for a, b in zip(gradients(ours, parameters), gradients(plain, parameters), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 3e-2 * b.norm()
+
+
+def test_rows_with_heads_of_their_own_are_not_projected_by_one() -> None:
+    model = tiny_models.build("llama", tie_word_embeddings=False)
+    adapters = attach(model, LoRA(rank=4, train_modules="lm_head"), name="one")
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapters.activate(None)
+    batch = batch_of_two()
+    objective = LanguageModelling(path="fused")
+    base = objective.loss_sum(model, batch)
+    with adapters.per_sample(["one", None]):
+        assert "adapter" in why_not_fused(model)
+        ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert (ours - base).abs() > 1e-2
 
 
 def test_a_head_that_does_more_than_we_know_is_found_out() -> None:

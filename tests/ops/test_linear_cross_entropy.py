@@ -18,26 +18,77 @@ def tensors(dtype, n=13, d=6, vocabulary=17):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
-def test_equals_the_plain_twin_in_float64(smoothing, with_bias, chunk):
+def test_equals_the_plain_twin_in_float64(smoothing, with_bias, weighted, chunk):
     hidden, weight, targets, bias = tensors(torch.float64)
-    bias = bias if with_bias else None
-    ours = linear_cross_entropy(
-        hidden, weight, targets, bias, label_smoothing=smoothing, chunk=chunk
-    )
-    (ours_grad,) = torch.autograd.grad(ours * 3, hidden)
-    plain = linear_cross_entropy_reference(hidden, weight, targets, bias, label_smoothing=smoothing)
-    (plain_grad,) = torch.autograd.grad(plain * 3, hidden)
+    trained = [hidden, weight.requires_grad_(), *([bias.requires_grad_()] if with_bias else [])]
+    settings = {
+        "bias": bias if with_bias else None,
+        "weights": torch.arange(13.0, dtype=torch.float64) % 3 if weighted else None,
+        "label_smoothing": smoothing,
+    }
+    ours = linear_cross_entropy(hidden, weight, targets, chunk=chunk, **settings)
+    plain = linear_cross_entropy_reference(hidden, weight, targets, **settings)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-12, atol=1e-12)
+    ours_grads = torch.autograd.grad(ours * 3, trained)
+    plain_grads = torch.autograd.grad(plain * 3, trained)
+    for found, expected in zip(ours_grads, plain_grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck():
     hidden, weight, targets, bias = tensors(torch.float64)
+    weights = torch.linspace(0.5, 2, len(targets), dtype=torch.float64)
     assert gradcheck(
-        lambda h: linear_cross_entropy(h, weight, targets, bias, label_smoothing=0.2, chunk=5),
-        (hidden,),
+        lambda h, w, b: linear_cross_entropy(
+            h, w, targets, b, weights=weights, label_smoothing=0.2, chunk=5
+        ),
+        (hidden, weight.requires_grad_(), bias.requires_grad_()),
     )
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_each_gradient_comes_alone(trained):
+    hidden, weight, targets, bias = tensors(torch.float64)
+    inputs = [hidden.detach(), weight, bias]
+    wanted = [inputs[i].requires_grad_() for i in trained]
+    ours = linear_cross_entropy(inputs[0], inputs[1], targets, inputs[2], chunk=4)
+    plain = linear_cross_entropy_reference(inputs[0], inputs[1], targets, inputs[2])
+    expected = torch.autograd.grad(plain, wanted)
+    ours.backward()
+    for i, tensor in enumerate(inputs):
+        assert (tensor.grad is not None) == (i in trained)
+    for tensor, gradient in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def relative_error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float32], ids=str)
+def test_bfloat16_gradients_are_summed_in_float32(master):
+    """Of hundreds of chunks of one row each, which a sum in bfloat16 would lose the last of."""
+    n = 2048
+    hidden, weight, targets, bias = tensors(torch.bfloat16, n=n)
+    weight, bias = (x.to(master).requires_grad_() for x in (weight, bias))
+    loss = linear_cross_entropy(hidden, weight, targets, bias, chunk=1)
+    loss.backward()
+    assert (weight.grad.dtype, bias.grad.dtype) == (master, master)
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    reference = linear_cross_entropy_reference(exact[0], exact[1], targets, exact[2])
+    reference.backward()
+    for ours, true in zip((hidden, weight, bias), exact, strict=True):
+        assert relative_error(ours.grad, true.grad) < 2**-7
+    # What summing in bfloat16 would give: many times the error.
+    parts = torch.zeros_like(weight, dtype=torch.bfloat16)
+    for h, y in zip(exact[0].detach(), targets, strict=True):
+        p = (exact[1] @ h + exact[2]).softmax(0).detach()
+        p[y] -= 1
+        parts += torch.outer(p, h).bfloat16()
+    assert relative_error(parts, exact[1].grad) > 4 * relative_error(weight.grad, exact[1].grad)
 
 
 def test_bfloat16_loss_is_summed_in_float32():

@@ -79,6 +79,14 @@ class LayerAdapters(AdapterSlot):
                 output = self[name].adapt(layer, x, output, weight)
         return output
 
+    def leave_output(self) -> bool:
+        """Whether the layer gives out what its parameters say: what acts here only holds trained ones, if anything."""
+        active = self.activation.active
+        acting = [self[name] for name in active.names if name in self]
+        if active.rows is not None and acting:
+            return False
+        return all(type(module).adapt is AdapterModule.adapt for module in acting)
+
     def _active_here(self) -> Active:
         active = self.activation.current()
         if self.merged and active.names:
@@ -270,6 +278,15 @@ def add_module(
     if reads_weights and shadow_weights not in caller._forward_pre_hooks.values():
         caller.register_forward_pre_hook(shadow_weights)
         caller.register_forward_hook(unshadow_weights, always_call=True)
+
+
+def computes_its_own(layer: nn.Module) -> bool:
+    """Whether a call of the layer is what its parameters say: no hook acts on it, ours or another's."""
+    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    adapters = layer._modules.get(ADAPTERS)
+    if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
+        return adapters.leave_output()
+    return not hooks
 
 
 def listen(layer: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.adapters.layer_adapters import computes_its_own
 from lorakit.evaluation.mode import evaluating
 from lorakit.ops import linear_cross_entropy
 
@@ -73,9 +74,14 @@ class LanguageModelling:
             hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
-            with torch.autocast(hidden.device.type, enabled=False):
+            device = hidden.device.type
+            # A head that is trained is a float32 master under autocast: its products are not.
+            dtype = head.weight.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
                 return linear_cross_entropy(
-                    hidden.to(head.weight.dtype),
+                    hidden.to(dtype),
                     head.weight,
                     found.ids,
                     bias=head.bias,
@@ -195,10 +201,8 @@ def why_not_fused(model: nn.Module) -> str:
         return "the model has no backbone apart from its head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (head, model)):
+    if model._forward_hooks or model._forward_pre_hooks or not computes_its_own(head):
         return "the head carries an adapter or another hook"
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        return "the head itself is trained"
     if getattr(model.config, "final_logit_softcapping", None):
         return "the logits are capped"
     return ""

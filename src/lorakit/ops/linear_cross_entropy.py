@@ -26,14 +26,18 @@ def linear_cross_entropy(
     """Sum over n, weighted, of the cross-entropy between ``hidden W^T + b`` and `targets`.
 
     With label smoothing e each token's loss is ``(1 - e) * NLL + e * mean over V of -log p``.
-    The weight and bias are taken as frozen. The gradient for `hidden` is formed chunk by chunk in the
-    forward pass, while the chunk's probabilities are at hand, so the backward pass is one product.
+    The gradients that are needed, of `hidden`, `weight` and `bias`, are formed chunk by chunk in the
+    forward pass, while the chunk's probabilities are at hand; the backward pass only scales them.
+
+    Those of `weight` and `bias` are summed over the chunks in float32 (or wider) and rounded to their
+    dtype at the end: a running sum in bfloat16 would lose what a later chunk adds to it.
 
     Args:
-        hidden: Shape (n, d).
-        weight: Output projection, shape (V, d), the dtype of `hidden`.
+        hidden: Shape (n, d). Its dtype is that of the products.
+        weight: Output projection, shape (V, d), the dtype of `hidden` or wider: a float32 master is
+            rounded once for the products, and gets its gradient in float32.
         targets: Token ids, shape (n,).
-        bias: Shape (V,) or None.
+        bias: Shape (V,) or None; its dtype as that of `weight`.
         weights: Factor on each row's loss, shape (n,), or None for 1.
         label_smoothing: Between 0 and 1.
         chunk: Rows at a time; None chooses by the vocabulary's size.
@@ -56,7 +60,7 @@ def linear_cross_entropy_reference(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Plain PyTorch twin of `linear_cross_entropy`."""
-    logits = F.linear(hidden, weight, bias)
+    logits = F.linear(hidden, weight.to(hidden.dtype), _cast(bias, hidden.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if weights is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
@@ -67,7 +71,12 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_hidden, of_weight, _, of_bias = ctx.needs_input_grad[:4]
+        hidden_grad = torch.empty_like(hidden) if of_hidden else None
+        weight_grad = _zeros_like(weight) if of_weight else None
+        bias_grad = _zeros_like(bias) if of_bias else None
+        dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight, bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         block = _rows_in_cache(hidden.device, weight.shape[0], wide)
@@ -81,17 +90,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[rows].split(block),
                 strict=False,
             ):
-                _to_gradient(part, target, factor, out, label_smoothing, keep=grad is not None)
-            if grad is not None:
-                torch.mm(logits, weight, out=grad[rows])
-        if grad is not None:
-            ctx.save_for_backward(grad)
+                keep = of_hidden or of_weight or of_bias
+                _to_gradient(part, target, factor, out, label_smoothing, keep=keep)
+            if hidden_grad is not None:
+                torch.mm(logits, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                _add_product(weight_grad, logits.t(), hidden[rows])
+            if bias_grad is not None:
+                bias_grad += logits.sum(0, dtype=bias_grad.dtype)
+        ctx.save_for_backward(hidden_grad, *map(_cast, (weight_grad, bias_grad), dtypes))
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None
+        hidden, weight, bias = (
+            None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return hidden, weight, None, bias, None, None, None
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Where a gradient is summed, in float32 or wider."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a b``, without a product of full size in between where the dtypes allow."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def _to_gradient(
