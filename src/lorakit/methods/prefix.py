@@ -24,14 +24,8 @@ INIT_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixEmbedding:
-    """Train the embeddings of virtual tokens: the prefix before the prompt, the infix after it (PreEmbed).
-
-    Of width d they are ``d (prefix_length + infix_length)`` parameters.
-
-    Raises:
-        ConfigurationError: A length is below 0, or both are 0.
-    """
+class _Prefix:
+    """What the two methods share: how many virtual tokens there are, and what is trained beside them."""
 
     prefix_length: int = 8
     """Virtual tokens before the prompt, after a bos or [CLS]."""
@@ -49,6 +43,21 @@ class PrefixEmbedding:
     def virtual_tokens(self) -> VirtualTokens:
         """The virtual tokens that each sequence takes."""
         return VirtualTokens(prefix=self.prefix_length, infix=self.infix_length)
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters in ``train_modules`` (see `Method`)."""
+        return parameters_below(model, modules_named(model, self.train_modules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixEmbedding(_Prefix):
+    """Train the embeddings of virtual tokens: the prefix before the prompt, the infix after it (PreEmbed).
+
+    Of width d they are ``d (prefix_length + infix_length)`` parameters.
+
+    Raises:
+        ConfigurationError: A length is below 0, or both are 0.
+    """
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype = torch.float32
@@ -62,13 +71,9 @@ class PrefixEmbedding:
         options = {"device": table.weight.device, "dtype": dtype}
         return {path: EmbeddingVectors(self.virtual_tokens, table.embedding_dim, options)}
 
-    def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters in ``train_modules`` (see `Method`)."""
-        return parameters_below(model, modules_named(model, self.train_modules))
-
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixLayer:
+class PrefixLayer(_Prefix):
     """Train the vectors with which virtual tokens enter every block, the embedding included (PreLayer).
 
     What a block made of them is replaced before the next: they depend on no input. What leaves the last block is
@@ -77,23 +82,6 @@ class PrefixLayer:
     Raises:
         ConfigurationError: A length is below 0, or both are 0.
     """
-
-    prefix_length: int = 8
-    """Virtual tokens before the prompt, after a bos or [CLS]."""
-    infix_length: int = 0
-    """Virtual tokens after the prompt: before a completion, or at the end of what a classifier reads."""
-    train_modules: tuple[str, ...] | str = ()
-    """Modules trained in full beside them (name suffixes), such as a new classification head."""
-
-    def __post_init__(self) -> None:
-        conform(self)
-        object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
-        _check_lengths(self.prefix_length, self.infix_length)
-
-    @property
-    def virtual_tokens(self) -> VirtualTokens:
-        """The virtual tokens that each sequence takes."""
-        return VirtualTokens(prefix=self.prefix_length, infix=self.infix_length)
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype = torch.float32
@@ -114,10 +102,6 @@ class PrefixLayer:
             device = next(model.get_submodule(block).parameters()).device
             modules[block] = BlockVectors(tokens, width, {"device": device, "dtype": dtype})
         return modules
-
-    def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters in ``train_modules`` (see `Method`)."""
-        return parameters_below(model, modules_named(model, self.train_modules))
 
 
 class VirtualVectors(AdapterModule):

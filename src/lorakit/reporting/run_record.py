@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
@@ -22,6 +20,7 @@ from lorakit.training.run_folder import (
     PREDICTION,
     RESULT,
     SAMPLES,
+    read_settings,
 )
 
 
@@ -128,15 +127,8 @@ def read_run(folder: str | Path) -> RunRecord:
         raise RunFolderError(
             f"'{folder}' is not a run folder: it has no {CONFIG}. Name the output of a `lorakit train`."
         )
-    with storage.reading(folder / CONFIG, RunFolderError):
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(
-            f"'{folder / CONFIG}' is damaged: {' '.join(str(error).split())}."
-        ) from None
-    if not isinstance(config, dict) or not config.keys() >= {"base", "data", "method"}:
+    config = read_settings(folder)
+    if not config:
         raise RunFolderError(f"'{folder / CONFIG}' is not the configuration of a run.")
     metrics = _lines(folder / METRICS)
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))

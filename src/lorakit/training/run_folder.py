@@ -43,6 +43,8 @@ REPORT, PREDICTION = "report.html", "prediction.json"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
 FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT, PREDICTION)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
+OF_A_RUN = {"base", "data", "method", "output"}
+"""Settings that every run has, by which its config.yaml is told from another."""
 
 # What two sessions of one run may differ in: how the run is started, not what it computes.
 NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
@@ -286,7 +288,7 @@ def _require_own(path: Path) -> None:
     if not path.exists():
         return
     if (path / CONFIG).exists():
-        if _settings(path).keys() >= {"base", "data", "method", "output"}:
+        if read_settings(path):
             return
         raise RunFolderError(
             f"{path} is not a run folder: its {CONFIG} is not that of a run. Choose a new or empty folder as output."
@@ -324,7 +326,7 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             raise RunFolderError(
                 f"{path / name} is a {found}, where a run has a {expected}. Move it away to go on with the run."
             )
-    then, now = _flat(_settings(path)), _flat(_startable(config))
+    then, now = _flat(read_settings(path)), _flat(_startable(config))
     differences = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -337,17 +339,21 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
         )
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The settings that a run folder records; empty where its file holds something else."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings that a run folder records; empty where its file is not that of a run.
+
+    Raises:
+        RunFolderError: The file cannot be read, or is damaged.
+    """
     with storage.reading(path / CONFIG, RunFolderError):
         text = (path / CONFIG).read_text(encoding="utf-8")
     try:
         found = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
-            f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another output."
+            f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another folder."
         ) from None
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and found.keys() >= OF_A_RUN else {}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
