@@ -75,14 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
         weight_grad = _zeros_like(weight) if of_weight else None
         bias_grad = _zeros_like(bias) if of_bias else None
-        dtypes = weight.dtype, None if bias is None else bias.dtype
-        weight, bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
+        narrow_weight, narrow_bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         block = _rows_in_cache(hidden.device, weight.shape[0], wide)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], weight, bias)
+            logits = F.linear(hidden[rows], narrow_weight, narrow_bias)
             for part, target, factor, out in zip(
                 logits.split(block),
                 targets[rows].split(block),
@@ -93,12 +92,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 keep = of_hidden or of_weight or of_bias
                 _to_gradient(part, target, factor, out, label_smoothing, keep=keep)
             if hidden_grad is not None:
-                torch.mm(logits, weight, out=hidden_grad[rows])
+                torch.mm(logits, narrow_weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 _add_product(weight_grad, logits.t(), hidden[rows])
             if bias_grad is not None:
                 bias_grad += logits.sum(0, dtype=bias_grad.dtype)
-        ctx.save_for_backward(hidden_grad, *map(_cast, (weight_grad, bias_grad), dtypes))
+        ctx.save_for_backward(
+            hidden_grad,
+            _cast(weight_grad, weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+        )
         return losses.sum()
 
     @staticmethod

@@ -222,7 +222,7 @@ class Runner:
                 root=config.data,
                 max_length=data_set.max_length,
                 too_long="truncate",
-                **({} if data_set.scored is None else {f"{data_set.split}_split": data_set.scored}),
+                validation_split=data_set.scored,
             ),
             base=config.base,
             adapter=str(adapter),

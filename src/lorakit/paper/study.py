@@ -70,7 +70,7 @@ class DataSet:
     limit: int | None = None
     """Training examples that the study itself asks for (Table 16)."""
     scored: str | None = None
-    """Which of several sets of the scored split the table is about; None for all."""
+    """Which of several validation sets the table is about; None for all."""
 
     @property
     def split(self) -> Literal["validation", "test"]:
