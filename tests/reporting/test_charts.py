@@ -189,6 +189,18 @@ def test_a_figure_is_saved_as_a_picture(tmp_path, suffix, start) -> None:
     assert (tmp_path / f"figure{suffix}").read_bytes().startswith(start)
 
 
+def test_cells_of_a_picture_leave_no_seams(tmp_path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    even = heat_map("phi", [[0.5] * 64] * 64, x="j", y="i", value="phi", legend=False)
+    drawing.save(Figure(caption="", charts=(even,)), tmp_path / "even.png")
+    with image.open(tmp_path / "even.png") as picture:
+        width, height = picture.size
+        middle = picture.convert("RGB").crop(
+            (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+        )
+    assert len(middle.getcolors()) == 1
+
+
 def test_wrong_places_of_a_figure_are_errors(tmp_path) -> None:
     figure = Figure(caption="", charts=(CHARTS["bar"],))
     with pytest.raises(ConfigurationError, match=r"\.png, \.svg or \.pdf"):

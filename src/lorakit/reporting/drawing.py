@@ -18,8 +18,9 @@ from lorakit.reporting.axes import GRID, INK, MUTED, Spec
 from lorakit.reporting.charts import SERIES, Chart, Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-SCALE = 2.5
-"""Pixels of a PNG per pixel of the design: 240 dots an inch at the size it has on a page."""
+SCALE = 2
+"""Pixels of a PNG per pixel of the design: 192 dots an inch at the size it has on a page. A whole number: the cells of
+heat maps end where pixels do, else light seams show between them."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES, 1)
