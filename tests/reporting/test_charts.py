@@ -138,6 +138,22 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert np.corrcoef(np.log(value), y)[0, 1] == pytest.approx(-1, abs=1e-3)
 
 
+def test_rows_and_columns_of_a_heat_map_are_counted_from_its_upper_left() -> None:
+    chart = heat_map(
+        "phi", [[i + j for j in range(20)] for i in range(20)], x="j", y="i", value="v"
+    )
+    svg = drawing.inline_svg(chart, 1)
+    # Numbers along both axes, none beside the first row alone.
+    assert len(re.findall(r"<text [^>]*>10</text>", svg)) == 2
+    places = {
+        (int(i), int(j)): (float(x), float(y))
+        for i, j, x, y in re.findall(r'data-t="i (\d+), j (\d+): [^"]*" d="M([\d.]+),([\d.]+)', svg)
+    }
+    assert places[1, 1] == (min(x for x, _ in places.values()), min(y for _, y in places.values()))
+    assert places[20, 1][1] > places[1, 1][1]
+    assert places[1, 20][0] > places[1, 1][0]
+
+
 def test_points_of_a_scatter_chart_are_told_apart_by_a_legend() -> None:
     point = Point(series="LoRA", x=3e5, y=87.5, name="ours")
     for legend in (True, False):

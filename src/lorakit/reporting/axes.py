@@ -84,12 +84,13 @@ def rows_height(count: int) -> int:
 def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dict[str, Spec]:
     """Cells from half below to half above their number, on an axis that shows the numbers."""
     channel = "y" if reverse else "x"
-    domain = [count + 0.5, 0.5] if reverse else [0.5, count + 0.5]
+    # Reversed by a flag: of a domain from high to low Vega shows no ticks.
+    scale = {"domain": [0.5, count + 0.5], "reverse": reverse, "nice": False, "zero": False}
     return {
         channel: {
             "field": f"{field}_from",
             "type": "quantitative",
-            "scale": {"domain": domain, "nice": False, "zero": False},
+            "scale": scale,
             "axis": axis,
         },
         f"{channel}2": {"field": f"{field}_to"},

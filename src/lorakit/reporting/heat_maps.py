@@ -58,7 +58,8 @@ def heat_map(
             cell["row"] = cell["i"] - 1
         height = rows_height(len(rows))
     else:
-        down = between("i", len(rows), {"title": y, "grid": False, "tickMinStep": 1}, reverse=True)
+        axis = {"title": y, "grid": False, "tickMinStep": 1, "tickCount": 5}
+        down = between("i", len(rows), axis, reverse=True)
         height = max(1, round(SIDE / max(len(rows), 1))) * len(rows)
     colour = {
         "field": "v",
