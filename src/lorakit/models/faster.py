@@ -1,12 +1,12 @@
-"""A model's own layers, computed faster while lorakit trains it: attention and dropout.
+"""A model's own layers, computed faster and in less memory while lorakit trains it.
 
 The classes, tensors and results of the model stay what they are. Its attention goes through the place that
-`transformers` has for attentions of others; what that place cannot express goes to the stock function.
+`transformers` has for attentions of others; what that place cannot express goes to the stock function. Dropout,
+norms and activations get a forward of ours, each kind after a trial that it gives what the layer's own does.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorakit.ops import dropout, masked_attention
+from lorakit.models.faster_layers import FasterForward, faster_forward
+from lorakit.ops import masked_attention
 
 STOCK = "sdpa"
 """The attention that ours stands in for."""
@@ -28,15 +29,15 @@ NOT_OURS = ("position_bias", "softcap", "s_aux")
 
 
 def make_faster(model: PreTrainedModel) -> None:
-    """Compute `model` with our attention and dropout, until `make_stock`.
+    """Compute `model` with our attention, dropout, norms and activations, until `make_stock`.
 
     A model whose attention is not torch's keeps its own.
     """
     if model.config._attn_implementation == STOCK:
         model.set_attn_implementation(ATTENTION)
     for module in model.modules():
-        if type(module) is nn.Dropout and module.p and not module.inplace:
-            module.forward = partial(_dropout, module)  # type: ignore[method-assign]
+        if (forward := faster_forward(module)) is not None:
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def make_stock(model: PreTrainedModel) -> None:
@@ -44,12 +45,8 @@ def make_stock(model: PreTrainedModel) -> None:
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation(STOCK)
     for module in model.modules():
-        if type(module) is nn.Dropout:
-            vars(module).pop("forward", None)
-
-
-def _dropout(module: nn.Dropout, x: Tensor) -> Tensor:
-    return dropout(x, module.p) if module.training else x
+        if isinstance(vars(module).get("forward"), FasterForward):
+            del module.forward
 
 
 @torch.compiler.disable  # its blocks depend on what stands in the mask

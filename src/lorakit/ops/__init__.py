@@ -4,5 +4,14 @@ from lorakit.ops.attention import masked_attention
 from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
+from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.silu_product import silu_product
 
-__all__ = ["dropout", "linear_cross_entropy", "lora_linear", "masked_attention"]
+__all__ = [
+    "dropout",
+    "linear_cross_entropy",
+    "lora_linear",
+    "masked_attention",
+    "rms_norm",
+    "silu_product",
+]

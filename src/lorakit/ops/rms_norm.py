@@ -1,0 +1,68 @@
+"""Normalisation by the root mean square, which keeps for the backward pass no more than its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops.autocast import no_autocast
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return ``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich 2019, equation 4).
+
+    The quotient is computed in float32 (float64 for float64 input) and rounded to the dtype of `x` before
+    `weight` multiplies it, as the models of transformers do. They keep the input in float32 and its
+    quotient for the backward pass, which is then made of eleven operations; here it keeps `x` itself.
+
+    Args:
+        x: Shape (..., D).
+        weight: Shape (D,).
+        eps: Added to the mean square.
+
+    Returns:
+        Shape (..., D), the dtype that `weight` and `x` promote to.
+    """
+    with no_autocast(x):
+        return _RMSNorm.apply(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Plain PyTorch twin of `rms_norm`; tests hold the two against each other."""
+    wide = x.to(_wide(x))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+        rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rate)
+        return weight * _quotient(x, rate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, rate = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_weight:
+            product = grad * _quotient(x, rate)
+            grad_weight = product.flatten(0, -2).sum(0, dtype=_wide(product)).to(weight.dtype)
+        if needs_x:
+            # With r the rate and n = r x: r (g - n mean(g n)), g being the gradient of n.
+            wide = x.to(rate.dtype)
+            grad_x = (grad * weight).to(rate.dtype)
+            share = (grad_x * wide).mean(-1, keepdim=True).mul_(rate.square())
+            grad_x = grad_x.addcmul(wide, share, value=-1).mul_(rate).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def _quotient(x: Tensor, rate: Tensor) -> Tensor:
+    return (x.to(rate.dtype) * rate).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,112 @@
+"""Layers that get a forward of ours, and layers that look like them and keep their own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GemmaConfig,
+    GemmaModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    Qwen3Config,
+    Qwen3Model,
+)
+
+from lorakit.models.faster import make_faster, make_stock
+from lorakit.models.faster_layers import FasterForward, faster_forward
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 50,
+}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaModel(LlamaConfig(**SIZES))
+
+
+def replaced(model):
+    return {
+        name: vars(module)["forward"].func.__name__
+        for name, module in model.named_modules()
+        if isinstance(vars(module).get("forward"), FasterForward)
+    }
+
+
+def test_norms_and_gates_of_llama_and_qwen():
+    for model, own_norms in ((llama(), 0), (Qwen3Model(Qwen3Config(**SIZES)), 2)):
+        make_faster(model)
+        names = list(replaced(model).values())
+        assert (
+            names.count("_rms_norm") == 2 * (2 + own_norms) + 1
+        )  # Qwen3 has some inside its attention
+        assert names.count("_gated") == 2
+
+
+def test_gpt2_gets_the_fused_gelu_and_computes_the_same():
+    model = GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)).eval()
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).last_hidden_state
+    make_faster(model)
+    assert list(replaced(model).values()).count("gelu") == 2
+    torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+
+
+def test_norm_that_adds_one_to_its_weight_keeps_its_own():
+    model = GemmaModel(GemmaConfig(**SIZES))
+    make_faster(model)
+    assert "_rms_norm" not in replaced(model).values()
+
+
+def test_another_activation_between_the_same_projections_keeps_its_own():
+    model = LlamaModel(LlamaConfig(**SIZES, hidden_act="gelu"))
+    make_faster(model)
+    assert "_gated" not in replaced(model).values()
+
+
+def test_network_with_a_step_more_keeps_its_own():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.down_proj, self.act_fn = nn.Linear(16, 8), nn.SiLU()
+
+        def forward(self, x):
+            return 1.1 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    assert faster_forward(Scaled()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_and_gradients_stay(dtype):
+    stock = llama().to(dtype)
+    ours = copy.deepcopy(stock)
+    make_faster(ours)
+    ids = torch.arange(20).view(2, 10) % 50
+    for model in (stock, ours):
+        model(ids).last_hidden_state.float().sin().sum().backward()
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    for (name, own), other in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= limit * own.grad.norm(), name
+
+
+def test_make_stock_leaves_nothing_behind_and_a_copy_computes_with_its_own_weights():
+    model = llama()
+    make_faster(model)
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(twin.norm.weight)
+    assert not twin(torch.arange(4)[None]).last_hidden_state.any()
+    assert model(torch.arange(4)[None]).last_hidden_state.any()
+    make_stock(model)
+    assert not replaced(model)
