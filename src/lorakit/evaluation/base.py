@@ -26,9 +26,11 @@ E = TypeVar("E", bound=Example)
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Makes a batch of examples, on the model's device."""
 
-PADDED_STEP, PACKED_STEP = 8, 32
+SHORT = 64
+SHORT_STEP, PADDED_STEP, PACKED_STEP = 4, 8, 32
 """Widths of batches are multiples of these: for each shape a processor's library keeps kernels and memory,
-which for every width there is come to hundreds of megabytes. A packed row is long, and its share as small."""
+which for every width there is come to hundreds of megabytes. The longer a row, the smaller the share that this
+adds: those up to `SHORT` have the first step, longer ones the second, and packed rows, the longest, the third."""
 
 
 def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
@@ -127,8 +129,10 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
         elif splits:
             batch = _encoder_decoder_batch(base, language, pad)
         else:
-            fits = context is None or round_up(max(map(len, examples)), PADDED_STEP) <= context
-            batch = collate(examples, pad, step=PADDED_STEP if fits else 1)
+            longest = max(map(len, examples))
+            step = SHORT_STEP if longest <= SHORT else PADDED_STEP
+            fits = context is None or round_up(longest, step) <= context
+            batch = collate(examples, pad, step=step if fits else 1)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     return make
