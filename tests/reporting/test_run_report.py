@@ -13,15 +13,29 @@ import pytest
 from browser import HOSTILE
 
 from lorakit.errors import RunFolderError
-from lorakit.reporting import read_run, run_page
+from lorakit.reporting import measures, read_run, run_page
 from lorakit.reporting.comparison import comparison_page
 from lorakit.reporting.page import Section, Table, number
+from lorakit.reporting.run_summary import in_sentence
 
 
 def text_of(page: str) -> str:
     """What a reader sees, without tags."""
     body = page.split("<body>")[1].split("<script>")[0]
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_a_change_is_relative_only_where_that_means_something() -> None:
+    assert measures.change(3.0, 4.0) == "-1 (-25.0%)"
+    assert measures.change(-0.3, -0.2) == "-0.1 (-50.0%)"
+    assert measures.change(0.27, -0.01) == "+0.28"  # a share of nearly nothing, of the other sign
+    assert measures.change(0.5, 0.0) == "+0.5"
+
+
+@pytest.mark.parametrize("name", ["BLEU", "ROUGE-L", "F1", "Matthews correlation"])
+def test_names_that_stay_as_they_are_in_a_sentence(name) -> None:
+    assert in_sentence(name) == name
+    assert in_sentence("Mean squared error") == "mean squared error"
 
 
 def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:

@@ -65,6 +65,6 @@ def share(part: float, whole: float) -> str:
 
 
 def change(new: float, old: float) -> str:
-    """The way from one value to the other, absolute and relative."""
+    """The way from one value to the other, absolute and, where they have one sign, relative."""
     by = f"{new - old:+.4g}"
-    return f"{by} ({(new - old) / abs(old):+.1%})" if old else by
+    return f"{by} ({(new - old) / abs(old):+.1%})" if new * old > 0 else by

@@ -256,8 +256,8 @@ def _measured(run: RunRecord, predicted: Mapping[str, float]) -> list[tuple[Cell
             )
     tokens, computed = run.total("tokens"), run.total("computed_tokens")
     if tokens and computed:
-        text = f"{computed:,.0f} ({measures.share(computed, tokens)} of the examples' tokens)"
-        rows.append(("Tokens computed", None, text, None))
+        text = f"{computed:,.0f} ({measures.share(computed, tokens)})"
+        rows.append(("Tokens computed (of the examples' own)", None, text, None))
     return rows
 
 

@@ -10,6 +10,9 @@ from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
 from lorakit.training.progress import duration
 
+PEOPLE = ("Matthews", "Pearson", "Spearman")
+"""Scores that are called after someone."""
+
 
 def subtitle(run: RunRecord) -> str:
     """Method, base and data on one line."""
@@ -129,8 +132,9 @@ def best_step(run: RunRecord) -> int | None:
 
 
 def in_sentence(name: str) -> str:
-    """A name inside a sentence: Loss becomes loss, BLEU stays."""
-    return name if name[:2].isupper() else name[0].lower() + name[1:]
+    """A name inside a sentence: Loss becomes loss, BLEU and the names of people stay."""
+    stays = name[:2].isupper() or name.startswith(PEOPLE)
+    return name if stays else name[0].lower() + name[1:]
 
 
 def _listed(parts: Sequence[str]) -> str:
