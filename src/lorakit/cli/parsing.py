@@ -169,6 +169,12 @@ def _explain(message: str, options: list[str]) -> str:
         first = next((o for o in options if o.startswith(f"--{section[1]}.")), f"--{section[1]}")
         value = section[2].rsplit("/", 1)[-1]
         return f"--{section[1]} is a section of several options. Write {first} {value}, or give a YAML file."
+    missing = re.search(
+        r'Parser key "([\w.]+)":.*the following arguments are required: (\w+)', message, re.DOTALL
+    )
+    if missing:
+        name = f"{missing[1]}.{missing[2]}"
+        return f"Options of {missing[1]} need {name} beside them; say --{name} too, or leave them all out."
     found = next((m for pattern in _UNKNOWN if (m := re.search(pattern, message))), None)
     hint = ""
     if found:
