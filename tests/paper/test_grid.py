@@ -27,9 +27,9 @@ def silent(text: str) -> None:
 
 def results(folder: Path) -> dict[str, bytes]:
     """What a grid has written down, by file."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("rate-*.json")
-    }
+    # Not a search of the whole tree, parts of which another process deletes meanwhile.
+    records = folder.glob("runs/*/*/rate-*.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in records}
 
 
 def test_a_table_from_runs_to_page(table2, tmp_path):
@@ -68,6 +68,24 @@ def test_the_rate_is_that_of_the_best_held_out_score(table2):
         best = max(record.held_out["accuracy"] for record in records)
         chosen = grid.chosen_rate(data_set, variant)
         assert chosen == next(r.rate for r in records if r.held_out["accuracy"] == best)
+
+
+@pytest.mark.parametrize(("best", "marked"), [(0, True), (1, False), (2, True)])
+def test_a_choice_beyond_which_a_rate_may_do_better_is_marked(table2, best, marked):
+    config = table2(methods=("lora",), seeds=1, trials=3)
+    run_table(config, silent)
+    paths = sorted((config.folder / "runs").rglob("rate-*.json"), key=_rate)
+    for place, path in enumerate(paths):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["held_out"]["accuracy"] = 0.9 if place == best else 0.4
+        path.write_text(json.dumps(record), encoding="utf-8")
+    page = run_table(config, silent).page.read_text(encoding="utf-8")
+    assert ": 0.9000**" in page
+    assert ("; *outermost* |" in page) == marked
+
+
+def _rate(path: Path) -> float:
+    return json.loads(path.read_text(encoding="utf-8"))["rate"]
 
 
 def test_no_choice_sees_the_data_that_is_scored(table2, data, tmp_path):

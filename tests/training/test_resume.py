@@ -133,17 +133,20 @@ def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) ->
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(
-    tmp_path, base, undisturbed, monkeypatch, capsys, number, error
+    request, tmp_path, base, undisturbed, monkeypatch, capsys, number, error
 ) -> None:
     config = settings(tmp_path, base)
     original, calls = loop.clip_gradients, iter(range(1, 100))
+    # A shell without job control starts what it puts in the background with SIGINT ignored, pytest too.
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
 
     def signalling(*args):
         if next(calls) == 5:
             signal.raise_signal(number)
         return original(*args)
 
-    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "clip_gradients", signalling)
         with pytest.raises(error) as raised:

@@ -109,6 +109,11 @@ class Grid:
                 best = score, run.rate
         return best and best[1]
 
+    def outermost_rates(self, variant: Variant) -> set[float]:
+        """Return the smallest and the largest rate tried; none where no choice was made between them."""
+        rates = variant.rates(self.config.trials)
+        return {rates[0], rates[-1]} if len(rates) > 1 else set()
+
     def scored_runs(self, data_set: DataSet, variant: Variant) -> list[Run]:
         """Return the runs behind a number, one for each seed; none before the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)

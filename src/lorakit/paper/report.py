@@ -192,9 +192,10 @@ def _trials(found: Comparison) -> list[str]:
                 continue
             score = record.held_out.get(data_set.metric)
             text = "diverged" if record.failure or score is None else f"{score:.4f}"
-            tried.append(
-                f"**{run.rate:g}: {text}**" if run.rate == chosen else f"{run.rate:g}: {text}"
-            )
+            text = f"{run.rate:g}: {text}"
+            tried.append(f"**{text}**" if run.rate == chosen else text)
+        if chosen in grid.outermost_rates(variant):
+            tried.append("*outermost*")
         records = grid.records(data_set, variant)
         if tried:
             epochs = ", ".join(f"{r.best_step} of {r.steps}" for r in records)
@@ -204,7 +205,8 @@ def _trials(found: Comparison) -> list[str]:
     return [
         "## Learning rates",
         "The best score on held-out data for each rate that was tried (the chosen one in bold), and the step of each "
-        "seed's best held-out score, which is the adapter that was scored.",
+        "seed's best held-out score, which is the adapter that was scored. A choice is *outermost* where it is the "
+        "smallest or largest rate tried: one beyond it may do better.",
         table(["data", "method", "rate: held-out score", "best step"], lines),
     ]
 
