@@ -14,6 +14,7 @@ from sample_adapters import randn
 import lorakit
 from lorakit.adapters.loading import put_on
 from lorakit.analysis import extract, extract_adapter
+from lorakit.analysis.leading import leading_svd
 from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.evaluation.config import BaseConfig
 
@@ -149,3 +150,11 @@ def test_models_that_do_not_go_together(tmp_path):
         extract_adapter(base, tmp_path / "adapter", rank=2)
     with pytest.raises(ConfigurationError, match="neither"):
         extract_adapter(base, tmp_path / "tuned")
+
+
+def test_leading_vectors_of_a_weight_that_is_zero():
+    """Wide enough for the iteration, which finds no direction to start in."""
+    U, S, Vh = leading_svd(torch.zeros(600, 530), 4)
+    assert not S.any()
+    torch.testing.assert_close(U.T @ U, torch.eye(4))
+    torch.testing.assert_close(Vh @ Vh.T, torch.eye(4))

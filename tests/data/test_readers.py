@@ -107,6 +107,10 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         ('[{"a": 1},]', "data.json:1: not valid JSON"),
         ("[", "data.json:1: not valid JSON"),
         ('"a"', "found '\"', expected a list of objects"),
+        (
+            '{"version": 1,\n "data": [{"a": 1}]}',
+            "found one object, expected a list.*It holds lists in 'data': write one of them",
+        ),
         (b'[\n{"a": "\xff"}]', r"data.json:2: not UTF-8 \(byte 0xff\)"),
     ],
 )
@@ -139,6 +143,12 @@ def test_csv_names_each_bad_line_and_reads_the_others(tmp_path):
         f"{path}:5: 3 fields, but the header has 2 columns",
         f"{path}:7: not valid CSV (',' expected after '\"')",
     ]
+
+
+def test_csv_with_a_document_in_a_field(tmp_path):
+    text = "river " * 100_000
+    rows = read(tmp_path / "data.csv", f"text,label\n{text},1\n")
+    assert values(rows) == [{"text": text, "label": "1"}]
 
 
 def test_csv_with_a_quote_that_never_closes_is_a_problem_of_its_line(tmp_path):

@@ -12,6 +12,7 @@ from user_mistakes import (
     nothing_left,
     on_data,
     refused,
+    save_base,
     write_rows,
 )
 
@@ -154,3 +155,24 @@ def test_example_longer_than_the_context(
     if command == "evaluate":
         line += " --scores [loss]"
     shell.refuses(f"{line} --data.max_length 1000", "long.jsonl:9", "max_length", f"{CONTEXT}")
+
+
+@pytest.mark.parametrize("side", ["prompt", "completion"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_side_longer_than_the_context(
+    command: str, side: str, shell: Shell, data: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """An encoder-decoder with learned positions has a context for the prompt and one for the completion."""
+    base = save_base(tmp_path_factory.mktemp("bart"), "bart")
+    row = {"prompt": "river", "completion": " pub", side: LONG}
+    long = write_rows(Path("long.jsonl"), [*ROWS, row])
+    line = f"{on_data(command, str(base))}{data} --data.validation {long} --data.max_length 1000"
+    shell.refuses(line, "long.jsonl:9", f"{side} tokens", "each side", "data.max_length to")
+
+
+def test_a_prompt_longer_than_an_encoder_s_context(
+    shell: Shell, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = save_base(tmp_path_factory.mktemp("bart"), "bart")
+    Path("prompts.txt").write_text(LONG)
+    shell.refuses(f"generate --base.name {base} --file prompts.txt", "Prompt 1", "Shorten")

@@ -173,3 +173,8 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
     broken.save_pretrained(base)
     with pytest.raises(LorakitError, match=r"loss is nan.*float32"):
         evaluate(settings(tmp_path, scores=("loss",)))
+
+
+def test_outputs_do_not_go_where_the_report_goes(trained):
+    with pytest.raises(ConfigurationError, match=r"must end in \.jsonl"):
+        settings(trained, output="w/o.html")

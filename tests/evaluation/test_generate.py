@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from lorakit.errors import ConfigurationError, DataError
+from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.config import Decoding
 from lorakit.evaluation.generate import generate
 
@@ -148,6 +148,12 @@ def test_prompts_that_cannot_be_continued_say_why(model, tokenizer) -> None:
         generate(model, tokenizer, [[5], []], Decoding(max_new_tokens=5))
     with pytest.raises(DataError, match=r"Prompt 1 has 60 tokens.*context of 64"):
         generate(model, tokenizer, [[5] * 60], Decoding(max_new_tokens=5))
+
+
+def test_a_model_that_labels_text_is_refused(tokenizer) -> None:
+    model = tiny_models.build("llama", "sequence-classification", vocab_size=len(tokenizer))
+    with pytest.raises(BaseModelError, match=r"LlamaForSequenceClassification.*lorakit evaluate"):
+        generate(model, tokenizer, ["The river"])
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,29 @@ def test_missing_padding_token_is_the_end_token(tmp_path: Path) -> None:
     assert base.model(**batch).logits.shape == (2, 3)
 
 
+def test_padding_that_the_model_names_is_the_tokenizer_s(tmp_path: Path) -> None:
+    folder = save(tmp_path / "llama", "llama", eos_token="[EOS]")
+    edit_config(folder, pad_token_id=0)
+    base = load_base(folder, task="sequence-classification")
+    assert base.tokenizer is not None
+    assert base.tokenizer.pad_token == "[PAD]"
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 0
+
+
+def test_model_and_tokenizer_mean_the_same_padding(tmp_path: Path) -> None:
+    """A classifier reads a row at its last token that is no padding: beside a longer one as alone."""
+    folder = save(tmp_path / "llama", "llama", pad_token="[BOS]", eos_token="[EOS]")
+    edit_config(folder, pad_token_id=0)
+    base = load_base(folder, task="sequence-classification", dtype="float32")
+    (notice,) = (n for n in base.notices if "pads with" in n)
+    assert "pads with token 1, and the model's configuration says 0" in notice
+    assert base.tokenizer is not None
+    together = base.tokenizer(["hello world", "hello"], padding=True, return_tensors="pt")
+    alone = base.tokenizer(["hello"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(**together).logits[1:], base.model(**alone).logits)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "bert", "bert")
     words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, 150)}

@@ -235,6 +235,13 @@ def test_targets_that_do_not_work(arch: str, target: str, message: str) -> None:
         resolve_targets(tiny_models.build(arch), [target])
 
 
+def test_an_embedding_that_renormalises_its_rows_is_no_target() -> None:
+    model = tiny_models.build("llama")
+    model.get_input_embeddings().max_norm = 1.0
+    with pytest.raises(TargetError, match=r"renormalises its rows \(max_norm\)"):
+        resolve_targets(model, ["embed_tokens"])
+
+
 def test_no_targets() -> None:
     with pytest.raises(TargetError, match="No targets"):
         resolve_targets(tiny_models.build("llama"), [])

@@ -9,8 +9,10 @@ import pytest
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper import budget
+from lorakit.paper import grid as grid_module
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.grid import GRID, open_grid
+from lorakit.paper.run_table import run_table
 
 
 def silent(text: str) -> None:
@@ -126,3 +128,23 @@ def test_the_command_says_what_was_asked_for():
         config.command == "lorakit paper table2 --tasks mrpc,rte --seeds 1 --budget 10m --data DATA"
     )
     assert json.loads(json.dumps(config.seconds)) == 600
+
+
+def test_the_command_can_be_pasted_and_holds_what_numbers_depend_on():
+    config = PaperConfig(
+        table="2", model="my models/x", dtype="float32", batch_size=8, output="/tmp/x"
+    )
+    assert (
+        config.command
+        == "lorakit paper table2 --model 'my models/x' --batch_size 8 --dtype float32"
+    )
+
+
+@pytest.mark.parametrize("budget", [None, "10m"])
+def test_a_grid_none_of_whose_methods_fits_says_why(table2, monkeypatch, budget):
+    def refusing(model, method):
+        raise ConfigurationError("it has no biases")
+
+    monkeypatch.setattr(grid_module, "count_parameters", refusing)
+    with pytest.raises(ConfigurationError, match=r"No method.*bitfit: it has no biases.*--methods"):
+        run_table(table2(methods=("bitfit",), budget=budget), silent)

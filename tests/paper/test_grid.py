@@ -56,7 +56,9 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
             assert f"{cell.value:.{found.comparison.digits[name]}f}" in page
     for row in data["own"]:
         seeds = [run for run in scored if run["variant"] == row["key"]]
-        assert row["cells"]["MRPC"]["seeds"] == [100 * run["scores"]["accuracy"] for run in seeds]
+        assert list(row["cells"]["MRPC"]["seeds"].values()) == [
+            100 * run["scores"]["accuracy"] for run in seeds
+        ]
 
 
 def test_the_rate_is_that_of_the_best_held_out_score(table2):
@@ -76,9 +78,9 @@ def test_a_choice_beyond_which_a_rate_may_do_better_is_marked(table2, best, mark
     run_table(config, silent)
     paths = sorted((config.folder / "runs").rglob("rate-*.json"), key=_rate)
     for place, path in enumerate(paths):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = storage.read_record(path, RunFolderError)
         record["held_out"]["accuracy"] = 0.9 if place == best else 0.4
-        path.write_text(json.dumps(record), encoding="utf-8")
+        storage.write_record(path, record)
     page = run_table(config, silent).page.read_text(encoding="utf-8")
     assert ": 0.9000**" in page
     assert ("; *outermost* |" in page) == marked
@@ -233,6 +235,33 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
     text = found.page.read_text(encoding="utf-8")
     assert "0.0005: diverged; **0.0015: " in text
     assert found.comparison.own[0].cells
+
+
+def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
+    """Its number is missing, no other seed's is taken for it, and the page says so."""
+    config, real = (
+        table2(tasks=("mrpc", "rte"), methods=("lora",), seeds=3, trials=1),
+        (runs_module.train),
+    )
+
+    def diverging(settings):
+        if settings.seed == 1 and "mrpc" in settings.output:
+            raise LorakitError("Training diverged at step 3")
+        return real(settings)
+
+    monkeypatch.setattr(runs_module, "train", diverging)
+    found = run_table(config, silent)
+    cells = found.comparison.own[0].cells
+    assert list(cells["MRPC"].seeds) == [0, 2]
+    assert list(cells["RTE"].seeds) == [0, 1, 2]
+    assert cells["Avg"].seeds == {
+        seed: pytest.approx((cells["MRPC"].seeds[seed] + cells["RTE"].seeds[seed]) / 2)
+        for seed in (0, 2)
+    }
+    note = "LoRA on mrpc: training diverged with 1 of 3 seeds (1)"
+    assert note in found.page.read_text(encoding="utf-8")
+    assert found.report is not None
+    assert note in found.report.read_text(encoding="utf-8")
 
 
 def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2, monkeypatch):

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -21,6 +22,7 @@ from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.config import BaseConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.training import validation
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
@@ -270,6 +272,23 @@ def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
     result = train(config)
     assert set(result.scores) == {"loss", "accuracy", "f1", "matthews"}
     assert result.best_scores["accuracy"] >= max(0.8, result.scores_before["accuracy"] + 0.2)
+
+
+def test_a_score_that_is_no_number_ends_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task of the user's own may return one; no step is trained that could not be kept."""
+
+    def undefined(*args: Any, **settings: Any) -> Any:
+        found = held_out(*args, **settings)
+        return dataclasses.replace(found, scores={**found.scores, "kappa": math.nan})
+
+    held_out = validation.held_out
+    monkeypatch.setattr(validation, "held_out", undefined)
+    config = tiny_runs.config(tmp_path, tiny_runs.save_base(tmp_path / "base"))
+    with pytest.raises(LorakitError, match=r"The kappa of the validation data is nan.*return 0"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_regression_reports_correlations(tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def leading_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if width <= _SMALL or k > width // 16:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[:, :k], S[:k], Vh[:k]
+    if not W.any():  # any vectors are singular ones, but Lanczos finds no direction to start in
+        out, width_in = W.shape
+        return (
+            torch.eye(out, k, dtype=W.dtype),
+            W.new_zeros(k),
+            torch.eye(k, width_in, dtype=W.dtype),
+        )
     try:
         from scipy.sparse.linalg import svds
     except ImportError:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from lorakit.data.config import DataConfig
 from lorakit.errors import require_at_least
 from lorakit.evaluation.config import BaseConfig
@@ -65,12 +67,12 @@ def run(argv: Sequence[str]) -> None:
 
 def _print(console: Console, found: Preview) -> None:
     labels = f", labels {', '.join(found.labels)}" if found.labels else ""
-    console.print(f"[bold]task[/bold] {found.task}{labels}")
+    console.print(f"[bold]task[/bold] {found.task}{escape(labels)}")
     for example in found.examples:
-        console.print(f"\n[dim]{example.origin}, {len(example.tokens)} tokens[/dim]")
+        console.print(f"\n[dim]{escape(example.origin)}, {len(example.tokens)} tokens[/dim]")
         console.print(_marked(example))
         if example.label is not None:
-            console.print(f"label: {example.label}")
+            console.print(f"label: {example.label}", markup=False)
     if found.examples and found.examples[0].label is None:
         console.print("\n[dim]Tokens on green carry loss; a dot parts two tokens.[/dim]")
     for name, split in found.splits.items():
@@ -81,7 +83,7 @@ def _print(console: Console, found: Preview) -> None:
             f"{overlap.examples:,} of them with the same completion."
         )
     for note in found.notes:
-        console.print(f"[yellow]note:[/yellow] {note}")
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
 def _marked(example: Any) -> Any:
@@ -96,7 +98,7 @@ def _marked(example: Any) -> Any:
 
 
 def _print_split(console: Console, name: str, split: SplitPreview) -> None:
-    console.print(f"\n[bold]{name}[/bold]  {split.report}")
+    console.print(f"\n[bold]{name}[/bold]  {escape(str(split.report))}")
     lengths = split.lengths
     console.print(
         f"tokens: {lengths.total:,} in all, half of the examples up to {lengths.p50}, nine in ten up to "
@@ -107,7 +109,7 @@ def _print_split(console: Console, name: str, split: SplitPreview) -> None:
     for low, high, count in lengths.histogram:
         console.print(f"  {low:>5} to {high:<5} {'█' * round(BAR * count / most)} {count:,}")
     for label, count in split.labels.items():
-        console.print(f"  label {label}: {count:,}")
+        console.print(f"  label {label}: {count:,}", markup=False)
     if split.scores is not None:
         console.print("  score: least {:g}, mean {:.3g}, greatest {:g}".format(*split.scores))
     if split.repeated_examples or split.repeated_prompts:

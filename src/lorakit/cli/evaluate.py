@@ -26,8 +26,8 @@ def run(argv: Sequence[str]) -> None:
         "generated text, accuracy and F1 or correlations of labels.",
         argv,
     )
-    page = Path(config.output or "evaluation.jsonl").with_suffix(".html")
-    if config.output is not None:
+    page = None if config.output is None else Path(config.output).with_suffix(".html")
+    if page is not None:
         storage.require_free_file(page, overwrite=config.overwrite)
     result = evaluate(config)
     table = Table(box=None, pad_edge=False)
@@ -36,6 +36,6 @@ def run(argv: Sequence[str]) -> None:
     for name, value in result.scores.items():
         table.add_row(name, f"{value:.4f}")
     console().print(table)
-    if config.output is not None:
+    if page is not None:
         print(f"outputs  {config.output}")
         print(f"report   {written(lambda: evaluation_page(config, result, command()).write(page))}")

@@ -40,7 +40,7 @@ def layer_table(
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, group in groups.items():
-        spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
+        spreads = [escape(_spread([cells[heading] for cells in group])) for heading in headings]
         table.add_row(escape(name), *([] if each else [str(len(group))]), *spreads)
     return table
 

@@ -64,6 +64,8 @@ def run(argv: Sequence[str]) -> None:
     handle.require_mergeable()
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = probe.to(model.device)
+    if model.config.is_encoder_decoder:  # what it says depends on both sides
+        probe["decoder_input_ids"] = probe["input_ids"]
     with torch.no_grad():
         before = model(**probe).logits.float()
         handle.merge(keep_base=False)

@@ -84,7 +84,7 @@ def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
         raise ConfigurationError(
             f"Table 7 is about the query projections, and of {base.name} none was found under the usual names."
         )
-    middle = queries[len(queries) // 2 - (len(queries) > 1)]
+    middle = queries[(len(queries) - 1) // 2]
     found = adapter_amplification(stored, open_weights(base, stored), only=f"^{re.escape(middle)}$")
     layer = next(iter(found.layers.values()))
     return {
@@ -157,6 +157,7 @@ def _predicted(grid: Grid, run: Run) -> list[str]:
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
     """The rows, those of ours apart from the published ones."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -166,7 +167,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
         if i == published and i:
             table.add_section()
             table.add_row()
-        table.add_row(*row, style="bold" if i >= published else None)
+        table.add_row(*map(escape, row), style="bold" if i >= published else None)
     return table
 
 

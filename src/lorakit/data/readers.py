@@ -40,6 +40,9 @@ class Problem:
 
 Rows = Iterator[Row | Problem]
 
+# A field may hold a whole document, whose length data.too_long is about.
+csv.field_size_limit(2**31 - 1)
+
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -83,6 +86,7 @@ def read_json(path: Path) -> Rows:
     with _open(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
     if data.lstrip()[:1] == b"{":
+        _refuse_one_object(data, path)
         yield from read_jsonl(path)
         return
     try:
@@ -91,6 +95,23 @@ def read_json(path: Path) -> Rows:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
     yield from _json_list(text, path)
+
+
+def _refuse_one_object(data: bytes, path: Path) -> None:
+    """Refuse a file that is a single object over several lines, which holds its rows somewhere inside if at all."""
+    if b"\n" not in data.strip():
+        return
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return  # a row a line
+    lists = [name for name, value in found.items() if isinstance(value, list)]
+    inside = (
+        f" It holds lists in {', '.join(map(repr, lists[:5]))}: write one of them." if lists else ""
+    )
+    raise DataError(
+        f"{path}: found one object, expected a list of objects ([{{...}}, ...]) or an object on each line.{inside}"
+    )
 
 
 def _json_list(text: str, path: Path) -> Rows:

@@ -60,23 +60,43 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
 
 
 def check_context(base: Base, examples: Sequence[Example]) -> None:
-    """Refuse examples that are longer than the model's context.
+    """Refuse examples that are longer than the model's context, on either side of an encoder-decoder.
 
     Raises:
         DataError: Names the longest, its length, the context and what to set.
     """
     context = context_length(base.model)
+    if context is None or not examples:
+        return
     if base.model.config.is_encoder_decoder:
-        return  # prompt and completion have a side each
-    longest = max(examples, key=len, default=None)
+        _check_sides(base, examples, context)
+        return
+    longest = max(examples, key=len)
     virtual = virtual_tokens_of(base.model).total
-    if context is None or longest is None or len(longest) + virtual <= context:
+    if len(longest) + virtual <= context:
         return
     beside = f" and the adapter's {virtual} virtual ones" if virtual else ""
     raise DataError(
         f"{longest.origin} has {len(longest):,} tokens{beside}, and the context of '{base.source.name}' is "
         f"{context:,}. Set data.max_length to {context - virtual} and data.too_long to skip or truncate."
     )
+
+
+def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
+    """Refuse prompts and completions that are longer than the encoder's and the decoder's context."""
+    for example in examples:
+        if not isinstance(example, LanguageExample):
+            sides = {"tokens": len(example)}
+        else:  # each is closed or begun by a token of its own
+            prompt = example.prompt_length
+            sides = {"prompt tokens": prompt + 1, "completion tokens": len(example) - prompt + 1}
+        for what, count in sides.items():
+            if count > context:
+                raise DataError(
+                    f"{example.origin} has {count:,} {what}, and each side of '{base.source.name}' has a context of "
+                    f"{context:,}. Shorten it, or set data.max_length to {context - 1} and data.too_long to skip or "
+                    "truncate."
+                )
 
 
 def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
@@ -98,9 +118,11 @@ def with_virtual_tokens(base: Base, examples: Sequence[E]) -> Sequence[E]:
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest input that the model has positions for; None where it does not say."""
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", None
-    )
+    context = getattr(config, "max_position_embeddings", None)
+    if (
+        context is None and not config.is_encoder_decoder
+    ):  # T5's n_positions is not what its positions end at
+        context = getattr(config, "n_positions", None)
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
     for name, module in model.named_modules():  # RoBERTa's positions begin after its padding index

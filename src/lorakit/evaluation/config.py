@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -155,5 +156,9 @@ class EvaluateConfig:
         if not self.scores:
             raise ConfigurationError("scores is empty; name loss, text or both.")
         require_at_least("batch_size", self.batch_size, 1)
+        if self.output is not None and Path(self.output).suffix != ".jsonl":
+            raise ConfigurationError(
+                f"output is {self.output!r}; it must end in .jsonl. The report goes beside it, in .html."
+            )
         if self.limit is not None:
             require_at_least("limit", self.limit, 1)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lorakit.data.virtual_tokens import place_in_prompt
-from lorakit.errors import DataError
+from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.base import context_length, virtual_tokens_of
 from lorakit.evaluation.config import Decoding
 from lorakit.evaluation.mode import evaluating
@@ -48,8 +48,14 @@ def generate(
         progress: Called with the number of prompts finished, after each batch.
 
     Raises:
+        BaseModelError: The model labels text and generates none.
         DataError: A prompt is empty or leaves no room in the model's context.
     """
+    if not model.can_generate():
+        raise BaseModelError(
+            f"A {type(model).__name__} generates no text. Score what it says of a text with lorakit evaluate, or "
+            "name a base with a language-modelling head or the adapter of a text task."
+        )
     decoding = decoding or Decoding()
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     if [] in ids:
@@ -107,13 +113,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 def _check_lengths(
     model: PreTrainedModel, ids: list[list[int]], decoding: Decoding, virtual: int
 ) -> None:
-    context = None if model.config.is_encoder_decoder else context_length(model)
+    context, new = context_length(model), decoding.max_new_tokens
     beside = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
-        if context and len(prompt) + decoding.max_new_tokens > context:
+        # An encoder-decoder has a context for each.
+        needed = max(len(prompt), new) if model.config.is_encoder_decoder else len(prompt) + new
+        if context and needed > context:
             raise DataError(
                 f"Prompt {number} has {len(prompt) - virtual} tokens{beside}; with max_new_tokens "
-                f"{decoding.max_new_tokens} that exceeds the model's context of {context}. Shorten the prompt or "
+                f"{new} that exceeds the model's context of {context}. Shorten the prompt or "
                 "lower max_new_tokens."
             )
 

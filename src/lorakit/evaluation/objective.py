@@ -298,5 +298,7 @@ def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> 
 
 def tolerance(model: nn.Module) -> float:
     """Return the relative rounding to expect between two equal ways to compute `model`."""
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    return 2e-2 if half or torch.is_autocast_enabled("cpu") else 1e-4
+    parameters = list(model.parameters())
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    autocast = any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in parameters})
+    return 2e-2 if half or autocast else 1e-4

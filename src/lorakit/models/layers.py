@@ -107,6 +107,8 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         overrides = type(layer).forward is not nn.Embedding.forward
         if overrides and not hasattr(layer, "embed_scale"):
             return "it makes its own indices instead of looking up its input"
+        if layer.max_norm is not None:
+            return "it renormalises its rows (max_norm), so that no table holds what it and an adapter give"
         return None
     if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None

@@ -338,6 +338,11 @@ def _settle_padding(base: Base) -> None:
         if model.main_input_name == "input_ids":
             base.notices.append(f"'{base.source.name}' has no tokenizer.")
         return
+    config = model.config.get_text_config()
+    if tokenizer.pad_token is None:
+        known = getattr(config, "pad_token_id", None)
+        if known is not None and 0 <= known < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             base.notices.append("The tokenizer has neither a padding nor an end token.")
@@ -350,8 +355,13 @@ def _settle_padding(base: Base) -> None:
             f"The tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings: do "
             "they belong together?"
         )
-    config = model.config.get_text_config()
-    if getattr(config, "pad_token_id", None) is None:
+    # A classifier finds the last token of a row by what is padding: both must mean the same token.
+    if (looked_for := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
+        if looked_for is not None:
+            base.notices.append(
+                f"The tokenizer pads with token {tokenizer.pad_token_id}, and the model's configuration says "
+                f"{looked_for}: the tokenizer's is taken."
+            )
         config.pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:

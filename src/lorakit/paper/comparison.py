@@ -23,8 +23,8 @@ class Measured:
     """Median or mean over the seeds, as in the paper's table."""
     spread: float | None
     """Standard deviation over the seeds; None with one."""
-    seeds: tuple[float, ...]
-    """The number for each seed."""
+    seeds: dict[int, float]
+    """The number of each seed whose training did not diverge."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,8 +138,10 @@ def _own_row(grid: Grid, variant: Variant, sets: dict[str, DataSet]) -> OwnRow:
             continue
         records = grid.records(data_set, variant)
         for column in data_set.columns:
-            found = [record.score(column.score) for record in records]
-            values = [value * column.scale for value in found if value is not None]
+            found = {record.seed: record.score(column.score) for record in records}
+            values = {
+                seed: value * column.scale for seed, value in found.items() if value is not None
+            }
             if values:
                 cells[column.name] = _measured(values, _centre(grid))
     return OwnRow(
@@ -154,17 +156,18 @@ def _centre(grid: Grid) -> Any:
     return statistics.median if grid.study.table.statistic == "median" else statistics.fmean
 
 
-def _measured(values: Sequence[float], centre: Any) -> Measured:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return Measured(value=centre(values), spread=spread, seeds=tuple(values))
+def _measured(seeds: dict[int, float], centre: Any) -> Measured:
+    spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else None
+    return Measured(value=centre(seeds.values()), spread=spread, seeds=seeds)
 
 
 def _average(cells: Sequence[Measured], centre: Any) -> Measured:
     """The mean over columns, of the numbers as shown; its spread is that of the means by seed."""
     value = statistics.fmean(cell.value for cell in cells)
-    seeds = min(len(cell.seeds) for cell in cells)
-    by_seed = [statistics.fmean(cell.seeds[i] for cell in cells) for i in range(seeds)]
-    return Measured(value=value, spread=_measured(by_seed, centre).spread, seeds=tuple(by_seed))
+    common = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
+    by_seed = {seed: statistics.fmean(cell.seeds[seed] for cell in cells) for seed in common}
+    spread = _measured(by_seed, centre).spread if by_seed else None
+    return Measured(value=value, spread=spread, seeds=by_seed)
 
 
 def _difference(

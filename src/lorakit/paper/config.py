@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lorakit.configuration import conform
@@ -15,6 +16,7 @@ from lorakit.paper.study import MAX_TRIALS, Study
 TABLES = ("table1", *STUDIES, "table7")
 """The tables that can be run: of training runs, and those of latency (1) and amplification (7)."""
 
+_NO_PART_OF_THE_COMMAND = ("table", "data", "output", "keep_weights", "device", "dry_run")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -84,7 +86,7 @@ class PaperConfig:
                 f"trials is {self.trials}; at most {MAX_TRIALS} learning rates are tried."
             )
         if self.epochs is not None and not 0 < self.epochs < 1e6:
-            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0.")
+            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
         if self.budget is not None:
             _seconds(self.budget)  # one that cannot be read is an error here already
         _ = self.base  # so are a wrong dtype and device
@@ -115,28 +117,22 @@ class PaperConfig:
 
     @property
     def command(self) -> str:
-        """The command line that asks for this, without what is left at its default."""
-        words = ["lorakit paper", self.table]
-        for name in (
-            "model",
-            "tasks",
-            "methods",
-            "seeds",
-            "trials",
-            "budget",
-            "epochs",
-            "limit",
-            "eval_limit",
-            "beams",
-        ):
-            value = getattr(self, name)
-            if value != getattr(type(self), name):
-                words.append(f"--{name} {','.join(value) if isinstance(value, tuple) else value}")
-        if self.batch_size != 16:
-            words.append(f"--batch_size {self.batch_size}")
+        """The command line that asks for the same numbers, without what is left at its default.
+
+        Where the data lies is left open, and so is what no number depends on.
+        """
+        words = ["lorakit", "paper", self.table]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in _NO_PART_OF_THE_COMMAND or value == option.default:
+                continue
+            words += [
+                f"--{option.name}",
+                ",".join(value) if isinstance(value, tuple) else str(value),
+            ]
         if self.data is not None:
-            words.append("--data DATA")
-        return " ".join(words)
+            words += ["--data", "DATA"]
+        return shlex.join(words)
 
 
 def _seconds(text: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorakit.paper.comparison import Comparison
-from lorakit.paper.report import rows, title
+from lorakit.paper.report import own_notes, rows, title
 from lorakit.reporting import Figure, Page, Section
 from lorakit.reporting.charts import Chart
 from lorakit.reporting.page import Block, Cell, Code, Prose, Table
@@ -51,7 +51,7 @@ def table_page(found: Comparison) -> Page:
         )
         if others:
             summary.append(f"LoRA is {words} {', '.join(others)}, by more than the seeds differ.")
-    notes = [*grid.study.notes, *grid.study.table.notes]
+    notes = [*own_notes(found), *grid.study.table.notes]
     sections = [
         Section(title="Scores", blocks=blocks),
         Section(title="LoRA against the others", blocks=_differences(found)),

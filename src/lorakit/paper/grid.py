@@ -129,6 +129,12 @@ class Grid:
         found = (self.runner.record(run) for run in self.scored_runs(data_set, variant))
         return [record for record in found if record is not None and record.scores]
 
+    def diverged_seeds(self, data_set: DataSet, variant: Variant) -> list[int]:
+        """Return the seeds whose training diverged at the chosen rate: a number is without them."""
+        runs = self.scored_runs(data_set, variant)
+        found = ((run.seed, self.runner.record(run)) for run in runs)
+        return [seed for seed, record in found if record is not None and record.failure]
+
     @property
     def total(self) -> int:
         """Training runs in all."""
@@ -211,6 +217,12 @@ def open_grid(
         for data_set in config.study.data_sets:
             _hold_out(config, data_set, plan)
         grid = Grid(config, plan, say, amplification)
+        if not list(grid.cells()):
+            reasons = {v: c.left_out for own in plan.counts.values() for v, c in own.items()}
+            raise ConfigurationError(
+                f"No method that was asked for fits {config.base.name}: "
+                f"{'; '.join(f'{name}: {why}' for name, why in reasons.items())}. Name others (--methods)."
+            )
         if config.seconds is not None and not plan.steps:
             plan.steps, plan.timing = divide(
                 config.seconds, grid.runner, list(grid.cells()), config, say

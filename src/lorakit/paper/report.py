@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -212,10 +212,21 @@ def _trials(found: Comparison) -> list[str]:
 
 
 def _notes(found: Comparison) -> list[str]:
+    return [
+        "## Notes",
+        "These runs:\n\n" + "\n".join(f"- {note}" for note in own_notes(found)),
+        "The published numbers:\n\n"
+        + "\n".join(f"- {note}" for note in found.grid.study.table.notes),
+    ]
+
+
+def own_notes(found: Comparison) -> list[str]:
+    """Return what a reader of the numbers has to know of the runs behind them, a sentence or more each."""
     grid = found.grid
     own = [
         _how_chosen(grid),
         *(f"{row.variant.label} is left out: {row.left_out}" for row in found.own if row.left_out),
+        *_diverged(grid),
         *grid.study.notes,
     ]
     if grid.config.eval_limit:
@@ -232,11 +243,16 @@ def _notes(found: Comparison) -> list[str]:
         own.append(
             f"Runs see {grid.config.limit:,} training examples, drawn once; all see the same."
         )
-    return [
-        "## Notes",
-        "These runs:\n\n" + "\n".join(f"- {note}" for note in own),
-        "The published numbers:\n\n" + "\n".join(f"- {note}" for note in grid.study.table.notes),
-    ]
+    return own
+
+
+def _diverged(grid: Grid) -> Iterator[str]:
+    for data_set, variant in grid.cells():
+        if seeds := grid.diverged_seeds(data_set, variant):
+            yield (
+                f"{variant.label} on {data_set.key}: training diverged with {len(seeds)} of {grid.config.seeds} seeds "
+                f"({', '.join(map(str, seeds))}); its numbers are those of the others."
+            )
 
 
 def _how_chosen(grid: Grid) -> str:

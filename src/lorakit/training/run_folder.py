@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -174,7 +175,9 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The command that goes on with this run."""
-        return f"lorakit train --config {self.path / CONFIG} --resume true"
+        return shlex.join(
+            ["lorakit", "train", "--config", str(self.path / CONFIG), "--resume", "true"]
+        )
 
     def claim(self) -> None:
         """Make the folder that of this run: until now nothing in it was changed, an old run included."""
@@ -335,7 +338,8 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if differences:
         raise ConfigurationError(
             f"The run in {path} was started with other settings: {'; '.join(differences)}. Resume it with its own "
-            f"(--config {path / CONFIG} --resume true), or start a new run from its weights with from_adapter."
+            f"(--config {shlex.quote(str(path / CONFIG))} --resume true), or start a new run from its weights with "
+            "from_adapter."
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from lorakit.errors import LorakitError
 from lorakit.evaluation.config import Decoding
 from lorakit.evaluation.evaluate import by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
@@ -35,6 +38,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         state.scores = evaluation.scores
         if settings.samples:
             state.scores = {**state.scores, **_sample(run, job, state.step)}
+    _require_finite(state.scores, job.task.name)
     log.scores(state)
     if state.step == 0:
         state.scores_before = state.scores
@@ -51,6 +55,16 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             settings.patience is not None and state.without_best >= settings.patience
         )
     show.scores(state, best=improved)
+
+
+def _require_finite(scores: dict[str, float], task: str) -> None:
+    """Refuse what no choice can be made by, at the latest before the first step."""
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise LorakitError(
+                f"The {name} of the validation data is {score}. Where training has not diverged, the scores of task "
+                f"{task} must be finite whatever the predictions: return 0 where {name} is not defined."
+            )
 
 
 def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
