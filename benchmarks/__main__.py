@@ -1,7 +1,7 @@
 """Run the benchmarks.
 
-python -m benchmarks                              every part but compiled and planner
-python -m benchmarks compiled planner             these two
+python -m benchmarks                              every part but compiled, planner and accuracy
+python -m benchmarks compiled planner accuracy    these three
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     go on with an interrupted one
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
@@ -28,9 +28,10 @@ PARTS = {
     "merge": "benchmarks.merge_drift",
     "compiled": "benchmarks.compiled",
     "planner": "benchmarks.planner",
+    "accuracy": "benchmarks.accuracy",
 }
 
-ASKED_FOR = ("compiled", "planner")
+ASKED_FOR = ("compiled", "planner", "accuracy")
 """Parts that run where they are named: with them the others would not be done within an hour."""
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(PARTS)}; if none is named all but {' and '.join(ASKED_FOR)}",
+        help=f"{', '.join(PARTS)}; if none is named all but {', '.join(ASKED_FOR)}",
     )
     parser.add_argument("--quick", action="store_true", help="a few rows and updates, one round")
     parser.add_argument("--rows", nargs="*", default=[], choices=[w.name for w in WORKLOADS])

@@ -16,6 +16,7 @@ import gzip
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.workloads import SEED, WORKLOADS, Order, Workload
 from lorakit.data import BatchSampler, DataConfig, docstrings, load_examples
@@ -130,17 +132,48 @@ def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Pre
     else:
         plain = [list(range(i, i + size)) for i in range(0, len(train), size)]
         orders = {"plain": plain, "bucketed": BatchSampler(train.lengths, size, SEED)(0)}
+    return _tokenised(prepared, train.examples, orders, tokenizer)
+
+
+def prepare_whole(workload: Workload, folder: Path) -> Prepared:
+    """Write the whole of a row's data into `folder`, in the batches of its epochs; a last short batch is left out."""
+    rows, held_out, source = _rows(workload, random.Random(SEED))
+    root = shared_data()
+    if root is not None and workload.data == "mrpc":  # whose tests have public labels
+        names = ("sentence1", "sentence2", "label")
+        tests = _read(root / "mrpc" / "test.jsonl")
+        held_out = [*held_out, *({name: row[name] for name in names} for row in tests)]
+        source = f"{source}, validation and test together"
+    folder.mkdir(parents=True)
+    size = workload.batch_size
+    _write(folder / "train.jsonl", rows[: len(rows) // size * size])
+    _write(folder / "held_out.jsonl", held_out)
+    prepared = Prepared(workload, folder, workload.base, source, [], [], {}, 0)
+    tokenizer = load_tokenizer(workload.base)
+    train = load_examples(prepared.data, "train", tokenizer)
+    sampler = BatchSampler(train.lengths, size, SEED)
+    batches = [batch for epoch in range(workload.epochs) for batch in sampler(epoch)]
+    return _tokenised(prepared, train.examples, {"bucketed": batches}, tokenizer)
+
+
+def _tokenised(
+    drawn: Prepared,
+    examples: Sequence[Example],
+    batches: dict[Order, list[list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Prepared:
+    """Write down the tokens of what was drawn, and return it as it is read."""
     record = {
-        "workload": dataclasses.asdict(workload),
-        "base": base,
-        "source": source,
-        "examples": [_plain(example) for example in train.examples],
-        "held_out": [_plain(e) for e in load_examples(prepared.data, "test", tokenizer).examples],
-        "batches": orders,
+        "workload": dataclasses.asdict(drawn.workload),
+        "base": drawn.base,
+        "source": drawn.source,
+        "examples": [_plain(example) for example in examples],
+        "held_out": [_plain(e) for e in load_examples(drawn.data, "test", tokenizer).examples],
+        "batches": batches,
         "pad_id": tokenizer.pad_token_id,
     }
-    (folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
-    return Prepared.read(folder)
+    (drawn.folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
+    return Prepared.read(drawn.folder)
 
 
 def _plain(example: Example) -> dict[str, Any]:

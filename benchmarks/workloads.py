@@ -37,6 +37,8 @@ class Workload:
     """First updates, which neither clock nor scales count."""
     updates: int = 2
     """Updates that are counted in a run."""
+    epochs: int = 1
+    """Passes over the examples: several where the outcome is measured and not the speed."""
     quick_updates: int = 2
     """The same for a quick run; 0 leaves the row out."""
     compares_all: bool = False

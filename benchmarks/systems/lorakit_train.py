@@ -34,7 +34,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
         output=str(scratch / "run"),
         method="full" if full else "lora",
         lora=lorakit.LoRA() if full else lora,
-        epochs=1,
+        epochs=workload.epochs,
         batch_size=workload.batch_size,
         sampling="grouped" if workload.grouped else "random",
         gradient_checkpointing=workload.checkpointing,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import adapter, inference, merge_drift, report, table1, training_tables
+from benchmarks import accuracy, adapter, inference, merge_drift, report, table1, training_tables
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -131,3 +132,31 @@ def test_adapter_and_merge_tables() -> None:
     runs = [{"changed": 1234, "largest": 0.5, "exact": None, "seconds": 0.002}]
     text = report.markdown([("", merge_drift.drift({"bfloat16": {"PEFT": runs}}))])
     assert cells(text, "bfloat16, PEFT")[1:] == ["1,234", "0.5", "-", "2.00"]
+
+
+def test_the_interval_of_a_difference_is_paired() -> None:
+    """Both wrong on the same hundred: the single example they differ in is all that there is to resample."""
+    ours = np.arange(1000) >= 100
+    theirs = ours.copy()
+    theirs[500] = False
+    low, high = accuracy.interval(ours, theirs)
+    assert 0 <= low <= 0.001 <= high <= 0.005
+    assert accuracy.interval(ours, ours) == (0.0, 0.0)
+
+
+def test_accuracies_beside_each_other() -> None:
+    record = {
+        "source": "MRPC",
+        "updates": 12,
+        "epochs": 3,
+        "systems": {
+            name: {"loss": loss, "right": [True, right] * 50, "process_seconds": 90.0}
+            for name, loss, right in (
+                (accuracy.OURS.name, 0.5, True),
+                (accuracy.PEFT.name, 0.6, False),
+            )
+        },
+    }
+    text = report.markdown(accuracy.sections(record))
+    assert cells(text, "lorakit") == ["lorakit", "0.5000", "100.00%", "1.5"]
+    assert "lorakit minus PEFT: +50.00 points, 95% interval +4" in text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
-from benchmarks.examples import IGNORED, Prepared, prepare
+from benchmarks.examples import IGNORED, Prepared, prepare, prepare_whole
 from benchmarks.workloads import WORKLOADS, Workload
 
 WORDS = [
@@ -53,7 +53,7 @@ def data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"sentence1": " ".join(WORDS[: 1 + i % 13]), "sentence2": f"{i}", "label": i % 2, "idx": i}
         for i in range(900)
     ]
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         (mrpc / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sentences))
     monkeypatch.setenv("LORAKIT_SHARED", str(tmp_path))
 
@@ -109,6 +109,22 @@ def test_grouped_batches_share_prompts(tmp_path: Path) -> None:
 def test_what_was_prepared_is_read_again_whole(tmp_path: Path) -> None:
     prepared = prepared_row(tmp_path, "e2e")
     assert Prepared.read(prepared.folder) == prepared
+
+
+@pytest.mark.usefixtures("data_sets")
+def test_whole_epochs_take_every_example_and_every_held_out_one(tmp_path: Path) -> None:
+    tiny_encoder_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    workload = dataclasses.replace(
+        ROWS["mrpc"], base=str(tmp_path / "base"), batch_size=16, epochs=2
+    )
+    prepared = prepare_whole(workload, tmp_path / "examples")
+    whole = 900 // 16
+    batches = prepared.batches["bucketed"]
+    for epoch in (batches[:whole], batches[whole:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(whole * 16))
+    assert batches[:whole] != batches[whole:]
+    assert len(prepared.held_out) == 2 * 900  # validation and test
 
 
 @pytest.mark.usefixtures("data_sets")
