@@ -158,6 +158,22 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     assert (texts, "note" in note) == (answer, False)
 
 
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
+    name, trained, tmp_path, capsys
+) -> None:
+    prompts = ["river\u2028park", "a\x85b", "a\x0cb"]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    else:
+        lines = prompts
+    (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    output = tmp_path / "out.jsonl"
+    generated(trained, capsys, "--file", str(tmp_path / name), "--output", str(output))
+    rows = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(row)["prompt"] for row in rows] == prompts
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorakit import metrics
-from lorakit.data.readers import Problem, Row, reader_for
+from lorakit.data.readers import Problem, Row, lines_of, reader_for
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
 
 OnTexts = Literal["e2e", "webnlg", "dart", "rouge"]
@@ -144,8 +144,7 @@ def _plain_lines(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}).") from None
-    # Not splitlines(), for which a text may hold other ends of lines too.
-    return tuple(line.strip() for line in text.removesuffix("\n").split("\n")) if text else ()
+    return tuple(line.strip() for line in lines_of(text))
 
 
 def _value(row: Row, column: str) -> Any:
