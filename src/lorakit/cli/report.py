@@ -34,7 +34,7 @@ class ReportConfig:
         conform(self)
         if not self.runs:
             raise ConfigurationError("runs is empty; name a run's folder: lorakit report RUN.")
-        if len(set(map(str, map(Path, self.runs)))) < len(self.runs):
+        if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigurationError("runs names a folder twice; name each run once.")
 
 
