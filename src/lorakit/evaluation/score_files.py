@@ -66,10 +66,12 @@ def score_files(
         return metrics.regression(said.numbers("output"), right.numbers("label"))
     if family == "wikisql":
         return metrics.wikisql(said.texts("output"), right.values())
+    texts = said.texts("output")
+    groups = right.groups(len(texts))
     if family == "rouge":
-        return metrics.rouge(said.texts("output"), right.groups())
+        return metrics.rouge(texts, groups)
     score = metrics.e2e if family == "e2e" else metrics.webnlg
-    return score(said.texts("output"), right.groups(), java=java)
+    return score(texts, groups, java=java)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,15 @@ class _File:
             return list(self.lines)
         return [_text(_value(row, column), row, column) for row in self.rows]
 
-    def groups(self) -> list[list[str]]:
-        """The references of each output."""
+    def groups(self, outputs: int) -> list[list[str]]:
+        """The references of each output, of which there are so many."""
         if self.rows is not None:
             return [_references(row) for row in self.rows]
         lines = list(self.lines)
         while lines and not lines[-1]:
             lines.pop()
-        if "" not in lines:
+        # An empty line at the very end closes the only group there is, or a file of one reference for each output.
+        if "" not in lines and not (outputs == 1 and len(lines) < len(self.lines)):
             return [[line] for line in lines]
         groups: list[list[str]] = [[]]
         for line in lines:
