@@ -59,6 +59,7 @@ def _overview() -> str:
 def _spectrum(argv: Sequence[str]) -> None:
     from lorakit import analysis
     from lorakit.analysis import figures
+    from lorakit.analysis.spectrum import UNTRAINED
 
     config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
     found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
@@ -81,6 +82,8 @@ def _spectrum(argv: Sequence[str]) -> None:
         f"Share of the whole squared norm kept at rank {shares}.",
         f"Rank {facts['overall']['suggested_rank']} for all keeps {config.energy:.4g} of it.",
     ]
+    if not found.norm:
+        lines = [UNTRAINED]
     _show(
         "spectrum",
         config,
