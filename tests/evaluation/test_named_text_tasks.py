@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -102,9 +103,11 @@ def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch)
     assert found.scores == data_to_text.e2e(
         [r["output"] for r in found.outputs], [r["references"] for r in found.outputs]
     )
-    # What is asked for goes before the task's own.
-    evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=2)))
-    assert asked[-1][1] == Decoding(beams=2)
+    # What is asked for goes before the task's own, the rest of which stays.
+    evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=1, batch_size=2)))
+    assert asked[-1][1] == dataclasses.replace(decoding, beams=1, batch_size=2)
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        evaluate(config(trained, "e2e_nlg", decoding=Decoding(temperature=1.0)))
 
 
 def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: Path) -> None:

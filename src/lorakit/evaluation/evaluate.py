@@ -77,6 +77,7 @@ def evaluate(
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     task = _task(config)
+    decoding = (config.decoding or Decoding()).over(task.type.decoding)
     base = open_adapted(
         config.base, config.adapter, task=task, allow_other_base=config.allow_other_base
     )
@@ -104,7 +105,6 @@ def evaluate(
             task=task.type,
         )
     if "text" in config.scores and task.generates:
-        decoding = config.decoding or Decoding(**(task.type.decoding or {}))
         text = generated(
             base,
             examples,
