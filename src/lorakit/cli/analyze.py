@@ -293,10 +293,13 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
 
 def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str) -> Any:
     from lorakit.cli.parsing import parse
+    from lorakit.methods.registry import use_method
 
     usage = " ".join(field.upper() for field in positional)
     text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
     config = parse(config_class, f"analyze {name}", text, argv, *positional)
+    if config.method is not None:
+        use_method(config.method)
     config.require_writable()
     return config
 

@@ -25,6 +25,8 @@ class ReportConfig:
     """Run folders: the page of one, or one page that compares several."""
     output: str | None = None
     """The page; by default report.html in the run's folder, or comparison.html here for several."""
+    method: str | None = None
+    """A method of your own that the adapters were trained with: path/to/file.py:Class."""
     figures: str | None = None
     """Write every figure of the page into this folder too, as PNG and SVG."""
     overwrite: bool = False
@@ -42,6 +44,7 @@ def run(argv: Sequence[str]) -> None:
     """Read the runs' folders and write the page."""
     from lorakit import storage
     from lorakit.cli.parsing import parse
+    from lorakit.methods.registry import use_method
     from lorakit.reporting.drawing import require_drawing
     from lorakit.training.run_folder import REPORT
 
@@ -52,6 +55,8 @@ def run(argv: Sequence[str]) -> None:
         "Usage: lorakit report RUN [RUN ...].",
         _named(argv),
     )
+    if config.method is not None:
+        use_method(config.method)
     require_drawing()
     one = len(config.runs) == 1
     own = one and config.output is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,16 @@ def run(argv: Sequence[str]) -> None:
     if result.best is not None and result.best_step != result.steps:
         print(f"best     {result.best} (step {result.best_step})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
-    print(f"next     lorakit inspect {result.adapter}")
+    print(f"next     {_next(config, result)}")
+
+
+def _next(config: TrainConfig, result: RunResult) -> str:
+    """The command that shows the adapter; it has to be told where the class of one's own method is."""
+    from lorakit.methods.registry import is_own
+
+    own = [name for name in config.method_names if is_own(name)]
+    option = ["--method", own[0]] if own else []
+    return shlex.join(["lorakit", "inspect", str(result.adapter), *option])
 
 
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
