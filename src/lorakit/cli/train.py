@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
         "override.",
         rest,
         defaults=_recipe(recipe, rest) if recipe else None,
+        typed_only="--recipe",
     )
     result = train(config)
     minutes = result.seconds / 60
