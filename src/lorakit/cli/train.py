@@ -17,6 +17,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import write_run_report
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
+    from lorakit.training.progress import gigabytes
 
     recipe, rest = take_option(argv, "--recipe")
     config = parse(
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     print(
         f"\n{result.steps:,} steps in {minutes:.1f} minutes ({result.tokens:,} tokens, "
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
-        f"{result.peak_memory / 1e9:.2f} GB{early}"
+        f"{gigabytes(result.peak_memory)}{early}"
     )
     planned, predicted = _planned(config, result)
     print(planned)
@@ -62,6 +63,7 @@ def _next(config: TrainConfig, result: RunResult) -> str:
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
     """What `lorakit plan` says of the run, to be printed and for its report; None where it says nothing."""
     from lorakit.planning import plan
+    from lorakit.training.progress import gigabytes
 
     try:
         found = plan(config, compare=False)
@@ -69,7 +71,7 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
         return f"planned  nothing: {' '.join(str(error).split())}", None
     tokens = found.tokens / found.chosen.seconds
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {found.process_peak / 1e9:.2f} GB "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {gigabytes(found.process_peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {

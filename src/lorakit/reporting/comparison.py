@@ -18,7 +18,7 @@ from lorakit.reporting.run_report import (
 )
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
-from lorakit.training.progress import duration
+from lorakit.training.progress import duration, size
 
 NOT_COMPARED = ("output", "resume", "overwrite")
 
@@ -137,12 +137,12 @@ def _costs(runs: Sequence[RunRecord]) -> Table:
         ["Tokens a second", *cells(speed)],
         [
             "Peak memory",
-            *cells(lambda run: measures.size(run.result["peak_memory"]) if run.result else None),
+            *cells(lambda run: size(run.result["peak_memory"]) if run.result else None),
         ],
         ["Trained parameters", *cells(known("trained_parameters", lambda n: n))],
         [
             "Adapter file",
-            *cells(lambda run: measures.size(run.adapter_bytes) if run.adapter_bytes else None),
+            *cells(lambda run: size(run.adapter_bytes) if run.adapter_bytes else None),
         ],
         ["Processor", *cells(lambda run: _machine(run))],
     ]
