@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -163,6 +164,17 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
     )
     assert status == 0
     assert f"{after['loss']:.4f}" in out
+
+
+def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
+    named = tmp_path / "[red]one"
+    shutil.copytree(folder / "one", named)
+    status, out, _ = run(
+        *(capsys, "compress", named, tmp_path / "small", "--rank", "1", "--scores", "[loss]"),
+        *("--data.test", folder / "test.jsonl", "--base.name", folder / "base"),
+    )
+    assert status == 0
+    assert "[red]one" in "".join(out.split())  # folded where it is long
 
 
 def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):

@@ -35,10 +35,9 @@ def summary(run: RunRecord) -> list[str]:
             f"{measures.parameters(base)})"
         )
     took = f" in {duration(seconds)}" if seconds else ""
-    done = "trained for" if result is not None else "has been trained for"
-    sentences = [f"{what} was {done} {steps:,} steps on {run.base_name}{took}."]
+    done = "has been" if result is None else "was"
+    sentences = [f"{what} {done} trained for {steps:,} steps on {run.base_name}{took}."]
     if result is None:
-        sentences[0] = sentences[0].replace(" was has ", " has ")
         sentences.append("The run is not finished: what follows is its state so far.")
     sentences += _score_sentences(run)
     if result is not None:
