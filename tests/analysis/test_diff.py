@@ -22,6 +22,7 @@ from sample_adapters import (
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, difference
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.training.loop import train
@@ -104,6 +105,15 @@ def test_what_one_adapter_has_alone_counts_against_zero():
     assert alone.second == 0
     assert alone.distance == pytest.approx(alone.first)
     assert "2 matrices are in the first adapter alone" in found.notices[0]
+
+
+def test_nothing_in_common():
+    both = [
+        StoredAdapter(method=method, trained={name: torch.ones(2)})
+        for method, name in ((FullFineTuning(), "weight"), (BitFit(), "bias"))
+    ]
+    with pytest.raises(AdapterFileError, match=r"nothing in common.*'bias' is trained"):
+        adapter_diff(*both)
 
 
 def test_parts_trained_in_full():

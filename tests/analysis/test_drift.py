@@ -10,8 +10,10 @@ from tiny_tokenizer import SENTENCES
 
 import lorakit
 from lorakit.analysis import adapter_drift, divergence
+from lorakit.analysis.drift import read_texts
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig
+from lorakit.tasks.language_modelling import start_ids
 
 
 def test_divergence_by_its_definition():
@@ -85,11 +87,51 @@ def test_an_adapter_that_does_nothing_leaves_every_prediction(folder, tmp_path):
     assert found.loss_base == found.loss_adapted
 
 
+@pytest.mark.parametrize("kind", [lorakit.PrefixEmbedding, lorakit.PrefixLayer])
+def test_words_are_compared_after_virtual_tokens(folder, tmp_path, kind):
+    base = BaseConfig(name=str(folder / "base"), dtype="float32")
+    loaded = lorakit.load_base(base.name, dtype="float32")
+    handle = lorakit.attach(loaded.model, kind(prefix_length=2, infix_length=1), name="a")
+    randomise(handle)
+    handle.save(tmp_path / "prefix")
+    found = adapter_drift(tmp_path / "prefix", folder / "text.txt", base=base, batch_size=3)
+    start = len(start_ids(loaded.tokenizer))
+    for text, one in zip(SENTENCES, found.texts, strict=True):
+        ids = loaded.tokenizer(text).input_ids
+        placed = handle.virtual_tokens.place(ids, keep=start, prompt=start)
+        both = []
+        for choice, row, first in ((None, ids, 0), ("a", placed, 3)):
+            handle.activate(choice)
+            with torch.no_grad():
+                logits = loaded.model(input_ids=torch.tensor([row])).logits[0, first:-1].double()
+            both.append(torch.distributions.Categorical(logits=logits))
+        kl = torch.distributions.kl_divergence(*both)
+        torch.testing.assert_close(torch.tensor(one.kl).double(), kl, rtol=1e-3, atol=1e-6)
+        handle.activate("a")
+    assert found.kl > 1e-4
+
+
+def test_virtual_tokens_take_of_the_context(folder, tmp_path):
+    base = BaseConfig(name=str(folder / "base"), dtype="float32")
+    model = lorakit.load_base(base.name, dtype="float32").model
+    handle = lorakit.attach(model, lorakit.PrefixEmbedding(prefix_length=3), name="a")
+    handle.save(tmp_path / "prefix")
+    (tmp_path / "text.txt").write_text(" ".join(SENTENCES))
+    found = adapter_drift(tmp_path / "prefix", tmp_path / "text.txt", base=base)
+    room = model.config.max_position_embeddings - handle.virtual_tokens.total
+    assert max(len(text.kl) for text in found.texts) == room - 1
+
+
 def test_long_texts_are_cut(folder):
     base = BaseConfig(name=str(folder / "base"), dtype="float32")
     found = adapter_drift(folder / "adapter", folder / "text.txt", base=base, max_length=8, limit=2)
     assert max(len(text.kl) for text in found.texts) == 7
     assert len(found.texts) > 2
+
+
+def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):
+    (tmp_path / "text.txt").write_bytes("a\u2028b\r\n \nc\x0cd\x85e\n".encode())
+    assert read_texts(tmp_path / "text.txt") == ["a\u2028b", "c\x0cd\x85e"]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,17 @@ def test_what_else_differs_is_said_or_taken_in(tmp_path):
     assert torch.equal(made.adapter.trained["transformer.ln_f.weight"], expected)
 
 
+def test_added_tokens_are_said(tmp_path):
+    base, tuned = models(tmp_path)
+    width, rows = tuned.config.hidden_size, tuned.config.vocab_size
+    tuned.resize_token_embeddings(rows + 3)
+    tuned.save_pretrained(tmp_path / "tuned")
+    (left,) = extract_adapter(base, tmp_path / "tuned", rank=3).notices
+    assert "1 other parameters differ too, in shape" in left  # the head is tied to it
+    expected = f"'transformer.wte.weight' is {(rows, width)} in the base and {(rows + 3, width)} in"
+    assert expected in left
+
+
 def test_full_fine_tuning_of_lorakit_s(tmp_path):
     model = tiny_models.build("llama")
     model.save_pretrained(tmp_path / "base")

@@ -13,6 +13,7 @@ from lorakit.adapters.stored import StoredAdapter
 from lorakit.analysis import adapter_similarity, adapter_spectrum
 from lorakit.analysis import figures as drawn
 from lorakit.analysis.report import comparison_sections, run_sections
+from lorakit.analysis.spectrum import UNTRAINED
 from lorakit.reporting import Figure
 from lorakit.reporting.drawing import inline_svg
 
@@ -75,6 +76,14 @@ def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) 
     assert sum(row[1] for row in section.blocks[2].rows) == len(found.layers)
     (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
     assert [type(block) for block in section.blocks] == [Figure, Figure]
+
+
+def test_the_page_of_a_run_that_trained_nothing_says_so(tmp_path) -> None:
+    from lorakit.adapters import formats
+
+    formats.write(stored(zero=linear(B=torch.zeros(20, 4))), tmp_path / "one")
+    (section,) = run_sections(tmp_path / "one")
+    assert section.blocks[0].text == UNTRAINED
 
 
 def test_adapters_without_a_matrix_in_common_are_said_to_have_none(tmp_path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,16 @@ import torch
 from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+
 import lorakit
+from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.cli import main
+from lorakit.training.config import HeldOutConfig
+from lorakit.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +164,39 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
     )
     assert status == 0
     assert f"{after['loss']:.4f}" in out
+
+
+def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
+    named = tmp_path / "[red]one"
+    shutil.copytree(folder / "one", named)
+    status, out, _ = run(
+        *(capsys, "compress", named, tmp_path / "small", "--rank", "1", "--scores", "[loss]"),
+        *("--data.test", folder / "test.jsonl", "--base.name", folder / "base"),
+    )
+    assert status == 0
+    assert "[red]one" in "".join(out.split())  # folded where it is long
+
+
+def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
+    base = tiny_runs.save_base(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig())
+    run_folder = train(config).folder
+    step = run_folder / "checkpoints" / "step-000004"
+    status, out, _ = run(
+        *(capsys, "compress", step, tmp_path / "small", "--rank", "2", "--json", "true"),
+        *("--data.test", tmp_path / "validation.jsonl", "--scores", "[loss]"),
+    )
+    assert status == 0
+    scores = json.loads(out)["scores"]
+    expected = json.loads((run_folder / "result.json").read_text())["scores"]["loss"]
+    assert scores[str(step)]["loss"] == pytest.approx(expected, rel=0.05)  # there in float32
+    assert "result" in scores
+    (made_from,) = formats.read(tmp_path / "small").provenance["made_from"]
+    assert made_from == {
+        "name": "step-000004",
+        "sha256": storage.sha256(step / "weights.safetensors"),
+    }
+    assert (tmp_path / "small" / "tokenizer_config.json").exists()
 
 
 def test_what_peft_cannot_load_stays_so(capsys, tmp_path):

@@ -82,6 +82,16 @@ def test_every_measure_prints_json(capsys, folder, measure):
     assert "notices" in facts
 
 
+def test_an_adapter_that_was_never_trained(capsys, folder, tmp_path):
+    model = lorakit.load_base(folder / "base", dtype="float32").model
+    lorakit.attach(model, lorakit.LoRA(rank=2, targets="mlp"), name="a").save(tmp_path / "fresh")
+    status, out, _ = run(capsys, "spectrum", tmp_path / "fresh", "--report", tmp_path / "p.html")
+    assert status == 0
+    assert "The adapter is zero everywhere: it was never trained." in out
+    assert "keeps" not in out
+    assert "zero everywhere" in (tmp_path / "p.html").read_text()
+
+
 def test_a_line_for_each_matrix(capsys, folder):
     _, grouped, _ = run(capsys, "spectrum", folder / "one")
     _, each, _ = run(capsys, "spectrum", folder / "one", "--layers", "true")

@@ -175,14 +175,19 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
 
 def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert")
-    rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.labelled(12))
+    names = ("dry", "wet")
+    labelled = [{**row, "label": names[row["label"]]} for row in tiny_runs.labelled(12)]
+    rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
     status, _, err = call(capsys, *argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
     page = output.with_suffix(".html").read_text()
     assert "Which label was taken for which" in page
+    assert "predicted wet" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
+    for key in ("output", "label"):
+        assert [r[f"{key}_name"] for r in records] == [names[r[key]] for r in records]
     table = page.split("Which label was taken for which")[-1].split("</table>")[0]
     counted = [
         [int(cell) for cell in re.findall(r'<td class="number">(\d+)</td>', row)]

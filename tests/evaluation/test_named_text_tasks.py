@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -102,9 +103,11 @@ def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch)
     assert found.scores == data_to_text.e2e(
         [r["output"] for r in found.outputs], [r["references"] for r in found.outputs]
     )
-    # What is asked for goes before the task's own.
-    evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=2)))
-    assert asked[-1][1] == Decoding(beams=2)
+    # What is asked for goes before the task's own, the rest of which stays.
+    evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=1, batch_size=2)))
+    assert asked[-1][1] == dataclasses.replace(decoding, beams=1, batch_size=2)
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        evaluate(config(trained, "e2e_nlg", decoding=Decoding(temperature=1.0)))
 
 
 def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: Path) -> None:
@@ -156,6 +159,22 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     plain = ["--task", "completion", "--prompt"]
     texts, note = generated(trained, capsys, *adapter, *plain, f"{CONTEXT}\n\n")
     assert (texts, "note" in note) == (answer, False)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
+    name, trained, tmp_path, capsys
+) -> None:
+    prompts = ["river\u2028park", "a\x85b", "a\x0cb"]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    else:
+        lines = prompts
+    (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    output = tmp_path / "out.jsonl"
+    generated(trained, capsys, "--file", str(tmp_path / name), "--output", str(output))
+    rows = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(row)["prompt"] for row in rows] == prompts
 
 
 @pytest.mark.parametrize(

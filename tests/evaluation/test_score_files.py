@@ -38,9 +38,18 @@ def test_plain_text_with_groups_of_references(tmp_path: Path, outputs: Path) -> 
     assert score_files(outputs, write(tmp_path / "r.txt", *lines, "", ""), "rouge") == SCORES
 
 
-def test_plain_text_with_one_reference_for_each_output(tmp_path: Path, outputs: Path) -> None:
+def test_one_output_with_several_references(tmp_path: Path) -> None:
+    output = write(tmp_path / "outputs.txt", OUTPUTS[0])
+    references = write(tmp_path / "references.txt", *REFERENCES[0], "")
+    assert score_files(output, references, "rouge") == rouge(OUTPUTS[:1], REFERENCES[:1])
+
+
+@pytest.mark.parametrize("end", [[], [""]])
+def test_plain_text_with_one_reference_for_each_output(
+    tmp_path: Path, outputs: Path, end: list[str]
+) -> None:
     first = [group[0] for group in REFERENCES]
-    references = write(tmp_path / "references.txt", *first)
+    references = write(tmp_path / "references.txt", *first, *end)
     assert score_files(outputs, references, "rouge") == rouge(OUTPUTS, [[text] for text in first])
 
 

@@ -68,6 +68,20 @@ def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, mo
     assert "IA3(targets=" in capsys.readouterr().out
     command = ["generate", "--method", NAME, "--adapter", folder, "--base.name", base]
     assert main([*command, "--prompt", "river:", "--decoding.max_new_tokens", "2"]) == 0
+    monkeypatch.setattr(registry, "_OWN", {})
+    assert main(["report", str(result.folder)]) == 1
+    assert "method path/to/file.py:Class" in capsys.readouterr().err
+    assert main(["report", str(result.folder), "--method", NAME]) == 0
+    monkeypatch.setattr(registry, "_OWN", {})
+    assert main(["analyze", "diff", folder, folder, "--method", NAME]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("river: park\n")
+    monkeypatch.setattr(registry, "_OWN", {})
+    assert main(["analyze", "drift", folder, str(text), "--base.name", base, "--method", NAME]) == 0
+    again = ["--output", str(tmp_path / "again"), "--max_steps", "1"]
+    assert main(["train", "--config", str(result.folder / "config.yaml"), *again]) == 0
+    adapter = tmp_path / "again" / "adapter"
+    assert f"next     lorakit inspect {adapter} --method {NAME}" in capsys.readouterr().out
     more = tiny_runs.config(
         tmp_path, base, method=NAME, from_adapter=folder, max_steps=1, output=str(tmp_path / "more")
     )

@@ -28,6 +28,11 @@ def test_f1_of_several_classes_is_their_mean() -> None:
     assert of_four["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 4)
 
 
+def test_a_set_of_one_class_has_scores_too() -> None:
+    found = classification([1, 1], [1, 1], classes=2)
+    assert found == {"accuracy": 1, "f1": 1, "matthews": 0}
+
+
 def test_a_class_index_may_be_large() -> None:
     assert classification([10**12, 0], [10**12, 0])["f1"] == 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.metrics import bleu, rouge
+from lorakit.metrics.overlap import text_scores
 
 
 def test_rouge_by_hand() -> None:
@@ -56,9 +59,59 @@ def test_no_reference_is_an_error(metric) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "module"), [(bleu, "sacrebleu.metrics.bleu"), (rouge, "rouge_score.rouge_scorer")]
+    ("metric", "module"),
+    [
+        (bleu, "sacrebleu.metrics.bleu"),
+        (rouge, "rouge_score.rouge_scorer"),
+        (text_scores, "sacrebleu.metrics.bleu"),
+    ],
 )
 def test_a_missing_package_names_the_extra(monkeypatch, metric, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[train\]'"):
         metric(["a"], [["a"]])
+
+
+def test_bleu_equals_the_official_e2e_scorer(shared: Path) -> None:
+    folder = shared / "metrics" / "e2e_golden"
+    outputs = (folder / "outputs.txt").read_text(encoding="utf-8").splitlines()
+    groups = (folder / "references.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    golden = json.loads((folder / "scores.json").read_text())
+    scores = text_scores(outputs, [group.splitlines() for group in groups])
+    assert round(scores["bleu"] / 100, 4) == golden["BLEU"]
+    # The official ROUGE-L weighs recall by 1.2 and takes precision and recall from different references.
+    assert scores["rouge_l"] / 100 == pytest.approx(golden["ROUGE_L"], abs=0.005)
+
+
+def test_outputs_may_have_different_numbers_of_references() -> None:
+    outputs = ["the cat sat on the mat", "a dog ran home today"]
+    references = [["the cat sat on the mat", "a cat sat there"], ["a dog ran home today"]]
+    assert text_scores(outputs, references) == {
+        "bleu": pytest.approx(100),
+        "rouge_l": pytest.approx(100),
+    }
+
+
+def test_case_matters_when_asked() -> None:
+    outputs, references = ["The Cat sat on the mat"], [["the cat sat on the mat"]]
+    assert text_scores(outputs, references)["bleu"] == pytest.approx(100)
+    assert text_scores(outputs, references, lowercase=False)["bleu"] < 80
+
+
+def test_rouge_l_takes_the_best_reference() -> None:
+    # Longest common subsequence "a b c": precision 3/3, recall 3/4.
+    scores = text_scores(["a b c"], [["x y z", "a q b c"]])
+    assert scores["rouge_l"] == pytest.approx(100 * 2 * 1 * 0.75 / 1.75)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "references", "message"),
+    [
+        ([], [], "nothing to score"),
+        (["a"], [["b"], ["c"]], "1 outputs cannot be scored against 2"),
+        (["a", "b"], [["a"], []], "Output 2 has no reference"),
+    ],
+)
+def test_what_cannot_be_scored_says_why(outputs, references, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        text_scores(outputs, references)

@@ -26,6 +26,7 @@ def test_recipes_are_listed_and_one_is_shown_whole(capsys):
     assert "roberta-base/mrpc/lora@code" in text
     assert main(["recipes", "gpt2-medium/e2e_nlg/lora@code"]) == 0
     text = capsys.readouterr().out
+    assert "evaluate --adapter out/run/adapter --data.task e2e_nlg" in text
     assert "--decoding.beams 10" in text
     assert "lorakit train --recipe gpt2-medium/e2e_nlg/lora@code --output" in text
     assert main(["recipes", "deberta", "rte", "--json", "true"]) == 0

@@ -151,6 +151,17 @@ def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
     assert "The runs have the same settings." in page.summary
 
 
+def test_names_are_lengthened_until_they_differ(run: Path) -> None:
+    record = read_run(run)
+    folders = [f"runs/{name}/rate-seed-0" for name in ("mrpc/lora", "rte/lora", "rte/full")]
+    runs = [dataclasses.replace(record, folder=Path(folder)) for folder in [*folders, "other"]]
+    columns = comparison_page(runs).sections[0].blocks[0].columns
+    assert columns[1:] == (
+        *("mrpc/lora/rate-seed-0", "rte/lora/rate-seed-0", "full/rate-seed-0"),
+        "other",
+    )
+
+
 def test_a_section_of_another_part_finds_its_place(run: Path) -> None:
     section = Section(title="Spectrum", blocks=[Table(caption="c", columns=("a",), rows=[("x",)])])
     titles = [s.title for s in run_page(read_run(run), analysis=[section]).sections]

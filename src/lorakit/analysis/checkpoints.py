@@ -21,6 +21,22 @@ def is_checkpoint(path: str | Path) -> bool:
     return NAME.fullmatch(path.name) is not None and (path / WEIGHTS).is_file()
 
 
+def saved_adapter(checkpoint: str | Path) -> Path:
+    """The adapter folder of a checkpoint's run, which says what the checkpoint's tensors are.
+
+    Raises:
+        AdapterFileError: The run has saved none yet.
+    """
+    run = Path(checkpoint).resolve().parent.parent
+    saved = [run / name for name in (ADAPTER, BEST) if (run / name).is_dir()]
+    if not saved:
+        raise AdapterFileError(
+            f"'{checkpoint}' holds tensors alone, and the run has saved no adapter yet that says what they are. It "
+            f"does so in '{run / ADAPTER}' at its end, and in '{run / BEST}' once it has validated."
+        )
+    return saved[0]
+
+
 def read_checkpoint(path: str | Path) -> StoredAdapter:
     """The adapter at a checkpoint: its tensors, in the form of the adapter that the run has saved.
 
@@ -28,14 +44,8 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
         AdapterFileError: The run has saved none yet, or the checkpoint is of other tensors.
     """
     path = Path(path)
-    run = path.resolve().parent.parent
-    saved = [run / name for name in (ADAPTER, BEST) if (run / name).is_dir()]
-    if not saved:
-        raise AdapterFileError(
-            f"'{path}' holds tensors alone, and the run has saved no adapter yet that says what they are. It "
-            f"does so in '{run / ADAPTER}' at its end, and in '{run / BEST}' once it has validated."
-        )
-    stored = formats.read(saved[0])
+    saved = saved_adapter(path)
+    stored = formats.read(saved)
     left = read_safetensors(path / WEIGHTS)
     try:
         for place, layer in stored.layers.items():
@@ -52,8 +62,8 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
             key = f"{place}.{ADAPTERS}.{ADAPTER_NAME}.trained.{attribute}"
             stored.trained[name] = left.pop(key)
     except KeyError as error:
-        raise AdapterFileError(f"'{path}' has no {error}, which '{saved[0]}' has.") from None
+        raise AdapterFileError(f"'{path}' has no {error}, which '{saved}' has.") from None
     if left:
-        raise AdapterFileError(f"'{path}' has '{min(left)}', which '{saved[0]}' has not.")
+        raise AdapterFileError(f"'{path}' has '{min(left)}', which '{saved}' has not.")
     stored.provenance = {**stored.provenance, "step": int(path.name.removeprefix("step-"))}
     return stored

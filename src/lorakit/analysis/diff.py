@@ -154,6 +154,12 @@ def adapter_diff(
         alone = [name for name in mine if name not in theirs]
         if alone:
             found.append(f"'{alone[0]}' is trained in full in the {which} adapter alone.")
+    if not layers and not shared:
+        methods = " and ".join(type(adapter.method).__name__ for adapter in stored)
+        raise AdapterFileError(
+            f"The two adapters ({methods}) have nothing in common. {' '.join(found)} Compare adapters of the same "
+            "method and layers."
+        )
     trained = {name: _of_tensors(name, tensors[0][name], tensors[1][name]) for name in shared}
     return AdapterDiff(layers=layers, trained=trained, notices=found)
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.adapters import handle_of
-from lorakit.data.readers import reader_for
+from lorakit.data.readers import lines_of, reader_for
 from lorakit.errors import BaseModelError, ConfigurationError, DataError, require_at_least
 from lorakit.evaluation.adapted import ADAPTER, open_adapted
-from lorakit.evaluation.base import context_length
+from lorakit.evaluation.base import collator, context_length, virtual_tokens_of
 from lorakit.evaluation.config import BaseConfig
+from lorakit.evaluation.objective import IGNORED
 from lorakit.models.loading import Base
+from lorakit.tasks import LanguageExample
 from lorakit.tasks.language_modelling import prompt_ids
 
 _ROWS = 128
@@ -120,6 +122,8 @@ def adapter_drift(
 ) -> Drift:
     """Compare a model's predictions on a text file with and without an adapter.
 
+    Virtual tokens that the adapter takes stand before each text; what is compared are the predictions of its tokens.
+
     Args:
         adapter: A folder of lorakit or PEFT.
         text_file: UTF-8 text; each line that is not blank is one text. Text unrelated to the adapter's task
@@ -179,7 +183,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
             "data files."
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
@@ -192,7 +196,10 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
 
 def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
     assert base.tokenizer is not None  # open_adapted refuses a base without
-    length = min(max_length, context_length(base.model) or max_length)
+    context = context_length(base.model)
+    length = max_length
+    if context is not None:
+        length = min(max_length, context - virtual_tokens_of(base.model).total)
     for text in texts:
         ids = prompt_ids(base.tokenizer, text)
         for start in range(0, len(ids), length):
@@ -202,26 +209,40 @@ def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[
 
 
 @torch.no_grad()
+def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor]:
+    """The logits (targets, classes) for the targets of each example, with what is active now."""
+    batch = collator(base)(examples)
+    labels = batch.pop("labels")
+    logits = base.model(**batch, use_cache=False).logits
+    return [
+        each[:-1][targets[1:] != IGNORED].cpu()
+        for each, targets in zip(logits, labels, strict=True)
+    ]
+
+
 def _compare(
     base: Base, pieces: Sequence[list[int]]
 ) -> Iterator[tuple[int, TextDrift, tuple[float, float]]]:
     """What changed on each of the pieces, and the sums of the two models' losses."""
-    model, tokenizer, handle = base.model, base.tokenizer, handle_of(base.model)
+    tokenizer, handle = base.tokenizer, handle_of(base.model)
     assert handle is not None
     assert tokenizer is not None
-    width = max(map(len, pieces))
-    padded = [[*ids, *[ids[0]] * (width - len(ids))] for ids in pieces]
-    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in pieces]
-    batch = {
-        "input_ids": torch.tensor(padded, device=model.device),
-        "attention_mask": torch.tensor(mask, device=model.device),
-    }
-    logits = []
+    # Text after an empty prompt: virtual tokens of the adapter stand before all of it.
+    examples = [
+        LanguageExample(
+            input_ids=ids,
+            loss_mask=[False] + [True] * (len(ids) - 1),
+            prompt_length=0,
+            prompt="",
+            completion="",
+        )
+        for ids in pieces
+    ]
+    predictions = []
     for choice in (None, ADAPTER):
         handle.activate(choice)
-        logits.append(model(**batch, use_cache=False).logits)
-    for i, ids in enumerate(pieces):
-        one, other = (each[i, : len(ids) - 1].cpu() for each in logits)
+        predictions.append(_predictions(base, examples))
+    for i, (ids, one, other) in enumerate(zip(pieces, *predictions, strict=True)):
         if not one.isfinite().all() or not other.isfinite().all():
             raise BaseModelError("The model's output is not finite. Try base.dtype float32.")
         kl, changed = divergence(one, other)

@@ -167,20 +167,30 @@ def _left_out(
     covered: set[str],
     results: Mapping[str, LayerResult],
 ) -> list[str]:
-    """What else differs between the models, in a sentence."""
+    """What else differs between the models, in sentences."""
     changed: dict[str, float] = {}
+    resized: list[str] = []
     for name, parameter in base_parameters(model):
-        if name in covered or name not in weights or weights[name].shape != parameter.shape:
+        if name in covered or name not in weights:
+            continue
+        mine, theirs = tuple(parameter.shape), tuple(weights[name].shape)
+        if mine != theirs:
+            resized.append(f"'{name}' is {mine} in the base and {theirs} in the fine-tuned model")
             continue
         distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
         if distance:
             changed[name] = distance
-    if not changed:
-        return []
-    taken = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
-    all_of_it = math.hypot(*(r.norm for r in results.values()), *changed.values())
-    first = max(changed, key=lambda name: changed[name])
-    return [
-        f"{len(changed)} other parameters differ too and are not in the adapter, '{first}' most. It holds "
-        f"{(taken / all_of_it) ** 2:.1%} of the squared difference. More targets, or train_modules, take them in."
-    ]
+    found = []
+    if changed:
+        taken = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
+        all_of_it = math.hypot(*(r.norm for r in results.values()), *changed.values())
+        first = max(changed, key=lambda name: changed[name])
+        found.append(
+            f"{len(changed)} other parameters differ too and are not in the adapter, '{first}' most. It holds "
+            f"{(taken / all_of_it) ** 2:.1%} of the squared difference. More targets, or train_modules, take them in."
+        )
+    if resized:
+        found.append(
+            f"{len(resized)} other parameters differ too, in shape, and are not in the adapter: {'; '.join(resized)}."
+        )
+    return found

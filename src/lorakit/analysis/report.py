@@ -8,7 +8,7 @@ from pathlib import Path
 from lorakit.analysis import figures
 from lorakit.analysis.deltas import family, read
 from lorakit.analysis.similarity import adapter_similarity
-from lorakit.analysis.spectrum import ENERGY, adapter_spectrum
+from lorakit.analysis.spectrum import ENERGY, UNTRAINED, adapter_spectrum
 from lorakit.errors import LorakitError
 from lorakit.reporting import Figure, Page, Section
 from lorakit.reporting.page import Block, Cell, Code, Prose, Table
@@ -86,10 +86,12 @@ def run_sections(adapter: str | Path) -> list[Section]:
         )
     columns = ("Matrices", "Count", "Rank", "Norm", "Effective rank", f"Rank for {ENERGY:.0%}")
     suggested = found.rank_for(ENERGY)
-    sentence = (
-        f"Rank {suggested} for all matrices would keep {ENERGY:.0%} of the change's squared norm; the adapter has "
-        f"rank {max(len(layer.singular_values) for layer in found.layers.values())}."
-    )
+    sentence = UNTRAINED
+    if suggested:
+        sentence = (
+            f"Rank {suggested} for all matrices would keep {ENERGY:.0%} of the change's squared norm; the adapter has "
+            f"rank {max(len(layer.singular_values) for layer in found.layers.values())}."
+        )
     blocks: list[Block] = [
         Prose(text=sentence),
         figures.spectrum_figure(found),

@@ -15,15 +15,17 @@ from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.card import card
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME
 from lorakit.adapters.stored import StoredAdapter
+from lorakit.analysis.checkpoints import is_checkpoint, saved_adapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig, Score
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.environment import versions
 
-TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME)
+TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME, WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ def save(
         LorakitError: The data or the base cannot be read, or do not fit the adapter.
     """
     check_output(output, overwrite=overwrite)
-    adapters = [Path(path) for path in inputs if _is_adapter(Path(path))]
+    adapters = {Path(path): _folder(Path(path)) for path in inputs if _is_adapter(Path(path))}
+    first = next(iter(adapters.values()), None)
     provenance = {
         **made.adapter.provenance,
         "config": settings,
@@ -110,19 +113,18 @@ def save(
         "error": made.error,
         "versions": versions(),
     }
-    for_peft = not any(_beyond_peft(path) for path in adapters)
+    for_peft = not any(_beyond_peft(folder) for folder in adapters.values())
     scores: dict[str, dict[str, float]] = {}
     if scoring is not None and scoring.wanted:
-        for path in adapters:
+        for path, folder in adapters.items():
             scores[str(path)] = _score(
-                read(path, alpha=alpha), path, scoring, base, allow_other_base
+                read(path, alpha=alpha), folder, scoring, base, allow_other_base
             )
-        first = adapters[0] if adapters else None
         scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
         provenance["scores"] = scores["result"]
     stored = dataclasses.replace(made.adapter, provenance=provenance)
     with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-        notices = _write(stored, temporary, adapters[0] if adapters else None, for_peft=for_peft)
+        notices = _write(stored, temporary, first, for_peft=for_peft)
     return Saved(folder=Path(output), scores=scores, notices=notices)
 
 
@@ -168,7 +170,12 @@ def _write(
 
 def _is_adapter(path: Path) -> bool:
     marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path.is_file() or any((path / mark).exists() for mark in marks)
+    return path.is_file() or is_checkpoint(path) or any((path / mark).exists() for mark in marks)
+
+
+def _folder(path: Path) -> Path:
+    """Where an adapter's other files lie: beside its tensors; for a checkpoint with its run's adapter."""
+    return saved_adapter(path) if is_checkpoint(path) else path
 
 
 def _beyond_peft(path: Path) -> bool:

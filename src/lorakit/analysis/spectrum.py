@@ -17,6 +17,9 @@ from lorakit.errors import ConfigurationError
 ENERGY = 0.9
 """Share of the squared norm that a suggested rank keeps unless told otherwise."""
 
+UNTRAINED = "The adapter is zero everywhere: it was never trained."
+"""What its spectrum says of an adapter whose every B is 0."""
+
 
 @dataclass(frozen=True)
 class Spectrum:

@@ -89,5 +89,5 @@ usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]
 
 {commands}
 
-Every option of a command can stand in its YAML file under the same name.
+Every option of a command but --recipe can stand in its YAML file under the same name.
 'lorakit COMMAND --help' lists the options. Start with 'lorakit demo'."""

@@ -48,6 +48,7 @@ def finish(
     **saving: Any,
 ) -> None:
     """Score, save, and print what was made."""
+    from rich.markup import escape
     from rich.table import Table
 
     from lorakit.analysis.saving import save
@@ -82,12 +83,12 @@ def finish(
         table = Table(box=None, pad_edge=False)
         table.add_column("score")
         for name in saved.scores:
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(escape(name), justify="right", overflow="fold")
         for score in saved.scores["result"]:
             cells = [
                 f"{found[score]:.4f}" if score in found else "-" for found in saved.scores.values()
             ]
-            table.add_row(score, *cells)
+            table.add_row(escape(score), *cells)
         out.print(table)
     for notice in notices:
         out.print(f"note: {notice}", markup=False)

@@ -59,6 +59,7 @@ def _overview() -> str:
 def _spectrum(argv: Sequence[str]) -> None:
     from lorakit import analysis
     from lorakit.analysis import figures
+    from lorakit.analysis.spectrum import UNTRAINED
 
     config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
     found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
@@ -81,6 +82,8 @@ def _spectrum(argv: Sequence[str]) -> None:
         f"Share of the whole squared norm kept at rank {shares}.",
         f"Rank {facts['overall']['suggested_rank']} for all keeps {config.energy:.4g} of it.",
     ]
+    if not found.norm:
+        lines = [UNTRAINED]
     _show(
         "spectrum",
         config,
@@ -290,10 +293,13 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
 
 def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str) -> Any:
     from lorakit.cli.parsing import parse
+    from lorakit.methods.registry import use_method
 
     usage = " ".join(field.upper() for field in positional)
     text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
     config = parse(config_class, f"analyze {name}", text, argv, *positional)
+    if config.method is not None:
+        use_method(config.method)
     config.require_writable()
     return config
 

@@ -49,6 +49,8 @@ class Shown(Written):
 
     alpha: float | None = None
     """The constant of a loralib file, which does not record it."""
+    method: str | None = None
+    """A method of your own that an adapter was trained with: path/to/file.py:Class."""
     layers: bool = False
     """One line for each matrix instead of one for each kind of layer."""
 
@@ -130,6 +132,8 @@ class DriftConfig(Written):
     """The base model; by default the one that the adapter records."""
     allow_other_base: bool = False
     """Accept a base other than the one the adapter records, knowing what that means."""
+    method: str | None = None
+    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
     limit: int | None = None
     """Read the first texts only; none reads all."""
     max_length: int = 512

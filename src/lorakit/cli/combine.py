@@ -17,7 +17,7 @@ class CombineConfig(ResultConfig):
     """What `lorakit combine` puts together."""
 
     adapters: list[str]
-    """Adapter folders (lorakit's or PEFT's), or loralib files."""
+    """Adapter folders (lorakit's or PEFT's), loralib files, or checkpoint folders of runs."""
     weights: list[float] | None = None
     """A factor for each adapter, as [0.7, 0.3]; by default 1 for all."""
     how: Literal["sum", "ties", "dare"] = "sum"

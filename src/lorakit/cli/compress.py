@@ -14,7 +14,7 @@ class CompressConfig(ResultConfig):
     """What `lorakit compress` makes smaller."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), or a loralib file."""
+    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
     rank: int | None = None
     """Cut every layer to this rank. Give rank or energy."""
     energy: float | None = None

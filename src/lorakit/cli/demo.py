@@ -78,7 +78,8 @@ def run(argv: Sequence[str]) -> None:
     )
     base = open_base(BaseConfig(name=config.base), TEXT)
     test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
-    console.print(f"[bold]1. The base[/bold]  {base.source.name}. {base.source.note}")
+    console.print("[bold]1. The base[/bold]", end="  ")
+    console.print(f"{base.source.name}. {base.source.note}", markup=False)
     console.print(
         f"Task: from a function's signature in the standard library to its one-line summary, on "
         f"{len(test):,} functions of modules that training does not see."
@@ -98,10 +99,12 @@ def run(argv: Sequence[str]) -> None:
 
     console.print("\n[bold]4. Merging[/bold]")
     _verify_merge(console, config, result.adapter, test)
-    console.print(f"\nThe run to look at: {write_run_report(result.folder)}", soft_wrap=True)
+    page = write_run_report(result.folder)
+    console.print(f"\nThe run to look at: {page}", soft_wrap=True, markup=False)
     console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
     for command, what in _next_commands(config, result.adapter):
-        console.print(f"  {command}\n      [dim]{what}[/dim]", soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True, markup=False)
+        console.print(f"      {what}", style="dim", soft_wrap=True)
 
 
 def _require_demo_folder(output: Path) -> None:
@@ -171,7 +174,7 @@ def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> No
 
 def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> None:
     for old, new in list(zip(before.outputs, after.outputs, strict=True))[:SHOWN]:
-        console.print(f"\n[cyan]{old['prompt'].strip()}[/cyan]", markup=True)
+        console.print(f"\n{old['prompt'].strip()}", style="cyan", markup=False)
         for label, text in (
             ("before", old["output"]),
             ("after", new["output"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
+from lorakit.data.readers import lines_of
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig, Decoding
 from lorakit.tasks import BadRow, NamedText
@@ -127,7 +128,7 @@ def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Promp
     assert config.file is not None
     with storage.reading(config.file, DataError):
         text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
     if not lines:
         raise DataError(f"'{config.file}' holds no prompt.")
     if not config.file.endswith(".jsonl"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapters.stored import StoredAdapter, StoredLayer
+    from lorakit.adapters.stored import StoredAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,10 @@ def run(argv: Sequence[str]) -> None:
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
-    """The adapter's facts as JSON-able values; `norm` is the Frobenius norm of ``scaling * B A``."""
+    """The adapter's facts as JSON-able values; `norm` is the Frobenius norm of the change ``scaling * B A``."""
+    from lorakit.analysis.deltas import parts_of
+    from lorakit.analysis.spectrum import spectrum
+
     tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
     tensors += [*stored.module_tensors.values(), *stored.trained.values()]
     return {
@@ -73,7 +76,9 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
                 "scaling": layer.scaling,
                 "A": list(layer.A.shape),
                 "B": list(layer.B.shape),
-                "norm": _norm(layer),
+                "norm": math.hypot(
+                    *(spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer))
+                ),
                 "dora": layer.magnitude is not None,
                 "slices": [str(s) for s in layer.slices],
             }
@@ -87,28 +92,18 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def _norm(layer: StoredLayer) -> float | None:
-    """``|scaling| * ||B A||_F`` from the r x r Gram matrices: ``||B A||^2 = tr(A A^T B^T B)``."""
-    if layer.kind.startswith("conv") or layer.initial_A is not None:
-        return None  # the factors are no plain matrices, or a second product is subtracted
-    parts = max(1, len(layer.slices))
-    sizes = [s.total for s in layer.slices] or [layer.B.shape[0]]
-    total = 0.0
-    for A, B in zip(layer.A.double().chunk(parts), layer.B.double().split(sizes), strict=True):
-        total += float(((A @ A.T) * (B.T @ B)).sum())
-    return abs(layer.scaling) * max(total, 0.0) ** 0.5
-
-
 def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
+
+    from lorakit.analysis.deltas import family
 
     # Names and texts of a downloaded file are shown as they are, never as markup.
     console.print(facts["method"], style="bold", markup=False, highlight=False)
     console.print(f"{facts['parameters']:,} parameters, {facts['bytes'] / 2**20:.2f} MiB")
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, layer in facts["layers"].items():
-        key = path if each_layer else _any_block(path)
+        key = path if each_layer else family(path)
         groups.setdefault(key, []).append(layer)
     if groups:
         table = Table(box=None, pad_edge=False)
@@ -116,20 +111,19 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
             left = heading in ("layer", "kind")
             table.add_column(heading, justify="left" if left else "right", overflow="fold")
         for key, layers in groups.items():
-            norms = [layer["norm"] for layer in layers if layer["norm"] is not None]
-            spread = f"{min(norms):.3g} to {max(norms):.3g}" if norms else "-"
+            norms = [layer["norm"] for layer in layers]
             table.add_row(
                 escape(key),
                 str(len(layers)),
                 _one(layer["kind"] + (" (DoRA)" if layer["dora"] else "") for layer in layers),
                 _one(layer["rank"] for layer in layers),
                 _one(f"{layer['scaling']:g}" for layer in layers),
-                spread,
+                f"{min(norms):.3g} to {max(norms):.3g}",
             )
         console.print(table)
     alike: dict[str, int] = {}
     for name, shape in facts["modules"].items():
-        key = f"{name if each_layer else _any_block(name)} {tuple(shape)}"
+        key = f"{name if each_layer else family(name)} {tuple(shape)}"
         alike[key] = alike.get(key, 0) + 1
     for key, count in alike.items():
         console.print(f"{count} x {key}", markup=False, highlight=False)
@@ -138,7 +132,8 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     if facts["base"]:
         source = facts["base"].get("source", {})
         console.print(
-            f"base: {source.get('name') or 'unnamed'} ({facts['base']['architecture']['class_name']})"
+            f"base: {source.get('name') or 'unnamed'} ({facts['base']['architecture']['class_name']})",
+            markup=False,
         )
     for key, value in facts["provenance"].items():
         text = json.dumps(value, ensure_ascii=False)
@@ -149,11 +144,6 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         )
     for notice in facts["notices"]:
         console.print(f"note: {notice}", markup=False, highlight=False)
-
-
-def _any_block(path: str) -> str:
-    """A path with a star for each number in it: that of a layer of every block."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def _one(values: Any) -> str:

@@ -43,6 +43,7 @@ def parse(
     argv: Sequence[str],
     *positional: str,
     defaults: Mapping[str, Any] | None = None,
+    typed_only: str | None = None,
 ) -> Config:
     """Fill a configuration dataclass from `argv`, where `--config FILE.yaml` may set any field too.
 
@@ -53,6 +54,7 @@ def parse(
         argv: Arguments after the command's name.
         positional: Fields that may be given first and without their names, in this order.
         defaults: Values by dotted name that take the place of the class's own defaults.
+        typed_only: An option of the command line that no file can set, since it has been taken out of `argv`.
 
     Raises:
         ConfigurationError: An option is unknown or has a wrong value; names the nearest option.
@@ -74,9 +76,11 @@ def parse(
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise ConfigurationError(_explain(str(error), options)) from None
+        raise ConfigurationError(_explain(str(error), options, typed_only)) from None
     except ValueError as error:  # a setting was refused inside an optional section
-        raise _refusal(error) or ConfigurationError(_explain(str(error), options)) from None
+        raise _refusal(error) or ConfigurationError(
+            _explain(str(error), options, typed_only)
+        ) from None
     except TypeError:  # a list where a section of options belongs
         raise ConfigurationError(
             "A section of options has to be a mapping: 'name: value', a line each."
@@ -162,7 +166,7 @@ def _check_files(arguments: list[str]) -> None:
             raise ConfigurationError(f"--config {name}: {' '.join(str(error).split())}.") from None
 
 
-def _explain(message: str, options: list[str]) -> str:
+def _explain(message: str, options: list[str], typed_only: str | None) -> str:
     """The parser's message, with the nearest option where one is unknown."""
     section = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
     if section:
@@ -180,6 +184,8 @@ def _explain(message: str, options: list[str]) -> str:
     if found:
         name = ".".join(part for part in found.groups() if part)
         wrong = name if name.startswith("--") else f"--{name}"
+        if wrong == typed_only:
+            return f"{wrong} is given on the command line, and a YAML file cannot set it."
         hint = nearest(wrong.split("=")[0], options) or nearest(wrong.split(".")[0], options)
     return f"{message.strip().rstrip('.')}.{hint} --help lists the options."
 

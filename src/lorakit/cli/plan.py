@@ -115,7 +115,7 @@ def _print(out: Console, found: Plan) -> None:
     from rich.table import Table
 
     from lorakit.planning.machine import INTERPRETER
-    from lorakit.training.progress import duration
+    from lorakit.training.progress import duration, size
 
     def say(text: str) -> None:
         out.print(text, markup=False, soft_wrap=True)
@@ -154,6 +154,7 @@ def _print(out: Console, found: Plan) -> None:
 def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
     from lorakit.planning.planner import Memory
     from lorakit.reporting.measures import seconds
+    from lorakit.training.progress import size
 
     def sizes(name: str) -> list[str]:
         return [size(getattr(p.memory, name)) for p in columns]
@@ -167,12 +168,3 @@ def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
         ("peak memory", sizes("total")),
         *((f"  {name}", sizes(name)) for name in parts),
     ]
-
-
-def size(count: float) -> str:
-    """Return a number of bytes in the unit that fits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.2f} TB"

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SCORED = ("data.task", "data.max_length", "data.too_long")
+"""Settings of a recipe that are those of scoring its adapter too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesConfig:
@@ -80,8 +83,10 @@ def _show(recipe: Any) -> None:
     for name, value in recipe.settings.items():
         print(f"  {name:<28} {_text(value)}")
     if recipe.decoding:
-        options = " ".join(f"--decoding.{k} {_text(v)}" for k, v in recipe.decoding.items())
-        print(f"\nScore its adapter with: lorakit evaluate {options}")
+        data = {k: v for k, v in recipe.settings.items() if k in SCORED}
+        settings = {**data, **{f"decoding.{k}": v for k, v in recipe.decoding.items()}}
+        options = " ".join(f"--{k} {_text(v)}" for k, v in settings.items())
+        print(f"\nScore its adapter with: lorakit evaluate --adapter out/run/adapter {options}")
     print()
     for note in recipe.notes:
         print(f"- {note}")

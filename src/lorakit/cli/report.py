@@ -25,6 +25,8 @@ class ReportConfig:
     """Run folders: the page of one, or one page that compares several."""
     output: str | None = None
     """The page; by default report.html in the run's folder, or comparison.html here for several."""
+    method: str | None = None
+    """A method of your own that the adapters were trained with: path/to/file.py:Class."""
     figures: str | None = None
     """Write every figure of the page into this folder too, as PNG and SVG."""
     overwrite: bool = False
@@ -34,7 +36,7 @@ class ReportConfig:
         conform(self)
         if not self.runs:
             raise ConfigurationError("runs is empty; name a run's folder: lorakit report RUN.")
-        if len(set(map(str, map(Path, self.runs)))) < len(self.runs):
+        if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigurationError("runs names a folder twice; name each run once.")
 
 
@@ -42,6 +44,7 @@ def run(argv: Sequence[str]) -> None:
     """Read the runs' folders and write the page."""
     from lorakit import storage
     from lorakit.cli.parsing import parse
+    from lorakit.methods.registry import use_method
     from lorakit.reporting.drawing import require_drawing
     from lorakit.training.run_folder import REPORT
 
@@ -52,6 +55,8 @@ def run(argv: Sequence[str]) -> None:
         "Usage: lorakit report RUN [RUN ...].",
         _named(argv),
     )
+    if config.method is not None:
+        use_method(config.method)
     require_drawing()
     one = len(config.runs) == 1
     own = one and config.output is None

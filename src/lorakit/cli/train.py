@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import write_run_report
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
+    from lorakit.training.progress import gigabytes
 
     recipe, rest = take_option(argv, "--recipe")
     config = parse(
@@ -27,6 +29,7 @@ def run(argv: Sequence[str]) -> None:
         "override.",
         rest,
         defaults=_recipe(recipe, rest) if recipe else None,
+        typed_only="--recipe",
     )
     result = train(config)
     minutes = result.seconds / 60
@@ -34,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     print(
         f"\n{result.steps:,} steps in {minutes:.1f} minutes ({result.tokens:,} tokens, "
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
-        f"{result.peak_memory / 1e9:.2f} GB{early}"
+        f"{gigabytes(result.peak_memory)}{early}"
     )
     planned, predicted = _planned(config, result)
     print(planned)
@@ -45,12 +48,22 @@ def run(argv: Sequence[str]) -> None:
     if result.best is not None and result.best_step != result.steps:
         print(f"best     {result.best} (step {result.best_step})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
-    print(f"next     lorakit inspect {result.adapter}")
+    print(f"next     {_next(config, result)}")
+
+
+def _next(config: TrainConfig, result: RunResult) -> str:
+    """The command that shows the adapter; it has to be told where the class of one's own method is."""
+    from lorakit.methods.registry import is_own
+
+    own = [name for name in config.method_names if is_own(name)]
+    option = ["--method", own[0]] if own else []
+    return shlex.join(["lorakit", "inspect", str(result.adapter), *option])
 
 
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
     """What `lorakit plan` says of the run, to be printed and for its report; None where it says nothing."""
     from lorakit.planning import plan
+    from lorakit.training.progress import gigabytes
 
     try:
         found = plan(config, compare=False)
@@ -58,7 +71,7 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
         return f"planned  nothing: {' '.join(str(error).split())}", None
     tokens = found.tokens / found.chosen.seconds
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {found.process_peak / 1e9:.2f} GB "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {gigabytes(found.process_peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {

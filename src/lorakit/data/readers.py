@@ -55,6 +55,11 @@ def reader_for(path: Path) -> Callable[[Path], Rows] | None:
     return None
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, ended by line feeds alone: what else str.splitlines() parts at, JSON and prose may hold."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_jsonl(path: Path) -> Rows:
     """One JSON object per line. Blank lines are passed over."""
     with _open(path) as file:

@@ -52,7 +52,7 @@ class Evaluation:
     scores: dict[str, float] = field(default_factory=dict)
     """See `lorakit.evaluation.score.DIRECTIONS` for the names."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
-    """One record per prompt or example: prompt, output, references or label."""
+    """One record per prompt or example: prompt, output, references or label; of classes the names too."""
 
     def write_outputs(self, path: str | Path) -> None:
         """Write the records to a .jsonl file, whole or not at all."""
@@ -77,6 +77,7 @@ def evaluate(
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     task = _task(config)
+    decoding = (config.decoding or Decoding()).over(task.type.decoding)
     base = open_adapted(
         config.base, config.adapter, task=task, allow_other_base=config.allow_other_base
     )
@@ -102,9 +103,9 @@ def evaluate(
             collator(base),
             batch_size=config.batch_size,
             task=task.type,
+            labels=task.labels,
         )
     if "text" in config.scores and task.generates:
-        decoding = config.decoding or Decoding(**(task.type.decoding or {}))
         text = generated(
             base,
             examples,
@@ -141,11 +142,13 @@ def held_out(
     *,
     batch_size: int,
     task: type[Task] | None = None,
+    labels: Sequence[str] = (),
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and what else one forward pass tells.
 
     For language modelling that is the perplexity; for labels the scores of `task`, without it those of classification
-    (accuracy, F1 and the Matthews correlation) or regression (the correlations and the mean squared error).
+    (accuracy, F1 and the Matthews correlation) or regression (the correlations and the mean squared error). The
+    records have the names of classes where `labels` has them, in index order.
     """
     # By length, so that batches hold little padding; the sum does not depend on the order of batches in exact
     # arithmetic, and the order is the same each time, so neither does it in floating point.
@@ -180,6 +183,7 @@ def held_out(
         [predictions[i] for i in range(len(labelled))],
         labelled,
         classes,
+        labels,
     )
 
 
@@ -258,12 +262,16 @@ def _label_evaluation(
     predictions: list[float],
     examples: list[LabelledExample],
     classes: int,
+    names: Sequence[str],
 ) -> Evaluation:
     labels = [example.label for example in examples]
     answers = [int(p) for p in predictions] if task.kind == "classification" else predictions
     scores = task.score(answers, [[example] for example in examples], classes=classes)
-    outputs = [
+    outputs: list[dict[str, Any]] = [
         {"prompt": example.prompt, "output": prediction, "label": label}
         for example, prediction, label in zip(examples, predictions, labels, strict=True)
     ]
+    if names:
+        for record in outputs:
+            record |= {f"{key}_name": names[record[key]] for key in ("output", "label")}
     return Evaluation(scores={"loss": loss, **scores}, outputs=outputs)

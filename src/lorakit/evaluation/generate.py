@@ -66,17 +66,18 @@ def generate(
     if virtual.total:
         start = start_ids(tokenizer)
         ids = [place_in_prompt(prompt, virtual, start) for prompt in ids]
-    _check_lengths(model, ids, decoding, virtual.total)
     settings = _generation_config(model, tokenizer, decoding)
+    _check_lengths(model, ids, settings.max_new_tokens, virtual.total)
     processors = LogitsProcessorList()
     if decoding.no_repeat_ngram:
         # Its place in `settings` would index the vocabulary with the ids of virtual tokens.
         processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    with _generating(model, settings, decoding.seed):
-        for start in range(0, len(order), decoding.batch_size):
-            chosen = order[start : start + decoding.batch_size]
+    size = decoding.batch_size or 16
+    with _generating(model, settings, decoding.seed or 0):
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             inputs = _left_pad([ids[i] for i in chosen], settings.pad_token_id, model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, generation_config=settings, logits_processor=processors
@@ -111,9 +112,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def _check_lengths(
-    model: PreTrainedModel, ids: list[list[int]], decoding: Decoding, virtual: int
+    model: PreTrainedModel, ids: list[list[int]], new: int, virtual: int
 ) -> None:
-    context, new = context_length(model), decoding.max_new_tokens
+    context = context_length(model)
     beside = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
         # An encoder-decoder has a context for each.
@@ -140,15 +141,16 @@ def _generation_config(
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    draws = decoding.temperature > 0
+    draws, beams = bool(decoding.temperature), decoding.beams or 1
+    penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
     return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=decoding.max_new_tokens or 128,
         do_sample=draws,
         temperature=decoding.temperature if draws else None,
-        top_p=decoding.top_p if draws else None,
-        top_k=decoding.top_k if draws else None,
-        num_beams=decoding.beams,
-        length_penalty=decoding.length_penalty if decoding.beams > 1 else None,
+        top_p=(decoding.top_p or 1.0) if draws else None,
+        top_k=(decoding.top_k or 0) if draws else None,
+        num_beams=beams,
+        length_penalty=penalty if beams > 1 else None,
         eos_token_id=ends or None,
         pad_token_id=pad,
         bos_token_id=own.bos_token_id,

@@ -1,21 +1,10 @@
-"""The scores of an evaluation, by the definitions of `lorakit.metrics`, and which way each is better."""
+"""The scores of the generic tasks, and which way each is better."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Literal
-
-from lorakit import metrics
-from lorakit.metrics.overlap import text_scores
-
-__all__ = [
-    "DIRECTIONS",
-    "classification_scores",
-    "is_better",
-    "regression_scores",
-    "text_scores",
-]
 
 Direction = Literal["min", "max"]
 
@@ -45,15 +34,3 @@ def is_better(
         return False
     lower = score in less_is_better or DIRECTIONS.get(score) == "min"
     return old is None or (new < old if lower else new > old)
-
-
-def classification_scores(
-    predictions: Sequence[int], labels: Sequence[int], *, classes: int
-) -> dict[str, float]:
-    """Return accuracy, F1 and the Matthews correlation, as :func:`lorakit.metrics.classification` defines them."""
-    return metrics.classification(predictions, labels, classes=classes)
-
-
-def regression_scores(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation and the mean squared error: :func:`lorakit.metrics.regression`."""
-    return metrics.regression(predictions, labels)

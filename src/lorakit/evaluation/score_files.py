@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorakit import metrics
-from lorakit.data.readers import Problem, Row, reader_for
+from lorakit.data.readers import Problem, Row, lines_of, reader_for
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
 
 OnTexts = Literal["e2e", "webnlg", "dart", "rouge"]
@@ -66,10 +66,12 @@ def score_files(
         return metrics.regression(said.numbers("output"), right.numbers("label"))
     if family == "wikisql":
         return metrics.wikisql(said.texts("output"), right.values())
+    texts = said.texts("output")
+    groups = right.groups(len(texts))
     if family == "rouge":
-        return metrics.rouge(said.texts("output"), right.groups())
+        return metrics.rouge(texts, groups)
     score = metrics.e2e if family == "e2e" else metrics.webnlg
-    return score(said.texts("output"), right.groups(), java=java)
+    return score(texts, groups, java=java)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,15 @@ class _File:
             return list(self.lines)
         return [_text(_value(row, column), row, column) for row in self.rows]
 
-    def groups(self) -> list[list[str]]:
-        """The references of each output."""
+    def groups(self, outputs: int) -> list[list[str]]:
+        """The references of each output, of which there are so many."""
         if self.rows is not None:
             return [_references(row) for row in self.rows]
         lines = list(self.lines)
         while lines and not lines[-1]:
             lines.pop()
-        if "" not in lines:
+        # An empty line at the very end closes the only group there is, or a file of one reference for each output.
+        if "" not in lines and not (outputs == 1 and len(lines) < len(self.lines)):
             return [[line] for line in lines]
         groups: list[list[str]] = [[]]
         for line in lines:
@@ -144,8 +147,7 @@ def _plain_lines(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}).") from None
-    # Not splitlines(), for which a text may hold other ends of lines too.
-    return tuple(line.strip() for line in text.removesuffix("\n").split("\n")) if text else ()
+    return tuple(line.strip() for line in lines_of(text))
 
 
 def _value(row: Row, column: str) -> Any:

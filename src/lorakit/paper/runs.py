@@ -212,10 +212,6 @@ class Runner:
     def evaluate_config(self, data_set: DataSet, adapter: Path) -> EvaluateConfig:
         """Return how an adapter is scored on the data that the table is about."""
         config = self.config
-        decoding = None
-        if config.beams is not None:
-            own = task_type(data_set.task).decoding or {}
-            decoding = Decoding(**{**own, "beams": config.beams})
         return EvaluateConfig(
             data=DataConfig(
                 task=data_set.task,
@@ -228,7 +224,7 @@ class Runner:
             adapter=str(adapter),
             limit=config.eval_limit,
             batch_size=32,
-            decoding=decoding,
+            decoding=Decoding(beams=config.beams),
         )
 
     def _write(self, run: Run, record: Record) -> Record:

@@ -14,7 +14,7 @@ from lorakit.reporting.run_settings import main_settings, settings_text
 from lorakit.reporting.run_summary import describe_method
 from lorakit.reporting.stacked_bars import stacked_bar_chart
 from lorakit.training.config import TrainConfig
-from lorakit.training.progress import duration
+from lorakit.training.progress import duration, size
 
 FULL = "Full fine-tuning"
 
@@ -78,7 +78,7 @@ def memory_figure(found: Plan) -> Figure:
         }
         for name, prediction in _columns(found)
     }
-    memory = stacked_bar_chart("Peak memory by its parts", bars, shown=measures.size)
+    memory = stacked_bar_chart("Peak memory by its parts", bars, shown=size)
     caption = (
         "Memory at the fullest moment of a step, its parts in the order of the legend. Point at one to read its "
         "numbers; the table has them all."
@@ -91,7 +91,7 @@ def sizes_figure(found: Plan) -> Figure:
     """What is trained and what is saved, a bar for each method."""
     charts = (
         _bars(found, "Trained parameters", "trained", measures.parameters),
-        _bars(found, "Saved file", "file_bytes", measures.size),
+        _bars(found, "Saved file", "file_bytes", size),
     )
     return Figure(caption="Each chart has a scale of its own, from 0.", charts=charts, name="sizes")
 
@@ -114,8 +114,8 @@ def _summary(found: Plan, what: str) -> list[str]:
     share = measures.share(chosen.trained, found.parameters)
     sentences = [
         f"{what} on {found.base} trains {count} parameters, {share} of the base's "
-        f"{measures.parameters(found.parameters)}, and saves {measures.size(chosen.file_bytes)}.",
-        f"At its fullest moment it holds {measures.size(chosen.memory.total)}, and a step of {found.tokens:,} tokens "
+        f"{measures.parameters(found.parameters)}, and saves {size(chosen.file_bytes)}.",
+        f"At its fullest moment it holds {size(chosen.memory.total)}, and a step of {found.tokens:,} tokens "
         f"takes {measures.seconds(chosen.seconds)}.",
     ]
     if found.steps:
@@ -127,13 +127,13 @@ def _summary(found: Plan, what: str) -> list[str]:
     if full:
         memory = full.memory.total / chosen.memory.total
         sentences.append(
-            f"Full fine-tuning would hold {measures.size(full.memory.total)}, {memory:.1f} times as much, save "
-            f"{measures.size(full.file_bytes)}, and take {measures.seconds(full.seconds)} for a step, "
+            f"Full fine-tuning would hold {size(full.memory.total)}, {memory:.1f} times as much, save "
+            f"{size(full.file_bytes)}, and take {measures.seconds(full.seconds)} for a step, "
             f"{full.seconds / chosen.seconds:.1f} times as long."
         )
     if found.loading > chosen.memory.total:
         sentences.append(
-            f"Loading the base takes more for a moment than training does: {measures.size(found.loading)}."
+            f"Loading the base takes more for a moment than training does: {size(found.loading)}."
         )
     return sentences
 
@@ -148,8 +148,8 @@ def _key_figures(found: Plan) -> KeyFigures:
     figures = [
         KeyFigure(
             label="Peak memory",
-            value=measures.size(chosen.memory.total),
-            note=beside(full and measures.size(full.memory.total)),
+            value=size(chosen.memory.total),
+            note=beside(full and size(full.memory.total)),
         ),
         KeyFigure(
             label="Time per step",
@@ -163,8 +163,8 @@ def _key_figures(found: Plan) -> KeyFigures:
         ),
         KeyFigure(
             label="Saved file",
-            value=measures.size(chosen.file_bytes),
-            note=beside(full and measures.size(full.file_bytes)),
+            value=size(chosen.file_bytes),
+            note=beside(full and size(full.file_bytes)),
         ),
     ]
     return KeyFigures(figures=tuple(figures))
@@ -174,10 +174,10 @@ def _memory(found: Plan) -> list[Block]:
     columns = _columns(found)
     names = tuple(name for name, _ in columns)
     parts: list[tuple[Cell, ...]] = [
-        (f"{name}: {what}", *(measures.size(getattr(p.memory, name)) for _, p in columns))
+        (f"{name}: {what}", *(size(getattr(p.memory, name)) for _, p in columns))
         for name, what in PARTS.items()
     ]
-    parts.append(("total", *(measures.size(p.memory.total) for _, p in columns)))
+    parts.append(("total", *(size(p.memory.total) for _, p in columns)))
     times: list[tuple[Cell, ...]] = [
         ("A step", *(measures.seconds(p.seconds) for _, p in columns)),
         ("Tokens a second", *(_rate(found.tokens / p.seconds) for _, p in columns)),
@@ -194,7 +194,7 @@ def _memory(found: Plan) -> list[Block]:
         blocks.append(
             Prose(
                 text="That is above what an interpreter holds with torch imported, about "
-                f"{measures.size(INTERPRETER)}. Loading the base takes {measures.size(found.loading)} for a moment."
+                f"{size(INTERPRETER)}. Loading the base takes {size(found.loading)} for a moment."
             )
         )
     blocks.append(Table(caption="The time.", columns=("Time", *names), rows=times))

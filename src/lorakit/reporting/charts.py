@@ -7,8 +7,10 @@ mark carries its numbers as a sentence, which the page shows on hover.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lorakit.reporting.axes import (
     INK,
@@ -98,7 +100,7 @@ def line_chart(
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
-    names = [_name(one.name) for one in shown]
+    names = shortened(one.name for one in shown)
     place = {
         "x": {
             "field": "x",
@@ -111,20 +113,20 @@ def line_chart(
     colour = {
         "field": "series",
         "type": "nominal",
-        "scale": {"domain": names, "range": [SERIES[chosen[one.name]] for one in shown]},
+        "scale": {"domain": [*names.values()], "range": [SERIES[chosen[name]] for name in names]},
         "legend": {"symbolType": "stroke"} if len(shown) > 1 else None,
     }
     dash = {
         "field": "series",
         "type": "nominal",
-        "scale": {"domain": names, "range": [DASHES[chosen[one.name]] for one in shown]},
+        "scale": {"domain": [*names.values()], "range": [DASHES[chosen[name]] for name in names]},
         "legend": None,
     }
     layers: list[Spec] = []
     for one in shown:
         points = thinned(one.finite())
         values = [
-            {"x": a, "y": b, "series": _name(one.name), "label": f"{one.name}, {x} {a:g}: {b:.5g}"}
+            {"x": a, "y": b, "series": names[one.name], "label": f"{one.name}, {x} {a:g}: {b:.5g}"}
             for a, b in points
         ]
         data = {"values": values}
@@ -202,8 +204,9 @@ def bar_chart(
 ) -> Chart:
     """Horizontal bars from 0, each with its value beside it."""
     shown = {name: (texts or {}).get(name, f"{value:.4g}") for name, value in bars.items()}
+    names = shortened(bars)
     values = [
-        {"name": _name(name), "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
+        {"name": names[name], "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
         for name, value in bars.items()
     ]
     largest = max(bars.values(), default=1) or 1
@@ -316,18 +319,24 @@ def thinned(
 
 def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """The mean of each value and those before it, `window` of them where there are so many."""
-    means, total = [], 0.0
-    for i, (x, y) in enumerate(points):
-        total += y - (points[i - window][1] if i >= window else 0.0)
-        means.append((x, total / min(i + 1, window)))
-    return means
+    values = np.array([y for _, y in points])
+    # Each from its own values: a running sum would keep what one huge value rounds away.
+    return [
+        (x, float(values[max(0, i + 1 - window) : i + 1].mean())) for i, (x, _) in enumerate(points)
+    ]
 
 
 # --- in words --------------------------------------------------------------------------------------
 
 
-def _name(name: str, most: int = 40) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def shortened(names: Iterable[str], most: int = 36) -> dict[str, str]:
+    """Names cut in their middle to `most` letters, with a number before one that then reads like another."""
+    found: dict[str, str] = {}
+    for number, name in enumerate(dict.fromkeys(names), 1):
+        half = most // 2
+        short = name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
+        found[name] = f"{number}: {short}" if short in found.values() else short
+    return found
 
 
 def in_words(numbers: Sequence[float]) -> str:

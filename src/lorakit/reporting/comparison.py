@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorakit.reporting import measures
@@ -17,7 +18,7 @@ from lorakit.reporting.run_report import (
 )
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
-from lorakit.training.progress import duration
+from lorakit.training.progress import duration, size
 
 NOT_COMPARED = ("output", "resume", "overwrite")
 
@@ -52,14 +53,15 @@ def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = 
 
 
 def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs under names that differ: folders of one name get the one above put before."""
+    """The runs under names that differ: where some agree, as many folders above are put before as it takes."""
+    paths = [run.folder.resolve().parts for run in runs]
     names = [run.name for run in runs]
-    return [
-        dataclasses.replace(run, label=f"{run.folder.resolve().parent.name}/{run.name}")
-        if names.count(run.name) > 1
-        else run
-        for run in runs
-    ]
+    for count in range(2, max(map(len, paths)) + 1):
+        names = [
+            str(Path(*path[-count:])) if names.count(name) > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return [dataclasses.replace(run, label=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
@@ -135,12 +137,12 @@ def _costs(runs: Sequence[RunRecord]) -> Table:
         ["Tokens a second", *cells(speed)],
         [
             "Peak memory",
-            *cells(lambda run: measures.size(run.result["peak_memory"]) if run.result else None),
+            *cells(lambda run: size(run.result["peak_memory"]) if run.result else None),
         ],
         ["Trained parameters", *cells(known("trained_parameters", lambda n: n))],
         [
             "Adapter file",
-            *cells(lambda run: measures.size(run.adapter_bytes) if run.adapter_bytes else None),
+            *cells(lambda run: size(run.adapter_bytes) if run.adapter_bytes else None),
         ],
         ["Processor", *cells(lambda run: _machine(run))],
     ]

@@ -56,7 +56,9 @@ def evaluation_page(config: EvaluateConfig, found: Evaluation, command: str = ""
         Section(title="Examples", blocks=_examples(found.outputs)),
         Section(title="Configuration", blocks=_configuration(config, command)),
     ]
-    scored = f" {count:,} {'prompt' if count == 1 else 'prompts'} were answered." if count else ""
+    scored = (
+        f" {count:,} {'prompt was' if count == 1 else 'prompts were'} answered." if count else ""
+    )
     subject = "The adapter" if config.adapter else "The base model"
     listed = ", ".join(f"{measures.score_name(n)} {v:.4g}" for n, v in found.scores.items())
     return Page(
@@ -88,8 +90,8 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
         answers: tuple[Answer, ...]
         if labelled:
             answers = (
-                Answer(label="Predicted", pieces=plain(_label(record["output"]))),
-                Answer(label="Label", pieces=plain(_label(record["label"]))),
+                Answer(label="Predicted", pieces=plain(_label(record, "output"))),
+                Answer(label="Label", pieces=plain(_label(record, "label"))),
             )
         else:
             references = record.get("references") or [""]
@@ -110,14 +112,18 @@ def _confusion(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     labels = sorted({label for pair in pairs for label in pair})
     if not 2 <= len(labels) <= MOST_CLASSES or any(label != int(label) for label in labels):
         return []  # numbers, not classes
-    rows = [[_label(label), *(pairs[label, guess] for guess in labels)] for label in labels]
+    names = {record[key]: _label(record, key) for record in outputs for key in ("output", "label")}
+    rows = [[names[label], *(pairs[label, guess] for guess in labels)] for label in labels]
     caption = "Which label was taken for which: a row for each label, a column for each prediction."
-    columns = ("Label", *(f"predicted {_label(label)}" for label in labels))
+    columns = ("Label", *(f"predicted {names[label]}" for label in labels))
     return [Table(caption=caption, columns=columns, rows=rows)]
 
 
-def _label(value: Any) -> str:
-    number = float(value)
+def _label(record: dict[str, Any], key: str) -> str:
+    """A label, or a predicted one, by its name where that is known."""
+    if f"{key}_name" in record:
+        return record[f"{key}_name"]
+    number = float(record[key])
     return str(int(number)) if number == int(number) else f"{number:.4g}"
 
 

@@ -34,15 +34,6 @@ def better(key: str, new: float, old: float) -> bool | None:
     return is_better(key, new, old, less_is_better=less)
 
 
-def size(count: float) -> str:
-    """A number of bytes as 1.8 MB."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def parameters(count: float) -> str:
     """A number of parameters as 460.8 thousand or 135 million."""
     for least, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):

@@ -31,7 +31,7 @@ from lorakit.reporting.page import (
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
 from lorakit.reporting.run_summary import best_step, in_sentence, key_figures, subtitle, summary
-from lorakit.training.progress import duration
+from lorakit.training.progress import duration, size
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
@@ -41,8 +41,8 @@ SMOOTHED_FROM = 40
 PREDICTED = {
     "seconds": ("Time in training steps", duration),
     "tokens_per_second": ("Tokens a second", lambda value: f"{value:,.0f}"),
-    "peak_memory": ("Peak memory", measures.size),
-    "adapter_bytes": ("Adapter file", measures.size),
+    "peak_memory": ("Peak memory", size),
+    "adapter_bytes": ("Adapter file", size),
 }
 """What may be predicted of a run, by its key: the name and the form of the number."""
 
@@ -204,9 +204,7 @@ def _adapter(run: RunRecord) -> Section | None:
     kept = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
     counts = {"base": sizes["base_parameters"], "trained": sizes["trained_parameters"]}
     charts = (
-        bar_chart(
-            "Bytes", kept, x="", texts={name: measures.size(count) for name, count in kept.items()}
-        ),
+        bar_chart("Bytes", kept, x="", texts={name: size(count) for name, count in kept.items()}),
         bar_chart(
             "Parameters",
             counts,

@@ -8,7 +8,7 @@ from typing import Any
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
-from lorakit.training.progress import duration
+from lorakit.training.progress import duration, size
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
 """Scores that are called after someone."""
@@ -35,10 +35,9 @@ def summary(run: RunRecord) -> list[str]:
             f"{measures.parameters(base)})"
         )
     took = f" in {duration(seconds)}" if seconds else ""
-    done = "trained for" if result is not None else "has been trained for"
-    sentences = [f"{what} was {done} {steps:,} steps on {run.base_name}{took}."]
+    done = "has been" if result is None else "was"
+    sentences = [f"{what} {done} trained for {steps:,} steps on {run.base_name}{took}."]
     if result is None:
-        sentences[0] = sentences[0].replace(" was has ", " has ")
         sentences.append("The run is not finished: what follows is its state so far.")
     sentences += _score_sentences(run)
     if result is not None:
@@ -71,15 +70,13 @@ def key_figures(run: RunRecord) -> KeyFigures:
     if run.adapter_bytes is not None:
         base = run.sizes.get("base_bytes")
         note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
-        figures.append(
-            KeyFigure(label="Adapter file", value=measures.size(run.adapter_bytes), note=note)
-        )
+        figures.append(KeyFigure(label="Adapter file", value=size(run.adapter_bytes), note=note))
     if seconds := run.total("seconds"):
         tokens = run.total("tokens") or 0
         note = f"{tokens / seconds:,.0f} tokens a second"
         figures.append(KeyFigure(label="Time in steps", value=duration(seconds), note=note))
     if run.result and (memory := run.result.get("peak_memory")):
-        figures.append(KeyFigure(label="Peak memory", value=measures.size(memory)))
+        figures.append(KeyFigure(label="Peak memory", value=size(memory)))
     return KeyFigures(figures=tuple(figures))
 
 

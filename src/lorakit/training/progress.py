@@ -96,6 +96,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
-def gigabytes(size: int) -> str:
-    """Return a number of bytes as 1.23 GB."""
-    return f"{size / 1e9:.2f} GB"
+def size(count: float) -> str:
+    """Return a number of bytes in the unit that fits: 1.8 MB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 999.5:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes as 1.23 GB: in one unit, for numbers that stand beside each other."""
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,40 @@
+"""`lorakit inspect`: the norms of every kind of layer, and names as they stand in the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "analysis"), str(TESTS / "adapters" / "formats")]
+
+from sample_adapters import dense_parts, layers, stored
+
+import lorakit
+from lorakit.cli import main
+from lorakit.cli.inspect import describe
+
+
+@pytest.mark.parametrize("name", layers())
+def test_the_norm_is_that_of_the_change(name: str) -> None:
+    norm = describe(stored(name))["layers"][name]["norm"]
+    parts = dense_parts(layers()[name])
+    assert norm == pytest.approx(math.hypot(*(float(part.norm()) for part in parts)))
+
+
+def test_names_from_a_file_are_no_markup(tmp_path: Path, capsys) -> None:
+    model = tiny_models.build("llama")
+    model.config._name_or_path = "[bold]base[/red]"
+    lorakit.attach(model, lorakit.LoRA(rank=2), name="a").save(tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "base: [bold]base[/red]" in shown
+    assert "model.layers.*.self_attn.q_proj" in shown
+    assert main(["inspect", str(tmp_path / "a"), "--layers", "true", "--json", "true"]) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert {layer["norm"] for layer in found.values()} == {0}
