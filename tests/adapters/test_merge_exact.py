@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit import Adapters, LoRA, attach
+from lorakit import Adapters, FullFineTuning, LoRA, attach
+from lorakit.methods.module import Method, describe
 
 CYCLES = 1000
 SCALING = 1.5
@@ -137,3 +139,20 @@ def test_a_merged_model_is_called_as_the_base_is():
     handle.unmerge()
     assert torch.equal(model(ids).logits, adapted)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("other", [LoRA(targets="all-linear"), FullFineTuning()], ids=describe)
+def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method):
+    """DoRA on slices of a fused layer is stored with the norms of the base's other rows."""
+    model = tiny_models.build("gpt2")
+    handle = attach(model, LoRA(rank=2, dora=True), name="dora")
+    before = handle.stored("dora")
+    assert all(layer.base_norms is not None for layer in before.layers.values())
+    attach(model, other, name="other")
+    randomise(handle, "other")
+    handle.merge("other")
+    merged = handle.stored("dora")
+    handle.unmerge()  # full fine-tuning's copies go on standing in the base's places
+    for after in (merged, handle.stored("dora")):
+        for path, layer in before.layers.items():
+            assert torch.equal(after.layers[path].base_norms, layer.base_norms)

@@ -59,6 +59,8 @@ class Activation:
 
     def __init__(self) -> None:
         self.active = Active()
+        self.part: Active | None = None
+        """The choice for a part of the batch, while a layer is computed anew for its rows alone."""
         self.swapping: set[str] = set()
         """Adapters with trained copies of base tensors, which take their places in the model."""
         self.virtual: VirtualPositions | None = None
@@ -82,12 +84,12 @@ class Activation:
 
     def moment(self) -> Moment:
         """The choice and the places of virtual tokens in the forward pass being run, first or again."""
-        now = Moment(self.active, self.virtual)
+        now = Moment(self.part or self.active, self.virtual)
         if torch.compiler.is_compiling():
             return now  # a compiled graph has the choice of its trace, guarded
         frames = _checkpoint_frames()
         for frame, again in frames:
-            if again:
+            if again and self.part is None:  # a part is chosen anew by the layer that is run again
                 return self._replay(getattr(frame, _RECORD, now))
         for frame, _ in frames:
             if not hasattr(frame, _RECORD):

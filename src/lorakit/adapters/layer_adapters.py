@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, ValuesView
+import contextlib
+from collections.abc import ItemsView, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,19 +110,21 @@ class LayerAdapters(AdapterSlot):
                 continue
             index = torch.tensor(active.rows_of(name, x.shape[0]), device=x.device)
             output = output.index_copy(
-                0, index, self._adapt_chosen(layer, self[name], x[index], output[index])
+                0, index, self._adapt_chosen(layer, name, x[index], output[index])
             )
         return output
 
-    @staticmethod
-    def _adapt_chosen(layer: nn.Module, module: AdapterModule, x: Tensor, output: Tensor) -> Tensor:
+    def _adapt_chosen(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> Tensor:
+        module, activation = self[name], self.activation
         if module.trained:  # other weights than the base's: compute these rows anew with them
-            base = dict(layer._parameters)
+            base, part = dict(layer._parameters), activation.part
             try:
                 layer._parameters.update(module.trained)
+                activation.part = Active(rows=(name,))  # for the layers inside this one
                 output = layer.forward(x)
             finally:
                 layer._parameters.update(base)
+                activation.part = part
         return module.adapt(layer, x, output, 1.0)
 
     # --- effective weights -------------------------------------------------------------------------
@@ -215,6 +218,16 @@ class LayerAdapters(AdapterSlot):
         """The layer's own parameter, wherever it is at the moment."""
         replaced = self.replaced.get(attribute)
         return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def base_in_place(self, layer: nn.Module) -> Iterator[None]:
+        """Let what reads the layer's weights read the base's, where a trained or merged tensor stands."""
+        own = dict(layer._parameters)
+        layer._parameters.update(self.replaced)
+        try:
+            yield
+        finally:
+            layer._parameters.update(own)
 
 
 # Module-level functions that reach their state through the layer: deepcopy and pickle keep them whole.
