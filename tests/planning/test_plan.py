@@ -14,6 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig
+from lorakit.models import dtypes
 from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import Machine
@@ -154,13 +155,12 @@ def test_mistakes_are_named(base, tmp_path):
         )
 
 
-def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path):
+def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
     config = tiny_runs.config(tmp_path, base)
-    config = dataclasses.replace(
-        config, base=BaseConfig(name=base, device="cuda", dtype="bfloat16")
-    )
+    config = dataclasses.replace(config, base=BaseConfig(name=base, device="cuda"))
     found = plan(config, length=64)
-    assert found.device == "cuda"
+    assert (found.device, found.dtype) == ("cuda", "bfloat16")
     assert found.chosen.memory.software == 0
     assert found.chosen.seconds > 0
 

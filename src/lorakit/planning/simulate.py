@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from lorakit.evaluation.objective import (
     why_not_fused,
 )
 from lorakit.methods import METHODS
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.loading import Base, Task
 from lorakit.models.sources import Source
 from lorakit.planning.batches import Batches
@@ -66,7 +68,7 @@ class Run:
     packed: bool
 
 
-def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, gpu: bool) -> Run:
+def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device) -> Run:
     """Set a run up as training does, on a model without weights, and run its steps.
 
     Raises:
@@ -75,7 +77,7 @@ def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, gpu: bool) 
     task = batches.task
     fake = new_mode()
     with planning(fake):
-        model = build(shape, config.base, _task(shape, task), len(task.labels), gpu=gpu)
+        model = build(shape, config.base, _task(shape, task), len(task.labels), device=device)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, _source(shape))
         adapters = attach_method(base, _with_method(config), task)
@@ -90,7 +92,8 @@ def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, gpu: bool) 
         )
         model.train()
         objective = _objective(model, config, task)
-        autocast = autocast_of(config, adapters, model.device)
+        dtype = compute_dtype(config.base.dtype, device)
+        autocast = autocast_of(dtype, adapters, model.device)
     check_context(base, [*batches.fullest, *batches.middle])
     packed = _packs(model, config, batches.fullest)
     make = collator(base, packed=packed)

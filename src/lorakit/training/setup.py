@@ -79,6 +79,11 @@ class Job:
         return self.model.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in."""
+        return compute_dtype(self.config.base.dtype, self.device)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -98,7 +103,7 @@ class Job:
 
         Thin matrices need no autocast, since their product casts them itself.
         """
-        return autocast_of(self.config, self.adapters, self.device)
+        return autocast_of(self.dtype, self.adapters, self.device)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the peak learning rate after `step` finished steps."""
@@ -179,7 +184,7 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
-        dtype = str(compute_dtype(self.config.base.dtype)).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         lines.append(
             f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
@@ -236,7 +241,7 @@ def assemble(
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    with autocast_of(config, adapters, model.device):
+    with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
         stock = try_faster(model, collator(base)(train.examples[:2]))
         packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
@@ -270,11 +275,10 @@ def assemble(
 
 
 def autocast_of(
-    config: TrainConfig, adapters: Adapters, device: torch.device
+    dtype: torch.dtype, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
-    """Compute in the run's precision where trained tensors are float32 masters of base weights."""
+    """Compute in `dtype` where trained tensors are float32 masters of base weights."""
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
-    dtype = compute_dtype(config.base.dtype)
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
