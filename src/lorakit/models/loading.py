@@ -20,6 +20,7 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise
 from lorakit.models.sources import Source, resolve
+from lorakit.ops import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -268,8 +269,7 @@ def _load_model(
         settings |= {"num_labels": 1, "problem_type": "regression"}
     elif num_labels is not None:
         settings["num_labels"] = num_labels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, [torch.get_default_device()]):
         return model_class(task).from_pretrained(
             path,
             dtype=dtype,
