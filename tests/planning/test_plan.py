@@ -14,10 +14,13 @@ from tiny_tokenizer import tiny_tokenizer
 import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig
+from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import Machine
+
+OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
 
 MACHINE = Machine(
     products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, packed=0.0, origin="made up"
@@ -92,6 +95,37 @@ def test_full_fine_tuning_stands_beside(base, tmp_path):
     )
     assert alone.full is None
     assert alone.chosen == found.full
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: lorakit.LoRA(rank=2),
+        lambda: lorakit.Combined(methods=(lorakit.LoRA(rank=2), lorakit.PrefixEmbedding())),
+        lambda: registry.own_method(OWN_METHOD, {"targets": ["mlp.up"]}),
+    ],
+    ids=["lora", "combined", "of one's own"],
+)
+def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(registry, "_OWN", {})
+    base = tiny_runs.save_base(tmp_path / "base", "llama")
+    model = lorakit.load_base(base, dtype="float32").model
+    adapters = lorakit.attach(model, method())
+    adapters.save(tmp_path / "adapter")
+    config = tiny_runs.config(tmp_path, base, from_adapter=str(tmp_path / "adapter"))
+    found = plan(config, length=32, machine=MACHINE)
+    assert found.chosen.trained == adapters.summary().counts.trainable
+    assert found.full is not None
+
+
+def test_a_method_of_ones_own_beside_full_fine_tuning(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_OWN", {})
+    settings = {"targets": ["mlp.up"]}
+    config = tiny_runs.config(tmp_path, base, method=OWN_METHOD, method_settings=settings)
+    found = plan(config, length=32, machine=MACHINE)
+    assert found.chosen.trained == 5 * 64
+    assert found.full is not None
+    assert found.full.trained == found.parameters
 
 
 def test_more_of_anything_takes_more(base, tmp_path):

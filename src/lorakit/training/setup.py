@@ -29,6 +29,7 @@ from lorakit.evaluation.base import (
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
+from lorakit.methods import Method
 from lorakit.methods.trained import with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
@@ -302,15 +303,17 @@ def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None
     return [example.prompt for example in train] if config.sampling == "grouped" else None
 
 
-def attach_method(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
-    """Put what the run trains on its base, in float32."""
+def attach_method(
+    base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
+) -> Adapters:
+    """Put what the run trains on its base, in float32: `method`, or by default what `config` says."""
     model = base.model
-    if config.from_adapter is not None:
+    if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=ADAPTER)
     else:
         # The head is new and random: frozen, it would leave nothing to learn from.
         head = [] if task.generates else classification_head(model)
-        method = with_head(config.chosen_method, head)
+        method = with_head(method or config.chosen_method, head)
         adapters = attach(model, method, name=ADAPTER, seed=config.seed)
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
