@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import tiny_models
 import torch
@@ -9,7 +11,10 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit import Adapters, FullFineTuning, LoRA, attach
-from lorakit.methods.module import Method, describe
+from lorakit.adapters.export import adapted_state_dict
+from lorakit.errors import AdapterStateError
+from lorakit.methods.lora import LoRALayer
+from lorakit.methods.module import AdapterModule, Method, describe
 
 CYCLES = 1000
 SCALING = 1.5
@@ -156,3 +161,78 @@ def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method
     for after in (merged, handle.stored("dora")):
         for path, layer in before.layers.items():
             assert torch.equal(after.layers[path].base_norms, layer.base_norms)
+
+
+@pytest.mark.parametrize(
+    ("normalise", "restore"),
+    [
+        (
+            nn.utils.parametrizations.weight_norm,
+            lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
+        ),
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    ],
+    ids=["parametrized", "older"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
+    x = torch.randn(3, 8)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    normalise(model["b"])
+    handle = attach(model, LoRA(rank=2, targets=("a", "b")))
+    randomise(handle)
+    before = {name: layer(x) for name, layer in model.items()}
+    for write in (handle.merge, lambda: adapted_state_dict(model, model.state_dict())):
+        with pytest.raises(AdapterStateError, match=r"'b.weight' is computed.*remove_"):
+            write()
+        assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
+    handle.detach()
+    restore(model["b"])
+    attach(model, LoRA(rank=2, targets=("a", "b"))).merge()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_each_product_is_computed_once(monkeypatch: pytest.MonkeyPatch, dora: bool):
+    computed = []
+    delta_matrix = LoRALayer.delta_matrix
+
+    def counted(module: LoRALayer) -> Tensor:
+        computed.append(module)
+        return delta_matrix(module)
+
+    monkeypatch.setattr(LoRALayer, "delta_matrix", counted)
+    model = tiny_models.build("llama")
+    handle = attach(model, LoRA(rank=2, dora=dora))
+    adapted_state_dict(model, model.state_dict())
+    assert len(computed) == len(handle.modules())
+    handle.merge()
+    assert len(computed) == 2 * len(handle.modules())
+
+
+class Doubling(AdapterModule):
+    """A module of one's own, which only says what it adds to the weights."""
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return output + weight * x @ layer.weight.T
+
+    def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        return {"weight": layer.weight.detach()}
+
+
+@dataclass(frozen=True)
+class Doubled:
+    def modules(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+        return {"0": Doubling()}
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        return []
+
+
+def test_a_method_of_ones_own_is_merged():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    handle = attach(model, Doubled())
+    expected = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), expected)
+    handle.detach()
+    assert not torch.allclose(model(x), expected)

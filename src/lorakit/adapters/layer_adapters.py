@@ -158,19 +158,24 @@ class LayerAdapters(AdapterSlot):
         wide = compute_dtype(W, total)
         return (W.to(wide) + total.to(wide)).to(dtype)
 
-    def weights_changed_by(self, layer: nn.Module, names: list[str]) -> list[str]:
-        """Attributes of the layer that merging these adapters replaces."""
-        with torch.no_grad():
-            return list(
-                dict.fromkeys(
-                    attribute
-                    for name in names
-                    if name in self
-                    for attribute in (
-                        self[name].merged_weights(layer) or self[name].delta_weights(layer)
-                    )
+    def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
+        """Attributes of the layer at `path` that merging these adapters replaces.
+
+        Raises:
+            AdapterStateError: One is no parameter, so that nothing can take its place.
+        """
+        modules = [self[name] for name in names if name in self]
+        changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
+        for attribute in changed:
+            if attribute not in layer._parameters:
+                name = f"{path}.{attribute}" if path else attribute
+                raise AdapterStateError(
+                    f"'{name}' is computed from other tensors in each pass (weight norm does so), so that no merged "
+                    "weight can take its place. Before you attach the adapter, make it a parameter: "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), of the older kind "
+                    f"torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
                 )
-            )
+        return list(changed)
 
     # --- taking a parameter's place ------------------------------------------------------------------
 
