@@ -239,6 +239,27 @@ def test_rows_of_a_module_that_holds_adapted_layers(
         torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_copies_over_a_bfloat16_base() -> None:
+    """They have its dtype, and become float32 masters under autocast."""
+    model = tiny_models.build("llama").to(torch.bfloat16)
+    adapters = attach(model, LoRA(rank=2, train_modules="lm_head"))
+    batch = tiny_models.example_batch("llama", model)
+    logits(model)
+    head = model.lm_head.weight
+    assert head.dtype == torch.bfloat16
+    for parameter in adapters.trainable_parameters():
+        assert (parameter.dtype == torch.float32) == (parameter is not head)
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).logits.float().tanh().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapters.trainable_parameters())
+    assert head is model.lm_head.weight
+    assert head.grad.any()
+    adapters.activate(None)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    logits(model)
+
+
 def test_full_fine_tuning_beside_lora() -> None:
     """One trains the weights, the other adds to them: each sees the base, never the other."""
     model = tiny_models.build("gpt2")

@@ -26,7 +26,10 @@ def attach(
         model: Any PyTorch model; roles as targets need a `transformers` architecture that is known.
         method: What to train, for example ``LoRA(rank=8, targets="attention.qv")``.
         name: Name of the adapter on this model.
-        dtype: Dtype of the adapter's tensors; float32 masters also over a bfloat16 base.
+        dtype: Dtype of the tensors that the method adds; float32 masters also over a bfloat16 base. Copies of
+            base tensors (`train_modules`, biases, full fine-tuning) have the base's dtype, in which its layers
+            compute. To train those as float32 masters too, convert them (``p.data = p.data.float()``) and run
+            the model under `torch.autocast`; `lorakit.train` does.
         seed: Seed of the random start; None draws from PyTorch's global generator.
 
     Returns:
