@@ -27,10 +27,6 @@ TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What stands before every key in a PEFT file."""
 
-_FACTORS = {
-    False: ("lora_A.weight", "lora_B.weight"),
-    True: ("lora_embedding_A", "lora_embedding_B"),
-}
 MAGNITUDE = "lora_magnitude_vector"
 
 
