@@ -9,9 +9,11 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of, load
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
@@ -200,6 +202,62 @@ def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
         torch.testing.assert_close(
             [p.grad for p in parameters], list(expected), atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    ("arch", "head", "method"),
+    [("vit", None, FullFineTuning()), ("bert", "masked-lm", BitFit())],
+    ids=["embeddings of an image", "head of a masked language model"],
+)
+def test_rows_of_a_module_that_holds_adapted_layers(
+    arch: str, head: str | None, method: Method, checkpointing: bool
+) -> None:
+    """It has trained parameters of its own, and layers inside it have others."""
+    model = tiny_models.build(arch, head)
+    adapters = attach(model, method, name="a")
+    randomise(adapters)
+    batch = tiny_models.example_batch(arch, model)
+    batch = {name: torch.cat([value, value.flip(0)]) for name, value in batch.items()}
+    separate = {}
+    for choice in ("a", None):
+        adapters.activate(choice)
+        separate[choice] = model(**batch).logits
+    parameters = adapters.trainable_parameters()
+    for rows in (["a", None], ["a", None, "a", None], [None, None, "a", None]):
+        every = [row for row in rows for _ in range(4 // len(rows))]
+        expected = torch.stack([separate[row][i] for i, row in enumerate(every)])
+        with adapters.per_sample(rows):
+            found = (
+                checkpoint(lambda: model(**batch).logits, use_reentrant=False)
+                if checkpointing
+                else model(**batch).logits
+            )
+            gradients = torch.autograd.grad(found.tanh().sum(), parameters)
+        torch.testing.assert_close(found, expected)
+        wanted = torch.autograd.grad(expected.tanh().sum(), parameters, retain_graph=True)
+        torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_copies_over_a_bfloat16_base() -> None:
+    """They have its dtype, and become float32 masters under autocast."""
+    model = tiny_models.build("llama").to(torch.bfloat16)
+    adapters = attach(model, LoRA(rank=2, train_modules="lm_head"))
+    batch = tiny_models.example_batch("llama", model)
+    logits(model)
+    head = model.lm_head.weight
+    assert head.dtype == torch.bfloat16
+    for parameter in adapters.trainable_parameters():
+        assert (parameter.dtype == torch.float32) == (parameter is not head)
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).logits.float().tanh().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapters.trainable_parameters())
+    assert head is model.lm_head.weight
+    assert head.grad.any()
+    adapters.activate(None)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    logits(model)
 
 
 def test_full_fine_tuning_beside_lora() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import tiny_models
 import torch
+from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit import Adapters, LoRA, attach
+from lorakit import Adapters, FullFineTuning, LoRA, attach
+from lorakit.adapters.export import adapted_state_dict
+from lorakit.errors import AdapterStateError
+from lorakit.methods.lora import LoRALayer
+from lorakit.methods.module import AdapterModule, Method, describe
 
 CYCLES = 1000
 SCALING = 1.5
@@ -137,3 +144,95 @@ def test_a_merged_model_is_called_as_the_base_is():
     handle.unmerge()
     assert torch.equal(model(ids).logits, adapted)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("other", [LoRA(targets="all-linear"), FullFineTuning()], ids=describe)
+def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method):
+    """DoRA on slices of a fused layer is stored with the norms of the base's other rows."""
+    model = tiny_models.build("gpt2")
+    handle = attach(model, LoRA(rank=2, dora=True), name="dora")
+    before = handle.stored("dora")
+    assert all(layer.base_norms is not None for layer in before.layers.values())
+    attach(model, other, name="other")
+    randomise(handle, "other")
+    handle.merge("other")
+    merged = handle.stored("dora")
+    handle.unmerge()  # full fine-tuning's copies go on standing in the base's places
+    for after in (merged, handle.stored("dora")):
+        for path, layer in before.layers.items():
+            assert torch.equal(after.layers[path].base_norms, layer.base_norms)
+
+
+@pytest.mark.parametrize(
+    ("normalise", "restore"),
+    [
+        (
+            nn.utils.parametrizations.weight_norm,
+            lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
+        ),
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    ],
+    ids=["parametrized", "older"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
+    x = torch.randn(3, 8)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    normalise(model["b"])
+    handle = attach(model, LoRA(rank=2, targets=("a", "b")))
+    randomise(handle)
+    before = {name: layer(x) for name, layer in model.items()}
+    for write in (handle.merge, lambda: adapted_state_dict(model, model.state_dict())):
+        with pytest.raises(AdapterStateError, match=r"'b.weight' is computed.*remove_"):
+            write()
+        assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
+    handle.detach()
+    restore(model["b"])
+    attach(model, LoRA(rank=2, targets=("a", "b"))).merge()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_each_product_is_computed_once(monkeypatch: pytest.MonkeyPatch, dora: bool):
+    computed = []
+    delta_matrix = LoRALayer.delta_matrix
+
+    def counted(module: LoRALayer) -> Tensor:
+        computed.append(module)
+        return delta_matrix(module)
+
+    monkeypatch.setattr(LoRALayer, "delta_matrix", counted)
+    model = tiny_models.build("llama")
+    handle = attach(model, LoRA(rank=2, dora=dora))
+    adapted_state_dict(model, model.state_dict())
+    assert len(computed) == len(handle.modules())
+    handle.merge()
+    assert len(computed) == 2 * len(handle.modules())
+
+
+class Doubling(AdapterModule):
+    """A module of one's own, which only says what it adds to the weights."""
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return output + weight * x @ layer.weight.T
+
+    def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        return {"weight": layer.weight.detach()}
+
+
+@dataclass(frozen=True)
+class Doubled:
+    def modules(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+        return {"0": Doubling()}
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        return []
+
+
+def test_a_method_of_ones_own_is_merged():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    handle = attach(model, Doubled())
+    expected = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), expected)
+    handle.detach()
+    assert not torch.allclose(model(x), expected)

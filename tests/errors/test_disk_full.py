@@ -28,7 +28,7 @@ from lorakit.errors import (
     LorakitError,
     RunFolderError,
 )
-from lorakit.training import checkpoint
+from lorakit.storage import tensors
 from lorakit.training.run_folder import JsonLines, RunResult
 
 # --- disk full ------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ from lorakit.training.run_folder import JsonLines, RunResult
 
 WRITES = {
     "mkdir": (Path, "mkdir"),
-    "tensors": (formats.tensors, "save_file"),
+    "tensors": (tensors, "save_file"),
     "bytes": (Path, "write_bytes"),
     "text": (Path, "write_text"),
     "fsync": (os, "fsync"),
@@ -126,7 +126,7 @@ def test_save_to_a_really_full_disk(small_disk: Path, model: nn.Module, tmp_path
 IN_A_RUN = {
     "fsync": (os, "fsync"),
     "metrics": (JsonLines, "_write"),
-    "tensors": (checkpoint, "save_file"),
+    "tensors": (tensors, "save_file"),
     "settings": (Path, "write_text"),
     "records": (Path, "write_bytes"),
 }

@@ -99,9 +99,9 @@ def test_resume_on_a_base_that_has_changed(
 ) -> None:
     """The weights would be those of no base."""
     shutil.copytree(bases / "base", "model")
-    full = FullAfter(checkpoint.save_file, 4)  # in the second checkpoint
+    full = FullAfter(checkpoint.write_safetensors, 4)  # in the second checkpoint
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(checkpoint, "write_safetensors", full)
         with refused(RunFolderError, "disk full"):
             lorakit.train(run_config("model", data, Path("run")))
     shutil.rmtree("model")

@@ -27,6 +27,14 @@ def test_gradient_is_that_of_the_drawn_mask():
     torch.testing.assert_close(x.grad * x.detach(), y.detach())
 
 
+def test_second_derivative():
+    x = torch.randn(50, 30, requires_grad=True)
+    (first,) = torch.autograd.grad(dropout(x, 0.3).square().sum() / 2, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.any()
+    torch.testing.assert_close(second * x, first)
+
+
 def test_torchs_seed_and_state_decide():
     x = torch.ones(64, 64)
     torch.manual_seed(3)

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from lorakit.errors import ConfigurationError
-from lorakit.planning.calibration import MARGIN, calibrate, fit
+from lorakit.planning.calibration import MARGIN, _try, calibrate, fit
 from lorakit.planning.ledger import Work
 from lorakit.planning.machine import (
     Machine,
@@ -69,6 +70,16 @@ def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
     assert read_calibration(CPU, torch.bfloat16) is None  # another dtype is another machine
     path.write_text(path.read_text().replace("400000000000.0", "500000000000.0"))
     assert read_calibration(CPU, torch.float32) is None  # damaged: measured anew
+
+
+def test_a_trial_reports_its_own_memory():
+    """What its parent holds counts for a child in the usage of resources that the system reports."""
+    held = torch.ones(2**28)
+    shape = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=4)
+    figures = _try(config, torch.float32, {"count": 1, "length": 8, "targets": 4})
+    assert 0 < figures["ready"] < figures["peak"] < figures["ready"] + held.nbytes // 4
+    assert figures["seconds"] > 0
 
 
 def test_a_gpu_is_not_calibrated():

@@ -14,9 +14,13 @@ from tiny_tokenizer import tiny_tokenizer
 import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.config import BaseConfig
+from lorakit.methods import registry
+from lorakit.models import dtypes
 from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import Machine
+
+OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
 
 MACHINE = Machine(
     products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, packed=0.0, origin="made up"
@@ -93,6 +97,37 @@ def test_full_fine_tuning_stands_beside(base, tmp_path):
     assert alone.chosen == found.full
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: lorakit.LoRA(rank=2),
+        lambda: lorakit.Combined(methods=(lorakit.LoRA(rank=2), lorakit.PrefixEmbedding())),
+        lambda: registry.own_method(OWN_METHOD, {"targets": ["mlp.up"]}),
+    ],
+    ids=["lora", "combined", "of one's own"],
+)
+def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(registry, "_OWN", {})
+    base = tiny_runs.save_base(tmp_path / "base", "llama")
+    model = lorakit.load_base(base, dtype="float32").model
+    adapters = lorakit.attach(model, method())
+    adapters.save(tmp_path / "adapter")
+    config = tiny_runs.config(tmp_path, base, from_adapter=str(tmp_path / "adapter"))
+    found = plan(config, length=32, machine=MACHINE)
+    assert found.chosen.trained == adapters.summary().counts.trainable
+    assert found.full is not None
+
+
+def test_a_method_of_ones_own_beside_full_fine_tuning(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_OWN", {})
+    settings = {"targets": ["mlp.up"]}
+    config = tiny_runs.config(tmp_path, base, method=OWN_METHOD, method_settings=settings)
+    found = plan(config, length=32, machine=MACHINE)
+    assert found.chosen.trained == 5 * 64
+    assert found.full is not None
+    assert found.full.trained == found.parameters
+
+
 def test_more_of_anything_takes_more(base, tmp_path):
     def total(**changes):
         config = tiny_runs.config(tmp_path, base, accumulation=1)
@@ -154,13 +189,12 @@ def test_mistakes_are_named(base, tmp_path):
         )
 
 
-def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path):
+def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
     config = tiny_runs.config(tmp_path, base)
-    config = dataclasses.replace(
-        config, base=BaseConfig(name=base, device="cuda", dtype="bfloat16")
-    )
+    config = dataclasses.replace(config, base=BaseConfig(name=base, device="cuda"))
     found = plan(config, length=64)
-    assert found.device == "cuda"
+    assert (found.device, found.dtype) == ("cuda", "bfloat16")
     assert found.chosen.memory.software == 0
     assert found.chosen.seconds > 0
 

@@ -37,8 +37,7 @@ import safetensors.torch
 import tiny_runs
 
 from lorakit.methods.lora.config import LoRA
-from lorakit.storage import atomic
-from lorakit.training import checkpoint
+from lorakit.storage import atomic, tensors
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
 from lorakit.training.loop import train
 
@@ -191,7 +190,7 @@ def instrument(reached: Callable[[int], object]) -> None:
     for name in ("fsync", "rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove"):
         around(os, name)
     around(atomic, "_exchange")
-    for owner in (safetensors.torch, checkpoint):
+    for owner in (safetensors.torch, tensors):
         around(owner, "save_file")
 
     def writes(file, mode="r", *args, **kwargs) -> bool:

@@ -1,13 +1,17 @@
 """Norms whose bias alone is trained, in float32 beside a weight in bfloat16."""
 
+from pathlib import Path
+
 import tiny_runs
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lorakit.evaluation.config import BaseConfig
+from lorakit.models import dtypes
 from lorakit.training.loop import train
 from lorakit.training.mixed_precision import let_norms_compute
+from lorakit.training.setup import prepare
 
 
 def test_a_norm_computes_with_both_in_float32_and_keeps_its_own():
@@ -40,3 +44,15 @@ def test_bitfit_trains_on_a_base_in_bfloat16(tmp_path):
     )
     result = train(config)
     assert result.scores["loss"] != result.scores_before["loss"]
+
+
+def test_auto_is_what_the_chosen_device_multiplies(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        dtypes, "_multiplies_bfloat16", lambda device: device != torch.device("cpu")
+    )
+    base = tiny_runs.save_base(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, base, base=BaseConfig(name=base, device="cpu"), max_steps=1)
+    job = prepare(config)
+    assert job.model.dtype == job.dtype == torch.float32
+    assert train(config)
+    assert "dtype: float32" in (Path(config.output) / "config.yaml").read_text()

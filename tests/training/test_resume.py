@@ -98,8 +98,8 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
         (validation, "held_out", 1),  # before the first step
         (validation, "held_out", 3),
         (validation, "generated", 2),
-        (checkpoint, "save_file", 1),  # the first file of the first checkpoint
-        (checkpoint, "save_file", 8),  # the second file of the third
+        (checkpoint, "write_safetensors", 1),  # the first file of the first checkpoint
+        (checkpoint, "write_safetensors", 8),  # the second file of the third
         (checkpoint.storage, "write_record", 3),
         (checkpoint.shutil, "rmtree", 1),  # deleting an old checkpoint
     ],
@@ -258,6 +258,13 @@ def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:
     train(settings(tmp_path, base, checkpoints=CheckpointConfig(every=2, keep=3)))
     found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["step-000014", "step-000016", "step-000018"]
+
+
+def test_checkpoints_are_as_readable_as_other_files(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    files = [path for path in (undisturbed / "checkpoints").rglob("*") if path.is_file()]
+    modes = {path.stat().st_mode & 0o777 for path in files}
+    assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
 
 
 def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:

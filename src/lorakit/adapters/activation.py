@@ -6,6 +6,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
@@ -53,20 +54,31 @@ class Activation:
 
     Gradient checkpointing runs a block again in the backward pass, when the choice may have changed
     (a `per_sample` block has ended, another adapter is active). `current` then returns the choice of
-    the first run, or refuses where it cannot know it: gradients are never silently those of another
-    adapter.
+    the first run, or refuses where its tensors are no longer in their places: gradients are never silently
+    those of another adapter.
     """
 
     def __init__(self) -> None:
         self.active = Active()
+        self.part: Active | None = None
+        """The choice for a part of the batch, while a layer is computed anew for its rows alone."""
+        self.names: set[str] = set()
+        """All adapters of the model."""
         self.swapping: set[str] = set()
         """Adapters with trained copies of base tensors, which take their places in the model."""
         self.virtual: VirtualPositions | None = None
         """Where virtual tokens stand in the ids of the pass being run."""
         self.in_first_pass = False
         """Whether a pass is being run that no cached token precedes."""
-        self._reentrant: set[Active] = set()
-        self._recomputing = False
+        self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
+        """What held when a checkpoint first ran, for as long as it may run again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What may run again are passes of this model, not of a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _records=WeakKeyDictionary())
 
     def begin_pass(self, *, is_first: bool) -> None:
         """Forget where virtual tokens stood in the pass before."""
@@ -82,29 +94,32 @@ class Activation:
 
     def moment(self) -> Moment:
         """The choice and the places of virtual tokens in the forward pass being run, first or again."""
-        now = Moment(self.active, self.virtual)
+        now = Moment(self.part or self.active, self.virtual)
         if torch.compiler.is_compiling():
             return now  # a compiled graph has the choice of its trace, guarded
-        frames = _checkpoint_frames()
-        for frame, again in frames:
-            if again:
-                return self._replay(getattr(frame, _RECORD, now))
-        for frame, _ in frames:
-            if not hasattr(frame, _RECORD):
-                setattr(frame, _RECORD, now)
-        if not frames and torch._C._current_graph_task_id() != -1:
-            self._check_reentrant()
-        elif not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            self._remember_reentrant()
+        checkpoints = _checkpoints() + _reentrant_checkpoints()
+        if not checkpoints:
+            return now
+        if self.part is None:  # a part is chosen by a layer that is itself run again
+            again = next((checkpoint for checkpoint, second in checkpoints if second), None)
+            now = now if again is None else self._replay(self._records.get(again, now))
+        for checkpoint, second in checkpoints:
+            if not second:
+                self._records.setdefault(checkpoint, now)
         return now
 
     @property
     def recomputation_pending(self) -> bool:
-        """Whether a reentrant checkpoint has run once, and may be run again by a backward pass."""
-        return bool(self._reentrant) and not self._recomputing
+        """Whether a checkpoint has run once, and may be run again by a backward pass."""
+        return bool(self._records)
 
     def _replay(self, then: Moment) -> Moment:
         recorded = then.active
+        if removed := recorded.names - self.names:
+            raise AdapterStateError(
+                f"'{min(removed)}' was removed between the forward and the backward pass of a checkpointed block. "
+                "Remove it after backward() has returned."
+            )
         if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
             raise AdapterStateError(
                 "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
@@ -113,39 +128,11 @@ class Activation:
             )
         return then
 
-    def _remember_reentrant(self) -> None:
-        """Note the choice of a reentrant checkpoint's first run, which leaves no frame to find it by."""
-        caller = sys._getframe()
-        while caller is not None and caller.f_code is not _REENTRANT_FORWARD:
-            caller = caller.f_back
-        if caller is None:
-            return
-        if self.virtual is not None:
-            raise AdapterStateError(
-                "Reentrant gradient checkpointing runs the forward again without knowing where its virtual tokens "
-                "stood. Use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        if self._recomputing:  # a new step: the choices of the last one are spent
-            self._reentrant.clear()
-            self._recomputing = False
-        self._reentrant.add(self.active)
 
-    def _check_reentrant(self) -> None:
-        self._recomputing = True
-        if self._reentrant - {self.active}:
-            raise AdapterStateError(
-                "The active adapter changed between the forward and the backward pass, and reentrant gradient "
-                "checkpointing runs the forward again. Keep it unchanged until backward() has returned, or use "
-                "non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-
-
-_RECORD = "lorakit_active"
 _SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
-def _checkpoint_frames() -> list[tuple[Any, bool]]:
+def _checkpoints() -> list[tuple[Any, bool]]:
     """The non-reentrant checkpoints being run, innermost first, and whether each runs for the second time.
 
     PyTorch pushes saved-tensor hooks around both runs. Their closures lead to one frame object, which
@@ -173,3 +160,26 @@ def _frame_of(pack_hook: Any) -> tuple[Any, bool] | None:
         if name == "target_frame_ref":
             return cell.cell_contents(), True
     return None
+
+
+_FIRST_RUN = CheckpointFunction.forward.__code__
+_SECOND_RUN = CheckpointFunction.backward.__code__
+
+
+def _reentrant_checkpoints() -> list[tuple[Any, bool]]:
+    """The same of reentrant checkpoints: an autograd function runs the first time, its backward the second.
+
+    Both have the function's context, which lives as long as the graph. The callers lead to it.
+    """
+    if torch.is_inference_mode_enabled():
+        return []
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        return []  # the first run is without gradients, the second in a backward pass
+    found = []
+    caller = sys._getframe(1)
+    while caller is not None:
+        code = caller.f_code
+        if code is _FIRST_RUN or code is _SECOND_RUN:
+            found.append((caller.f_locals["ctx"], code is _SECOND_RUN))
+        caller = caller.f_back
+    return found

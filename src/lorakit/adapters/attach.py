@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -12,6 +9,7 @@ from lorakit.adapters.handle import Adapters, handle_of, uncompiled
 from lorakit.adapters.installed import adapted_layers
 from lorakit.errors import AdapterStateError, TargetError
 from lorakit.methods.module import Method
+from lorakit.ops import seeded
 
 
 def attach(
@@ -28,7 +26,10 @@ def attach(
         model: Any PyTorch model; roles as targets need a `transformers` architecture that is known.
         method: What to train, for example ``LoRA(rank=8, targets="attention.qv")``.
         name: Name of the adapter on this model.
-        dtype: Dtype of the adapter's tensors; float32 masters also over a bfloat16 base.
+        dtype: Dtype of the tensors that the method adds; float32 masters also over a bfloat16 base. Copies of
+            base tensors (`train_modules`, biases, full fine-tuning) have the base's dtype, in which its layers
+            compute. To train those as float32 masters too, convert them (``p.data = p.data.float()``) and run
+            the model under `torch.autocast`; `lorakit.train` does.
         seed: Seed of the random start; None draws from PyTorch's global generator.
 
     Returns:
@@ -42,7 +43,7 @@ def attach(
     handle = handle_for(model)
     handle.check_can_add(name)
     with handle.base_in_place():
-        with seeded(seed):
+        with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
         trained = method.trained_parameters(handle.model)
         if not modules and not trained:
@@ -67,14 +68,3 @@ def handle_for(model: nn.Module) -> Adapters:
                 "that this one is a part of. Attach both to the same one, or detach the first."
             )
     return handle
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator of this seed inside the block, leaving the global one as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -112,7 +112,8 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
                 "The model cannot be saved inside per_sample: its rows have different weights. Leave the block first."
             )
         prefix = f"{path}." if path else ""
-        for attribute in adapters.weights_changed_by(layer, [name for name, _ in active.weights]):
+        names = [name for name, _ in active.weights]
+        for attribute in adapters.weights_changed_by(path, layer, names):
             result[prefix + attribute] = adapters.effective_weight(
                 layer, attribute, list(active.weights)
             )

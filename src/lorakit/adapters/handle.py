@@ -211,6 +211,7 @@ class Adapters:
         if name in self._activation.active.names:
             self._set(Active())
         del self._installed[name]
+        self._activation.names.discard(name)
         self._activation.swapping.discard(name)
         for path in adapter.modules:
             layer = self.model.get_submodule(path)
@@ -314,6 +315,7 @@ class Adapters:
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
+        self._activation.names.add(name)
         if adapter.trained:
             self._activation.swapping.add(name)
         if handle_of(self.model) is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, ValuesView
+import contextlib
+from collections.abc import ItemsView, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,19 +110,21 @@ class LayerAdapters(AdapterSlot):
                 continue
             index = torch.tensor(active.rows_of(name, x.shape[0]), device=x.device)
             output = output.index_copy(
-                0, index, self._adapt_chosen(layer, self[name], x[index], output[index])
+                0, index, self._adapt_chosen(layer, name, x[index], output[index])
             )
         return output
 
-    @staticmethod
-    def _adapt_chosen(layer: nn.Module, module: AdapterModule, x: Tensor, output: Tensor) -> Tensor:
+    def _adapt_chosen(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> Tensor:
+        module, activation = self[name], self.activation
         if module.trained:  # other weights than the base's: compute these rows anew with them
-            base = dict(layer._parameters)
+            base, part = dict(layer._parameters), activation.part
             try:
                 layer._parameters.update(module.trained)
+                activation.part = Active(rows=(name,))  # for the layers inside this one
                 output = layer.forward(x)
             finally:
                 layer._parameters.update(base)
+                activation.part = part
         return module.adapt(layer, x, output, 1.0)
 
     # --- effective weights -------------------------------------------------------------------------
@@ -155,19 +158,24 @@ class LayerAdapters(AdapterSlot):
         wide = compute_dtype(W, total)
         return (W.to(wide) + total.to(wide)).to(dtype)
 
-    def weights_changed_by(self, layer: nn.Module, names: list[str]) -> list[str]:
-        """Attributes of the layer that merging these adapters replaces."""
-        with torch.no_grad():
-            return list(
-                dict.fromkeys(
-                    attribute
-                    for name in names
-                    if name in self
-                    for attribute in (
-                        self[name].merged_weights(layer) or self[name].delta_weights(layer)
-                    )
+    def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
+        """Attributes of the layer at `path` that merging these adapters replaces.
+
+        Raises:
+            AdapterStateError: One is no parameter, so that nothing can take its place.
+        """
+        modules = [self[name] for name in names if name in self]
+        changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
+        for attribute in changed:
+            if attribute not in layer._parameters:
+                name = f"{path}.{attribute}" if path else attribute
+                raise AdapterStateError(
+                    f"'{name}' is computed from other tensors in each pass (weight norm does so), so that no merged "
+                    "weight can take its place. Before you attach the adapter, make it a parameter: "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), of the older kind "
+                    f"torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
                 )
-            )
+        return list(changed)
 
     # --- taking a parameter's place ------------------------------------------------------------------
 
@@ -215,6 +223,16 @@ class LayerAdapters(AdapterSlot):
         """The layer's own parameter, wherever it is at the moment."""
         replaced = self.replaced.get(attribute)
         return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def base_in_place(self, layer: nn.Module) -> Iterator[None]:
+        """Let what reads the layer's weights read the base's, where a trained or merged tensor stands."""
+        own = dict(layer._parameters)
+        layer._parameters.update(self.replaced)
+        try:
+            yield
+        finally:
+            layer._parameters.update(own)
 
 
 # Module-level functions that reach their state through the layer: deepcopy and pickle keep them whole.

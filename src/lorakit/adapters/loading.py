@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import formats
-from lorakit.adapters.attach import handle_for, seeded
+from lorakit.adapters.attach import handle_for
 from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
@@ -24,6 +24,7 @@ from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
+from lorakit.ops import seeded
 
 _LOG = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ def _build_other_modules(
 ) -> dict[str, AdapterModule]:
     """The modules of methods other than LoRA: made by the method, then filled with the file's tensors."""
     modules: dict[str, AdapterModule] = {}
-    with seeded(0):  # the random start is overwritten, and is to leave no trace
+    devices = (parameter.device for parameter in model.parameters())
+    with seeded(0, devices):  # the random start is overwritten, and is to leave no trace
         for part in parts(stored.method):
             if not isinstance(part, LoRA):
                 modules.update(part.modules(model))

@@ -26,14 +26,14 @@ def merge(model: nn.Module, active: Active) -> None:
     in: rounded to its few bits anew, most of the delta would be lost.
 
     Raises:
-        AdapterStateError: A weight is quantised in a way that is not known here, or an adapter has no
-            merged form.
+        AdapterStateError: A weight is quantised in a way that is not known here, or is no parameter, or an
+            adapter has no merged form.
     """
     require_mergeable(model, active)
     names = [name for name, _ in active.weights]
     merged = []
     for path, layer, adapters in adapted_layers(model):
-        for attribute in adapters.weights_changed_by(layer, names):
+        for attribute in adapters.weights_changed_by(path, layer, names):
             W = getattr(layer, attribute)
             if not W.is_floating_point() and quantised_weight(layer, W) is None:
                 raise AdapterStateError(

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.installed import InstalledAdapter
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
@@ -56,7 +57,6 @@ def save(
 
 
 def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
-    norms = module.row_norms(layer) if module.magnitude is not None and module.slices else None
     return StoredLayer(
         kind=module.kind,  # type: ignore[arg-type]
         A=at_rest(module.lora_A),
@@ -67,8 +67,18 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
         slices=module.slices,
         initial_A=None if module.initial_A is None else at_rest(module.initial_A),
         initial_B=None if module.initial_B is None else at_rest(module.initial_B),
-        base_norms=None if norms is None else at_rest(norms),
+        base_norms=_base_norms(layer, module),
     )
+
+
+def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
+    """Of DoRA on slices the norms of all rows: PEFT has a magnitude for each, also for those not adapted."""
+    if module.magnitude is None or not module.slices:
+        return None
+    adapters = layer.adapters
+    assert isinstance(adapters, LayerAdapters)
+    with adapters.base_in_place(layer):
+        return at_rest(module.row_norms(layer))
 
 
 def _tensors(module: AdapterModule) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorakit.adapters import formats
-from lorakit.adapters.formats.tensors import read_safetensors
 from lorakit.adapters.stored import StoredAdapter
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import ADAPTERS
+from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, WEIGHTS
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME

@@ -92,7 +92,8 @@ def run(argv: Sequence[str]) -> None:
         from lorakit.models.dtypes import compute_dtype
         from lorakit.planning.calibration import calibrate
 
-        calibrate(config.base.pick_device(), compute_dtype(config.base.dtype))
+        device = config.base.pick_device()
+        calibrate(device, compute_dtype(config.base.dtype, device))
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
     found = plan(config.run, length=length, targets=config.targets)

@@ -48,6 +48,7 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        device=device,
         seed=seed,
     )
     if base.tokenizer is None:

@@ -21,6 +21,7 @@ from lorakit.evaluation.base import context_length, virtual_tokens_of
 from lorakit.evaluation.config import Decoding
 from lorakit.evaluation.mode import evaluating
 from lorakit.methods.virtual_tokens import PREFIX_START
+from lorakit.ops import seeded
 from lorakit.tasks.language_modelling import start_ids
 
 Prompt = str | Sequence[int]
@@ -96,12 +97,10 @@ def generate(
 def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
     """Leave the model, and the random state that dropout draws from, as they were."""
     own = model.generation_config
-    devices = [model.device] if model.device.type == "cuda" else []
     # `generate` takes what a configuration leaves open from the model's own: a temperature, a repetition penalty.
     model.generation_config = settings
     try:
-        with evaluating(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with evaluating(model), seeded(seed, (p.device for p in model.parameters())):
             yield
     finally:
         model.generation_config = own

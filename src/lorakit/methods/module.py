@@ -39,6 +39,10 @@ class AdapterModule(nn.Module):
         """What a merge adds to the layer's weights, by attribute, in float32 (or wider)."""
         return {}
 
+    def changed_weights(self, layer: nn.Module) -> list[str]:
+        """The attributes of the layer's weights that a merge changes: known without computing them, where it can be."""
+        return list(self.merged_weights(layer) or self.delta_weights(layer))
+
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         """Whole merged weights where they are no sum of W and a delta (DoRA), else None."""
         return None

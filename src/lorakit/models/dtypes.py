@@ -18,12 +18,19 @@ QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
+def compute_dtype(
+    dtype: str | torch.dtype = "auto", device: torch.device | None = None
+) -> torch.dtype:
     """Return the dtype to compute in; of a quantised base, that of ``auto``.
 
     ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
     capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
     emulated, and slower than float32.
+
+    Args:
+        dtype: A name, or a dtype, which is returned.
+        device: Where it is computed; None is a GPU if there is one, else the CPU. A GPU that is not
+            there, for which a run is only planned, is taken for one of today.
 
     Raises:
         ConfigurationError: the name is not known.
@@ -31,7 +38,7 @@ def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto" or dtype in QUANTISATIONS:
-        return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if dtype not in _DTYPES:
         names = ("auto", *_DTYPES, *QUANTISATIONS)
         raise ConfigurationError(
@@ -40,20 +47,27 @@ def compute_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def resolved_dtype(dtype: str) -> str:
-    """Return what a setting stands for on this machine: ``auto`` as the dtype's name, others as they are.
+def resolved_dtype(dtype: str, device: torch.device | None = None) -> str:
+    """Return what a setting stands for on a device: ``auto`` as the dtype's name, others as they are.
 
     Raises:
         ConfigurationError: The name is not known.
     """
-    computed_in = str(compute_dtype(dtype)).removeprefix("torch.")
+    computed_in = str(compute_dtype(dtype, device)).removeprefix("torch.")
     return dtype if dtype in QUANTISATIONS else computed_in
 
 
+def _multiplies_bfloat16(device: torch.device | None) -> bool:
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
+        return _cpu_multiplies_bfloat16()
+    there = (device.index or 0) < torch.cuda.device_count()
+    return not there or torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability()[0] >= 8
+def _cpu_multiplies_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -55,7 +55,9 @@ def _gate(module: Any) -> tuple[FasterForward, Tensor] | None:
     if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return None
     weight = module.gate_proj.weight
-    return FasterForward(_gated, module), weight.new_empty(2, module.gate_proj.in_features)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # or it is quantised
+    example = weight.new_empty(2, module.gate_proj.in_features, dtype=dtype)
+    return FasterForward(_gated, module), example
 
 
 def _activation(module: nn.Module) -> tuple[FasterForward, Tensor] | None:

@@ -20,6 +20,7 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise
 from lorakit.models.sources import Source, resolve
+from lorakit.ops import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,7 @@ def load_base(
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    device: torch.device | None = None,
     seed: int = 0,
 ) -> Base:
     """Load a base model and its tokenizer.
@@ -98,6 +100,8 @@ def load_base(
             :func:`lorakit.models.quantising.quantise`.
         trust_remote_code: run Python code that the hub or the folder brings with the model.
         revision: branch, tag or commit on the hub.
+        device: where the model will compute, which decides on ``auto``; None is a GPU if there is
+            one, else the CPU.
         seed: from which a head that the checkpoint lacks is initialised, so that it is the same
             every time. The global random state is left alone.
 
@@ -107,7 +111,7 @@ def load_base(
         ConfigurationError: the arguments do not fit each other.
     """
     _check_arguments(task, num_labels)
-    weights_dtype = compute_dtype(dtype)
+    weights_dtype = compute_dtype(dtype, device)
     quantisation: Any = dtype if dtype in QUANTISATIONS else None
     if quantisation:
         check_available(quantisation)
@@ -265,8 +269,7 @@ def _load_model(
         settings |= {"num_labels": 1, "problem_type": "regression"}
     elif num_labels is not None:
         settings["num_labels"] = num_labels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, [torch.get_default_device()]):
         return model_class(task).from_pretrained(
             path,
             dtype=dtype,

@@ -5,6 +5,7 @@ from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
 from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.seeding import seeded
 from lorakit.ops.silu_product import silu_product
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "lora_linear",
     "masked_attention",
     "rms_norm",
+    "seeded",
     "silu_product",
 ]

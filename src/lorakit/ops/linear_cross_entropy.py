@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of logits: enough rows that the products are efficient, and no more."""
@@ -105,6 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors

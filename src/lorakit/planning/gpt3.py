@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lorakit.adapters import count_parameters
 from lorakit.evaluation.config import BaseConfig
 from lorakit.methods import LoRA
@@ -16,9 +18,9 @@ HALF = 2
 
 def arithmetic() -> tuple[str, ...]:
     """Return how the paper's figures come about, a line each; what it counts is counted on the shape here."""
-    base = BaseConfig(name=GPT3, dtype="bfloat16", device="cpu")
+    base = BaseConfig(name=GPT3, dtype="bfloat16")
     with planning(new_mode()):
-        model = build(shape_of(base), base, "causal-lm", 0, gpu=True)
+        model = build(shape_of(base), base, "causal-lm", 0, device=torch.device("cuda"))
         counts = count_parameters(model, LoRA(rank=4, targets="attention.qv"))
     weights, adapter = PRINTED * HALF, counts.trainable * HALF
     moments = 2 * weights

@@ -106,7 +106,7 @@ class Ledger(TorchDispatchMode):
         """Say what a tensor is there for, once that is known."""
         storage = tensor.untyped_storage()
         before = self._kind.get(storage._cdata)
-        if before is None or before == kind or "logits" in (before,):
+        if before is None or before == kind or before == "logits":
             return
         self._kind[storage._cdata] = kind
         self._alive[before] -= storage.nbytes()

@@ -141,13 +141,13 @@ def plan(
     gpu = device.type != "cpu"
     shape = shape_of(config.base)
     batches = _batches(config, shape, length, targets)
-    dtype = compute_dtype(config.base.dtype)
+    dtype = compute_dtype(config.base.dtype, device)
     machine = machine or find_machine(device, dtype, here=here)
-    run = simulate(config, shape, batches, gpu=gpu)
+    run = simulate(config, shape, batches, device=device)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
         try:
-            full = simulate(as_full(config), shape, batches, gpu=gpu)
+            full = simulate(as_full(config), shape, batches, device=device)
         except LorakitError as error:
             why = str(error)
     rows, width = run.computed
@@ -155,7 +155,7 @@ def plan(
         base=shape.name,
         note=shape.note,
         parameters=run.total,
-        dtype=resolved_dtype(config.base.dtype),
+        dtype=resolved_dtype(config.base.dtype, device),
         device=str(device),
         lengths=batches.source,
         rows=rows,

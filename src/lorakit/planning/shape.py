@@ -102,8 +102,10 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def build(shape: Shape, base: BaseConfig, task: Task, labels: int, *, gpu: bool) -> PreTrainedModel:
-    """Return the model with a head for `task`, as `load_base` would, inside :func:`planning`.
+def build(
+    shape: Shape, base: BaseConfig, task: Task, labels: int, *, device: torch.device
+) -> PreTrainedModel:
+    """Return the model with a head for `task`, as `load_base` would for `device`, inside :func:`planning`.
 
     Raises:
         BaseModelError: The architecture has no head for the task.
@@ -114,8 +116,9 @@ def build(shape: Shape, base: BaseConfig, task: Task, labels: int, *, gpu: bool)
     elif labels:
         config.num_labels = labels
     options = {"trust_remote_code": True} if shape.trust_remote_code else {}
+    dtype = compute_dtype(base.dtype, device)
     try:
-        model = model_class(task).from_config(config, dtype=compute_dtype(base.dtype), **options)
+        model = model_class(task).from_config(config, dtype=dtype, **options)
     except (
         Exception
     ) as error:  # an architecture may raise anything for a head or a size that it has not
@@ -130,7 +133,7 @@ def build(shape: Shape, base: BaseConfig, task: Task, labels: int, *, gpu: bool)
     if base.dtype in QUANTISATIONS:
         for path, *_ in places_of_projections(model):
             _quantise(model.get_submodule(path), base.dtype)
-    if not gpu:
+    if device.type == "cpu":
         make_faster(model)
     return model
 

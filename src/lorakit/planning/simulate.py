@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,8 @@ from lorakit.evaluation.objective import (
     SequenceToSequence,
     why_not_fused,
 )
-from lorakit.methods import METHODS
+from lorakit.methods import METHODS, Method
+from lorakit.models.dtypes import compute_dtype
 from lorakit.models.loading import Base, Task
 from lorakit.models.sources import Source
 from lorakit.planning.batches import Batches
@@ -66,19 +68,19 @@ class Run:
     packed: bool
 
 
-def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, gpu: bool) -> Run:
+def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device) -> Run:
     """Set a run up as training does, on a model without weights, and run its steps.
 
     Raises:
         LorakitError: A setting does not fit the model or the data, as training would say.
     """
     task = batches.task
-    fake = new_mode()
+    fake, chosen = new_mode(), _method(config)
     with planning(fake):
-        model = build(shape, config.base, _task(shape, task), len(task.labels), gpu=gpu)
+        model = build(shape, config.base, _task(shape, task), len(task.labels), device=device)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, _source(shape))
-        adapters = attach_method(base, _with_method(config), task)
+        adapters = attach_method(base, config, task, chosen)
         trained = adapters.trainable_parameters(ADAPTER)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -90,7 +92,8 @@ def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, gpu: bool) 
         )
         model.train()
         objective = _objective(model, config, task)
-        autocast = autocast_of(config, adapters, model.device)
+        dtype = compute_dtype(config.base.dtype, device)
+        autocast = autocast_of(dtype, adapters, model.device)
     check_context(base, [*batches.fullest, *batches.middle])
     packed = _packs(model, config, batches.fullest)
     make = collator(base, packed=packed)
@@ -133,21 +136,20 @@ def as_full(config: TrainConfig) -> TrainConfig:
     }
     optimizer = dataclasses.replace(config.optimizer, lr_ratio=1.0)
     return dataclasses.replace(
-        config, method="full", from_adapter=None, optimizer=optimizer, **sections
+        config,
+        method="full",
+        method_settings={},
+        from_adapter=None,
+        optimizer=optimizer,
+        **sections,
     )
 
 
-def _with_method(config: TrainConfig) -> TrainConfig:
-    """The run with the settings of the adapter that it starts from, whose weights are not needed."""
+def _method(config: TrainConfig) -> Method:
+    """What the run trains; of the adapter that it starts from, the weights are not needed."""
     if config.from_adapter is None:
-        return config
-    method = formats.read(config.from_adapter).method
-    section = next(
-        f.name
-        for f in dataclasses.fields(config)
-        if isinstance(getattr(config, f.name), type(method))
-    )
-    return dataclasses.replace(config, from_adapter=None, method=section, **{section: method})
+        return config.chosen_method
+    return formats.read(config.from_adapter).method
 
 
 def _task(shape: Shape, task: DataTask) -> Task:
@@ -162,8 +164,10 @@ def _source(shape: Shape) -> Source:
     return Source(name=shape.name, path_or_id=shape.name, kind="folder")
 
 
-_NO_TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=0)
-"""What batches need of a tokenizer."""
+_NO_TOKENIZER: Any = SimpleNamespace(
+    pad_token_id=0, eos_token_id=0, encode=lambda text, **options: []
+)
+"""What batches need of a tokenizer: it puts no token before a text."""
 
 
 def _objective(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Objective:

@@ -6,31 +6,27 @@ python -m lorakit.planning.trial    reads its settings as JSON from standard inp
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import Any
 
 import psutil
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-BEFORE = psutil.Process().memory_info().rss
-"""Bytes of the interpreter with torch imported; this module has to be the first that is."""
+import lorakit
+from lorakit.data.packing import pack
+from lorakit.evaluation.base import PACKED_STEP
+from lorakit.evaluation.objective import LanguageModelling
+from lorakit.models.faster import make_faster
+from lorakit.planning.batches import language_example
+from lorakit.training.memory import peak_memory
 
 STEPS = 4
 
 
 def main() -> None:
     """Train for a few steps, and print the process's memory and the fastest step's time."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import lorakit
-    from lorakit.data.packing import pack
-    from lorakit.evaluation.base import PACKED_STEP
-    from lorakit.evaluation.objective import LanguageModelling
-    from lorakit.models.faster import make_faster
-    from lorakit.planning.batches import language_example
-
     given: dict[str, Any] = json.load(sys.stdin)
     config = AutoConfig.for_model(**given["config"])
     dtype = getattr(torch, given["dtype"])
@@ -54,10 +50,12 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     # The first step makes what later ones keep.
-    figures = {"ready": ready - BEFORE, "peak": peak - BEFORE, "seconds": min(seconds[1:])}
+    figures = {
+        "ready": ready,
+        "peak": peak_memory(torch.device("cpu")),
+        "seconds": min(seconds[1:]),
+    }
     print(json.dumps(figures))
 
 

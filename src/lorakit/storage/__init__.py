@@ -15,7 +15,7 @@ from lorakit.storage.records import (
     write_json,
     write_record,
 )
-from lorakit.storage.refusals import reading, writing
+from lorakit.storage.refusals import reading, regular_file, writing
 
 __all__ = [
     "HOLDER_NAME",
@@ -26,6 +26,7 @@ __all__ = [
     "read_json",
     "read_record",
     "reading",
+    "regular_file",
     "require_checksum",
     "require_free_file",
     "require_free_folder",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import LorakitError, RunFolderError
+from lorakit.errors import AdapterFileError, LorakitError, RunFolderError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -44,6 +45,19 @@ def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
         if "null byte" not in str(refusal):
             raise
         raise error(f"{str(path)!r} is no path: {refusal}.") from refusal
+
+
+def regular_file(path: Path, error: type[LorakitError] = AdapterFileError) -> Path:
+    """Return `path` if a file is there, itself or behind a link (the hub's cache is made of links).
+
+    Raises:
+        error: Nothing is there, or a folder, pipe or device, which might never end.
+    """
+    with reading(path, error):
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise error(f"'{path}' is not a file, and one with tensors was expected there.")
+    return path
 
 
 @contextmanager

@@ -26,13 +26,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit import storage
 from lorakit.data.batches import token_count
 from lorakit.errors import LorakitError, RunFolderError
+from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,9 +112,9 @@ def save(
             )
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
-        _save(dict(weights), temporary / WEIGHTS)
-        _save(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
-        _save(_random_states(), temporary / RANDOM)
+        write_safetensors(temporary / WEIGHTS, weights)
+        write_safetensors(temporary / OPTIMIZER, _optimizer_tensors(optimizer))
+        write_safetensors(temporary / RANDOM, _random_states())
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
@@ -143,7 +142,7 @@ def restore(
         return State(inputs=inputs)
     path, state = newest_whole(existing)
     _require_same(inputs, state.inputs, path)
-    stored = _load(path / WEIGHTS)
+    stored = read_safetensors(path / WEIGHTS, RunFolderError)
     if differing := stored.keys() ^ weights.keys():
         raise RunFolderError(
             f"{path} does not fit this run: only one of the two has {sorted(differing)[0]} "
@@ -152,8 +151,8 @@ def restore(
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(stored[name])
-    _restore_optimizer(optimizer, _load(path / OPTIMIZER))
-    _restore_random_states(_load(path / RANDOM))
+    _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError))
+    _restore_random_states(read_safetensors(path / RANDOM, RunFolderError))
     return state
 
 
@@ -226,17 +225,6 @@ def _existing(folder: Path) -> list[Path]:
     """Return the checkpoints of `folder`, oldest first."""
     found = [(NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
     return [entry for _, entry in sorted((int(m[1]), entry) for m, entry in found if m)]
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise RunFolderError(f"{path} is damaged: {error}.") from None
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

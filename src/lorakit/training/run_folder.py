@@ -271,7 +271,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
 
 def _resolved(config: TrainConfig) -> TrainConfig:
     """Replace what depends on the machine or the method by what it is, so that config.yaml says it."""
-    dtype = resolved_dtype(config.base.dtype)
+    dtype = resolved_dtype(config.base.dtype, config.base.pick_device())
     return dataclasses.replace(
         config,
         base=dataclasses.replace(config.base, dtype=dtype),  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from lorakit.evaluation.base import (
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.evaluation.objective import Objective, Regression
 from lorakit.evaluation.shortcuts import try_faster, why_not_packed
+from lorakit.methods import Method
 from lorakit.methods.trained import with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype
@@ -79,6 +80,11 @@ class Job:
         return self.model.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in."""
+        return compute_dtype(self.config.base.dtype, self.device)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -98,7 +104,7 @@ class Job:
 
         Thin matrices need no autocast, since their product casts them itself.
         """
-        return autocast_of(self.config, self.adapters, self.device)
+        return autocast_of(self.dtype, self.adapters, self.device)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the peak learning rate after `step` finished steps."""
@@ -179,7 +185,7 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
-        dtype = str(compute_dtype(self.config.base.dtype)).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         lines.append(
             f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
@@ -236,7 +242,7 @@ def assemble(
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    with autocast_of(config, adapters, model.device):
+    with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
         stock = try_faster(model, collator(base)(train.examples[:2]))
         packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
@@ -270,11 +276,10 @@ def assemble(
 
 
 def autocast_of(
-    config: TrainConfig, adapters: Adapters, device: torch.device
+    dtype: torch.dtype, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
-    """Compute in the run's precision where trained tensors are float32 masters of base weights."""
+    """Compute in `dtype` where trained tensors are float32 masters of base weights."""
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
-    dtype = compute_dtype(config.base.dtype)
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -298,15 +303,17 @@ def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None
     return [example.prompt for example in train] if config.sampling == "grouped" else None
 
 
-def attach_method(base: Base, config: TrainConfig, task: DataTask) -> Adapters:
-    """Put what the run trains on its base, in float32."""
+def attach_method(
+    base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
+) -> Adapters:
+    """Put what the run trains on its base, in float32: `method`, or by default what `config` says."""
     model = base.model
-    if config.from_adapter is not None:
+    if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=ADAPTER)
     else:
         # The head is new and random: frozen, it would leave nothing to learn from.
         head = [] if task.generates else classification_head(model)
-        method = with_head(config.chosen_method, head)
+        method = with_head(method or config.chosen_method, head)
         adapters = attach(model, method, name=ADAPTER, seed=config.seed)
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors come in the base's precision, in which small updates would be rounded away.

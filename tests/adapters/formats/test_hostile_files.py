@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters import formats
-from lorakit.adapters.formats.tensors import read_pickle, read_safetensors, write_safetensors
-from lorakit.errors import AdapterFileError
+from lorakit.adapters.formats.tensors import read_pickle
+from lorakit.errors import AdapterFileError, RunFolderError
+from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 
 def as_safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -61,6 +62,8 @@ def test_what_is_no_safetensors_file(tmp_path, content):
     with pytest.raises(AdapterFileError, match="cannot be read as safetensors") as caught:
         read_safetensors(path)
     assert str(path) in str(caught.value)
+    with pytest.raises(RunFolderError, match="cannot be read as safetensors"):
+        read_safetensors(path, RunFolderError)
 
 
 @settings(

@@ -20,12 +20,12 @@ from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import Factors, from_peft, peft_rank
 from lorakit.adapters.formats.peft.writing import factor_keys
-from lorakit.adapters.formats.tensors import read_safetensors, regular_file, write_safetensors
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.registry import recorded_method
 from lorakit.models.roles import RowSlice
+from lorakit.storage.tensors import read_safetensors, write_safetensors
 from lorakit.version import __version__
 
 NAME = "lorakit.json"
@@ -96,7 +96,7 @@ def read(folder: Path) -> StoredAdapter:
         AdapterFileError: A file is missing or was changed, or the content is not as described.
     """
     path = folder / NAME
-    record = storage.read_json(regular_file(path))
+    record = storage.read_json(storage.regular_file(path))
     _check_record(record, path)
     notices = _check_files(record, folder)
     tensors_name = record.get("tensors")
@@ -208,7 +208,7 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             )
         if name == CARD_NAME and not (folder / name).exists():
             continue
-        if storage.sha256(regular_file(folder / name)) == digest:
+        if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
         if name != CARD_NAME:
             raise AdapterFileError(

@@ -1,10 +1,9 @@
-"""Files of tensors: safetensors both ways, PyTorch's pickles read without running their code."""
+"""Files of tensors from elsewhere: safetensors, and PyTorch's pickles, read without running their code."""
 
 from __future__ import annotations
 
 import pickle
 import re
-import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,45 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit import storage
 from lorakit.errors import AdapterFileError
+from lorakit.storage.tensors import read_safetensors
 
 SAFETENSORS = ".safetensors"
-
-
-def regular_file(path: Path) -> Path:
-    """Return `path` if a file is there, itself or behind a link (the hub's cache is made of links).
-
-    Raises:
-        AdapterFileError: Nothing is there, or a folder, pipe or device, which might never end.
-    """
-    with storage.reading(path, AdapterFileError):
-        mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise AdapterFileError(f"'{path}' is not a file, and one with tensors was expected there.")
-    return path
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file into memory of their own.
-
-    Raises:
-        AdapterFileError: The file is missing, truncated, or no safetensors file.
-    """
-    regular_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Copies: the library maps the file, and one changed on the disk would change under us.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the bytes are not ours: any part of the parser may trip over them
-        raise AdapterFileError(
-            f"'{path}' cannot be read as safetensors: {error}. The file is truncated, damaged or of "
-            "another kind; fetch or save it again."
-        ) from error
 
 
 def _check_archive(path: Path) -> None:
@@ -78,7 +45,7 @@ def read_pickle(path: Path) -> Any:
     Raises:
         AdapterFileError: The file is missing or damaged, or asks to run code.
     """
-    regular_file(path)
+    storage.regular_file(path)
     _check_archive(path)
     try:
         with warnings.catch_warnings():
@@ -126,19 +93,3 @@ def as_tensors(found: Any, path: Path) -> dict[str, Tensor]:
                 "tensors was expected."
             )
     return dict(found)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors; the same tensors give the same bytes."""
-    # A file holds each tensor once: two names for the same memory get a copy each.
-    seen: set[int] = set()
-    prepared: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        prepared[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(prepared, path, metadata={"format": "pt"})
-    path.chmod(mode)  # the library leaves files that only their owner can read

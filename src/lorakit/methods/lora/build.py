@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,9 +31,8 @@ def lora_modules(method: LoRA, model: nn.Module, dtype: torch.dtype) -> dict[str
         TargetError: A target names no layer or one that cannot be adapted.
         ConfigurationError: A rank, option or pattern does not fit a layer.
     """
-    places = list(_with_out_projections(model, resolve_targets(model, method.targets)))
     by_path: dict[str, list[Place]] = {}
-    for place in places:
+    for place in resolve_targets(model, method.targets):
         by_path.setdefault(place.path, []).append(place)
     _check_patterns(method, list(by_path))
     modules: dict[str, AdapterModule] = {}
@@ -117,18 +115,6 @@ def _bias_names(method: LoRA, model: nn.Module, adapted: set[str]) -> list[str]:
             f"bias='{method.bias}' asks to train biases. {where} none; use bias='none'."
         )
     return names
-
-
-def _with_out_projections(model: nn.Module, places: list[Place]) -> Iterator[Place]:
-    """A whole `MultiheadAttention` as target means its input and its output projection, as in PEFT."""
-    listed = {place.path for place in places}
-    for place in places:
-        yield place
-        layer = model.get_submodule(place.path)
-        if isinstance(layer, nn.MultiheadAttention) and place.slice is None:
-            out_path = f"{place.path}.out_proj"
-            if out_path not in listed:
-                yield Place(path=out_path, role="attention.o", slice=None)
 
 
 def pattern_matches(pattern: str, path: str) -> bool:

@@ -212,6 +212,9 @@ class LoRALayer(AdapterModule):
         dtype = compute_dtype(A, B)
         return (B.to(dtype) @ A.to(dtype)) * self.scaling
 
+    def changed_weights(self, layer: nn.Module) -> list[str]:
+        return [self.weight_name]
+
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         return {self.weight_name: self.to_weight(self.delta_matrix(), layer)}
 

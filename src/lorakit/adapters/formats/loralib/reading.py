@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.formats.tensors import (
-    SAFETENSORS,
-    as_tensors,
-    read_pickle,
-    read_safetensors,
-)
+from lorakit.adapters.formats.tensors import SAFETENSORS, as_tensors, read_pickle
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.roles import RowSlice
+from lorakit.storage.tensors import read_safetensors
 
 EnableLora = Mapping[str, Sequence[bool]]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.tensors import SAFETENSORS, write_safetensors
+from lorakit.adapters.formats.tensors import SAFETENSORS
 from lorakit.adapters.stored import StoredAdapter, StoredLayer, at
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.storage.tensors import write_safetensors
 
 
 def write_loralib(stored: StoredAdapter, path: str | Path) -> None:

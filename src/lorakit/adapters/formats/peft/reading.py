@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakit import storage
 from lorakit.adapters.formats.peft.config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
-from lorakit.adapters.formats.tensors import read_tensors, regular_file
+from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.adapters.stored import Kind, StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
@@ -39,7 +39,7 @@ def read_peft(folder: str | Path) -> StoredAdapter:
     """
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
-    found = storage.read_json(regular_file(config_path))
+    found = storage.read_json(storage.regular_file(config_path))
     try:
         config = parse(found)
     except AdapterFileError as error:

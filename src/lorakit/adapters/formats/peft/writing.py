@@ -19,18 +19,14 @@ from lorakit.adapters.formats.peft import trained
 from lorakit.adapters.formats.peft.config import CONFIG_NAME
 from lorakit.adapters.formats.peft.factors import Factors, NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
-from lorakit.adapters.formats.tensors import write_safetensors
 from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.methods.lora import LoRA
+from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What stands before every key in a PEFT file."""
 
-_FACTORS = {
-    False: ("lora_A.weight", "lora_B.weight"),
-    True: ("lora_embedding_A", "lora_embedding_B"),
-}
 MAGNITUDE = "lora_magnitude_vector"
 
 
