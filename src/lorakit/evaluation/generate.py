@@ -110,9 +110,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
 
 
-def _check_lengths(
-    model: PreTrainedModel, ids: list[list[int]], new: int, virtual: int
-) -> None:
+def _check_lengths(model: PreTrainedModel, ids: list[list[int]], new: int, virtual: int) -> None:
     context = context_length(model)
     beside = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
