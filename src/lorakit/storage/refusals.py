@@ -56,7 +56,7 @@ def regular_file(path: Path, error: type[LorakitError] = AdapterFileError) -> Pa
     with reading(path, error):
         mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise error(f"'{path}' is not a file, and one with tensors was expected there.")
+        raise error(f"'{path}' is not a file, and one was expected there.")
     return path
 
 
