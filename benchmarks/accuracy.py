@@ -67,14 +67,9 @@ def main(*, quick: bool, rows: list[str]) -> None:
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
     """Yield the table."""
-    made = report.table("system", "held-out loss", "accuracy", "minutes")
+    made = report.table("system", "held-out loss", "accuracy")
     for name, found in record["systems"].items():
-        made.add_row(
-            name,
-            f"{found['loss']:.4f}",
-            f"{np.mean(found['right']):.2%}",
-            f"{found['process_seconds'] / 60:.1f}",
-        )
+        made.add_row(name, f"{found['loss']:.4f}", f"{np.mean(found['right']):.2%}")
     ours, theirs = (np.array(record["systems"][s.name]["right"]) for s in (OURS, PEFT))
     low, high = interval(ours, theirs)
     yield report.Section(

@@ -150,7 +150,7 @@ def test_accuracies_beside_each_other() -> None:
         "updates": 12,
         "epochs": 3,
         "systems": {
-            name: {"loss": loss, "right": [True, right] * 50, "process_seconds": 90.0}
+            name: {"loss": loss, "right": [True, right] * 50}
             for name, loss, right in (
                 (accuracy.OURS.name, 0.5, True),
                 (accuracy.PEFT.name, 0.6, False),
@@ -158,5 +158,5 @@ def test_accuracies_beside_each_other() -> None:
         },
     }
     text = report.markdown(accuracy.sections(record))
-    assert cells(text, "lorakit") == ["lorakit", "0.5000", "100.00%", "1.5"]
+    assert cells(text, "lorakit") == ["lorakit", "0.5000", "100.00%"]
     assert "lorakit minus PEFT: +50.00 points, 95% interval +4" in text

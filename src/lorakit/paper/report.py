@@ -263,7 +263,7 @@ def _how_chosen(grid: Grid) -> str:
     length = (
         ", ".join(f"{count:,} steps on {key}" for key, count in grid.plan.steps.items())
         if grid.plan.steps
-        else f"{grid.config.epochs or 3:g} passes over the data"
+        else f"{grid.config.epochs or 3:g} pass{'' if grid.config.epochs == 1 else 'es'} over the data"
     )
     scored = " and ".join(dict.fromkeys(d.split for d in grid.study.data_sets))
     return (
