@@ -116,7 +116,7 @@ IN_THE_WAY = {
     "convert": ("convert nowhere taken", "folder"),
     "convert to loralib": ("convert nowhere taken --to loralib", "file"),
     "generate": ("generate --base.name nowhere --prompt hi --output taken", "file"),
-    "evaluate": ("evaluate --base.name nowhere --data.test nowhere.jsonl --output taken", "file"),
+    "evaluate": ("evaluate --base.name nowhere --data.test nowhere.jsonl --output taken.jsonl", "file"),
 }
 
 
