@@ -116,7 +116,10 @@ IN_THE_WAY = {
     "convert": ("convert nowhere taken", "folder"),
     "convert to loralib": ("convert nowhere taken --to loralib", "file"),
     "generate": ("generate --base.name nowhere --prompt hi --output taken", "file"),
-    "evaluate": ("evaluate --base.name nowhere --data.test nowhere.jsonl --output taken.jsonl", "file"),
+    "evaluate": (
+        "evaluate --base.name nowhere --data.test nowhere.jsonl --output taken.jsonl",
+        "file",
+    ),
 }
 
 
@@ -125,7 +128,7 @@ def test_an_output_in_the_way_is_seen_before_anything_is_read(
     command: str, kind: str, shell: Shell, adapter: Path
 ) -> None:
     """Minutes of work would be lost otherwise; here nothing that the work needs is even there."""
-    taken = Path("taken")
+    taken = Path(next(word for word in command.split() if word.startswith("taken")))
     if kind == "folder":
         shutil.copytree(adapter, taken)
     else:
