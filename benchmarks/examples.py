@@ -35,6 +35,8 @@ from lorakit.tasks import Example, LabelledExample, LanguageExample
 IGNORED = -100
 MAX_LENGTH = 512
 """Tokens of an example at most; of longer ones the prompt loses its beginning, for every system."""
+MRPC = ("sentence1", "sentence2", "label")
+"""Columns of MRPC that are read."""
 HELD_OUT = {"completion": 32, "classification": 256}
 
 INSTRUCTION = """\
@@ -140,9 +142,8 @@ def prepare_whole(workload: Workload, folder: Path) -> Prepared:
     rows, held_out, source = _rows(workload, random.Random(SEED))
     root = shared_data()
     if root is not None and workload.data == "mrpc":  # whose tests have public labels
-        names = ("sentence1", "sentence2", "label")
         tests = _read(root / "mrpc" / "test.jsonl")
-        held_out = [*held_out, *({name: row[name] for name in names} for row in tests)]
+        held_out = [*held_out, *({name: row[name] for name in MRPC} for row in tests)]
         source = f"{source}, validation and test together"
     folder.mkdir(parents=True)
     size = workload.batch_size
@@ -244,10 +245,9 @@ def _rows(workload: Workload, generator: random.Random) -> tuple[list[Row], list
         return _docstring_rows(workload, generator)
     if workload.data == "mrpc":
         files, title = ("mrpc/train.jsonl", "mrpc/validation.jsonl"), "MRPC"
-        names = ("sentence1", "sentence2", "label")
 
         def as_row(row: Row) -> Row:
-            return {name: row[name] for name in names}
+            return {name: row[name] for name in MRPC}
 
     elif workload.data == "samsum":
         files, title = ("samsum/train.jsonl.gz", "samsum/validation.jsonl"), "SAMSum"

@@ -120,9 +120,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest input that the model has positions for; None where it does not say."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if (
-        context is None and not config.is_encoder_decoder
-    ):  # T5's n_positions is not what its positions end at
+    # T5 has n_positions too, at which its relative positions do not end.
+    if context is None and not config.is_encoder_decoder:
         context = getattr(config, "n_positions", None)
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
