@@ -18,13 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import bootstrap
 from torch import nn
 
 from benchmarks import report
 from benchmarks.examples import Prepared, prepare_whole
-from benchmarks.measure import held_out_loss
+from benchmarks.measure import held_out_logits, held_out_loss
 from benchmarks.runs import runs_of
 from benchmarks.training import OURS, peft
 from benchmarks.workloads import SEED, WORKLOADS
@@ -97,17 +96,11 @@ def interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-@torch.no_grad()
-def right_labels(model: nn.Module, prepared: Prepared, batch_size: int = 32) -> list[bool]:
-    """Return whether the model labels each held-out example as the data does."""
-    model.eval()
-    device = next(model.parameters()).device
+def right_labels(model: nn.Module, prepared: Prepared) -> list[bool]:
+    """Return whether the model labels each held-out example as the data does, from short ones to long ones."""
     right = []
-    for start in range(0, len(prepared.held_out), batch_size):
-        batch = prepared.collate(prepared.held_out[start : start + batch_size])
-        labels = batch.pop("labels")
-        logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        right += (logits.argmax(-1).cpu() == labels).tolist()
+    for logits, labels in held_out_logits(model, prepared):
+        right += (logits.argmax(-1) == labels).tolist()
     return right
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -105,17 +106,24 @@ def restart_peak() -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, prepared: Prepared, batch_size: int = 8) -> float:
-    """Return the mean cross-entropy of the held-out targets, from a float32 model's plain logits."""
+def held_out_logits(
+    model: nn.Module, prepared: Prepared, batch_size: int = 8
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits and labels of the held-out examples, batch by batch, from short ones to long ones."""
     model.eval()
     device = next(model.parameters()).device
     examples = sorted(prepared.held_out, key=lambda example: len(example["input_ids"]))
-    total, count = 0.0, 0
     for start in range(0, len(examples), batch_size):
         batch = prepared.collate(examples[start : start + batch_size])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
+        yield model(**batch).logits.float(), labels
+
+
+def held_out_loss(model: nn.Module, prepared: Prepared) -> float:
+    """Return the mean cross-entropy of the held-out targets, from a float32 model's plain logits."""
+    total, count = 0.0, 0
+    for logits, labels in held_out_logits(model, prepared):
         if prepared.workload.task == "completion":
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
