@@ -1,9 +1,11 @@
 """The products that a batch cannot do without, and how fast this machine multiplies.
 
-Needed are 4 products of two operations per matmul weight for each distinct token: its forward pass and its
+Needed are 4 operations per matmul weight for each distinct token: a product in its forward pass and one for its
 gradient, a multiplication and an addition each. A prefix that examples of a batch share is one set of
-distinct tokens. To that come 4 per weight of the head for each target, and attention. The rate is that of
-products in the model's own shapes, forward and backward, on the same threads. No training is faster.
+distinct tokens. Two things are not needed: the gradient of the embeddings, and in the last block all but keys and
+values of the tokens whose hidden states nothing reads. To that come 4 per weight of the head for each target, and
+attention. The rate is that of products in the model's own shapes, forward and backward, on the same threads. No
+training is faster.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.examples import IGNORED
 from benchmarks.workloads import Task
+from lorakit.models.blocks import stacks
+from lorakit.models.layers import is_inside
+from lorakit.models.places import find_places
 
 SECONDS_PER_PRODUCT = 0.05
 
@@ -30,10 +35,15 @@ class Shapes:
 
     linear: dict[tuple[int, int], int]
     """(in, out) of the linear layers of the blocks -> how many there are."""
+    first: int
+    """Weights of the first block's projections to queries, keys and values, below which nothing needs a gradient."""
+    last: int
+    """Weights of the last block's other linear layers than those to keys and values."""
     head: tuple[int, int] | None
     """(in, vocabulary) of a language model's head."""
     attention_width: int
-    """Width of all queries of all layers."""
+    """Width of the queries of one block."""
+    blocks: int
 
     @property
     def weights(self) -> int:
@@ -49,24 +59,42 @@ class Counts:
     """Distinct tokens: those with the same prefix are one."""
     targets: int
     """Distinct targets."""
+    read: int
+    """Distinct tokens whose last hidden states are read."""
     pairs: int
     """Pairs of a distinct token and one that it attends to."""
+    read_pairs: int
+    """Those of them whose first token is read."""
 
 
 def shapes_of(model: Any, task: Task) -> Shapes:
     """Read the shapes off a model."""
     # A classifier's pooler and head see one token of an example, and are nothing beside the blocks.
-    linear = Counter(
-        (layer.in_features, layer.out_features)
-        for path, layer in model.base_model.named_modules()
-        if isinstance(layer, nn.Linear) and "pooler" not in path
-    )
+    layers = {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and ".layer" in path
+    }
+    (blocks,) = stacks(model).values()
+    to_keys = {place.path for place in find_places(model, "attention.kv")}
+    to_any = to_keys | {place.path for place in find_places(model, "attention.q")}
+
+    def weights(block: str, *, among: set[str]) -> int:
+        return sum(
+            layer.weight.numel()
+            for path, layer in layers.items()
+            if path in among and is_inside(path, block)
+        )
+
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shapes(
-        linear=dict(linear),
+        linear=dict(Counter((layer.in_features, layer.out_features) for layer in layers.values())),
+        first=weights(blocks[0], among=to_any),
+        last=weights(blocks[-1], among=layers.keys() - to_keys),
         head=(config.hidden_size, config.vocab_size) if task == "completion" else None,
-        attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
+        attention_width=config.num_attention_heads * head_dim,
+        blocks=config.num_hidden_layers,
     )
 
 
@@ -74,9 +102,16 @@ def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
     """Count what a batch needs; where tokens see their prefix alone, those that share it are one."""
     lengths = [len(example["input_ids"]) for example in batch]
     if task == "classification":
-        return Counts(sum(lengths), len(batch), sum(length**2 for length in lengths))
+        return Counts(
+            tokens=sum(lengths),
+            targets=len(batch),
+            read=len(batch),
+            pairs=sum(length**2 for length in lengths),
+            read_pairs=sum(lengths),
+        )
     nodes: dict[tuple[int, int], int] = {}  # (node of the token before, token) -> its node
     targets: set[int] = set()
+    read: dict[int, int] = {}  # node that predicts a target -> tokens that it sees
     pairs = 0
     for example in batch:
         node = -1
@@ -85,18 +120,29 @@ def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
             if (node, token) not in nodes:
                 nodes[node, token] = len(nodes)
                 pairs += position + 1
-            node = nodes[node, token]
             if label != IGNORED:
-                targets.add(node)
-    return Counts(len(nodes), len(targets), pairs)
+                targets.add(nodes[node, token])
+                read[node] = position
+            node = nodes[node, token]
+    return Counts(
+        tokens=len(nodes),
+        targets=len(targets),
+        read=len(read),
+        pairs=pairs,
+        read_pairs=sum(read.values()),
+    )
 
 
 def operations(shapes: Shapes, counts: Counts) -> int:
     """Return the floating-point operations that a batch needs."""
     head = shapes.head[0] * shapes.head[1] * counts.targets if shapes.head else 0
+    pairs = (shapes.blocks - 1) * counts.pairs + counts.read_pairs
     # Scores and values forward; the gradients of values, weights, queries and keys backward.
-    attention = 6 * 2 * shapes.attention_width * counts.pairs
-    return 4 * shapes.weights * counts.tokens + 4 * head + attention
+    attention = 6 * 2 * shapes.attention_width * pairs
+    linear = 4 * shapes.weights * counts.tokens
+    linear -= 2 * shapes.first * counts.tokens
+    linear -= 4 * shapes.last * (counts.tokens - counts.read)
+    return linear + 4 * head + attention
 
 
 def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:

@@ -41,6 +41,7 @@ class Scale(AdapterModule):
     """The vector of one layer."""
 
     scales = merges = False  # alone and with weight 1; it could be merged, with a few lines more
+    by_token = True  # what it does to a token depends on no other token
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

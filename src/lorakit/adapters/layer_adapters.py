@@ -88,6 +88,14 @@ class LayerAdapters(AdapterSlot):
             return False
         return all(type(module).adapt is AdapterModule.adapt for module in acting)
 
+    def act_by_token(self) -> bool:
+        """Whether what acts here treats every token by itself, and the rows of a batch alike."""
+        active = self.activation.active
+        acting = [self[name] for name in active.names if name in self]
+        if active.rows is not None and acting:
+            return False
+        return all(m.by_token or type(m).adapt is AdapterModule.adapt for m in acting)
+
     def _active_here(self) -> Active:
         active = self.activation.current()
         if self.merged and active.names:
@@ -300,11 +308,23 @@ def add_module(
 
 def computes_its_own(layer: nn.Module) -> bool:
     """Whether a call of the layer is what its parameters say: no hook acts on it, ours or another's."""
+    hooks, adapters = _hooks_of(layer)
+    return not hooks or (adapters is not None and adapters.leave_output())
+
+
+def hooks_act_by_token(layer: nn.Module) -> bool:
+    """Whether the hooks on the layer, if there are any, are ours and leave every token to itself."""
+    hooks, adapters = _hooks_of(layer)
+    return not hooks or (adapters is not None and adapters.act_by_token())
+
+
+def _hooks_of(layer: nn.Module) -> tuple[list[Any], LayerAdapters | None]:
+    """The layer's hooks, and its adapters where they act by the one hook of theirs and no other is there."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        return adapters.leave_output()
-    return not hooks
+        return hooks, adapters
+    return hooks, None
 
 
 def listen(layer: nn.Module) -> None:

@@ -27,12 +27,13 @@ from lorakit.evaluation.generate import generate
 from lorakit.evaluation.mode import evaluating
 from lorakit.evaluation.objective import (
     Classification,
+    Labelling,
     Objective,
     Regression,
     SequenceToSequence,
     language_modelling,
-    predict,
 )
+from lorakit.evaluation.shortcuts import try_last_block
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,
@@ -124,14 +125,15 @@ def objective_for(
     base: Base, task: DataTask, examples: Sequence[Example], *, label_smoothing: float = 0.0
 ) -> Objective:
     """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed."""
+    probe = collator(base)(examples[:2])
     if task.kind == "regression":
-        return Regression()
+        return try_last_block(Regression(), base.model, probe)
     if task.kind == "classification":
-        return Classification(label_smoothing=label_smoothing)
+        return try_last_block(Classification(label_smoothing=label_smoothing), base.model, probe)
     if base.model.config.is_encoder_decoder:
         return SequenceToSequence(label_smoothing=label_smoothing)
-    probe = collator(base)(examples[:2])
-    return language_modelling(base.model, probe, label_smoothing=label_smoothing)
+    objective = language_modelling(base.model, probe, label_smoothing=label_smoothing)
+    return try_last_block(objective, base.model, probe)
 
 
 def held_out(
@@ -160,8 +162,8 @@ def held_out(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])
-            if isinstance(objective, (Classification, Regression)):
-                logits = predict(model, batch)
+            if isinstance(objective, Labelling):
+                logits = objective.predict(model, batch)
                 total += objective.loss_of(logits, batch["labels"]).item()
                 classes = logits.shape[-1]
                 values = logits.argmax(-1) if classes > 1 else logits.squeeze(-1).float()
@@ -174,7 +176,7 @@ def held_out(
         raise LorakitError(
             f"The held-out loss is {loss}: the model's output is not finite. Try base.dtype float32."
         )
-    if not isinstance(objective, (Classification, Regression)):
+    if not isinstance(objective, Labelling):
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     return _label_evaluation(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import computes_its_own
+from lorakit.evaluation.last_block import LastBlock
 from lorakit.evaluation.mode import evaluating
 from lorakit.ops import linear_cross_entropy
 
@@ -59,6 +61,8 @@ class LanguageModelling:
     path: HeadPath = "whole logits"
     label_smoothing: float = 0.0
     note: str = ""
+    last_block: LastBlock | None = None
+    """Computed at the positions that predict targets alone, where the path is ``fused``; None computes it in full."""
 
     def count(self, batch: Batch) -> int:
         """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
@@ -71,7 +75,8 @@ class LanguageModelling:
         # The head may have been adapted since the path was chosen.
         path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
         if path == "fused":
-            hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
+            with reading(self.last_block, found.at.unique(), batch):
+                hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             device = hidden.device.type
@@ -117,42 +122,71 @@ class SequenceToSequence:
 
 
 @dataclass(kw_only=True)
-class Classification:
-    """Cross-entropy over the classes: `labels` (B,) of class numbers."""
+class Labelling:
+    """What the losses of labelled examples share: one output of the model's own head for each."""
 
-    label_smoothing: float = 0.0
     note: str = ""
+    reads: Literal["first", "last"] = "first"
+    """The token of each example that the head reads, where `last_block` is given."""
+    last_block: LastBlock | None = None
+    """Computed at that token alone; None computes it in full."""
 
     def count(self, batch: Batch) -> int:
         """Return the number of examples."""
         return len(batch["labels"])
 
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's logits (B, outputs) for a batch whose labels it is not shown."""
+        with reading(self.last_block, read_at(batch, self.reads), batch):
+            return model(
+                **{name: value for name, value in batch.items() if name != "labels"}
+            ).logits
+
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the sum of the examples' cross-entropies, a float32 scalar."""
-        return self.loss_of(predict(model, batch), batch["labels"])
+        """Return the sum of the examples' losses, a float32 scalar."""
+        return self.loss_of(self.predict(model, batch), batch["labels"])
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed loss of `logits` (B, classes)."""
+        """Return the summed loss of `logits` (B, outputs)."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Classification(Labelling):
+    """Cross-entropy over the classes: `labels` (B,) of class numbers."""
+
+    label_smoothing: float = 0.0
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         return _cross_entropy_sum(logits, labels, self.label_smoothing)
 
 
 @dataclass(kw_only=True)
-class Regression:
+class Regression(Labelling):
     """Squared error of one predicted number: `labels` (B,) of floats."""
 
-    note: str = ""
-
-    def count(self, batch: Batch) -> int:
-        """Return the number of examples."""
-        return len(batch["labels"])
-
-    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the sum of the examples' squared errors, a float32 scalar."""
-        return self.loss_of(predict(model, batch), batch["labels"])
-
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed loss of `logits` (B, 1)."""
         return F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
+
+
+def reading(last_block: LastBlock | None, at: Tensor, batch: Batch) -> AbstractContextManager[None]:
+    """Let a forward pass compute no more of the last block than the positions `at` of the flattened batch."""
+    if last_block is None:
+        return nullcontext()
+    B, T = batch["input_ids"].shape
+    return last_block.reading(at, (B, T))
+
+
+def read_at(batch: Batch, reads: Literal["first", "last"]) -> Tensor:
+    """Return the index of each example's first or last token into the flattened tokens of a padded batch."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    first = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+    if reads == "first":
+        return first
+    if mask is None:
+        return first + ids.shape[1] - 1
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return first + (mask * columns).argmax(-1)
 
 
 def language_modelling(
@@ -284,11 +318,6 @@ def _cross_entropy_sum(
         logits.float(), targets, reduction="none", label_smoothing=label_smoothing
     )
     return losses @ weights
-
-
-def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's logits for a batch whose labels it is not shown."""
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 
 def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> float:

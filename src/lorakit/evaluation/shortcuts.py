@@ -7,7 +7,9 @@ shortcut is one that leaves the results of a small batch what they were, to the 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,21 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
+from lorakit.evaluation.last_block import LastBlock, last_block
 from lorakit.evaluation.mode import evaluating
-from lorakit.evaluation.objective import Batch, backbone, inputs_of, targets_of, tolerance
+from lorakit.evaluation.objective import (
+    Batch,
+    Labelling,
+    LanguageModelling,
+    backbone,
+    inputs_of,
+    targets_of,
+    tolerance,
+)
 from lorakit.models.faster import make_faster, make_stock
 from lorakit.tasks import LanguageExample
+
+T = TypeVar("T", bound=Labelling | LanguageModelling)
 
 
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
@@ -67,6 +80,50 @@ def try_faster(model: PreTrainedModel, batch: Batch) -> str:
     if reason:
         make_stock(model)
     return reason
+
+
+def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
+    """Return `objective` with the model's last block computed where it is read, if that changes nothing.
+
+    Args:
+        objective: How the loss is computed; its `last_block` is None.
+        model: The base, with its adapter.
+        batch: A padded batch, on which what the head makes of the block must stay what it is.
+    """
+    found = last_block(model)
+    if found is None or (isinstance(objective, LanguageModelling) and objective.path != "fused"):
+        return objective
+    before = _read_behind(objective, model, batch)
+    fitting: list[T] = []
+    for changed, note in _readings(objective, found):
+        try:
+            distance = _distance(_read_behind(changed, model, batch), before)
+        except Exception:  # a model's forward may raise anything; its whole block serves it
+            continue
+        if distance <= tolerance(model):
+            fitting.append(replace(changed, note="; ".join(filter(None, (objective.note, note)))))
+    # Where two different tokens would do, the batch tells nothing of which is read.
+    return fitting[0] if len(fitting) == 1 else objective
+
+
+def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
+    """The ways in which the last block may be read, and what to tell the user of each."""
+    if isinstance(objective, LanguageModelling):
+        yield replace(objective, last_block=block), "last block too"
+        return
+    for reads in ("first", "last"):
+        changed = replace(objective, last_block=block, reads=reads)
+        yield changed, f"last block computed at each example's {reads} token only"
+
+
+def _read_behind(
+    objective: Labelling | LanguageModelling, model: nn.Module, batch: Batch
+) -> Tensor:
+    """What the head makes of the last block: the logits, of a language model the losses' sum."""
+    with evaluating(model):
+        if isinstance(objective, Labelling):
+            return objective.predict(model, batch)
+        return objective.loss_sum(model, batch)
 
 
 def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:

@@ -132,6 +132,7 @@ class Bottleneck(AdapterModule):
     """
 
     scales = merges = False
+    by_token = True
 
     def __init__(
         self,

@@ -21,6 +21,9 @@ class AdapterModule(nn.Module):
     """Whether the effect is linear in a weight, so that adapters can be mixed by weight."""
     merges: bool = True
     """Whether the effect is a change of the layer's weights, which a merge can make."""
+    by_token: bool = False
+    """Whether the effect on a token's output depends on nothing of other tokens, so that some tokens of a batch can
+    be computed without the others."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights replaced for the length of a call, where the output cannot be added to."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.errors import TargetError
-from lorakit.models.architectures import DOWN, O, architecture_of
+from lorakit.models.architectures import DOWN, GATE, UP, K, O, Q, V, architecture_of
 from lorakit.models.layers import LocatedModule, is_inside, walk, weight_shape
 from lorakit.models.places import ATTENTION_ROLES, all_places, name_in_block
 
@@ -84,6 +84,32 @@ def block_outputs(model: nn.Module) -> list[Site]:
         width = weight_shape(at.module)[0]
         sites.append(Site(f"{block}.{norm}" if norm else block, block, width))
     return sites
+
+
+def last_block(model: nn.Module) -> tuple[str, list[str]] | None:
+    """Return the last block, and the largest modules of it that treat every token by itself.
+
+    They hold its output projection and its MLP, and no projection of what tokens see of each other. None where the
+    blocks of the architecture are not known, or where another stack reads what this one gives out.
+    """
+    modules = list(walk(model))
+    (blocks,) = found.values() if len(found := stacks(model)) == 1 else ([],)
+    if not blocks:
+        return None
+    here = [p for p in all_places(model, modules) if is_inside(p.path, blocks[-1])]
+    seen = [place.path for place in here if place.role in (Q, K, V)]
+    parts: dict[str, None] = {}
+    for place in here:
+        if place.role in (O, GATE, UP, DOWN):
+            part = place.path
+            while (parent := part.rpartition(".")[0]) != blocks[-1] and not _any_inside(
+                seen, parent
+            ):
+                part = parent
+            parts[part] = None
+    roles = {place.role for place in here}
+    by_token = seen and {O, DOWN} <= roles and not _any_inside(seen, *parts)
+    return (blocks[-1], list(parts)) if by_token else None
 
 
 def _projections_by_block(model: nn.Module) -> dict[str, dict[str, str]]:

@@ -5,6 +5,7 @@ from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
 from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.rows import put_rows, take_rows
 from lorakit.ops.seeding import seeded
 from lorakit.ops.silu_product import silu_product
 
@@ -13,7 +14,9 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "masked_attention",
+    "put_rows",
     "rms_norm",
     "seeded",
     "silu_product",
+    "take_rows",
 ]

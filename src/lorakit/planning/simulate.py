@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters import formats
 from lorakit.data import DataTask
 from lorakit.evaluation.base import check_context, collator
+from lorakit.evaluation.last_block import last_block
 from lorakit.evaluation.objective import (
     Classification,
     LanguageModelling,
@@ -173,14 +174,15 @@ _NO_TOKENIZER: Any = SimpleNamespace(
 def _objective(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Objective:
     """The loss as training computes it, as far as a model's structure tells."""
     smoothing = config.label_smoothing
+    block = last_block(model)
     if task.kind == "regression":
-        return Regression()
+        return Regression(last_block=block)
     if task.kind == "classification":
-        return Classification(label_smoothing=smoothing)
+        return Classification(label_smoothing=smoothing, last_block=block)
     if model.config.is_encoder_decoder:
         return SequenceToSequence(label_smoothing=smoothing)
     if not why_not_fused(model):
-        return LanguageModelling(path="fused", label_smoothing=smoothing)
+        return LanguageModelling(path="fused", label_smoothing=smoothing, last_block=block)
     own = "logits_to_keep" in _accepted(model)
     return LanguageModelling(path="own head" if own else "whole logits", label_smoothing=smoothing)
 

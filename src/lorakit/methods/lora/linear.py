@@ -15,6 +15,7 @@ class LinearLoRA(LoRALayer):
     """``y = W x + b + scaling * B A x`` on a linear layer, whole or by slices of its output rows."""
 
     kind = "linear"
+    by_token = True
 
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:

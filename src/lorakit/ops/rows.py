@@ -1,0 +1,65 @@
+"""Some rows of a batch, taken out and put back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd import Function
+
+
+def take_rows(x: Tensor, at: Tensor) -> Tensor:
+    """Return the rows of `x` at the indices `at`.
+
+    Indexing does the same, and adds up the gradients of rows that are taken twice. Here none is, so that they are
+    written where they belong.
+
+    Args:
+        x: Shape (N, ...).
+        at: Int64, shape (M,), each index once.
+
+    Returns:
+        Shape (M, ...).
+    """
+    return _Take.apply(x, at)
+
+
+def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
+    """Return `count` rows that are zero but for `rows`, which stand at the indices `at`.
+
+    Args:
+        rows: Shape (M, ...).
+        at: Int64, shape (M,), each index once.
+        count: Number of rows, N.
+
+    Returns:
+        Shape (N, ...).
+    """
+    return _Put.apply(rows, at, count)
+
+
+def _placed(rows: Tensor, at: Tensor, count: int) -> Tensor:
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
+
+
+class _Take(Function):
+    @staticmethod
+    def forward(ctx, x, at):
+        ctx.save_for_backward(at)
+        ctx.count = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (at,) = ctx.saved_tensors
+        return _placed(grad, at, ctx.count), None
+
+
+class _Put(Function):
+    @staticmethod
+    def forward(ctx, rows, at, count):
+        ctx.save_for_backward(at)
+        return _placed(rows, at, count)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (at,) = ctx.saved_tensors
+        return grad.index_select(0, at), None, None

@@ -1,0 +1,22 @@
+"""Rows taken out of a batch and put back, against plain indexing."""
+
+import torch
+
+from lorakit.ops import put_rows, take_rows
+
+AT = torch.tensor([4, 0, 3])
+
+
+def test_rows_are_those_of_indexing_and_stand_among_zeros():
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(take_rows(x, AT), x[AT])
+    back = put_rows(x[AT], AT, 5)
+    assert torch.equal(back[AT], x[AT])
+    assert torch.equal(back[[1, 2]], torch.zeros(2, 2, 3))
+
+
+def test_gradients_are_those_of_finite_differences():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(take_rows, (x, AT))
+    rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(put_rows, (rows, AT, 5))
