@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorakit.ops import dropout
+from lorakit.ops.dropout import PERIOD, _thresholds
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -14,9 +15,31 @@ def test_share_and_factor(p, dtype):
     y = dropout(x, p)
     dropped = (y == 0).float().mean().item()
     deviation = (p * (1 - p) / x.numel()) ** 0.5
-    assert abs(dropped - p) < 5 * deviation + 2**-17
+    assert abs(dropped - p) < 5 * deviation + 2**-19
     kept = y[y != 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2e-3, atol=0)
+
+
+def test_every_element_has_the_same_probability():
+    """The thresholds are 25 and 26 of 256, in a pattern whose start is random: neither shows at any place."""
+    torch.manual_seed(0)
+    draws, p = 40_000, 0.1
+    dropped = sum((dropout(torch.ones(50), p) == 0).double() for _ in range(draws)) / draws
+    assert (dropped - p).abs().max() < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_thresholds_are_the_probability_on_average():
+    for dropped in (1, 1023, 1024, 26_214, 200_000, 255 * PERIOD):
+        found = _thresholds(dropped).astype(float)
+        assert found[:PERIOD].mean() * PERIOD == dropped
+        assert (found[:PERIOD] == found[PERIOD:]).all()
+
+
+def test_a_probability_that_eight_bits_cannot_give():
+    torch.manual_seed(0)
+    y = dropout(torch.ones(1000, 1000), 0.999)
+    assert 800 < (y != 0).sum() < 1200
+    assert y.max().item() == pytest.approx(1000, rel=1e-5)
 
 
 def test_gradient_is_that_of_the_drawn_mask():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 2**16
-"""Each element takes 16 random bits: a probability is rounded to 1 / 65,536."""
+PERIOD = 2**10
+"""After so many elements the pattern of thresholds begins anew."""
+
+STEPS = 2**8 * PERIOD
+"""A probability is rounded to 1 / 262,144."""
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -18,9 +23,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
     generator seeds, so that torch's seed and saved state still decide everything; elsewhere and under a
     compiler it is `torch.nn.functional.dropout`.
 
+    Random bits are what it costs, so each element takes eight, which are held against a threshold. Where p is no
+    multiple of 1 / 256, as many elements have the next higher threshold as give p on average, and a random start
+    of that pattern gives each of them the same probability.
+
     Args:
         x: Any shape.
-        p: Between 0 and 1, rounded to 1 / 65,536; the factor on what is kept is that of the rounded one.
+        p: Between 0 and 1, rounded to 1 / 262,144; the factor on what is kept is that of the rounded one. Above
+            255 / 256 nothing is rounded.
     """
     if not fast(x) or not 0 < p < 1:
         return F.dropout(x, p)
@@ -34,14 +44,28 @@ def fast(x: Tensor) -> bool:
 
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw which elements of `x` are kept: a bool tensor on the CPU, and the factor on what is kept."""
-    threshold = min(max(round(p * STEPS), 1), STEPS - 1)
+    if p > 255 / 256:
+        return torch.rand(x.shape) >= p, 1 / (1 - p)
+    dropped = max(round(p * STEPS), 1)
+    factor = STEPS / (STEPS - dropped)
     if isinstance(x, torch._subclasses.FakeTensor):  # a step that is only planned has no numbers
-        return torch.empty(x.shape, dtype=torch.bool), STEPS / (STEPS - threshold)
-    shape, count = x.shape, x.numel()
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.SFC64(seed).random_raw(-(-count // 4))
-    drawn = words.view(np.uint16)[:count] >= threshold
-    return torch.from_numpy(drawn).view(shape), STEPS / (STEPS - threshold)
+        return torch.empty(x.shape, dtype=torch.bool), factor
+    seed, start = torch.randint(2**53, (2,)).tolist()
+    start %= PERIOD
+    periods = -(-x.numel() // PERIOD)
+    drawn = np.random.SFC64(seed).random_raw(periods * PERIOD // 8).view(np.uint8)
+    shown = drawn.reshape(periods, PERIOD) >= _thresholds(dropped)[start : start + PERIOD]
+    return torch.from_numpy(shown.ravel()[: x.numel()]).view(x.shape), factor
+
+
+@lru_cache
+def _thresholds(dropped: int) -> np.ndarray:
+    """Two periods of thresholds, of the 256 values of eight bits, whose mean is ``dropped / PERIOD``."""
+    whole, more = divmod(dropped, PERIOD)
+    higher = (
+        np.arange(2 * PERIOD) * more % PERIOD < more
+    )  # in even distances, `more` times a period
+    return (whole + higher).astype(np.uint8)
 
 
 def multiplier(drawn: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
