@@ -2,8 +2,9 @@
 
 Needed are 4 operations per matmul weight for each distinct token: a product in its forward pass and one for its
 gradient, a multiplication and an addition each. A prefix that examples of a batch share is one set of
-distinct tokens. Two things are not needed: the gradient of the embeddings, and in the last block all but keys and
-values of the tokens whose hidden states nothing reads. To that come 4 per weight of the head for each target, and
+distinct tokens. Not needed are the last token of an example, which predicts nothing and is seen by nothing, the
+gradient of the embeddings, and in the last block all but keys and values of the tokens whose hidden states nothing
+reads. To that come 4 per weight of the head for each token before a target, and
 attention. The rate is that of products in the model's own shapes, forward and backward, on the same threads. No
 training is faster.
 """
@@ -56,11 +57,9 @@ class Counts:
     """What of a batch has to be computed."""
 
     tokens: int
-    """Distinct tokens: those with the same prefix are one."""
-    targets: int
-    """Distinct targets."""
+    """Distinct tokens with a target behind them: those with the same prefix are one."""
     read: int
-    """Distinct tokens whose last hidden states are read."""
+    """Those of them whose last hidden states are read: of several targets behind one token the logits are one row."""
     pairs: int
     """Pairs of a distinct token and one that it attends to."""
     read_pairs: int
@@ -104,38 +103,33 @@ def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
     if task == "classification":
         return Counts(
             tokens=sum(lengths),
-            targets=len(batch),
             read=len(batch),
             pairs=sum(length**2 for length in lengths),
             read_pairs=sum(lengths),
         )
     nodes: dict[tuple[int, int], int] = {}  # (node of the token before, token) -> its node
-    targets: set[int] = set()
-    read: dict[int, int] = {}  # node that predicts a target -> tokens that it sees
-    pairs = 0
+    seen: dict[int, int] = {}  # node with a target behind it -> tokens that it sees
+    read: set[int] = set()
     for example in batch:
-        node = -1
+        path = [-1]
         labelled = zip(example["input_ids"], example["labels"], strict=True)
-        for position, (token, label) in enumerate(labelled):
-            if (node, token) not in nodes:
-                nodes[node, token] = len(nodes)
-                pairs += position + 1
-            if label != IGNORED:
-                targets.add(nodes[node, token])
-                read[node] = position
-            node = nodes[node, token]
+        for token, label in labelled:
+            node = nodes.setdefault((path[-1], token), len(nodes))
+            if label != IGNORED and len(path) > 1:
+                read.add(path[-1])
+                seen |= {above: number for number, above in enumerate(path[1:], start=1)}
+            path.append(node)
     return Counts(
-        tokens=len(nodes),
-        targets=len(targets),
+        tokens=len(seen),
         read=len(read),
-        pairs=pairs,
-        read_pairs=sum(read.values()),
+        pairs=sum(seen.values()),
+        read_pairs=sum(seen[node] for node in read),
     )
 
 
 def operations(shapes: Shapes, counts: Counts) -> int:
     """Return the floating-point operations that a batch needs."""
-    head = shapes.head[0] * shapes.head[1] * counts.targets if shapes.head else 0
+    head = shapes.head[0] * shapes.head[1] * counts.read if shapes.head else 0
     pairs = (shapes.blocks - 1) * counts.pairs + counts.read_pairs
     # Scores and values forward; the gradients of values, weights, queries and keys backward.
     attention = 6 * 2 * shapes.attention_width * pairs
@@ -153,7 +147,7 @@ def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [(shape, count, counts.tokens) for shape, count in shapes.linear.items()]
     if shapes.head:
-        rows.append((shapes.head, 1, counts.targets))
+        rows.append((shapes.head, 1, counts.read))
     total, seconds = 0.0, 0.0
     for (width, out), count, tokens in rows:
         weight = torch.randn(out, width, dtype=dtype, device=device)

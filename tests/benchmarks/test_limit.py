@@ -22,12 +22,12 @@ def example(tokens: list[int], targets: int) -> dict[str, list[int]]:
 
 def test_a_shared_prefix_is_counted_once() -> None:
     batch = [example([5, 6, 7, 8], 2), example([5, 6, 9], 1), example([4, 6, 7], 1)]
-    # 5 6 7 8, then 9 behind 5 6, then all of 4 6 7: a token is the same only behind the same ones.
+    # 5 6 7 (8), then (9) behind 5 6, then 4 6 (7): a token is the same only behind the same ones, and those in
+    # brackets are targets behind which nothing comes.
     assert counts_of(batch, "completion") == Counts(
-        tokens=4 + 1 + 3,
-        targets=2 + 1 + 1,
+        tokens=3 + 2,
         read=2 + 1,  # 7 of the first and 9 are both predicted behind 5 6
-        pairs=(1 + 2 + 3 + 4) + 3 + (1 + 2 + 3),
+        pairs=(1 + 2 + 3) + (1 + 2),
         read_pairs=2 + 3 + 2,
     )
 
@@ -40,18 +40,18 @@ def test_the_same_example_twice_is_one() -> None:
 def test_a_classifier_shares_nothing_and_sees_both_ways() -> None:
     batch = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [1, 2], "labels": 1}]
     assert counts_of(batch, "classification") == Counts(
-        tokens=5, targets=2, read=2, pairs=9 + 4, read_pairs=3 + 2
+        tokens=5, read=2, pairs=9 + 4, read_pairs=3 + 2
     )
 
 
 def test_operations_by_hand() -> None:
     linear = {(2, 3): 4, (3, 2): 1}
     shapes = Shapes(linear=linear, first=6, last=9, head=(2, 7), attention_width=5, blocks=2)
-    counts = Counts(tokens=5, targets=2, read=3, pairs=15, read_pairs=8)
+    counts = Counts(tokens=5, read=3, pairs=15, read_pairs=8)
     # 4 x 30 weights x 5 tokens; less 2 x 6 x 5, and 4 x 9 x 2 tokens that are not read
     linear = 600 - 60 - 72
-    # 4 x 14 weights of the head x 2 targets; 12 x 5 x the pairs of the first block and of the last
-    assert operations(shapes, counts) == linear + 112 + 12 * 5 * (15 + 8)
+    # 4 x 14 weights of the head x 3 tokens; 12 x 5 x the pairs of the first block and of the last
+    assert operations(shapes, counts) == linear + 168 + 12 * 5 * (15 + 8)
 
 
 @pytest.fixture
@@ -63,7 +63,10 @@ def counted(model, read: torch.Tensor | None = None) -> int:
     """What PyTorch counts, forward and backward, of a row of tokens whose embeddings take a gradient."""
     inputs = torch.randn(1, LENGTH, model.config.hidden_size, requires_grad=True)
     at = torch.arange(LENGTH) if read is None else read
-    with FlopCounterMode(display=False) as counter, last_block(model).reading(at, (1, LENGTH)):
+    with (
+        FlopCounterMode(display=False) as counter,
+        last_block(model).reading(lambda: at, (1, LENGTH)),
+    ):
         hidden = model.model(inputs_embeds=inputs).last_hidden_state
         model.lm_head(hidden[:, at]).sum().backward()
     return counter.get_total_flops()
@@ -76,7 +79,7 @@ def test_operations_are_those_that_pytorch_counts(llama) -> None:
     """Every token is a target that attends to all, and its embedding takes a gradient."""
     shapes = dataclasses.replace(shapes_of(llama, "completion"), first=0)
     pairs = LENGTH**2
-    counts = Counts(tokens=LENGTH, targets=LENGTH, read=LENGTH, pairs=pairs, read_pairs=pairs)
+    counts = Counts(tokens=LENGTH, read=LENGTH, pairs=pairs, read_pairs=pairs)
     # Rotary embeddings are a product too, of two numbers a position: less than one in a hundred.
     assert operations(shapes, counts) == pytest.approx(counted(llama), rel=0.01)
 
@@ -85,7 +88,7 @@ def test_what_is_not_read_is_not_computed(llama) -> None:
     """lorakit leaves out what the limit does, but for the last block's queries."""
     shapes = dataclasses.replace(shapes_of(llama, "completion"), first=0)
     pairs = LENGTH**2
-    counts = Counts(tokens=LENGTH, targets=2, read=2, pairs=pairs, read_pairs=pairs)
+    counts = Counts(tokens=LENGTH, read=2, pairs=pairs, read_pairs=pairs)
     queries = 4 * llama.model.layers[-1].self_attn.q_proj.weight.numel() * (LENGTH - 2)
     found = counted(llama, read=torch.tensor([3, 5]))
     assert operations(shapes, counts) + queries == pytest.approx(found, rel=0.01)
@@ -101,7 +104,7 @@ def test_a_sample_is_a_positive_rate() -> None:
     shapes = Shapes(
         linear={(8, 8): 2}, first=64, last=64, head=(8, 16), attention_width=8, blocks=1
     )
-    counts = Counts(tokens=4, targets=2, read=2, pairs=10, read_pairs=5)
+    counts = Counts(tokens=4, read=2, pairs=10, read_pairs=5)
     assert sample_rate(shapes, counts, torch.float32) > 0
 
 

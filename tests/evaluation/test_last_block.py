@@ -13,11 +13,13 @@ import lorakit
 from lorakit.adapters.attach import Adapters
 from lorakit.data import collate
 from lorakit.data.packing import pack
+from lorakit.data.virtual_tokens import place
 from lorakit.evaluation.last_block import last_block
 from lorakit.evaluation.objective import Classification, LanguageModelling, Regression
 from lorakit.evaluation.shortcuts import try_last_block
 from lorakit.methods.module import AdapterModule
 from lorakit.models.compiling import compile_blocks
+from lorakit.training.mixed_precision import let_norms_compute
 from lorakit.training.setup import checkpoint_activations
 
 PACKABLE = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "granite"]
@@ -82,6 +84,13 @@ def assert_same(objective, model, batch):
         assert (gradients[name] - gradient).norm() <= 1e-5 * scale, name
 
 
+def divides(objective, model, batch):
+    """Whether a pass computes some tokens alone in every part of the last block."""
+    before = objective.last_block.divisions
+    objective.loss_sum(model, batch)
+    return objective.last_block.divisions >= before + 1
+
+
 def tokens_of(linear, call):
     """The shapes (B, T) of what a linear layer computes in a call, told by its forward: a hook would be seen."""
     seen, forward = [], linear.forward
@@ -114,6 +123,16 @@ def test_a_decoder_that_classifies_reads_the_last_token(arch):
     assert_same(objective, model, batch)
 
 
+def test_a_text_may_end_with_the_token_of_padding():
+    model = adapted("gpt2", "sequence-classification", "lora")
+    model.config.pad_token_id = 1
+    objective = try_last_block(Classification(), model, labelled_batch())
+    batch = labelled_batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert divides(objective, model, batch)
+    assert_same(objective, model, batch)
+
+
 @pytest.mark.parametrize(
     ("arch", "make"), [*((a, padded) for a in DECODERS), *((a, packed) for a in PACKABLE)]
 )
@@ -122,15 +141,16 @@ def test_a_decoder_reads_what_predicts_targets(arch, make):
     objective = try_last_block(LanguageModelling(path="fused", note="fused"), model, padded())
     assert objective.last_block is not None
     assert objective.note == "fused; last block too"
+    assert divides(objective, model, batch)
     assert_same(objective, model, batch)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_decoder(method):
     model, batch = adapted("gpt2", "causal-lm", method), packed()
-    found = last_block(model)
-    assert found is not None
-    assert_same(LanguageModelling(path="fused", last_block=found), model, batch)
+    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    assert divides(objective, model, batch)
+    assert_same(objective, model, batch)
 
 
 def test_a_regression_reads_one_token_too():
@@ -168,7 +188,12 @@ def test_a_batch_without_targets_has_a_loss_of_zero():
 def test_hooks_are_gone_where_the_model_raises():
     model = adapted("llama", "causal-lm", "lora")
     found = last_block(model)
-    with pytest.raises(RuntimeError, match="on purpose"), found.reading(torch.tensor([0]), (1, 4)):
+    with found.reading(lambda: torch.tensor([0]), (1, 4)):
+        assert all(part._forward_pre_hooks for part in found.parts)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        found.reading(lambda: torch.tensor([0]), (1, 4)),
+    ):
         raise RuntimeError("on purpose")
     assert not any(part._forward_pre_hooks for part in found.parts)
 
@@ -178,14 +203,24 @@ def test_a_head_that_reads_every_token_gets_every_token():
         def __init__(self, model):
             super().__init__()
             self.model, self.config = model, model.config
+            self.pool = lambda hidden: hidden.mean(1)
 
         def forward(self, input_ids, attention_mask):
             hidden = self.model.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-            return type("Output", (), {"logits": self.model.classifier(hidden.mean(1))})()
+            return type("Output", (), {"logits": self.model.classifier(self.pool(hidden))})()
 
     model = MeanPool(tiny_models.build("bert", "sequence-classification").eval())
-    assert last_block(model) is not None
     assert try_last_block(Classification(), model, labelled_batch()).last_block is None
+    model.pool = lambda hidden: hidden[:, 0]
+    assert try_last_block(Classification(), model, labelled_batch()).last_block is not None
+
+
+def test_a_probe_that_is_read_nearly_whole_is_divided_all_the_same():
+    text = example([1, 5, 3, 8, 2, 7, 9, 4, 6, 3, 2, 5], 1)
+    model = adapted("llama", "causal-lm", "lora")
+    objective = try_last_block(LanguageModelling(path="fused"), model, collate([text], pad_id=0))
+    assert objective.last_block.divisions
+    assert objective.last_block.worth < 1
 
 
 def computes_all(model):
@@ -196,14 +231,35 @@ def computes_all(model):
     return seen == [batch["input_ids"].shape]
 
 
-def test_a_hook_of_somebody_else_sees_every_token():
+BEHIND = [
+    "model.layers.1",
+    "model.layers.1.self_attn",
+    "model.layers.1.post_attention_layernorm",
+    "model.layers.1.mlp",
+    "model.layers.1.mlp.act_fn",
+    "model.norm",
+    "model",
+]
+
+
+@pytest.mark.parametrize("path", BEHIND)
+def test_a_hook_of_somebody_else_sees_every_token(path):
     model = adapted("llama", "causal-lm", "lora")
     assert not computes_all(model)
-    model.model.layers[-1].mlp.act_fn.register_forward_hook(lambda *_: None)
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
     assert computes_all(model)
+    objective = LanguageModelling(path="fused", note="fused")
+    assert try_last_block(objective, model, padded()) == objective
 
 
-def test_an_adapter_that_may_mix_tokens_sees_every_token():
+def test_a_hook_before_the_last_block_changes_nothing():
+    model = adapted("llama", "causal-lm", "lora")
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not computes_all(model)
+
+
+@pytest.mark.parametrize("path", [p for p in BEHIND if p != "model"])
+def test_an_adapter_that_may_mix_tokens_sees_every_token(path):
     class Shift(AdapterModule):
         def adapt(self, layer, x, output, weight):
             return output + output.roll(1, dims=1)
@@ -212,7 +268,7 @@ def test_an_adapter_that_may_mix_tokens_sees_every_token():
         __dataclass_fields__: ClassVar = {}
 
         def modules(self, model, dtype=torch.float32):
-            return {"model.layers.1.mlp": Shift()}
+            return {path: Shift()}
 
         def trained_parameters(self, model):
             return []
@@ -235,14 +291,45 @@ def test_rows_with_adapters_of_their_own_are_computed_in_full():
 def test_blocks_that_are_computed_again_are_computed_as_they_were():
     model = adapted("llama", "causal-lm", "lora")
     checkpoint_activations(model)
-    assert last_block(model) is None
+    assert not last_block(model).divides
+
+
+def test_chunks_of_a_feed_forward_network_are_computed_in_full():
+    model = adapted("distilbert", "sequence-classification", "lora")
+    model.distilbert.transformer.layer[-1].chunk_size_feed_forward = 3
+    assert try_last_block(Classification(), model, labelled_batch()).last_block is None
+
+
+def test_a_batch_that_is_read_nearly_whole_is_computed_whole():
+    model = adapted("llama", "causal-lm", "lora")
+    found = last_block(model)
+    with found.reading(lambda: torch.arange(19), (1, 20)):
+        assert not any(part._forward_pre_hooks for part in found.parts)
+
+
+@pytest.mark.parametrize("method", [lorakit.PrefixLayer, lorakit.PrefixEmbedding])
+def test_prefix_methods_divide_too(method):
+    model = tiny_models.build("gpt2", "causal-lm").double()
+    handle = lorakit.attach(model, method(prefix_length=2), dtype=torch.float64, seed=0)
+    examples = [place(e, handle.virtual_tokens, []) for e in EXAMPLES]
+    batch = pack(examples, pad_id=0)
+    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    assert divides(objective, model, batch)
+    assert_same(objective, model, batch)
+
+
+def test_norms_whose_bias_alone_is_wide_divide_too():
+    model = tiny_models.build("bert", "sequence-classification").bfloat16()
+    lorakit.attach(model, lorakit.BitFit(), dtype=torch.float32)
+    let_norms_compute(model)
+    assert last_block(model).divides
 
 
 def test_compiled_blocks_are_computed_in_full():
     model = adapted("llama", "causal-lm", "lora")
     found = last_block(model)
     compile_blocks(model, backend="eager")
-    with found.reading(torch.tensor([0]), (1, 4)):
+    with found.reading(lambda: torch.tensor([0]), (1, 4)):
         assert not any(part._forward_pre_hooks for part in found.parts)
 
 

@@ -1,5 +1,7 @@
 """Packed batches against separate examples: the loss and every gradient are theirs."""
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
@@ -81,7 +83,7 @@ def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, exam
 
 @settings(max_examples=60, deadline=None)
 @given(examples=forests())
-def test_every_token_sees_its_own_example_up_to_itself(examples):
+def test_every_token_before_a_target_sees_its_own_example_up_to_itself(examples):
     batch = pack(examples, pad_id=0)
     ids, positions, mask = batch["input_ids"], batch["position_ids"], batch["attention_mask"][:, 0]
     seen = set()
@@ -90,16 +92,40 @@ def test_every_token_sees_its_own_example_up_to_itself(examples):
             visible = mask[r, at].nonzero().flatten()
             assert positions[r, visible].tolist() == list(range(len(visible)))
             seen.add(tuple(ids[r, visible].tolist()))
+    prefixes = set()
     for e in examples:
-        for end in range(1, len(e.input_ids) + 1):
-            assert tuple(e.input_ids[:end]) in seen
+        last = max(i for i, is_target in enumerate(e.loss_mask) if is_target)
+        prefixes |= {tuple(e.input_ids[:end]) for end in range(1, last + 1)}
+    assert prefixes <= seen
+    assert seen - prefixes <= {(0,)}  # padding sees itself
     assert int(batch["target_weights"].sum()) == sum(sum(e.loss_mask) for e in examples)
 
 
 def test_a_shared_prompt_is_computed_once():
     prompt = list(range(1, 19))
     batch = pack([example([*prompt, 1, t, t], 18) for t in (3, 4, 5)], pad_id=0)
-    assert (batch["input_ids"] != 0).sum() == 18 + 1 + 3 * 2
+    assert (batch["input_ids"] != 0).sum() == 18 + 1 + 3 * 1
+
+
+def test_tokens_without_a_target_behind_them_stand_in_no_row():
+    turn = LanguageExample(
+        input_ids=[1, 2, 3, 4, 5, 6],
+        loss_mask=[False, False, True, True, False, False],
+        prompt_length=2,
+        prompt="",
+        completion="",
+    )
+    batch = pack([turn], pad_id=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 3]]
+    assert batch["targets"].tolist() == [3, 4]
+    assert batch["target_at"].tolist() == [1, 2]
+    assert batch["lengths"].tolist() == [6]
+
+
+def test_an_example_without_targets_is_its_first_token():
+    batch = pack([dataclasses.replace(example([4, 5], 1), loss_mask=[False, False])], pad_id=0)
+    assert batch["input_ids"].tolist() == [[4]]
+    assert not len(batch["targets"])
 
 
 def test_long_trees_stand_in_rows_of_like_length():
@@ -114,13 +140,13 @@ def test_long_trees_stand_in_rows_of_like_length():
     trees = [example([t, *[t] * (n - 1)], 1) for t, n in enumerate(lengths, start=1)]
     batch = pack(trees, pad_id=0)
     assert batch["input_ids"].shape[1] <= 1024
-    assert (batch["input_ids"] != 0).sum() == sum(lengths)
+    assert (batch["input_ids"] != 0).sum() == sum(n - 1 for n in lengths)
     assert batch["input_ids"].numel() <= 1.5 * sum(lengths)
 
 
 def test_a_tree_longer_than_a_row_is_a_row():
     batch = pack([example([1] * 1500, 1)], pad_id=0)
-    assert batch["input_ids"].shape == (1, 1500)
+    assert batch["input_ids"].shape == (1, 1499)
 
 
 def test_widths_are_multiples_of_a_step():

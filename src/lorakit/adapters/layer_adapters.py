@@ -308,23 +308,22 @@ def add_module(
 
 def computes_its_own(layer: nn.Module) -> bool:
     """Whether a call of the layer is what its parameters say: no hook acts on it, ours or another's."""
-    hooks, adapters = _hooks_of(layer)
-    return not hooks or (adapters is not None and adapters.leave_output())
-
-
-def hooks_act_by_token(layer: nn.Module) -> bool:
-    """Whether the hooks on the layer, if there are any, are ours and leave every token to itself."""
-    hooks, adapters = _hooks_of(layer)
-    return not hooks or (adapters is not None and adapters.act_by_token())
-
-
-def _hooks_of(layer: nn.Module) -> tuple[list[Any], LayerAdapters | None]:
-    """The layer's hooks, and its adapters where they act by the one hook of theirs and no other is there."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        return hooks, adapters
-    return hooks, None
+        return adapters.leave_output()
+    return not hooks
+
+
+def hooks_act_by_token(layer: nn.Module) -> bool:
+    """Whether no hook on the layer, of an adapter or of somebody else, may give a token something of another."""
+    for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
+        if hook is after_forward:
+            if not layer.adapters.act_by_token():  # type: ignore[operator, union-attr]
+                return False
+        elif not getattr(hook, "by_token", False):
+            return False
+    return True
 
 
 def listen(layer: nn.Module) -> None:

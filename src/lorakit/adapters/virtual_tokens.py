@@ -15,7 +15,7 @@ from transformers import Cache
 from lorakit.errors import AdapterStateError
 from lorakit.methods.prefix import BlockVectors, EmbeddingVectors, VirtualVectors
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualPositions
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, by_token
 
 if TYPE_CHECKING:
     from lorakit.adapters.activation import Moment
@@ -45,6 +45,7 @@ def watch_passes(model: nn.Module) -> None:
         backbone.register_forward_hook(end_pass)
 
 
+@by_token
 def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of the backbone: a new pass, which goes on after cached tokens or does not."""
     adapters = _of_embedding(backbone)
@@ -59,6 +60,7 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
+@by_token
 def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the backbone."""
     adapters = _of_embedding(backbone)
@@ -66,6 +68,7 @@ def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
     adapters.activation.end_pass()
 
 
+@by_token
 def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the input embedding: note where virtual tokens stand, and look up token 0 there."""
     ids = args[0] if args else kwargs["input"]
@@ -84,11 +87,13 @@ def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return ((ids, *args[1:]), kwargs) if args else ((), {**kwargs, "input": ids})
 
 
+@by_token
 def give_after(embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of the input embedding, after those of other adapters on it."""
     return _give(embedding, output)
 
 
+@by_token
 def give_before(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a block."""
     if args:

@@ -4,6 +4,9 @@ The examples of a batch form trees: a prompt once, each completion after it. A t
 row of tokens, parents before children, with the position each token has in its own example and a mask
 that lets it see its own ancestors and nothing else. Every token then sees exactly what it would see
 alone, so the loss and all gradients are those of the separate examples (to the rounding of sums).
+
+A token behind which no target follows, as the last of an example, is seen by nothing that the loss reads: it is a
+target and stands in no row.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class _Node:
     parent: _Node | None
     weight: int = 0
     """Examples in which this token is a target."""
+    stands: bool = False
+    """Whether it stands in a row: a target follows, or it is the first token, without which a row would be no input."""
     children: dict[int, _Node] = field(default_factory=dict)
 
 
@@ -43,7 +48,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         that have this target there; lengths (B,) int64, the tokens of each example.
     """
     rows = _rows(_trees(examples))
-    width = round_up(max(sum(map(len, row)) for row in rows), step)
+    width = round_up(max(sum(map(_size, row)) for row in rows), step)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -53,15 +58,16 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
     for r, row in enumerate(rows):
         place: dict[int, int] = {}
         for node in (node for tree in row for node in tree):
-            at = place[id(node)] = len(place)
-            input_ids[r, at], position_ids[r, at] = node.token, node.depth
-            if node.parent is not None:
-                above = place[id(node.parent)]
-                mask[r, at, :at] = mask[r, above, :at]
-                if node.weight:
-                    target_at.append(r * width + above)
-                    targets.append(node.token)
-                    weights.append(node.weight)
+            above = -1 if node.parent is None else place[id(node.parent)]
+            if node.weight:
+                target_at.append(r * width + above)
+                targets.append(node.token)
+                weights.append(node.weight)
+            if node.stands:
+                at = place[id(node)] = len(place)
+                input_ids[r, at], position_ids[r, at] = node.token, node.depth
+                if node.parent is not None:
+                    mask[r, at, :at] = mask[r, above, :at]
     return {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.from_numpy(position_ids),
@@ -74,16 +80,18 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
 
 
 def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:
-    """The examples as one tree per first token, each as its nodes, parents before children."""
+    """The examples as one tree per first token, each as its nodes up to the last targets, parents before children."""
     roots: dict[int, _Node] = {}
     for example in sorted(examples, key=lambda example: example.input_ids):
         first, *rest = example.input_ids
-        node = roots.setdefault(first, _Node(token=first, depth=0, parent=None))
-        for depth, token in enumerate(rest, start=1):
+        node = roots.setdefault(first, _Node(token=first, depth=0, parent=None, stands=True))
+        last = max((i for i, is_target in enumerate(example.loss_mask) if is_target), default=0)
+        for depth, token in enumerate(rest[:last], start=1):
             if token not in node.children:
                 node.children[token] = _Node(token=token, depth=depth, parent=node)
             node = node.children[token]
             node.weight += example.loss_mask[depth]
+            node.stands |= depth < last
     return [list(_nodes(root)) for root in roots.values()]
 
 
@@ -96,19 +104,24 @@ def _nodes(root: _Node) -> Iterator[_Node]:
         stack.extend(reversed(node.children.values()))
 
 
+def _size(tree: list[_Node]) -> int:
+    return sum(node.stands for node in tree)
+
+
 def _rows(trees: list[list[_Node]]) -> list[list[list[_Node]]]:
     """Trees, the largest first, each into the first row in which it fits: rows of like length."""
-    trees = sorted(trees, key=len, reverse=True)
-    total = sum(map(len, trees))
-    room = max(len(trees[0]), -(-total // -(-total // ROW_LENGTH)))
+    trees = sorted(trees, key=_size, reverse=True)
+    total = sum(map(_size, trees))
+    room = max(_size(trees[0]), -(-total // -(-total // ROW_LENGTH)))
     rows: list[list[list[_Node]]] = []
     used: list[int] = []
     for tree in trees:
-        fits = next((i for i, n in enumerate(used) if n + len(tree) <= room), None)
+        size = _size(tree)
+        fits = next((i for i, n in enumerate(used) if n + size <= room), None)
         if fits is None:
             rows.append([tree])
-            used.append(len(tree))
+            used.append(size)
         else:
             rows[fits].append(tree)
-            used[fits] += len(tree)
+            used[fits] += size
     return rows

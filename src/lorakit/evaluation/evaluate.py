@@ -122,18 +122,34 @@ def evaluate(
 
 
 def objective_for(
-    base: Base, task: DataTask, examples: Sequence[Example], *, label_smoothing: float = 0.0
+    base: Base,
+    task: DataTask,
+    examples: Sequence[Example],
+    *,
+    label_smoothing: float = 0.0,
+    whole_blocks: bool = False,
 ) -> Objective:
-    """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed."""
-    probe = collator(base)(examples[:2])
-    if task.kind == "regression":
-        return try_last_block(Regression(), base.model, probe)
-    if task.kind == "classification":
-        return try_last_block(Classification(label_smoothing=label_smoothing), base.model, probe)
-    if base.model.config.is_encoder_decoder:
+    """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed.
+
+    Args:
+        base: The model, with its adapter, and its tokenizer.
+        task: What is trained or scored.
+        examples: At least one.
+        label_smoothing: Share of the loss that is spread over all classes or tokens.
+        whole_blocks: Compute the last block for every token, as blocks are that will be compiled.
+    """
+    model = base.model
+    if task.generates and model.config.is_encoder_decoder:
         return SequenceToSequence(label_smoothing=label_smoothing)
-    objective = language_modelling(base.model, probe, label_smoothing=label_smoothing)
-    return try_last_block(objective, base.model, probe)
+    # Of different lengths, so that the first token of padding is not taken for the last of a text.
+    probe = collator(base)([f(examples[:50], key=len) for f in (max, min)])
+    if task.kind == "regression":
+        objective = Regression()
+    elif task.kind == "classification":
+        objective = Classification(label_smoothing=label_smoothing)
+    else:
+        objective = language_modelling(model, probe, label_smoothing=label_smoothing)
+    return objective if whole_blocks else try_last_block(objective, model, probe)
 
 
 def held_out(

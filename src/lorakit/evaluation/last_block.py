@@ -7,7 +7,7 @@ before a target. The others are left out of its projections, forward and backwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,61 +19,86 @@ from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
 from lorakit.ops import put_rows, take_rows
 
+WORTH = 0.9
+"""Share of the tokens that may be read at most: beyond, taking them out costs more than it spares."""
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class LastBlock:
     """The last block of a model, and what of it treats every token by itself."""
 
-    block: nn.Module
     parts: tuple[nn.Module, ...]
+    watched: tuple[nn.Module, ...]
+    """All modules but those of earlier blocks: what sits on them may see the tokens that are left out."""
+    worth: float = WORTH
+    divisions: int = 0
+    """How often a part was given some tokens alone."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether it can be computed for some tokens alone.
+
+        Not where something from there on may mix tokens or cut them into chunks, where it is compiled, since hooks of
+        one batch would be compiled too, or computed again in the backward pass, for which it has to stay as it was.
+        """
+        return all(
+            hooks_act_by_token(module)
+            and module._compiled_call_impl is None
+            and not getattr(module, "gradient_checkpointing", False)
+            and not getattr(module, "chunk_size_feed_forward", 0)
+            for module in self.watched
+        )
 
     @contextmanager
-    def reading(self, at: Tensor, shape: tuple[int, int]) -> Iterator[None]:
+    def reading(self, at: Callable[[], Tensor], shape: tuple[int, int]) -> Iterator[None]:
         """Compute no more of the block in a forward pass than the hidden states that are read behind it.
 
-        Where something that may mix tokens sits on a part, or the block is compiled, it is computed in full. So it is
-        where nothing is read: not every kernel takes a batch without rows.
+        It is computed in full where it does not divide, where nearly all is read, and where nothing is: not every
+        kernel takes a batch without rows.
 
         Args:
-            at: Int64, shape (M,): indices into the flattened (B * T) tokens of the batch, each once.
+            at: Gives indices into the flattened (B * T) tokens of the batch, each once: int64, shape (M,).
             shape: B and T.
         """
-        if len(at) in (0, shape[0] * shape[1]) or not self._can_be_divided():
-            yield
-            return
-        take, put = partial(_take, at, shape), partial(_put, at, shape)
         with ExitStack() as handles:
-            for part in self.parts:
-                handles.enter_context(part.register_forward_pre_hook(take, with_kwargs=True))
-                # Behind the hook of its adapters, which see the tokens that are read and no others.
-                handles.enter_context(part.register_forward_hook(put))
+            if self.divides:
+                rows = at()
+                if 0 < len(rows) <= self.worth * shape[0] * shape[1]:
+                    self._divide(rows, shape, handles)
             yield
 
-    def _can_be_divided(self) -> bool:
-        return self.block._compiled_call_impl is None and all(
-            hooks_act_by_token(module) for part in self.parts for module in part.modules()
-        )
+    def _divide(self, at: Tensor, shape: tuple[int, int], handles: ExitStack) -> None:
+        take, put = partial(_take, self, at, shape), partial(_put, at, shape)
+        for part in self.parts:
+            handles.enter_context(part.register_forward_pre_hook(take, with_kwargs=True))
+            # Behind the hook of its adapters, which see the tokens that are read and no others.
+            handles.enter_context(part.register_forward_hook(put))
 
 
 def last_block(model: nn.Module) -> LastBlock | None:
-    """Return the model's last block as far as its structure tells; None where it is not known.
-
-    A model whose blocks are computed again in the backward pass has none: they have to be computed as they were.
-    """
-    found = blocks.last_block(model)
-    if found is None or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    """Return the model's last block as far as its structure tells; None where it is not known."""
+    found = blocks.parts_by_token(model)
+    if found is None:
         return None
-    block, parts = found
-    return LastBlock(model.get_submodule(block), tuple(map(model.get_submodule, parts)))
+    path, parts = found
+    (stack,) = blocks.stacks(model).values()
+    earlier = {
+        id(m) for other in stack if other != path for m in model.get_submodule(other).modules()
+    }
+    return LastBlock(
+        parts=tuple(map(model.get_submodule, parts)),
+        watched=tuple(m for m in model.modules() if id(m) not in earlier),
+    )
 
 
 def _take(
-    at: Tensor, shape: tuple[int, int], _: nn.Module, args: Any, kwargs: Any
+    block: LastBlock, at: Tensor, shape: tuple[int, int], _: nn.Module, args: Any, kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: (B, T, ...) to (1, M, ...) in whatever a part is given."""
 
     def taken(x: Any) -> Any:
         if isinstance(x, Tensor) and x.shape[:2] == shape:
+            block.divisions += 1
             return take_rows(x.flatten(0, 1), at).unsqueeze(0)
         return x
 

@@ -71,13 +71,10 @@ class LanguageModelling:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
         found = targets_of(batch)
-        inputs = inputs_of(model, batch)
         # The head may have been adapted since the path was chosen.
         path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
         if path == "fused":
-            with reading(self.last_block, found.at.unique(), batch):
-                hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
-            hidden = hidden.flatten(0, 1)[found.at] * _logit_scale(model)
+            hidden = self.hidden_at_targets(model, batch) * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             device = hidden.device.type
             # A head that is trained is a float32 master under autocast: its products are not.
@@ -93,6 +90,7 @@ class LanguageModelling:
                     weights=found.weights,
                     label_smoothing=self.label_smoothing,
                 )
+        inputs = inputs_of(model, batch)
         if path == "own head":
             rows, columns = found.at // found.width, found.at % found.width
             kept, places = columns.unique(return_inverse=True)
@@ -100,6 +98,13 @@ class LanguageModelling:
         else:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[found.at]
         return _cross_entropy_sum(logits, found.ids, self.label_smoothing, found.weights)
+
+    def hidden_at_targets(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the last hidden states (N, d) that predict the targets."""
+        at = targets_of(batch).at
+        with reading(self.last_block, batch, at.unique):
+            hidden = backbone(model)(**inputs_of(model, batch), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[at]
 
 
 @dataclass(kw_only=True)
@@ -137,7 +142,7 @@ class Labelling:
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits (B, outputs) for a batch whose labels it is not shown."""
-        with reading(self.last_block, read_at(batch, self.reads), batch):
+        with reading(self.last_block, batch, lambda: read_at(model, batch, self.reads)):
             return model(
                 **{name: value for name, value in batch.items() if name != "labels"}
             ).logits
@@ -169,24 +174,30 @@ class Regression(Labelling):
         return F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
 
 
-def reading(last_block: LastBlock | None, at: Tensor, batch: Batch) -> AbstractContextManager[None]:
-    """Let a forward pass compute no more of the last block than the positions `at` of the flattened batch."""
+def reading(
+    last_block: LastBlock | None, batch: Batch, at: Callable[[], Tensor]
+) -> AbstractContextManager[None]:
+    """Let a forward pass compute no more of the last block than the positions `at()` of the flattened batch."""
     if last_block is None:
         return nullcontext()
     B, T = batch["input_ids"].shape
     return last_block.reading(at, (B, T))
 
 
-def read_at(batch: Batch, reads: Literal["first", "last"]) -> Tensor:
-    """Return the index of each example's first or last token into the flattened tokens of a padded batch."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    first = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+def read_at(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> Tensor:
+    """Return the index of each example's first or last token into the flattened tokens of a padded batch.
+
+    The last token is what the classifiers of decoders take for it: the last whose id is not that of padding.
+    """
+    ids = batch["input_ids"]
+    rows, width = ids.shape
+    first = torch.arange(rows, device=ids.device) * width
     if reads == "first":
         return first
-    if mask is None:
-        return first + ids.shape[1] - 1
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    return first + (mask * columns).argmax(-1)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator, union-attr]
+    if pad is None:
+        return first + width - 1
+    return first + ((ids != pad) * torch.arange(width, device=ids.device)).argmax(-1)
 
 
 def language_modelling(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
-from lorakit.evaluation.last_block import LastBlock, last_block
+from lorakit.evaluation.last_block import WORTH, LastBlock, last_block
 from lorakit.evaluation.mode import evaluating
 from lorakit.evaluation.objective import (
     Batch,
@@ -88,22 +88,26 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
     Args:
         objective: How the loss is computed; its `last_block` is None.
         model: The base, with its adapter.
-        batch: A padded batch, on which what the head makes of the block must stay what it is.
+        batch: A padded batch of examples of different lengths, on which what is read must stay what it is.
     """
     found = last_block(model)
-    if found is None or (isinstance(objective, LanguageModelling) and objective.path != "fused"):
+    if found is None or not found.divides:
         return objective
-    before = _read_behind(objective, model, batch)
+    if isinstance(objective, LanguageModelling) and objective.path != "fused":
+        return objective
+    found.worth = 1.0  # the trial is to divide, whatever it gains
     fitting: list[T] = []
-    for changed, note in _readings(objective, found):
-        try:
-            distance = _distance(_read_behind(changed, model, batch), before)
-        except Exception:  # a model's forward may raise anything; its whole block serves it
-            continue
-        if distance <= tolerance(model):
-            fitting.append(replace(changed, note="; ".join(filter(None, (objective.note, note)))))
+    try:
+        before = _read(objective, model, batch)
+        for changed, note in _readings(objective, found):
+            if _distance(_read(changed, model, batch), before) <= tolerance(model):
+                notes = filter(None, (objective.note, note))
+                fitting.append(replace(changed, note="; ".join(notes)))
+    except Exception:  # a model's forward may raise anything; its whole block serves it
+        return objective
+    found.worth = WORTH
     # Where two different tokens would do, the batch tells nothing of which is read.
-    return fitting[0] if len(fitting) == 1 else objective
+    return fitting[0] if len(fitting) == 1 and found.divisions else objective
 
 
 def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
@@ -116,14 +120,12 @@ def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
         yield changed, f"last block computed at each example's {reads} token only"
 
 
-def _read_behind(
-    objective: Labelling | LanguageModelling, model: nn.Module, batch: Batch
-) -> Tensor:
-    """What the head makes of the last block: the logits, of a language model the losses' sum."""
+def _read(objective: Labelling | LanguageModelling, model: nn.Module, batch: Batch) -> Tensor:
+    """What is read of the last block: the hidden states at targets, or the logits that the head makes of them."""
     with evaluating(model):
         if isinstance(objective, Labelling):
             return objective.predict(model, batch)
-        return objective.loss_sum(model, batch)
+        return objective.hidden_at_targets(model, batch)
 
 
 def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:

@@ -23,7 +23,7 @@ class AdapterModule(nn.Module):
     """Whether the effect is a change of the layer's weights, which a merge can make."""
     by_token: bool = False
     """Whether the effect on a token's output depends on nothing of other tokens, so that some tokens of a batch can
-    be computed without the others."""
+    be computed without the others. A subclass that overrides `adapt` answers for itself."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights replaced for the length of a call, where the output cannot be added to."""
 

@@ -86,7 +86,7 @@ def block_outputs(model: nn.Module) -> list[Site]:
     return sites
 
 
-def last_block(model: nn.Module) -> tuple[str, list[str]] | None:
+def parts_by_token(model: nn.Module) -> tuple[str, list[str]] | None:
     """Return the last block, and the largest modules of it that treat every token by itself.
 
     They hold its output projection and its MLP, and no projection of what tokens see of each other. None where the

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 ADAPTERS = "adapters"
 """Name of the child module in which a layer keeps its adapters (``<layer>.adapters.<name>``)."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def by_token(hook: F) -> F:
+    """Say of a hook that what it does to a token depends on no other token of the batch."""
+    setattr(hook, "by_token", True)  # noqa: B010, a function has no such attribute for a type checker
+    return hook
 
 
 class AdapterSlot(nn.ModuleDict):

@@ -29,8 +29,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: Any shape.
-        p: Between 0 and 1, rounded to 1 / 262,144; the factor on what is kept is that of the rounded one. Above
-            255 / 256 nothing is rounded.
+        p: Between 0 and 1, rounded to 1 / 262,144; the factor on what is kept is that of the rounded one.
     """
     if not fast(x) or not 0 < p < 1:
         return F.dropout(x, p)
@@ -44,12 +43,12 @@ def fast(x: Tensor) -> bool:
 
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw which elements of `x` are kept: a bool tensor on the CPU, and the factor on what is kept."""
-    if p > 255 / 256:
-        return torch.rand(x.shape) >= p, 1 / (1 - p)
     dropped = max(round(p * STEPS), 1)
-    factor = STEPS / (STEPS - dropped)
+    factor = STEPS / max(STEPS - dropped, 1)
     if isinstance(x, torch._subclasses.FakeTensor):  # a step that is only planned has no numbers
         return torch.empty(x.shape, dtype=torch.bool), factor
+    if p > 255 / 256:  # no threshold of eight bits is so high
+        return torch.rand(x.shape, dtype=torch.float64, device=x.device) >= dropped / STEPS, factor
     seed, start = torch.randint(2**53, (2,)).tolist()
     start %= PERIOD
     periods = -(-x.numel() // PERIOD)

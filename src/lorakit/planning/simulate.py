@@ -174,7 +174,7 @@ _NO_TOKENIZER: Any = SimpleNamespace(
 def _objective(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Objective:
     """The loss as training computes it, as far as a model's structure tells."""
     smoothing = config.label_smoothing
-    block = last_block(model)
+    block = None if config.compile else last_block(model)
     if task.kind == "regression":
         return Regression(last_block=block)
     if task.kind == "classification":

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.evaluation.objective import Batch, Objective
 from lorakit.models.blocks import stacks
+from lorakit.models.layers import by_token
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work
 
 FORWARD, BACKWARD, HEAD = "forward", "backward", "head"
@@ -120,6 +121,7 @@ def _marks(ledger: Ledger, blocks: Sequence[nn.Module]) -> list[RemovableHandle]
     going_back = False
 
     def before(number: int) -> Callable[..., None]:
+        @by_token
         def hook(*_: Any) -> None:
             if not going_back:  # a block that is checkpointed is called again
                 ledger.mark(f"{FORWARD} {number}")
@@ -132,6 +134,7 @@ def _marks(ledger: Ledger, blocks: Sequence[nn.Module]) -> list[RemovableHandle]
             going_back = True
             ledger.mark(f"{BACKWARD} {number}")
 
+        @by_token
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if going_back:
                 return

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.models.layers import by_token
+
 
 def let_norms_compute(model: nn.Module) -> None:
     """Give norms whose bias alone is trained (BitFit) both their parameters in float32, call by call.
@@ -21,6 +23,7 @@ def let_norms_compute(model: nn.Module) -> None:
             module.register_forward_hook(_narrow, always_call=True)
 
 
+@by_token
 def _widen(norm: nn.Module, args: Any) -> None:
     for name, parameter in norm._parameters.items():
         if isinstance(parameter, Tensor) and not parameter.requires_grad:
@@ -28,6 +31,7 @@ def _widen(norm: nn.Module, args: Any) -> None:
             norm.__dict__[name] = parameter.to(torch.float32)
 
 
+@by_token
 def _narrow(norm: nn.Module, args: Any, output: Any) -> None:
     for name in norm._parameters:
         norm.__dict__.pop(name, None)

@@ -246,7 +246,11 @@ def assemble(
         stock = try_faster(model, collator(base)(train.examples[:2]))
         packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
-            base, task, train.examples, label_smoothing=config.label_smoothing
+            base,
+            task,
+            train.examples,
+            label_smoothing=config.label_smoothing,
+            whole_blocks=config.compile,
         )
     notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
     objective.note = "; ".join(note for note in notes if note)

@@ -18,6 +18,7 @@ class EmbeddingLoRA(LoRALayer):
     """
 
     kind = "embedding"
+    by_token = True
 
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
