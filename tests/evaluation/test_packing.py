@@ -129,19 +129,19 @@ def test_an_example_without_targets_is_its_first_token():
 
 
 def test_long_trees_stand_in_rows_of_like_length():
-    lengths = (
-        500,
-        490,
-        300,
-        280,
-        260,
-        240,
-    )  # 2,070 tokens: three rows, since each takes 1,024 at most
+    lengths = (500, 490, 300, 280, 260, 240)  # four rows of 540: three could only be of 750
     trees = [example([t, *[t] * (n - 1)], 1) for t, n in enumerate(lengths, start=1)]
     batch = pack(trees, pad_id=0)
     assert batch["input_ids"].shape[1] <= 1024
     assert (batch["input_ids"] != 0).sum() == sum(n - 1 for n in lengths)
-    assert batch["input_ids"].numel() <= 1.5 * sum(lengths)
+    assert batch["input_ids"].numel() <= 1.05 * sum(lengths)
+
+
+def test_trees_of_one_length_stand_in_rows_without_room_between_them():
+    """Two of them are longer than half of all: filled one after the other, three rows would be a third empty."""
+    trees = [example([t] * n, 1) for t, n in enumerate((330, 331, 334, 348), start=1)]
+    batch = pack(trees, pad_id=0, step=32)
+    assert batch["input_ids"].shape == (4, 352)
 
 
 def test_a_tree_longer_than_a_row_is_a_row():

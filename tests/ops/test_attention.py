@@ -64,6 +64,55 @@ def test_output_and_gradients_are_those_of_plain_arithmetic(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("kept", [0, 1000])
+@pytest.mark.parametrize("name", ["none", "long", "padding", "trees", "side by side"])
+def test_groups_of_blocks_change_nothing(name, kept, dropout, monkeypatch):
+    """Cut into many groups, some of one block: the result and, where nothing is drawn, the gradients."""
+    mask = MASKS[name]
+    rows, length = (5, 9) if mask is None else (len(mask), mask.shape[-1])
+    monkeypatch.setattr(attention, "KEPT_KEYS", kept)
+    found = []
+    for pairs in (2**30, 2000):
+        monkeypatch.setattr(attention, "GROUP_PAIRS", pairs)
+        attention._known.clear()
+        x = inputs(rows, length)
+        groups = attention._blocks(mask, *x[:2]).groups
+        assert (len(groups) > 1) == (pairs == 2000 and name != "none")
+        torch.manual_seed(0)
+        out = masked_attention(*x, mask, scale=0.3, dropout=dropout)
+        found.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    if not dropout:
+        torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    assert all(torch.isfinite(x).all() for x in found[1])
+
+
+def test_gradients_through_groups_of_blocks_with_dropout(monkeypatch):
+    monkeypatch.setattr(attention, "GROUP_PAIRS", 600)
+    monkeypatch.setattr(attention, "KEPT_KEYS", 0)
+    monkeypatch.setattr(attention, "BLOCK_SIZES", (4,))
+    mask = causal(12).expand(3, 1, 12, 12).clone()
+    x = inputs(3, 12)
+    assert len(attention._blocks(mask, *x[:2]).groups) > 2
+
+    def drawn(*x):
+        torch.manual_seed(1)
+        return masked_attention(*x, mask, scale=0.3, dropout=0.25)
+
+    assert torch.autograd.gradcheck(drawn, x, fast_mode=True)
+
+
+def test_queries_that_see_nothing_are_finite():
+    """A whole block of them, as the left padding of a short text in a long batch."""
+    mask = causal(150).expand(2, 1, 150, 150) & (torch.arange(150) >= 100)
+    x = inputs(2, 150)
+    out = masked_attention(*x, mask, scale=0.3)
+    expected = masked_attention_reference(*x, mask, scale=0.3)
+    torch.testing.assert_close(out[:, 100:], expected[:, 100:], rtol=1e-11, atol=1e-11)
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), x))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 3), st.floats(0.02, 0.9))
 def test_any_mask(seed, length, rows, density):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         predicts each target; targets (N,) int64; target_weights (N,) float32, the number of examples
         that have this target there; lengths (B,) int64, the tokens of each example.
     """
-    rows = _rows(_trees(examples))
-    width = round_up(max(sum(map(_size, row)) for row in rows), step)
+    rows = _rows(_trees(examples), step)
+    width = _width(rows, step)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -108,20 +109,28 @@ def _size(tree: list[_Node]) -> int:
     return sum(node.stands for node in tree)
 
 
-def _rows(trees: list[list[_Node]]) -> list[list[list[_Node]]]:
-    """Trees, the largest first, each into the first row in which it fits: rows of like length."""
+def _rows(trees: list[list[_Node]], step: int) -> list[list[list[_Node]]]:
+    """Trees side by side in as many rows as leave the fewest places empty; of as few, in the shortest rows."""
     trees = sorted(trees, key=_size, reverse=True)
-    total = sum(map(_size, trees))
-    room = max(_size(trees[0]), -(-total // -(-total // ROW_LENGTH)))
-    rows: list[list[list[_Node]]] = []
-    used: list[int] = []
+    longest = max(ROW_LENGTH, _size(trees[0]))
+    fewest = -(-sum(map(_size, trees)) // longest)
+    # From twice as many rows on only those of one tree each can be fuller: trees of one length.
+    counts = {n for n in (*range(fewest, 2 * fewest + 1), len(trees)) if n <= len(trees)}
+    divided = [rows for n in counts if _width(rows := _divided(trees, n), 1) <= longest]
+    return min(divided, key=lambda rows: (len(rows) * _width(rows, step), -len(rows)))
+
+
+def _divided(trees: list[list[_Node]], count: int) -> list[list[list[_Node]]]:
+    """Trees, the largest first, each into the emptiest of `count` rows."""
+    rows: list[list[list[_Node]]] = [[] for _ in range(count)]
+    fill = [(0, r) for r in range(count)]
     for tree in trees:
-        size = _size(tree)
-        fits = next((i for i, n in enumerate(used) if n + size <= room), None)
-        if fits is None:
-            rows.append([tree])
-            used.append(size)
-        else:
-            rows[fits].append(tree)
-            used[fits] += size
+        size, r = heappop(fill)
+        rows[r].append(tree)
+        heappush(fill, (size + _size(tree), r))
     return rows
+
+
+def _width(rows: list[list[list[_Node]]], step: int) -> int:
+    """The tokens of the longest row, rounded up to `step`."""
+    return round_up(max(sum(map(_size, row)) for row in rows), step)

@@ -2,12 +2,14 @@
 
 The queries of a row are cut into blocks, and each block is computed against the keys that any of its
 queries may see, gathered side by side. A tree of examples (`lorakit.data.packing`) shows each of its
-tokens a small part of its row, so that most pairs are never formed. All blocks are one batched product.
+tokens a small part of its row, so that most pairs are never formed. Blocks that see about as many keys
+are one batched product, whose pairs stay in a processor's cache.
 On a CPU, at the lengths of such rows, that is also several times as fast as the fused kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +27,15 @@ BLOCK_SIZES = (32, 64, 128)
 GATHER_PAIRS = 32
 """Pairs of a query and a key that cost as much as gathering one key and its value, and their gradients."""
 
+GROUP_PAIRS = 2**21
+"""Pairs, those of all heads, that are formed at a time: 8 MB of scores in float32, which a processor's cache holds."""
+
 KEPT_KEYS = 256
-"""Keys of a block up to which the probabilities are kept for the backward pass. Beyond, they would
+"""Keys of the longest block up to which the probabilities are kept for the backward pass. Beyond, they would
 outweigh all else that a layer keeps, and are computed anew."""
 
-LONGEST = 1024
-"""Keys of a block up to which its pairs are formed; beyond, their memory asks for the fused kernel."""
+LONGEST = 4096
+"""Keys of a block up to which its pairs are formed; there the fused kernel catches up."""
 
 
 def masked_attention(
@@ -64,8 +69,8 @@ def masked_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    blocks = _blocks(mask, len(query), query.shape[2], key.shape[1])
-    if (key.shape[2] if blocks.keys is None else blocks.length) > LONGEST:
+    blocks = _blocks(mask, query, key)
+    if blocks.length > LONGEST:
         return _fused(query, key, value, mask, scale, dropout)
     with no_autocast(query):
         return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
@@ -95,109 +100,147 @@ def masked_attention_reference(
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks:
-    """How the T queries of each of B rows are cut into N blocks of b, each with L keys."""
+class _Group:
+    """G blocks of b queries that are computed together, each with L keys."""
 
+    blocks: slice
+    """Which of the blocks, in their order."""
+    length: int
+    """L."""
     bias: Tensor | None = None
-    """Shape (B * N, 1, 1, b, L), float32: 0 where a query sees a key, else the lowest number."""
+    """Shape (G or 1, 1, 1, b, L), float32: 0 where a query sees a key, else the lowest number."""
+    keys: Tensor | None = None
+    """Shape (G * K * L): which of the B * K * S keys stands there; None for those of G whole rows."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, K, S, D) to (G * K, L, D)."""
+        width = x.shape[-1]
+        if self.keys is None:
+            return x[self.blocks].reshape(-1, self.length, width)
+        return x.reshape(-1, width).index_select(0, self.keys).view(-1, self.length, width)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """How the T queries of each of B rows are cut into N blocks, and these are grouped."""
+
+    groups: tuple[_Group, ...]
     count: int = 1
     """N; 1 where a block is a whole row with all its keys, and nothing is gathered."""
-    keys: Tensor | None = None
-    """Shape (B * N * K * L): which of the B * K * S keys stands there."""
+    order: Tensor | None = None
+    """Shape (B * N): the blocks, those that see the fewest keys first; None leaves them as they come."""
     uses: Tensor | None = None
-    """The places among those of `keys`, key by key, without the padding of blocks that see fewer keys."""
+    """The places among the keys of all groups, key by key, without the padding of blocks that see fewer keys."""
     offsets: Tensor | None = None
     """Shape (B * K * S): where in `uses` the places of each key begin."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """(B, K, S, D) to (B * N * K, L, D)."""
-        if self.keys is None:
-            return x.reshape(-1, *x.shape[2:])
-        width = x.shape[-1]
-        return x.reshape(-1, width).index_select(0, self.keys).view(-1, self.length, width)
-
-    def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """(B * N * K, L, D) to (B, K, S, D), summed over the blocks in which a key stands."""
-        if self.uses is None or self.offsets is None:
-            return x.view(shape)
-        rows = x.reshape(-1, x.shape[-1])
-        return F.embedding_bag(self.uses, rows, self.offsets, mode="sum").view(shape)
-
     @property
     def length(self) -> int:
-        """L."""
-        assert self.bias is not None
-        return self.bias.shape[-1]
+        """Keys of the longest block."""
+        return self.groups[-1].length
 
     def split(self, x: Tensor, heads: int) -> Tensor:
-        """(B, H, T, D) to (B * N * K, H / K * b, D), padded behind T."""
+        """(B, H, T, D) to (B * N, K, H / K * b, D) in their order, padded behind T."""
         B, H, T, D = x.shape
         size = -(-T // self.count)
         if pad := size * self.count - T:
             x = F.pad(x, (0, 0, 0, pad))
         x = x.reshape(B, heads, H // heads, self.count, size, D)
-        return x.permute(0, 3, 1, 2, 4, 5).reshape(B * self.count * heads, -1, D)
+        x = x.permute(0, 3, 1, 2, 4, 5).reshape(B * self.count, heads, -1, D)
+        return x if self.order is None else x.index_select(0, self.order)
 
-    def join(self, x: Tensor, heads: int, shape: torch.Size) -> Tensor:
-        """Undo `split`, the heads behind the tokens: (B * N * K, H / K * b, D) to (B, T, H, D)."""
+    def join(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """Undo `split`, the heads behind the tokens: (B * N, K, H / K * b, D) to (B, T, H, D)."""
         B, H, T, D = shape
-        x = x.view(B, self.count, heads, H // heads, -1, D)
+        if self.order is not None:
+            x = torch.empty_like(x).index_copy_(0, self.order, x)
+        x = x.view(B, self.count, x.shape[1], H // x.shape[1], -1, D)
         return x.permute(0, 1, 4, 2, 3, 5).reshape(B, -1, H, D)[:, :T]
+
+    def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """What stands beside the keys of all groups, (?, D), to (B, K, S, D): summed where a key stands often."""
+        if self.uses is None or self.offsets is None:
+            return x.view(shape)
+        return F.embedding_bag(self.uses, x, self.offsets, mode="sum").view(shape)
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """The blocks of a mask, by what else decides them: all layers of a model are shown one mask."""
 
 
-def _blocks(mask: Tensor | None, B: int, T: int, heads: int) -> _Blocks:
+def _blocks(mask: Tensor | None, query: Tensor, key: Tensor) -> _Blocks:
+    (B, H, T, _), (_, K, S, _) = query.shape, key.shape
     if mask is None:
-        return _Blocks()
+        return _whole(B, H * T, S)
     found: dict[tuple[int, ...], _Blocks] = _known.setdefault(mask, {})  # type: ignore[assignment]
-    key = (mask._version, B, T, heads)  # the version counts writes into the mask
-    if key not in found:
-        found[key] = _cheapest_blocks(mask.expand(B, 1, T, -1)[:, 0], heads)
-    return found[key]
+    known_by = (mask._version, B, H, T, K)  # the version counts writes into the mask
+    if known_by not in found:
+        found[known_by] = _cheapest_blocks(mask.expand(B, 1, T, -1)[:, 0], H, K)
+    return found[known_by]
 
 
-def _cheapest_blocks(mask: Tensor, heads: int) -> _Blocks:
+def _whole(B: int, pairs_a_key: int, S: int, bias: Tensor | None = None) -> _Blocks:
+    """Rows with all their keys, as many at a time as a group holds."""
+    groups = [
+        _Group(blocks, S, None if bias is None else bias[blocks])
+        for blocks in _runs([S] * B, pairs_a_key)
+    ]
+    return _Blocks(tuple(groups))
+
+
+def _runs(lengths: list[int], pairs_a_key: int) -> Iterator[slice]:
+    """Divide blocks, ordered by their number of keys, into runs of no more than GROUP_PAIRS, or of one."""
+    start = 0
+    for i, length in enumerate(lengths):
+        if i > start and (i + 1 - start) * length * pairs_a_key > GROUP_PAIRS:
+            yield slice(start, i)
+            start = i
+    yield slice(start, len(lengths))
+
+
+def _cheapest_blocks(mask: Tensor, H: int, K: int) -> _Blocks:
     """Cut the rows of `mask` (B, T, S) into the blocks that form the fewest pairs, or leave them whole."""
     B, T, S = mask.shape
-    whole = _Blocks(bias=_bias(mask)[:, None, None])
     # A tensor without data, on which a step is only planned, tells nothing about what it shows.
-    if BLOCK_SIZES[0] >= T or mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
-        return whole
+    planned = mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor)
     best, cost = None, B * T * S
-    for size in BLOCK_SIZES:
-        count = -(-T // size)
+    for least in () if planned else [size for size in BLOCK_SIZES if size < T]:
+        count = -(-T // least)
         size = -(-T // count)
         padded = F.pad(mask, (0, 0, 0, size * count - T)).view(B * count, size, S)
-        length = int(padded.any(1).sum(-1).max())
-        price = B * count * length * (size + GATHER_PAIRS)
+        lengths, order = padded.any(1).sum(-1).clamp(min=1).sort(stable=True)
+        lengths = lengths.tolist()
+        runs = list(_runs(lengths, H * size))
+        keys = sum((run.stop - run.start) * lengths[run.stop - 1] for run in runs)
+        price = keys * (size + GATHER_PAIRS)
         if price < cost:
-            best, cost = (count, padded, length), price
-    return whole if best is None else _gathered(*best, B, heads)
+            best, cost = (padded, order, runs, lengths), price
+    if best is None:
+        return _whole(B, H * T, S, _bias(mask)[:, None, None])
+    return _gathered(*best, rows=B, heads=K)
 
 
-def _gathered(count: int, mask: Tensor, length: int, B: int, heads: int) -> _Blocks:
-    """Blocks of the queries of `mask` (B * N, b, S), each with the L keys that it sees or fewer."""
-    S = mask.shape[-1]
-    # A stable sort puts the keys that a block sees first, in their order.
-    seen, order = mask.any(1).sort(dim=1, descending=True, stable=True)
-    seen, order = seen[:, :length], order[:, :length]
-    shown = mask.gather(2, order[:, None].expand(-1, mask.shape[1], -1))
-    row = torch.arange(B, device=mask.device).repeat_interleave(count)
-    head = torch.arange(heads, device=mask.device)
-    keys = ((row[:, None] * heads + head)[..., None] * S + order[:, None]).flatten()
-    places = seen[:, None].expand(-1, heads, -1).flatten().nonzero().squeeze(1)
-    owners, by_key = keys[places].sort(stable=True)
-    offsets = torch.searchsorted(owners, torch.arange(B * heads * S, device=mask.device))
-    return _Blocks(
-        bias=_bias(shown)[:, None, None],
-        count=count,
-        keys=keys,
-        uses=places[by_key],
-        offsets=offsets,
-    )
+def _gathered(
+    mask: Tensor, order: Tensor, runs: list[slice], lengths: list[int], rows: int, heads: int
+) -> _Blocks:
+    """Blocks of the queries of `mask` (B * N, b, S), each with the keys that it sees, or as many as its group."""
+    S, count = mask.shape[-1], len(mask) // rows
+    head = torch.arange(heads, device=mask.device)[:, None]
+    groups, seen = [], []
+    for run in runs:
+        shown, length = mask[order[run]], lengths[run.stop - 1]
+        # A stable sort puts the keys that a block sees first, in their order.
+        sees, key = shown.any(1).sort(dim=1, descending=True, stable=True)
+        sees, key = sees[:, :length], key[:, :length]
+        shown = shown.gather(2, key[:, None].expand(-1, mask.shape[1], -1))
+        row = torch.div(order[run], count, rounding_mode="floor")
+        keys = (row[:, None, None] * heads + head) * S + key[:, None]
+        groups.append(_Group(run, length, _bias(shown)[:, None, None], keys.flatten()))
+        seen.append(sees[:, None].expand(-1, heads, -1).flatten())
+    places = torch.cat(seen).nonzero().squeeze(1)
+    owners, by_key = torch.cat([group.keys for group in groups])[places].sort(stable=True)
+    offsets = torch.searchsorted(owners, torch.arange(rows * heads * S, device=mask.device))
+    return _Blocks(tuple(groups), count, order, uses=places[by_key], offsets=offsets)
 
 
 def _bias(mask: Tensor) -> Tensor:
@@ -208,52 +251,65 @@ def _bias(mask: Tensor) -> Tensor:
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale, dropout):
-        heads = key.shape[1]
-        Q, K, V = blocks.split(query, heads), blocks.gather(key), blocks.gather(value)
-        P = _probabilities(Q, K, blocks, scale, heads)
-        drawn, weights = None, P
-        if dropout:
-            drawn, ctx.factor = _draw(P, dropout)
-            weights = multiplier(drawn, ctx.factor, P.dtype).mul_(P)
-        out = torch.bmm(weights, V)
-        ctx.save_for_backward(query, key, value, P if K.shape[1] <= KEPT_KEYS else None, drawn)
-        ctx.blocks, ctx.scale = blocks, scale
-        return blocks.join(out, heads, query.shape)
+        Q = blocks.split(query, key.shape[1])
+        out = torch.empty_like(Q)
+        keep = blocks.length <= KEPT_KEYS
+        kept_P, draws = [], []
+        for group in blocks.groups:
+            P = weights = _probabilities(Q[group.blocks], group.gather(key), group.bias, scale)
+            if dropout:
+                drawn, ctx.factor = _draw(P, dropout)
+                weights = multiplier(drawn, ctx.factor, P.dtype).mul_(P)
+                draws.append(drawn)
+            if keep:
+                kept_P.append(P)
+            torch.bmm(weights, group.gather(value), out=out[group.blocks].flatten(0, 1))
+        ctx.save_for_backward(query, key, value, *kept_P, *draws)
+        ctx.blocks, ctx.scale, ctx.kept = blocks, scale, len(kept_P)
+        return blocks.join(out, query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, P, drawn = ctx.saved_tensors
+        query, key, value, *saved = ctx.saved_tensors
+        kept_P, draws = saved[: ctx.kept], saved[ctx.kept :]
         blocks, heads = ctx.blocks, key.shape[1]
-        Q, K, V = blocks.split(query, heads), blocks.gather(key), blocks.gather(value)
-        if P is None:
-            P = _probabilities(Q, K, blocks, ctx.scale, heads)
-        G = blocks.split(grad.transpose(1, 2), heads)
-        factors = None if drawn is None else multiplier(drawn, ctx.factor, P.dtype)
-        weights = P if factors is None else factors * P
-        grad_V = torch.bmm(weights.transpose(1, 2), G)
-        grad_P = torch.bmm(G, V.transpose(1, 2))
-        if factors is not None:
-            grad_P.mul_(factors)
-        grad_S = torch.ops.aten._softmax_backward_data(grad_P, P, -1, P.dtype).mul_(ctx.scale)
-        grad_Q = blocks.join(torch.bmm(grad_S, K), heads, query.shape).transpose(1, 2)
-        grad_K = torch.bmm(grad_S.transpose(1, 2), Q)
+        Q, G = (blocks.split(x, heads) for x in (query, grad.transpose(1, 2)))
+        grad_Q = torch.empty_like(Q)
+        grads_K, grads_V = [], []
+        for i, group in enumerate(blocks.groups):
+            q, g = (x[group.blocks].flatten(0, 1) for x in (Q, G))
+            k, v = group.gather(key), group.gather(value)
+            P = kept_P[i] if kept_P else _probabilities(Q[group.blocks], k, group.bias, ctx.scale)
+            factors = multiplier(draws[i], ctx.factor, P.dtype) if draws else None
+            weights = P if factors is None else factors * P
+            grads_V.append(torch.bmm(weights.transpose(1, 2), g).flatten(0, 1))
+            grad_P = torch.bmm(g, v.transpose(1, 2))
+            if factors is not None:
+                grad_P.mul_(factors)
+            grad_S = torch.ops.aten._softmax_backward_data(grad_P, P, -1, P.dtype).mul_(ctx.scale)
+            torch.bmm(grad_S, k, out=grad_Q[group.blocks].flatten(0, 1))
+            grads_K.append(torch.bmm(grad_S.transpose(1, 2), q).flatten(0, 1))
         return (
-            grad_Q,
-            blocks.scatter(grad_K, key.shape),
-            blocks.scatter(grad_V, value.shape),
+            blocks.join(grad_Q, query.shape).transpose(1, 2),
+            blocks.scatter(_cat(grads_K), key.shape),
+            blocks.scatter(_cat(grads_V), value.shape),
             None,
             None,
             None,
         )
 
 
-def _probabilities(Q: Tensor, K: Tensor, blocks: _Blocks, scale: float, heads: int) -> Tensor:
-    """softmax(scale * Q K^T + bias), shape (B * N * K, H / K * b, L), in the dtype of `Q`."""
-    scores = torch.bmm(Q, K.transpose(1, 2)).to(_wide(Q)).mul_(scale)
-    if blocks.bias is not None:
-        b, length = blocks.bias.shape[-2:]
-        scores.view(-1, heads, scores.shape[1] // b, b, length).add_(blocks.bias)
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _probabilities(Q: Tensor, K: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * Q K^T + bias), shape (G * K, H / K * b, L), in the dtype of `Q` (G, K, H / K * b, D)."""
+    scores = torch.bmm(Q.flatten(0, 1), K.transpose(1, 2)).to(_wide(Q)).mul_(scale)
+    if bias is not None:
+        b, length = bias.shape[-2:]
+        scores.view(len(Q), Q.shape[1], -1, b, length).add_(bias)
     return scores.softmax(-1).to(Q.dtype)
 
 
