@@ -1,7 +1,7 @@
 """Run the benchmarks.
 
-python -m benchmarks                              every part but compiled, planner and accuracy
-python -m benchmarks compiled planner accuracy    these three
+python -m benchmarks                              every part but compiled, planner, accuracy, profile
+python -m benchmarks compiled planner             parts of those that run when asked for
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     go on with an interrupted one
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
@@ -29,9 +29,10 @@ PARTS = {
     "compiled": "benchmarks.compiled",
     "planner": "benchmarks.planner",
     "accuracy": "benchmarks.accuracy",
+    "profile": "benchmarks.profile",
 }
 
-ASKED_FOR = ("compiled", "planner", "accuracy")
+ASKED_FOR = ("compiled", "planner", "accuracy", "profile")
 """Parts that run where they are named: with them the others would not be done within an hour."""
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.limit import settled
+from benchmarks.workloads import WORKLOADS
 
 Row = dict[str, Any]
 """The figures of a row, as `training.measure` returns them."""
@@ -20,9 +21,9 @@ def speed(run: dict[str, Any]) -> float:
 
 
 def sections(record: dict[str, Row]) -> list[report.Section]:
-    """Return the tables of each row: its systems, and PEFT's settings."""
+    """Return the tables of each row, in the order of the workloads: its systems, and PEFT's settings."""
     made = []
-    for row in record.values():
+    for row in (record[workload.name] for workload in WORKLOADS if workload.name in record):
         made.append(report.Section(row["title"], comparison(row), note(row)))
         made.append(report.Section(f"PEFT's settings: {row['title']}", sweep(row)))
     return made

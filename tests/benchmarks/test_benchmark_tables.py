@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, adapter, inference, merge_drift, report, table1, training_tables
+from benchmarks import (
+    accuracy,
+    adapter,
+    inference,
+    merge_drift,
+    profile,
+    report,
+    table1,
+    training_tables,
+)
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -53,7 +62,7 @@ def row() -> dict[str, Any]:
 
 
 def test_a_training_row(row: dict[str, Any]) -> None:
-    text = report.markdown(training_tables.sections({"a": row}))
+    text = report.markdown(training_tables.sections({"e2e": row}))
     # 500 million operations at a billion a second: 200 tokens/s are the limit.
     of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
     assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
@@ -160,3 +169,27 @@ def test_accuracies_beside_each_other() -> None:
     text = report.markdown(accuracy.sections(record))
     assert cells(text, "lorakit") == ["lorakit", "0.5000", "100.00%"]
     assert "lorakit minus PEFT: +50.00 points, 95% interval +4" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "expected"),
+    [
+        ("aten::mm", [[64, 576], [576, 576]], profile.LINEAR),
+        ("aten::mm", [[64, 576], [576, 8]], profile.LOW_RANK),
+        ("aten::mm", [[64, 576], [576, 49152]], profile.HEAD),
+        ("aten::sub_", [[16, 49152], [16, 1]], profile.LOSS),
+        ("aten::bmm", [[9, 64, 64], [9, 64, 64]], profile.ATTENTION),
+        ("aten::_softmax", [[9, 64, 64], [], []], profile.SOFTMAX),
+        ("aten::copy_", [[64, 576], [64, 576], []], profile.COPIES),
+        ("aten::mul", [[64, 576], []], profile.REST),
+    ],
+)
+def test_the_profile_tells_operations_apart_by_name_and_shapes(name, shapes, expected):
+    assert profile.kind(name, shapes, vocabulary=49152, rank=8) == expected
+
+
+def test_the_profile_is_a_table_of_shares():
+    rows = {"e2e": {"title": "E2E", "seconds": {profile.LINEAR: 3.0, profile.REST: 1.0}}}
+    text = report.markdown(list(profile.sections({"rows": rows})))
+    assert re.search(r"linear layers' products \|\s+75%", text)
+    assert re.search(r"seconds in all\s+\|\s+4\.0", text)

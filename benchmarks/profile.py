@@ -1,0 +1,145 @@
+"""Where the time of training goes: the counted updates of a row under PyTorch's profiler, by kind of operation.
+
+    python -m benchmarks profile
+    python -m benchmarks.profile FOLDER --result FILE    one row, whose examples lie in the folder
+
+The time of an operation is its own, without that of the operations inside it. Which product an operation belongs
+to is told by its shapes: the vocabulary's size for the head, the adapter's rank for the low-rank products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import report
+from benchmarks.examples import Prepared
+from benchmarks.runs import runs_of
+from benchmarks.systems import load_model, lorakit_train
+from benchmarks.training import prepare_once
+from benchmarks.workloads import WORKLOADS
+
+ROWS = ("e2e", "e2e-grouped", "instruction", "distinct", "mrpc")
+
+LINEAR, LOW_RANK, HEAD = "linear layers' products", "low-rank products", "head's products"
+LOSS, ATTENTION, SOFTMAX = "loss over the vocabulary", "attention's products", "softmax"
+RANDOM, COPIES, REST = "random numbers", "copies and casts", "all else, element by element"
+KINDS = (LINEAR, ATTENTION, SOFTMAX, HEAD, LOSS, LOW_RANK, COPIES, RANDOM, REST)
+
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
+_BATCHED = {"aten::bmm", "aten::baddbmm"}
+_SOFTMAX = {"aten::_softmax", "aten::_softmax_backward_data"}
+_COPIES = {
+    "aten::copy_",
+    "aten::cat",
+    "aten::index_select",
+    "aten::index_copy_",
+    "aten::index",
+    "aten::clone",
+}
+_RANDOM = {
+    "aten::random_",
+    "aten::bernoulli_",
+    "aten::rand",
+    "aten::uniform_",
+    "aten::native_dropout",
+}
+
+
+def kind(name: str, shapes: Sequence[Any], vocabulary: int, rank: int) -> str:
+    """Return which of :data:`KINDS` an operation is, from its name and the shapes of its inputs."""
+    sizes = {size for shape in shapes if isinstance(shape, list | tuple) for size in shape}
+    if name in _PRODUCTS:
+        return HEAD if vocabulary in sizes else LOW_RANK if rank in sizes else LINEAR
+    if vocabulary in sizes:
+        return LOSS
+    for names, found in (
+        (_BATCHED, ATTENTION),
+        (_SOFTMAX, SOFTMAX),
+        (_COPIES, COPIES),
+        (_RANDOM, RANDOM),
+    ):
+        if name in names:
+            return found
+    return REST
+
+
+def measure(prepared: Prepared) -> dict[str, float]:
+    """Train on a row, and return the seconds of the counted updates by kind of operation."""
+    workload = prepared.workload
+    profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    steps = 0
+
+    def after_step(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == workload.warmup:
+            profiler.start()
+        elif steps == workload.warmup + prepared.updates:
+            profiler.stop()
+
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        with TemporaryDirectory() as scratch:
+            lorakit_train.train(prepared, {}, Path(scratch))
+    finally:
+        hook.remove()
+    vocabulary = load_model(prepared, "float32").config.vocab_size
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        found = kind(event.key, event.input_shapes, vocabulary, workload.rank)
+        seconds[found] += event.self_cpu_time_total / 1e6
+    return dict(seconds)
+
+
+def main(*, quick: bool, rows: list[str]) -> None:
+    """Measure the rows, and write the table."""
+    if torch.cuda.is_available():
+        report.say("\nprofile: of a CPU alone; this machine has a GPU, and is left out")
+        return
+    report.say("\nprofile: where the time of training goes")
+    record: dict[str, Any] = {"machine": report.machine(), "rows": {}}
+    for workload in (w for w in WORKLOADS if w.name in ROWS[: 1 if quick else None]):
+        runs = runs_of("profile", workload.name, quick)
+        prepared = prepare_once(workload, runs.folder / "examples", workload.base, workload.updates)
+        found = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
+        record["rows"][workload.name] = {"title": workload.title, "seconds": found["seconds"]}
+        report.say(f"  {workload.name}: {sum(found['seconds'].values()):.1f} s")
+    made = list(sections(record))
+    report.write("profile", record, made, quick)
+    report.show(made)
+
+
+def sections(record: dict[str, Any]) -> Iterator[report.Section]:
+    """Yield the table: shares of the time, a row for each kind."""
+    rows = record["rows"].values()
+    made = report.table("of the time of training", *(row["title"] for row in rows))
+    totals = [sum(row["seconds"].values()) for row in rows]
+    for name in KINDS:
+        shares = [
+            row["seconds"].get(name, 0.0) / total for row, total in zip(rows, totals, strict=True)
+        ]
+        made.add_row(name, *(f"{share:.0%}" for share in shares))
+    made.add_row("seconds in all", *(f"{total:.1f}" for total in totals))
+    yield report.Section("Where the time of lorakit's training goes", made)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    args.result.write_text(
+        json.dumps({"seconds": measure(Prepared.read(args.folder))}), encoding="utf-8"
+    )
