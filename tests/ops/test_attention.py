@@ -46,13 +46,14 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("name", MASKS)
-def test_output_and_gradients_are_those_of_plain_arithmetic(name):
+def test_output_and_gradients_are_those_of_plain_arithmetic(name, key_heads):
     mask = MASKS[name]
     rows, length = (2, 9) if mask is None else (max(2, len(mask)), mask.shape[-1])
     if mask is not None and len(mask) == 1 and name != "one for all rows":
         rows = 1
-    ours, theirs = inputs(rows, length), inputs(rows, length)
+    ours, theirs = (inputs(rows, length, key_heads=key_heads) for _ in range(2))
     out = masked_attention(*ours, mask, scale=0.3)
     expected = masked_attention_reference(*theirs, mask, scale=0.3)
     assert out.shape == (rows, length, 4, 8)

@@ -252,7 +252,7 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale, dropout):
         Q = blocks.split(query, key.shape[1])
-        out = torch.empty_like(Q)
+        out = _empty(Q)
         keep = blocks.length <= KEPT_KEYS
         kept_P, draws = [], []
         for group in blocks.groups:
@@ -275,7 +275,7 @@ class _MaskedAttention(torch.autograd.Function):
         kept_P, draws = saved[: ctx.kept], saved[ctx.kept :]
         blocks, heads = ctx.blocks, key.shape[1]
         Q, G = (blocks.split(x, heads) for x in (query, grad.transpose(1, 2)))
-        grad_Q = torch.empty_like(Q)
+        grad_Q = _empty(Q)
         grads_K, grads_V = [], []
         for i, group in enumerate(blocks.groups):
             q, g = (x[group.blocks].flatten(0, 1) for x in (Q, G))
@@ -298,6 +298,11 @@ class _MaskedAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Of the shape of `x`, contiguous also where that is not, so that its parts can be written into."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
