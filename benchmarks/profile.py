@@ -32,45 +32,24 @@ ROWS = ("e2e", "e2e-grouped", "instruction", "distinct", "mrpc")
 
 LINEAR, LOW_RANK, HEAD = "linear layers' products", "low-rank products", "head's products"
 LOSS, ATTENTION, SOFTMAX = "loss over the vocabulary", "attention's products", "softmax"
-RANDOM, COPIES, REST = "random numbers", "copies and casts", "all else, element by element"
-KINDS = (LINEAR, ATTENTION, SOFTMAX, HEAD, LOSS, LOW_RANK, COPIES, RANDOM, REST)
+COPIES, REST = "copies and casts", "all else, element by element"
+KINDS = (LINEAR, ATTENTION, SOFTMAX, HEAD, LOSS, LOW_RANK, COPIES, REST)
 
-_PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
-_BATCHED = {"aten::bmm", "aten::baddbmm"}
-_SOFTMAX = {"aten::_softmax", "aten::_softmax_backward_data"}
-_COPIES = {
-    "aten::copy_",
-    "aten::cat",
-    "aten::index_select",
-    "aten::index_copy_",
-    "aten::index",
-    "aten::clone",
-}
-_RANDOM = {
-    "aten::random_",
-    "aten::bernoulli_",
-    "aten::rand",
-    "aten::uniform_",
-    "aten::native_dropout",
+_BY_NAME = {
+    **dict.fromkeys(("mm", "addmm", "addmm_"), LINEAR),
+    **dict.fromkeys(("bmm", "baddbmm"), ATTENTION),
+    **dict.fromkeys(("_softmax", "_softmax_backward_data"), SOFTMAX),
+    **dict.fromkeys(("copy_", "cat", "index_select", "index_copy_", "index", "clone"), COPIES),
 }
 
 
 def kind(name: str, shapes: Sequence[Any], vocabulary: int, rank: int) -> str:
     """Return which of :data:`KINDS` an operation is, from its name and the shapes of its inputs."""
     sizes = {size for shape in shapes if isinstance(shape, list | tuple) for size in shape}
-    if name in _PRODUCTS:
-        return HEAD if vocabulary in sizes else LOW_RANK if rank in sizes else LINEAR
+    found = _BY_NAME.get(name.removeprefix("aten::"), REST)
     if vocabulary in sizes:
-        return LOSS
-    for names, found in (
-        (_BATCHED, ATTENTION),
-        (_SOFTMAX, SOFTMAX),
-        (_COPIES, COPIES),
-        (_RANDOM, RANDOM),
-    ):
-        if name in names:
-            return found
-    return REST
+        return HEAD if found == LINEAR else LOSS
+    return LOW_RANK if found == LINEAR and rank in sizes else found
 
 
 def measure(prepared: Prepared) -> dict[str, float]:

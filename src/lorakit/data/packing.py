@@ -48,8 +48,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         predicts each target; targets (N,) int64; target_weights (N,) float32, the number of examples
         that have this target there; lengths (B,) int64, the tokens of each example.
     """
-    rows = _rows(_trees(examples), step)
-    width = _width(rows, step)
+    rows, width = _rows(_trees(examples), step)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -109,28 +108,26 @@ def _size(tree: list[_Node]) -> int:
     return sum(node.stands for node in tree)
 
 
-def _rows(trees: list[list[_Node]], step: int) -> list[list[list[_Node]]]:
-    """Trees side by side in as many rows as leave the fewest places empty; of as few, in the shortest rows."""
+def _rows(trees: list[list[_Node]], step: int) -> tuple[list[list[list[_Node]]], int]:
+    """Trees in as many rows as leave the fewest places empty, of as few in the shortest, and the width of these."""
     trees = sorted(trees, key=_size, reverse=True)
-    longest = max(ROW_LENGTH, _size(trees[0]))
-    fewest = -(-sum(map(_size, trees)) // longest)
+    sizes = [_size(tree) for tree in trees]
+    longest = max(ROW_LENGTH, sizes[0])
+    fewest = -(-sum(sizes) // longest)
     # From twice as many rows on only those of one tree each can be fuller: trees of one length.
     counts = {n for n in (*range(fewest, 2 * fewest + 1), len(trees)) if n <= len(trees)}
-    divided = [rows for n in counts if _width(rows := _divided(trees, n), 1) <= longest]
-    return min(divided, key=lambda rows: (len(rows) * _width(rows, step), -len(rows)))
+    divided = [_divided(sizes, n) for n in counts]
+    fitting = [(rows, round_up(width, step)) for rows, width in divided if width <= longest]
+    rows, width = min(fitting, key=lambda found: (len(found[0]) * found[1], -len(found[0])))
+    return [[trees[i] for i in row] for row in rows], width
 
 
-def _divided(trees: list[list[_Node]], count: int) -> list[list[list[_Node]]]:
-    """Trees, the largest first, each into the emptiest of `count` rows."""
-    rows: list[list[list[_Node]]] = [[] for _ in range(count)]
+def _divided(sizes: list[int], count: int) -> tuple[list[list[int]], int]:
+    """Which sizes, the largest first, each into the emptiest of `count` rows; and what the fullest row holds."""
+    rows: list[list[int]] = [[] for _ in range(count)]
     fill = [(0, r) for r in range(count)]
-    for tree in trees:
-        size, r = heappop(fill)
-        rows[r].append(tree)
-        heappush(fill, (size + _size(tree), r))
-    return rows
-
-
-def _width(rows: list[list[list[_Node]]], step: int) -> int:
-    """The tokens of the longest row, rounded up to `step`."""
-    return round_up(max(sum(map(_size, row)) for row in rows), step)
+    for i, size in enumerate(sizes):
+        used, r = heappop(fill)
+        rows[r].append(i)
+        heappush(fill, (used + size, r))
+    return rows, max(fill)[0]

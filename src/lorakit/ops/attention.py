@@ -35,7 +35,8 @@ KEPT_KEYS = 256
 outweigh all else that a layer keeps, and are computed anew."""
 
 LONGEST = 4096
-"""Keys of a block up to which its pairs are formed; there the fused kernel catches up."""
+"""Keys of a block up to which its pairs are formed; beyond, their bias, four bytes for each that a row's queries
+see, asks for the fused kernel, which reads the mask alone."""
 
 
 def masked_attention(
@@ -201,10 +202,12 @@ def _runs(lengths: list[int], pairs_a_key: int) -> Iterator[slice]:
 def _cheapest_blocks(mask: Tensor, H: int, K: int) -> _Blocks:
     """Cut the rows of `mask` (B, T, S) into the blocks that form the fewest pairs, or leave them whole."""
     B, T, S = mask.shape
+    sizes = [size for size in BLOCK_SIZES if size < T]
     # A tensor without data, on which a step is only planned, tells nothing about what it shows.
-    planned = mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor)
+    if mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
+        sizes = []
     best, cost = None, B * T * S
-    for least in () if planned else [size for size in BLOCK_SIZES if size < T]:
+    for least in sizes:
         count = -(-T // least)
         size = -(-T // count)
         padded = F.pad(mask, (0, 0, 0, size * count - T)).view(B * count, size, S)
