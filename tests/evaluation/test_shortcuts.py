@@ -5,8 +5,10 @@ import tiny_models
 import torch
 from torch import nn
 
+from lorakit.evaluation import shortcuts
 from lorakit.evaluation.shortcuts import try_faster
 from lorakit.models import faster
+from lorakit.ops import flex_masked_attention
 
 TAKING = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "bert", "roberta"]
 
@@ -88,3 +90,41 @@ def test_dropout_modules_are_faster_and_put_back():
         assert torch.equal(module.eval()(x), x)
     faster.make_stock(model)
     assert not any("forward" in vars(module) for module in dropouts)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_compiled_attention_gives_the_logits_of_the_stock_one(monkeypatch):
+    """FlexAttention as models call it, which a GPU takes; on a CPU it is not compiled and has no gradients."""
+    monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
+    model, batch = build("llama"), padded_batch()
+    with torch.no_grad():
+        before = model(**batch).logits
+        faster.use_own_attention(model)
+        after = model(**batch).logits
+    seen = batch["attention_mask"].bool()
+    assert model.config._attn_implementation == faster.ATTENTION
+    torch.testing.assert_close(after[seen], before[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled(monkeypatch):
+    monkeypatch.setattr(shortcuts, "_is_on_cpu", lambda model: False)
+    model = build("llama")
+    assert try_faster(model, padded_batch()) == ""
+    assert model.config._attn_implementation == faster.STOCK
+    assert try_faster(model, padded_batch(), compiles=True) == ""
+    assert model.config._attn_implementation == faster.ATTENTION
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_compiled_attention_without_gradients_is_not_taken(monkeypatch):
+    """As FlexAttention on a CPU: its forward pass is right, and training would fail."""
+    monkeypatch.setattr(shortcuts, "_is_on_cpu", lambda model: False)
+    monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
+    model = build("llama")
+    reason = try_faster(model, padded_batch(), compiles=True)
+    assert reason.startswith(
+        "it raised NotImplementedError: FlexAttention does not support backward"
+    )
+    assert model.config._attn_implementation == faster.STOCK

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lorakit.evaluation.objective import (
     targets_of,
     tolerance,
 )
-from lorakit.models.faster import make_faster, make_stock
+from lorakit.models.faster import make_faster, make_stock, use_own_attention
 from lorakit.tasks import LanguageExample
 
 T = TypeVar("T", bound=Labelling | LanguageModelling)
@@ -61,20 +61,25 @@ def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
     return ""
 
 
-def try_faster(model: PreTrainedModel, batch: Batch) -> str:
-    """Compute `model` with lorakit's own attention and dropout, or return why its stock ones stay.
+def try_faster(model: PreTrainedModel, batch: Batch, *, compiles: bool = False) -> str:
+    """Compute `model` with lorakit's own attention and layers, or return why its stock ones stay.
 
     Args:
         model: Changed in place, and left as it was where a reason is returned.
         batch: A padded batch, on which the logits must stay what they are.
+        compiles: Whether kernels may be compiled for it. Elsewhere than on a CPU our attention is such a kernel.
     """
-    if model.device.type != "cpu":  # the stock kernels of other devices leave nothing to gain
+    on_cpu = _is_on_cpu(model)
+    if not on_cpu and not compiles:  # the stock kernels of other devices serve
         return ""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     before = _logits(model, batch)
     try:
-        make_faster(model)
+        make_faster(model) if on_cpu else use_own_attention(model)
         distance = _distance(_logits(model, batch), before)
         reason = "" if distance <= _limit(model) else f"its logits would differ by {distance:.2g}"
+        if not on_cpu:
+            _try_backward(model, batch)
     except Exception as error:  # a model's forward may raise anything; its own attention serves it
         reason = f"it raised {type(error).__name__}: {error}"
     if reason:
@@ -137,10 +142,26 @@ def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    with evaluating(model):
+        return _forward(model, batch).logits
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> Any:
     # An encoder-decoder makes its decoder's inputs of the labels; others would compute a loss of them.
     hidden = () if model.config.is_encoder_decoder else ("labels",)
-    with evaluating(model):
-        return model(**{name: x for name, x in batch.items() if name not in hidden}).logits
+    return model(**{name: x for name, x in batch.items() if name not in hidden})
+
+
+def _is_on_cpu(model: PreTrainedModel) -> bool:
+    return model.device.type == "cpu"
+
+
+def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
+    """Compute gradients and drop them: a compiled kernel of the backward pass shows only then whether it works."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if trained:
+        loss = _forward(model, batch).logits.float().square().mean()
+        torch.autograd.grad(loss, trained, allow_unused=True)
 
 
 def _distance(x: Tensor, expected: Tensor) -> float:

@@ -1,8 +1,8 @@
 """A model's own layers, computed faster and in less memory while lorakit trains it.
 
 The classes, tensors and results of the model stay what they are. Its attention goes through the place that
-`transformers` has for attentions of others; what that place cannot express goes to the stock function. Dropout,
-norms and activations get a forward of ours, each kind after a trial that it gives what the layer's own does.
+`transformers` has for attentions of others; what that place cannot express goes to the stock function. On a CPU
+dropout, norms and activations get a forward of ours, each kind after a trial that it gives what the layer's own does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.models.faster_layers import FasterForward, faster_forward
-from lorakit.ops import masked_attention
+from lorakit.ops import flex_masked_attention, masked_attention
 
 STOCK = "sdpa"
 """The attention that ours stands in for."""
@@ -31,17 +31,25 @@ NOT_OURS = ("position_bias", "softcap", "s_aux")
 def make_faster(model: PreTrainedModel) -> None:
     """Compute `model` with our attention, dropout, norms and activations, until `make_stock`.
 
-    A model whose attention is not torch's keeps its own.
+    All are made for CPUs.
     """
-    if model.config._attn_implementation == STOCK:
-        model.set_attn_implementation(ATTENTION)
+    use_own_attention(model)
     for module in model.modules():
         if (forward := faster_forward(module)) is not None:
             module.forward = forward  # type: ignore[method-assign]
 
 
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Compute the attention of `model` by ours, until `make_stock`: on a CPU by blocks, elsewhere by FlexAttention.
+
+    A model whose attention is not torch's keeps its own.
+    """
+    if model.config._attn_implementation == STOCK:
+        model.set_attn_implementation(ATTENTION)
+
+
 def make_stock(model: PreTrainedModel) -> None:
-    """Undo `make_faster`."""
+    """Undo `make_faster` and `use_own_attention`."""
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation(STOCK)
     for module in model.modules():
@@ -49,7 +57,7 @@ def make_stock(model: PreTrainedModel) -> None:
             del module.forward
 
 
-@torch.compiler.disable  # its blocks depend on what stands in the mask
+@torch.compiler.disable  # how it is computed depends on what stands in the mask
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -80,7 +88,8 @@ def _attention(
             **options,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return masked_attention(query, key, value, attention_mask, scale=scale, dropout=dropout), None
+    attend = masked_attention if query.device.type == "cpu" else flex_masked_attention
+    return attend(query, key, value, attention_mask, scale=scale, dropout=dropout), None
 
 
 def _is_plain(mask: Tensor) -> bool:

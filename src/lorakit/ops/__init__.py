@@ -2,6 +2,7 @@
 
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.dropout import dropout
+from lorakit.ops.flex_attention import flex_masked_attention
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
 from lorakit.ops.rms_norm import rms_norm
@@ -11,6 +12,7 @@ from lorakit.ops.silu_product import silu_product
 
 __all__ = [
     "dropout",
+    "flex_masked_attention",
     "linear_cross_entropy",
     "lora_linear",
     "masked_attention",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorakit.ops.autocast import no_autocast
+from lorakit.ops.autocast import autocast_to, no_autocast
 from lorakit.ops.dropout import fast, kept, multiplier
 
 BLOCK_SIZES = (32, 64, 128)
@@ -67,20 +67,24 @@ def masked_attention(
     Returns:
         Shape (B, T, H, D): what the output projection takes, once the last two are joined.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = autocast_to(query, key, value)
     blocks = _blocks(mask, query, key)
     if blocks.length > LONGEST:
-        return _fused(query, key, value, mask, scale, dropout)
+        return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     with no_autocast(query):
         return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """The same by torch's own kernel, which never holds a row's pairs."""
+    """`masked_attention` by torch's own kernel, which never holds a row's pairs."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     return F.scaled_dot_product_attention(

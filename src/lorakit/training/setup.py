@@ -243,7 +243,7 @@ def assemble(
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
-        stock = try_faster(model, collator(base)(train.examples[:2]))
+        stock = try_faster(model, collator(base)(train.examples[:2]), compiles=config.compile)
         packed, packing_note = _packs(base, config, train.examples)
         objective = objective_for(
             base,

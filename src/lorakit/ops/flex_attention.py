@@ -1,0 +1,72 @@
+"""Attention under a known mask on a GPU: torch's FlexAttention, which skips what the mask hides.
+
+A kernel is compiled that looks up, for each block of 128 queries, the blocks of keys in which any of them sees
+something (Dong et al. 2024). Of a tree of examples (`lorakit.data.packing`) most blocks show nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lorakit.ops.attention import fused_attention
+from lorakit.ops.autocast import autocast_to
+
+
+def flex_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return what `lorakit.ops.masked_attention` returns, of the same arguments.
+
+    What FlexAttention does not have goes to the fused kernel: dropout, and no mask. So does a single query, as in
+    decoding, of which nothing can be skipped. On a CPU it computes all pairs, and has no gradient.
+    """
+    query, key, value = autocast_to(query, key, value)
+    if mask is None or dropout or query.shape[2] == 1:
+        return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
+    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    for tensor in (query, key, value):
+        # The kernel is one for these numbers anyway. Told so, the compiler does not take a number of rows that
+        # happens to be that of the heads for the same, and compile anew where they differ.
+        torch._dynamo.mark_static(tensor, 1)
+        torch._dynamo.mark_static(tensor, 3)
+    blocks = _block_mask(mask, query, key)
+    out = attend(query, key, value, block_mask=blocks, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled() -> Any:
+    """The kernel, for rows of any number and length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The blocks of a mask, which all layers of a model are shown."""
+
+
+def _block_mask(mask: Tensor, query: Tensor, key: Tensor) -> BlockMask:
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    found: dict[tuple[int, ...], BlockMask] = _known.setdefault(mask, {})  # type: ignore[assignment]
+    known_by = (mask._version, *shape)  # the version counts writes into the mask
+    if known_by not in found:
+        # Of `data`, since a view of the mask would keep it alive, and with it what is known of it.
+        seen = mask.data.expand(shape[0], 1, *shape[1:])[:, 0]
+
+        def sees(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return seen[row, i, j]
+
+        B, T, S = shape
+        found[known_by] = create_block_mask(sees, B, None, T, S, device=str(mask.device))
+    return found[known_by]

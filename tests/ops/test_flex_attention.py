@@ -1,0 +1,98 @@
+"""flex_masked_attention against plain float64 arithmetic; its compiled kernel where there is a GPU."""
+
+import gc
+
+import pytest
+import torch
+from test_attention import MASKS, inputs, tree
+
+from lorakit.ops import flex_attention, flex_masked_attention
+from lorakit.ops.attention import masked_attention_reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention has gradients on a GPU alone"
+)
+
+
+def rows_of(mask):
+    return (2, 9) if mask is None else (max(2, len(mask)), mask.shape[-1])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_output_is_that_of_plain_arithmetic(name):
+    mask = MASKS[name]
+    q, k, v = (x.detach() for x in inputs(*rows_of(mask)))
+    out = flex_masked_attention(q, k, v, mask, scale=0.3)
+    expected = masked_attention_reference(q, k, v, mask, scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_gradients_are_those_of_plain_arithmetic(name, monkeypatch):
+    """By the unfused computation, whose arithmetic has gradients on a CPU too."""
+    module = torch.nn.attention.flex_attention
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    mask = MASKS[name]
+    ours, theirs = (inputs(*rows_of(mask)) for _ in range(2))
+    out = flex_masked_attention(*ours, mask, scale=0.3)
+    expected = masked_attention_reference(*theirs, mask, scale=0.3)
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
+
+
+def test_dropout_and_a_single_query_go_to_the_fused_kernel(monkeypatch):
+    monkeypatch.setattr(flex_attention, "_block_mask", None)  # a call of it would fail
+    q, k, v = (x.detach() for x in inputs(2, 9))
+    mask = MASKS["short"][:2, :, :, :].expand(2, 1, 7, 7)
+    dropped = flex_masked_attention(
+        q[:, :, :7], k[:, :, :7], v[:, :, :7], mask, scale=0.3, dropout=0.5
+    )
+    assert dropped.shape == (2, 7, 4, 8)
+    one = flex_masked_attention(q[:, :, -1:], k, v, MASKS["keys alone"], scale=0.3)
+    expected = masked_attention_reference(q[:, :, -1:], k, v, MASKS["keys alone"], scale=0.3)
+    torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_are_found_once_for_a_mask_and_anew_where_it_was_written_into():
+    mask = tree(5, 3, 2)[None, None]
+    q, k, v = (x.detach() for x in inputs(1, 11))
+    first = flex_attention._block_mask(mask, q, k)
+    assert flex_attention._block_mask(mask, q, k) is first
+    mask[..., 0] = False
+    mask[..., 0, 0] = True
+    expected = masked_attention_reference(q, k, v, mask, scale=0.3)
+    out = flex_masked_attention(q, k, v, mask, scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_known_of_a_mask_is_forgotten_with_it():
+    mask = tree(5, 3, 2)[None, None]
+    q, k, v = (x.detach() for x in inputs(1, 11))
+    before = len(flex_attention._known)
+    flex_masked_attention(q, k, v, mask, scale=0.3)
+    assert len(flex_attention._known) == before + 1
+    del mask
+    gc.collect()
+    assert len(flex_attention._known) == before
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", MASKS)
+def test_the_compiled_kernel(name):
+    mask = MASKS[name]
+    shape = dict(heads=4, key_heads=2, width=64, dtype=torch.float32)
+    ours = [x.detach().cuda().requires_grad_() for x in inputs(*rows_of(mask), **shape)]
+    theirs = [x.detach().double().requires_grad_() for x in inputs(*rows_of(mask), **shape)]
+    out = flex_masked_attention(*ours, None if mask is None else mask.cuda(), scale=0.1)
+    expected = masked_attention_reference(*theirs, mask, scale=0.1)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (out * weight.cuda().float()).sum().backward()
+    (expected * weight).sum().backward()
+    # A GPU's products of float32 may keep ten bits of their factors.
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-2, atol=1e-2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad.cpu() - b.grad).norm() <= 1e-2 * b.grad.norm()
