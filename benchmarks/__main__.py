@@ -5,6 +5,7 @@ python -m benchmarks compiled planner             parts of those that run when a
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     go on with an interrupted one
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
+python -m benchmarks --results results-here       the figures of this machine, and not into benchmarks/results
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 from benchmarks import report
 from benchmarks.workloads import WORKLOADS
@@ -51,7 +53,11 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the runs that an interrupted one has finished"
     )
+    parser.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="folder of tables and figures"
+    )
     args = parser.parse_args()
+    report.put_results_into(args.results)
     for name in args.parts:
         if name not in PARTS:
             parser.error(f"'{name}' is none of the parts {', '.join(PARTS)}")

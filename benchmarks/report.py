@@ -21,6 +21,7 @@ from rich.table import Table
 from lorakit.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
+"""Where results go, unless `put_results_into` says otherwise."""
 PACKAGES = ("torch", "transformers", "peft", "loralib", "accelerate")
 
 console = Console(highlight=False)
@@ -46,13 +47,19 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": found["device"],
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": _instructions(),
         "platform": platform.platform(),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
     }
+
+
+def _instructions() -> str:
+    """The widest vectors, and AMX where there is a unit for the products of matrices."""
+    matrices = ["AMX"] if torch.cpu.get_capabilities().get("amx_tile") else []
+    return " and ".join([torch.backends.cpu.get_cpu_capability(), *matrices])
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -63,6 +70,12 @@ def in_words(found: dict[str, Any]) -> str:
         f"{found['date']}: {found['processor']}, {found['cores']} cores, {found['threads']} threads, "
         f"{found['instructions']}, {where}; {versions}."
     )
+
+
+def put_results_into(path: Path) -> None:
+    """Put the results of this process into another folder: those of another machine, beside those that pages quote."""
+    global RESULTS
+    RESULTS = path.resolve()
 
 
 def folder(quick: bool) -> Path:

@@ -161,6 +161,20 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     assert (texts, "note" in note) == (answer, False)
 
 
+def test_generate_decodes_as_the_task_does_where_nothing_is_set(trained, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "lorakit.evaluation.generate.generate",
+        lambda model, tokenizer, ids, decoding: [asked.append(decoding) or "x" for _ in ids],
+    )
+    adapter = ["--adapter", str(trained / "e2e_nlg" / "adapter"), "--prompt", "name : Alimentum"]
+    generated(trained, capsys, *adapter, "--decoding.beams", "2")
+    published = Decoding(beams=2, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=40)
+    assert asked.pop() == published
+    generated(trained, capsys, *adapter, "--task", "completion")
+    assert asked.pop() == Decoding(max_new_tokens=40)
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
 def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
     name, trained, tmp_path, capsys

@@ -52,7 +52,7 @@ class GenerateConfig:
     overwrite: bool = False
     """Replace an existing output."""
     decoding: Decoding = field(default_factory=Decoding)
-    """Greedy, sampling or beam search."""
+    """Greedy, sampling or beam search; what is not set is as a named task has it (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
         if self.chat and (self.task or self.encoding):
@@ -92,7 +92,8 @@ def run(argv: Sequence[str]) -> None:
         task = writing.task(tokenizer, max_length=sys.maxsize, encoding=writing.encoding)
         prompts = [_written(task, prompt) for prompt in prompts]
         ids = [task.prompt_ids(str(prompt)) for prompt in prompts]
-        texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, config.decoding)]
+        decoding = config.decoding.over(task.decoding)
+        texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, decoding)]
     else:
         ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]  # type: ignore[arg-type]
         texts = generate(base.model, tokenizer, ids, config.decoding)

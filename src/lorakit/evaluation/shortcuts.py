@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
-from lorakit.evaluation.last_block import WORTH, LastBlock, last_block
+from lorakit.evaluation.last_block import LastBlock, last_block
 from lorakit.evaluation.mode import evaluating
 from lorakit.evaluation.objective import (
     Batch,
@@ -100,19 +100,18 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
         return objective
     if isinstance(objective, LanguageModelling) and objective.path != "fused":
         return objective
-    found.worth = 1.0  # the trial is to divide, whatever it gains
+    trial = replace(found, worth=1.0)  # it is to divide, whatever it gains
     fitting: list[T] = []
     try:
         before = _read(objective, model, batch)
-        for changed, note in _readings(objective, found):
+        for changed, note in _readings(objective, trial):
             if _distance(_read(changed, model, batch), before) <= tolerance(model):
                 notes = filter(None, (objective.note, note))
-                fitting.append(replace(changed, note="; ".join(notes)))
+                fitting.append(replace(changed, last_block=found, note="; ".join(notes)))
     except Exception:  # a model's forward may raise anything; its whole block serves it
         return objective
-    found.worth = WORTH
     # Where two different tokens would do, the batch tells nothing of which is read.
-    return fitting[0] if len(fitting) == 1 and found.divisions else objective
+    return fitting[0] if len(fitting) == 1 and trial.divisions else objective
 
 
 def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
