@@ -75,9 +75,11 @@ class LayerAdapters(AdapterSlot):
         active = self._active_here()
         if active.rows is not None:
             return self._adapt_rows(layer, x, output, active)
+        modules = self._modules  # this runs in every call of the layer, and a lookup in ModuleDict is slow
         for name, weight in active.weights:
-            if name in self and not self[name].shadows:
-                output = self[name].adapt(layer, x, output, weight)
+            module = modules.get(name)
+            if module is not None and not module.shadows:
+                output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
         return output
 
     def leave_output(self) -> bool:
@@ -249,7 +251,7 @@ class LayerAdapters(AdapterSlot):
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
     x = args[0] if args else next(iter(kwargs.values()), None)
-    return layer.adapters.after(layer, x, output)  # type: ignore[operator, union-attr]
+    return layer._modules[ADAPTERS].after(layer, x, output)  # type: ignore[operator, union-attr]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
