@@ -58,7 +58,8 @@ def machine() -> dict[str, Any]:
 
 def _instructions() -> str:
     """The widest vectors, and AMX where there is a unit for the products of matrices."""
-    matrices = ["AMX"] if torch.cpu.get_capabilities().get("amx_tile") else []
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not tell
+    matrices = ["AMX"] if capabilities.get("amx_tile") else []
     return " and ".join([torch.backends.cpu.get_cpu_capability(), *matrices])
 
 

@@ -235,3 +235,25 @@ def test_a_copy_made_before_the_backward_pass() -> None:
     copied.model.eval()
     copied.merge()
     assert not any(layer._forward_hooks for _, layer, _ in adapted_layers(copied.model))
+
+
+def test_a_reentrant_block_that_switches_gradients_on_keeps_its_choice():
+    model, adapters = build()
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 3, layer.in_features, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(True):
+            return layer(x)
+
+    def gradient(change: Callable[[], object]) -> Tensor:
+        adapters.activate("a")
+        out = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+        change()
+        x.grad = None
+        out.sum().backward()  # a reentrant checkpoint does not take torch.autograd.grad
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient(lambda: None)
+    torch.testing.assert_close(gradient(lambda: adapters.activate("b")), expected)

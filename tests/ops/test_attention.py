@@ -132,7 +132,7 @@ def test_any_mask(seed, length, rows, density):
 def test_trees_are_cut_into_blocks_that_leave_most_pairs_out():
     mask = MASKS["side by side"]
     masked_attention(*inputs(1, 240), mask, scale=1.0)
-    (blocks,) = attention._known[mask].values()
+    (blocks,) = attention.known_of(mask, attention._known).values()
     assert blocks.count > 1
     assert blocks.length < 120
 

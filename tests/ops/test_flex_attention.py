@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_attention import MASKS, inputs, tree
 
-from lorakit.ops import flex_attention, flex_masked_attention
+from lorakit.ops import flex_attention, flex_masked_attention, masked_attention
 from lorakit.ops.attention import masked_attention_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -44,6 +44,33 @@ def test_gradients_are_those_of_plain_arithmetic(name, monkeypatch):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask is not None])
+def test_blocks_are_those_in_which_something_is_seen(name):
+    """What a compiled kernel looks at; the unfused computation looks at all pairs."""
+    mask = MASKS[name]
+    rows, length = rows_of(mask)
+    q, k, _ = inputs(rows, length)
+    q = q[:, :, : mask.shape[2]]
+    seen = mask.expand(rows, 1, -1, -1).float()
+    size = [-(-n // 128) * 128 for n in seen.shape[2:]]
+    padded = torch.zeros(rows, 1, *size)
+    padded[:, :, : seen.shape[2], : seen.shape[3]] = seen
+    pooled = torch.nn.functional.max_pool2d(padded, 128)
+    assert torch.equal(flex_attention._block_mask(mask, q, k).to_dense(), pooled.int())
+
+
+def test_inference_tensors_and_a_batch_without_rows():
+    with torch.inference_mode():
+        mask = tree(5, 3, 2)[None, None].clone()
+        q, k, v = (x.detach().clone() for x in inputs(1, 11))
+        expected = masked_attention_reference(q, k, v, mask, scale=0.3)
+        for attend in (flex_masked_attention, masked_attention):
+            torch.testing.assert_close(
+                attend(q, k, v, mask, scale=0.3), expected, rtol=1e-12, atol=1e-12
+            )
+            assert attend(q[:0], k[:0], v[:0], mask[:0], scale=0.3).shape == (0, 11, 4, 8)
+
+
 def test_dropout_and_a_single_query_go_to_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(flex_attention, "_block_mask", None)  # a call of it would fail
     q, k, v = (x.detach() for x in inputs(2, 9))
@@ -64,6 +91,7 @@ def test_blocks_are_found_once_for_a_mask_and_anew_where_it_was_written_into():
     assert flex_attention._block_mask(mask, q, k) is first
     mask[..., 0] = False
     mask[..., 0, 0] = True
+    assert flex_attention._block_mask(mask, q, k) is not first
     expected = masked_attention_reference(q, k, v, mask, scale=0.3)
     out = flex_masked_attention(q, k, v, mask, scale=0.3)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

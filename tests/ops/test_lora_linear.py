@@ -111,3 +111,11 @@ def test_without_gradients_a_narrow_adapter_is_multiplied_in_the_dtype_of_the_ou
     with torch.no_grad():
         y = lora_linear(x, out.clone(), A, B, 0.5)
     torch.testing.assert_close(y, lora_linear_reference(x, out, A, B, 0.5))
+
+
+def test_a_few_rows_on_a_float16_base_are_scaled_before_they_are_rounded():
+    """The unscaled product may exceed float16's largest number, the scaled one be well within."""
+    x, A, B = torch.full((1, 8), 30.0).half(), torch.full((2, 8), 2.0), torch.full((3, 2), 100.0)
+    with torch.no_grad():
+        found = lora_linear(x, torch.zeros(1, 3).half(), A, B, 0.01)
+    assert torch.equal(found, torch.full((1, 3), 960.0).half())

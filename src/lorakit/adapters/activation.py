@@ -141,7 +141,10 @@ def _may_be_checkpointed() -> bool:
 
 
 def _may_be_reentrant() -> bool:
-    """Whether an autograd function is running: its forward has no forward-mode gradients, which no_grad leaves on."""
+    """Whether an autograd function is running: its forward has no forward-mode gradients, which no_grad leaves on.
+
+    What switches inference mode or forward-mode gradients inside a checkpointed block would hide it.
+    """
     if torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled() or torch._C._current_graph_task_id() != -1

@@ -69,6 +69,10 @@ class BaseConfig:
         return device
 
 
+SEARCH = ("beams", "length_penalty")
+"""Settings of `Decoding` that only a beam search has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How text is generated: greedy by default, sampling above temperature 0, beam search above one beam.
@@ -120,12 +124,10 @@ class Decoding:
             )
 
     def over(self, own: Mapping[str, Any] | None) -> Decoding:
-        """Return these settings, and those of a task where nothing is set.
-
-        Raises:
-            ConfigurationError: The two exclude each other.
-        """
-        return Decoding(**{**(own or {}), **self._given()})
+        """Return these settings, and those of a task where nothing is set: not its search, where texts are drawn."""
+        search = SEARCH if self.temperature else ()
+        kept = {name: value for name, value in (own or {}).items() if name not in search}
+        return Decoding(**{**kept, **self._given()})
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -148,7 +148,12 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _forward(model: PreTrainedModel, batch: Batch) -> Any:
     # An encoder-decoder makes its decoder's inputs of the labels; others would compute a loss of them.
     hidden = () if model.config.is_encoder_decoder else ("labels",)
-    return model(**{name: x for name, x in batch.items() if name not in hidden})
+    given: dict[str, Any] = {name: x for name, x in batch.items() if name not in hidden}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = (
+            False  # as in training, of whose tensors a compiled kernel knows the strides
+        )
+    return model(**given)
 
 
 def _is_on_cpu(model: PreTrainedModel) -> bool:
@@ -159,8 +164,8 @@ def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
     """Compute gradients and drop them: a compiled kernel of the backward pass shows only then whether it works."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
-        loss = _forward(model, batch).logits.float().square().mean()
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        total = _forward(model, batch).logits.sum(dtype=torch.float32)
+        torch.autograd.grad(total, trained, allow_unused=True)
 
 
 def _distance(x: Tensor, expected: Tensor) -> float:

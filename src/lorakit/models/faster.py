@@ -24,6 +24,9 @@ STOCK = "sdpa"
 ATTENTION = "lorakit"
 """Name under which `transformers` knows our attention."""
 
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Names under which configurations have the dropout of attention weights."""
+
 NOT_OURS = ("position_bias", "softcap", "s_aux")
 """Arguments of some attentions that ours does not have."""
 
@@ -42,9 +45,11 @@ def make_faster(model: PreTrainedModel) -> None:
 def use_own_attention(model: PreTrainedModel) -> None:
     """Compute the attention of `model` by ours, until `make_stock`: on a CPU by blocks, elsewhere by FlexAttention.
 
-    A model whose attention is not torch's keeps its own.
+    A model whose attention is not torch's keeps its own, as does one with dropout inside it, which FlexAttention
+    does not have.
     """
-    if model.config._attn_implementation == STOCK:
+    drops = any(getattr(model.config, name, 0) for name in ATTENTION_DROPOUT)
+    if model.config._attn_implementation == STOCK and (model.device.type != "cuda" or not drops):
         model.set_attn_implementation(ATTENTION)
 
 
@@ -75,6 +80,7 @@ def _attention(
         (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
         or any(options.get(name) is not None for name in NOT_OURS)
+        or (query.device.type != "cpu" and (dropout or query.shape[2] == 1))
     ):
         return sdpa_attention_forward(
             module,

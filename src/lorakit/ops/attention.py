@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,8 @@ def masked_attention(
         Shape (B, T, H, D): what the output projection takes, once the last two are joined.
     """
     query, key, value = autocast_to(query, key, value)
+    if not len(query):
+        return fused_attention(query, key, value, mask, scale=scale)
     blocks = _blocks(mask, query, key)
     if blocks.length > LONGEST:
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
@@ -85,8 +88,8 @@ def fused_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """`masked_attention` by torch's own kernel, which never holds a row's pairs."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    if (shared := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
     ).transpose(1, 2)
@@ -173,12 +176,22 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """The blocks of a mask, by what else decides them: all layers of a model are shown one mask."""
 
 
+def known_of(mask: Tensor, known: WeakTensorKeyDictionary) -> dict[Any, Any]:
+    """Return what is known of a mask, for more to be added; nothing where it was written into since."""
+    version = (
+        0 if mask.is_inference() else mask._version
+    )  # counts writes; inference tensors have none
+    if mask not in known or known[mask][0] != version:
+        known[mask] = (version, {})
+    return known[mask][1]
+
+
 def _blocks(mask: Tensor | None, query: Tensor, key: Tensor) -> _Blocks:
     (B, H, T, _), (_, K, S, _) = query.shape, key.shape
     if mask is None:
         return _whole(B, H * T, S)
-    found: dict[tuple[int, ...], _Blocks] = _known.setdefault(mask, {})  # type: ignore[assignment]
-    known_by = (mask._version, B, H, T, K)  # the version counts writes into the mask
+    found: dict[tuple[int, ...], _Blocks] = known_of(mask, _known)
+    known_by = (B, H, T, K)
     if known_by not in found:
         found[known_by] = _cheapest_blocks(mask.expand(B, 1, T, -1)[:, 0], H, K)
     return found[known_by]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorakit.ops.attention import fused_attention
+from lorakit.ops.attention import fused_attention, known_of
 from lorakit.ops.autocast import autocast_to
 
 
@@ -29,11 +29,11 @@ def flex_masked_attention(
 ) -> Tensor:
     """Return what `lorakit.ops.masked_attention` returns, of the same arguments.
 
-    What FlexAttention does not have goes to the fused kernel: dropout, and no mask. So does a single query, as in
-    decoding, of which nothing can be skipped. On a CPU it computes all pairs, and has no gradient.
+    What FlexAttention does not have goes to the fused kernel: dropout, no mask, no rows. So does a single query, as
+    in decoding, of which nothing can be skipped. On a CPU it computes all pairs, and has no gradient.
     """
     query, key, value = autocast_to(query, key, value)
-    if mask is None or dropout or query.shape[2] == 1:
+    if mask is None or dropout or query.shape[2] == 1 or not len(query):
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     for tensor in (query, key, value):
@@ -48,7 +48,12 @@ def flex_masked_attention(
 
 @cache
 def _compiled() -> Any:
-    """The kernel, for rows of any number and length."""
+    """The kernel, for rows of any number and length.
+
+    One graph each for one row or more, one block or more, a key with or without a gradient, a pass with or without,
+    a mask of its own for each row or one for all: more than torch allows a function by default.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -57,16 +62,14 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _block_mask(mask: Tensor, query: Tensor, key: Tensor) -> BlockMask:
-    shape = (query.shape[0], query.shape[2], key.shape[2])
-    found: dict[tuple[int, ...], BlockMask] = _known.setdefault(mask, {})  # type: ignore[assignment]
-    known_by = (mask._version, *shape)  # the version counts writes into the mask
-    if known_by not in found:
-        # Of `data`, since a view of the mask would keep it alive, and with it what is known of it.
-        seen = mask.data.expand(shape[0], 1, *shape[1:])[:, 0]
+    B, T, S = query.shape[0], query.shape[2], key.shape[2]
+    found: dict[tuple[int, int, int], BlockMask] = known_of(mask, _known)
+    if (B, T, S) not in found:
+        # A copy: the backward pass reads it again, and a view would keep the mask, and what is known of it, alive.
+        seen = mask.clone().expand(B, 1, T, S)[:, 0]
 
         def sees(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return seen[row, i, j]
 
-        B, T, S = shape
-        found[known_by] = create_block_mask(sees, B, None, T, S, device=str(mask.device))
-    return found[known_by]
+        found[B, T, S] = create_block_mask(sees, B, None, T, S, device=str(mask.device))
+    return found[B, T, S]

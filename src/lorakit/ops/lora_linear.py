@@ -17,8 +17,8 @@ def lora_linear(
 
     The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast,
     never the activations. Only `x` and the rank-sized intermediate are kept for the backward pass.
-    Without gradients a batch of fewer rows than the rank (a decoding step) is the thinner of the two: it
-    is cast then, and the product computed in the dtype of A and B.
+    Without gradients a batch of no more rows than the rank (a decoding step) is the thinner of the two: it
+    is cast then, and the product computed in the dtype of A and B, where that is the wider one.
 
     Args:
         x: Input of the layer, shape (..., in).
@@ -55,8 +55,8 @@ def _add_product(
     if x.numel() <= A.numel() and x.itemsize < A.itemsize and A.dtype == B.dtype:
         # Two casts of a few rows, and products in float32, which have less overhead where there is little to
         # multiply. A sum of two dtypes would be computed element by element, hence the second cast.
-        delta = F.linear(F.linear(x.to(A.dtype), A), B).to(x.dtype)
-        return out.add_(delta, alpha=scaling) if in_place else out.add(delta, alpha=scaling)
+        delta = F.linear(F.linear(x.to(A.dtype), A).mul_(scaling), B).to(x.dtype)
+        return out.add_(delta) if in_place else out.add(delta)
     x_ND = x.reshape(-1, x.shape[-1])
     h_NR = x_ND @ A.to(out.dtype).T
     return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
