@@ -59,7 +59,8 @@ def test_what_can_be_merged_is_merged() -> None:
     batch = tiny_models.example_batch("gpt2", model)
     acting = seen(model, batch)
     adapters.merge()
-    torch.testing.assert_close(seen(model, batch), acting, atol=1e-5, rtol=1e-5)
+    rounding = 3e-5 * float(acting.abs().max())
+    torch.testing.assert_close(seen(model, batch), acting, atol=rounding, rtol=0)
     adapters.unmerge()
     assert torch.equal(seen(model, batch), acting)
 
