@@ -90,12 +90,14 @@ class Activation:
 
     def current(self) -> Active:
         """The choice that holds for the forward pass being run, first or again."""
-        return self.moment().active if _may_be_checkpointed() else self.part or self.active
+        return self.moment().active
 
     def moment(self) -> Moment:
         """The choice and the places of virtual tokens in the forward pass being run, first or again."""
         now = Moment(self.part or self.active, self.virtual)
-        checkpoints = _checkpoints() + _reentrant_checkpoints() if _may_be_checkpointed() else []
+        if torch.compiler.is_compiling():
+            return now  # a compiled graph has the choice of its trace, guarded
+        checkpoints = _checkpoints() + _reentrant_checkpoints()
         if not checkpoints:
             return now
         if self.part is None:  # a part is chosen by a layer that is itself run again
@@ -130,32 +132,14 @@ class Activation:
 _SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _may_be_checkpointed() -> bool:
-    """Whether a checkpoint may be running: told at once, while to find it takes a walk through hooks or callers."""
-    if torch.compiler.is_compiling():
-        return False  # a compiled graph has the choice of its trace, guarded
-    return (
-        _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True) is not None
-        or _may_be_reentrant()
-    )
-
-
-def _may_be_reentrant() -> bool:
-    """Whether an autograd function is running: its forward has no forward-mode gradients, which no_grad leaves on.
-
-    What switches inference mode or forward-mode gradients inside a checkpointed block would hide it.
-    """
-    if torch.is_inference_mode_enabled():
-        return False
-    return not torch._C._is_fwd_grad_enabled() or torch._C._current_graph_task_id() != -1
-
-
 def _checkpoints() -> list[tuple[Any, bool]]:
     """The non-reentrant checkpoints being run, innermost first, and whether each runs for the second time.
 
     PyTorch pushes saved-tensor hooks around both runs. Their closures lead to one frame object, which
     lives as long as the checkpoint. Checkpoints can be nested, and only the top of the stack shows.
     """
+    if _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True) is None:
+        return []
     stack = []
     while (hooks := _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True)) is not None:
         stack.append(hooks)
@@ -185,10 +169,13 @@ _SECOND_RUN = CheckpointFunction.backward.__code__
 def _reentrant_checkpoints() -> list[tuple[Any, bool]]:
     """The same of reentrant checkpoints: an autograd function runs the first time, its backward the second.
 
-    Both have the function's context, which lives as long as the graph. The callers lead to it.
+    Both have the function's context, which lives as long as the graph. The callers lead to it, unless something
+    inside the block switches inference mode or forward-mode gradients.
     """
-    if not _may_be_reentrant():
+    if torch.is_inference_mode_enabled():
         return []
+    if torch._C._is_fwd_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        return []  # the first run is without forward-mode gradients, which no_grad leaves on
     found = []
     caller = sys._getframe(1)
     while caller is not None:

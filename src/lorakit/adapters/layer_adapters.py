@@ -75,9 +75,8 @@ class LayerAdapters(AdapterSlot):
         active = self._active_here()
         if active.rows is not None:
             return self._adapt_rows(layer, x, output, active)
-        modules = (
-            self._modules
-        )  # this runs in every call of the layer, and a lookup in ModuleDict is slow
+        # This runs in every call of the layer, and a lookup in ModuleDict is slow.
+        modules = self._modules
         for name, weight in active.weights:
             module = modules.get(name)
             if module is not None and not module.shadows:

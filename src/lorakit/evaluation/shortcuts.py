@@ -150,9 +150,8 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Any:
     hidden = () if model.config.is_encoder_decoder else ("labels",)
     given: dict[str, Any] = {name: x for name, x in batch.items() if name not in hidden}
     if "use_cache" in inspect.signature(model.forward).parameters:
-        given["use_cache"] = (
-            False  # as in training, of whose tensors a compiled kernel knows the strides
-        )
+        # As in training, of whose tensors a compiled kernel knows the strides.
+        given["use_cache"] = False
     return model(**given)
 
 

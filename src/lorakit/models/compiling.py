@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.errors import ConfigurationError
 from lorakit.models.blocks import stacks
+from lorakit.ops import allow_graphs
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
@@ -36,7 +37,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
             f"compile is set, and {type(model).__name__} has no list of blocks to compile. Set it to false."
         )
     # Graphs of one block: a length of 1, training with and without gradients of the input, each adapter choice.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    allow_graphs()
     for path in paths:
         model.get_submodule(path).compile(dynamic=True, backend=backend)
     return len(paths)

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.models.faster_layers import FasterForward, faster_forward
-from lorakit.ops import flex_masked_attention, masked_attention
+from lorakit.ops import flex_masked_attention, flex_serves, masked_attention
 
 STOCK = "sdpa"
 """The attention that ours stands in for."""
@@ -80,7 +80,7 @@ def _attention(
         (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
         or any(options.get(name) is not None for name in NOT_OURS)
-        or (query.device.type != "cpu" and (dropout or query.shape[2] == 1))
+        or (query.device.type != "cpu" and not flex_serves(query, dropout))
     ):
         return sdpa_attention_forward(
             module,

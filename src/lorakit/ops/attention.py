@@ -178,9 +178,8 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def known_of(mask: Tensor, known: WeakTensorKeyDictionary) -> dict[Any, Any]:
     """Return what is known of a mask, for more to be added; nothing where it was written into since."""
-    version = (
-        0 if mask.is_inference() else mask._version
-    )  # counts writes; inference tensors have none
+    # It counts writes; inference tensors have none.
+    version = 0 if mask.is_inference() else mask._version
     if mask not in known or known[mask][0] != version:
         known[mask] = (version, {})
     return known[mask][1]

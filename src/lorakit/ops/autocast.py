@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NOTHING = contextlib.nullcontext()
-
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off where it is on: a custom function's products stay in the dtypes it chose."""
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
-    return _NOTHING
+    return contextlib.nullcontext()
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:

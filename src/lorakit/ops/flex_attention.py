@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.attention import fused_attention, known_of
 from lorakit.ops.autocast import autocast_to
+from lorakit.ops.compiling import allow_graphs
 
 
 def flex_masked_attention(
@@ -33,7 +34,7 @@ def flex_masked_attention(
     in decoding, of which nothing can be skipped. On a CPU it computes all pairs, and has no gradient.
     """
     query, key, value = autocast_to(query, key, value)
-    if mask is None or dropout or query.shape[2] == 1 or not len(query):
+    if mask is None or not flex_serves(query, dropout):
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     for tensor in (query, key, value):
@@ -46,6 +47,12 @@ def flex_masked_attention(
     return out.transpose(1, 2)
 
 
+def flex_serves(query: Tensor, dropout: float) -> bool:
+    """Whether FlexAttention has what is asked for, and a mask could spare it something."""
+    rows, _, length, _ = query.shape
+    return not dropout and length > 1 and rows > 0
+
+
 @cache
 def _compiled() -> Any:
     """The kernel, for rows of any number and length.
@@ -53,7 +60,7 @@ def _compiled() -> Any:
     One graph each for one row or more, one block or more, a key with or without a gradient, a pass with or without,
     a mask of its own for each row or one for all: more than torch allows a function by default.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    allow_graphs()
     return torch.compile(flex_attention, dynamic=True)
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.autocast import no_autocast
+
 
 def lora_linear(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, *, in_place: bool = True
@@ -34,11 +36,10 @@ def lora_linear(
     # A view cannot be handed back from a custom function that wrote into it; and a compiler, which
     # cannot look whether it is one, fuses the addition anyway.
     in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
-    compute = _LoraLinear.apply if torch.is_grad_enabled() else _add_product
-    if torch.is_autocast_enabled(out.device.type):
-        with torch.autocast(out.device.type, enabled=False):
-            return compute(x, out, A, B, scaling, in_place)
-    return compute(x, out, A, B, scaling, in_place)
+    with no_autocast(out):
+        if torch.is_grad_enabled():
+            return _LoraLinear.apply(x, out, A, B, scaling, in_place)
+        return _add_product(x, out, A, B, scaling, in_place)
 
 
 def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
