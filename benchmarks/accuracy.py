@@ -1,7 +1,7 @@
 """What the speed costs in quality: accuracy on MRPC after whole epochs, lorakit's and PEFT's, example by example.
 
-Both train on the same examples in the same batches, each in its fastest precision, and label the same held-out
-examples in float32. The interval of the difference is a paired bootstrap over those.
+Both train on the same examples in the same batches, each in its fastest precision, once for each of several seeds, and
+label the same held-out examples in float32. The interval of the difference is a paired bootstrap over those.
 
 python -m benchmarks.accuracy SYSTEM FOLDER --settings JSON --result FILE    one process
 """
@@ -24,14 +24,15 @@ from torch import nn
 from benchmarks import report
 from benchmarks.examples import Prepared, prepare_whole
 from benchmarks.measure import held_out_logits, held_out_loss
-from benchmarks.runs import runs_of
-from benchmarks.training import OURS, peft
+from benchmarks.runs import Runs, runs_of
+from benchmarks.training import OURS, System, peft
 from benchmarks.workloads import SEED, WORKLOADS
 
 EPOCHS = 3
 ROW = "mrpc"
 PEFT = peft("autocast", "bucketed")
 """PEFT's fastest setting on this row."""
+SEEDS = (0, 1, 2, 3, 4)
 RESAMPLES = 10_000
 
 
@@ -41,48 +42,60 @@ def main(*, quick: bool, rows: list[str]) -> None:
     workload = next(w for w in WORKLOADS if w.name == ROW)
     workload = dataclasses.replace(workload, epochs=1 if quick else EPOCHS)
     runs = runs_of("accuracy", ROW, quick)
-    folder = runs.folder / "examples"
-    prepared = (
-        Prepared.read(folder)
-        if (folder / "examples.json").exists()
-        else prepare_whole(workload, folder)
-    )
-    record: dict[str, Any] = {
-        "machine": report.machine(),
-        "source": prepared.source,
-        "epochs": workload.epochs,
-        "updates": len(prepared.batches["bucketed"]),
-        "systems": {},
-    }
-    for system in (OURS, PEFT):
-        settings = ["--settings", json.dumps(dict(system.settings))]
-        found = runs.run(system.name, "benchmarks.accuracy", system.module, str(folder), *settings)
-        record["systems"][system.name] = found
-        report.say(f"  {system.name:<28} accuracy {np.mean(found['right']):.4f}")
-    made = list(sections(record))
-    report.write("accuracy", record, made, quick)
+    record: dict[str, Any] = {"machine": report.machine(), "epochs": workload.epochs, "seeds": {}}
+    for seed in SEEDS[: 1 if quick else None]:
+        folder = runs.folder / f"examples-{seed}"
+        prepared = (
+            Prepared.read(folder)
+            if (folder / "examples.json").exists()
+            else prepare_whole(dataclasses.replace(workload, seed=seed), folder)
+        )
+        record |= {"source": prepared.source, "updates": prepared.updates + workload.warmup}
+        found = {s.name: _run(runs, s, seed, folder) for s in (OURS, PEFT)}
+        record["seeds"][str(seed)] = found
+        made = list(sections(record))
+        report.write("accuracy", record, made, quick)
     report.show(made)
 
 
+def _run(runs: Runs, system: System, seed: int, folder: Path) -> dict[str, Any]:
+    settings = ["--settings", json.dumps(dict(system.settings))]
+    command = ("benchmarks.accuracy", system.module, str(folder), *settings)
+    found = runs.run(f"{seed} {system.name}", *command)
+    report.say(f"  seed {seed}  {system.name:<28} accuracy {np.mean(found['right']):.4f}")
+    return found
+
+
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
-    """Yield the table."""
-    made = report.table("system", "held-out loss", "accuracy")
-    for name, found in record["systems"].items():
-        made.add_row(name, f"{found['loss']:.4f}", f"{np.mean(found['right']):.2%}")
-    ours, theirs = (np.array(record["systems"][s.name]["right"]) for s in (OURS, PEFT))
+    """Yield the table: a row for each seed, and their mean."""
+    names = (OURS.name, PEFT.name)
+    made = report.table(
+        "seed", *(f"{name}: {what}" for what in ("loss", "accuracy") for name in names)
+    )
+    seeds = record["seeds"]
+    losses = np.array([[found[name]["loss"] for name in names] for found in seeds.values()])
+    right = np.array([[found[name]["right"] for name in names] for found in seeds.values()])
+    shares = right.mean(-1)
+    for label, loss, share in (
+        *zip(seeds, losses, shares, strict=True),
+        ("mean", losses.mean(0), shares.mean(0)),
+    ):
+        made.add_row(label, *(f"{x:.4f}" for x in loss), *(f"{x:.2%}" for x in share))
+    # Each example's share of seeds with which it was labelled right: what all seeds share is no accident of one.
+    ours, theirs = right.mean(0)
     low, high = interval(ours, theirs)
     yield report.Section(
         "Accuracy after whole epochs, in the same batches",
         made,
         f"{record['source']}: {record['updates']} updates ({record['epochs']} epochs), {len(ours):,} held-out "
-        f"examples. lorakit minus PEFT: {100 * (ours.mean() - theirs.mean()):+.2f} points, 95% interval "
-        f"{100 * low:+.2f} to {100 * high:+.2f} (paired bootstrap over the examples, {RESAMPLES:,} resamples). One "
-        "seed.",
+        f"examples. lorakit minus PEFT, over all seeds: {100 * (ours.mean() - theirs.mean()):+.2f} points, 95% "
+        f"interval {100 * low:+.2f} to {100 * high:+.2f} (paired bootstrap over the examples, {RESAMPLES:,} "
+        f"resamples); loss {losses[:, 0].mean() / losses[:, 1].mean() - 1:+.1%}.",
     )
 
 
 def interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of the difference of two shares of right answers to the same examples."""
+    """Return the 95% interval of the difference of two means, over the same examples."""
     differences = ours.astype(float) - theirs.astype(float)
     if not differences.any():
         return 0.0, 0.0  # no resample differs either

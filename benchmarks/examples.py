@@ -130,10 +130,10 @@ def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Pre
     size = workload.batch_size
     if workload.grouped:
         prompts = [example.prompt for example in train.examples]
-        orders = {"grouped": BatchSampler(train.lengths, size, SEED, groups=prompts)(0)}
+        orders = {"grouped": BatchSampler(train.lengths, size, workload.seed, groups=prompts)(0)}
     else:
         plain = [list(range(i, i + size)) for i in range(0, len(train), size)]
-        orders = {"plain": plain, "bucketed": BatchSampler(train.lengths, size, SEED)(0)}
+        orders = {"plain": plain, "bucketed": BatchSampler(train.lengths, size, workload.seed)(0)}
     return _tokenised(prepared, train.examples, orders, tokenizer)
 
 
@@ -152,7 +152,7 @@ def prepare_whole(workload: Workload, folder: Path) -> Prepared:
     prepared = Prepared(workload, folder, workload.base, source, [], [], {}, 0)
     tokenizer = load_tokenizer(workload.base)
     train = load_examples(prepared.data, "train", tokenizer)
-    sampler = BatchSampler(train.lengths, size, SEED)
+    sampler = BatchSampler(train.lengths, size, workload.seed)
     batches = [batch for epoch in range(workload.epochs) for batch in sampler(epoch)]
     return _tokenised(prepared, train.examples, {"bucketed": batches}, tokenizer)
 

@@ -41,6 +41,8 @@ class Workload:
     """Passes over the examples: several where the outcome is measured and not the speed."""
     quick_updates: int = 2
     """The same for a quick run; 0 leaves the row out."""
+    seed: int = SEED
+    """Of the adapter, of dropout, and of the order in which the examples come; which they are it does not decide."""
     compares_all: bool = False
     """Whether loralib and full fine-tuning run beside PEFT, and PEFT in all of its settings; else in its default
     and in those that win where all are compared."""

@@ -15,7 +15,6 @@ from torch import nn
 import lorakit
 from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
-from benchmarks.workloads import SEED
 from lorakit.evaluation.config import BaseConfig
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.loop import train as run_training
@@ -39,7 +38,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
         sampling="grouped" if workload.grouped else "random",
         gradient_checkpointing=workload.checkpointing,
         compile=settings.get("compile", False),
-        seed=SEED,
+        seed=workload.seed,
         optimizer=OptimizerConfig(
             learning_rate=workload.full_learning_rate if full else workload.learning_rate,
             schedule="constant",

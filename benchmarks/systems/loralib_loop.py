@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
 from benchmarks.systems.peft_trainer import TARGETS
-from benchmarks.workloads import SEED, Workload
+from benchmarks.workloads import Workload
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.heads import classification_head
 
@@ -24,7 +24,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
     """Train as loralib's users do."""
     workload = prepared.workload
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(SEED)
+    torch.manual_seed(workload.seed)
     model = load_model(prepared, "float32")
     put_in_layers(model, workload)
     loralib.mark_only_lora_as_trainable(model)

@@ -16,7 +16,6 @@ from transformers import set_seed
 from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
 from benchmarks.systems.trainer import run_trainer
-from benchmarks.workloads import SEED
 
 TARGETS = {
     "attention.qv": ["q_proj", "v_proj"],
@@ -31,7 +30,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
     workload = prepared.workload
     precision = settings["precision"]
     base = load_model(prepared, "bfloat16" if precision == "bfloat16" else "float32")
-    set_seed(SEED)
+    set_seed(workload.seed)
     model = get_peft_model(base, lora_config(prepared))  # type: ignore[arg-type]
     run_trainer(
         model,

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from benchmarks.examples import Prepared
-from benchmarks.workloads import SEED, Order
+from benchmarks.workloads import Order
 
 
 def run_trainer(
@@ -46,7 +46,7 @@ def run_trainer(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=SEED,
+        seed=workload.seed,
     )
     examples: list[dict[str, Any]] = [e for batch in prepared.in_order(order) for e in batch]
     trainer = Trainer(

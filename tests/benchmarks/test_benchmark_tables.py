@@ -154,21 +154,22 @@ def test_the_interval_of_a_difference_is_paired() -> None:
 
 
 def test_accuracies_beside_each_other() -> None:
-    record = {
-        "source": "MRPC",
-        "updates": 12,
-        "epochs": 3,
-        "systems": {
-            name: {"loss": loss, "right": [True, right] * 50}
-            for name, loss, right in (
-                (accuracy.OURS.name, 0.5, True),
-                (accuracy.PEFT.name, 0.6, False),
-            )
-        },
+    """PEFT is wrong on half of the examples with one seed, and on none with the other."""
+
+    def found(loss: float, right: bool) -> dict[str, object]:
+        return {"loss": loss, "right": [True, right] * 50}
+
+    ours, theirs = accuracy.OURS.name, accuracy.PEFT.name
+    seeds = {
+        "0": {ours: found(0.5, True), theirs: found(0.6, False)},
+        "1": {ours: found(0.4, True), theirs: found(0.4, True)},
     }
+    record = {"source": "MRPC", "updates": 12, "epochs": 3, "seeds": seeds}
     text = report.markdown(accuracy.sections(record))
-    assert cells(text, "lorakit") == ["lorakit", "0.5000", "100.00%"]
-    assert "lorakit minus PEFT: +50.00 points, 95% interval +4" in text
+    assert cells(text, "0") == ["0", "0.5000", "0.6000", "100.00%", "50.00%"]
+    assert cells(text, "mean") == ["mean", "0.4500", "0.5000", "100.00%", "75.00%"]
+    assert "over all seeds: +25.00 points, 95% interval +2" in text
+    assert "loss -10.0%" in text
 
 
 @pytest.mark.parametrize(
