@@ -20,7 +20,9 @@ from lorakit.planning import machine
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
     """A machine of round numbers: nothing is measured, and no calibration of this one is read."""
-    made = machine.Machine(products=1e9, traffic=1e9, software=10**6, origin="a machine of tests")
+    made = machine.Machine(
+        products=1e9, traffic=1e9, draws=1e9, software=10**6, origin="a machine of tests"
+    )
     monkeypatch.setattr("lorakit.planning.planner.find_machine", lambda *_, **__: made)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -18,15 +19,26 @@ from lorakit.planning.machine import (
     keep_calibration,
     read_calibration,
 )
+from lorakit.planning.products import Product
 from lorakit.planning.step import Step
 
-TRUE = Machine(products=4e11, traffic=2e10, call=1e-5, slack=0.2, packed=0.5, origin="true")
+TRUE = Machine(
+    products=4e11,
+    traffic=2e10,
+    draws=1e9,
+    slower=1.3,
+    call=1e-5,
+    slack=0.2,
+    packed=0.5,
+    origin="true",
+)
 CPU = torch.device("cpu")
 
 
 def step(products: float, traffic: float, tensors: int) -> Step:
     peak = {"activations": tensors, "gradients": 0, "logits": 0, "temporary": 0}
-    return Step(peak, Work(products, traffic, 3000), widest=1000)  # type: ignore[arg-type]
+    work = Work(Counter({Product("mm", (), products / 10, 0): 10}), traffic, drawn=1e6, calls=3000)
+    return Step(peak, work, widest=1000)  # type: ignore[arg-type]
 
 
 def runs(steps: list[Step]) -> list[dict[str, float]]:
@@ -42,12 +54,21 @@ def runs(steps: list[Step]) -> list[dict[str, float]]:
 
 def test_the_true_constants_are_found():
     steps = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
-    start = dataclasses.replace(TRUE, products=1e11, traffic=1e9, slack=0.9)
-    found = fit(start, steps, runs(steps))
-    assert found.products == pytest.approx(TRUE.products)
+    start = dataclasses.replace(TRUE, slower=1.0, traffic=1e9, slack=0.9)
+    found = fit(start, steps, runs(steps), {})
+    assert found.slower == pytest.approx(TRUE.slower)
     assert found.traffic == pytest.approx(TRUE.traffic)
     assert found.slack == pytest.approx(MARGIN * TRUE.slack)
     assert "calibrated" in found.origin
+
+
+def test_products_are_fitted_to_what_they_take_on_their_own():
+    steps = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
+    tried = {p: 2 * p.operations / TRUE.products for s in steps for p in s.work.products}
+    found = fit(TRUE, steps, runs(steps), tried)
+    assert found.slower == pytest.approx(TRUE.slower / 2)
+    for s, run in zip(steps, runs(steps), strict=True):
+        assert found.seconds(s.work, tried) == pytest.approx(run["seconds"])
 
 
 def test_runs_that_do_not_tell_the_rates_apart_scale_them():
@@ -56,7 +77,7 @@ def test_runs_that_do_not_tell_the_rates_apart_scale_them():
     for run in measured:
         run["seconds"] *= 2
     measured[1]["seconds"] *= 1.3  # no rates explain both
-    found = fit(TRUE, steps, measured)
+    found = fit(TRUE, steps, measured, {})
     total = sum(found.seconds(s.work) for s in steps)
     assert total == pytest.approx(sum(run["seconds"] for run in measured))
 

@@ -23,7 +23,14 @@ from lorakit.planning.machine import Machine
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
 
 MACHINE = Machine(
-    products=1e9, traffic=1e9, call=0.0, software=1000, slack=0.5, packed=0.0, origin="made up"
+    products=1e9,
+    traffic=1e9,
+    draws=1e9,
+    call=0.0,
+    software=1000,
+    slack=0.5,
+    packed=0.0,
+    origin="made up",
 )
 
 

@@ -18,7 +18,7 @@ from lorakit.reporting import Page
 from lorakit.reporting.page import Code, KeyFigures, Prose, Table
 from lorakit.training.config import TrainConfig
 
-MACHINE = Machine(products=1e9, traffic=1e9, software=1000, origin="made up")
+MACHINE = Machine(products=1e9, traffic=1e9, draws=1e9, software=1000, origin="made up")
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,8 @@ def test_left_out_blocks_are_made_up_for(name, checkpointing):
     short = planned(make, method, objective, batch(), checkpointing=checkpointing)
     whole = planned(make, method, objective, batch(), whole=True, checkpointing=checkpointing)
     assert sum(short.peak.values()) == pytest.approx(sum(whole.peak.values()), rel=0.01)
-    assert short.work.products == pytest.approx(whole.work.products, rel=1e-6)
+    assert short.work.operations == pytest.approx(whole.work.operations, rel=1e-6)
+    assert short.work.drawn == pytest.approx(whole.work.drawn, rel=1e-6)
     assert short.work.calls == pytest.approx(whole.work.calls, rel=0.02)
 
 
@@ -156,7 +157,18 @@ def test_products_are_those_of_the_formula():
     weights = layers * (3 * width * width + 3 * width * inner)
     needed = 4 * weights * rows + 4 * vocabulary * width * len(batch["targets"])
     # On top come attention and the thin matrices; the first block has nobody to give a gradient to.
-    assert 0.9 * needed < step.work.products < 1.2 * needed
+    assert 0.9 * needed < step.work.operations < 1.2 * needed
+
+
+def test_dropout_draws_for_each_element_once():
+    layers, width, batch = 6, 256, packed_batch()
+    step = planned(
+        lambda: decoder("llama", hidden_size=width, head_dim=64),
+        lorakit.LoRA(rank=2, dropout=0.1, targets="attention.qv"),
+        LanguageModelling(path="fused"),
+        batch,
+    )
+    assert step.work.drawn == layers * 2 * batch["input_ids"].numel() * width
 
 
 def test_checkpointing_keeps_less():
@@ -164,7 +176,7 @@ def test_checkpointing_keeps_less():
     kept = planned(make, method, objective, batch())
     anew = planned(make, method, objective, batch(), checkpointing=True)
     assert anew.peak["activations"] < 0.5 * kept.peak["activations"]
-    assert anew.work.products > 1.2 * kept.work.products
+    assert anew.work.operations > 1.2 * kept.work.operations
 
 
 def test_shared_prefixes_count_once():

@@ -53,7 +53,7 @@ def pages(run: Path, unfinished: Path, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     one, other = read_run(run), read_run(unfinished)
     config = tiny_runs.config(run.parent, str(run.parent / "base"), max_steps=30)
-    machine = Machine(products=1e9, traffic=1e9, origin=HOSTILE)
+    machine = Machine(products=1e9, traffic=1e9, draws=1e9, origin=HOSTILE)
     planned = plan(config, length=32, machine=machine)
     return {
         "run": run_page(dataclasses.replace(one, predicted={"seconds": 1.0})).write(

@@ -91,9 +91,11 @@ def run(argv: Sequence[str]) -> None:
     if config.calibrate:
         from lorakit.models.dtypes import compute_dtype
         from lorakit.planning.calibration import calibrate
+        from lorakit.planning.machine import keep_calibration
 
         device = config.base.pick_device()
-        calibrate(device, compute_dtype(config.base.dtype, device))
+        dtype = compute_dtype(config.base.dtype, device)
+        keep_calibration(calibrate(device, dtype), device, dtype)
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
     found = plan(config.run, length=length, targets=config.targets)

@@ -46,7 +46,7 @@ def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     dropped = max(round(p * STEPS), 1)
     factor = STEPS / max(STEPS - dropped, 1)
     if isinstance(x, torch._subclasses.FakeTensor):  # a step that is only planned has no numbers
-        return torch.empty(x.shape, dtype=torch.bool), factor
+        return torch.empty(x.shape, dtype=torch.bool).bernoulli_(), factor
     if p > 255 / 256:  # no threshold of eight bits is so high
         return torch.rand(x.shape, dtype=torch.float64, device=x.device) >= dropped / STEPS, factor
     seed, start = torch.randint(2**53, (2,)).tolist()

@@ -8,6 +8,7 @@ import datetime
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from lorakit.evaluation.base import PACKED_STEP
 from lorakit.evaluation.objective import LanguageModelling
 from lorakit.models.faster import make_faster
 from lorakit.planning.batches import language_example
-from lorakit.planning.machine import Machine, keep_calibration, measure
+from lorakit.planning.machine import Machine, measure
+from lorakit.planning.products import Product, time_products
 from lorakit.planning.shape import new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
 
@@ -46,11 +48,11 @@ MARGIN = 1.1
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Run two short trainings, fit this machine's constants to them, and keep those in the user's cache folder.
+    """Run two short trainings, and fit this machine's constants to them.
 
     Raises:
         ConfigurationError: The device is no CPU.
-        LorakitError: A run failed, or the cache folder cannot be written.
+        LorakitError: A run failed.
     """
     if device.type != "cpu":
         raise ConfigurationError(
@@ -59,34 +61,50 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
     config = LlamaConfig(**SHAPE)  # type: ignore[arg-type]
     measured = [_try(config, dtype, trial) for trial in TRIALS]
     steps = [_simulate(config, dtype, trial) for trial in TRIALS]
-    machine = fit(measure(device, dtype), steps, measured)
-    keep_calibration(machine, device, dtype)
-    return machine
+    machine = measure(device, dtype)
+    tried: dict[Product, float] = {}
+    for step in steps:
+        tried |= time_products(step.work.products, device, machine.estimate)
+    return fit(machine, steps, measured, tried)
 
 
-def fit(machine: Machine, steps: list[Step], measured: list[dict[str, Any]]) -> Machine:
+def fit(
+    machine: Machine,
+    steps: list[Step],
+    measured: list[dict[str, Any]],
+    tried: Mapping[Product, float],
+) -> Machine:
     """Fit `machine` to what runs took.
 
-    Time: the rates of products and of memory traffic with which both runs come out; where none are, those of
-    `machine` by one common factor. Memory: the share beyond tensors that the last and largest run had.
+    Time: how much slower than on their own products are, and the rate of memory traffic, with which both runs come
+    out; where none do, those of `machine` by one common factor. Memory: the share beyond tensors that the last and
+    largest run had.
 
     Args:
-        machine: The rates of single products and copies.
+        machine: The rates of single products and passes.
         steps: What the runs are known to compute and to hold.
         measured: Of each run ``ready`` and ``peak``, bytes before the first step and at most, and ``seconds``.
+        tried: Seconds of products on their own.
     """
-    left = [
-        m["seconds"] - s.work.calls * machine.call for s, m in zip(steps, measured, strict=True)
-    ]
-    work = np.array([[s.work.products, s.work.traffic] for s in steps])
+    alone = [machine.seconds_of_products(s.work, tried) for s in steps]
+    beside = [machine.seconds_beside(s.work) - s.work.traffic / machine.traffic for s in steps]
+    left = np.array([m["seconds"] for m in measured]) - beside
+    parts = np.array([alone, [s.work.traffic for s in steps]]).T
     with np.errstate(all="ignore"), contextlib.suppress(np.linalg.LinAlgError):
-        per_product, per_byte = np.linalg.solve(work, np.array(left))
-        if per_product > 0 and per_byte > 0:
-            rates = {"products": float(1 / per_product), "traffic": float(1 / per_byte)}
+        slower, per_byte = np.linalg.solve(parts, left)
+        if slower > 0 and per_byte > 0:
+            rates = {"slower": float(slower), "traffic": float(1 / per_byte)}
             return _with_memory(dataclasses.replace(machine, **rates), steps, measured)
-    slower = sum(m["seconds"] for m in measured) / sum(machine.seconds(s.work) for s in steps)
-    rates = {"products": machine.products / slower, "traffic": machine.traffic / slower}
-    scaled = dataclasses.replace(machine, **rates, call=machine.call * slower)
+    factor = sum(m["seconds"] for m in measured) / sum(
+        machine.seconds(s.work, tried) for s in steps
+    )
+    scaled = dataclasses.replace(
+        machine,
+        slower=machine.slower * factor,
+        traffic=machine.traffic / factor,
+        draws=machine.draws / factor,
+        call=machine.call * factor,
+    )
     return _with_memory(scaled, steps, measured)
 
 

@@ -7,6 +7,7 @@ Every operation passes through here, so what is alive at each moment is counted 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,35 +20,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lorakit.planning.products import CALLS, Operand, Product
+
 Kind = Literal["activations", "gradients", "logits", "temporary"]
 """What a tensor is there for: the backward pass, the optimizer, the vocabulary, or the operation in hand."""
 
 KINDS: tuple[Kind, ...] = ("activations", "gradients", "logits", "temporary")
 
 _DEVICE = torch.ops.prim.device.default
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
+_DRAWS = ("bernoulli", "bernoulli_", "native_dropout")
 
 
 @dataclass(slots=True)
 class Work:
     """What operations cost time for."""
 
-    products: float = 0.0
-    """Floating-point operations of matrix products (and convolutions)."""
+    products: Counter[Product] = field(default_factory=Counter)
+    """Matrix products (and convolutions): how many there are of each."""
     traffic: float = 0.0
     """Bytes that all other operations read and write."""
+    drawn: float = 0.0
+    """Random decisions of dropout."""
     calls: int = 0
     """Operations."""
 
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of the products."""
+        return sum(p.operations * count for p, count in self.products.items())
+
     def __iadd__(self, other: Work) -> Work:
-        self.products += other.products
+        self.products.update(other.products)
         self.traffic += other.traffic
+        self.drawn += other.drawn
         self.calls += other.calls
         return self
 
-    def times(self, factor: float) -> Work:
+    def times(self, factor: int) -> Work:
         """The same `factor` times over."""
-        return Work(self.products * factor, self.traffic * factor, round(self.calls * factor))
+        products = Counter({p: count * factor for p, count in self.products.items()})
+        return Work(products, self.traffic * factor, self.drawn * factor, self.calls * factor)
 
 
 @dataclass(slots=True)
@@ -176,16 +188,26 @@ class Ledger(TorchDispatchMode):
         segment.work.calls += 1
         packet = func._overloadpacket
         name = packet.__name__
-        if name in _PRODUCTS or packet in flop_registry:
-            if packet in flop_registry:
-                segment.work.products += flop_registry[packet](*args, **kwargs, out_val=out)
-            else:  # addmm_
-                rows, inner = args[1].shape
-                segment.work.products += 2 * rows * inner * args[2].shape[-1]
+        if name in CALLS or packet in flop_registry:
+            # Not from `kwargs`: what is written into there is the result once more.
+            factors = [x for x in args if isinstance(x, Tensor)]
+            operations = _operations(packet, args, kwargs, out)
+            moved = sum(map(_bytes, factors)) + sum(map(_bytes, made))
+            product = Product(name, tuple(map(Operand.of, factors)), operations, moved)
+            segment.work.products[product] += 1
             segment.widest = max(segment.widest, *(_bytes(x) for x in given))
+        elif name in _DRAWS:
+            segment.work.drawn += max(x.numel() for x in made)
         elif fresh or name.endswith("_") or name in ("copy_", "fill_"):
             # A view moves nothing.
             segment.work.traffic += sum(map(_bytes, given)) + sum(map(_bytes, made))
+
+
+def _operations(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=out)
+    rows, inner = args[1].shape  # addmm_
+    return 2 * rows * inner * args[2].shape[-1]
 
 
 def _bytes(tensor: Tensor) -> int:

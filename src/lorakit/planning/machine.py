@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.gguf import cache_folder
-from lorakit.planning.ledger import Work
+from lorakit.ops import dropout, rms_norm, silu_product
+from lorakit.planning.ledger import Ledger, Work
+from lorakit.planning.products import Product
+from lorakit.planning.shape import new_mode
 from lorakit.training.environment import environment
 
 SOFTWARE = 260 * 10**6
@@ -27,7 +33,7 @@ INTERPRETER = 233 * 10**6
 IMPORTS = 165 * 10**6
 """Of those of SOFTWARE, what is there before a base is loaded."""
 
-SLACK = {torch.float32: 0.32}
+SLACK = {torch.float32: 0.26}
 """Freed memory between tensors that the C library keeps, as a share of the step's tensors: more where they are
 large. 0.15 to 0.36 were seen."""
 
@@ -37,19 +43,23 @@ HALF_SLACK = 0.22
 PACKED = {torch.float32: 1.5}
 """Copies that products make of the widest matrix, in the order their kernel reads."""
 
-HALF_PACKED = 0.5
+HALF_PACKED = 0.75
 """The same in bfloat16 and float16."""
 
 GPU_SLACK = 0.05
 """The same of torch's allocator on a GPU, which gives out whole blocks."""
 
+UPDATE_BYTES = 40
+"""Bytes that the optimizer reads and writes for a trained parameter: its gradient for the norm, again where that is
+clipped, and again, with the parameter and both means, for AdamW."""
+
 CALL_SECONDS = 12e-6
 """Seconds of an operation on nothing."""
 
-SECONDS = 0.15
+SECONDS = 0.1
 """Time that each of the rates is measured for."""
 
-ASSUMED_GPU = {"products": 120e12, "traffic": 1.2e12}
+ASSUMED_GPU = {"products": 120e12, "traffic": 1.2e12, "draws": 3e11}
 """Operations and bytes a second of a GPU that is not here: of the order of an A100's in bfloat16."""
 
 
@@ -58,9 +68,13 @@ class Machine:
     """What a prediction needs to know of the machine, in one dtype."""
 
     products: float
-    """Floating-point operations of matrix products a second."""
+    """Floating-point operations a second of a matrix product that is large."""
     traffic: float
     """Bytes that other operations read and write a second."""
+    draws: float
+    """Random decisions of dropout a second."""
+    slower: float = 1.0
+    """How many times as long as on its own a product takes inside a step."""
     call: float = CALL_SECONDS
     """Seconds of an operation on nothing."""
     software: int | None = None
@@ -69,12 +83,36 @@ class Machine:
     """Memory that the allocator holds beyond tensors, as a share of those of a step."""
     packed: float = HALF_PACKED
     """Memory that products hold beyond tensors, as a multiple of the widest matrix."""
+    here: bool = False
+    """Whether it is this one, on which a step's products can be tried."""
     origin: str
     """Where these come from, in words."""
 
-    def seconds(self, work: Work) -> float:
-        """Return how long work takes."""
-        return work.products / self.products + work.traffic / self.traffic + work.calls * self.call
+    def seconds(self, work: Work, tried: Mapping[Product, float] | None = None) -> float:
+        """Return how long work takes.
+
+        Args:
+            work: What there is to do.
+            tried: Seconds of single products, as far as they were measured (:func:`time_products`).
+        """
+        return self.slower * self.seconds_of_products(work, tried) + self.seconds_beside(work)
+
+    def seconds_of_products(
+        self, work: Work, tried: Mapping[Product, float] | None = None
+    ) -> float:
+        """Return how long the products of `work` would take on their own."""
+        tried = tried or {}
+        return sum(
+            n * (tried[p] if p in tried else self.estimate(p)) for p, n in work.products.items()
+        )
+
+    def seconds_beside(self, work: Work) -> float:
+        """Return how long all else takes."""
+        return work.traffic / self.traffic + work.drawn / self.draws + work.calls * self.call
+
+    def estimate(self, product: Product) -> float:
+        """Return how long a product takes that was not tried: it multiplies or it reads, whichever is longer."""
+        return max(product.operations / self.products, product.moved / self.traffic)
 
 
 def identity(device: torch.device) -> dict[str, Any]:
@@ -107,30 +145,57 @@ def find_machine(device: torch.device, dtype: torch.dtype, *, here: bool) -> Mac
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure products and memory traffic for a fraction of a second."""
+    """Measure products, memory traffic and random numbers for a fraction of a second."""
     rows, width, out = 512, 1024, 4096
     x = torch.randn(rows, width, device=device).to(dtype)
     W = torch.randn(out, width, device=device).to(dtype)
     product = _seconds("x @ W.T", x=x, W=W)
-    y = torch.ones(2**24, dtype=dtype, device=device)  # more than a cache holds
-    copy = _seconds("torch.mul(y, 2, out=z)", y=y, z=torch.empty_like(y))
+    drawn = torch.ones(2**20, dtype=dtype, device=device)
     gpu = device.type != "cpu"
+    call = 6e-6 if gpu else CALL_SECONDS
     return Machine(
         products=2 * rows * width * out / product,
-        traffic=2 * y.numel() * y.element_size() / copy,
-        call=6e-6 if gpu else CALL_SECONDS,
+        traffic=_traffic(device, dtype, call),
+        draws=drawn.numel() / _seconds("dropout(drawn, 0.1)", drawn=drawn, dropout=dropout),
+        call=call,
         software=0 if gpu else None,
         slack=GPU_SLACK if gpu else SLACK.get(dtype, HALF_SLACK),
         packed=0.0 if gpu else PACKED.get(dtype, HALF_PACKED),
-        origin=f"products and memory traffic measured for {2 * SECONDS:g} s",
+        here=True,
+        origin="measured for a moment: products, passes over memory, random numbers",
     )
 
 
-def _seconds(statement: str, **tensors: Any) -> float:
-    names = {**tensors, "torch": torch}
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    # Whatever else the machine does makes a sample slower, never faster.
-    return min(timer.blocked_autorange(min_run_time=SECONDS).times)
+PASS_SHAPE = (1024, 1024)
+"""Of the tensors that measure memory traffic: about those of a step."""
+
+
+def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
+    """Bytes a second of a norm and a gate, there and back: single passes are faster, and a step has none."""
+
+    def tensors() -> list[Tensor]:
+        made = [torch.ones(PASS_SHAPE, dtype=dtype, device=device) for _ in range(5)]
+        return [*(x.requires_grad_() for x in made[:3]), *made[3:]]
+
+    def passes(x: Tensor, gate: Tensor, up: Tensor, of_norm: Tensor, of_gate: Tensor) -> None:
+        weight = torch.ones(PASS_SHAPE[-1], dtype=dtype, device=device)
+        normed, gated = rms_norm(x, weight, 1e-6), silu_product(gate, up)
+        torch.autograd.grad([normed, gated], [x, gate, up], [of_norm, of_gate])
+
+    with new_mode():
+        given = tensors()
+        ledger = Ledger(given)
+        with ledger:
+            passes(*given)
+    work = ledger.segments[-1].work
+    turns = cycle([tensors() for _ in range(4)])  # more than stays in a cache
+    seconds = _seconds("passes(*next(turns))", passes=passes, turns=turns)
+    return work.traffic / max(seconds - work.calls * call, 0.1 * seconds)
+
+
+def _seconds(statement: str, **names: Any) -> float:
+    timer = Timer(statement, globals={**names, "torch": torch}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=SECONDS).median
 
 
 # --- calibrations that are kept -----------------------------------------------------------------------

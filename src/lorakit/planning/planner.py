@@ -13,7 +13,15 @@ from lorakit.models.dtypes import compute_dtype, resolved_dtype
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
-from lorakit.planning.machine import IMPORTS, INTERPRETER, SOFTWARE, Machine, find_machine
+from lorakit.planning.machine import (
+    IMPORTS,
+    INTERPRETER,
+    SOFTWARE,
+    UPDATE_BYTES,
+    Machine,
+    find_machine,
+)
+from lorakit.planning.products import time_products
 from lorakit.planning.shape import GPT3, Shape, shape_of
 from lorakit.planning.simulate import Run, as_full, simulate
 from lorakit.training.config import TrainConfig
@@ -165,8 +173,8 @@ def plan(
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, config, machine, gpu=gpu),
-        full=full and _predict(full, config, machine, gpu=gpu),
+        chosen=_predict(run, config, machine, device),
+        full=full and _predict(full, config, machine, device),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -195,7 +203,11 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
     return from_lengths(config, length, targets, encoder=encoder)
 
 
-def _predict(run: Run, config: TrainConfig, machine: Machine, *, gpu: bool) -> Prediction:
+def _predict(run: Run, config: TrainConfig, machine: Machine, device: torch.device) -> Prediction:
+    gpu = device.type != "cpu"
+    tried = (
+        time_products(run.middle.work.products, device, machine.estimate) if machine.here else {}
+    )
     peak = run.fullest.peak
     # Gradients that earlier batches of a step have left are there from its second batch on.
     gradients = 4 * run.trained if config.accumulation > 1 else peak["gradients"]
@@ -220,5 +232,6 @@ def _predict(run: Run, config: TrainConfig, machine: Machine, *, gpu: bool) -> P
         share=run.trained / run.total,
         file_bytes=4 * run.trained,
         memory=memory,
-        seconds=config.accumulation * machine.seconds(run.middle.work),
+        seconds=config.accumulation * machine.seconds(run.middle.work, tried)
+        + run.trained * UPDATE_BYTES / machine.traffic,
     )

@@ -1,0 +1,102 @@
+"""The products of a step: which they are, and how long they take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lorakit.planning import products
+from lorakit.planning.ledger import Ledger, Work
+from lorakit.planning.machine import Machine
+from lorakit.planning.products import CALLS, Operand, Product, time_products
+from lorakit.planning.shape import new_mode
+
+CPU = torch.device("cpu")
+MACHINE = Machine(products=1e9, traffic=1e8, draws=1e6, call=0.0, slower=2.0, origin="made up")
+
+
+def square(width: int, count: int = 2) -> Product:
+    """Of `count` square matrices of float32."""
+    operand = Operand((width, width), (width, 1), torch.float32)
+    return Product("mm", (operand,) * count, 2 * width**3, 3 * 4 * width**2)
+
+
+def noted(compute) -> Work:
+    with new_mode():
+        given = [torch.empty(2, 24, 16), torch.empty(32, 16), torch.empty(24, 32)]
+        ledger = Ledger(given)
+        with ledger:
+            compute(*given)
+    return ledger.segments[-1].work
+
+
+@pytest.mark.parametrize(
+    ("compute", "name", "shapes", "operations"),
+    [
+        (lambda x, W, y: x[0] @ W.T, "mm", [(24, 16), (16, 32)], 2 * 24 * 16 * 32),
+        (lambda x, W, y: torch.mm(x[0], W.T, out=y), "mm", [(24, 16), (16, 32)], 2 * 24 * 16 * 32),
+        (lambda x, W, y: torch.addmm(y, x[0], W.T), "addmm", [(24, 32), (24, 16), (16, 32)], 24576),
+        (lambda x, W, y: y.addmm_(x[0], W.T), "addmm_", [(24, 32), (24, 16), (16, 32)], 24576),
+        (
+            lambda x, W, y: torch.bmm(x, x.mT),
+            "bmm",
+            [(2, 24, 16), (2, 16, 24)],
+            2 * 2 * 24 * 16 * 24,
+        ),
+    ],
+)
+def test_a_product_is_noted_as_it_lies_in_memory(compute, name, shapes, operations):
+    work = noted(compute)
+    ((product, count),) = work.products.items()
+    assert (product.name, count, product.operations) == (name, 1, operations)
+    assert [operand.shape for operand in product.operands] == shapes
+    assert work.operations == operations
+    assert work.traffic == 0
+    made = [operand.make(CPU) for operand in product.operands]
+    assert made[-1].stride() == (1, 16) or name == "bmm"
+    CALLS[name](*made)
+
+
+def test_work_repeats():
+    work = noted(lambda x, W, y: x[0] @ W.T)
+    work += work.times(3)
+    assert list(work.products.values()) == [4]
+    assert work.operations == 4 * 2 * 24 * 16 * 32
+
+
+def test_operands_that_are_repeated_in_memory_count_once():
+    assert Operand((8, 4), (0, 1), torch.float32).nbytes == 16
+    assert Operand((8, 4), (4, 1), torch.bfloat16).nbytes == 64
+
+
+def test_those_that_take_most_of_the_time_are_tried():
+    counts = {square(128): 10, square(64): 1, square(8): 1, square(256): 1}
+    found = time_products(counts, CPU, lambda p: p.operations * 1e-12)
+    assert set(found) == {square(128), square(256)}
+    assert all(0 < seconds < 1 for seconds in found.values())
+
+
+def test_what_cannot_be_tried_is_left_out(monkeypatch):
+    other = Product("convolution", (), 1e9, 0)
+    assert time_products({other: 1}, CPU, lambda p: 0.01) == {}
+    assert time_products({square(64): 1}, CPU, lambda p: 2 * products.LONGEST) == {}
+    monkeypatch.setattr(products, "LARGEST_BYTES", 1000)
+    assert time_products({square(64): 1}, CPU, lambda p: 0.01) == {}
+    assert time_products({}, CPU, lambda p: 0.01) == {}
+
+
+def test_a_product_that_was_not_tried_multiplies_or_reads():
+    wide, thin = square(1000), Product("mm", (), 1e6, 10**9)
+    assert MACHINE.estimate(wide) == pytest.approx(2.0)
+    assert MACHINE.estimate(thin) == pytest.approx(10.0)
+
+
+def test_the_seconds_of_a_step():
+    wide, thin = square(1000), Product("mm", (), 1e6, 10**9)
+    work = Work(traffic=1e8, drawn=3e6)
+    work.products.update({wide: 2, thin: 1})
+    assert MACHINE.seconds(work) == pytest.approx(2 * (2 * 2 + 10) + 1 + 3)
+    assert MACHINE.seconds(work, {wide: 0.5}) == pytest.approx(2 * (2 * 0.5 + 10) + 1 + 3)
+    assert math.isclose(MACHINE.seconds_of_products(work, {wide: 0.5, thin: 0.0}), 1.0)
