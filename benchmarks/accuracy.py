@@ -32,7 +32,7 @@ EPOCHS = 3
 ROW = "mrpc"
 PEFT = peft("autocast", "bucketed")
 """PEFT's fastest setting on this row."""
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 
 

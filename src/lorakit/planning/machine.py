@@ -43,7 +43,7 @@ HALF_SLACK = 0.22
 PACKED = {torch.float32: 1.5}
 """Copies that products make of the widest matrix, in the order their kernel reads."""
 
-HALF_PACKED = 0.75
+HALF_PACKED = 1.0
 """The same in bfloat16 and float16."""
 
 GPU_SLACK = 0.05
