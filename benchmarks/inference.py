@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -147,9 +148,18 @@ def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[s
     }
     if trace:
         figures["operations"] = {
-            kind: {name: operations(call) for name, call in calls[kind].items()} for kind in calls
+            kind: beside_base({name: operations(call) for name, call in calls[kind].items()})
+            for kind in calls
         }
     return figures
+
+
+def beside_base(traces: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Return of each model's operations how many there are of each, and whether they are the base's, one for one."""
+    return {
+        name: {"same": trace == traces[BASE], "counts": dict(sorted(Counter(trace).items()))}
+        for name, trace in traces.items()
+    }
 
 
 def run() -> None:
@@ -205,8 +215,8 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
                 f"{title}: {record['base']}, {dtype}",
                 latencies([run[kind] for run in record[dtype]], kind),
             )
-    trace = record[dtypes[0]][0]["operations"]
-    yield report.Section("Operations that the profiler sees", operation_counts(trace))
+    found = record[dtypes[0]][0]["operations"]
+    yield report.Section("Operations that the profiler sees", operation_counts(found))
 
 
 def latencies(processes: list[Times], kind: str) -> Any:
@@ -236,14 +246,14 @@ def _place(name: str) -> tuple[bool, bool, str]:
     return name != BASE, not name.startswith("lorakit"), name
 
 
-def operation_counts(trace: dict[str, dict[str, list[str]]]) -> Any:
+def operation_counts(found: dict[str, dict[str, dict[str, Any]]]) -> Any:
     """How many operations each model runs, and whether they are those of the base, one for one."""
     made = report.table("model", "in a prefill", "in a decode step", "the base's, in its order")
-    for name in sorted(trace["prefill"], key=_place):
-        same = all(trace[kind][name] == trace[kind][BASE] for kind in trace)
-        made.add_row(
-            name, *(f"{len(trace[kind][name]):,}" for kind in trace), "yes" if same else "no"
-        )
+    for name in sorted(found["prefill"], key=_place):
+        each = [found[kind][name] for kind in ("prefill", "decode")]
+        counts = (f"{sum(of_kind['counts'].values()):,}" for of_kind in each)
+        same = all(of_kind["same"] for of_kind in each)
+        made.add_row(name, *counts, "yes" if same else "no")
     return made
 
 

@@ -104,7 +104,7 @@ def test_inference_tables() -> None:
     process = {
         "prefill": times,
         "decode": times,
-        "operations": {"prefill": trace, "decode": trace},
+        "operations": {kind: inference.beside_base(trace) for kind in ("prefill", "decode")},
     }
     record = {"base": "tiny", "bfloat16": [process, process]}
     sections = list(inference.sections(record))
