@@ -114,3 +114,27 @@ def test_no_gradient_is_formed_without_need():
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets)
     assert not loss.requires_grad
+
+
+def test_products_have_few_numbers_of_rows(monkeypatch):
+    """Rows behind the last are computed for the number's sake, and leave no trace in loss and gradients."""
+    seen: set[int] = set()
+    linear = torch.nn.functional.linear
+
+    def noted(x, *others):
+        seen.add(len(x))
+        return linear(x, *others)
+
+    for n in range(257, 289):
+        hidden, weight, targets, bias = tensors(torch.float64, n=n)
+        trained = [hidden, weight.requires_grad_(), bias.requires_grad_()]
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "linear", noted)
+            ours = linear_cross_entropy(hidden, weight, targets, bias)
+        plain = linear_cross_entropy_reference(hidden, weight, targets, bias)
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        for found, expected in zip(
+            torch.autograd.grad(ours, trained), torch.autograd.grad(plain, trained), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert seen == {288}

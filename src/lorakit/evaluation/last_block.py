@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
-from lorakit.ops import put_rows, take_rows
+from lorakit.ops import put_rows, rounded_rows, take_rows
 
 WORTH = 0.9
 """Share of the tokens that may be read at most: beyond, taking them out costs more than it spares."""
@@ -62,9 +63,9 @@ class LastBlock:
         """
         with ExitStack() as handles:
             if self.divides:
-                rows = at()
-                if 0 < len(rows) <= self.worth * shape[0] * shape[1]:
-                    self._divide(rows, shape, handles)
+                rows, count = at(), shape[0] * shape[1]
+                if 0 < len(rows) <= self.worth * count:
+                    self._divide(_filled(rows, count), shape, handles)
             yield
 
     def _divide(self, at: Tensor, shape: tuple[int, int], handles: ExitStack) -> None:
@@ -73,6 +74,15 @@ class LastBlock:
             handles.enter_context(part.register_forward_pre_hook(take, with_kwargs=True))
             # Behind the hook of its adapters, which see the tokens that are read and no others.
             handles.enter_context(part.register_forward_hook(put))
+
+
+def _filled(at: Tensor, count: int) -> Tensor:
+    """`at`, and as many others of `count` tokens as make it a number of rows for which products are known."""
+    more = rounded_rows(len(at)) - len(at)
+    if not more:
+        return at
+    others = torch.ones(count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
+    return torch.cat([at, others.nonzero()[:more, 0]])
 
 
 def last_block(model: nn.Module) -> LastBlock | None:

@@ -7,7 +7,7 @@ from lorakit.ops.flex_attention import flex_masked_attention, flex_serves
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
 from lorakit.ops.rms_norm import rms_norm
-from lorakit.ops.rows import put_rows, take_rows
+from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 from lorakit.ops.seeding import seeded
 from lorakit.ops.silu_product import silu_product
 
@@ -21,6 +21,7 @@ __all__ = [
     "masked_attention",
     "put_rows",
     "rms_norm",
+    "rounded_rows",
     "seeded",
     "silu_product",
     "take_rows",

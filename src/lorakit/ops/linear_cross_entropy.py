@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.rows import STEP, rounded_rows
+
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk of logits: enough rows that the products are efficient, and no more."""
 
@@ -47,7 +49,7 @@ def linear_cross_entropy(
         The summed loss, a float32 scalar (float64 for float64 input).
     """
     if chunk is None:
-        chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+        chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]) // STEP * STEP)
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, weights, label_smoothing, chunk)
 
 
@@ -82,20 +84,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         block = _rows_in_cache(hidden.device, weight.shape[0], wide)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], narrow_weight, narrow_bias)
+            count, given = len(hidden[rows]), _rounded(hidden[rows])
+            logits = F.linear(given, narrow_weight, narrow_bias)
             for part, target, factor, out in zip(
-                logits.split(block),
+                logits[:count].split(block),
                 targets[rows].split(block),
-                [None] * len(logits) if weights is None else weights[rows].split(block),
+                [None] * count if weights is None else weights[rows].split(block),
                 losses[rows].split(block),
                 strict=False,
             ):
                 keep = of_hidden or of_weight or of_bias
                 _to_gradient(part, target, factor, out, label_smoothing, keep=keep)
+            logits[count:] = 0
             if hidden_grad is not None:
-                torch.mm(logits, narrow_weight, out=hidden_grad[rows])
+                hidden_grad[rows] = (logits @ narrow_weight)[:count]
             if weight_grad is not None:
-                _add_product(weight_grad, logits.t(), hidden[rows])
+                _add_product(weight_grad, logits.t(), given)
             if bias_grad is not None:
                 bias_grad += logits.sum(0, dtype=bias_grad.dtype)
         ctx.save_for_backward(
@@ -112,6 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
         return hidden, weight, None, bias, None, None, None
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """`rows` (n, d), with zeros behind them up to a number of rows for which products are known."""
+    more = rounded_rows(len(rows)) - len(rows)
+    return F.pad(rows, (0, 0, 0, more)) if more else rows
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,9 +1,26 @@
-"""Some rows of a batch, taken out and put back."""
+"""Some rows of a batch: how many at best, taken out, and put back."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.autograd import Function
+
+STEP = 32
+"""Rows are rounded up to multiples of this at most."""
+
+
+def rounded_rows(count: int) -> int:
+    """Return how many rows to compute where `count` are needed and this number is another in each batch.
+
+    For every new number of rows a library prepares the kernels of its products anew, and keeps them: on a CPU with
+    matrix units up to five milliseconds and three megabytes each, more than the product itself may take. A few numbers
+    are soon all known.
+
+    Returns:
+        The next multiple of a power of two, which is an eighth of `count` at most, and 32 at most.
+    """
+    step = min(STEP, 2 ** max(0, (count // 8).bit_length() - 1))
+    return -(-count // step) * step
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:
