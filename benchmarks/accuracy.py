@@ -88,8 +88,8 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
         "Accuracy after whole epochs, in the same batches",
         made,
         f"{record['source']}: {record['updates']} updates ({record['epochs']} epochs), {len(ours):,} held-out "
-        f"examples. lorakit minus PEFT, over all seeds: {100 * (ours.mean() - theirs.mean()):+.2f} points, 95% "
-        f"interval {100 * low:+.2f} to {100 * high:+.2f} (paired bootstrap over the examples, {RESAMPLES:,} "
+        f"examples. lorakit minus PEFT, over {len(seeds)} seeds: {100 * (ours.mean() - theirs.mean()):+.2f} points, "
+        f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (paired bootstrap over the examples, {RESAMPLES:,} "
         f"resamples); loss {losses[:, 0].mean() / losses[:, 1].mean() - 1:+.1%}.",
     )
 

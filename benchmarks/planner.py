@@ -145,6 +145,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
     from benchmarks import report
     from benchmarks.runs import runs_of
     from lorakit.planning.calibration import calibrate
+    from lorakit.planning.machine import measure as measure_machine
 
     report.say("planner: predicted beside measured")
     record: dict[str, Any] = {"machine": report.machine(), "cells": {}}
@@ -156,7 +157,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
         for cell in cells:
             row = record["cells"].setdefault(cell.name, {"runs": []})
             if number == 0:
-                row["predicted"] = predict(cell)
+                row["predicted"] = predict(cell, measure_machine(cpu, getattr(torch, cell.dtype)))
                 row["calibrated"] = predict(cell, machines[cell.dtype])
             settings = json.dumps(dataclasses.asdict(cell))
             row["runs"].append(runs.run(f"{number} {cell.name}", "benchmarks.planner", settings))
@@ -166,8 +167,8 @@ def main(*, quick: bool, rows: list[str]) -> None:
     report.show(sections)
 
 
-def predict(cell: Cell, machine: Any = None) -> dict[str, Any]:
-    """Return the plan of a cell, for a calibrated machine or for what is measured of this one now."""
+def predict(cell: Cell, machine: Any) -> dict[str, Any]:
+    """Return the plan of a cell."""
     from lorakit.planning import plan
 
     with TemporaryDirectory() as scratch:

@@ -168,7 +168,7 @@ def test_accuracies_beside_each_other() -> None:
     text = report.markdown(accuracy.sections(record))
     assert cells(text, "0") == ["0", "0.5000", "0.6000", "100.00%", "50.00%"]
     assert cells(text, "mean") == ["mean", "0.4500", "0.5000", "100.00%", "75.00%"]
-    assert "over all seeds: +25.00 points, 95% interval +2" in text
+    assert "over 2 seeds: +25.00 points, 95% interval +2" in text
     assert "loss -10.0%" in text
 
 

@@ -14,7 +14,7 @@ from lorakit.adapters.attach import Adapters
 from lorakit.data import collate
 from lorakit.data.packing import pack
 from lorakit.data.virtual_tokens import place
-from lorakit.evaluation.last_block import last_block
+from lorakit.evaluation.last_block import _filled, last_block
 from lorakit.evaluation.objective import Classification, LanguageModelling, Regression
 from lorakit.evaluation.shortcuts import try_last_block
 from lorakit.methods.module import AdapterModule
@@ -176,6 +176,25 @@ def test_the_rows_that_are_not_read_are_left_out():
     for linear in (block.self_attn.k_proj, before.mlp.down_proj):
         assert tokens_of(linear, loss) == [batch["input_ids"].shape]
     assert not any(part._forward_hooks for part in (block.mlp, block.mlp.act_fn))
+
+
+def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
+    """They are computed as well, and change nothing."""
+    monkeypatch.setattr("lorakit.evaluation.last_block.rounded_rows", lambda count: count + 1)
+    model, batch = adapted("llama", "causal-lm", "lora"), packed()
+    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    down = model.model.layers[-1].mlp.down_proj
+    read = len(batch["target_at"].unique())
+    assert tokens_of(down, lambda: objective.loss_sum(model, batch)) == [(1, read + 1)]
+    assert_same(objective, model, batch)
+
+
+def test_no_row_is_taken_twice():
+    at = torch.tensor([7, *range(30, 46)])
+    filled = _filled(at, 48)
+    assert filled.tolist() == [*at.tolist(), 0]
+    assert len(_filled(at[:16], 48)) == 16
+    assert _filled(torch.arange(17), 17).tolist() == list(range(17))  # there is no other
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero():

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from lorakit.errors import ConfigurationError
-from lorakit.planning.calibration import MARGIN, _try, calibrate, fit
+from lorakit.planning.calibration import MARGIN, MOST, _try, calibrate, fit
 from lorakit.planning.ledger import Work
 from lorakit.planning.machine import (
     Machine,
@@ -26,7 +26,6 @@ TRUE = Machine(
     products=4e11,
     traffic=2e10,
     draws=1e9,
-    slower=1.3,
     call=1e-5,
     slack=0.2,
     packed=0.5,
@@ -37,7 +36,9 @@ CPU = torch.device("cpu")
 
 def step(products: float, traffic: float, tensors: int) -> Step:
     peak = {"activations": tensors, "gradients": 0, "logits": 0, "temporary": 0}
-    work = Work(Counter({Product("mm", (), products / 10, 0): 10}), traffic, drawn=1e6, calls=3000)
+    work = Work(
+        Counter({Product("mm", (), products / 10, 1000): 10}), traffic, drawn=1e6, calls=3000
+    )
     return Step(peak, work, widest=1000)  # type: ignore[arg-type]
 
 
@@ -52,34 +53,36 @@ def runs(steps: list[Step]) -> list[dict[str, float]]:
     ]
 
 
+STEPS = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
+
+
 def test_the_true_constants_are_found():
-    steps = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
-    start = dataclasses.replace(TRUE, slower=1.0, traffic=1e9, slack=0.9)
-    found = fit(start, steps, runs(steps), {})
-    assert found.slower == pytest.approx(TRUE.slower)
+    start = dataclasses.replace(TRUE, traffic=1e10, slack=0.9)
+    found = fit(start, STEPS, runs(STEPS), {})
     assert found.traffic == pytest.approx(TRUE.traffic)
     assert found.slack == pytest.approx(MARGIN * TRUE.slack)
     assert "calibrated" in found.origin
 
 
-def test_products_are_fitted_to_what_they_take_on_their_own():
-    steps = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
-    tried = {p: 2 * p.operations / TRUE.products for s in steps for p in s.work.products}
-    found = fit(TRUE, steps, runs(steps), tried)
-    assert found.slower == pytest.approx(TRUE.slower / 2)
-    for s, run in zip(steps, runs(steps), strict=True):
+def test_passes_take_what_products_leave():
+    """Products that were tried are known to take three times as long as their rate tells."""
+    tried = {p: 3 * TRUE.estimate(p) for s in STEPS for p in s.work.products}
+    measured = runs(STEPS)
+    for run, s in zip(measured, STEPS, strict=True):
+        run["seconds"] = TRUE.seconds(s.work, tried)
+    start = dataclasses.replace(TRUE, traffic=1e10)
+    found = fit(start, STEPS, measured, tried)
+    assert found.traffic == pytest.approx(TRUE.traffic)
+    for s, run in zip(STEPS, measured, strict=True):
         assert found.seconds(s.work, tried) == pytest.approx(run["seconds"])
 
 
-def test_runs_that_do_not_tell_the_rates_apart_scale_them():
-    steps = [step(3e10, 9e8, 5_000_000), step(6e10, 1.8e9, 20_000_000)]
-    measured = runs(steps)
-    for run in measured:
-        run["seconds"] *= 2
-    measured[1]["seconds"] *= 1.3  # no rates explain both
-    found = fit(TRUE, steps, measured, {})
-    total = sum(found.seconds(s.work) for s in steps)
-    assert total == pytest.approx(sum(run["seconds"] for run in measured))
+@pytest.mark.parametrize(("seconds", "factor"), [(1e-3, MOST), (1e3, 1 / MOST)])
+def test_runs_on_a_machine_that_is_busy_change_its_rate_within_bounds(seconds, factor):
+    """Nothing is left for the passes, or all of a quarter of an hour."""
+    measured = [run | {"seconds": seconds} for run in runs(STEPS)]
+    found = fit(TRUE, STEPS, measured, {})
+    assert found.traffic == pytest.approx(factor * TRUE.traffic)
 
 
 def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):

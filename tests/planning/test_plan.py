@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import tiny_runs
+import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
@@ -18,7 +19,7 @@ from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
-from lorakit.planning.machine import Machine
+from lorakit.planning.machine import UPDATE_BYTES, Machine
 
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
 
@@ -61,6 +62,41 @@ def test_counts_are_those_of_the_trained_run(tmp_path):
     assert found.chosen.memory.adapter == found.chosen.file_bytes
     assert found.chosen.memory.optimizer == 2 * found.chosen.file_bytes
     assert found.steps == 1
+
+
+def test_on_this_machine_the_products_of_the_step_are_tried(base, tmp_path, monkeypatch):
+    """A million seconds each, where the machine's rate would tell none."""
+    config = tiny_runs.config(tmp_path, base, accumulation=1)
+    known = dataclasses.replace(MACHINE, products=1e15, traffic=1e15, draws=1e15)
+    asked = []
+
+    def tried(products, device, estimate):
+        asked.append((sum(products.values()), device))
+        return dict.fromkeys(products, 1e6)
+
+    monkeypatch.setattr("lorakit.planning.planner.time_products", tried)
+    assert plan(config, length=64, compare=False, machine=known).chosen.seconds < 1
+    assert not asked
+    here = dataclasses.replace(known, here=True)
+    found = plan(config, length=64, compare=False, machine=here)
+    ((count, device),) = asked
+    assert found.chosen.seconds == pytest.approx(1e6 * count)
+    assert device == torch.device("cpu")
+
+
+def test_any_number_of_targets_is_planned(base, tmp_path):
+    config = tiny_runs.config(tmp_path, base, batch_size=7)
+    found = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
+    assert found[0].seconds < found[1].seconds < found[2].seconds
+
+
+def test_the_optimizer_takes_time(base, tmp_path):
+    config = tiny_runs.config(tmp_path, base, accumulation=1)
+    slow = dataclasses.replace(MACHINE, products=1e15, traffic=1.0)
+    few = plan(config, length=64, compare=False, machine=slow).chosen
+    trained = dataclasses.replace(MACHINE, products=1e15, traffic=1e30)
+    none = plan(config, length=64, compare=False, machine=trained).chosen
+    assert few.seconds > UPDATE_BYTES * few.trained > none.seconds
 
 
 def test_no_weights_are_needed(base, tmp_path):

@@ -14,7 +14,7 @@ from lorakit.planning.products import CALLS, Operand, Product, time_products
 from lorakit.planning.shape import new_mode
 
 CPU = torch.device("cpu")
-MACHINE = Machine(products=1e9, traffic=1e8, draws=1e6, call=0.0, slower=2.0, origin="made up")
+MACHINE = Machine(products=1e9, traffic=1e8, draws=1e6, call=0.0, origin="made up")
 
 
 def square(width: int, count: int = 2) -> Product:
@@ -66,9 +66,21 @@ def test_work_repeats():
     assert work.operations == 4 * 2 * 24 * 16 * 32
 
 
-def test_operands_that_are_repeated_in_memory_count_once():
-    assert Operand((8, 4), (0, 1), torch.float32).nbytes == 16
-    assert Operand((8, 4), (4, 1), torch.bfloat16).nbytes == 64
+@pytest.mark.parametrize(
+    ("shape", "stride", "nbytes"),
+    [
+        ((8, 4), (4, 1), 8 * 4 * 4),
+        ((4, 8), (1, 4), 8 * 4 * 4),
+        ((8, 4), (0, 1), 4 * 4),  # one row, shown eight times
+        ((8, 4), (400, 1), (7 * 400 + 4) * 4),  # some columns of a wider matrix
+    ],
+)
+def test_an_operand_is_made_as_it_lies_in_memory(shape, stride, nbytes):
+    operand = Operand(shape, stride, torch.float32)
+    made = operand.make(CPU)
+    assert (tuple(made.shape), made.stride()) == (shape, stride)
+    assert made.untyped_storage().nbytes() == operand.nbytes == nbytes
+    assert (made == 0.5).all()
 
 
 def test_those_that_take_most_of_the_time_are_tried():
@@ -76,6 +88,13 @@ def test_those_that_take_most_of_the_time_are_tried():
     found = time_products(counts, CPU, lambda p: p.operations * 1e-12)
     assert set(found) == {square(128), square(256)}
     assert all(0 < seconds < 1 for seconds in found.values())
+
+
+def test_no_more_than_a_few_are_tried(monkeypatch):
+    monkeypatch.setattr(products, "MOST", 2)
+    counts = {square(width): 1 for width in (32, 33, 34)}
+    assert set(time_products(counts, CPU, lambda p: 0.01)) <= set(counts)
+    assert len(time_products(counts, CPU, lambda p: 0.01)) == 2
 
 
 def test_what_cannot_be_tried_is_left_out(monkeypatch):
@@ -97,6 +116,6 @@ def test_the_seconds_of_a_step():
     wide, thin = square(1000), Product("mm", (), 1e6, 10**9)
     work = Work(traffic=1e8, drawn=3e6)
     work.products.update({wide: 2, thin: 1})
-    assert MACHINE.seconds(work) == pytest.approx(2 * (2 * 2 + 10) + 1 + 3)
-    assert MACHINE.seconds(work, {wide: 0.5}) == pytest.approx(2 * (2 * 0.5 + 10) + 1 + 3)
+    assert MACHINE.seconds(work) == pytest.approx(2 * 2 + 10 + 1 + 3)
+    assert MACHINE.seconds(work, {wide: 0.5}) == pytest.approx(2 * 0.5 + 10 + 1 + 3)
     assert math.isclose(MACHINE.seconds_of_products(work, {wide: 0.5, thin: 0.0}), 1.0)

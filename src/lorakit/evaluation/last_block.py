@@ -81,7 +81,7 @@ def _filled(at: Tensor, count: int) -> Tensor:
     more = rounded_rows(len(at)) - len(at)
     if not more:
         return at
-    others = torch.ones(count, dtype=torch.bool, device=at.device).index_fill_(0, at, False)
+    others = at.new_ones(count, dtype=torch.bool).index_fill_(0, at, False)
     return torch.cat([at, others.nonzero()[:more, 0]])
 
 

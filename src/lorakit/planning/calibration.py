@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -42,6 +41,9 @@ SHAPE = {
     "num_key_value_heads": 4,
 }
 """A Llama of 50 million parameters: large enough that products decide, and soon made."""
+
+MOST = 3.0
+"""How many times as fast or as slow as single passes those of a step are found at most."""
 
 MARGIN = 1.1
 """On the memory that was seen beyond tensors: a plan that says too little costs more than one that says too much."""
@@ -76,36 +78,24 @@ def fit(
 ) -> Machine:
     """Fit `machine` to what runs took.
 
-    Time: how much slower than on their own products are, and the rate of memory traffic, with which both runs come
-    out; where none do, those of `machine` by one common factor. Memory: the share beyond tensors that the last and
-    largest run had.
+    Time: the rate of memory traffic with which the runs come out in all; how long products take is known, and two runs
+    would not tell more rates apart. Memory: the share beyond tensors that the last and largest run had.
 
     Args:
         machine: The rates of single products and passes.
         steps: What the runs are known to compute and to hold.
         measured: Of each run ``ready`` and ``peak``, bytes before the first step and at most, and ``seconds``.
-        tried: Seconds of products on their own.
+        tried: Seconds of products.
     """
-    alone = [machine.seconds_of_products(s.work, tried) for s in steps]
-    beside = [machine.seconds_beside(s.work) - s.work.traffic / machine.traffic for s in steps]
-    left = np.array([m["seconds"] for m in measured]) - beside
-    parts = np.array([alone, [s.work.traffic for s in steps]]).T
-    with np.errstate(all="ignore"), contextlib.suppress(np.linalg.LinAlgError):
-        slower, per_byte = np.linalg.solve(parts, left)
-        if slower > 0 and per_byte > 0:
-            rates = {"slower": float(slower), "traffic": float(1 / per_byte)}
-            return _with_memory(dataclasses.replace(machine, **rates), steps, measured)
-    factor = sum(m["seconds"] for m in measured) / sum(
-        machine.seconds(s.work, tried) for s in steps
+    traffic = sum(s.work.traffic for s in steps)
+    predicted = sum(machine.seconds(s.work, tried) for s in steps)
+    passes = traffic / machine.traffic
+    left = sum(m["seconds"] for m in measured) - (predicted - passes)
+    # The machine may have been busy with something else, in the runs or when its products were tried.
+    fitted = dataclasses.replace(
+        machine, traffic=traffic / min(max(left, passes / MOST), passes * MOST)
     )
-    scaled = dataclasses.replace(
-        machine,
-        slower=machine.slower * factor,
-        traffic=machine.traffic / factor,
-        draws=machine.draws / factor,
-        call=machine.call * factor,
-    )
-    return _with_memory(scaled, steps, measured)
+    return _with_memory(fitted, steps, measured)
 
 
 def _with_memory(machine: Machine, steps: list[Step], measured: list[dict[str, Any]]) -> Machine:

@@ -19,6 +19,7 @@ from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.gguf import cache_folder
 from lorakit.ops import dropout, rms_norm, silu_product
+from lorakit.ops.dropout import kept
 from lorakit.planning.ledger import Ledger, Work
 from lorakit.planning.products import Product
 from lorakit.planning.shape import new_mode
@@ -54,13 +55,10 @@ UPDATE_BYTES = 40
 clipped, and again, with the parameter and both means, for AdamW."""
 
 CALL_SECONDS = 12e-6
-"""Seconds of an operation on nothing."""
+"""Seconds that an operation takes beside its work: PyTorch's and Python's."""
 
 SECONDS = 0.1
 """Time that each of the rates is measured for."""
-
-ASSUMED_GPU = {"products": 120e12, "traffic": 1.2e12, "draws": 3e11}
-"""Operations and bytes a second of a GPU that is not here: of the order of an A100's in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +71,8 @@ class Machine:
     """Bytes that other operations read and write a second."""
     draws: float
     """Random decisions of dropout a second."""
-    slower: float = 1.0
-    """How many times as long as on its own a product takes inside a step."""
     call: float = CALL_SECONDS
-    """Seconds of an operation on nothing."""
+    """Seconds that an operation takes beside its work: PyTorch's and Python's."""
     software: int | None = None
     """Bytes of imported libraries beyond torch, tokenizer and data; None where it was not measured."""
     slack: float = HALF_SLACK
@@ -95,12 +91,12 @@ class Machine:
             work: What there is to do.
             tried: Seconds of single products, as far as they were measured (:func:`time_products`).
         """
-        return self.slower * self.seconds_of_products(work, tried) + self.seconds_beside(work)
+        return self.seconds_of_products(work, tried) + self.seconds_beside(work)
 
     def seconds_of_products(
         self, work: Work, tried: Mapping[Product, float] | None = None
     ) -> float:
-        """Return how long the products of `work` would take on their own."""
+        """Return how long the products of `work` take."""
         tried = tried or {}
         return sum(
             n * (tried[p] if p in tried else self.estimate(p)) for p, n in work.products.items()
@@ -132,16 +128,17 @@ def find_machine(device: torch.device, dtype: torch.dtype, *, here: bool) -> Mac
         here: Whether that device is on this machine; without it, the figures are assumed.
     """
     if not here:
-        assumed = (
-            "no such device here: 120 TFLOP/s and 1.2 TB/s are assumed, about those of an A100"
-        )
         return Machine(
-            **ASSUMED_GPU, call=6e-6, software=0, slack=GPU_SLACK, packed=0.0, origin=assumed
+            products=120e12,
+            traffic=1.2e12,
+            draws=3e11,
+            call=6e-6,
+            software=0,
+            slack=GPU_SLACK,
+            packed=0.0,
+            origin="no such device here: 120 TFLOP/s and 1.2 TB/s are assumed, about those of an A100",
         )
-    kept = read_calibration(device, dtype)
-    if kept is not None:
-        return kept
-    return measure(device, dtype)
+    return read_calibration(device, dtype) or measure(device, dtype)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -150,13 +147,15 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     x = torch.randn(rows, width, device=device).to(dtype)
     W = torch.randn(out, width, device=device).to(dtype)
     product = _seconds("x @ W.T", x=x, W=W)
-    drawn = torch.ones(2**20, dtype=dtype, device=device)
     gpu = device.type != "cpu"
     call = 6e-6 if gpu else CALL_SECONDS
+    drawn = torch.ones(2**26 if gpu else 2**20, dtype=dtype, device=device)
+    # On a CPU the passes that apply what was drawn are operations of their own.
+    draw = _seconds("draw(drawn, 0.1)", draw=dropout if gpu else kept, drawn=drawn)
     return Machine(
         products=2 * rows * width * out / product,
         traffic=_traffic(device, dtype, call),
-        draws=drawn.numel() / _seconds("dropout(drawn, 0.1)", drawn=drawn, dropout=dropout),
+        draws=drawn.numel() / draw,
         call=call,
         software=0 if gpu else None,
         slack=GPU_SLACK if gpu else SLACK.get(dtype, HALF_SLACK),
@@ -166,19 +165,16 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     )
 
 
-PASS_SHAPE = (1024, 1024)
-"""Of the tensors that measure memory traffic: about those of a step."""
-
-
 def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
     """Bytes a second of a norm and a gate, there and back: single passes are faster, and a step has none."""
+    shape = (1024, 1024) if device.type == "cpu" else (8192, 4096)  # about those of a step
 
     def tensors() -> list[Tensor]:
-        made = [torch.ones(PASS_SHAPE, dtype=dtype, device=device) for _ in range(5)]
+        made = [torch.ones(shape, dtype=dtype, device=device) for _ in range(5)]
         return [*(x.requires_grad_() for x in made[:3]), *made[3:]]
 
     def passes(x: Tensor, gate: Tensor, up: Tensor, of_norm: Tensor, of_gate: Tensor) -> None:
-        weight = torch.ones(PASS_SHAPE[-1], dtype=dtype, device=device)
+        weight = torch.ones(shape[-1], dtype=dtype, device=device)
         normed, gated = rms_norm(x, weight, 1e-6), silu_product(gate, up)
         torch.autograd.grad([normed, gated], [x, gate, up], [of_norm, of_gate])
 
@@ -188,7 +184,7 @@ def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
         with ledger:
             passes(*given)
     work = ledger.segments[-1].work
-    turns = cycle([tensors() for _ in range(4)])  # more than stays in a cache
+    turns = cycle([tensors() for _ in range(4)])  # more than a core's cache holds
     seconds = _seconds("passes(*next(turns))", passes=passes, turns=turns)
     return work.traffic / max(seconds - work.calls * call, 0.1 * seconds)
 

@@ -151,6 +151,7 @@ def plan(
     batches = _batches(config, shape, length, targets)
     dtype = compute_dtype(config.base.dtype, device)
     machine = machine or find_machine(device, dtype, here=here)
+    tries = here and machine.here
     run = simulate(config, shape, batches, device=device)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
@@ -173,8 +174,8 @@ def plan(
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, config, machine, device),
-        full=full and _predict(full, config, machine, device),
+        chosen=_predict(run, config, machine, device, tries=tries),
+        full=full and _predict(full, config, machine, device, tries=tries),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -203,11 +204,11 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
     return from_lengths(config, length, targets, encoder=encoder)
 
 
-def _predict(run: Run, config: TrainConfig, machine: Machine, device: torch.device) -> Prediction:
+def _predict(
+    run: Run, config: TrainConfig, machine: Machine, device: torch.device, *, tries: bool
+) -> Prediction:
     gpu = device.type != "cpu"
-    tried = (
-        time_products(run.middle.work.products, device, machine.estimate) if machine.here else {}
-    )
+    tried = time_products(run.middle.work.products, device, machine.estimate) if tries else {}
     peak = run.fullest.peak
     # Gradients that earlier batches of a step have left are there from its second batch on.
     gradients = 4 * run.trained if config.accumulation > 1 else peak["gradients"]

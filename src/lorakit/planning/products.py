@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,7 @@ LONGEST = 0.1
 """Seconds of a product that is not tried: it is large enough to go at the rate of a large one."""
 
 COLD_BYTES = 64 * 2**20
-"""Operands that take turns: each layer has weights of its own, and they come from memory."""
+"""Operands that take turns, since each layer has weights of its own: more than a core's cache holds."""
 
 LARGEST_BYTES = 256 * 2**20
 """Operands of a product that is tried."""
@@ -50,17 +50,17 @@ class Operand:
 
     @property
     def nbytes(self) -> int:
-        """Its size, each element counted once."""
-        sizes = [1 if step == 0 else n for n, step in zip(self.shape, self.stride, strict=True)]
-        total = self.dtype.itemsize
-        for size in sizes:
-            total *= size
-        return total
+        """Bytes from its first element to its last."""
+        return self._extent * self.dtype.itemsize
 
     def make(self, device: torch.device) -> Tensor:
         """Return such a tensor. What is in it makes no difference to the time."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-        return made.fill_(0.5) if 0 not in self.stride else made
+        elements = torch.full((self._extent,), 0.5, dtype=self.dtype, device=device)
+        return elements.as_strided(self.shape, self.stride)
+
+    @property
+    def _extent(self) -> int:
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +105,28 @@ def time_products(
 
 
 def _tried(product: Product) -> bool:
-    return product.name in CALLS and product.moved <= LARGEST_BYTES
+    return product.name in CALLS and _size(product) <= LARGEST_BYTES
+
+
+def _size(product: Product) -> int:
+    return sum(operand.nbytes for operand in product.operands)
 
 
 def _seconds(product: Product, device: torch.device) -> float:
-    size = max(sum(operand.nbytes for operand in product.operands), 1)
-    turns = max(2, min(16, COLD_BYTES // size))
+    turns = max(2, min(16, COLD_BYTES // _size(product)))
     sets = [[operand.make(device) for operand in product.operands] for _ in range(turns)]
     call = CALLS[product.name]
     call(*sets[0])  # chooses its kernel
-    seconds = []
+    rounds: list[float] = []
     until = time.perf_counter() + SECONDS
-    for number, given in enumerate(cycle(sets)):
-        if number >= turns and time.perf_counter() > until:
-            break
+    while not rounds or time.perf_counter() < until:
         _wait(device)
         began = time.perf_counter()
-        call(*given)
+        for given in sets:
+            call(*given)
         _wait(device)
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
+        rounds.append((time.perf_counter() - began) / turns)
+    return median(rounds)
 
 
 def _wait(device: torch.device) -> None:

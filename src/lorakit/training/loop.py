@@ -9,7 +9,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
-from lorakit.training.memory import restart_peak
+from lorakit.training.memory import give_back, restart_peak
 from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunResult, open_run
@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> RunResult:
                 show.step(state, rate)
                 if job.evaluates_after(state.step):
                     validate(run, job, state, log, show)
+                    give_back()
                 if job.saves_after(state.step):
                     checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
             checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)

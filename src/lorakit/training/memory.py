@@ -19,14 +19,22 @@ def restart_peak() -> None:
     of the whole process stays: an upper bound.
     """
     gc.collect()  # a model's modules refer to each other, so that the last run's may still be there
-    with suppress(OSError, AttributeError):  # glibc's alone
-        # Memory that was freed is kept for later tensors, and would count as the new run's.
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     with suppress(OSError), open(_CLEAR, "w", encoding="ascii") as file:
         file.write("5")  # man 5 proc_pid_clear_refs
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
+
+
+def give_back() -> None:
+    """Give the system back the memory that was freed, as far as the C library can.
+
+    It keeps it for later tensors. But between them stand kernels that were prepared for batches of other sizes, and a
+    larger tensor fits into none of the holes: after some hundred batches they are half of what a process holds.
+    """
+    with suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:
