@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
@@ -21,7 +20,7 @@ from lorakit.models.gguf import cache_folder
 from lorakit.ops import dropout, rms_norm, silu_product
 from lorakit.ops.dropout import kept
 from lorakit.planning.ledger import Ledger, Work
-from lorakit.planning.products import Product
+from lorakit.planning.products import Product, timed
 from lorakit.planning.shape import new_mode
 from lorakit.training.environment import environment
 
@@ -91,7 +90,8 @@ class Machine:
             work: What there is to do.
             tried: Seconds of single products, as far as they were measured (:func:`time_products`).
         """
-        return self.seconds_of_products(work, tried) + self.seconds_beside(work)
+        beside = work.traffic / self.traffic + work.drawn / self.draws + work.calls * self.call
+        return self.seconds_of_products(work, tried) + beside
 
     def seconds_of_products(
         self, work: Work, tried: Mapping[Product, float] | None = None
@@ -101,10 +101,6 @@ class Machine:
         return sum(
             n * (tried[p] if p in tried else self.estimate(p)) for p, n in work.products.items()
         )
-
-    def seconds_beside(self, work: Work) -> float:
-        """Return how long all else takes."""
-        return work.traffic / self.traffic + work.drawn / self.draws + work.calls * self.call
 
     def estimate(self, product: Product) -> float:
         """Return how long a product takes that was not tried: it multiplies or it reads, whichever is longer."""
@@ -146,12 +142,12 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     rows, width, out = 512, 1024, 4096
     x = torch.randn(rows, width, device=device).to(dtype)
     W = torch.randn(out, width, device=device).to(dtype)
-    product = _seconds("x @ W.T", x=x, W=W)
+    product = timed("x @ W.T", SECONDS, x=x, W=W)
     gpu = device.type != "cpu"
     call = 6e-6 if gpu else CALL_SECONDS
     drawn = torch.ones(2**26 if gpu else 2**20, dtype=dtype, device=device)
     # On a CPU the passes that apply what was drawn are operations of their own.
-    draw = _seconds("draw(drawn, 0.1)", draw=dropout if gpu else kept, drawn=drawn)
+    draw = timed("draw(drawn, 0.1)", SECONDS, draw=dropout if gpu else kept, drawn=drawn)
     return Machine(
         products=2 * rows * width * out / product,
         traffic=_traffic(device, dtype, call),
@@ -185,13 +181,8 @@ def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
             passes(*given)
     work = ledger.segments[-1].work
     turns = cycle([tensors() for _ in range(4)])  # more than a core's cache holds
-    seconds = _seconds("passes(*next(turns))", passes=passes, turns=turns)
+    seconds = timed("passes(*next(turns))", SECONDS, passes=passes, turns=turns)
     return work.traffic / max(seconds - work.calls * call, 0.1 * seconds)
-
-
-def _seconds(statement: str, **names: Any) -> float:
-    timer = Timer(statement, globals={**names, "torch": torch}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median
 
 
 # --- calibrations that are kept -----------------------------------------------------------------------

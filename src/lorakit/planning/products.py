@@ -6,15 +6,14 @@ divides them among threads, and on whether the weights lie in the cache. So thos
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
-from statistics import median
+from itertools import accumulate, cycle
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 SHARE = 0.97
 """Of the time of all products, what those take that are tried: the rest are many and short."""
@@ -116,19 +115,10 @@ def _seconds(product: Product, device: torch.device) -> float:
     turns = max(2, min(16, COLD_BYTES // _size(product)))
     sets = [[operand.make(device) for operand in product.operands] for _ in range(turns)]
     call = CALLS[product.name]
-    call(*sets[0])  # chooses its kernel
-    rounds: list[float] = []
-    until = time.perf_counter() + SECONDS
-    while not rounds or time.perf_counter() < until:
-        _wait(device)
-        began = time.perf_counter()
-        for given in sets:
-            call(*given)
-        _wait(device)
-        rounds.append((time.perf_counter() - began) / turns)
-    return median(rounds)
+    return timed("call(*next(turns))", SECONDS, call=call, turns=cycle(sets))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(statement: str, seconds: float, **names: Any) -> float:
+    """Return the seconds of a statement, the median of what it takes while it is repeated for `seconds`."""
+    timer = Timer(statement, globals={**names, "torch": torch}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
