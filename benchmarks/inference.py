@@ -30,7 +30,7 @@ from benchmarks.latency import Times, in_turn, operations, ratio
 from benchmarks.runs import runs_of
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED
-from lorakit.models.dtypes import resolved_dtype
+from lorakit.models.dtypes import dtype_name, resolved_dtype
 from lorakit.models.loading import load_base
 
 BASE_MODEL = "smollm2-135m"
@@ -65,7 +65,7 @@ def variants(base: PreTrainedModel) -> dict[str, Callable[[], nn.Module]]:
     for targets, name in TARGET_NAMES.items():
         made[f"PEFT unmerged, {name}"] = lambda t=targets: _peft(base, t)
         if base.dtype != torch.float32:
-            of = str(base.dtype).removeprefix("torch.")
+            of = dtype_name(base.dtype)
             made[f"PEFT unmerged, {name}, adapter in {of}"] = lambda t=targets: _peft(
                 base, t, autocast_adapter_dtype=False
             )

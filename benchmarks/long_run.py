@@ -20,7 +20,7 @@ from typing import Any, Literal
 import lorakit
 from benchmarks import report
 from benchmarks.workloads import SEED
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,

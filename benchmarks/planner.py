@@ -86,7 +86,7 @@ def config_of(cell: Cell, folder: Path) -> Any:
     """Write the cell's data and return its run."""
     import lorakit
     from lorakit.data import DataConfig
-    from lorakit.evaluation.config import BaseConfig
+    from lorakit.models.base_config import BaseConfig
     from lorakit.training.config import TrainConfig
 
     draw = random.Random(0)

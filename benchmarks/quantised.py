@@ -170,7 +170,7 @@ def measure_merging(kind: str, steps: int, limit: int) -> list[Table]:
 
     import lorakit
     from lorakit.data import load_examples
-    from lorakit.evaluation.config import BaseConfig
+    from lorakit.models.base_config import BaseConfig
     from lorakit.models.quantised import quantised_weights
 
     def base(dtype: str) -> nn.Module:

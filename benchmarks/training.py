@@ -23,7 +23,7 @@ from benchmarks.runs import Runs, runs_of
 from benchmarks.systems import load_model
 from benchmarks.training_tables import sections, speed
 from benchmarks.workloads import WORKLOADS, Workload
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.dtypes import compute_dtype, dtype_name
 
 ROUNDS = 3
 PRECISIONS = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}
@@ -167,7 +167,7 @@ class Machine:
     def limit(self) -> dict[str, Any]:
         """Return the operations of each batch, and what they were counted from."""
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "operations": [limit.operations(self.shapes, c) for c in self.counts],
             "tokens": self.tokens,
             "counts": [asdict(c) for c in self.counts],

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     from tiny_base import arguments, load_base
 
     from lorakit import DataConfig, EvaluateConfig, TrainConfig, evaluate, train
-    from lorakit.evaluation.config import BaseConfig
+    from lorakit.models.base_config import BaseConfig
     from lorakit.training.config import OptimizerConfig
 
     options = arguments()

@@ -14,8 +14,10 @@ import pytest
 from lorakit.configuration import conform
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods import BitFit, FullFineTuning, LoRA
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,

@@ -15,7 +15,7 @@ from torch import nn
 import lorakit
 from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.loop import train as run_training
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from lorakit.adapters.handle import Adapters
     from lorakit.adapters.loading import from_peft, load
     from lorakit.adapters.summary import count_parameters
-    from lorakit.data.config import DataConfig
+    from lorakit.data.data_config import DataConfig
     from lorakit.errors import LorakitError
-    from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
+    from lorakit.evaluation.evaluate_config import EvaluateConfig
     from lorakit.methods.bitfit import BitFit
     from lorakit.methods.bottleneck import BottleneckAdapter
     from lorakit.methods.combined import Combined
@@ -42,9 +42,9 @@ _HOME = {
     "from_peft": "lorakit.adapters.loading",
     "load": "lorakit.adapters.loading",
     "count_parameters": "lorakit.adapters.summary",
-    "DataConfig": "lorakit.data.config",
+    "DataConfig": "lorakit.data.data_config",
     "LorakitError": "lorakit.errors",
-    "EvaluateConfig": "lorakit.evaluation.config",
+    "EvaluateConfig": "lorakit.evaluation.evaluate_config",
     "evaluate": "lorakit.evaluation.evaluate",
     "BitFit": "lorakit.methods.bitfit",
     "BottleneckAdapter": "lorakit.methods.bottleneck",

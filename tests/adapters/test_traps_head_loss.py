@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.adapters import attach
-from lorakit.evaluation.objective import IGNORED, language_modelling
+from lorakit.compute.objective import IGNORED, language_modelling
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import lorakit
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.methods.lora import LoRA
 from lorakit.models.layers import RowSlice
 

@@ -14,7 +14,7 @@ import lorakit
 from lorakit.analysis import open_weights, read_weights
 from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "roberta", "t5", "vit")
 """Two name their weights otherwise on disk: gpt-neox its head, vit everything."""

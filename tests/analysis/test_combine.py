@@ -12,8 +12,9 @@ from random_adapters import randomise
 from sample_adapters import dense_parts, layers, linear, randn, stored, trained_llama
 
 import lorakit
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.loading import put_on
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.analysis import combine_adapters, dare, ties
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.layers import RowSlice

@@ -9,7 +9,7 @@ import torch
 from at_rest import same_bits
 from sample_adapters import dense, dense_parts, factors, layers, linear, stored, trained_llama
 
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import compress, compress_adapter
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.full import FullFineTuning

@@ -19,7 +19,7 @@ from sample_adapters import (
     trained_llama,
 )
 
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, difference
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.bitfit import BitFit

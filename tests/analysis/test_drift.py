@@ -12,7 +12,7 @@ import lorakit
 from lorakit.analysis import adapter_drift, divergence
 from lorakit.analysis.drift import read_texts
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks.language_modelling import start_ids
 
 

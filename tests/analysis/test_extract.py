@@ -16,7 +16,7 @@ from lorakit.adapters.loading import put_on
 from lorakit.analysis import extract, extract_adapter
 from lorakit.analysis.leading import leading_svd
 from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 
 @pytest.mark.parametrize("target", [{"rank": 3}, {"energy": 0.7}, {"rank": 40}])

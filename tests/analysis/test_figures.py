@@ -9,7 +9,7 @@ import pytest
 import torch
 from sample_adapters import linear, randn, stored, trained_llama
 
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_similarity, adapter_spectrum
 from lorakit.analysis import figures as drawn
 from lorakit.analysis.report import comparison_sections, run_sections

@@ -18,7 +18,7 @@ from sample_adapters import (
 )
 
 from lorakit.adapters import formats
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_spectrum, spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.full import FullFineTuning

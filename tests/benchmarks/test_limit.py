@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.limit import Counts, Shapes, counts_of, operations, sample_rate, settled, shapes_of
-from lorakit.evaluation.last_block import last_block
+from lorakit.compute.last_block import last_block
 
 
 def example(tokens: list[int], targets: int) -> dict[str, list[int]]:

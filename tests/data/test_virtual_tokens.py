@@ -8,12 +8,12 @@ import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit import PrefixEmbedding, PrefixLayer, attach
+from lorakit.compute.base import check_context, collator
+from lorakit.compute.objective import LanguageModelling
 from lorakit.data.virtual_tokens import place, place_in_prompt
 from lorakit.errors import DataError
-from lorakit.evaluation.base import check_context, collator
-from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import NoRepeatedNGrams, generate
-from lorakit.evaluation.objective import LanguageModelling
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.loading import Base
 from lorakit.models.sources import Source

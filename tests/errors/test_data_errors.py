@@ -19,7 +19,7 @@ from user_mistakes import (
 import lorakit
 from lorakit.cli import main
 from lorakit.errors import DataError
-from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate
 
 # --- data -----------------------------------------------------------------------------------------

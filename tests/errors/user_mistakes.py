@@ -25,7 +25,7 @@ import lorakit
 from lorakit.adapters import handle_of
 from lorakit.cli import main
 from lorakit.errors import LorakitError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import CheckpointConfig
 
 TENSORS, PEFT_CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "lorakit.json"

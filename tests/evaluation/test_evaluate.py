@@ -17,8 +17,10 @@ import tiny_runs
 
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DataError, LorakitError, WrongBaseError
-from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
 

@@ -6,7 +6,7 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
-from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate
 
 PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]

@@ -11,12 +11,12 @@ from torch import nn
 
 import lorakit
 from lorakit.adapters.attach import Adapters
+from lorakit.compute.last_block import _filled, last_block
+from lorakit.compute.objective import Classification, LanguageModelling, Regression
+from lorakit.compute.shortcuts import try_last_block
 from lorakit.data import collate
 from lorakit.data.packing import pack
 from lorakit.data.virtual_tokens import place
-from lorakit.evaluation.last_block import _filled, last_block
-from lorakit.evaluation.objective import Classification, LanguageModelling, Regression
-from lorakit.evaluation.shortcuts import try_last_block
 from lorakit.methods.module import AdapterModule
 from lorakit.models.compiling import compile_blocks
 from lorakit.training.mixed_precision import let_norms_compute
@@ -180,7 +180,7 @@ def test_the_rows_that_are_not_read_are_left_out():
 
 def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
     """They are computed as well, and change nothing."""
-    monkeypatch.setattr("lorakit.evaluation.last_block.rounded_rows", lambda count: count + 1)
+    monkeypatch.setattr("lorakit.compute.last_block.rounded_rows", lambda count: count + 1)
     model, batch = adapted("llama", "causal-lm", "lora"), packed()
     objective = LanguageModelling(path="fused", last_block=last_block(model))
     down = model.model.layers[-1].mlp.down_proj

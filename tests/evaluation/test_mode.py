@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.evaluation.mode import evaluating
+from lorakit.compute.mode import evaluating
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -18,9 +18,11 @@ from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation import evaluate as evaluation
-from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import data_to_text
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorakit.adapters import attach
-from lorakit.evaluation.objective import (
+from lorakit.compute.objective import (
     Classification,
     LanguageModelling,
     Regression,

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lorakit
+from lorakit.compute.objective import LanguageModelling, language_modelling
+from lorakit.compute.shortcuts import why_not_packed
 from lorakit.data import collate
 from lorakit.data.packing import pack
-from lorakit.evaluation.objective import LanguageModelling, language_modelling
-from lorakit.evaluation.shortcuts import why_not_packed
 from lorakit.tasks import LanguageExample
 
 PACKABLE = ["llama", "qwen3", "phi3", "gemma", "gpt2", "opt", "gpt-neox", "smollm3", "granite"]

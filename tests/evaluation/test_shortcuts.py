@@ -5,8 +5,8 @@ import tiny_models
 import torch
 from torch import nn
 
-from lorakit.evaluation import shortcuts
-from lorakit.evaluation.shortcuts import try_faster
+from lorakit.compute import shortcuts
+from lorakit.compute.shortcuts import try_faster
 from lorakit.models import faster
 from lorakit.ops import flex_masked_attention
 

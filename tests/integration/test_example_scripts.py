@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
+from lorakit.compute.adapted import recorded_task
 from lorakit.data import DataTask
-from lorakit.evaluation.adapted import recorded_task
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "accelerate_loop")

@@ -19,8 +19,8 @@ from lorakit import attach, load, use_method
 from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.evaluation.config import EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods import registry
 from lorakit.methods.combined import Combined
 from lorakit.training.config import HeldOutConfig, OptimizerConfig

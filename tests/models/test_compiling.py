@@ -11,8 +11,8 @@ from random_adapters import randomise
 from torch import nn
 
 from lorakit import LoRA, attach
+from lorakit.compute.mode import evaluating
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.mode import evaluating
 from lorakit.models import faster
 from lorakit.models.compiling import compile_blocks
 

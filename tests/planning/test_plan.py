@@ -14,9 +14,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
-from lorakit.evaluation.config import BaseConfig
 from lorakit.methods import registry
 from lorakit.models import dtypes
+from lorakit.models.base_config import BaseConfig
 from lorakit.planning import plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine

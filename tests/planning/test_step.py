@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorakit
+from lorakit.compute.objective import Classification, LanguageModelling
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
-from lorakit.evaluation.objective import Classification, LanguageModelling
 from lorakit.models.faster import make_faster
 from lorakit.planning.shape import new_mode, planning
 from lorakit.planning.step import Shortened, run_step, shorten

@@ -19,9 +19,9 @@ from tiny_runs import adapter_bytes, metrics
 
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, LorakitError
-from lorakit.evaluation.config import BaseConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.models.base_config import BaseConfig
 from lorakit.training import validation
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train

@@ -19,8 +19,9 @@ from lorakit import (
 )
 from lorakit.cli import main
 from lorakit.data import DataConfig
-from lorakit.evaluation.config import Decoding, EvaluateConfig
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.training.config import DEFAULT_RATES, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import RunResult

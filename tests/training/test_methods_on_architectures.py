@@ -21,12 +21,12 @@ from lorakit import (
     PrefixLayer,
 )
 from lorakit.cli import main
+from lorakit.compute.adapted import open_adapted
+from lorakit.compute.base import virtual_tokens_of
 from lorakit.data import DataConfig
 from lorakit.data.virtual_tokens import place_in_prompt
 from lorakit.errors import LorakitError
-from lorakit.evaluation.adapted import open_adapted
-from lorakit.evaluation.base import virtual_tokens_of
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks.language_modelling import prompt_ids, start_ids
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorakit.evaluation.config import BaseConfig
 from lorakit.models import dtypes
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.loop import train
 from lorakit.training.mixed_precision import let_norms_compute
 from lorakit.training.setup import prepare

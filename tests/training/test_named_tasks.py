@@ -13,8 +13,9 @@ import torch
 from lorakit.adapters import formats
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, LorakitError, WrongBaseError
-from lorakit.evaluation.config import BaseConfig, EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 

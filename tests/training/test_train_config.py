@@ -13,10 +13,12 @@ import yaml
 from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.config import BaseConfig, EvaluateConfig
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.config import LoRA
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.devices import pick_device
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,
@@ -166,7 +168,7 @@ def test_sections_check_themselves(section, settings, message: str) -> None:
 @pytest.mark.parametrize("device", ["cpu:5", "cuda:99", "mps:7", "xpu:9"])
 def test_a_numbered_device_that_is_not_there_is_an_error(device: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{device}.* sees no such device"):
-        BaseConfig(name="x", device=device).pick_device()
+        pick_device(device)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import tiny_models
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,

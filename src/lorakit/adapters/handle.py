@@ -15,6 +15,7 @@ from torch import nn
 
 from lorakit.adapters import export, merging, saving
 from lorakit.adapters.activation import Activation, Active
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
     InstalledAdapter,
     adapted_layers,
@@ -27,7 +28,6 @@ from lorakit.adapters.layer_adapters import (
     remove_from,
     remove_idle_hooks,
 )
-from lorakit.adapters.stored import StoredAdapter
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.module import AdapterModule, Method

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.lora import LoRA

@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from lorakit import storage
 from lorakit.adapters import formats
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lorakit.adapters.formats import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fingerprint import Architecture, Origin, hash_weights
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.stored import StoredAdapter
 from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError, nearest
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Task, load_base
 from lorakit.models.sources import Source, resolve

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorakit.adapters import formats
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.peft.factors import to_peft
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.compress import Decomposition, check_target, compress_layer, decompose, fit
 from lorakit.analysis.deltas import Factors, part_rank, parts_of, read, with_parts
 from lorakit.analysis.derived import KEPT, Derived, LayerResult, derive, require_known

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import formats
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.checkpoints import is_checkpoint, read_checkpoint
 from lorakit.errors import AdapterFileError, ConfigurationError
 

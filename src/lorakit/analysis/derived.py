@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.adapters import handle_of
+from lorakit.compute.adapted import ADAPTER, open_adapted
+from lorakit.compute.base import collator, context_length, virtual_tokens_of
+from lorakit.compute.objective import IGNORED
 from lorakit.data.readers import lines_of, reader_for
 from lorakit.errors import BaseModelError, ConfigurationError, DataError, require_at_least
-from lorakit.evaluation.adapted import ADAPTER, open_adapted
-from lorakit.evaluation.base import collator, context_length, virtual_tokens_of
-from lorakit.evaluation.config import BaseConfig
-from lorakit.evaluation.objective import IGNORED
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
 from lorakit.tasks import LanguageExample
 from lorakit.tasks.language_modelling import prompt_ids

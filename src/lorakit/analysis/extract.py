@@ -19,8 +19,8 @@ from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
 from lorakit.errors import AdapterFileError, BaseModelError
-from lorakit.evaluation.config import BaseConfig
 from lorakit.methods.lora import LoRA
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
 
 

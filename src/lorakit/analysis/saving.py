@@ -14,14 +14,16 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.card import card
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.checkpoints import is_checkpoint, saved_adapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig, Score
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig, Score
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.environment import versions
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.deltas import chosen, deltas_of, in_common, notices, read
 from lorakit.analysis.thin_svd import row_directions
 from lorakit.errors import AdapterFileError, ConfigurationError

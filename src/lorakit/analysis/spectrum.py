@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.deltas import deltas_of, notices, read
 from lorakit.analysis.thin_svd import singular_values
 from lorakit.errors import ConfigurationError

@@ -21,7 +21,7 @@ from lorakit.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorakit.adapters.stored import StoredAdapter
+    from lorakit.adapters.formats.stored import StoredAdapter
     from lorakit.analysis.base_weights import Weights
 
 MEASURES = {

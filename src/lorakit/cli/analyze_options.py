@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)

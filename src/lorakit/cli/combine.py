@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.cli.algebra import ResultConfig, check_before, finish
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)

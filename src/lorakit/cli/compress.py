@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.cli.algebra import ResultConfig, check_before, finish
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)

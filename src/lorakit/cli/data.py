@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from lorakit.data.config import DataConfig
+from lorakit.data.data_config import DataConfig
 from lorakit.errors import require_at_least
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -53,10 +53,10 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.console import console as standard_output
     from lorakit.cli.parsing import parse
     from lorakit.cli.report import write_run_report
+    from lorakit.compute.adapted import TEXT
+    from lorakit.compute.base import open_base
     from lorakit.data import DataConfig, load_examples
-    from lorakit.evaluation.adapted import TEXT
-    from lorakit.evaluation.base import open_base
-    from lorakit.evaluation.config import BaseConfig
+    from lorakit.models.base_config import BaseConfig
     from lorakit.training.loop import train
 
     config = parse(
@@ -123,8 +123,8 @@ def _require_demo_folder(output: Path) -> None:
 
 
 def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
-    from lorakit.evaluation.config import BaseConfig
     from lorakit.methods import LoRA
+    from lorakit.models.base_config import BaseConfig
     from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 
     return TrainConfig(
@@ -141,9 +141,9 @@ def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
 
 def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
     """Held-out loss, and scores and texts of greedy generation."""
-    from lorakit.evaluation.adapted import TEXT
-    from lorakit.evaluation.base import collator
-    from lorakit.evaluation.config import Decoding
+    from lorakit.compute.adapted import TEXT
+    from lorakit.compute.base import collator
+    from lorakit.evaluation.decoding import Decoding
     from lorakit.evaluation.evaluate import Evaluation, generated, held_out, objective_for
 
     objective = objective_for(base, TEXT, test.examples)
@@ -201,7 +201,7 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     import torch
 
     from lorakit.adapters.loading import load
-    from lorakit.evaluation.config import Decoding
+    from lorakit.evaluation.decoding import Decoding
     from lorakit.evaluation.generate import generate
     from lorakit.models.loading import load_base
     from lorakit.tasks import LanguageExample

@@ -14,8 +14,8 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.cli.report import written
-    from lorakit.evaluation.config import EvaluateConfig
     from lorakit.evaluation.evaluate import evaluate
+    from lorakit.evaluation.evaluate_config import EvaluateConfig
     from lorakit.reporting.evaluation_report import evaluation_page
     from lorakit.training.environment import command
 

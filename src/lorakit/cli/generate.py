@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit import storage
 from lorakit.data.readers import lines_of
 from lorakit.errors import ConfigurationError, DataError
-from lorakit.evaluation.config import BaseConfig, Decoding
+from lorakit.evaluation.decoding import Decoding
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import BadRow, NamedText
 from lorakit.tasks.chat import checked_messages
 from lorakit.tasks.chat import prompt_ids as chat_prompt_ids
@@ -68,7 +69,7 @@ class GenerateConfig:
 def run(argv: Sequence[str]) -> None:
     """Generate and print, or write, the continuations."""
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation.adapted import Prompting, open_adapted, prompting
+    from lorakit.compute.adapted import Prompting, open_adapted, prompting
     from lorakit.evaluation.generate import generate
     from lorakit.methods.registry import use_method
 

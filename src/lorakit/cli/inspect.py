@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapters.stored import StoredAdapter
+    from lorakit.adapters.formats.stored import StoredAdapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.errors import RunFolderError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 
 SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """Suffixes of the files of a model and its tokenizer."""
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit import storage
     from lorakit.adapters import handle_of
     from lorakit.cli.parsing import parse
-    from lorakit.evaluation.adapted import open_adapted
+    from lorakit.compute.adapted import open_adapted
     from lorakit.methods.registry import use_method
 
     config = parse(

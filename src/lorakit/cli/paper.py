@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorakit.evaluation.config import BaseConfig
+    from lorakit.models.base_config import BaseConfig
     from lorakit.paper.config import PaperConfig
     from lorakit.paper.grid import Grid
     from lorakit.paper.runs import Run

@@ -89,11 +89,12 @@ def run(argv: Sequence[str]) -> None:
     files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
     files.require_writable()
     if config.calibrate:
+        from lorakit.models.devices import pick_device
         from lorakit.models.dtypes import compute_dtype
         from lorakit.planning.calibration import calibrate
         from lorakit.planning.machine import keep_calibration
 
-        device = config.base.pick_device()
+        device = pick_device(config.base.device)
         dtype = compute_dtype(config.base.dtype, device)
         keep_calibration(calibrate(device, dtype), device, dtype)
     made_up = config.data.train == MADE_UP

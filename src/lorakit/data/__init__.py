@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorakit.data.batches import BatchSampler, collate
-from lorakit.data.config import DataConfig, Split
+from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.examples import DataTask, ExampleSet, Report, load_examples, task_of
 from lorakit.data.preview import Preview, preview
 from lorakit.data.readers import Problem

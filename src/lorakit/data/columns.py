@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lorakit.data.config import FIELDS, DataConfig
+from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.tasks import GENERIC, Task, task_type

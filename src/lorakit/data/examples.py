@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.columns import ColumnMap
-from lorakit.data.config import DataConfig, Split
+from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.readers import Problem, Row
 from lorakit.data.sources import Source, read_source
 from lorakit.errors import DataError

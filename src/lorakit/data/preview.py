@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.config import DataConfig, Split
+from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.examples import ExampleSet, Report, load_examples
 from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample

@@ -13,19 +13,15 @@ from typing import Any
 from torch import nn
 
 from lorakit import storage
-from lorakit.data import DataTask, load_examples, task_of
-from lorakit.errors import ConfigurationError, LorakitError
-from lorakit.evaluation.adapted import open_adapted, recorded_task
-from lorakit.evaluation.base import (
+from lorakit.compute.adapted import open_adapted, recorded_task
+from lorakit.compute.base import (
     Collate,
     check_context,
     collator,
     encoder_input,
 )
-from lorakit.evaluation.config import Decoding, EvaluateConfig
-from lorakit.evaluation.generate import generate
-from lorakit.evaluation.mode import evaluating
-from lorakit.evaluation.objective import (
+from lorakit.compute.mode import evaluating
+from lorakit.compute.objective import (
     Classification,
     Labelling,
     Objective,
@@ -33,7 +29,12 @@ from lorakit.evaluation.objective import (
     SequenceToSequence,
     language_modelling,
 )
-from lorakit.evaluation.shortcuts import try_last_block
+from lorakit.compute.shortcuts import try_last_block
+from lorakit.data import DataTask, load_examples, task_of
+from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.generate import generate
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,

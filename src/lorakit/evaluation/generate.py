@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorakit.compute.base import context_length, virtual_tokens_of
+from lorakit.compute.mode import evaluating
 from lorakit.data.virtual_tokens import place_in_prompt
 from lorakit.errors import BaseModelError, DataError
-from lorakit.evaluation.base import context_length, virtual_tokens_of
-from lorakit.evaluation.config import Decoding
-from lorakit.evaluation.mode import evaluating
+from lorakit.evaluation.decoding import Decoding
 from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.ops import seeded
 from lorakit.tasks.language_modelling import start_ids

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.models.dtypes import dtype_name
+
 _CHUNK = 1 << 22
 """Numbers hashed at a time: a large tensor is never copied whole."""
 
@@ -27,7 +29,7 @@ class Digests(NamedTuple):
 
 def digests(tensor: Tensor) -> Digests:
     """Hash a tensor's numbers in row-major order, with their dtype and shape."""
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = dtype_name(tensor.dtype)
     shape = f"{tuple(tensor.shape)}\0"
     exact = hashlib.sha256(f"{name}{shape}".encode())
     rounded = hashlib.sha256(f"bfloat16{shape}".encode())

@@ -15,6 +15,9 @@ Quantisation = Literal["nf4", "int8"]
 
 QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that an adapter's tensors may have."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,14 +50,18 @@ def compute_dtype(
     return _DTYPES[dtype]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def resolved_dtype(dtype: str, device: torch.device | None = None) -> str:
     """Return what a setting stands for on a device: ``auto`` as the dtype's name, others as they are.
 
     Raises:
         ConfigurationError: The name is not known.
     """
-    computed_in = str(compute_dtype(dtype, device)).removeprefix("torch.")
-    return dtype if dtype in QUANTISATIONS else computed_in
+    return dtype if dtype in QUANTISATIONS else dtype_name(compute_dtype(dtype, device))
 
 
 def _multiplies_bfloat16(device: torch.device | None) -> bool:

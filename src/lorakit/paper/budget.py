@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorakit.compute.base import open_base
 from lorakit.data import DataConfig, DataTask, load_examples
-from lorakit.data.config import Split
+from lorakit.data.data_config import Split
 from lorakit.data.sources import read_source
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import open_base
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.runs import EVALUATIONS, Run, Runner

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, nearest, require_at_least
-from lorakit.evaluation.config import BaseConfig, DType
+from lorakit.models.base_config import BaseConfig, DType
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS, Study
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.adapters.summary import count_parameters
+from lorakit.compute.base import open_base
 from lorakit.data import DataConfig, DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
-from lorakit.evaluation.base import open_base
 from lorakit.evaluation.score import is_better
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside

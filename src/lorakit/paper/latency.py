@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import attach
 from lorakit.adapters.summary import count_parameters
+from lorakit.compute.base import context_length, open_base
+from lorakit.compute.mode import evaluating
 from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import context_length, open_base
-from lorakit.evaluation.mode import evaluating
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.config import LoRA
 from lorakit.models.blocks import block_outputs
+from lorakit.models.devices import pick_device
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.published import published
 from lorakit.paper.report import table
@@ -226,7 +227,7 @@ def _smaller(timing: Timing, asked: tuple[int, int, float]) -> str:
 
 
 def _device(config: PaperConfig) -> str:
-    device = config.base.pick_device()
+    device = pick_device(config.base.device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of the processor"

@@ -12,9 +12,11 @@ from typing import Any
 from lorakit import storage
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError, RunFolderError
-from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper.config import PaperConfig
 from lorakit.paper.settings import train_config
 from lorakit.paper.study import DataSet, Variant

@@ -15,10 +15,11 @@ import torch
 from transformers import LlamaConfig
 
 import lorakit
+from lorakit.compute.base import PACKED_STEP
+from lorakit.compute.objective import LanguageModelling
 from lorakit.data.packing import pack
 from lorakit.errors import ConfigurationError, LorakitError
-from lorakit.evaluation.base import PACKED_STEP
-from lorakit.evaluation.objective import LanguageModelling
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.faster import make_faster
 from lorakit.planning.batches import language_example
 from lorakit.planning.machine import Machine, measure
@@ -115,7 +116,7 @@ def _try(config: LlamaConfig, dtype: torch.dtype, trial: dict[str, int]) -> dict
     settings = config.to_diff_dict()
     settings.pop("transformers_version", None)
     settings["model_type"] = config.model_type
-    given = {**trial, "config": settings, "dtype": str(dtype).removeprefix("torch.")}
+    given = {**trial, "config": settings, "dtype": dtype_name(dtype)}
     done = subprocess.run(
         [sys.executable, "-m", "lorakit.planning.trial"],
         input=json.dumps(given),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorakit.adapters import count_parameters
-from lorakit.evaluation.config import BaseConfig
 from lorakit.methods import LoRA
+from lorakit.models.base_config import BaseConfig
 from lorakit.planning.shape import GPT3, build, new_mode, planning, shape_of
 
 PRINTED = 175_255.8e6

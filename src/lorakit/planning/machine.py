@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.gguf import cache_folder
 from lorakit.ops import dropout, rms_norm, silu_product
 from lorakit.ops.dropout import kept
@@ -190,7 +191,7 @@ def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
 
 def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
     """Return where the calibration of this machine and dtype is kept, in the user's cache folder."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     found = json.dumps({**identity(device), "dtype": name}, sort_keys=True)
     return cache_folder() / f"machine-{name}-{hashlib.sha256(found.encode()).hexdigest()[:16]}.json"
 

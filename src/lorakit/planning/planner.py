@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import compute_dtype, resolved_dtype
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
@@ -191,7 +192,7 @@ def _loading(shape: Shape, run: Run, dtype: torch.dtype) -> int:
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     """The run's device, and whether this machine has it: a run can be planned for another."""
     try:
-        return config.base.pick_device(), True
+        return pick_device(config.base.device), True
     except ConfigurationError:
         return torch.device(config.base.device), False
 

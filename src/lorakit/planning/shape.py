@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from lorakit.errors import BaseModelError
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
 from lorakit.models.faster import make_faster
 from lorakit.models.gguf import conversion_of

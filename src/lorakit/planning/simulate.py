@@ -13,10 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import formats
-from lorakit.data import DataTask
-from lorakit.evaluation.base import check_context, collator
-from lorakit.evaluation.last_block import last_block
-from lorakit.evaluation.objective import (
+from lorakit.compute.base import check_context, collator
+from lorakit.compute.last_block import last_block
+from lorakit.compute.objective import (
     Classification,
     LanguageModelling,
     Objective,
@@ -24,6 +23,7 @@ from lorakit.evaluation.objective import (
     SequenceToSequence,
     why_not_fused,
 )
+from lorakit.data import DataTask
 from lorakit.methods import METHODS, Method
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.loading import Base, Task

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.evaluation.objective import Batch, Objective
+from lorakit.compute.objective import Batch, Objective
 from lorakit.models.blocks import stacks
 from lorakit.models.layers import by_token
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work

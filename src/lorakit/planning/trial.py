@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
+from lorakit.compute.base import PACKED_STEP
+from lorakit.compute.objective import LanguageModelling
 from lorakit.data.packing import pack
-from lorakit.evaluation.base import PACKED_STEP
-from lorakit.evaluation.objective import LanguageModelling
 from lorakit.models.faster import make_faster
 from lorakit.planning.batches import language_example
 from lorakit.training.memory import peak_memory

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from lorakit.evaluation.config import EvaluateConfig
 from lorakit.evaluation.evaluate import Evaluation
+from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.reporting import measures
 from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (

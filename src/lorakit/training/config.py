@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lorakit.configuration import conform
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
-from lorakit.evaluation.config import BaseConfig
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
@@ -20,6 +19,7 @@ from lorakit.methods.lora.config import LoRA
 from lorakit.methods.module import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 from lorakit.methods.registry import DEFAULT_RATE, is_own, own_method, use_method
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]

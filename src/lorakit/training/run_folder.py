@@ -32,6 +32,7 @@ import yaml
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import resolved_dtype
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
@@ -271,7 +272,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
 
 def _resolved(config: TrainConfig) -> TrainConfig:
     """Replace what depends on the machine or the method by what it is, so that config.yaml says it."""
-    dtype = resolved_dtype(config.base.dtype, config.base.pick_device())
+    dtype = resolved_dtype(config.base.dtype, pick_device(config.base.device))
     return dataclasses.replace(
         config,
         base=dataclasses.replace(config.base, dtype=dtype),  # type: ignore[arg-type]

@@ -17,22 +17,22 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
-from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
-from lorakit.errors import ConfigurationError
-from lorakit.evaluation.base import (
+from lorakit.compute.base import (
     Collate,
     check_context,
     collator,
     open_base,
     with_virtual_tokens,
 )
+from lorakit.compute.objective import Objective, Regression
+from lorakit.compute.shortcuts import try_faster, why_not_packed
+from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import objective_for
-from lorakit.evaluation.objective import Objective, Regression
-from lorakit.evaluation.shortcuts import try_faster, why_not_packed
 from lorakit.methods import Method
 from lorakit.methods.trained import with_head
 from lorakit.models.compiling import compile_blocks
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.dtypes import compute_dtype, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample, Task, file_of, generic_task, task_type
@@ -185,7 +185,7 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         lines.append(
             f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )

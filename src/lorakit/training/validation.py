@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lorakit.errors import LorakitError
-from lorakit.evaluation.config import Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
 from lorakit.tasks import LanguageExample

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.methods.lora import LoRA
 from lorakit.models.roles import RowSlice
 

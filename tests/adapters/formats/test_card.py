@@ -12,7 +12,7 @@ import lorakit
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.card import card, vllm_obstacle
 from lorakit.adapters.formats.fingerprint import base_record
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 
 PROVENANCE = {
     "config": {"learning_rate": 1e-3},

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 from lorakit.storage import atomic
 

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lorakit.adapters.formats.peft import config as config_module
-from lorakit.adapters.formats.peft.config import (
+from lorakit.adapters.formats.peft.adapter_config import (
     _IMPLEMENTED,
     _NO_EFFECT,
     _NOT_IMPLEMENTED,

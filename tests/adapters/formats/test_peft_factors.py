@@ -24,7 +24,7 @@ from at_rest import (
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.peft.config import parse
+from lorakit.adapters.formats.peft.adapter_config import parse
 from lorakit.adapters.formats.peft.factors import (
     Factors,
     NotExpressibleError,
@@ -34,7 +34,7 @@ from lorakit.adapters.formats.peft.factors import (
 )
 from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.peft.writing import _alpha, _Entry
-from lorakit.adapters.stored import StoredLayer
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.models.roles import RowSlice
 

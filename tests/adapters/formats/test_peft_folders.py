@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.adapters import formats
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError
 
 PEFT_SPEAKS = (

@@ -21,7 +21,8 @@ from at_rest import (
     with_start,
 )
 
-from lorakit.adapters.stored import StoredAdapter, StoredLayer, rank_notices
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer, rank_notices
 from lorakit.errors import AdapterFileError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA

@@ -27,7 +27,8 @@ from lorakit.adapters.formats.peft import (
     read_peft,
     write_peft,
 )
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 
 __all__ = [

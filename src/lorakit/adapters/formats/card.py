@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.combined import lora_of
 from lorakit.methods.lora import LoRA
 from lorakit.methods.module import describe

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
-from lorakit.adapters.stored import FLOATS, dtype_name
 from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models.digests import Digests, digests
+from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lorakit.adapters.formats.layout import base_layout, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.trained import is_in_trained_module
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.installed import base_parameter
-from lorakit.adapters.stored import StoredLayer
 from lorakit.models.layers import is_of_adapter
 
 

@@ -20,7 +20,8 @@ from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import Factors, from_peft, peft_rank
 from lorakit.adapters.formats.peft.writing import factor_keys
-from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.registry import recorded_method

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer, at, rank_notices
 from lorakit.adapters.formats.tensors import SAFETENSORS, as_tensors, read_pickle
-from lorakit.adapters.stored import StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.roles import RowSlice

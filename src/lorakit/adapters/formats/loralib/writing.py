@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lorakit import storage
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer, at
 from lorakit.adapters.formats.tensors import SAFETENSORS
-from lorakit.adapters.stored import StoredAdapter, StoredLayer, at
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.storage.tensors import write_safetensors
 

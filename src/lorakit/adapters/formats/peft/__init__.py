@@ -1,6 +1,6 @@
 """The format of Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors."""
 
-from lorakit.adapters.formats.peft.config import CONFIG_NAME, expected_layers
+from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME, read_peft
 from lorakit.adapters.formats.peft.writing import TENSORS_NAME, PeftForm, peft_form, write_peft

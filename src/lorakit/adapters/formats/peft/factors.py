@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorakit.adapters.stored import StoredLayer
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 
 

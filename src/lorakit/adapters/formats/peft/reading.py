@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.peft.config import CONFIG_NAME, PeftConfig, parse
+from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, at, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
-from lorakit.adapters.stored import Kind, StoredAdapter, StoredLayer, at, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 

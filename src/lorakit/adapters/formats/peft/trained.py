@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
 
 _PREFIX = "base_model.model."

@@ -16,10 +16,11 @@ from torch import Tensor
 from lorakit import storage
 from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft import trained
-from lorakit.adapters.formats.peft.config import CONFIG_NAME
+from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME
 from lorakit.adapters.formats.peft.factors import Factors, NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
-from lorakit.adapters.stored import StoredAdapter, StoredLayer
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.methods.lora import LoRA
 from lorakit.storage.tensors import write_safetensors
 

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.data.batches import collate
-from lorakit.data.packing import pack
-from lorakit.evaluation.last_block import LastBlock, last_block
-from lorakit.evaluation.mode import evaluating
-from lorakit.evaluation.objective import (
+from lorakit.compute.last_block import LastBlock, last_block
+from lorakit.compute.mode import evaluating
+from lorakit.compute.objective import (
     Batch,
     Labelling,
     LanguageModelling,
@@ -28,6 +26,8 @@ from lorakit.evaluation.objective import (
     targets_of,
     tolerance,
 )
+from lorakit.data.batches import collate
+from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster, make_stock, use_own_attention
 from lorakit.tasks import LanguageExample
 

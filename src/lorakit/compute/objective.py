@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import computes_its_own
-from lorakit.evaluation.last_block import LastBlock
-from lorakit.evaluation.mode import evaluating
+from lorakit.compute.last_block import LastBlock
+from lorakit.compute.mode import evaluating
 from lorakit.ops import linear_cross_entropy
 
 IGNORED = -100

@@ -1,22 +1,18 @@
-"""An adapter at rest: what every file format reads into and is written from."""
+"""One layer of an adapter at rest: its tensors and their meaning."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError
-from lorakit.methods import Method
-from lorakit.methods.combined import lora_of
+from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.roles import RowSlice
-
-if TYPE_CHECKING:
-    from lorakit.adapters.formats.fingerprint import BaseRecord
 
 Kind = Literal["linear", "embedding", "conv", "conv-loralib", "attention"]
 KINDS: tuple[str, ...] = Kind.__args__
@@ -185,69 +181,6 @@ class StoredLayer:
         return sum(s.total for s in self.slices)
 
 
-@dataclass(kw_only=True)
-class StoredAdapter:
-    """An adapter at rest.
-
-    Raises:
-        AdapterFileError: It holds nothing, or a number that is not finite.
-    """
-
-    method: Method
-    """How it was made."""
-    layers: dict[str, StoredLayer] = field(default_factory=dict)
-    """The adapted layers, by their path in the base model."""
-    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What other methods add: tensors by name, by the path of the layer they sit on."""
-    trained: dict[str, Tensor] = field(default_factory=dict)
-    """Base parameters that were trained in full (biases, heads), by their name in the base model."""
-    base: BaseRecord | None = None
-    """What it was made for; None where the file does not say."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """What is known of its making; JSON values."""
-    notices: list[str] = field(default_factory=list)
-    """What the user should know, in sentences."""
-    base_copies: dict[str, Tensor] = field(default_factory=dict)
-    """Base parameters that a file carries along though they need not have been trained (PEFT does
-    so for adapted embeddings, a loralib file of a whole model for all). `formats.check_targets`
-    drops those that equal the model's and moves the others to `trained`."""
-    peft_config: dict[str, Any] | None = None
-    """adapter_config.json of the PEFT folder it was read from."""
-
-    def __post_init__(self) -> None:
-        lora = lora_of(self.method)
-        if lora is not None and not self.layers:
-            raise AdapterFileError("it holds no lora_A and lora_B for any layer.")
-        if not self.layers and not self.modules and not self.trained:
-            raise AdapterFileError("it holds no tensors.")
-        for tensors in (self.trained, self.base_copies, self.module_tensors):
-            for name, tensor in tensors.items():
-                check_tensor(f"'{name}'", tensor)
-        layout = self.base.layout if self.base is not None else None
-        if layout is not None:  # the live model knows its layers better than tensors show
-            self.layers = {
-                path: layout.describe(path, layer) for path, layer in self.layers.items()
-            }
-            if lora is not None and lora.tie_head:
-                self.layers = layout.with_tied_head(self.layers)
-
-    @property
-    def module_tensors(self) -> dict[str, Tensor]:
-        """The tensors in `modules` by layer path and name, joined by a dot."""
-        found = self.modules.items()
-        return {f"{path}.{name}": t for path, own in found for name, t in own.items()}
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained numbers in the file."""
-        factors = ("A", "B", "magnitude")
-        tensors = [
-            t for layer in self.layers.values() for n, t in layer.tensors.items() if n in factors
-        ]
-        tensors += [*self.module_tensors.values(), *self.trained.values()]
-        return sum(t.numel() for t in tensors)
-
-
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Refuse what is no dense tensor of finite floating-point numbers.
 
@@ -269,15 +202,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name} holds {wrong} values that are NaN or infinite. The training run diverged, or the "
             "file is damaged; use an earlier checkpoint."
         )
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes an adapter's tensors may have."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def at(where: str, error: AdapterFileError) -> AdapterFileError:

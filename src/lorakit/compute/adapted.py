@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lorakit.adapters import formats
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import load_stored
-from lorakit.adapters.stored import StoredAdapter
+from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
-from lorakit.evaluation.base import open_base
-from lorakit.evaluation.config import BaseConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
 from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
 

@@ -9,14 +9,15 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from lorakit.adapters import handle_of
+from lorakit.compute.objective import IGNORED
 from lorakit.data import DataTask, collate
 from lorakit.data.batches import round_up
 from lorakit.data.packing import pack
 from lorakit.data.virtual_tokens import place
 from lorakit.errors import BaseModelError, DataError
-from lorakit.evaluation.config import BaseConfig
-from lorakit.evaluation.objective import IGNORED
 from lorakit.methods.virtual_tokens import VirtualTokens
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.devices import pick_device
 from lorakit.models.loading import Base, Task, load_base, resolve
 from lorakit.tasks import Example, LanguageExample
 from lorakit.tasks.language_modelling import start_ids
@@ -40,7 +41,7 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
         BaseModelError: It cannot be read, has no such head, or comes without a tokenizer.
         ConfigurationError: The device is not there.
     """
-    device = config.pick_device()
+    device = pick_device(config.device)
     base = load_base(
         config.name,
         task=_model_task(config, task),

@@ -1,0 +1,42 @@
+"""Settings that name the base model and how it is computed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lorakit.configuration import conform
+from lorakit.errors import ConfigurationError
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The base model: which one, and how it is computed."""
+
+    name: str
+    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: DType = "auto"
+    """Compute precision. auto is bfloat16 where the processor multiplies it natively, else float32. nf4 and int8
+    store the weights of the projections in 4 or 8 bits and compute as auto does."""
+    device: str = "auto"
+    """Compute device: cpu, cuda, cuda:1, mps. auto uses a GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code from the hub repository. Set it only for repositories that you have read."""
+
+    def __post_init__(self) -> None:
+        conform(self, "base")
+        if not self.name:
+            raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
+        if self.device != "auto" and not re.fullmatch(
+            rf"({'|'.join(DEVICES)})(:\d+)?", self.device
+        ):
+            raise ConfigurationError(
+                f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1, mps or xpu."
+            )
