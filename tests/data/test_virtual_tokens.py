@@ -9,14 +9,14 @@ from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit import PrefixEmbedding, PrefixLayer, attach
 from lorakit.compute.base import check_context, collator
-from lorakit.compute.objective import LanguageModelling
+from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.virtual_tokens import place, place_in_prompt
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import NoRepeatedNGrams, generate
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.loading import Base
-from lorakit.models.sources import Source
+from lorakit.models.sources import ModelSource
 from lorakit.tasks import LabelledExample, LanguageExample
 from lorakit.tasks.classification import Classification
 
@@ -62,7 +62,9 @@ def test_what_a_classifier_reads_ends_with_the_infix() -> None:
 def base_of(arch: str, tokenizer, **settings) -> Base:
     model = tiny_models.build(arch, vocab_size=len(tokenizer), **settings)
     return Base(
-        model=model, tokenizer=tokenizer, source=Source(name=arch, kind="folder", path_or_id=".")
+        model=model,
+        tokenizer=tokenizer,
+        source=ModelSource(name=arch, kind="folder", path_or_id="."),
     )
 
 
@@ -84,7 +86,7 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradient(decoder: Base
             ids = batch["input_ids"]
             assert [int((ids == P + i).sum()) for i in range(2)] == [1, 1]
             assert int((ids >= X).sum()) == 4
-        loss = LanguageModelling(path="fused").loss_sum(decoder.model, batch)
+        loss = LanguageModellingLoss(path="fused").loss_sum(decoder.model, batch)
         results.append([loss, *torch.autograd.grad(loss, parameters)])
     for padded, together in zip(*results, strict=True):
         torch.testing.assert_close(padded, together, atol=1e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ from torch import nn
 import lorakit
 from lorakit.adapters.attach import Adapters
 from lorakit.compute.last_block import _filled, last_block
-from lorakit.compute.objective import Classification, LanguageModelling, Regression
+from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss, RegressionLoss
 from lorakit.compute.shortcuts import try_last_block
 from lorakit.data import collate
 from lorakit.data.packing import pack
@@ -105,7 +105,7 @@ def tokens_of(linear, call):
 def test_an_encoder_reads_the_first_token_and_gradients_stay(arch, method):
     model = adapted(arch, "sequence-classification", method)
     batch = labelled_batch()
-    objective = try_last_block(Classification(), model, batch)
+    objective = try_last_block(ClassificationLoss(), model, batch)
     assert objective.last_block is not None
     assert objective.reads == "first"
     assert "first token only" in objective.note
@@ -117,7 +117,7 @@ def test_a_decoder_that_classifies_reads_the_last_token(arch):
     model = adapted(arch, "sequence-classification", "lora")
     model.config.pad_token_id = 1
     batch = labelled_batch()
-    objective = try_last_block(Classification(), model, batch)
+    objective = try_last_block(ClassificationLoss(), model, batch)
     assert objective.last_block is not None
     assert objective.reads == "last"
     assert_same(objective, model, batch)
@@ -126,7 +126,7 @@ def test_a_decoder_that_classifies_reads_the_last_token(arch):
 def test_a_text_may_end_with_the_token_of_padding():
     model = adapted("gpt2", "sequence-classification", "lora")
     model.config.pad_token_id = 1
-    objective = try_last_block(Classification(), model, labelled_batch())
+    objective = try_last_block(ClassificationLoss(), model, labelled_batch())
     batch = labelled_batch()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     assert divides(objective, model, batch)
@@ -138,7 +138,7 @@ def test_a_text_may_end_with_the_token_of_padding():
 )
 def test_a_decoder_reads_what_predicts_targets(arch, make):
     model, batch = adapted(arch, "causal-lm", "lora"), make()
-    objective = try_last_block(LanguageModelling(path="fused", note="fused"), model, padded())
+    objective = try_last_block(LanguageModellingLoss(path="fused", note="fused"), model, padded())
     assert objective.last_block is not None
     assert objective.note == "fused; last block too"
     assert divides(objective, model, batch)
@@ -148,7 +148,7 @@ def test_a_decoder_reads_what_predicts_targets(arch, make):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_decoder(method):
     model, batch = adapted("gpt2", "causal-lm", method), packed()
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     assert divides(objective, model, batch)
     assert_same(objective, model, batch)
 
@@ -156,14 +156,14 @@ def test_every_method_on_a_decoder(method):
 def test_a_regression_reads_one_token_too():
     model = adapted("bert", "sequence-classification", "lora", num_labels=1)
     batch = {**labelled_batch(), "labels": torch.tensor([0.5, 2.0, -1.0])}
-    objective = try_last_block(Regression(), model, batch)
+    objective = try_last_block(RegressionLoss(), model, batch)
     assert objective.last_block is not None
     assert_same(objective, model, batch)
 
 
 def test_the_rows_that_are_not_read_are_left_out():
     model, batch = adapted("llama", "causal-lm", "lora"), packed()
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     read = len(batch["target_at"].unique())
     assert read < len(batch["target_at"])
     before, block = model.model.layers[-2:]
@@ -182,7 +182,7 @@ def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
     """They are computed as well, and change nothing."""
     monkeypatch.setattr("lorakit.compute.last_block.rounded_rows", lambda count: count + 1)
     model, batch = adapted("llama", "causal-lm", "lora"), packed()
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     down = model.model.layers[-1].mlp.down_proj
     read = len(batch["target_at"].unique())
     assert tokens_of(down, lambda: objective.loss_sum(model, batch)) == [(1, read + 1)]
@@ -200,7 +200,7 @@ def test_no_row_is_taken_twice():
 def test_a_batch_without_targets_has_a_loss_of_zero():
     model, batch = adapted("llama", "causal-lm", "lora"), padded()
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     assert objective.loss_sum(model, batch).item() == 0
 
 
@@ -229,15 +229,17 @@ def test_a_head_that_reads_every_token_gets_every_token():
             return type("Output", (), {"logits": self.model.classifier(self.pool(hidden))})()
 
     model = MeanPool(tiny_models.build("bert", "sequence-classification").eval())
-    assert try_last_block(Classification(), model, labelled_batch()).last_block is None
+    assert try_last_block(ClassificationLoss(), model, labelled_batch()).last_block is None
     model.pool = lambda hidden: hidden[:, 0]
-    assert try_last_block(Classification(), model, labelled_batch()).last_block is not None
+    assert try_last_block(ClassificationLoss(), model, labelled_batch()).last_block is not None
 
 
 def test_a_probe_that_is_read_nearly_whole_is_divided_all_the_same():
     text = example([1, 5, 3, 8, 2, 7, 9, 4, 6, 3, 2, 5], 1)
     model = adapted("llama", "causal-lm", "lora")
-    objective = try_last_block(LanguageModelling(path="fused"), model, collate([text], pad_id=0))
+    objective = try_last_block(
+        LanguageModellingLoss(path="fused"), model, collate([text], pad_id=0)
+    )
     assert objective.last_block is not None
     assert objective.last_block.worth < 1
 
@@ -245,7 +247,7 @@ def test_a_probe_that_is_read_nearly_whole_is_divided_all_the_same():
 def computes_all(model):
     """Whether a pass computes the last block of a Llama for all tokens."""
     batch = padded()
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     seen = tokens_of(model.model.layers[-1].mlp.down_proj, lambda: objective.loss_sum(model, batch))
     return seen == [batch["input_ids"].shape]
 
@@ -267,7 +269,7 @@ def test_a_hook_of_somebody_else_sees_every_token(path):
     assert not computes_all(model)
     model.get_submodule(path).register_forward_hook(lambda *_: None)
     assert computes_all(model)
-    objective = LanguageModelling(path="fused", note="fused")
+    objective = LanguageModellingLoss(path="fused", note="fused")
     assert try_last_block(objective, model, padded()) == objective
 
 
@@ -316,7 +318,7 @@ def test_blocks_that_are_computed_again_are_computed_as_they_were():
 def test_chunks_of_a_feed_forward_network_are_computed_in_full():
     model = adapted("distilbert", "sequence-classification", "lora")
     model.distilbert.transformer.layer[-1].chunk_size_feed_forward = 3
-    assert try_last_block(Classification(), model, labelled_batch()).last_block is None
+    assert try_last_block(ClassificationLoss(), model, labelled_batch()).last_block is None
 
 
 def test_a_batch_that_is_read_nearly_whole_is_computed_whole():
@@ -332,7 +334,7 @@ def test_prefix_methods_divide_too(method):
     handle = lorakit.attach(model, method(prefix_length=2), dtype=torch.float64, seed=0)
     examples = [place(e, handle.virtual_tokens, []) for e in EXAMPLES]
     batch = pack(examples, pad_id=0)
-    objective = LanguageModelling(path="fused", last_block=last_block(model))
+    objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     assert divides(objective, model, batch)
     assert_same(objective, model, batch)
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from lorakit.adapters import attach
 from lorakit.compute.objective import (
-    Classification,
-    LanguageModelling,
-    Regression,
-    SequenceToSequence,
+    ClassificationLoss,
+    LanguageModellingLoss,
+    RegressionLoss,
+    SequenceToSequenceLoss,
     language_modelling,
     why_not_fused,
 )
@@ -180,7 +180,7 @@ def test_rows_with_heads_of_their_own_are_not_projected_by_one() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     adapters.activate(None)
     batch = batch_of_two()
-    objective = LanguageModelling(path="fused")
+    objective = LanguageModellingLoss(path="fused")
     base = objective.loss_sum(model, batch)
     with adapters.per_sample(["one", None]):
         assert "adapter" in why_not_fused(model)
@@ -235,7 +235,7 @@ def test_a_target_at_position_zero_is_not_counted() -> None:
     batch = batch_of_two()
     batch["labels"][:, 0] = batch["input_ids"][:, 0]
     model = tiny_models.build("llama")
-    objective = LanguageModelling(path="fused")
+    objective = LanguageModellingLoss(path="fused")
     assert objective.count(batch) == 7
     torch.testing.assert_close(
         objective.loss_sum(model, batch), plain_loss(model, batch), rtol=1e-5, atol=1e-5
@@ -249,7 +249,7 @@ def test_sequence_to_sequence_loss_is_the_models_own(arch: str) -> None:
     labels = torch.randint(3, tiny_models.VOCABULARY, (2, 4))
     labels[0, 2:] = -100
     batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
-    objective = SequenceToSequence()
+    objective = SequenceToSequenceLoss()
     assert objective.count(batch) == 6
     mean = objective.loss_sum(model, batch) / objective.count(batch)
     torch.testing.assert_close(mean, model(**batch).loss)
@@ -259,9 +259,9 @@ def test_classification_and_regression_losses_are_the_models_own() -> None:
     model = tiny_models.build("bert")
     batch = tiny_models.example_batch("bert", model)
     batch["labels"] = torch.tensor([2, 0])
-    loss = Classification().loss_sum(model, batch)
+    loss = ClassificationLoss().loss_sum(model, batch)
     torch.testing.assert_close(loss / 2, model(**batch).loss)
     model = tiny_models.build("bert", num_labels=1)
     batch["labels"] = torch.tensor([2.5, -1.0])
-    loss = Regression().loss_sum(model, batch)
+    loss = RegressionLoss().loss_sum(model, batch)
     torch.testing.assert_close(loss / 2, model(**batch).loss)

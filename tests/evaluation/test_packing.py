@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lorakit
-from lorakit.compute.objective import LanguageModelling, language_modelling
+from lorakit.compute.objective import LanguageModellingLoss, language_modelling
 from lorakit.compute.shortcuts import why_not_packed
 from lorakit.data import collate
 from lorakit.data.packing import pack
@@ -41,7 +41,7 @@ def forests(draw):
 
 
 def loss_and_gradients(model, batch):
-    loss = LanguageModelling(path="fused").loss_sum(model, batch)
+    loss = LanguageModellingLoss(path="fused").loss_sum(model, batch)
     model.zero_grad()
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorakit
-from lorakit.compute.objective import Classification, LanguageModelling
+from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
@@ -94,25 +94,25 @@ CASES = {
     "llama, q and v": (
         lambda: decoder("llama"),
         lorakit.LoRA(rank=4),
-        LanguageModelling(path="fused"),
+        LanguageModellingLoss(path="fused"),
         packed_batch,
     ),
     "gpt2, all linear, whole logits": (
         lambda: decoder("gpt2"),
         lorakit.LoRA(rank=4, targets="all-linear"),
-        LanguageModelling(path="whole logits"),
+        LanguageModellingLoss(path="whole logits"),
         packed_batch,
     ),
     "llama, full": (
         lambda: decoder("llama"),
         lorakit.FullFineTuning(),
-        LanguageModelling(path="whole logits"),
+        LanguageModellingLoss(path="whole logits"),
         packed_batch,
     ),
     "bert, dropout": (
         lambda: AutoModelForSequenceClassification.from_config(tiny_models.ARCHITECTURES["bert"]()),
         lorakit.LoRA(rank=4, targets="attention", dropout=0.1),
-        Classification(),
+        ClassificationLoss(),
         labelled_batch,
     ),
 }
@@ -150,7 +150,7 @@ def test_products_are_those_of_the_formula():
     step = planned(
         lambda: decoder("llama", hidden_size=width, intermediate_size=inner, head_dim=64),
         lorakit.LoRA(rank=1),
-        LanguageModelling(path="fused"),
+        LanguageModellingLoss(path="fused"),
         batch,
     )
     # q, o: width squared; k, v: half; gate, up, down.
@@ -165,7 +165,7 @@ def test_dropout_draws_for_each_element_once():
     step = planned(
         lambda: decoder("llama", hidden_size=width, head_dim=64),
         lorakit.LoRA(rank=2, dropout=0.1, targets="attention.qv"),
-        LanguageModelling(path="fused"),
+        LanguageModellingLoss(path="fused"),
         batch,
     )
     assert step.work.drawn == layers * 2 * batch["input_ids"].numel() * width

@@ -42,7 +42,7 @@ def attach(
     """
     handle = handle_for(model)
     handle.check_can_add(name)
-    with handle.base_in_place():
+    with handle.deactivated():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
         trained = method.trained_parameters(handle.model)

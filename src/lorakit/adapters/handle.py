@@ -292,7 +292,7 @@ class Adapters:
             )
 
     @contextlib.contextmanager
-    def base_in_place(self) -> Iterator[None]:
+    def deactivated(self) -> Iterator[None]:
         """Deactivate all adapters, so that a new one sees the base's own weights; on an error, put them back."""
         before = self._activation.active
         self._set(Active())

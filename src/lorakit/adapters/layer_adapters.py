@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters import virtual_tokens
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
-from lorakit.methods.module import AdapterModule, compute_dtype
+from lorakit.methods.module import AdapterModule, merge_dtype
 from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
@@ -166,7 +166,7 @@ class LayerAdapters(AdapterSlot):
             W = quantised.matrix()
         if total is None:
             return W.to(dtype)
-        wide = compute_dtype(W, total)
+        wide = merge_dtype(W, total)
         return (W.to(wide) + total.to(wide)).to(dtype)
 
     def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
@@ -236,7 +236,7 @@ class LayerAdapters(AdapterSlot):
         return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def base_in_place(self, layer: nn.Module) -> Iterator[None]:
+    def base_weights_in_place(self, layer: nn.Module) -> Iterator[None]:
         """Let what reads the layer's weights read the base's, where a trained or merged tensor stands."""
         own = dict(layer._parameters)
         layer._parameters.update(self.replaced)

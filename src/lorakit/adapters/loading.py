@@ -105,7 +105,7 @@ def put_on(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    with handle.base_in_place():
+    with handle.deactivated():
         modules = _build_modules(model, stored, origin)
         _check_trained(model, stored, origin)
         adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)

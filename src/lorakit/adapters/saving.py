@@ -78,7 +78,7 @@ def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
         return None
     adapters = layer.adapters
     assert isinstance(adapters, LayerAdapters)
-    with adapters.base_in_place(layer):
+    with adapters.base_weights_in_place(layer):
         return at_rest(module.row_norms(layer))
 
 

@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakit.adapters.formats import BaseRecord, base_record, compare
-from lorakit.adapters.formats.fingerprint import Architecture, Origin, hash_weights
+from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, hash_weights
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.gguf import converted_folder
-from lorakit.models.loading import Task, load_base
-from lorakit.models.sources import Source, resolve
+from lorakit.models.loading import ModelHead, load_base
+from lorakit.models.sources import ModelSource, resolve
 
-_TASKS: dict[str, Task] = {
+_TASKS: dict[str, ModelHead] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
@@ -43,7 +43,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, source: Source, tensors: Mapping[str, Tensor], notices: list[str] | None = None
+        self, source: ModelSource, tensors: Mapping[str, Tensor], notices: list[str] | None = None
     ) -> None:
         self.source, self._tensors = source, tensors
         self.notices = notices or []
@@ -147,7 +147,7 @@ def read_weights(base: BaseConfig) -> Weights:
     return _mapped(base) or _loaded(base, None)[0]
 
 
-def task_of_class(class_name: str) -> Task:
+def task_of_class(class_name: str) -> ModelHead:
     """What a model of this class is for; "base" (no head) where the name does not say."""
     for end, task in _TASKS.items():
         if class_name.endswith(end):
@@ -207,7 +207,7 @@ class _SafetensorsFiles(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _folder(source: Source) -> Path | None:
+def _folder(source: ModelSource) -> Path | None:
     if source.kind == "folder":
         return Path(source.path_or_id)
     if source.kind == "gguf":
@@ -257,7 +257,7 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _config(source: Source, base: BaseConfig) -> Any:
+def _config(source: ModelSource, base: BaseConfig) -> Any:
     from transformers import AutoConfig
 
     folder = _folder(source)
@@ -288,7 +288,7 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
     config = _config(weights.source, base)
     if not isinstance(config, model_class.config_class):  # type: ignore[arg-type]
         name = (config.architectures or [type(config).__name__])[0]
-        other = Architecture(class_name=name, model_type=config.model_type, shapes="")
+        other = ArchitectureRecord(class_name=name, model_type=config.model_type, shapes="")
         source = Origin(weights.source.name, weights.source.revision)
         return dataclasses.replace(recorded, architecture=other, source=source)
     with torch.device("meta"):

@@ -18,7 +18,8 @@ from lorakit.errors import BaseModelError, DataError
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
-from lorakit.models.loading import Base, Task, load_base, resolve
+from lorakit.models.loading import Base, ModelHead, load_base
+from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
 from lorakit.tasks.language_modelling import start_ids
 
@@ -186,7 +187,7 @@ def _encoder_decoder_batch(
     }
 
 
-def _model_task(config: BaseConfig, task: DataTask) -> Task:
+def _model_task(config: BaseConfig, task: DataTask) -> ModelHead:
     if task.kind == "classification":
         return "sequence-classification"
     if task.kind == "regression":

@@ -45,7 +45,7 @@ class Objective(Protocol):
 
 
 @dataclass(kw_only=True)
-class LanguageModelling:
+class LanguageModellingLoss:
     """Next-token cross-entropy of a decoder, with the vocabulary projected at target positions alone.
 
     A batch is padded (`labels` (B, S) holds a target token's own id and -100 elsewhere; the model predicts it one
@@ -108,7 +108,7 @@ class LanguageModelling:
 
 
 @dataclass(kw_only=True)
-class SequenceToSequence:
+class SequenceToSequenceLoss:
     """Cross-entropy of an encoder-decoder's target tokens: `labels` (B, T) with -100 as padding."""
 
     label_smoothing: float = 0.0
@@ -127,7 +127,7 @@ class SequenceToSequence:
 
 
 @dataclass(kw_only=True)
-class Labelling:
+class LabelLoss:
     """What the losses of labelled examples share: one output of the model's own head for each."""
 
     note: str = ""
@@ -157,7 +157,7 @@ class Labelling:
 
 
 @dataclass(kw_only=True)
-class Classification(Labelling):
+class ClassificationLoss(LabelLoss):
     """Cross-entropy over the classes: `labels` (B,) of class numbers."""
 
     label_smoothing: float = 0.0
@@ -167,7 +167,7 @@ class Classification(Labelling):
 
 
 @dataclass(kw_only=True)
-class Regression(Labelling):
+class RegressionLoss(LabelLoss):
     """Squared error of one predicted number: `labels` (B,) of floats."""
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -202,13 +202,15 @@ def read_at(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> 
 
 def language_modelling(
     model: nn.Module, probe: Batch, *, label_smoothing: float = 0.0
-) -> LanguageModelling:
+) -> LanguageModellingLoss:
     """Choose the cheapest way to `model`'s loss that agrees with its own logits on the batch `probe`.
 
     The structure rules out what zero-initialised adapters would hide from the comparison (an adapter on the head);
     the comparison rules out what the structure does not tell (a model that does more after its head than we know).
     """
-    objective = LanguageModelling(path="whole logits", note="loss from the model's whole logits")
+    objective = LanguageModellingLoss(
+        path="whole logits", note="loss from the model's whole logits"
+    )
     reference = _mean_loss(objective, model, probe)
     reasons = []
     candidates: tuple[tuple[HeadPath, Callable[[nn.Module], str]], ...] = (
@@ -219,7 +221,7 @@ def language_modelling(
         reason = why_not(model)
         if not reason:
             try:
-                value = _mean_loss(LanguageModelling(path=path), model, probe)
+                value = _mean_loss(LanguageModellingLoss(path=path), model, probe)
             except Exception as error:  # a model may raise anything; another path serves it
                 reason = f"it raised {type(error).__name__}: {error}"
             else:
@@ -331,7 +333,7 @@ def _cross_entropy_sum(
     return losses @ weights
 
 
-def _mean_loss(objective: LanguageModelling, model: nn.Module, batch: Batch) -> float:
+def _mean_loss(objective: LanguageModellingLoss, model: nn.Module, batch: Batch) -> float:
     with evaluating(model):
         return objective.loss_sum(model, batch).item() / max(objective.count(batch), 1)
 

@@ -19,8 +19,8 @@ from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import (
     Batch,
-    Labelling,
-    LanguageModelling,
+    LabelLoss,
+    LanguageModellingLoss,
     backbone,
     inputs_of,
     targets_of,
@@ -31,7 +31,7 @@ from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster, make_stock, use_own_attention
 from lorakit.tasks import LanguageExample
 
-T = TypeVar("T", bound=Labelling | LanguageModelling)
+T = TypeVar("T", bound=LabelLoss | LanguageModellingLoss)
 
 
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
@@ -98,7 +98,7 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
     found = last_block(model)
     if found is None or not found.divides:
         return objective
-    if isinstance(objective, LanguageModelling) and objective.path != "fused":
+    if isinstance(objective, LanguageModellingLoss) and objective.path != "fused":
         return objective
     trial = replace(found, worth=1.0)  # it is to divide, whatever it gains
     fitting: list[T] = []
@@ -116,7 +116,7 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
 
 def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
     """The ways in which the last block may be read, and what to tell the user of each."""
-    if isinstance(objective, LanguageModelling):
+    if isinstance(objective, LanguageModellingLoss):
         yield replace(objective, last_block=block), "last block too"
         return
     for reads in ("first", "last"):
@@ -124,10 +124,10 @@ def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
         yield changed, f"last block computed at each example's {reads} token only"
 
 
-def _read(objective: Labelling | LanguageModelling, model: nn.Module, batch: Batch) -> Tensor:
+def _read(objective: LabelLoss | LanguageModellingLoss, model: nn.Module, batch: Batch) -> Tensor:
     """What is read of the last block: the hidden states at targets, or the logits that the head makes of them."""
     with evaluating(model):
-        if isinstance(objective, Labelling):
+        if isinstance(objective, LabelLoss):
             return objective.predict(model, batch)
         return objective.hidden_at_targets(model, batch)
 

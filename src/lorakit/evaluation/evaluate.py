@@ -22,11 +22,11 @@ from lorakit.compute.base import (
 )
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import (
-    Classification,
-    Labelling,
+    ClassificationLoss,
+    LabelLoss,
     Objective,
-    Regression,
-    SequenceToSequence,
+    RegressionLoss,
+    SequenceToSequenceLoss,
     language_modelling,
 )
 from lorakit.compute.shortcuts import try_last_block
@@ -141,13 +141,13 @@ def objective_for(
     """
     model = base.model
     if task.generates and model.config.is_encoder_decoder:
-        return SequenceToSequence(label_smoothing=label_smoothing)
+        return SequenceToSequenceLoss(label_smoothing=label_smoothing)
     # Of different lengths, so that the first token of padding is not taken for the last of a text.
     probe = collator(base)([f(examples[:50], key=len) for f in (max, min)])
     if task.kind == "regression":
-        objective = Regression()
+        objective = RegressionLoss()
     elif task.kind == "classification":
-        objective = Classification(label_smoothing=label_smoothing)
+        objective = ClassificationLoss(label_smoothing=label_smoothing)
     else:
         objective = language_modelling(model, probe, label_smoothing=label_smoothing)
     return objective if whole_blocks else try_last_block(objective, model, probe)
@@ -179,7 +179,7 @@ def held_out(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])
-            if isinstance(objective, Labelling):
+            if isinstance(objective, LabelLoss):
                 logits = objective.predict(model, batch)
                 total += objective.loss_of(logits, batch["labels"]).item()
                 classes = logits.shape[-1]
@@ -193,11 +193,12 @@ def held_out(
         raise LorakitError(
             f"The held-out loss is {loss}: the model's output is not finite. Try base.dtype float32."
         )
-    if not isinstance(objective, Labelling):
+    if not isinstance(objective, LabelLoss):
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     return _label_evaluation(
-        task or TASKS["classification" if isinstance(objective, Classification) else "regression"],
+        task
+        or TASKS["classification" if isinstance(objective, ClassificationLoss) else "regression"],
         loss,
         [predictions[i] for i in range(len(labelled))],
         labelled,

@@ -17,7 +17,7 @@ from lorakit.methods.trained import as_names, modules_named, parameters_below
 from lorakit.models.blocks import Site, block_outputs, residual_branches, stacks
 
 Kind = Literal["houlsby", "lin", "pfeiffer"]
-Activation = Literal["relu", "gelu", "silu"]
+Nonlinearity = Literal["relu", "gelu", "silu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -52,7 +52,7 @@ class BottleneckAdapter:
     """Where adapters stand: houlsby (two in each block), lin or pfeiffer (one)."""
     size: int = 64
     """Width of the bottleneck, r."""
-    activation: Activation | None = None
+    activation: Nonlinearity | None = None
     """Nonlinearity; by default silu (swish) for houlsby and relu for the others, as in the paper's code."""
     drop_layers: tuple[int, ...] = ()
     """Blocks that get no adapter, counted from 0 in each stack of blocks (AdapterDrop)."""
@@ -139,7 +139,7 @@ class Bottleneck(AdapterModule):
         width: int,
         size: int,
         *,
-        activation: Activation,
+        activation: Nonlinearity,
         own_norm: bool,
         renormalise: bool,
         options: dict,

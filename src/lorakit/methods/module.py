@@ -89,7 +89,7 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+def merge_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which weights are combined before one rounding: float32, or float64 if any is."""
     dtype = torch.float32
     for tensor in tensors:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorakit.errors import BaseModelError
-from lorakit.models.sources import Source, did_you_mean
+from lorakit.models.sources import ModelSource, did_you_mean
 
 
-def locate_on_hub(source: Source) -> tuple[str | None, bool]:
+def locate_on_hub(source: ModelSource) -> tuple[str | None, bool]:
     """Return the model's commit, and whether the hub can be reached; else the cache must have it.
 
     Asking once tells a wrong name from a network that is down, at once; ``from_pretrained`` would

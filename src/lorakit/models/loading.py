@@ -19,23 +19,13 @@ from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise
-from lorakit.models.sources import Source, resolve
+from lorakit.models.sources import ModelSource, resolve
 from lorakit.ops import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Base",
-    "Source",
-    "Task",
-    "compute_dtype",
-    "load_base",
-    "load_tokenizer",
-    "resolve",
-]
-
-Task = Literal[
+ModelHead = Literal[
     "causal-lm",
     "seq2seq-lm",
     "masked-lm",
@@ -72,14 +62,14 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    source: Source
+    source: ModelSource
     notices: list[str] = dataclasses.field(default_factory=list)
 
 
 def load_base(
     name: str | os.PathLike[str],
     *,
-    task: Task = "causal-lm",
+    task: ModelHead = "causal-lm",
     num_labels: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
@@ -138,7 +128,7 @@ def load_base(
     return base
 
 
-def model_class(task: Task) -> Any:
+def model_class(task: ModelHead) -> Any:
     """Return the class of transformers that makes models with a head for `task`."""
     import transformers
 
@@ -164,8 +154,8 @@ def load_tokenizer(
 
 
 def _locate(
-    source: Source, trust_remote_code: bool
-) -> tuple[Source, str, dict[str, Any], list[str]]:
+    source: ModelSource, trust_remote_code: bool
+) -> tuple[ModelSource, str, dict[str, Any], list[str]]:
     """Return what transformers needs to read a source: where it is, with which options; and notices."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
@@ -184,7 +174,7 @@ def _locate(
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
     if task not in _MODEL_CLASSES:
-        tasks = get_args(Task)
+        tasks = get_args(ModelHead)
         raise ConfigurationError(
             f"task '{task}' is none of {', '.join(tasks)}.{nearest(str(task), tasks)}"
         )
@@ -227,7 +217,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(source: Source, path: str, task: str) -> Iterator[None]:
+def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
     """Turn what transformers raises into a BaseModelError."""
     try:
         yield
@@ -258,7 +248,7 @@ def _explained(source: Source, path: str, task: str) -> Iterator[None]:
 
 def _load_model(
     path: str,
-    task: Task,
+    task: ModelHead,
     num_labels: int | None,
     dtype: torch.dtype,
     seed: int,
@@ -282,7 +272,7 @@ def _load_model(
 
 
 def _check_weights(
-    source: Source, model: PreTrainedModel, info: dict[str, Any], task: str, seed: int
+    source: ModelSource, model: PreTrainedModel, info: dict[str, Any], task: str, seed: int
 ) -> list[str]:
     """Refuse a model with random weights where the checkpoint should have had some."""
     mismatched = {name for name, *_ in info["mismatched_keys"]}

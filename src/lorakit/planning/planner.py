@@ -24,7 +24,7 @@ from lorakit.planning.machine import (
 )
 from lorakit.planning.products import time_products
 from lorakit.planning.shape import GPT3, Shape, shape_of
-from lorakit.planning.simulate import Run, as_full, simulate
+from lorakit.planning.simulate import SimulatedRun, as_full, simulate
 from lorakit.training.config import TrainConfig
 
 
@@ -182,7 +182,7 @@ def plan(
     )
 
 
-def _loading(shape: Shape, run: Run, dtype: torch.dtype) -> int:
+def _loading(shape: Shape, run: SimulatedRun, dtype: torch.dtype) -> int:
     stored = getattr(shape.config, "dtype", None)
     if not isinstance(stored, torch.dtype) or stored == dtype:
         return IMPORTS + run.base
@@ -206,7 +206,7 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
 
 
 def _predict(
-    run: Run, config: TrainConfig, machine: Machine, device: torch.device, *, tries: bool
+    run: SimulatedRun, config: TrainConfig, machine: Machine, device: torch.device, *, tries: bool
 ) -> Prediction:
     gpu = device.type != "cpu"
     tried = time_products(run.middle.work.products, device, machine.estimate) if tries else {}

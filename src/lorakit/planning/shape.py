@@ -20,9 +20,9 @@ from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
 from lorakit.models.faster import make_faster
 from lorakit.models.gguf import conversion_of
 from lorakit.models.hub import locate_on_hub
-from lorakit.models.loading import Task, model_class
+from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
-from lorakit.models.sources import Source, resolve
+from lorakit.models.sources import ModelSource, resolve
 
 GPT3 = "gpt3-175b"
 """GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public: as a shape it can be planned."""
@@ -73,7 +73,7 @@ def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _refusal(source: Source, error: Exception) -> str:
+def _refusal(source: ModelSource, error: Exception) -> str:
     message = " ".join(str(error).split())
     if "trust_remote_code" in message:
         return (
@@ -103,7 +103,7 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
 
 
 def build(
-    shape: Shape, base: BaseConfig, task: Task, labels: int, *, device: torch.device
+    shape: Shape, base: BaseConfig, task: ModelHead, labels: int, *, device: torch.device
 ) -> PreTrainedModel:
     """Return the model with a head for `task`, as `load_base` would for `device`, inside :func:`planning`.
 

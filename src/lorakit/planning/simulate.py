@@ -16,18 +16,18 @@ from lorakit.adapters import formats
 from lorakit.compute.base import check_context, collator
 from lorakit.compute.last_block import last_block
 from lorakit.compute.objective import (
-    Classification,
-    LanguageModelling,
+    ClassificationLoss,
+    LanguageModellingLoss,
     Objective,
-    Regression,
-    SequenceToSequence,
+    RegressionLoss,
+    SequenceToSequenceLoss,
     why_not_fused,
 )
 from lorakit.data import DataTask
 from lorakit.methods import METHODS, Method
 from lorakit.models.dtypes import compute_dtype
-from lorakit.models.loading import Base, Task
-from lorakit.models.sources import Source
+from lorakit.models.loading import Base, ModelHead
+from lorakit.models.sources import ModelSource
 from lorakit.planning.batches import Batches
 from lorakit.planning.shape import Shape, base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
@@ -45,7 +45,7 @@ NEVER_PACKED = ("bloom", "falcon", "mpt")
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulatedRun:
     """What a run holds, in bytes, and computes, as far as its tensors tell."""
 
     method: str
@@ -69,7 +69,9 @@ class Run:
     packed: bool
 
 
-def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device) -> Run:
+def simulate(
+    config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device
+) -> SimulatedRun:
     """Set a run up as training does, on a model without weights, and run its steps.
 
     Raises:
@@ -112,7 +114,7 @@ def simulate(config: TrainConfig, shape: Shape, batches: Batches, *, device: tor
             )
     count = sum(p.numel() for p in trained)
     rows, width = fullest["input_ids"].shape
-    return Run(
+    return SimulatedRun(
         method=type(method).__name__,
         trained=count,
         total=total,
@@ -153,7 +155,7 @@ def _method(config: TrainConfig) -> Method:
     return formats.read(config.from_adapter).method
 
 
-def _task(shape: Shape, task: DataTask) -> Task:
+def _task(shape: Shape, task: DataTask) -> ModelHead:
     if task.kind == "classification":
         return "sequence-classification"
     if task.kind == "regression":
@@ -161,8 +163,8 @@ def _task(shape: Shape, task: DataTask) -> Task:
     return "seq2seq-lm" if getattr(shape.config, "is_encoder_decoder", False) else "causal-lm"
 
 
-def _source(shape: Shape) -> Source:
-    return Source(name=shape.name, path_or_id=shape.name, kind="folder")
+def _source(shape: Shape) -> ModelSource:
+    return ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
 
 
 _NO_TOKENIZER: Any = SimpleNamespace(
@@ -176,15 +178,17 @@ def _objective(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> O
     smoothing = config.label_smoothing
     block = None if config.compile else last_block(model)
     if task.kind == "regression":
-        return Regression(last_block=block)
+        return RegressionLoss(last_block=block)
     if task.kind == "classification":
-        return Classification(label_smoothing=smoothing, last_block=block)
+        return ClassificationLoss(label_smoothing=smoothing, last_block=block)
     if model.config.is_encoder_decoder:
-        return SequenceToSequence(label_smoothing=smoothing)
+        return SequenceToSequenceLoss(label_smoothing=smoothing)
     if not why_not_fused(model):
-        return LanguageModelling(path="fused", label_smoothing=smoothing, last_block=block)
+        return LanguageModellingLoss(path="fused", label_smoothing=smoothing, last_block=block)
     own = "logits_to_keep" in _accepted(model)
-    return LanguageModelling(path="own head" if own else "whole logits", label_smoothing=smoothing)
+    return LanguageModellingLoss(
+        path="own head" if own else "whole logits", label_smoothing=smoothing
+    )
 
 
 def _packs(model: PreTrainedModel, config: TrainConfig, examples: list[Example]) -> bool:

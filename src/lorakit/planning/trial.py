@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
 from lorakit.compute.base import PACKED_STEP
-from lorakit.compute.objective import LanguageModelling
+from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
 from lorakit.planning.batches import language_example
@@ -42,7 +42,7 @@ def main() -> None:
         language_example(n, given["length"], given["targets"]) for n in range(given["count"])
     ]
     batch = pack(examples, 0, step=PACKED_STEP)
-    objective = LanguageModelling(path="fused")
+    objective = LanguageModellingLoss(path="fused")
     ready = psutil.Process().memory_info().rss
     seconds = []
     for _ in range(STEPS):

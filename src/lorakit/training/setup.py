@@ -24,7 +24,7 @@ from lorakit.compute.base import (
     open_base,
     with_virtual_tokens,
 )
-from lorakit.compute.objective import Objective, Regression
+from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.compute.shortcuts import try_faster, why_not_packed
 from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
 from lorakit.errors import ConfigurationError
@@ -199,7 +199,7 @@ class Job:
 
     def held_out_objective(self) -> Objective:
         """The loss that evaluation reports: that of training, without label smoothing."""
-        if isinstance(self.objective, Regression):
+        if isinstance(self.objective, RegressionLoss):
             return self.objective
         return dataclasses.replace(self.objective, label_smoothing=0.0)  # type: ignore[type-var]
 

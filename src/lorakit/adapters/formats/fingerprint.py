@@ -36,7 +36,7 @@ class NamedSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ArchitectureRecord:
     """What a model is made of."""
 
     class_name: str
@@ -70,7 +70,7 @@ class Weights:
 class BaseRecord:
     """The fingerprint of a base model."""
 
-    architecture: Architecture
+    architecture: ArchitectureRecord
     source: Origin
     weights: Weights
     excluded: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ class BaseRecord:
         return cls(**parts, excluded=tuple(excluded))
 
 
-_PARTS: dict[str, type] = {"architecture": Architecture, "source": Origin, "weights": Weights}
+_PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}
 
 
 def base_record(
@@ -140,7 +140,7 @@ def base_record(
     else:
         named = Origin(source.name, source.revision)
     return BaseRecord(
-        architecture=Architecture(
+        architecture=ArchitectureRecord(
             class_name=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds it
             model_type=getattr(config, "model_type", None) or None,
             shapes=shapes.hexdigest(),

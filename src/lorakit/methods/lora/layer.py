@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
-from lorakit.methods.module import AdapterModule, compute_dtype
+from lorakit.methods.module import AdapterModule, merge_dtype
 from lorakit.models.roles import RowSlice
 from lorakit.ops import dropout
 
@@ -121,7 +121,7 @@ class LoRALayer(AdapterModule):
         W = self.weight_matrix(layer)
         if W.is_meta:
             return
-        W = W.to(compute_dtype(W))
+        W = W.to(merge_dtype(W))
         parts = [W[s.rows().to(W.device)] for s in self.slices] or [W]
         A_parts, B_parts = [], []
         for part in parts:
@@ -199,7 +199,7 @@ class LoRALayer(AdapterModule):
     ) -> Tensor:
         """Euclidean norm of each row of W, or of ``W + scaling * B A``."""
         W = self.weight_matrix(layer)
-        W = W.to(compute_dtype(W))
+        W = W.to(merge_dtype(W))
         if A is not None and B is not None:
             W = W + self.scaling * (B.to(W.dtype) @ A.to(W.dtype))
         return torch.linalg.vector_norm(W.flatten(1), dim=1)
@@ -209,7 +209,7 @@ class LoRALayer(AdapterModule):
     def delta_matrix(self) -> Tensor:
         """``scaling * B A`` in float32 (or wider), shape (out, in)."""
         A, B = self.factors()
-        dtype = compute_dtype(A, B)
+        dtype = merge_dtype(A, B)
         return (B.to(dtype) @ A.to(dtype)) * self.scaling
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
@@ -222,7 +222,7 @@ class LoRALayer(AdapterModule):
         if self.magnitude is None:
             return None
         W = self.weight_matrix(layer)
-        merged = W.to(compute_dtype(W)) + self.delta_matrix().to(compute_dtype(W))
+        merged = W.to(merge_dtype(W)) + self.delta_matrix().to(merge_dtype(W))
         rows = self._rows()
         norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
         magnitude = self.magnitude.to(merged.dtype)
