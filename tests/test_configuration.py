@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -177,3 +179,12 @@ def test_no_setting_takes_a_value_of_another_type(config: Any, name: str) -> Non
     for value in (Stranger(), Stranger, {"a": Stranger()}, [Stranger()]):
         with pytest.raises(ConfigurationError, match=name):
             dataclasses.replace(config, **{name: value})
+
+
+def test_configuration_modules_import_no_torch() -> None:
+    modules = (
+        "lorakit.training.config, lorakit.evaluation.evaluate_config, lorakit.data.data_config, lorakit.methods, "
+        "lorakit.models.base_config"
+    )
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

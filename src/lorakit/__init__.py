@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorakit.methods.bottleneck import BottleneckAdapter
     from lorakit.methods.combined import Combined
     from lorakit.methods.full import FullFineTuning
-    from lorakit.methods.lora.config import LoRA
+    from lorakit.methods.lora.method import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.methods.registry import use_method
     from lorakit.models.loading import load_base
@@ -50,7 +50,7 @@ _HOME = {
     "BottleneckAdapter": "lorakit.methods.bottleneck",
     "Combined": "lorakit.methods.combined",
     "FullFineTuning": "lorakit.methods.full",
-    "LoRA": "lorakit.methods.lora.config",
+    "LoRA": "lorakit.methods.lora.method",
     "PrefixEmbedding": "lorakit.methods.prefix",
     "PrefixLayer": "lorakit.methods.prefix",
     "use_method": "lorakit.methods.registry",

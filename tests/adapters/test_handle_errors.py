@@ -22,7 +22,7 @@ from lorakit.errors import (
     WrongBaseError,
 )
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
 

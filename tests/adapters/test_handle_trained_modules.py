@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lorakit.adapters import Adapters, attach, handle_of, load
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 TIED = ("gpt2", "t5", "bart")
 METHODS: dict[str, tuple[str, Method]] = {

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lorakit import Adapters, FullFineTuning, LoRA, attach
 from lorakit.adapters.export import adapted_state_dict
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora import LoRALayer
-from lorakit.methods.module import AdapterModule, Method, describe
+from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.method import Method, describe
+from lorakit.methods.module import AdapterModule
 
 CYCLES = 1000
 SCALING = 1.5

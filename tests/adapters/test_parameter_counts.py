@@ -5,7 +5,7 @@ from paper_models import paper_model
 
 from lorakit.adapters.summary import count_parameters
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.adapters.installed import adapted_layers
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
 METHOD = LoRA(rank=2, alpha=3, targets="all-linear")

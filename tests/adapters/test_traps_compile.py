@@ -11,7 +11,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, handle_of
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
 METHOD = LoRA(rank=2, alpha=3, targets=("attention.q", "mlp.down"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import attach, handle_of
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

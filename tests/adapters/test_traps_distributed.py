@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, load
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
 

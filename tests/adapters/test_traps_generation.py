@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, pipeline
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 WAYS: dict[str, dict] = {
     "greedy": {"do_sample": False},

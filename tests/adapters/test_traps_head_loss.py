@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lorakit.adapters import attach
 from lorakit.compute.objective import IGNORED, language_modelling
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 CASES: dict[str, tuple[str, dict, Method]] = {
     "adapter on the head": ("llama", {}, LoRA(rank=2, alpha=3, targets="head")),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import attach
 from lorakit.errors import ConfigurationError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 IDS = torch.arange(3, 17).view(2, 7)
 METHODS: dict[str, Method] = {

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 EMBED = 16
 TARGETS = ("attn", "attention.q", "attention.k", "attention.v", "attention.qv", "attention.o")

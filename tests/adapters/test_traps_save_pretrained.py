@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 CASES: dict[str, tuple[str, Method]] = {
     "lora": ("llama", LoRA(rank=2, alpha=3, targets="all-linear")),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import ConfigurationError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 ARCHITECTURES = ("gpt2", "llama", "gemma2", "opt", "bart", "t5")
 """With a plain table, a scaled one (gemma2, bart), and tables of encoder and decoder (bart, t5)."""

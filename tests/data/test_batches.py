@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data import BatchSampler, collate
+from lorakit.data.batches import BatchSampler, collate
 from lorakit.tasks import LabelledExample, LanguageExample
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=500), max_size=300)

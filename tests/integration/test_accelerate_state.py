@@ -12,7 +12,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit import FullFineTuning, LoRA, attach
-from lorakit.methods.module import Method
+from lorakit.methods.method import Method
 
 CASES: dict[str, tuple[str, Method]] = {
     "lora": ("llama", LoRA(rank=2, targets="all-linear")),

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from lorakit.adapters import Adapters, attach
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 STEPS = 6
 CASES: dict[str, tuple[str, Method]] = {

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lorakit.adapters import attach
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.models.quantised import quantised_weights
 from lorakit.models.quantising import quantise
 

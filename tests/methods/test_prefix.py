@@ -19,13 +19,8 @@ from transformers import DynamicCache
 from lorakit import LoRA, PrefixEmbedding, PrefixLayer, attach
 from lorakit.adapters.activation import Activation
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
-from lorakit.methods.prefix import VirtualVectors
-from lorakit.methods.virtual_tokens import (
-    INFIX_START,
-    PREFIX_START,
-    VirtualPositions,
-    VirtualTokens,
-)
+from lorakit.methods.prefix_modules import Pass, VirtualPositions, VirtualVectors
+from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 
 WORDS = [[5, 17, 33, 8, 61, 22, 9], [40, 3, 71, 12, 90, 55, 6]]
 
@@ -259,12 +254,14 @@ def test_a_checkpointed_block_runs_again_with_the_places_of_its_own_pass(
         return x.sin()
 
     x = torch.ones(1, requires_grad=True)
-    activation.virtual = VirtualPositions.of(torch.tensor([[PREFIX_START, 5]]))
+    positions = VirtualPositions.of(torch.tensor([[PREFIX_START, 5]]))
+    activation.pass_state = Pass(is_first=True, virtual=positions)
     output = checkpoint(block, x, use_reentrant=use_reentrant)
-    activation.begin_pass(is_first=True)
+    activation.pass_state = Pass(is_first=True)
     output.backward()
     first, again = moments
-    assert again.virtual is first.virtual is not None
+    assert again.pass_state is first.pass_state
+    assert again.pass_state.virtual is positions
 
 
 @pytest.mark.parametrize("arch", ["t5", "bart", "vit"])

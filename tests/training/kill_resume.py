@@ -36,7 +36,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import safetensors.torch
 import tiny_runs
 
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.storage import atomic, tensors
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
 from lorakit.training.loop import train

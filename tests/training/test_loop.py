@@ -20,7 +20,7 @@ from tiny_runs import adapter_bytes, metrics
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.training import validation
 from lorakit.training.config import HeldOutConfig, OptimizerConfig

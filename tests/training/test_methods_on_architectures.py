@@ -22,9 +22,8 @@ from lorakit import (
 )
 from lorakit.cli import main
 from lorakit.compute.adapted import open_adapted
-from lorakit.compute.base import virtual_tokens_of
+from lorakit.compute.model_input import place_in_prompt, virtual_tokens_of
 from lorakit.data import DataConfig
-from lorakit.data.virtual_tokens import place_in_prompt
 from lorakit.errors import LorakitError
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks.language_modelling import prompt_ids, start_ids

@@ -13,7 +13,7 @@ from tiny_runs import adapter_bytes
 
 import lorakit
 from lorakit.errors import ConfigurationError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import quantised_weights

@@ -17,7 +17,7 @@ from tiny_runs import adapter_bytes
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.training import checkpoint, loop, validation
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train

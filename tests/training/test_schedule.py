@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.data import BatchSampler
+from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate

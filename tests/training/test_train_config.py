@@ -16,7 +16,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.training.config import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,7 +13,6 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorakit.errors import AdapterStateError
-from lorakit.methods.virtual_tokens import VirtualPositions
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,22 @@ class Active:
             i * repeat + j for i, row in enumerate(self.rows) if row == name for j in range(repeat)
         ]
 
+    def rows_by_adapter(self, batch: int) -> Iterator[tuple[str, list[int] | None]]:
+        """Yield each adapter with the rows of the batch that it acts on; None is every row."""
+        if self.rows is None:
+            yield from ((name, None) for name, _ in self.weights)
+            return
+        for name in dict.fromkeys(self.rows):
+            if name is not None:
+                yield name, self.rows_of(name, batch)
+
 
 class Moment(NamedTuple):
-    """What holds while a layer runs."""
+    """What a layer computes with: the choice of adapters, and the state of the forward pass."""
 
     active: Active
-    virtual: VirtualPositions | None
-    """Where the virtual tokens of the pass stand; None without any."""
+    pass_state: Any
+    """State that the hooks of an adapter's modules keep for one pass (`Activation.pass_state`)."""
 
 
 class Activation:
@@ -66,10 +75,9 @@ class Activation:
         """All adapters of the model."""
         self.swapping: set[str] = set()
         """Adapters with trained copies of base tensors, which take their places in the model."""
-        self.virtual: VirtualPositions | None = None
-        """Where virtual tokens stand in the ids of the pass being run."""
-        self.in_first_pass = False
-        """Whether a pass is being run that no cached token precedes."""
+        self.pass_state: Any = None
+        """State of the current forward pass, set and cleared by the hooks that adapter modules declare. It is
+        immutable, since it is recorded for recomputation in the backward pass."""
         self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
         """What held when a checkpoint first ran, for as long as it may run again."""
 
@@ -80,21 +88,13 @@ class Activation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _records=WeakKeyDictionary())
 
-    def begin_pass(self, *, is_first: bool) -> None:
-        """Forget where virtual tokens stood in the pass before."""
-        self.virtual, self.in_first_pass = None, is_first
-
-    def end_pass(self) -> None:
-        """Let what is called outside of a pass know that it is."""
-        self.virtual, self.in_first_pass = None, False
-
     def current(self) -> Active:
         """The choice that holds for the forward pass being run, first or again."""
         return self.moment().active
 
     def moment(self) -> Moment:
-        """The choice and the places of virtual tokens in the forward pass being run, first or again."""
-        now = Moment(self.part or self.active, self.virtual)
+        """Return the choice and the pass state of the current forward pass, first run or recomputation."""
+        now = Moment(self.part or self.active, self.pass_state)
         if torch.compiler.is_compiling():
             return now  # a compiled graph has the choice of its trace, guarded
         checkpoints = _checkpoints() + _reentrant_checkpoints()

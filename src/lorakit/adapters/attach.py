@@ -8,7 +8,7 @@ from torch import nn
 from lorakit.adapters.handle import Adapters, handle_of, uncompiled
 from lorakit.adapters.installed import adapted_layers
 from lorakit.errors import AdapterStateError, TargetError
-from lorakit.methods.module import Method
+from lorakit.methods.method import Method
 from lorakit.ops import seeded
 
 

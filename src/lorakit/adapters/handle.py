@@ -19,18 +19,20 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
     InstalledAdapter,
     adapted_layers,
+    backbone_of,
     base_parameters,
     install,
 )
 from lorakit.adapters.layer_adapters import (
     LayerAdapters,
-    remove_all_hooks,
-    remove_from,
+    remove_adapter,
+    remove_hooks,
     remove_idle_hooks,
 )
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
-from lorakit.methods.module import AdapterModule, Method
+from lorakit.methods.method import Method
+from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.quantised import require_exact_layers
 
@@ -210,17 +212,7 @@ class Adapters:
             return
         if name in self._activation.active.names:
             self._set(Active())
-        del self._installed[name]
-        self._activation.names.discard(name)
-        self._activation.swapping.discard(name)
-        for path in adapter.modules:
-            layer = self.model.get_submodule(path)
-            adapters = layer.adapters
-            assert isinstance(adapters, LayerAdapters)
-            del adapters[name]
-            if not adapters:
-                remove_from(layer)
-        remove_idle_hooks(self.model)
+        self._remove(adapter)
 
     def detach(self) -> None:
         """Take all adapters off: the model is bit for bit what it was, without a hook or a key more."""
@@ -339,11 +331,20 @@ class Adapters:
             )
         self.model.register_load_state_dict_pre_hook(export.keep_base_weights)
 
+    def _remove(self, adapter: InstalledAdapter) -> None:
+        """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
+        del self._installed[adapter.name]
+        self._activation.names.discard(adapter.name)
+        self._activation.swapping.discard(adapter.name)
+        for path in adapter.modules:
+            remove_adapter(self.model.get_submodule(path), adapter.name)
+        needed = [hook for other in self._installed.values() for hook in other.backbone_hooks]
+        remove_hooks(backbone_of(self.model), adapter.backbone_hooks, needed)
+        remove_idle_hooks(self.model)
+
     def _remove_all(self) -> None:
-        for _, layer, _ in adapted_layers(self.model):
-            remove_from(layer)
-        remove_all_hooks(self.model)
-        self._installed.clear()
+        for adapter in list(self._installed.values()):
+            self._remove(adapter)
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._requires_grad.get(name, False))
         self.model.__dict__.pop(_HANDLE, None)

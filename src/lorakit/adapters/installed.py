@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters import virtual_tokens
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.layer_adapters import LayerAdapters, add_module, check_free
+from lorakit.adapters.layer_adapters import LayerAdapters, add_hooks, add_module, check_free
 from lorakit.errors import ConfigurationError
-from lorakit.methods.module import AdapterModule, Method
-from lorakit.methods.prefix import VirtualVectors
+from lorakit.methods.method import Method
+from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
@@ -34,6 +33,11 @@ class InstalledAdapter:
     def scales(self) -> bool:
         """Whether the whole effect is linear in a weight."""
         return not self.trained and all(module.scales for module in self.modules.values())
+
+    @property
+    def backbone_hooks(self) -> list[ModuleHook]:
+        """Hooks that the adapter's modules need on the model's backbone."""
+        return [hook for module in self.modules.values() for hook in module.backbone_hooks]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's tensors, each once."""
@@ -82,9 +86,13 @@ def install(
     for path, module in modules.items():
         owner = model.get_submodule(path.rpartition(".")[0])
         add_module(model.get_submodule(path), owner, name, module, activation)
-    if any(isinstance(module, VirtualVectors) for module in modules.values()):
-        virtual_tokens.watch_passes(model)
+    add_hooks(backbone_of(model), installed.backbone_hooks)
     return installed
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that computes hidden states; the model itself where it has no head."""
+    return getattr(model, "base_model", model)  # type: ignore[return-value]
 
 
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import ItemsView, Iterator, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import virtual_tokens
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
-from lorakit.methods.module import AdapterModule, merge_dtype
+from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
 from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
@@ -300,7 +299,7 @@ def add_module(
         layer.register_module(ADAPTERS, LayerAdapters(activation))
         listen(layer)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
-    virtual_tokens.add_hooks(layer, module)
+    add_hooks(layer, module.layer_hooks)
     layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
     caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
     reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
@@ -340,33 +339,44 @@ def stop_listening(layer: nn.Module) -> None:
     _remove_hooks(layer, after_forward)
 
 
-def remove_from(layer: nn.Module) -> None:
-    """Take the `adapters` child off the layer."""
+def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
+    """Register the hooks that an adapter's module declares, each once."""
+    for hook in hooks:
+        if hook.before and hook.run not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook.run, with_kwargs=True)
+        elif not hook.before and hook.run not in module._forward_hooks.values():
+            module.register_forward_hook(hook.run)
+
+
+def remove_hooks(
+    module: nn.Module, hooks: Iterable[ModuleHook], needed: Iterable[ModuleHook] = ()
+) -> None:
+    """Remove declared hooks from a module, except those that are still needed."""
+    kept = {hook.run for hook in needed}
+    _remove_hooks(module, *(hook.run for hook in hooks if hook.run not in kept))
+
+
+def remove_adapter(layer: nn.Module, name: str) -> None:
+    """Remove one adapter from a layer, with the hooks that no other adapter on it needs."""
     adapters = layer._modules[ADAPTERS]
     assert isinstance(adapters, LayerAdapters)
     adapters.unshadow(layer)
-    del layer._modules[ADAPTERS]
-    _remove_hooks(layer, after_forward, *virtual_tokens.HOOKS)
+    removed = adapters[name]
+    del adapters[name]
+    remove_hooks(layer, removed.layer_hooks, [h for m in adapters.values() for h in m.layer_hooks])
+    if not adapters:
+        del layer._modules[ADAPTERS]
+        _remove_hooks(layer, after_forward)
 
 
 def remove_idle_hooks(model: nn.Module) -> None:
-    """Take the hooks off modules that no longer read an adapted weight."""
+    """Remove the hooks of modules that no longer read an adapted weight."""
     for module in model.modules():
         if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
             _remove_hooks(module, shadow_weights, unshadow_weights)
-        if virtual_tokens.is_idle(module):
-            _remove_hooks(module, *virtual_tokens.HOOKS)
 
 
-def remove_all_hooks(model: nn.Module) -> None:
-    """Take every hook of ours off the model."""
-    for module in model.modules():
-        _remove_hooks(
-            module, after_forward, shadow_weights, unshadow_weights, *virtual_tokens.HOOKS
-        )
-
-
-def _remove_hooks(module: nn.Module, *ours: Any) -> None:
+def _remove_hooks(module: nn.Module, *ours: Callable[..., Any]) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [k for k, hook in hooks.items() if hook in ours]:
             del hooks[key]

@@ -21,8 +21,8 @@ from lorakit.adapters.installed import base_parameters
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.build import kind_of, tied_head
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
+from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.ops import seeded

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
-from lorakit.methods.module import Method, describe
+from lorakit.methods.method import Method, describe
 
 
 @dataclass(frozen=True)

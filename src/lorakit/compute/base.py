@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from lorakit.adapters import handle_of
+from lorakit.compute.model_input import model_examples, virtual_tokens_of
 from lorakit.compute.objective import IGNORED
-from lorakit.data import DataTask, collate
-from lorakit.data.batches import round_up
+from lorakit.data import DataTask
+from lorakit.data.batches import collate, round_up
 from lorakit.data.packing import pack
-from lorakit.data.virtual_tokens import place
 from lorakit.errors import BaseModelError, DataError
-from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
-from lorakit.tasks.language_modelling import start_ids
-
-E = TypeVar("E", bound=Example)
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Makes a batch of examples, on the model's device."""
@@ -102,22 +96,6 @@ def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
                 )
 
 
-def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
-    """Return the virtual tokens that the model's active adapter takes: mostly none."""
-    handle = handle_of(model)
-    return VirtualTokens() if handle is None else handle.virtual_tokens
-
-
-def with_virtual_tokens(base: Base, examples: Sequence[E]) -> Sequence[E]:
-    """Return the examples as the active adapter takes them."""
-    tokens = virtual_tokens_of(base.model)
-    if not tokens.total:
-        return examples
-    assert base.tokenizer is not None  # open_base refuses a base without
-    start = start_ids(base.tokenizer)
-    return [place(example, tokens, start) for example in examples]
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest input that the model has positions for; None where it does not say."""
     config = model.config.get_text_config()
@@ -145,7 +123,7 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
     context = context_length(model)
 
     def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        examples = with_virtual_tokens(base, examples)
+        examples = model_examples(base, examples)
         language = [e for e in examples if isinstance(e, LanguageExample)]
         splits = encodes and language
         if packed:

@@ -1,8 +1,7 @@
-"""Data: files, hub or built-in data sets -> examples -> batches."""
+"""Data: files, hub or built-in data sets -> examples -> batches. Only `batches` and `packing` import torch."""
 
 from __future__ import annotations
 
-from lorakit.data.batches import BatchSampler, collate
 from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.examples import DataTask, ExampleSet, Report, load_examples, task_of
 from lorakit.data.preview import Preview, preview
@@ -10,7 +9,6 @@ from lorakit.data.readers import Problem
 from lorakit.data.templates import Template
 
 __all__ = [
-    "BatchSampler",
     "DataConfig",
     "DataTask",
     "ExampleSet",
@@ -19,7 +17,6 @@ __all__ = [
     "Report",
     "Split",
     "Template",
-    "collate",
     "load_examples",
     "preview",
     "task_of",

@@ -14,12 +14,7 @@ from torch import nn
 
 from lorakit import storage
 from lorakit.compute.adapted import open_adapted, recorded_task
-from lorakit.compute.base import (
-    Collate,
-    check_context,
-    collator,
-    encoder_input,
-)
+from lorakit.compute.base import Collate, check_context, collator, encoder_input
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import (
     ClassificationLoss,

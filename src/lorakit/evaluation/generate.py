@@ -15,14 +15,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorakit.compute.base import context_length, virtual_tokens_of
+from lorakit.compute.base import context_length
 from lorakit.compute.mode import evaluating
-from lorakit.data.virtual_tokens import place_in_prompt
+from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.ops import seeded
-from lorakit.tasks.language_modelling import start_ids
 
 Prompt = str | Sequence[int]
 
@@ -63,12 +62,9 @@ def generate(
         raise DataError(
             f"Prompt {ids.index([]) + 1} is empty; the model needs a token to continue from."
         )
-    virtual = virtual_tokens_of(model)
-    if virtual.total:
-        start = start_ids(tokenizer)
-        ids = [place_in_prompt(prompt, virtual, start) for prompt in ids]
+    ids = model_prompts(model, tokenizer, ids)
     settings = _generation_config(model, tokenizer, decoding)
-    _check_lengths(model, ids, settings.max_new_tokens, virtual.total)
+    _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     processors = LogitsProcessorList()
     if decoding.no_repeat_ngram:
         # Its place in `settings` would index the vocabulary with the ids of virtual tokens.

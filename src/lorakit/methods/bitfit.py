@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lorakit.configuration import conform
 from lorakit.errors import TargetError
-from lorakit.methods.module import AdapterModule
-from lorakit.methods.trained import as_names, modules_named, parameter_names, parameters_below
-from lorakit.models.heads import classification_head
-from lorakit.models.layers import is_inside
+from lorakit.methods.method import as_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorakit.methods.module import AdapterModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class BitFit:
         object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
         """BitFit adds no module of its own (see `Method`)."""
         return {}
@@ -42,6 +43,10 @@ class BitFit:
         Raises:
             TargetError: The model has no biases, or an entry of train_modules names no module.
         """
+        from lorakit.methods.trained import modules_named, parameter_names, parameters_below
+        from lorakit.models.heads import classification_head
+        from lorakit.models.layers import is_inside
+
         heads = classification_head(model)
         biases = [
             name

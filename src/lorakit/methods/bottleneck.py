@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError
-from lorakit.methods.module import AdapterModule
-from lorakit.methods.trained import as_names, modules_named, parameters_below
-from lorakit.models.blocks import Site, block_outputs, residual_branches, stacks
+from lorakit.methods.method import as_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorakit.methods.bottleneck_module import Bottleneck
+    from lorakit.methods.module import AdapterModule
+    from lorakit.models.blocks import Site
 
 Kind = Literal["houlsby", "lin", "pfeiffer"]
 Nonlinearity = Literal["relu", "gelu", "silu"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
-INIT_STD = 0.02
-"""Standard deviation of both matrices at the start: RoBERTa's initializer_range, as in the paper's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +63,7 @@ class BottleneckAdapter:
             )
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
         """One bottleneck for each place that the kind means, by path (see `Method`).
 
@@ -78,6 +71,8 @@ class BottleneckAdapter:
             TargetError: The blocks of the model's architecture are not known.
             ConfigurationError: `size` exceeds the width, or `drop_layers` names a block that is not there.
         """
+        from lorakit.models.blocks import block_outputs, residual_branches
+
         find = residual_branches if self.kind == "houlsby" else block_outputs
         dropped = self._dropped(model)
         return {
@@ -88,9 +83,13 @@ class BottleneckAdapter:
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Names of the parameters in ``train_modules`` (see `Method`)."""
+        from lorakit.methods.trained import modules_named, parameters_below
+
         return parameters_below(model, modules_named(model, self.train_modules))
 
     def _dropped(self, model: nn.Module) -> set[str]:
+        from lorakit.models.blocks import stacks
+
         dropped = set()
         for stack in stacks(model).values():
             if max(self.drop_layers, default=-1) >= len(stack):
@@ -101,7 +100,12 @@ class BottleneckAdapter:
             dropped.update(stack[i] for i in self.drop_layers)
         return dropped
 
-    def _bottleneck(self, model: nn.Module, site: Site, dtype: torch.dtype) -> Bottleneck:
+    def _bottleneck(self, model: nn.Module, site: Site, dtype: torch.dtype | None) -> Bottleneck:
+        import torch
+        from torch import nn
+
+        from lorakit.methods.bottleneck_module import Bottleneck
+
         if self.size > site.width:
             raise ConfigurationError(
                 f"size {self.size} exceeds the width {site.width} of '{site.path}': that is no bottleneck. Use at "
@@ -115,62 +119,5 @@ class BottleneckAdapter:
             activation=self.activation or ("silu" if self.kind == "houlsby" else "relu"),
             own_norm=self.kind == "lin",
             renormalise=self.kind == "pfeiffer" and isinstance(layer, nn.LayerNorm),
-            options={"device": device, "dtype": dtype},
+            options={"device": device, "dtype": dtype or torch.float32},
         )
-
-
-class Bottleneck(AdapterModule):
-    """One adapter on the output of a layer: ``x + f(x)``.
-
-    Args:
-        width: Width d of the output, shape (..., d).
-        size: Width r of the bottleneck.
-        activation: The nonlinearity's name.
-        own_norm: Give f the output normalised by a LayerNorm of its own.
-        renormalise: The layer is a LayerNorm: add f of its output to its input and normalise anew.
-        options: Device and dtype of the tensors.
-    """
-
-    scales = merges = False
-    by_token = True
-
-    def __init__(
-        self,
-        width: int,
-        size: int,
-        *,
-        activation: Nonlinearity,
-        own_norm: bool,
-        renormalise: bool,
-        options: dict,
-    ) -> None:
-        super().__init__()
-        self.activation, self.renormalise = activation, renormalise
-        self.down_weight = nn.Parameter(torch.empty(size, width, **options))
-        self.down_bias = nn.Parameter(torch.zeros(size, **options))
-        self.up_weight = nn.Parameter(torch.empty(width, size, **options))
-        self.up_bias = nn.Parameter(torch.zeros(width, **options))
-        self.norm_weight = nn.Parameter(torch.ones(width, **options)) if own_norm else None
-        self.norm_bias = nn.Parameter(torch.zeros(width, **options)) if own_norm else None
-        for matrix in (self.down_weight, self.up_weight):
-            nn.init.normal_(matrix, std=INIT_STD)
-
-    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        f = self._f(output)
-        base = x if self.renormalise else output
-        # In place, where autocast has not given f a narrower dtype: another tensor of full size less.
-        total = f.add_(base) if f.dtype == base.dtype else base + f
-        return layer.forward(total) if self.renormalise else total
-
-    def _f(self, x: Tensor) -> Tensor:
-        # The small tensors are cast to the activations' dtype, never the other way round.
-        if self.norm_weight is not None and self.norm_bias is not None:
-            weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
-            x = F.layer_norm(x, weight.shape, weight, bias)
-        h = F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype))
-        h = _ACTIVATIONS[self.activation](h)
-        return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype))
-
-    def extra_repr(self) -> str:
-        size, width = self.down_weight.shape
-        return f"{width} -> {size} -> {width}, {self.activation}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import LoRA
-from lorakit.methods.module import AdapterModule, Method
-from lorakit.methods.trained import as_names, modules_named, parameters_below
+from lorakit.methods.method import Method, as_names
 from lorakit.methods.virtual_tokens import VirtualTokens
-from lorakit.models.roles import resolve_targets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorakit.methods.module import AdapterModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Combined:
         return next((tokens for tokens in found if tokens is not None), VirtualTokens())
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
         """The modules of all methods, by path (see `Method`).
 
@@ -88,12 +90,16 @@ class Combined:
         Raises:
             ConfigurationError: A weight that LoRA adapts is one of them.
         """
+        from lorakit.methods.trained import modules_named, parameters_below
+
         names = [name for method in self.methods for name in method.trained_parameters(model)]
         names += parameters_below(model, modules_named(model, self.train_modules))
         self._refuse_trained_twice(model, names)
         return list(dict.fromkeys(names))
 
     def _refuse_trained_twice(self, model: nn.Module, names: list[str]) -> None:
+        from lorakit.models.roles import resolve_targets
+
         lora = lora_of(self)
         if lora is None or not names:
             return

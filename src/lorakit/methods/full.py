@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, TargetError
-from lorakit.methods.module import AdapterModule
-from lorakit.methods.trained import (
-    as_names,
-    modules_named,
-    parameter_names,
-    parameters_below,
-)
-from lorakit.models.blocks import stacks
+from lorakit.methods.method import as_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorakit.methods.module import AdapterModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +34,16 @@ class FullFineTuning:
             )
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
         """Full fine-tuning adds no module of its own (see `Method`)."""
         return {}
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Names of all parameters, or of those in the last blocks, every name of a tied one included."""
+        from lorakit.methods.trained import modules_named, parameter_names, parameters_below
+        from lorakit.models.blocks import stacks
+
         paths = modules_named(model, self.train_modules)
         if self.top_layers is None:
             return parameter_names(model)

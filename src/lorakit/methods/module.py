@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class ModuleHook(NamedTuple):
+    """A forward hook that an adapter's module needs on a module of the base."""
+
+    run: Callable[..., Any]
+    """A module-level function, so that deepcopy and pickle keep it. It reaches its state through the hooked module.
+    Called with (module, args, kwargs) before the forward pass, with (module, args, output) after it."""
+    before: bool = False
+    """Whether it runs before the forward pass."""
 
 
 class AdapterModule(nn.Module):
@@ -24,6 +35,10 @@ class AdapterModule(nn.Module):
     by_token: bool = False
     """Whether the effect on a token's output depends on nothing of other tokens, so that some tokens of a batch can
     be computed without the others. A subclass that overrides `adapt` answers for itself."""
+    layer_hooks: ClassVar[tuple[ModuleHook, ...]] = ()
+    """Hooks on the adapted layer, beside the one that calls `adapt`."""
+    backbone_hooks: ClassVar[tuple[ModuleHook, ...]] = ()
+    """Hooks on the model's backbone, around each forward pass."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights replaced for the length of a call, where the output cannot be added to."""
 
@@ -49,44 +64,6 @@ class AdapterModule(nn.Module):
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         """Whole merged weights where they are no sum of W and a delta (DoRA), else None."""
         return None
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A way to adapt a model, as a frozen dataclass of its settings."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def modules(self, model: nn.Module, dtype: torch.dtype = ...) -> dict[str, AdapterModule]:
-        """The modules to add, by path of the layer they sit on; works on a meta-device model too.
-
-        Raises:
-            TargetError: A target names no layer or one that cannot be adapted.
-            ConfigurationError: A setting does not fit a layer (rank above its width).
-        """
-        ...
-
-    def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Names of base parameters that are trained in full, each through a copy of its own."""
-        ...
-
-
-def describe(method: Method) -> str:
-    """Return a method as text, with the settings that differ from its defaults."""
-    fields = getattr(type(method), "__dataclass_fields__", {})
-    changed = []
-    for name, field in fields.items():
-        value = getattr(method, name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default:
-            changed.append(f"{name}={_described(value)}")
-    return f"{type(method).__name__}({', '.join(changed)})"
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple) and value and all(isinstance(item, Method) for item in value):
-        return f"({', '.join(map(describe, value))})"
-    return repr(value)
 
 
 def merge_dtype(*tensors: Tensor) -> torch.dtype:

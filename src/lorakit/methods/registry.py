@@ -14,7 +14,7 @@ from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
 METHODS: dict[str, type[Method]] = {

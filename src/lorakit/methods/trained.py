@@ -9,20 +9,8 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import ConfigurationError, TargetError, nearest
-from lorakit.methods.module import Method
+from lorakit.methods.method import Method
 from lorakit.models.layers import is_inside, is_of_adapter
-
-
-def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return a setting that is a name or a list of names as a tuple.
-
-    Raises:
-        ConfigurationError: A name is empty.
-    """
-    entries = (value,) if isinstance(value, str) else value
-    if not all(entries):
-        raise ConfigurationError(f"{setting} is {value!r}, and a name in it is empty; remove it.")
-    return entries
 
 
 def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:

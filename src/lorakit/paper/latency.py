@@ -21,7 +21,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError
 from lorakit.methods.bottleneck import BottleneckAdapter
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 from lorakit.models.blocks import block_outputs
 from lorakit.models.devices import pick_device
 from lorakit.paper.config import PaperConfig

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data import BatchSampler, DataTask, load_examples, task_of
+from lorakit.data import DataTask, load_examples, task_of
+from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
 from lorakit.tasks import Example, LabelledExample, LanguageExample

@@ -15,8 +15,8 @@ from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.module import Method
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 from lorakit.methods.registry import DEFAULT_RATE, is_own, own_method, use_method
 from lorakit.models.base_config import BaseConfig

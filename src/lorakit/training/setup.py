@@ -17,16 +17,12 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
-from lorakit.compute.base import (
-    Collate,
-    check_context,
-    collator,
-    open_base,
-    with_virtual_tokens,
-)
+from lorakit.compute.base import Collate, check_context, collator, open_base
+from lorakit.compute.model_input import model_examples
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.compute.shortcuts import try_faster, why_not_packed
-from lorakit.data import BatchSampler, DataTask, ExampleSet, load_examples, task_of
+from lorakit.data import DataTask, ExampleSet, load_examples, task_of
+from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import objective_for
 from lorakit.methods import Method
@@ -292,7 +288,7 @@ def autocast_of(
 def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tuple[bool, str]:
     """Whether batches are packed, and what to tell the user of it."""
     model = base.model
-    (first,) = with_virtual_tokens(base, examples[:1])
+    (first,) = model_examples(base, examples[:1])
     if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
         return False, ""
     if not config.packing:

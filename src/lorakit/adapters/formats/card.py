@@ -13,7 +13,7 @@ from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.combined import lora_of
 from lorakit.methods.lora import LoRA
-from lorakit.methods.module import describe
+from lorakit.methods.method import describe
 from lorakit.models.sources import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

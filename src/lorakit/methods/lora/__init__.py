@@ -1,6 +1,5 @@
-"""LoRA: its settings (config), the choice of layers (build), and one file for each kind of layer."""
+"""LoRA: its settings (method.py), the choice of a class for a layer (kinds.py), a file for each kind of layer."""
 
-from lorakit.methods.lora.config import LoRA
-from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.lora.method import LoRA
 
-__all__ = ["LoRA", "LoRALayer"]
+__all__ = ["LoRA"]

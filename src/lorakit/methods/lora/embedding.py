@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.methods.lora.layer import GAUSSIAN_STD, Init, LoRALayer
+from lorakit.methods.lora.init import GAUSSIAN_STD, Init
+from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 
 

@@ -11,20 +11,15 @@ Each kind sees its weight as one matrix ``W`` of shape (out, in), and its adapte
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
+from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule, merge_dtype
 from lorakit.models.roles import RowSlice
 from lorakit.ops import dropout
-
-Init = Literal["kaiming", "gaussian", "pissa"]
-
-GAUSSIAN_STD = 0.02
-"""Standard deviation of A in the first release of the paper's code; the paper gives none."""
 
 
 class LoRALayer(AdapterModule):

@@ -17,7 +17,7 @@ from lorakit.compute.objective import (
     why_not_fused,
 )
 from lorakit.methods.full import FullFineTuning
-from lorakit.methods.lora.config import LoRA
+from lorakit.methods.lora.method import LoRA
 
 # Capped logits (Gemma 2), scaled ones (Granite, Cohere), a head bias (Phi), a projection before the head (OPT).
 PATHS = {

@@ -9,8 +9,8 @@ from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit import PrefixEmbedding, PrefixLayer, attach
 from lorakit.compute.base import check_context, collator
+from lorakit.compute.model_input import place, place_in_prompt
 from lorakit.compute.objective import LanguageModellingLoss
-from lorakit.data.virtual_tokens import place, place_in_prompt
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import NoRepeatedNGrams, generate

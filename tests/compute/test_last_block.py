@@ -12,11 +12,11 @@ from torch import nn
 import lorakit
 from lorakit.adapters.attach import Adapters
 from lorakit.compute.last_block import _filled, last_block
+from lorakit.compute.model_input import place
 from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss, RegressionLoss
 from lorakit.compute.shortcuts import try_last_block
-from lorakit.data import collate
+from lorakit.data.batches import collate
 from lorakit.data.packing import pack
-from lorakit.data.virtual_tokens import place
 from lorakit.methods.module import AdapterModule
 from lorakit.models.compiling import compile_blocks
 from lorakit.training.mixed_precision import let_norms_compute

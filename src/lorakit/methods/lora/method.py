@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lorakit.configuration import conform
-from lorakit.errors import ConfigurationError
-from lorakit.methods.lora import build
-from lorakit.methods.lora.layer import Init
-from lorakit.methods.module import AdapterModule
-from lorakit.methods.trained import as_names
+from lorakit.errors import ConfigurationError, TargetError, nearest
+from lorakit.methods.lora.init import Init
+from lorakit.methods.method import as_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorakit.methods.module import AdapterModule
+    from lorakit.models.roles import Place
 
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
@@ -101,14 +103,92 @@ class LoRA:
             )
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
-        """A and B for every target layer, initialised, by path (see `Method`)."""
-        return build.lora_modules(self, model, dtype)
+        """Return initialised A and B for each layer that the targets name, by path, in the model's order.
+
+        Raises:
+            TargetError: A target names no layer or one that cannot be adapted.
+            ConfigurationError: A rank, option or pattern does not fit a layer.
+        """
+        from lorakit.methods.lora.kinds import lora_module, tied_head
+        from lorakit.models.roles import resolve_targets
+
+        by_path: dict[str, list[Place]] = {}
+        for place in resolve_targets(model, self.targets):
+            by_path.setdefault(place.path, []).append(place)
+        self._check_patterns(list(by_path))
+        modules: dict[str, AdapterModule] = {}
+        for path, places in by_path.items():
+            rank, alpha = self.rank_of(path), self.alpha_of(path)
+            module = lora_module(
+                model,
+                path,
+                tuple(place.slice for place in places if place.slice is not None),
+                rank=rank,
+                scaling=self.scaling_for(rank, alpha),
+                alpha=alpha,
+                dropout=self.dropout,
+                dora=self.dora,
+                dtype=dtype,
+            )
+            module.initialise(model.get_submodule(path), self.init)
+            modules[path] = module
+        if self.tie_head:
+            path, module = tied_head(model, modules)
+            modules[path] = module
+        return modules
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the biases and modules trained in full (see `Method`)."""
-        return build.trained_parameters(self, model)
+        """Return the names of the biases and modules that are trained in full beside A and B.
+
+        Raises:
+            TargetError: An entry of train_modules names no module, or one that is adapted as well.
+        """
+        from lorakit.methods.trained import modules_named, parameters_below
+        from lorakit.models.layers import is_inside
+        from lorakit.models.roles import resolve_targets
+
+        adapted = {place.path for place in resolve_targets(model, self.targets)}
+        paths = modules_named(model, self.train_modules)
+        for path in paths:
+            if any(is_inside(layer, path) for layer in adapted):
+                raise TargetError(
+                    f"'{path}' is trained in full (train_modules) and adapted (targets). Choose one of the two."
+                )
+        names = [*self._bias_names(model, adapted), *parameters_below(model, paths)]
+        return list(dict.fromkeys(names))
+
+    def _bias_names(self, model: nn.Module, adapted: set[str]) -> list[str]:
+        from lorakit.models.layers import is_of_adapter
+
+        if self.bias == "none":
+            return []
+        names = [n for n, _ in model.named_parameters() if not is_of_adapter(n)]
+        if self.bias == "all":  # the rule of loralib and PEFT
+            names = [name for name in names if "bias" in name]
+        else:
+            owned = {f"{path}.{bias}" for path in adapted for bias in ("bias", "in_proj_bias")}
+            names = [name for name in names if name in owned]
+        if not names:
+            where = "The model has" if self.bias == "all" else "The adapted layers have"
+            raise ConfigurationError(
+                f"bias='{self.bias}' asks to train biases. {where} none; use bias='none'."
+            )
+        return names
+
+    def _check_patterns(self, paths: list[str]) -> None:
+        for name, patterns in (
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
+            for key in patterns:
+                if not any(_matches(key, path) for path in paths):
+                    raise ConfigurationError(
+                        f"{name} has an entry '{key}' that matches none of the {len(paths)} adapted layers "
+                        f"(the first is '{paths[0]}')."
+                        + nearest(key, {p.rsplit(".", 1)[-1] for p in paths})
+                    )
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at `path`: the first matching `rank_pattern`, else `rank`."""
@@ -124,10 +204,13 @@ class LoRA:
 
 
 def _lookup(patterns: dict, path: str, default):
-    return next(
-        (value for key, value in patterns.items() if build.pattern_matches(key, path)), default
-    )
+    return next((value for key, value in patterns.items() if _matches(key, path)), default)
 
 
 def _entries(name: str, patterns: dict[str, T]) -> list[tuple[str, T]]:
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Return whether a rank or alpha pattern covers the module `path`, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None

@@ -1,7 +1,7 @@
-"""Where virtual tokens stand in an example: the one place that puts them into the ids of lorakit's own data.
+"""Examples as the model reads them: with the virtual tokens of the active adapter's method.
 
-Examples are kept without them, so that the same data serves every method; they come in when a batch or a prompt is
-made for a model whose active adapter takes them.
+Data sets hold examples without virtual tokens, so that the same data serves every method. They are inserted when a
+batch or a prompt is made.
 """
 
 from __future__ import annotations
@@ -10,10 +10,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.adapters import handle_of
 from lorakit.methods.virtual_tokens import VirtualTokens
+from lorakit.models.loading import Base
 from lorakit.tasks import Example, LabelledExample, LanguageExample
+from lorakit.tasks.language_modelling import start_ids
 
 E = TypeVar("E", bound=Example)
+
+
+def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
+    """Return the virtual tokens that the active adapter adds to each sequence; for most methods none."""
+    handle = handle_of(model)
+    return VirtualTokens() if handle is None else handle.virtual_tokens
+
+
+def model_examples(base: Base, examples: Sequence[E]) -> Sequence[E]:
+    """Return the examples with the virtual tokens of the active adapter."""
+    tokens = virtual_tokens_of(base.model)
+    if not tokens.total:
+        return examples
+    assert base.tokenizer is not None  # open_base rejects a base without one
+    start = start_ids(base.tokenizer)
+    return [place(example, tokens, start) for example in examples]
+
+
+def model_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> list[list[int]]:
+    """Return the ids of prompts with the virtual tokens of the active adapter."""
+    tokens = virtual_tokens_of(model)
+    if not tokens.total:
+        return prompts
+    start = start_ids(tokenizer)
+    return [place_in_prompt(prompt, tokens, start) for prompt in prompts]
 
 
 def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:

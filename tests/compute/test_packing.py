@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lorakit
 from lorakit.compute.objective import LanguageModellingLoss, language_modelling
 from lorakit.compute.shortcuts import why_not_packed
-from lorakit.data import collate
+from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.tasks import LanguageExample
 

@@ -1,0 +1,76 @@
+"""The module of a bottleneck adapter on one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.methods.module import AdapterModule
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+INIT_STD = 0.02
+"""Standard deviation of both matrices at the start: RoBERTa's initializer_range, as in the paper's code."""
+
+
+class Bottleneck(AdapterModule):
+    """One adapter on the output of a layer: ``x + f(x)``.
+
+    Args:
+        width: Width d of the output, shape (..., d).
+        size: Width r of the bottleneck.
+        activation: The nonlinearity's name.
+        own_norm: Give f the output normalised by a LayerNorm of its own.
+        renormalise: The layer is a LayerNorm: add f of its output to its input and normalise anew.
+        options: Device and dtype of the tensors.
+    """
+
+    scales = merges = False
+    by_token = True
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        *,
+        activation: str,
+        own_norm: bool,
+        renormalise: bool,
+        options: dict,
+    ) -> None:
+        super().__init__()
+        self.activation, self.renormalise = activation, renormalise
+        self.down_weight = nn.Parameter(torch.empty(size, width, **options))
+        self.down_bias = nn.Parameter(torch.zeros(size, **options))
+        self.up_weight = nn.Parameter(torch.empty(width, size, **options))
+        self.up_bias = nn.Parameter(torch.zeros(width, **options))
+        self.norm_weight = nn.Parameter(torch.ones(width, **options)) if own_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(width, **options)) if own_norm else None
+        for matrix in (self.down_weight, self.up_weight):
+            nn.init.normal_(matrix, std=INIT_STD)
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        f = self._f(output)
+        base = x if self.renormalise else output
+        # In place, where autocast has not given f a narrower dtype: another tensor of full size less.
+        total = f.add_(base) if f.dtype == base.dtype else base + f
+        return layer.forward(total) if self.renormalise else total
+
+    def _f(self, x: Tensor) -> Tensor:
+        # The small tensors are cast to the activations' dtype, never the other way round.
+        if self.norm_weight is not None and self.norm_bias is not None:
+            weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
+            x = F.layer_norm(x, weight.shape, weight, bias)
+        h = F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype))
+        h = _ACTIVATIONS[self.activation](h)
+        return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype))
+
+    def extra_repr(self) -> str:
+        size, width = self.down_weight.shape
+        return f"{width} -> {size} -> {width}, {self.activation}"

@@ -1,0 +1,339 @@
+"""The trained vectors of virtual tokens, and the hooks that put them into the hidden states.
+
+The ids of virtual tokens exceed every vocabulary. A hook on the input embedding replaces them by token 0 and keeps
+their positions for the forward pass; further hooks write the trained vectors at these positions, after the embedding
+and, for PrefixLayer, before each block. All hooks are module-level functions, so that deepcopy and pickle work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from lorakit.errors import AdapterStateError, TargetError
+from lorakit.methods.module import AdapterModule, ModuleHook
+from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
+from lorakit.models.blocks import stacks
+from lorakit.models.layers import ADAPTERS, by_token
+
+INIT_STD = 0.02
+"""Standard deviation of the vectors at the start, as in the first release of the paper's code."""
+
+HOW_TO_PLACE = (
+    "Put them into the ids: lorakit's own training, evaluation and generation do, elsewhere use "
+    "adapters.virtual_tokens.place."
+)
+
+
+# --- positions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualPositions:
+    """The positions of the N virtual tokens in a batch of ids (B, T)."""
+
+    ids: Tensor
+    """The ids, shape (B, T); those of `PREFIX_START` and above are virtual."""
+    rows: Tensor | None = None
+    """Row of each virtual token, shape (N,); None in a compiled graph, whose shapes depend on no data."""
+    columns: Tensor | None = None
+    """Column of each, shape (N,)."""
+
+    @classmethod
+    def of(cls, ids: Tensor) -> VirtualPositions:
+        """Find the virtual tokens in `ids`."""
+        if torch.compiler.is_compiling():
+            return cls(ids)
+        return cls(ids, *(ids >= PREFIX_START).nonzero(as_tuple=True))
+
+    def among(self, rows: Sequence[int]) -> VirtualPositions:
+        """Return the positions in some rows only; indices still refer to the whole batch."""
+        chosen = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
+        chosen[list(rows)] = True
+        return VirtualPositions.of(self.ids.masked_fill(~chosen, 0))
+
+    def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
+        """Return `hidden` (B, T, d) with the rows of `vectors` at the virtual tokens.
+
+        Args:
+            hidden: The hidden states.
+            vectors: Shape (prefix + infix, d), in any dtype.
+            prefix: Number of prefix tokens.
+        """
+        ids = self.ids.to(vectors.device)
+        if self.rows is None or self.columns is None:
+            index = _vector_index(ids, prefix).clamp(0, len(vectors) - 1)
+            is_virtual = (ids >= PREFIX_START).unsqueeze(-1).to(hidden.device)
+            return torch.where(is_virtual, vectors[index].to(hidden.device, hidden.dtype), hidden)
+        index = _vector_index(ids[self.rows, self.columns], prefix)
+        positions = (self.rows.to(hidden.device), self.columns.to(hidden.device))
+        return hidden.index_put(positions, vectors[index].to(hidden.device, hidden.dtype))
+
+
+def _vector_index(ids: Tensor, prefix: int) -> Tensor:
+    """Return the row of each virtual token in a table that begins with the prefix."""
+    return torch.where(ids >= INFIX_START, ids - INFIX_START + prefix, ids - PREFIX_START)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass of the backbone (`Activation.pass_state`)."""
+
+    is_first: bool
+    """Whether no cached token precedes it."""
+    virtual: VirtualPositions | None = None
+    """Positions of the virtual tokens; None without any."""
+
+
+# --- hooks ----------------------------------------------------------------------------------------------
+
+
+@by_token
+def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of the backbone: start a pass, and reject inputs without ids."""
+    adapters = _embedding_adapters(backbone)
+    # Architectures name the argument of the cache differently.
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    is_first = not any(cache.get_seq_length() for cache in caches)
+    adapters.activation.pass_state = Pass(is_first)
+    if kwargs.get("inputs_embeds") is not None and any(_vectors_by_row(adapters, 1)):
+        raise AdapterStateError(
+            "The model was called with inputs_embeds, and the active adapter reads the positions of its virtual tokens "
+            "from token ids. Pass input_ids, or call activate(None)."
+        )
+
+
+@by_token
+def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of the backbone: forget the positions."""
+    _embedding_adapters(backbone).activation.pass_state = None
+
+
+@by_token
+def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the input embedding: keep the positions of virtual tokens, and look up token 0 there."""
+    ids = args[0] if args else kwargs["input"]
+    adapters: Any = embedding.adapters
+    if ids.ndim != 2:
+        return args, kwargs  # no batch of sequences
+    state = adapters.activation.pass_state or Pass(is_first=False)
+    positions = VirtualPositions.of(ids)
+    has_virtual = True  # unknown in a compiled graph
+    if not torch.compiler.is_compiling():
+        _check_ids(adapters, positions, is_first=state.is_first)
+        has_virtual = positions.rows is not None and len(positions.rows) > 0
+    adapters.activation.pass_state = replace(state, virtual=positions if has_virtual else None)
+    if has_virtual:
+        ids = ids.masked_fill(ids >= PREFIX_START, 0)
+    return ((ids, *args[1:]), kwargs) if args else ((), {**kwargs, "input": ids})
+
+
+@by_token
+def put_after_embedding(embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook of the input embedding, after those of other adapters on it."""
+    return _put_vectors(embedding, output)
+
+
+@by_token
+def put_before_block(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a block."""
+    if args:
+        return (_put_vectors(block, args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": _put_vectors(block, kwargs["hidden_states"])}
+
+
+def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Return hidden states (B, T, d) with the vectors of the active adapters at the virtual tokens."""
+    adapters: Any = layer.adapters
+    active, state = adapters.activation.moment()
+    if state is None or state.virtual is None:
+        return hidden
+    positions = state.virtual
+    if hidden.shape[:2] != positions.ids.shape:
+        raise AdapterStateError(
+            f"{type(layer).__name__} got hidden states of shape {tuple(hidden.shape)} for ids of shape "
+            f"{tuple(positions.ids.shape)}: the adapter cannot tell which of them are virtual tokens."
+        )
+    for name, rows in active.rows_by_adapter(len(hidden)):
+        module = _vectors_of(adapters, name)
+        if module is not None:
+            at = positions if rows is None else positions.among(rows)
+            hidden = at.put(hidden, module.vectors, module.tokens.prefix)
+    return hidden
+
+
+def _vectors_of(adapters: Any, name: str) -> VirtualVectors | None:
+    module = adapters[name] if name in adapters else None  # noqa: SIM401, nn.ModuleDict has no get
+    return module if isinstance(module, VirtualVectors) else None
+
+
+def _vectors_by_row(adapters: Any, batch: int) -> list[VirtualVectors | None]:
+    """Return for each row of a batch the module that gives vectors to its virtual tokens, or None."""
+    by_row: list[VirtualVectors | None] = [None] * batch
+    for name, rows in adapters.activation.moment().active.rows_by_adapter(batch):
+        module = _vectors_of(adapters, name)
+        if module is not None:
+            for row in range(batch) if rows is None else rows:
+                if row < batch:
+                    by_row[row] = module
+    return by_row
+
+
+def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) -> None:
+    """Reject ids whose virtual tokens are not those of the active adapter.
+
+    Raises:
+        AdapterStateError: Names the row, the tokens and the fix.
+    """
+    batch = len(positions.ids)
+    modules = _vectors_by_row(adapters, batch)
+    assert positions.rows is not None
+    if not len(positions.rows) and not any(modules):
+        return
+    by_row: list[list[int]] = [[] for _ in range(batch)]
+    virtual_ids = positions.ids[positions.rows, positions.columns].tolist()
+    for row, token in zip(positions.rows.tolist(), virtual_ids, strict=True):
+        by_row[row].append(token)
+    for row, (module, tokens_of_row) in enumerate(zip(modules, by_row, strict=True)):
+        if module is None:
+            if tokens_of_row:
+                raise AdapterStateError(
+                    f"Row {row} of the ids holds {len(tokens_of_row)} virtual tokens, and no active adapter gives them "
+                    "vectors. Activate the adapter that they were placed for, or leave them out."
+                )
+            continue
+        tokens = module.tokens
+        if not tokens_of_row and is_first:
+            raise AdapterStateError(
+                f"Row {row} of the ids holds no virtual token, and the active adapter takes {tokens.prefix} before "
+                f"and {tokens.infix} after each prompt: without them it would have no effect. {HOW_TO_PLACE}"
+            )
+        for token in tokens_of_row:
+            start, length = (
+                (INFIX_START, tokens.infix)
+                if token >= INFIX_START
+                else (PREFIX_START, tokens.prefix)
+            )
+            if token - start >= length:
+                raise AdapterStateError(
+                    f"Row {row} of the ids holds the virtual token {token}, and the active adapter has "
+                    f"{tokens.prefix} for a prefix (from {PREFIX_START}) and {tokens.infix} for an infix (from "
+                    f"{INFIX_START}). {HOW_TO_PLACE}"
+                )
+
+
+def _embedding_adapters(backbone: nn.Module) -> Any:
+    """Return the adapters on the input embedding, where the module that declared the hook sits."""
+    table: nn.Module = backbone.get_input_embeddings()  # type: ignore[operator]
+    return table._modules[ADAPTERS]
+
+
+# --- modules --------------------------------------------------------------------------------------------
+
+
+class VirtualVectors(AdapterModule):
+    """The vectors of all virtual tokens at one place of the model.
+
+    Args:
+        tokens: The virtual tokens; the prefix comes first.
+        width: Width d of the hidden states, shape (B, T, d).
+        options: Device and dtype of the tensor.
+    """
+
+    scales = merges = False
+
+    def __init__(self, tokens: VirtualTokens, width: int, options: dict) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.vectors = nn.Parameter(torch.empty(tokens.total, width, **options))
+        nn.init.normal_(self.vectors, std=INIT_STD)
+
+    def extra_repr(self) -> str:
+        return (
+            f"prefix {self.tokens.prefix}, infix {self.tokens.infix}, width {self.vectors.shape[1]}"
+        )
+
+
+class EmbeddingVectors(VirtualVectors):
+    """Vectors that replace the output of the input embedding."""
+
+    layer_hooks = (ModuleHook(hide_ids, before=True), ModuleHook(put_after_embedding))
+    backbone_hooks = (ModuleHook(begin_pass, before=True), ModuleHook(end_pass))
+
+
+class BlockVectors(VirtualVectors):
+    """Vectors that replace the input of a block."""
+
+    layer_hooks = (ModuleHook(put_before_block, before=True),)
+
+
+def embedding_vectors(
+    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None, *, method: str
+) -> dict[str, AdapterModule]:
+    """Return the vectors on the input embedding, by its path.
+
+    Raises:
+        TargetError: The model has no table of token embeddings, or reads two sequences.
+    """
+    path, table = _embedding(model, method)
+    options = {"device": table.weight.device, "dtype": dtype or torch.float32}
+    return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
+
+
+def block_vectors(
+    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None
+) -> dict[str, AdapterModule]:
+    """Return the vectors on every block but the first, by path.
+
+    Raises:
+        TargetError: The model has no single list of blocks.
+    """
+    width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    modules: dict[str, AdapterModule] = {}
+    for block in _blocks(model)[1:]:
+        device = next(model.get_submodule(block).parameters()).device
+        options = {"device": device, "dtype": dtype or torch.float32}
+        modules[block] = BlockVectors(tokens, width, options)
+    return modules
+
+
+def _embedding(model: nn.Module, method: str) -> tuple[str, nn.Embedding]:
+    """Path and module of the table that turns ids into the vectors of the only sequence the model reads."""
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TargetError(
+            f"{name} reads one sequence and writes another, and {method} is for models with one sequence. Use an "
+            "encoder, a decoder, or another method."
+        )
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        table = None
+    if not isinstance(table, nn.Embedding):
+        raise TargetError(
+            f"{name} has no table of token embeddings, beside whose rows {method} could put vectors of its own. Use "
+            "a text model of transformers, or another method."
+        )
+    if table.num_embeddings > PREFIX_START:
+        raise TargetError(
+            f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens begin at "
+            f"{PREFIX_START:,}."
+        )
+    return next(path for path, module in model.named_modules() if module is table), table
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The paths of the model's blocks, in order."""
+    found = list(stacks(model).values())
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr]
+    if len(found) != 1 or len(found[0]) != expected:
+        raise TargetError(
+            f"{type(model).__name__} has no single list of its {expected} blocks, so that PrefixLayer cannot tell "
+            "where to put vectors. PrefixEmbedding needs the embedding alone."
+        )
+    return found[0]
