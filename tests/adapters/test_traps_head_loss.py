@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.adapters import attach
-from lorakit.compute.objective import IGNORED, language_modelling
+from lorakit.compute.objective import language_modelling
+from lorakit.data.batches import IGNORED
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method

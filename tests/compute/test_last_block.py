@@ -14,7 +14,7 @@ from lorakit.adapters.attach import Adapters
 from lorakit.compute.last_block import _filled, last_block
 from lorakit.compute.model_input import place
 from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss, RegressionLoss
-from lorakit.compute.shortcuts import try_last_block
+from lorakit.compute.trials import try_last_block
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.methods.module import AdapterModule

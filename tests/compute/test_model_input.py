@@ -8,7 +8,8 @@ import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit import PrefixEmbedding, PrefixLayer, attach
-from lorakit.compute.base import check_context, collator
+from lorakit.compute.base import check_context
+from lorakit.compute.batching import collator
 from lorakit.compute.model_input import place, place_in_prompt
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.errors import DataError

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lorakit
+from lorakit.compute.adapted import TEXT
+from lorakit.compute.computation import choose_computation
 from lorakit.compute.objective import LanguageModellingLoss, language_modelling
-from lorakit.compute.shortcuts import why_not_packed
+from lorakit.compute.trials import why_not_packed
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.tasks import LanguageExample
@@ -161,10 +163,21 @@ def test_these_architectures_pack(arch):
     assert why_not_packed(model, example([1, 5, 3, 8, 2, 7, 9, 4, 6], 5)) == ""
 
 
+@pytest.mark.parametrize("arch", PACKABLE)
+def test_the_structure_of_these_allows_packing(arch):
+    choice = choose_computation(
+        tiny_models.build(arch, "causal-lm"), TEXT, training=True, packing=True
+    )
+    assert choice.packed
+    assert choice.note == ""
+
+
 @pytest.mark.parametrize("arch", ["bloom"])
 def test_these_do_not_and_say_why(arch):
     model = tiny_models.build(arch, "causal-lm")
-    assert "takes no positions" in why_not_packed(model, example([1, 5, 3, 8, 2, 7], 3))
+    choice = choose_computation(model, TEXT, training=True, packing=True)
+    assert not choice.packed
+    assert choice.note == "batches padded, not packed: bloom ignores position ids"
 
 
 def test_a_model_that_ignores_the_mask_is_found_out():

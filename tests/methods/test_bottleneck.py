@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorakit import Adapters, BottleneckAdapter, LoRA, attach, count_parameters, load, targets
 from lorakit.errors import AdapterFileError, ConfigurationError, TargetError
-from lorakit.methods.bottleneck import Bottleneck
+from lorakit.methods.bottleneck_module import Bottleneck
 from lorakit.models.blocks import stacks
 
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [89, 7, 3, 11, 18, 29]])

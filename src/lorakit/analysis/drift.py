@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import ADAPTER, open_adapted
-from lorakit.compute.base import collator, context_length
+from lorakit.compute.batching import collator, context_length
 from lorakit.compute.model_input import virtual_tokens_of
-from lorakit.compute.objective import IGNORED
+from lorakit.data.batches import IGNORED
 from lorakit.data.readers import lines_of, reader_for
 from lorakit.errors import BaseModelError, ConfigurationError, DataError, require_at_least
 from lorakit.models.base_config import BaseConfig

@@ -142,9 +142,10 @@ def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
 def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
     """Held-out loss, and scores and texts of greedy generation."""
     from lorakit.compute.adapted import TEXT
-    from lorakit.compute.base import collator
+    from lorakit.compute.batching import collator
+    from lorakit.compute.computation import objective_for
     from lorakit.evaluation.decoding import Decoding
-    from lorakit.evaluation.evaluate import Evaluation, generated, held_out, objective_for
+    from lorakit.evaluation.evaluate import Evaluation, generated, held_out
 
     objective = objective_for(base, TEXT, test.examples)
     loss = held_out(

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.adapters.installed import backbone_of
 from lorakit.adapters.layer_adapters import computes_its_own
 from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
+from lorakit.data.batches import IGNORED
 from lorakit.ops import linear_cross_entropy
-
-IGNORED = -100
-"""The label of a position that is not a target, as everywhere in transformers."""
 
 Batch = Mapping[str, Tensor]
 HeadPath = Literal["fused", "own head", "whole logits"]
@@ -66,15 +65,17 @@ class LanguageModellingLoss:
 
     def count(self, batch: Batch) -> int:
         """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
-        return targets_of(batch).count
+        if "target_at" in batch:
+            return int(batch["target_weights"].sum())
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        found = targets_of(batch)
+        targets = targets_of(batch)
         # The head may have been adapted since the path was chosen.
         path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
         if path == "fused":
-            hidden = self.hidden_at_targets(model, batch) * _logit_scale(model)
+            hidden = self.hidden_at_targets(model, batch, targets) * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             device = hidden.device.type
             # A head that is trained is a float32 master under autocast: its products are not.
@@ -85,25 +86,29 @@ class LanguageModellingLoss:
                 return linear_cross_entropy(
                     hidden.to(dtype),
                     head.weight,
-                    found.ids,
+                    targets.ids,
                     bias=head.bias,
-                    weights=found.weights,
+                    weights=targets.weights,
                     label_smoothing=self.label_smoothing,
                 )
         inputs = inputs_of(model, batch)
         if path == "own head":
-            rows, columns = found.at // found.width, found.at % found.width
+            rows, columns = targets.at // targets.width, targets.at % targets.width
             kept, places = columns.unique(return_inverse=True)
             logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, places]
         else:
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[found.at]
-        return _cross_entropy_sum(logits, found.ids, self.label_smoothing, found.weights)
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.at]
+        return _cross_entropy_sum(logits, targets.ids, self.label_smoothing, targets.weights)
 
-    def hidden_at_targets(self, model: nn.Module, batch: Batch) -> Tensor:
+    def hidden_at_targets(
+        self, model: nn.Module, batch: Batch, targets: Targets | None = None
+    ) -> Tensor:
         """Return the last hidden states (N, d) that predict the targets."""
-        at = targets_of(batch).at
+        at = (targets or targets_of(batch)).at
         with reading(self.last_block, batch, at.unique):
-            hidden = backbone(model)(**inputs_of(model, batch), use_cache=False).last_hidden_state
+            hidden = backbone_of(model)(
+                **inputs_of(model, batch), use_cache=False
+            ).last_hidden_state
         return hidden.flatten(0, 1)[at]
 
 
@@ -213,12 +218,9 @@ def language_modelling(
     )
     reference = _mean_loss(objective, model, probe)
     reasons = []
-    candidates: tuple[tuple[HeadPath, Callable[[nn.Module], str]], ...] = (
-        ("fused", why_not_fused),
-        ("own head", _why_not_own_head),
-    )
-    for path, why_not in candidates:
-        reason = why_not(model)
+    for path, reason in loss_paths(model).items():
+        if path == "whole logits":
+            break
         if not reason:
             try:
                 value = _mean_loss(LanguageModellingLoss(path=path), model, probe)
@@ -241,10 +243,19 @@ _NOTES: dict[HeadPath, str] = {
 }
 
 
+def loss_paths(model: nn.Module) -> Mapping[HeadPath, str]:
+    """Return the paths to the loss, cheapest first, each with the reason that rules it out; empty if none does."""
+    return {
+        "fused": why_not_fused(model),
+        "own head": _why_not_own_head(model),
+        "whole logits": "",
+    }
+
+
 def why_not_fused(model: nn.Module) -> str:
     """Return why the head's weight alone does not tell `model`'s logits; empty where it does."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if backbone(model) is model or head is None:
+    if backbone_of(model) is model or head is None:
         return "the model has no backbone apart from its head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
@@ -258,11 +269,6 @@ def why_not_fused(model: nn.Module) -> str:
 def _why_not_own_head(model: nn.Module) -> str:
     accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
     return "" if accepts else "the model does not take logits_to_keep"
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """Return what yields the last hidden states; the model itself where the two are one."""
-    return getattr(model, "base_model", model)  # type: ignore[return-value]
 
 
 def _logit_scale(model: nn.Module) -> float:
@@ -304,10 +310,6 @@ class Targets:
     """In how many examples each is one; None where every target is of one example."""
     width: int
     """Tokens in a row."""
-
-    @property
-    def count(self) -> int:
-        return len(self.ids) if self.weights is None else int(self.weights.sum())
 
 
 def targets_of(batch: Batch) -> Targets:

@@ -14,17 +14,15 @@ from torch import nn
 
 from lorakit import storage
 from lorakit.compute.adapted import open_adapted, recorded_task
-from lorakit.compute.base import Collate, check_context, collator, encoder_input
+from lorakit.compute.base import check_context
+from lorakit.compute.batching import Collate, collator, encoder_input
+from lorakit.compute.computation import objective_for
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import (
     ClassificationLoss,
     LabelLoss,
     Objective,
-    RegressionLoss,
-    SequenceToSequenceLoss,
-    language_modelling,
 )
-from lorakit.compute.shortcuts import try_last_block
 from lorakit.data import DataTask, load_examples, task_of
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.decoding import Decoding
@@ -115,37 +113,6 @@ def evaluate(
     if config.output is not None:
         result.write_outputs(config.output)
     return result
-
-
-def objective_for(
-    base: Base,
-    task: DataTask,
-    examples: Sequence[Example],
-    *,
-    label_smoothing: float = 0.0,
-    whole_blocks: bool = False,
-) -> Objective:
-    """Return the loss of `task` on `base`; a few of `examples` serve to check how it is computed.
-
-    Args:
-        base: The model, with its adapter, and its tokenizer.
-        task: What is trained or scored.
-        examples: At least one.
-        label_smoothing: Share of the loss that is spread over all classes or tokens.
-        whole_blocks: Compute the last block for every token, as blocks are that will be compiled.
-    """
-    model = base.model
-    if task.generates and model.config.is_encoder_decoder:
-        return SequenceToSequenceLoss(label_smoothing=label_smoothing)
-    # Of different lengths, so that the first token of padding is not taken for the last of a text.
-    probe = collator(base)([f(examples[:50], key=len) for f in (max, min)])
-    if task.kind == "regression":
-        objective = RegressionLoss()
-    elif task.kind == "classification":
-        objective = ClassificationLoss(label_smoothing=label_smoothing)
-    else:
-        objective = language_modelling(model, probe, label_smoothing=label_smoothing)
-    return objective if whole_blocks else try_last_block(objective, model, probe)
 
 
 def held_out(

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorakit.compute.base import context_length
+from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import attach
 from lorakit.adapters.summary import count_parameters
-from lorakit.compute.base import context_length, open_base
+from lorakit.compute.base import open_base
+from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating
 from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 import lorakit
-from lorakit.compute.base import PACKED_STEP
+from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.errors import ConfigurationError, LorakitError

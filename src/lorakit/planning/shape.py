@@ -17,7 +17,6 @@ from transformers import AutoConfig, GPT2Config, PretrainedConfig, PreTrainedMod
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
-from lorakit.models.faster import make_faster
 from lorakit.models.gguf import conversion_of
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.loading import ModelHead, model_class
@@ -133,8 +132,6 @@ def build(
     if base.dtype in QUANTISATIONS:
         for path, *_ in places_of_projections(model):
             _quantise(model.get_submodule(path), base.dtype)
-    if device.type == "cpu":
-        make_faster(model)
     return model
 
 

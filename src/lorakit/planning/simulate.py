@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from lorakit.adapters import formats
-from lorakit.compute.base import check_context, collator
-from lorakit.compute.last_block import last_block
-from lorakit.compute.objective import (
-    ClassificationLoss,
-    LanguageModellingLoss,
-    Objective,
-    RegressionLoss,
-    SequenceToSequenceLoss,
-    why_not_fused,
-)
+from lorakit.compute.base import check_context
+from lorakit.compute.batching import collator
+from lorakit.compute.computation import choose_computation
 from lorakit.data import DataTask
 from lorakit.methods import METHODS, Method
 from lorakit.models.dtypes import compute_dtype
+from lorakit.models.faster import make_faster
 from lorakit.models.loading import Base, ModelHead
 from lorakit.models.sources import ModelSource
 from lorakit.planning.batches import Batches
 from lorakit.planning.shape import Shape, base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
-from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import TrainConfig
 from lorakit.training.setup import (
     ADAPTER,
@@ -39,9 +29,6 @@ from lorakit.training.setup import (
     autocast_of,
     checkpoint_activations,
 )
-
-NEVER_PACKED = ("bloom", "falcon", "mpt")
-"""Architectures whose attention counts positions by the row, whatever positions it is given."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +81,36 @@ def simulate(
             for b in m.buffers()
         )
         model.train()
-        objective = _objective(model, config, task)
+        computation = choose_computation(
+            model,
+            task,
+            training=True,
+            packing=config.packing,
+            compiled=config.compile,
+            label_smoothing=config.label_smoothing,
+        )
+        if computation.faster == "layers":
+            make_faster(model)
         dtype = compute_dtype(config.base.dtype, device)
         autocast = autocast_of(dtype, adapters, model.device)
     check_context(base, [*batches.fullest, *batches.middle])
-    packed = _packs(model, config, batches.fullest)
-    make = collator(base, packed=packed)
+    make = collator(base, packed=computation.packed)
     fullest, middle = make(batches.fullest), make(batches.middle)
     with planning(fake):
         short = shorten(model)
         accumulates = config.accumulation > 1
         step = run_step(
-            model, short, objective, fullest, autocast=autocast, accumulates=accumulates
+            model, short, computation.objective, fullest, autocast=autocast, accumulates=accumulates
         )
         typical = step
         if middle["input_ids"].shape != fullest["input_ids"].shape:
             typical = run_step(
-                model, short, objective, middle, autocast=autocast, accumulates=accumulates
+                model,
+                short,
+                computation.objective,
+                middle,
+                autocast=autocast,
+                accumulates=accumulates,
             )
     count = sum(p.numel() for p in trained)
     rows, width = fullest["input_ids"].shape
@@ -125,7 +125,7 @@ def simulate(
         middle=typical,
         tokens=sum(map(len, batches.middle)),
         computed=(rows, width),
-        packed=packed,
+        packed=computation.packed,
     )
 
 
@@ -171,34 +171,3 @@ _NO_TOKENIZER: Any = SimpleNamespace(
     pad_token_id=0, eos_token_id=0, encode=lambda text, **options: []
 )
 """What batches need of a tokenizer: it puts no token before a text."""
-
-
-def _objective(model: PreTrainedModel, config: TrainConfig, task: DataTask) -> Objective:
-    """The loss as training computes it, as far as a model's structure tells."""
-    smoothing = config.label_smoothing
-    block = None if config.compile else last_block(model)
-    if task.kind == "regression":
-        return RegressionLoss(last_block=block)
-    if task.kind == "classification":
-        return ClassificationLoss(label_smoothing=smoothing, last_block=block)
-    if model.config.is_encoder_decoder:
-        return SequenceToSequenceLoss(label_smoothing=smoothing)
-    if not why_not_fused(model):
-        return LanguageModellingLoss(path="fused", label_smoothing=smoothing, last_block=block)
-    own = "logits_to_keep" in _accepted(model)
-    return LanguageModellingLoss(
-        path="own head" if own else "whole logits", label_smoothing=smoothing
-    )
-
-
-def _packs(model: PreTrainedModel, config: TrainConfig, examples: list[Example]) -> bool:
-    """Whether training would pack batches, as far as a model's structure tells."""
-    if not config.packing or model.config.is_encoder_decoder:
-        return False
-    if not isinstance(examples[0], LanguageExample) or model.config.model_type in NEVER_PACKED:
-        return False
-    return {"position_ids", "attention_mask"} <= _accepted(model.base_model)
-
-
-def _accepted(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
-from lorakit.compute.base import PACKED_STEP
+from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster

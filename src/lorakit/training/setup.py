@@ -17,21 +17,20 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import base_record
-from lorakit.compute.base import Collate, check_context, collator, open_base
-from lorakit.compute.model_input import model_examples
+from lorakit.compute.base import check_context, open_base
+from lorakit.compute.batching import Collate, collator
+from lorakit.compute.computation import Computation, choose_computation, confirm_computation
 from lorakit.compute.objective import Objective, RegressionLoss
-from lorakit.compute.shortcuts import try_faster, why_not_packed
 from lorakit.data import DataTask, ExampleSet, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.evaluate import objective_for
 from lorakit.methods import Method
 from lorakit.methods.trained import with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, LanguageExample, Task, file_of, generic_task, task_type
+from lorakit.tasks import Example, Task, file_of, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -57,13 +56,18 @@ class Job:
     validation: ExampleSet | None
     scored: Sequence[Example]
     """The validation examples that evaluations during training score."""
-    objective: Objective
+    computation: Computation
     plan: StepPlan
 
     @property
     def model(self) -> PreTrainedModel:
         """The base model, with the adapter on it."""
         return self.base.model
+
+    @property
+    def objective(self) -> Objective:
+        """The training loss."""
+        return self.computation.objective
 
     @property
     def task(self) -> type[Task]:
@@ -189,8 +193,8 @@ class Job:
             f"steps     {self.plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
             f"{self.plan.steps_per_epoch:,} per epoch"
         )
-        if self.objective.note:
-            lines.append(f"loss      {self.objective.note}")
+        if self.computation.note:
+            lines.append(f"loss      {self.computation.note}")
         return lines
 
     def held_out_objective(self) -> Objective:
@@ -238,18 +242,16 @@ def assemble(
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+    choice = choose_computation(
+        model,
+        task,
+        training=True,
+        packing=config.packing,
+        compiled=config.compile,
+        label_smoothing=config.label_smoothing,
+    )
     with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
-        stock = try_faster(model, collator(base)(train.examples[:2]), compiles=config.compile)
-        packed, packing_note = _packs(base, config, train.examples)
-        objective = objective_for(
-            base,
-            task,
-            train.examples,
-            label_smoothing=config.label_smoothing,
-            whole_blocks=config.compile,
-        )
-    notes = (objective.note, packing_note, stock and f"stock attention: {stock}")
-    objective.note = "; ".join(note for note in notes if note)
+        computation = confirm_computation(choice, base, train.examples)
     if config.compile:
         compile_blocks(model)
     model.train()
@@ -259,11 +261,11 @@ def assemble(
         config=config,
         base=base,
         adapters=adapters,
-        collate=collator(base, packed=packed),
+        collate=collator(base, packed=computation.packed),
         train=train,
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
-        objective=objective,
+        computation=computation,
         plan=StepPlan(
             BatchSampler(
                 train.lengths, config.batch_size, config.seed, groups=groups_of(config, train)
@@ -283,19 +285,6 @@ def autocast_of(
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def _packs(base: Base, config: TrainConfig, examples: Sequence[Example]) -> tuple[bool, str]:
-    """Whether batches are packed, and what to tell the user of it."""
-    model = base.model
-    (first,) = model_examples(base, examples[:1])
-    if not isinstance(first, LanguageExample) or model.config.is_encoder_decoder:
-        return False, ""
-    if not config.packing:
-        return False, "batches padded"
-    if reason := why_not_packed(model, first):
-        return False, f"batches padded, not packed: {reason}"
-    return True, "shared prefixes computed once"
 
 
 def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None:

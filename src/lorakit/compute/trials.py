@@ -9,19 +9,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.adapters.installed import backbone_of
 from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import (
     Batch,
     LabelLoss,
     LanguageModellingLoss,
-    backbone,
     inputs_of,
     targets_of,
     tolerance,
@@ -34,16 +34,17 @@ from lorakit.tasks import LanguageExample
 T = TypeVar("T", bound=LabelLoss | LanguageModellingLoss)
 
 
+Faster = Literal["layers", "attention", "none"]
+"""lorakit's own attention, norms, activations and dropout; its attention only; or the stock layers."""
+
+
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
     """Return why examples that share a prefix cannot be computed as one tree on `model`; empty where they can.
 
     Two completions of one prompt, computed together, must leave the hidden states at all targets what they are
     when each is computed alone.
     """
-    stem = backbone(model)
-    accepted = inspect.signature(stem.forward).parameters
-    if not {"position_ids", "attention_mask"} <= accepted.keys():
-        return "the model takes no positions"
+    stem = backbone_of(model)
     ids, cut = example.input_ids, example.prompt_length
     twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
     pair = sorted((example, twin), key=lambda e: e.input_ids)
@@ -61,24 +62,21 @@ def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
     return ""
 
 
-def try_faster(model: PreTrainedModel, batch: Batch, *, compiles: bool = False) -> str:
-    """Compute `model` with lorakit's own attention and layers, or return why its stock ones stay.
+def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") -> str:
+    """Install lorakit's own attention and layers, or return why the stock ones stay.
 
     Args:
         model: Changed in place, and left as it was where a reason is returned.
-        batch: A padded batch, on which the logits must stay what they are.
-        compiles: Whether kernels may be compiled for it. Elsewhere than on a CPU our attention is such a kernel.
+        batch: A padded batch, on which the logits must stay the same.
+        faster: Which parts. Attention alone is a compiled kernel, whose backward pass is tried as well.
     """
-    on_cpu = _is_on_cpu(model)
-    if not on_cpu and not compiles:  # the stock kernels of other devices serve
-        return ""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     before = _logits(model, batch)
     try:
-        make_faster(model) if on_cpu else use_own_attention(model)
+        make_faster(model) if faster == "layers" else use_own_attention(model)
         distance = _distance(_logits(model, batch), before)
         reason = "" if distance <= _limit(model) else f"its logits would differ by {distance:.2g}"
-        if not on_cpu:
+        if faster == "attention":
             _try_backward(model, batch)
     except Exception as error:  # a model's forward may raise anything; its own attention serves it
         reason = f"it raised {type(error).__name__}: {error}"
@@ -153,10 +151,6 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Any:
         # As in training, of whose tensors a compiled kernel knows the strides.
         given["use_cache"] = False
     return model(**given)
-
-
-def _is_on_cpu(model: PreTrainedModel) -> bool:
-    return model.device.type == "cpu"
 
 
 def _try_backward(model: PreTrainedModel, batch: Batch) -> None:

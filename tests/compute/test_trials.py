@@ -5,8 +5,9 @@ import tiny_models
 import torch
 from torch import nn
 
-from lorakit.compute import shortcuts
-from lorakit.compute.shortcuts import try_faster
+from lorakit.compute.computation import choose_computation
+from lorakit.compute.trials import try_faster
+from lorakit.data import DataTask
 from lorakit.models import faster
 from lorakit.ops import flex_masked_attention
 
@@ -106,12 +107,14 @@ def test_a_compiled_attention_gives_the_logits_of_the_stock_one(monkeypatch):
     torch.testing.assert_close(after[seen], before[seen], rtol=1e-4, atol=1e-5)
 
 
-def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled(monkeypatch):
-    monkeypatch.setattr(shortcuts, "_is_on_cpu", lambda model: False)
-    model = build("llama")
-    assert try_faster(model, padded_batch()) == ""
-    assert model.config._attn_implementation == faster.STOCK
-    assert try_faster(model, padded_batch(), compiles=True) == ""
+def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled():
+    model, task = build("llama"), DataTask(name="completion")
+    meta = build("llama").to("meta")
+    assert choose_computation(meta, task, training=True).faster == "none"
+    assert choose_computation(meta, task, training=True, compiled=True).faster == "attention"
+    assert choose_computation(model, task, training=True).faster == "layers"
+    assert choose_computation(model, task).faster == "none"
+    assert try_faster(model, padded_batch(), "attention") == ""
     assert model.config._attn_implementation == faster.ATTENTION
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(p.grad is not None for p in model.parameters())
@@ -120,10 +123,9 @@ def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled(mo
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_compiled_attention_without_gradients_is_not_taken(monkeypatch):
     """As FlexAttention on a CPU: its forward pass is right, and training would fail."""
-    monkeypatch.setattr(shortcuts, "_is_on_cpu", lambda model: False)
     monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
     model = build("llama")
-    reason = try_faster(model, padded_batch(), compiles=True)
+    reason = try_faster(model, padded_batch(), "attention")
     assert reason.startswith(
         "it raised NotImplementedError: FlexAttention does not support backward"
     )

@@ -1,0 +1,182 @@
+"""How a model is computed: packed or padded batches, the way to the loss, the last block, faster layers.
+
+`choose_computation` decides from the model's structure alone, and the planner uses its answer. Training and evaluation
+confirm the choice: `confirm_computation` computes a few examples and falls back wherever results would change.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from lorakit.adapters.installed import backbone_of
+from lorakit.compute.batching import collator
+from lorakit.compute.last_block import last_block
+from lorakit.compute.model_input import model_examples
+from lorakit.compute.objective import (
+    ClassificationLoss,
+    HeadPath,
+    LanguageModellingLoss,
+    RegressionLoss,
+    SequenceToSequenceLoss,
+    language_modelling,
+    loss_paths,
+)
+from lorakit.compute.trials import Faster, try_faster, try_last_block, why_not_packed
+from lorakit.data import DataTask
+from lorakit.models.loading import Base
+from lorakit.tasks import Example, LanguageExample
+
+ChosenLoss = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
+
+POSITIONS_BY_ROW = ("bloom", "falcon", "mpt")
+"""Architectures whose attention counts positions from the start of a row and ignores position ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computation:
+    """How a model is computed."""
+
+    objective: ChosenLoss
+    """The loss, with its path to the logits and its last block."""
+    packed: bool = False
+    """Whether the examples of a batch are packed, shared prefixes computed once."""
+    faster: Faster = "none"
+    compiled: bool = False
+    """Whether the model's blocks are going to be compiled."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about batches and layers."""
+
+    @property
+    def note(self) -> str:
+        """One line for the user."""
+        return "; ".join(note for note in (self.objective.note, *self.notes) if note)
+
+
+def choose_computation(
+    model: PreTrainedModel,
+    task: DataTask,
+    *,
+    training: bool = False,
+    packing: bool = False,
+    compiled: bool = False,
+    label_smoothing: float = 0.0,
+) -> Computation:
+    """Decide from a model's structure how it is computed; nothing is computed.
+
+    Args:
+        model: The base, with its adapter.
+        task: What is trained or scored.
+        training: Use faster layers, which training alone installs.
+        packing: Pack batches if the architecture allows it.
+        compiled: Blocks are going to be compiled, which needs them whole.
+        label_smoothing: Share of the loss spread over all classes or tokens.
+    """
+    faster: Faster = "none"
+    if training and model.device.type == "cpu":
+        faster = "layers"
+    elif training and compiled:
+        faster = "attention"
+    why_padded = _why_padded(model, task, packing=packing)
+    return Computation(
+        objective=_structural_objective(
+            model, task, compiled=compiled, label_smoothing=label_smoothing
+        ),
+        packed=why_padded is None,
+        faster=faster,
+        compiled=compiled,
+        notes=(why_padded or "",),
+    )
+
+
+def confirm_computation(
+    choice: Computation, base: Base, examples: Sequence[Example]
+) -> Computation:
+    """Try a choice on a few examples, and return what leaves the model's results unchanged.
+
+    Args:
+        choice: From `choose_computation`.
+        base: The model, with its adapter, and its tokenizer; faster layers are installed in place.
+        examples: At least one.
+    """
+    notes, faster, packed = list(choice.notes), choice.faster, choice.packed
+    reason = ""
+    if faster != "none":
+        reason = try_faster(base.model, collator(base)(examples[:2]), faster)
+    if reason:
+        faster = "none"
+        notes.append(f"stock attention: {reason}")
+    if packed:
+        (first,) = model_examples(base, examples[:1])
+        assert isinstance(first, LanguageExample)
+        reason = why_not_packed(base.model, first)
+        packed = not reason
+        notes.insert(
+            0,
+            f"batches padded, not packed: {reason}" if reason else "shared prefixes computed once",
+        )
+    return replace(
+        choice,
+        objective=_confirmed_objective(choice, base, examples),
+        packed=packed,
+        faster=faster,
+        notes=tuple(notes),
+    )
+
+
+def objective_for(base: Base, task: DataTask, examples: Sequence[Example]) -> ChosenLoss:
+    """Return the loss that evaluation reports for `task`, confirmed on a few of `examples`."""
+    return _confirmed_objective(choose_computation(base.model, task), base, examples)
+
+
+def _confirmed_objective(
+    choice: Computation, base: Base, examples: Sequence[Example]
+) -> ChosenLoss:
+    chosen, model = choice.objective, base.model
+    if isinstance(chosen, SequenceToSequenceLoss):
+        return chosen
+    # Examples of different lengths, so that the first padding token is not mistaken for the last of a text.
+    probe = collator(base)([pick(examples[:50], key=len) for pick in (max, min)])
+    if isinstance(chosen, LanguageModellingLoss):
+        confirmed = language_modelling(model, probe, label_smoothing=chosen.label_smoothing)
+    else:
+        confirmed = replace(chosen, last_block=None)
+    return confirmed if chosen.last_block is None else try_last_block(confirmed, model, probe)
+
+
+def _structural_objective(
+    model: PreTrainedModel, task: DataTask, *, compiled: bool, label_smoothing: float
+) -> ChosenLoss:
+    """Return the loss of `task` by the cheapest path that the structure allows."""
+    block = None if compiled else last_block(model)
+    if block is not None and not block.divides:
+        block = None
+    if task.kind == "regression":
+        return RegressionLoss(last_block=block)
+    if task.kind == "classification":
+        return ClassificationLoss(label_smoothing=label_smoothing, last_block=block)
+    if model.config.is_encoder_decoder:
+        return SequenceToSequenceLoss(label_smoothing=label_smoothing)
+    path: HeadPath = next(path for path, reason in loss_paths(model).items() if not reason)
+    return LanguageModellingLoss(
+        path=path,
+        label_smoothing=label_smoothing,
+        last_block=block if path == "fused" else None,
+    )
+
+
+def _why_padded(model: PreTrainedModel, task: DataTask, *, packing: bool) -> str | None:
+    """Return why batches are padded, for the user; None where they can be packed."""
+    if not task.generates or model.config.is_encoder_decoder:
+        return ""
+    if not packing:
+        return "batches padded"
+    if model.config.model_type in POSITIONS_BY_ROW:
+        return f"batches padded, not packed: {model.config.model_type} ignores position ids"
+    parameters = inspect.signature(backbone_of(model).forward).parameters
+    if not {"position_ids", "attention_mask"} <= parameters.keys():
+        return "batches padded, not packed: the model takes no position ids"
+    return None
