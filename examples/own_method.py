@@ -1,4 +1,4 @@
-"""A method of one's own in one file: (IA)^3, vectors that scale keys, values and what the MLP holds inside.
+"""A custom method in one file: (IA)^3, vectors that scale keys, values and the MLP's inner activations.
 
     lorakit train --method examples/own_method.py:IA3 --base.name smollm2-135m --data.train yours.jsonl --output out/ia3
     lorakit generate --method examples/own_method.py:IA3 --adapter out/ia3/adapter --prompt "..."
@@ -20,12 +20,12 @@ from lorakit.models.roles import resolve_targets
 
 @dataclass(frozen=True, kw_only=True)
 class IA3:
-    """``l * (W x)``: each output of the chosen layers times a trained number that starts at 1."""
+    """``l * (W x)``: a trained vector, initialised to 1, that scales the outputs of the target layers."""
 
     targets: tuple[str, ...] | list[str] = ("attention.k", "attention.v", "mlp.up")
-    train_modules: tuple[str, ...] = ()  # lorakit puts a new classification head in here
+    train_modules: tuple[str, ...] = ()  # lorakit adds a new classification head here
 
-    default_rate = 3e-3  # the peak learning rate of a run that sets none
+    default_rate = 3e-3  # the default peak learning rate of a run
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype = torch.float32
@@ -38,10 +38,10 @@ class IA3:
 
 
 class Scale(AdapterModule):
-    """The vector of one layer."""
+    """The scaling vector of one layer."""
 
-    scales = merges = False  # alone and with weight 1; it could be merged, with a few lines more
-    by_token = True  # what it does to a token depends on no other token
+    scales = merges = False  # works only alone, with weight 1; merging would need a few more lines
+    by_token = True  # each token is independent of the others
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,8 +74,7 @@ if __name__ == "__main__":
     adapters.save(args.out, overwrite=True)
     adapters.detach()
 
-    lorakit.use_method(
-        IA3
-    )  # files name a method and never bring its code: say which class is meant
+    # An adapter's file names its method but contains no code, so register the class.
+    lorakit.use_method(IA3)
     adapters = lorakit.load(model, args.out, name="again")
     print(adapters.summary())

@@ -1,11 +1,11 @@
-"""A task of one's own, in one file: what its examples are, where its data lies, and how it is scored.
+"""A custom task in one file: its examples, its data and its score.
 
     lorakit train --base.name smollm2-135m --output out/spelling \\
         --data.task examples/own_task.py:Spelling --data.root DATA
     lorakit evaluate --adapter out/spelling/adapter \\
         --data.task examples/own_task.py:Spelling --data.root DATA
 
-where DATA/spelling/ holds train.jsonl and test.jsonl. Run as it stands, the script makes such a folder and does both.
+DATA/spelling/ contains train.jsonl and test.jsonl. Run directly, the script creates such a folder and does both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.tasks import DataSet, NamedText, text_field
 
 # --8<-- [start:task]
 class Spelling(NamedText):
-    """A number in digits, to be written in words."""
+    """Write a number in words."""
 
     name = "spelling"
     layouts = (("digits", "words"),)  # the columns of a row
@@ -51,7 +51,7 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_data(folder: Path) -> None:
-    """Every number of two digits, one in seven of them for the test."""
+    """Write all two-digit numbers as rows; every seventh is a test row."""
     (folder / "spelling").mkdir(parents=True, exist_ok=True)
     rows = [
         json.dumps({"digits": f"{i}{j}", "words": f"{WORDS[i]} {WORDS[j]}"})
@@ -74,19 +74,25 @@ if __name__ == "__main__":
     out = Path(options.out)
     write_data(out / "data")
     data = DataConfig(task=f"{__file__}:Spelling", root=str(out / "data"))
-    base, how = options.model, {}
-    if base is None:  # a tiny model, made on the spot, which has all to learn
+    base, settings = options.model, {}
+    if base is None:  # a tiny, randomly initialised model
         model, tokenizer = load_base(None)
         base = str(out / "base")
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
-        how = {"method": "full", "epochs": 40, "optimizer": OptimizerConfig(learning_rate=3e-3)}
+        settings = {
+            "method": "full",
+            "epochs": 40,
+            "optimizer": OptimizerConfig(learning_rate=3e-3),
+        }
 
     run = str(out / "run")
-    train(TrainConfig(base=BaseConfig(name=base), data=data, output=run, overwrite=True, **how))
+    train(
+        TrainConfig(base=BaseConfig(name=base), data=data, output=run, overwrite=True, **settings)
+    )
     scored = evaluate(
         EvaluateConfig(base=BaseConfig(name=base), adapter=f"{run}/adapter", data=data)
     )
-    print(scored.scores)  # loss, perplexity, and the task's own: exact
+    print(scored.scores)  # loss, perplexity, and the task's score: exact
     for record in scored.outputs[:3]:
         print(f"{record['prompt']} {record['output']!r}, expected {record['references'][0]!r}")

@@ -1,4 +1,4 @@
-"""Train an adapter with a loop of your own: the model's trainable parameters are the adapter's."""
+"""Train an adapter with your own loop: only the adapter's parameters are trainable."""
 
 import torch
 from tiny_base import TEXTS, arguments, load_base
@@ -28,4 +28,4 @@ for step in range(30):
         print(f"step {step + 1}: loss {losses[-1]:.3f}")
 
 adapters.save(args.out, tokenizer=tokenizer, overwrite=True)
-print(f"The adapter is in {args.out}")
+print(f"Saved the adapter to {args.out}")

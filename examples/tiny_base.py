@@ -1,4 +1,4 @@
-"""What the examples adapt: a model named on the command line, or a tiny one made on the spot."""
+"""The base model of the examples: `--model`, or by default a tiny random one."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ TEXTS = [pair["prompt"] + pair["completion"] for pair in PAIRS]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--model", help="a hub id or folder, for example HuggingFaceTB/SmolLM2-135M"
-    )
+    parser.add_argument("--model", help="hub id or folder, for example HuggingFaceTB/SmolLM2-135M")
     parser.add_argument("--out", default="out/example", help="folder to write to")
     return parser.parse_args()
 
@@ -44,7 +42,7 @@ def load_base(name: str | None):
     """Return a causal language model and its tokenizer."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    tokenizer = ByT5Tokenizer()  # bytes: needs no file
+    tokenizer = ByT5Tokenizer()  # byte-level: needs no vocabulary file
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -1,4 +1,4 @@
-"""Train an adapter with transformers' Trainer, whose checkpoints hold it and resume from it."""
+"""Train an adapter with transformers' Trainer; its checkpoints include the adapter."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ trainer = Trainer(
     train_dataset=[tokenizer(text) for text in TEXTS],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
 )
-trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint
+trainer.train()  # resume_from_checkpoint=True resumes from the last checkpoint
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-# A checkpoint loads anywhere as the adapted model. The adapter alone is a thousandth of its size:
+# Any library loads a checkpoint as the adapted model. The adapter alone is a thousandth of its size:
 adapters.save(Path(args.out, "adapter"), tokenizer=tokenizer, overwrite=True)

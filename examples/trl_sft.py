@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL: give SFTTrainer the adapted model, and no peft_config."""
+"""Supervised fine-tuning with TRL: pass SFTTrainer the adapted model and no peft_config."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ adapters = lorakit.attach(
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
-    train_dataset=Dataset.from_list(PAIRS),  # the loss is on the completions
+    train_dataset=Dataset.from_list(PAIRS),  # TRL computes the loss on completions
     args=SFTConfig(
         output_dir=args.out,
         max_steps=20,
