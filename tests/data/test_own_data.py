@@ -1,4 +1,4 @@
-"""Where a named task finds its rows."""
+"""How a named task locates its rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_splits_are_found_by_the_names_of_their_files(root: Path) -> None:
     assert labels(config, "train") == [2]
 
 
-def test_what_is_named_goes_before_the_tasks_own(root: Path) -> None:
+def test_named_files_override_the_task_data(root: Path) -> None:
     write(root / "mine.jsonl", {**ROW, "label": 2})
     config = DataConfig(task="mnli", root=str(root), validation=str(root / "mine.jsonl"))
     assert labels(config, "validation") == [2]
@@ -79,7 +79,7 @@ def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "split", "message"),
     [
-        ({"root": "nowhere"}, "train", r"no such folder.*holds mnli/train\.jsonl, or leave"),
+        ({"root": "nowhere"}, "train", r"no such folder.*holds mnli/train\.jsonl, or omit"),
         ({"task": "rte"}, "train", r"no folder 'rte'.*rte/train\.jsonl\. Folders in it: mnli, qqp"),
         (
             {"task": "qqp"},
@@ -89,10 +89,10 @@ def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
         ({"task": "qqp"}, "test", "no test data with public labels; score its validation set"),
         ({"validation_split": "dev"}, "validation", r"looked for dev\.jsonl .*found train_subset"),
         ({"train": "gone.jsonl"}, "train", r"no file or data set 'gone\.jsonl'"),
-        ({"columns": {"premise": "first"}}, "train", r"no column 'first', which columns maps"),
+        ({"columns": {"premise": "first"}}, "train", r"no column 'first', which data.columns maps"),
     ],
 )
-def test_what_is_not_there_is_said(root, monkeypatch, settings, split, message) -> None:
+def test_missing_data_is_reported(root, monkeypatch, settings, split, message) -> None:
     monkeypatch.chdir(root)
     config = DataConfig(**{"task": "mnli", "root": str(root), **settings})
     with pytest.raises(DataError, match=message):

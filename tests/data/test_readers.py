@@ -109,7 +109,7 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         ('"a"', "found '\"', expected a list of objects"),
         (
             '{"version": 1,\n "data": [{"a": 1}]}',
-            "found one object, expected a list.*It holds lists in 'data': write one of them",
+            "found one object, expected a list.*Save one of its lists: 'data'",
         ),
         (b'[\n{"a": "\xff"}]', r"data.json:2: not UTF-8 \(byte 0xff\)"),
     ],
@@ -166,10 +166,10 @@ def test_a_csv_header_must_name_each_column_once(tmp_path, header, message):
         read(tmp_path / "data.csv", f"{header}\n1,2,3\n")
 
 
-def test_a_cut_off_gzip_file_is_named(tmp_path):
+def test_a_truncated_gzip_file_is_named(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     whole = gzip.compress(as_jsonl(ROWS * 1000).encode())
-    with pytest.raises(DataError, match=r"data\.jsonl\.gz: the gzip file is cut off"):
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz: the gzip file is truncated"):
         read(path, whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"data\.jsonl\.gz: cannot be read \(Not a gzipped file"):
         read(path, as_jsonl(ROWS))

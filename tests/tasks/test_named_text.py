@@ -204,7 +204,7 @@ BAD = [
 @pytest.mark.parametrize(("task", "change", "message"), BAD)
 def test_rows_that_do_not_fit_are_named(task, change, message, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"(?s)1 of .* rows cannot be used.*train\.jsonl:2: .*{message}"
+        DataError, match=rf"(?s)1 of .* rows are invalid.*train\.jsonl:2: .*{message}"
     ):
         examples(tmp_path, task, ROWS[task], {**ROWS[task], **change})
     kept = examples(tmp_path, task, ROWS[task], {**ROWS[task], **change}, bad_rows="skip")

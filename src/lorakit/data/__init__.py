@@ -1,4 +1,4 @@
-"""Data: files, hub or built-in data sets -> examples -> batches."""
+"""Load files, hub data sets and built-in data sets as examples and batches."""
 
 from __future__ import annotations
 
