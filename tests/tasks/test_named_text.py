@@ -56,7 +56,7 @@ def examples(folder: Path, task: str, *rows: dict[str, Any], **settings: Any) ->
 
 
 def text_of(example: Example) -> tuple[str, str]:
-    """What is given and what is learnt, end tokens included, from the tokens themselves."""
+    """Decode the prompt and the targets of an example, end tokens included."""
     assert isinstance(example, LanguageExample)
     ids, mask = example.input_ids, example.loss_mask
     cut = mask.index(True)
@@ -106,10 +106,10 @@ def test_the_encoding_in_words(task: str, tmp_path: Path) -> None:
         given, learnt = text_of(example)
         assert context.removesuffix(EOS).strip() in given
         assert given[-1] == ":"
-        assert learnt == " " + completion.strip()  # parted from the colon
+        assert learnt == " " + completion.strip()  # a space after the colon
 
 
-def test_a_template_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_template(tmp_path: Path) -> None:
     found = examples(
         tmp_path,
         "e2e_nlg",
@@ -172,7 +172,7 @@ def test_the_hubs_layout_and_the_files_give_the_same(tmp_path: Path) -> None:
     assert text_of(found) == PAPER["wikisql"][0]
     task = TASKS["wikisql"]
     assert task.score([QUERY], [[found]]) == {"logical_form": 1, "execution": 1}
-    other = "SELECT COUNT Player FROM table WHERE No. > 29.5"  # finds two as well
+    other = "SELECT COUNT Player FROM table WHERE No. > 29.5"  # also selects two rows
     assert task.score([other], [[found]]) == {"logical_form": 0, "execution": 1}
     worse = "SELECT COUNT Player FROM table WHERE No. > 31"
     assert task.score([worse], [[found]]) == {"logical_form": 0, "execution": 0}
@@ -184,18 +184,22 @@ BAD = [
     ("e2e_nlg", {"human_reference": " "}, "'human_reference' is empty"),
     ("webnlg", {"modified_triple_sets": ["a | b | c"]}, "'modified_triple_sets' is a list, exp"),
     ("webnlg", {"modified_triple_sets": {"mtriple_set": [["a | b"]]}}, r"'subject \| rel"),
-    ("webnlg", {"lex": {"text": ["x"], "comment": []}}, "of one length"),
-    ("dart", {"tripleset": [["a", "b"]]}, r"holds \['a', 'b'\], expected \[subject, relation"),
-    ("dart", {"tripleset": []}, "holds no triple"),
+    ("webnlg", {"lex": {"text": ["x"], "comment": []}}, "of equal length"),
+    ("dart", {"tripleset": [["a", "b"]]}, r"contains \['a', 'b'\], expected \[subject, relation"),
+    ("dart", {"tripleset": []}, "contains no triple"),
     ("dart", {"annotations": "text"}, "needs a list of texts under 'text'"),
-    ("dart", {"annotations": [{"source": "x"}]}, "holds None, expected a text"),
+    ("dart", {"annotations": [{"source": "x"}]}, "contains None, expected text"),
     ("wikisql", {"table": {}}, "column names in a list 'header'"),
     (
         "wikisql",
         {"sql": {"sel": 7, "agg": 0, "conds": []}},
         "sel is 7, expected an index from 0 to 2",
     ),
-    ("wikisql", {"sql": {"sel": 0, "agg": 0, "conds": {"condition": [1]}}}, "lists of one length"),
+    (
+        "wikisql",
+        {"sql": {"sel": 0, "agg": 0, "conds": {"condition": [1]}}},
+        "lists of equal length",
+    ),
     ("samsum", {"dialogue": 5}, r"'dialogue' is a number \(5\), expected text"),
     ("samsum", {"summary": ""}, "'summary' is empty"),
 ]
@@ -236,7 +240,7 @@ REFERENCES = [
 
 @pytest.fixture
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting it takes seconds each time; tests/metrics has the scores with it."""
+    """Java takes seconds to start. tests/metrics covers the scores with Java."""
     monkeypatch.setattr(data_to_text, "find_java", lambda _: None)
 
 
@@ -289,7 +293,7 @@ def test_an_output_ends_at_a_blank_line() -> None:
     assert TASKS["samsum"].answer(" One\n\ntwo ") == "One\n\ntwo"
 
 
-def test_questions_that_stand_twice_count_twice() -> None:
+def test_repeated_questions_count_separately() -> None:
     row = {"table": WIKISQL["table"], "sql": WIKISQL["sql"]}
     other = {**row, "sql": {**row["sql"], "agg": 0}}
     twice = [group("x", **row)[0], group("x", **other)[0]]
@@ -308,7 +312,7 @@ def test_real_sets(shared: Path, task: str) -> None:
 
 
 def test_real_test_inputs_and_their_references(shared: Path) -> None:
-    """630 inputs in E2E's test set; of WebNLG's 1,862, seen are 971."""
+    """E2E's test set has 630 inputs; 971 of WebNLG's 1,862 are seen."""
     config = DataConfig(task="e2e_nlg", root=str(shared / "data"), max_length=8192)
     found = load_examples(config, "test", tiny_tokenizer())
     assert len({e.prompt for e in found}) == 630
