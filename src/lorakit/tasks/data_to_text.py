@@ -29,6 +29,7 @@ class DataToText(NamedText):
     """Base class of the three tasks."""
 
     official_scores: ClassVar[Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]]
+    """Scores of outputs and references by the official definition: a function of `lorakit.metrics`."""
 
     @classmethod
     def check_scoring(cls) -> None:
