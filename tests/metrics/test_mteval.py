@@ -44,8 +44,8 @@ def test_of_two_equally_close_references_the_shorter_counts() -> None:
 
 
 def test_short_outputs_count_as_in_the_official_scorer() -> None:
-    # "b" adds 1 unigram, 0 bigrams, -1 trigrams and -2 4-grams: totals 6, 4, 2, 0. 6 unigrams, 4 bigrams, 3 trigrams and
-    # 2 4-grams match.
+    # "b" adds 1 unigram, 0 bigrams, -1 trigrams and -2 4-grams: totals 6, 4, 2, 0. 6 unigrams, 4 bigrams, 3 trigrams
+    # and 2 4-grams match.
     bleu4, _ = bleu_and_nist(["a b c d e", "b"], [["a b c d e"], ["b"]])
     assert bleu4 == pytest.approx((6 / 6 * 4 / 4 * 3 / 2 * 2 / 1e-9) ** (1 / 4))
 
