@@ -59,8 +59,8 @@ def test_the_command_line_sets_the_same_fields():
     def command(data: DataConfig) -> DataConfig:
         return data
 
-    found = jsonargparse.auto_cli(command, args=arguments)
-    assert found == DataConfig(
+    config = jsonargparse.auto_cli(command, args=arguments)
+    assert config == DataConfig(
         train=["a.jsonl", "b.csv"],
         columns={"prompt": "question"},
         too_long="skip",

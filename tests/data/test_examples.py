@@ -59,7 +59,7 @@ def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
 def test_columns_that_fit_two_tasks_ask_for_one(write):
     path = write([{**PAIRS[0], "text": "a", "label": "x"}, {**PAIRS[1], "text": "a", "label": "y"}])
     with pytest.raises(
-        DataError, match="fit several tasks; set data.task to one of completion, class"
+        DataError, match=r"fit several tasks; set data\.task to one of completion, class"
     ):
         load(path)
     assert load(path, task="classification").task == "classification"
@@ -180,10 +180,10 @@ def test_labels_are_those_of_the_training_set(write):
     examples = load(train, "validation", validation=validation)
     assert examples.labels == ("x", "y")
     assert examples[0].label == 1
-    given = load(
+    relabelled = load(
         train, "validation", validation=validation, task="classification", labels=["y", "z"]
     )
-    assert given[0].label == 0
+    assert relabelled[0].label == 0
 
 
 def test_task_and_labels_are_known_without_a_tokenizer(write):
@@ -246,7 +246,7 @@ def test_a_held_out_fraction_divides_the_distinct_inputs(write):
     assert (len(train), len(validation)) == (48, 12)
     assert (train.report.held_out, validation.report.held_out) == (12, 48)
     shuffled = load(write(rows[::-1]), "validation", validation_fraction=0.2)
-    assert {example.prompt for example in shuffled} == inside  # the order of rows does not matter
+    assert {example.prompt for example in shuffled} == inside  # independent of the order of rows
 
 
 def test_sets_can_be_indexed_and_sliced(write):

@@ -84,7 +84,7 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
     rows = read(path, b"\n".join(lines))
     assert values(rows) == [{"a": 1}, {"a": 2}]
     assert rows[-1].origin == f"{path}:9"
-    found = problems(rows)
+    messages = problems(rows)
     expected = [
         "3: not UTF-8 (byte 0xe9 at 11)",
         "4: not valid JSON (Expecting ',' delimiter at character 9)",
@@ -93,8 +93,8 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         "7: not readable as JSON",
         "8: not readable as JSON",
     ]
-    assert len(found) == len(expected)
-    for message, start in zip(found, expected, strict=True):
+    assert len(messages) == len(expected)
+    for message, start in zip(messages, expected, strict=True):
         assert message.startswith(f"{path}:{start}")
 
 

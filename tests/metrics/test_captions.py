@@ -14,7 +14,7 @@ def test_rouge_l_takes_the_best_precision_and_the_best_recall() -> None:
     precision, recall, b2 = 1.0, 1.0, 1.2**2
     expected = (1 + b2) * precision * recall / (recall + b2 * precision)
     assert rouge_l(["a b c"], [["a x b y c z", "b c"]]) == pytest.approx(expected)
-    # 2/3 and 2/4 alone
+    # the single reference: 2/3 and 2/4
     precision, recall = 2 / 3, 2 / 4
     expected = (1 + b2) * precision * recall / (recall + b2 * precision)
     assert rouge_l(["a b c"], [["a x y b"]]) == pytest.approx(expected)

@@ -70,8 +70,8 @@ def test_names_and_values_that_look_like_syntax() -> None:
 
 def test_a_column_is_taken_before_an_aggregate() -> None:
     assert parse("SELECT Max Speed FROM table", ["Speed", "Max Speed"]).column == 1  # type: ignore[union-attr]
-    found = parse("SELECT MAX Speed FROM table", ["Speed"])
-    assert (found.column, found.aggregate) == (0, 1)  # type: ignore[union-attr]
+    query = parse("SELECT MAX Speed FROM table", ["Speed"])
+    assert (query.column, query.aggregate) == (0, 1)  # type: ignore[union-attr]
 
 
 def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
@@ -94,13 +94,13 @@ def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path
         sql, header = row["sql"], row["table"]["header"]
         text = spelt(sql, header)
         assert text == " ".join(sql["human_readable"].split())  # WikiSQL's own text
-        found = parse(text, header)
+        query = parse(text, header)
         conditions = {(c, op, " ".join(value.lower().split())) for c, op, value in sql["conds"]}
-        if found is None or (sql["sel"], sql["agg"], conditions) != (
-            *(found.column, found.aggregate),
-            found.conditions,
+        if query is None or (sql["sel"], sql["agg"], conditions) != (
+            *(query.column, query.aggregate),
+            query.conditions,
         ):
-            failures.append((text, found))
+            failures.append((text, query))
     assert (len(rows), failures) == (8421, [])
 
 

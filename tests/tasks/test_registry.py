@@ -17,7 +17,7 @@ FILE = '''
 from lorakit.tasks import Classification, DataSet
 
 class Weather(Classification):
-    """Whether a text is of rain."""
+    """Whether a text reports rain."""
 
     name = "weather"
     texts = ("said",)
@@ -51,8 +51,8 @@ def test_a_class_in_a_file_is_a_task(file: Path, tmp_path: Path) -> None:
     config = DataConfig(task=f"{file}:Weather", root=str(tmp_path))
     assert task_of(config) == DataTask(name=f"{file}:Weather", labels=("dry", "wet"))
     assert task_of(config).kind == "classification"
-    found = load_examples(config, "train", tiny_encoder_tokenizer())
-    assert [(e.prompt, e.label) for e in found] == [("rain", 1), ("sun", 0)]
+    loaded = load_examples(config, "train", tiny_encoder_tokenizer())
+    assert [(e.prompt, e.label) for e in loaded] == [("rain", 1), ("sun", 0)]
     assert generic_task(task_type(config.task)) is Classification
 
 

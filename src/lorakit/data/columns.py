@@ -18,14 +18,14 @@ class ColumnMap:
         DataError: The configuration names a column that the data does not have.
     """
 
-    def __init__(self, config: DataConfig, columns: Sequence[str], where: str) -> None:
-        self.where = where
+    def __init__(self, config: DataConfig, columns: Sequence[str], source_name: str) -> None:
+        self.source_name = source_name
         self.columns = list(columns)
         self.renamed = config.columns
         for name, column in self.renamed.items():
             if column not in self.columns:
                 raise DataError(
-                    f"{where} has no column {column!r}, which data.columns maps to {name!r}. Its columns are "
+                    f"{source_name} has no column {column!r}, which data.columns maps to {name!r}. Its columns are "
                     f"{', '.join(self.columns)}." + nearest(column, self.columns)
                 )
         texts = {"prompt": config.prompt_template, "completion": config.completion_template}
@@ -37,7 +37,7 @@ class ColumnMap:
         task = config.task_type
         derived = () if task is None else task.derived
         for template in self.templates.values():
-            template.check([*self.columns, *self.renamed, *derived], where)
+            template.check([*self.columns, *self.renamed, *derived], source_name)
         present = {*self.columns, *self.renamed, *self.templates}
         names = FIELDS
         if task is not None and task not in GENERIC.values():  # a named task may read any column
@@ -91,7 +91,7 @@ class ColumnMap:
                 return fitting[0]
             if fitting:
                 raise DataError(
-                    f"{self.where}: its columns ({', '.join(self.columns)}) fit several tasks; "
+                    f"{self.source_name}: its columns ({', '.join(self.columns)}) fit several tasks; "
                     f"set data.task to one of {', '.join(task.name for task in fitting)}"
                 )
         elif any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
@@ -109,6 +109,6 @@ class ColumnMap:
         else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
         raise DataError(
-            f"{self.where}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
+            f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
             f"Rename the columns with data.columns, {advice}."
         )

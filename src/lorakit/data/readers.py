@@ -127,8 +127,8 @@ def _json_list(text: str, path: Path) -> Rows:
             f"{path}:1: found {text[position]!r}, expected a list of objects: [{{...}}, ...]"
         )
     position = _after_blanks(text, position + 1)
-    mark = "]" if text[position : position + 1] == "]" else ","
-    while mark == ",":
+    separator = "]" if text[position : position + 1] == "]" else ","
+    while separator == ",":
         line += text.count("\n", counted, position)
         counted = position
         try:
@@ -137,11 +137,11 @@ def _json_list(text: str, path: Path) -> Rows:
             raise DataError(f"{path}:{line}: not valid JSON ({error})") from None
         yield _row(value, f"{path}:{line}")
         position = _after_blanks(text, position)
-        mark = text[position : position + 1]
-        if mark not in (",", "]"):
-            text_found = repr(mark) if mark else "the end of the file"
+        separator = text[position : position + 1]
+        if separator not in (",", "]"):
+            actual = repr(separator) if separator else "the end of the file"
             raise DataError(
-                f"{path}: found {text_found} after the object of line {line}, expected , or ]"
+                f"{path}: found {actual} after the object of line {line}, expected , or ]"
             )
         position = _after_blanks(text, position + 1)
 

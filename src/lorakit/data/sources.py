@@ -146,13 +146,11 @@ def _parts(entry: str, split: str) -> list[_Part]:
         return [
             _hub(entry, hub["id"], hub["config"], hub["revision"], part) for part in joined(split)
         ]
-    neighbours = (
-        [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-    )
+    nearby = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
         f"there is no file or data set {entry!r}; expected a file ({', '.join(READERS)}), a hub data set "
         f"(owner/name) or a built-in one ({', '.join(BUILT_IN)})."
-        + (nearest(path.name, neighbours) or nearest(entry, BUILT_IN))
+        + (nearest(path.name, nearby) or nearest(entry, BUILT_IN))
     )
 
 
@@ -184,7 +182,11 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
         except RuntimeError as error:
             if SCRIPT not in str(error):
                 raise
-            data = _exported(name, config, split)
+            # Load the hub's Parquet export of the data set; its script is not run.
+            folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"
+            data = datasets.load_dataset(
+                "parquet", data_files={split: f"{folder}/*.parquet"}, split=split
+            )
     except Exception as error:  # datasets, the hub and the network raise many types
         raise DataError(
             f"{entry}: the hub data set cannot be loaded, split {split!r} ({type(error).__name__}: {error}). "
@@ -208,14 +210,6 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
             yield {**dict(row), **names}
 
     return _of_values(entry, split, values, classes)
-
-
-def _exported(name: str, config: str | None, split: str) -> Any:
-    """Load the hub's Parquet export of a data set that is a script. Scripts are not run."""
-    import datasets
-
-    files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}/*.parquet"
-    return datasets.load_dataset("parquet", data_files={split: files}, split=split)
 
 
 def _of_values(

@@ -43,13 +43,13 @@ class Template:
                 )
             yield literal, field
 
-    def check(self, columns: Iterable[str], where: str) -> None:
+    def check(self, columns: Iterable[str], source_name: str) -> None:
         """Raise a DataError if the data lacks a column of the template."""
         columns = list(columns)
         for field in self.fields:
             if field not in columns:
                 raise DataError(
-                    f"{where} has no column {field!r}, which {self.name} uses. Its columns are "
+                    f"{source_name} has no column {field!r}, which {self.name} uses. Its columns are "
                     f"{', '.join(columns)}." + nearest(field, columns)
                 )
 

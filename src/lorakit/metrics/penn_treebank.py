@@ -9,8 +9,10 @@ from lorakit.errors import LorakitError
 from lorakit.metrics.checks import requires_extra
 from lorakit.metrics.java import jar, run_java
 
-BRACKET_NAMES = ("-LRB-", "-RRB-", "-LCB-", "-RCB-")
-PUNCTUATION = {"''", "'", "``", "`", *BRACKET_NAMES, ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+PUNCTUATION = {
+    *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
+    *(".", "?", "!", ",", ":", "-", "--", "...", ";"),
+}
 """Tokens that pycocoevalcap drops. Its upper-case bracket names never match lower-case tokens, so brackets stay."""
 
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import DataError
@@ -115,76 +115,75 @@ def _select(selected: str, names: list[str]) -> tuple[int, int] | None:
     return None
 
 
-def _same_result(guess: Query | None, query: Query, table: Table, where: str) -> bool:
+def _same_result(guess: Query | None, query: Query, table: Table, location: str) -> bool:
     expected = table.find(query)
     if expected is None:
         raise DataError(
-            f"{where}: its correct query cannot be executed. Each condition needs an operator of =, > or < (0, 1, 2), "
-            "and a number for a column of type real."
+            f"{location}: its correct query cannot be executed. Each condition needs an operator of =, > or < (0, 1, "
+            "2), and a number for a column of type real."
         )
     return guess is not None and table.find(guess) == expected
 
 
-def _example(example: Mapping[str, Any], where: str) -> tuple[Table, Query]:
+def _example(example: Mapping[str, Any], location: str) -> tuple[Table, Query]:
     """Return the table and the correct query of a row of WikiSQL."""
-    table, sql = (_mapping(example, name, where) for name in ("table", "sql"))
-    header = _list(table, "header", f"{where}: table")
+    table, sql = (_mapping(example, name, location) for name in ("table", "sql"))
+    header = _list(table, "header", f"{location}: table")
     width = len(header)
-    selected = _index(sql.get("sel"), width, f"{where}: sql.sel")
-    aggregate = _index(sql.get("agg"), len(AGGREGATES), f"{where}: sql.agg")
+    selected = _index(sql.get("sel"), width, f"{location}: sql.sel")
+    aggregate = _index(sql.get("agg"), len(AGGREGATES), f"{location}: sql.agg")
     names = [normalized(name) for name in header]
     conditions = set()
-    for condition in _list(sql, "conds", f"{where}: sql"):
+    for condition in _list(sql, "conds", f"{location}: sql"):
         if not isinstance(condition, Sequence) or len(condition) != 3:
             raise DataError(
-                f"{where}: a condition is {condition!r}, expected [column, operator, value]."
+                f"{location}: a condition is {condition!r}, expected [column, operator, value]."
             )
         column, operator, value = condition
-        column = _index(column, width, f"{where}: the column of a condition")
-        operator = _index(operator, len(OPERATORS), f"{where}: the operator of a condition")
+        column = _index(column, width, f"{location}: the column of a condition")
+        operator = _index(operator, len(OPERATORS), f"{location}: the operator of a condition")
         conditions.add((names.index(names[column]), operator, normalized(value)))
     query = Query(names.index(names[selected]), aggregate, frozenset(conditions))
     if table.get("rows") is None:
         return Table(header), query
-    rows = _list(table, "rows", f"{where}: table")
+    rows = _list(table, "rows", f"{location}: table")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != width:
             raise DataError(
-                f"{where}: row {number} of the table is {row!r:.80}, expected a list of {width} cells."
+                f"{location}: row {number} of the table is {row!r:.80}, expected a list of {width} cells."
             )
-    return Table(header, rows, _types(table, rows, width, where)), query
+    return Table(header, rows, _types(table, rows, width, location)), query
 
 
-def _types(table: Mapping[str, Any], rows: Sequence, width: int, where: str) -> list[str]:
+def _types(table: Mapping[str, Any], rows: Sequence, width: int, location: str) -> list[str]:
     if table.get("types") is None:
-        return ["real" if _all_numbers(row[i] for row in rows) else "text" for i in range(width)]
-    types = _list(table, "types", f"{where}: table")
+        return [
+            "real" if all(isinstance(row[i], int | float) for row in rows) else "text"
+            for i in range(width)
+        ]
+    types = _list(table, "types", f"{location}: table")
     if len(types) != width or not {"text", "real"}.issuperset(types):
         raise DataError(
-            f"{where}: the table's types are {types!r:.80}, expected 'text' or 'real' for each of {width} columns."
+            f"{location}: the table's types are {types!r:.80}, expected 'text' or 'real' for each of {width} columns."
         )
     return list(types)
 
 
-def _all_numbers(cells: Iterable[object]) -> bool:
-    return all(isinstance(cell, (int, float)) for cell in cells)
-
-
-def _mapping(example: object, name: str, where: str) -> Mapping[str, Any]:
+def _mapping(example: object, name: str, location: str) -> Mapping[str, Any]:
     value = example.get(name) if isinstance(example, Mapping) else None
     if not isinstance(value, Mapping):
-        raise DataError(f"{where} has no object '{name}', expected a row of WikiSQL.")
+        raise DataError(f"{location} has no object '{name}', expected a row of WikiSQL.")
     return value
 
 
-def _list(values: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
+def _list(values: Mapping[str, Any], name: str, location: str) -> Sequence[Any]:
     value = values.get(name)
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(f"{where}.{name} is {value!r:.80}, expected a list.")
+        raise DataError(f"{location}.{name} is {value!r:.80}, expected a list.")
     return value
 
 
-def _index(value: object, count: int, where: str) -> int:
+def _index(value: object, count: int, location: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-        raise DataError(f"{where} is {value!r}, expected an index from 0 to {count - 1}.")
+        raise DataError(f"{location} is {value!r}, expected an index from 0 to {count - 1}.")
     return value

@@ -80,12 +80,9 @@ class Chat(TextTask):
 
     def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
         end = stop
-        while end > start + 1 and self._is_blank(ids[end - 1]):
+        while end > start + 1 and not str(self.tokenizer.decode([ids[end - 1]])).strip():
             end -= 1
         return end if ids[end - 1] in self.template.special_ids else stop
-
-    def _is_blank(self, token: int) -> bool:
-        return not str(self.tokenizer.decode([token])).strip()
 
 
 class ChatTemplate:

@@ -176,9 +176,7 @@ class DART(Triples):
         parts = []
         for triple in triples:
             if not isinstance(triple, Sequence) or isinstance(triple, str) or len(triple) != 3:
-                raise BadRow(
-                    f"contains {triple!r:.80}, expected [subject, relation, object]", column
-                )
+                raise BadRow(f"has {triple!r:.80}, expected [subject, relation, object]", column)
             subject, relation, thing = (_text(part, column) for part in triple)
             parts.append((subject, relation.lower(), thing))
         return _joined(parts, column)
@@ -199,7 +197,7 @@ class DART(Triples):
 
 def _joined(triples: Sequence[Sequence[str]], column: str) -> str:
     if not triples:
-        raise BadRow("contains no triple", column)
+        raise BadRow("has no triple", column)
     return " | ".join(" : ".join(triple) for triple in triples)
 
 
@@ -207,7 +205,7 @@ def _split(triple: object, column: str) -> Sequence[str]:
     """Split `subject | relation | object` into its three parts."""
     parts = [part.strip() for part in _text(triple, column).split(" | ")]
     if len(parts) != 3:
-        raise BadRow(f"contains {triple!r:.80}, expected 'subject | relation | object'", column)
+        raise BadRow(f"has {triple!r:.80}, expected 'subject | relation | object'", column)
     return parts
 
 
@@ -220,7 +218,7 @@ def _member(fields: Fields, column: str, name: str) -> Any:
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"contains {value!r:.80}, expected text", column)
+        raise BadRow(f"has {value!r:.80}, expected text", column)
     return checked_text(value, column)
 
 
