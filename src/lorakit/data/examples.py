@@ -255,7 +255,7 @@ def _encode(
     if report.bad and config.bad_rows == "stop":
         raise DataError(
             f"{source.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
-            f"{_listing(report.bad)}\nFix these rows, or skip them with data.bad_rows skip."
+            f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip."
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
@@ -292,7 +292,7 @@ def _side(examples: list[Example], fraction: float, *, held_out: bool) -> list[E
     if len(prompts) < 2:
         raise DataError(
             "data.validation_fraction needs at least two distinct inputs; the data has one. Add rows, or set "
-            "data.validation to a file."
+            "data.validation instead."
         )
     count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     validation = set(prompts[:count])
