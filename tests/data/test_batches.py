@@ -41,7 +41,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert first != sampler(1)
     assert first != BatchSampler(lengths, 8, seed=2)(0)
     torch.manual_seed(7)
-    assert sampler(0) == first  # neither epochs drawn before nor other random numbers matter
+    assert sampler(0) == first  # independent of earlier epochs and of other random numbers
     program = (
         "from lorakit.data import BatchSampler;"
         "print(BatchSampler(list(range(1, 201)), 8, seed=1)(0))"
@@ -49,7 +49,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout.strip() == str(first)  # nor the process
+    assert run.stdout.strip() == str(first)  # independent of the process
 
 
 def test_buckets_hold_little_padding():
@@ -64,7 +64,7 @@ def test_buckets_hold_little_padding():
     assert padded(bucket=True) < 1.06
 
 
-def test_a_batch_size_below_one_is_refused():
+def test_a_batch_size_below_one_is_rejected():
     with pytest.raises(ValueError, match="batch_size is 0"):
         BatchSampler([1], 0, seed=0)
 

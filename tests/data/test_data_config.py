@@ -11,7 +11,7 @@ from lorakit.errors import ConfigurationError
     ("settings", "message"),
     [
         ({"task": "completions"}, "task is 'completions'.* Did you mean 'completion'"),
-        ({"columns": {"promt": "x"}}, "'promt' is not a name of ours.* Did you mean 'prompt'"),
+        ({"columns": {"promt": "x"}}, "unknown field 'promt'.* Did you mean 'prompt'"),
         ({"max_length": 1}, "max_length is 1; it must be .* 2 or more"),
         ({"limit": 0}, "limit is 0; it must be .* 1 or more"),
         ({"validation_fraction": 1.0}, "below 1"),
@@ -29,7 +29,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_part_of_no_training_data_cannot_be_held_out():
-    with pytest.raises(ConfigurationError, match=r"no data\.train is named"):
+    with pytest.raises(ConfigurationError, match=r"data\.train is not set"):
         DataConfig(validation_fraction=0.1)
 
 
@@ -59,8 +59,8 @@ def test_the_command_line_sets_the_same_fields():
     def command(data: DataConfig) -> DataConfig:
         return data
 
-    found = jsonargparse.auto_cli(command, args=arguments)
-    assert found == DataConfig(
+    config = jsonargparse.auto_cli(command, args=arguments)
+    assert config == DataConfig(
         train=["a.jsonl", "b.csv"],
         columns={"prompt": "question"},
         too_long="skip",

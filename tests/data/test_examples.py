@@ -58,7 +58,9 @@ def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
 
 def test_columns_that_fit_two_tasks_ask_for_one(write):
     path = write([{**PAIRS[0], "text": "a", "label": "x"}, {**PAIRS[1], "text": "a", "label": "y"}])
-    with pytest.raises(DataError, match="fit several tasks; set task to one of completion, class"):
+    with pytest.raises(
+        DataError, match=r"fit several tasks; set data\.task to one of completion, class"
+    ):
         load(path)
     assert load(path, task="classification").task == "classification"
 
@@ -86,10 +88,10 @@ def test_columns_and_templates_make_prompts_and_completions(write):
     [
         (
             {"columns": {"prompt": "promt"}},
-            "no column 'promt', which columns maps 'prompt' to; its "
+            "no column 'promt', which data.columns maps to 'prompt'. Its "
             "columns are prompt, completion. Did you mean 'prompt'",
         ),
-        ({"prompt_template": "{promt}"}, "no column 'promt', which prompt_template names"),
+        ({"prompt_template": "{promt}"}, "no column 'promt', which prompt_template uses"),
     ],
 )
 def test_a_missing_column_is_named(write, settings, message):
@@ -113,13 +115,13 @@ def test_bad_rows_stop_with_file_line_and_count(write):
     with pytest.raises(DataError) as caught:
         load(path, columns={"prompt": "prompt"})
     lines = str(caught.value).split("\n")
-    assert lines[0] == f"{path}: 5 of 7 rows cannot be used"
+    assert lines[0] == f"{path}: 5 of 7 rows are invalid"
     assert [line.split(": ")[0].strip() for line in lines[1:6]] == [
         f"{path}:{n}" for n in range(2, 7)
     ]
     assert "'completion' is missing" in lines[1]
     assert "not UTF-8 (byte 0xe9" in lines[2]
-    assert lines[6] == "Mend them, or set bad_rows to skip to leave them out"
+    assert lines[6] == "Fix these rows, or set data.bad_rows to skip."
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(write):
@@ -144,7 +146,7 @@ def test_a_renamed_column_is_reported_by_its_own_name(write):
 
 
 def test_no_usable_row_is_an_error_even_when_skipping(write):
-    with pytest.raises(DataError, match=r"none of its 1 rows can be used\n  .*:1: 'completion' is"):
+    with pytest.raises(DataError, match=r"none of its 1 rows is valid\n  .*:1: 'completion' is"):
         load(write([{"prompt": "a", "completion": ""}]), bad_rows="skip")
 
 
@@ -178,10 +180,10 @@ def test_labels_are_those_of_the_training_set(write):
     examples = load(train, "validation", validation=validation)
     assert examples.labels == ("x", "y")
     assert examples[0].label == 1
-    given = load(
+    relabelled = load(
         train, "validation", validation=validation, task="classification", labels=["y", "z"]
     )
-    assert given[0].label == 0
+    assert relabelled[0].label == 0
 
 
 def test_task_and_labels_are_known_without_a_tokenizer(write):
@@ -223,7 +225,7 @@ def test_class_names_of_a_hub_data_set_set_the_order(monkeypatch):
 
 
 def test_no_such_split(write):
-    with pytest.raises(DataError, match=r"names no validation data; set data\.validation"):
+    with pytest.raises(DataError, match=r"has no validation data; set data\.validation"):
         load(write(PAIRS), "validation")
 
 
@@ -244,7 +246,7 @@ def test_a_held_out_fraction_divides_the_distinct_inputs(write):
     assert (len(train), len(validation)) == (48, 12)
     assert (train.report.held_out, validation.report.held_out) == (12, 48)
     shuffled = load(write(rows[::-1]), "validation", validation_fraction=0.2)
-    assert {example.prompt for example in shuffled} == inside  # the order of rows does not matter
+    assert {example.prompt for example in shuffled} == inside  # independent of the order of rows
 
 
 def test_sets_can_be_indexed_and_sliced(write):

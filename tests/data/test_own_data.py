@@ -1,4 +1,4 @@
-"""Where a named task finds its rows."""
+"""How a named task locates its rows."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_splits_are_found_by_the_names_of_their_files(root: Path) -> None:
     config = DataConfig(task="mnli", root=str(root))
     assert config.source("train") == str(root / "mnli" / "train_subset.jsonl.gz")
     assert labels(config, "train") == [1]
-    assert labels(config, "validation") == [1, 0, 2]  # both sets, as they are published
+    assert labels(config, "validation") == [1, 0, 2]  # both sets, as in published scores
     matched = DataConfig(task="mnli", root=str(root), validation_split="validation_matched")
     assert labels(matched, "validation") == [1, 0]
     other = DataConfig(task="mnli", root=str(root), validation_split="validation_mismatched")
     assert labels(other, "validation") == [2]
-    # The whole training set goes before a subset of it.
+    # The whole training set takes precedence over a subset.
     write(root / "mnli" / "train.jsonl", {**ROW, "label": 2})
     assert labels(config, "train") == [2]
 
 
-def test_what_is_named_goes_before_the_tasks_own(root: Path) -> None:
+def test_named_files_override_the_task_data(root: Path) -> None:
     write(root / "mine.jsonl", {**ROW, "label": 2})
     config = DataConfig(task="mnli", root=str(root), validation=str(root / "mine.jsonl"))
     assert labels(config, "validation") == [2]
@@ -67,9 +67,9 @@ def test_part_of_the_tasks_training_set_can_be_held_out(tmp_path: Path) -> None:
 
 
 def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
-    found = preview(DataConfig(task="mnli", root=str(root)), tiny_encoder_tokenizer())
-    assert (found.task, list(found.splits)) == ("mnli", ["train", "validation"])
-    assert found.splits["validation"].labels == {
+    shown = preview(DataConfig(task="mnli", root=str(root)), tiny_encoder_tokenizer())
+    assert (shown.task, list(shown.splits)) == ("mnli", ["train", "validation"])
+    assert shown.splits["validation"].labels == {
         "entailment": 1,
         "neutral": 1,
         "contradiction": 1,
@@ -79,7 +79,7 @@ def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "split", "message"),
     [
-        ({"root": "nowhere"}, "train", r"no such folder.*holds mnli/train\.jsonl, or leave"),
+        ({"root": "nowhere"}, "train", r"no such folder.*holds mnli/train\.jsonl, or omit"),
         ({"task": "rte"}, "train", r"no folder 'rte'.*rte/train\.jsonl\. Folders in it: mnli, qqp"),
         (
             {"task": "qqp"},
@@ -89,10 +89,10 @@ def test_a_preview_shows_the_splits_that_are_there(root: Path) -> None:
         ({"task": "qqp"}, "test", "no test data with public labels; score its validation set"),
         ({"validation_split": "dev"}, "validation", r"looked for dev\.jsonl .*found train_subset"),
         ({"train": "gone.jsonl"}, "train", r"no file or data set 'gone\.jsonl'"),
-        ({"columns": {"premise": "first"}}, "train", r"no column 'first', which columns maps"),
+        ({"columns": {"premise": "first"}}, "train", r"no column 'first', which data.columns maps"),
     ],
 )
-def test_what_is_not_there_is_said(root, monkeypatch, settings, split, message) -> None:
+def test_missing_data_is_reported(root, monkeypatch, settings, split, message) -> None:
     monkeypatch.chdir(root)
     config = DataConfig(**{"task": "mnli", "root": str(root), **settings})
     with pytest.raises(DataError, match=message):
@@ -112,7 +112,7 @@ def test_a_row_without_a_tasks_column_is_named(root: Path) -> None:
 
 
 def test_without_a_root_the_hub_is_read(monkeypatch) -> None:
-    asked = []
+    calls = []
     features = datasets.Features(
         premise=datasets.Value("string"),
         hypothesis=datasets.Value("string"),
@@ -122,7 +122,7 @@ def test_without_a_root_the_hub_is_read(monkeypatch) -> None:
     content = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, 0], "idx": [0, 1]}
 
     def load_dataset(name, config, *, split, revision):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         return datasets.Dataset.from_dict(content, features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -130,7 +130,7 @@ def test_without_a_root_the_hub_is_read(monkeypatch) -> None:
     assert labels(config, "train") == [2, 0]
     assert labels(config, "validation") == [2, 0, 2, 0]
     assert labels(DataConfig(task="mnli", validation_split="validation_mismatched"), "validation")
-    assert asked == [
+    assert calls == [
         ("nyu-mll/glue", "mnli", "train"),
         ("nyu-mll/glue", "mnli", "validation_matched"),
         ("nyu-mll/glue", "mnli", "validation_mismatched"),

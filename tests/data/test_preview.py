@@ -96,8 +96,8 @@ def test_notes_on_lengths_escapes_and_special_tokens(tmp_path):
     )
     notes = "\n".join(preview(config, TOKENIZER).notes)
     assert "would stop at 1 rows of train above max_length 16" in notes
-    assert "prompt_template holds a backslash and an n" in notes
-    assert "1 completions of train hold <|im_end|>" in notes
+    assert "prompt_template contains a backslash and an n" in notes
+    assert "1 completions of train contain <|im_end|>" in notes
 
 
 def test_labels_and_scores_are_counted(tmp_path):

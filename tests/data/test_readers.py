@@ -84,7 +84,7 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
     rows = read(path, b"\n".join(lines))
     assert values(rows) == [{"a": 1}, {"a": 2}]
     assert rows[-1].origin == f"{path}:9"
-    found = problems(rows)
+    messages = problems(rows)
     expected = [
         "3: not UTF-8 (byte 0xe9 at 11)",
         "4: not valid JSON (Expecting ',' delimiter at character 9)",
@@ -93,8 +93,8 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         "7: not readable as JSON",
         "8: not readable as JSON",
     ]
-    assert len(found) == len(expected)
-    for message, start in zip(found, expected, strict=True):
+    assert len(messages) == len(expected)
+    for message, start in zip(messages, expected, strict=True):
         assert message.startswith(f"{path}:{start}")
 
 
@@ -109,7 +109,7 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         ('"a"', "found '\"', expected a list of objects"),
         (
             '{"version": 1,\n "data": [{"a": 1}]}',
-            "found one object, expected a list.*It holds lists in 'data': write one of them",
+            "found one object, expected a list.*Save one of its lists: 'data'",
         ),
         (b'[\n{"a": "\xff"}]', r"data.json:2: not UTF-8 \(byte 0xff\)"),
     ],
@@ -166,10 +166,10 @@ def test_a_csv_header_must_name_each_column_once(tmp_path, header, message):
         read(tmp_path / "data.csv", f"{header}\n1,2,3\n")
 
 
-def test_a_cut_off_gzip_file_is_named(tmp_path):
+def test_a_truncated_gzip_file_is_named(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     whole = gzip.compress(as_jsonl(ROWS * 1000).encode())
-    with pytest.raises(DataError, match=r"data\.jsonl\.gz: the gzip file is cut off"):
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz: the gzip file is truncated"):
         read(path, whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"data\.jsonl\.gz: cannot be read \(Not a gzipped file"):
         read(path, as_jsonl(ROWS))

@@ -1,4 +1,4 @@
-"""The public data sets of the LoRA paper, read through plain configuration."""
+"""The public data sets of the LoRA paper, loaded by configuration."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_e2e_has_several_references_for_one_input(shared):
     first = examples[0]
     assert first.prompt.startswith("name[The Vaults], eatType[pub], priceRange[more than £30]")
     assert tokenizer.decode(first.input_ids) == f"{first.prompt}{first.completion}<|im_end|>"
-    assert examples.sha256.startswith("2acbdf61666a874d")  # as in the data's own README
-    # Held out by input: no meaning representation stands on both sides.
+    assert examples.sha256.startswith("2acbdf61666a874d")  # from the README of the data
+    # Held out by input: no meaning representation is on both sides.
     settings = {
         "columns": {"prompt": "meaning_representation", "completion": "human_reference"},
         "limit": 2000,
@@ -86,4 +86,4 @@ def test_samsum_has_one_empty_dialogue_and_repeats_of_train_in_validation(shared
     report = shown.splits["train"].report
     assert (report.read, report.kept) == (14732, 14731)
     assert str(report.bad[0]).endswith("train.jsonl.gz:6055: 'dialogue' is empty")
-    assert shown.overlaps[0].prompts == 47  # as the data's own README says
+    assert shown.overlaps[0].prompts == 47  # from the README of the data

@@ -59,7 +59,10 @@ def test_the_digest_is_of_all_the_content_whatever_the_limit(folder):
         (".", r"is a folder; .* \(data files in it: bad\.jsonl, part-a\.jsonl, part-b"),
         ("docstring", "Did you mean 'docstrings'"),
         ("notes.txt", r"notes\.txt: unknown format '\.txt'; data files end in \.jsonl"),
-        ("bad.jsonl", r"none of its 3 rows can be read; the first is bad\.jsonl:1: not UTF-8"),
+        (
+            "bad.jsonl",
+            r"none of its 3 rows can be read; the first problem is bad\.jsonl:1: not UTF-8",
+        ),
         ([], "name at least one file"),
         ("", "name at least one file"),
     ],
@@ -79,19 +82,19 @@ def test_a_header_alone_is_an_empty_file(tmp_path):
 
 
 def test_hub_data_sets_bring_their_class_names(monkeypatch):
-    asked = []
+    calls = []
     features = datasets.Features(
         text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
     )
     content = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return datasets.Dataset.from_dict(content, features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = read_source("owner/name:config@v1.0", "validation")
-    assert asked == [(("owner/name", "config"), {"split": "validation", "revision": "v1.0"})]
+    assert calls == [(("owner/name", "config"), {"split": "validation", "revision": "v1.0"})]
     assert source.class_names == {"label": ("no", "yes")}
     assert [row.values["label"] for row in source.rows if isinstance(row, Row)] == ["yes", "no", -1]
     assert source.rows[1].origin == "owner/name:config@v1.0[validation]:row 2"
@@ -106,10 +109,10 @@ def test_a_hub_data_set_that_cannot_be_reached_is_named():
 
 
 def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(name, *args, **kwargs):
-        asked.append((name, kwargs))
+        calls.append((name, kwargs))
         if name != "parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
         return datasets.Dataset.from_dict({"text": ["a"]})
@@ -117,4 +120,4 @@ def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [row.values for row in read_source("owner/name:config", "test").rows] == [{"text": "a"}]
     files = "hf://datasets/owner/name@refs%2Fconvert%2Fparquet/config/test/*.parquet"
-    assert asked[-1] == ("parquet", {"data_files": {"test": files}, "split": "test"})
+    assert calls[-1] == ("parquet", {"data_files": {"test": files}, "split": "test"})

@@ -19,7 +19,7 @@ def test_fields_are_filled_in_and_braces_doubled():
     ["{a.b}", "{a[0]}", "{a!r}", "{a:>5}", "{}", "{0}", "{a", "a}", "{a.__class__}", "{a:{b}}"],
 )
 def test_nothing_but_plain_names_is_allowed(text):
-    with pytest.raises(ConfigurationError, match=r"prompt_template .* for braces that stand"):
+    with pytest.raises(ConfigurationError, match=r"prompt_template .* for literal braces"):
         Template(text, name="prompt_template")
 
 

@@ -1,4 +1,4 @@
-"""Data that is empty, has other columns, or is too long."""
+"""Data that is empty, lacks columns or is too long."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_data_file_missing_and_the_empty_folder_of_the_user_stays_empty(
 
 
 def test_data_file_missing_and_the_finished_run_stays(shell: Shell, base: str, data: str) -> None:
-    """Also where the new run was to take its place."""
+    """Even with --overwrite."""
     assert main((on_data("train", base) + data).split()) == 0
     line = on_data("train", base) + "trian.jsonl --overwrite true"
     shell.refuses(line, "trian.jsonl", "Did you mean 'train.jsonl'?")
@@ -106,7 +106,7 @@ def test_data_file_missing_and_the_finished_run_stays(shell: Shell, base: str, d
 # --- longer than the context ----------------------------------------------------------------------
 
 LONG = "river " * CONTEXT
-"""Three tokens to the word."""
+"""Three tokens per word."""
 ARCHITECTURES = ["base", "learned-positions"]
 
 
@@ -148,7 +148,7 @@ def test_example_longer_than_max_length(command: str, shell: Shell, base: str, d
 def test_example_longer_than_the_context(
     command: str, split: str, arch: str, shell: Shell, bases: Path, data: str
 ) -> None:
-    """A `max_length` that the user raised above what the model can see."""
+    """`max_length` exceeds the context of the model."""
     long = write_rows(Path("long.jsonl"), [*ROWS, {"prompt": LONG, "completion": " pub"}])
     train, validation = (long, data) if split == "train" else (data, long)
     line = f"{on_data(command, str(bases / arch))}{train} --data.validation {validation}"

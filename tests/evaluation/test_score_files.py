@@ -116,9 +116,9 @@ def test_every_task_of_glue_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["a", "", "b"], "3 outputs cannot be scored against 2 references"),
+        (["a", "", "b"], "Found 3 outputs and 2 references"),
         (["a", "", "", "b"], "Output 2 has no reference"),
-        ([], "3 outputs cannot be scored against 0 references"),
+        ([], "Found 3 outputs and 0 references"),
     ],
 )
 def test_references_that_do_not_fit(tmp_path: Path, outputs: Path, lines, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of metrics share: the golden E2E files, a Java that works, and one that does not."""
+"""Fixtures of the metric tests: the golden E2E files, a working Java and a broken one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Golden:
-    """Outputs, references and the scores that the official scorer printed for them."""
+    """Outputs, references and their scores by the official scorer."""
 
     outputs: list[str]
     references: list[list[str]]
@@ -34,7 +34,7 @@ def golden(shared: Path) -> Golden:
 
 @pytest.fixture(scope="session")
 def java() -> str:
-    """The path of Java, for tests that run the official programs."""
+    """Return the path of Java for tests that run the official programs."""
     path = shutil.which("java")
     if path is None:
         pytest.skip("Java is not installed: apt-get install default-jre-headless")
@@ -43,9 +43,9 @@ def java() -> str:
 
 @pytest.fixture
 def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a program in the place of Java; it is a line of shell."""
+    """Replace Java by a shell script."""
     if os.name != "posix":
-        pytest.skip("the stand-in for Java is a shell script")
+        pytest.skip("the fake Java is a shell script")
 
     def install(script: str) -> None:
         program = tmp_path / "java"

@@ -1,4 +1,4 @@
-"""The families e2e and webnlg as a whole: official scores, with Java and without."""
+"""The e2e and webnlg metrics against the official scores, with and without Java."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_webnlg_of_equal_texts() -> None:
 
 
 def test_webnlg_with_java_keeps_empty_outputs_and_references_in_line(java: str) -> None:
-    # With a line too few for the first, "a cat" would be compared with the fish and score below 0.2.
+    # If the first output lost its line, "a cat" would be compared with the fish and score below 0.2.
     scores = webnlg(["", "a cat"], [["the dog"], ["a fish", "a cat"]], java=True)
     assert 0.4 < scores["METEOR"] < 1
 
@@ -66,7 +66,7 @@ def test_webnlg_splits_as_the_papers_code() -> None:
     assert _spaced("  Bean's 2,776.0 m (A_b)\n") == "bean ' s 2 , 776 . 0 m ( a_b )"
 
 
-def test_webnlg_looks_at_six_references() -> None:
+def test_webnlg_uses_six_references() -> None:
     output = "a b c d e"
     sixth = webnlg([output], [["x"] * 5 + [output]], java=False)
     seventh = webnlg([output], [["x"] * 6 + [output]], java=False)
@@ -82,19 +82,19 @@ def test_bleu_without_any_match_is_zero_for_webnlg() -> None:
 @pytest.mark.parametrize(
     ("outputs", "references", "message"),
     [
-        ([], [], "nothing to score"),
-        (["a"], [["b"], ["c"]], "1 outputs cannot be scored against 2"),
+        ([], [], "list of outputs is empty"),
+        (["a"], [["b"], ["c"]], "Found 1 outputs and 2 references"),
         (["a", "b"], [["a"], []], "Output 2 has no reference"),
         (["a"], ["b"], r"The references of output 1 are one text.*write \[reference\]"),
         (["a"], [None], "The references of output 1 are None"),
-        ([None], [["b"]], "Output 1 is None, expected a text"),
+        ([None], [["b"]], "Output 1 is None, expected text"),
         (["a"], [["b", 3]], "A reference of output 1 is 3"),
         ("a", [["b"]], "The outputs are 'a', expected a list"),
         (["a"], None, "The references are None, expected a list"),
         ((text for text in "ab"), [["b"]], "expected a list"),
     ],
 )
-def test_what_cannot_be_scored_says_why(family, outputs, references, message: str) -> None:
+def test_invalid_inputs_are_reported(family, outputs, references, message: str) -> None:
     with pytest.raises(DataError, match=message):
         family(outputs, references)
 

@@ -1,4 +1,4 @@
-"""Translation edit rate, against pyter3, which the official scorer calls."""
+"""Translation edit rate against pyter3, which the official scorer calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of classes and numbers, against their formulas, and which of them GLUE's tasks report."""
+"""Metrics of classification and regression against their formulas, and the metrics of each GLUE task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_classification_by_hand() -> None:
 
 
 def test_f1_of_several_classes_is_their_mean() -> None:
-    # Class 0: 2/3, class 1: 2/3, class 2: 1; a fourth that never occurs counts 0.
+    # Class 0: 2/3, class 1: 2/3, class 2: 1; a fourth class that never occurs: 0.
     predictions, labels = [0, 1, 1, 2], [0, 0, 1, 2]
     assert classification(predictions, labels)["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     of_four = classification(predictions, labels, classes=4)
@@ -29,8 +29,8 @@ def test_f1_of_several_classes_is_their_mean() -> None:
 
 
 def test_a_set_of_one_class_has_scores_too() -> None:
-    found = classification([1, 1], [1, 1], classes=2)
-    assert found == {"accuracy": 1, "f1": 1, "matthews": 0}
+    scores = classification([1, 1], [1, 1], classes=2)
+    assert scores == {"accuracy": 1, "f1": 1, "matthews": 0}
 
 
 def test_a_class_index_may_be_large() -> None:
@@ -47,14 +47,14 @@ def test_regression_by_hand() -> None:
 
 def test_spearman_gives_equal_values_their_mean_rank() -> None:
     # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
-    found = regression([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])["spearman"]
-    assert found == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    spearman = regression([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])["spearman"]
+    assert spearman == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
 @pytest.mark.parametrize(
     ("predictions", "labels"), [([1, 1], [0, 1]), ([0, 1], [1, 1]), ([1], [1])]
 )
-def test_what_does_not_vary_correlates_with_nothing(predictions, labels) -> None:
+def test_constant_values_have_correlation_zero(predictions, labels) -> None:
     assert classification(predictions, labels, classes=2)["matthews"] == 0
     scores = regression(predictions, labels)
     assert scores["pearson"] == scores["spearman"] == 0
@@ -65,7 +65,7 @@ def test_arrays_are_lists_too() -> None:
     assert regression(np.array([1.5, 0]), np.array([1.5, 1]))["mse"] == 0.5  # type: ignore[arg-type]
 
 
-def test_glue_reports_what_each_task_does() -> None:
+def test_glue_returns_the_metrics_of_each_task() -> None:
     for task, names in GLUE.items():
         assert tuple(glue(task, [0, 1, 1, 0], [0, 1, 0, 0])) == names
     assert glue("mnli", [2, 1, 0], [2, 1, 1]) == {"accuracy": pytest.approx(2 / 3)}
@@ -75,17 +75,17 @@ def test_glue_reports_what_each_task_does() -> None:
     ("task", "predictions", "labels", "message"),
     [
         ("sst-2", [1], [1], "no task 'sst-2'. Did you mean 'sst2'"),
-        ("cola", [2], [1], "Prediction 1 is 2, expected the index of a class, from 0 to 1"),
+        ("cola", [2], [1], "Prediction 1 is 2, expected a class index from 0 to 1"),
         ("cola", [1], [-1], "Label 1 is -1"),
         ("cola", [0.5], [1], "Prediction 1 is 0.5"),
         ("cola", [True], [1], "Prediction 1 is True"),
         ("cola", ["1"], [1], "Prediction 1 is '1'"),
-        ("cola", [1, 0], [1], "2 outputs cannot be scored against 1"),
-        ("cola", [], [], "nothing to score"),
+        ("cola", [1, 0], [1], "Found 2 outputs and 1 references"),
+        ("cola", [], [], "list of outputs is empty"),
         ("stsb", [float("nan")], [1.0], "Prediction 1 is nan, expected a finite number"),
         ("stsb", [1.0, 2.0], [1.0, None], "Label 2 is None"),
     ],
 )
-def test_what_cannot_be_scored_says_why(task, predictions, labels, message: str) -> None:
+def test_invalid_inputs_are_reported(task, predictions, labels, message: str) -> None:
     with pytest.raises(DataError, match=message):
         glue(task, predictions, labels)

@@ -1,4 +1,4 @@
-"""BLEU and ROUGE of texts, by their packages."""
+"""BLEU and ROUGE by sacrebleu and rouge_score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.metrics.overlap import text_scores
 
 
 def test_rouge_by_hand() -> None:
-    # "a b c d" and "a b d e": 3 words of 4, 1 pair of 3, "a b d" of 4.
+    # "a b c d" and "a b d e" share 3 of 4 words, 1 of 3 word pairs, and "a b d" of 4 words.
     assert rouge(["a b c d"], [["a b d e"]]) == {
         "ROUGE_1": pytest.approx(3 / 4),
         "ROUGE_2": pytest.approx(1 / 3),
@@ -30,7 +30,7 @@ def test_rouge_takes_the_best_reference_of_each_score_and_the_mean_over_outputs(
     assert scores["ROUGE_L"] == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_rouge_compares_stems_unless_told_not_to() -> None:
+def test_rouge_compares_stems_by_default() -> None:
     assert rouge(["dogs running"], [["dog runs"]])["ROUGE_1"] == pytest.approx(1)
     assert rouge(["dogs running"], [["dog runs"]], stem=False)["ROUGE_1"] == 0
 
@@ -107,11 +107,11 @@ def test_rouge_l_takes_the_best_reference() -> None:
 @pytest.mark.parametrize(
     ("outputs", "references", "message"),
     [
-        ([], [], "nothing to score"),
-        (["a"], [["b"], ["c"]], "1 outputs cannot be scored against 2"),
+        ([], [], "list of outputs is empty"),
+        (["a"], [["b"], ["c"]], "Found 1 outputs and 2 references"),
         (["a", "b"], [["a"], []], "Output 2 has no reference"),
     ],
 )
-def test_what_cannot_be_scored_says_why(outputs, references, message: str) -> None:
+def test_invalid_inputs_are_reported(outputs, references, message: str) -> None:
     with pytest.raises(DataError, match=message):
         text_scores(outputs, references)

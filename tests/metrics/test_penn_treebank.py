@@ -1,4 +1,4 @@
-"""Penn Treebank tokens with Stanford's tokenizer and without."""
+"""Penn Treebank tokens with and without Stanford's tokenizer."""
 
 from __future__ import annotations
 

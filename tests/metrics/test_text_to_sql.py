@@ -70,8 +70,8 @@ def test_names_and_values_that_look_like_syntax() -> None:
 
 def test_a_column_is_taken_before_an_aggregate() -> None:
     assert parse("SELECT Max Speed FROM table", ["Speed", "Max Speed"]).column == 1  # type: ignore[union-attr]
-    found = parse("SELECT MAX Speed FROM table", ["Speed"])
-    assert (found.column, found.aggregate) == (0, 1)  # type: ignore[union-attr]
+    query = parse("SELECT MAX Speed FROM table", ["Speed"])
+    assert (query.column, query.aggregate) == (0, 1)  # type: ignore[union-attr]
 
 
 def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
@@ -79,13 +79,13 @@ def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
         rows = [json.loads(line) for line in islice(file, 5000)]
     outputs = [row["sql"]["human_readable"] for row in rows]
     assert wikisql(outputs, rows) == {"logical_form": 1}
-    # Each against the query of the next row: right only where two rows ask for the same.
+    # Each query against the next row: correct only if two rows have the same query.
     shifted = wikisql([*outputs[1:], outputs[0]], rows)["logical_form"]
     assert shifted < 0.01
 
 
 def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path) -> None:
-    """All 8,421: written as text and read again, each is its own logical form, indices and all."""
+    """Each of the 8,421 queries, written as text and parsed, gives its logical form with the same indices."""
     file = shared / "data" / "wikisql" / "validation.jsonl.gz"
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -93,19 +93,19 @@ def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path
     for row in rows:
         sql, header = row["sql"], row["table"]["header"]
         text = spelt(sql, header)
-        assert text == " ".join(sql["human_readable"].split())  # as WikiSQL itself writes it
-        found = parse(text, header)
+        assert text == " ".join(sql["human_readable"].split())  # WikiSQL's own text
+        query = parse(text, header)
         conditions = {(c, op, " ".join(value.lower().split())) for c, op, value in sql["conds"]}
-        if found is None or (sql["sel"], sql["agg"], conditions) != (
-            *(found.column, found.aggregate),
-            found.conditions,
+        if query is None or (sql["sel"], sql["agg"], conditions) != (
+            *(query.column, query.aggregate),
+            query.conditions,
         ):
-            failures.append((text, found))
+            failures.append((text, query))
     assert (len(rows), failures) == (8421, [])
 
 
-def test_what_a_text_cannot_tell() -> None:
-    """Two columns of one name, and a value that holds a condition: the two ways for a query to come back as another."""
+def test_ambiguous_texts() -> None:
+    """Parsing is ambiguous in two cases: columns with equal names, and a value that contains a condition."""
     twice = parse(spelt({"sel": 1, "agg": 0, "conds": []}, ["Score", "score"]), ["Score", "score"])
     assert twice is not None
     assert twice.column == 0
@@ -115,7 +115,7 @@ def test_what_a_text_cannot_tell() -> None:
     assert split.conditions == {(0, 0, "a"), (1, 1, "3")}
 
 
-def test_what_is_no_logical_form_is_not_written() -> None:
+def test_an_invalid_logical_form_is_rejected() -> None:
     with pytest.raises(DataError, match=r"sql\.sel is 9, expected an index from 0 to 4"):
         spelt({"sel": 9, "agg": 0, "conds": []}, HEADER)
 
@@ -165,7 +165,7 @@ def test_execution_of_aggregates(aggregate: int, output: str) -> None:
 def test_types_say_how_a_column_compares() -> None:
     table = {**TABLE, "types": ["text", "text", "text"]}
     row = {"table": table, "sql": {"sel": 0, "agg": 0, "conds": [[1, 0, "1000"]]}}
-    # As text "1000" is before "31", and no number is found in a condition.
+    # As text, "1000" sorts before "31", and conditions are not parsed as numbers.
     assert wikisql(["SELECT Player FROM table WHERE No. < 2"], [row])["execution"] == 1
     assert wikisql(["SELECT Player FROM table WHERE No. = 1,000"], [row])["execution"] == 0
 
@@ -209,17 +209,17 @@ def _changed(path: str, value) -> dict:
         ),
         (
             {"table": TABLE, "sql": {"sel": 0, "agg": 0, "conds": [[1, 0, "many"]]}},
-            "its own query cannot be executed",
+            "its correct query cannot be executed",
         ),
     ],
 )
-def test_rows_that_are_not_wikisqls(row, message: str) -> None:
+def test_rows_of_other_data_are_rejected(row, message: str) -> None:
     with pytest.raises(DataError, match=message):
         wikisql(["SELECT a FROM table"], [row])
 
 
-def test_outputs_and_tables_must_be_of_a_kind() -> None:
-    with pytest.raises(DataError, match="Output 1 is 3, expected a text"):
+def test_outputs_must_be_text_and_all_tables_alike() -> None:
+    with pytest.raises(DataError, match="Output 1 is 3, expected text"):
         wikisql([3], [GUARDS])  # type: ignore[list-item]
     row = {"table": TABLE, "sql": {"sel": 0, "agg": 0, "conds": []}}
     with pytest.raises(DataError, match="1 of 2 tables have rows"):

@@ -9,7 +9,7 @@ from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Chat, TooLong
 from lorakit.tasks.chat import prompt_ids
 
-# The same conversation format, with the assistant's part tagged: end of turn inside, or outside the tag.
+# The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
 TAGGED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -24,7 +24,7 @@ WITHOUT_END = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-# Earlier answers lose their thoughts once another turn follows, as with Qwen 3.
+# Drops the thoughts of earlier answers when another turn follows, as Qwen 3 does.
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
@@ -48,7 +48,7 @@ def encode(messages, template=CHAT_TEMPLATE, *, tools=None, **settings):
 
 
 def target_text(example, tokenizer):
-    """The runs of target tokens, as text."""
+    """Decode each run of consecutive target tokens."""
     runs, previous = [], False
     for token, target in zip(example.input_ids, example.loss_mask, strict=True):
         if target:
@@ -96,16 +96,16 @@ def test_what_follows_the_last_assistant_turn_is_left_out():
     assert example == encode(TURNS)[0]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_rejected():
     single, tokenizer = encode(TURNS[:3], REWRITING)
     assert target_text(single, tokenizer) == ["<think></think>Near the park.<|im_end|>"]
     with pytest.raises(BadRow, match=r"message 3 \(assistant\) differently .* \{% generation %\}"):
         encode(TURNS, REWRITING)
 
 
-def test_a_boundary_inside_a_token_is_refused():
+def test_a_boundary_inside_a_token_is_rejected():
     template = WITHOUT_END.replace("'assistant:'", "'assistant: '")  # " p" is one token
-    with pytest.raises(BadRow, match="cannot be told apart by turn"):
+    with pytest.raises(BadRow, match="cannot be split into turns"):
         encode(
             [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}], template
         )
@@ -138,7 +138,7 @@ def test_tool_calls_may_stand_in_place_of_content():
     assert target_text(example, tokenizer) == ["search<|im_end|>"]
 
 
-def test_null_entries_of_parquet_rows_are_passed_over():
+def test_null_entries_of_parquet_rows_are_ignored():
     messages = [{**message, "tool_calls": None, "name": None} for message in TURNS]
     assert encode(messages)[0] == encode(TURNS)[0]
 
@@ -154,8 +154,8 @@ USER = {"role": "user", "content": "x"}
         ("hi", "'messages' is text, expected a list"),
         (["hi"], "has text as message 1"),
         ([USER], "has no assistant turn"),
-        ([TURNS[2]], "has nothing before the assistant's turn"),
-        ([TURNS[2], USER, TURNS[2]], "starts with the assistant's turn"),
+        ([TURNS[2]], "has no message before the assistant's turn"),
+        ([TURNS[2], USER, TURNS[2]], "starts with an assistant turn"),
         ([USER, {"role": "asistant", "content": "y"}], "role 'asistant' .* mean 'assistant'"),
         ([USER, {"from": "gpt", "value": "y"}], r"without 'role' \(message 2 has: from, value\)"),
         ([USER, {"role": "assistant"}], r"no 'content' in message 2 \(assistant\)"),
@@ -169,14 +169,14 @@ def test_bad_conversations_are_named(messages, message):
         encode(messages)
 
 
-def test_a_refusal_by_the_template_is_passed_on():
+def test_a_rejection_by_the_template_is_reported():
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     )
-    with pytest.raises(BadRow, match="refused by the chat template: no system role"):
+    with pytest.raises(BadRow, match="rejected by the chat template: no system role"):
         encode(TURNS, template + CHAT_TEMPLATE)
 
 
-def test_a_tokenizer_without_template_is_refused():
+def test_a_tokenizer_without_template_is_rejected():
     with pytest.raises(DataError, match="no chat template"):
         encode(TURNS, None)

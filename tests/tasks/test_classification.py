@@ -46,18 +46,18 @@ def test_truncation_takes_from_the_longer_text():
 
 
 @pytest.mark.parametrize(
-    ("found", "labels"),
+    ("values", "labels"),
     [
         ([10, 2, 2, 1], ("1", "2", "10")),
         ([1.0, 0.0], ("0", "1")),
         ([True, False], ("false", "true")),
         (["spam", "ham", " spam "], ("ham", "spam")),
         (["10", "9", "-1"], ("-1", "9", "10")),
-        ([1, None, "", 2.5, 0], ("0", "1")),  # bad labels are reported where rows are encoded
+        ([1, None, "", 2.5, 0], ("0", "1")),  # encode() reports invalid labels
     ],
 )
-def test_labels_are_sorted_by_size_or_alphabet(found, labels):
-    assert Classification.labels_of({"label": label} for label in found) == labels
+def test_labels_are_sorted_by_size_or_alphabet(values, labels):
+    assert Classification.labels_of({"label": label} for label in values) == labels
 
 
 def test_declared_class_names_keep_their_order_and_unseen_classes():
@@ -66,10 +66,10 @@ def test_declared_class_names_keep_their_order_and_unseen_classes():
     assert Classification.labels_of(rows, known) == known
 
 
-@pytest.mark.parametrize("found", [[1, 1], []])
-def test_one_label_is_nothing_to_learn(found):
+@pytest.mark.parametrize("values", [[1, 1], []])
+def test_a_single_label_is_rejected(values):
     with pytest.raises(DataError, match="needs at least two"):
-        Classification.labels_of({"label": label} for label in found)
+        Classification.labels_of({"label": label} for label in values)
 
 
 def test_an_unknown_label_names_the_known_ones():

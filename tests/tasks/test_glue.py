@@ -1,4 +1,4 @@
-"""The tasks of GLUE: rows to examples, scores, and the real sets."""
+"""The GLUE tasks: encoding, scores and the real data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.data import DataConfig, DataTask, load_examples, task_of
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.tasks import TASKS, LabelledExample
 
-# As the hub's data set declares them: columns of the texts, and classes in index order.
+# Text columns and classes in index order, as declared by the hub's data set.
 LAYOUTS = {
     "cola": (["sentence"], ["unacceptable", "acceptable"]),
     "sst2": (["sentence"], ["negative", "positive"]),
@@ -37,7 +37,7 @@ def test_a_row_is_encoded_as_the_tokenizer_encodes_the_pair(task: str, tmp_path:
     columns, classes = LAYOUTS[task]
     texts = dict(zip(columns, TEXTS, strict=False))
     rows = [{**texts, "label": i, "idx": i} for i in range(len(classes))]
-    rows += [{**texts, "label": name, "idx": -1} for name in classes]  # as the hub has them
+    rows += [{**texts, "label": name, "idx": -1} for name in classes]  # as on the hub
     write(tmp_path / task, "train.jsonl", rows)
     config = DataConfig(task=task, root=str(tmp_path))
     tokenizer = tiny_encoder_tokenizer()
@@ -52,7 +52,7 @@ def test_a_row_is_encoded_as_the_tokenizer_encodes_the_pair(task: str, tmp_path:
 
 
 def test_the_classes_are_known_without_data() -> None:
-    """So a split with one label, or no training data at all, does not shift what an index means."""
+    """The index of a class does not depend on the labels in a split."""
     for task, (_, classes) in LAYOUTS.items():
         assert task_of(DataConfig(task=task, root="nowhere")) == DataTask(
             name=task, labels=tuple(classes)
@@ -122,13 +122,13 @@ def test_real_mrpc_has_the_counts_of_its_readme(shared: Path) -> None:
 def test_settings_that_do_not_fit_a_task() -> None:
     with pytest.raises(ConfigurationError, match=r"'mprc'.*Did you mean 'mrpc'"):
         DataConfig(task="mprc")
-    with pytest.raises(ConfigurationError, match="task mrpc has no encodings; leave it out"):
+    with pytest.raises(ConfigurationError, match="task mrpc has no encodings; remove it"):
         DataConfig(task="mrpc", encoding="paper")
     with pytest.raises(ConfigurationError, match="prompt_template is set, but task mrpc has no"):
         DataConfig(task="mrpc", prompt_template="{sentence1}")
     with pytest.raises(ConfigurationError, match=r"data.root is 'x'.*but data.task is auto"):
         DataConfig(train="t.jsonl", root="x")
-    with pytest.raises(ConfigurationError, match=r"'text' is not a name of ours.*sentence, label"):
+    with pytest.raises(ConfigurationError, match=r"unknown field 'text'.*sentence, label"):
         DataConfig(task="cola", columns={"text": "sentence"})
 
 
@@ -142,10 +142,10 @@ def test_both_development_sets_of_mnli_are_scored_as_one(tmp_path: Path) -> None
     write(tmp_path / "mnli", "validation_matched.jsonl", mnli_rows(*matched))
     write(tmp_path / "mnli", "validation_mismatched.jsonl", mnli_rows(*mismatched))
     config = DataConfig(task="mnli", root=str(tmp_path))
-    found = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
-    assert [e.label for e in found] == matched + mismatched
-    groups = [[e] for e in found]
-    # 3 of 4 are right, and none of 2: the overall accuracy is that of the rows, not the mean of the sets.
+    loaded = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert [e.label for e in loaded] == matched + mismatched
+    groups = [[e] for e in loaded]
+    # 3 of 4 and 0 of 2 are correct: the accuracy is that of all rows, not the mean of the sets.
     scores = TASKS["mnli"].score([0, 1, 2, 1, 0, 0], groups)
     assert scores == {"accuracy": 0.5, "accuracy matched": 0.75, "accuracy mismatched": 0.0}
     assert TASKS["mnli"].scores == tuple(scores)
@@ -154,37 +154,37 @@ def test_both_development_sets_of_mnli_are_scored_as_one(tmp_path: Path) -> None
     one = DataConfig(
         task="mnli", root=str(tmp_path), validation_split="validation_mismatched", limit=1
     )
-    found = load_examples(one, "validation", tiny_encoder_tokenizer(), labels=classes)
-    assert [e.label for e in found] == [2]
-    assert TASKS["mnli"].score([2], [[e] for e in found]) == {"accuracy": 1.0}
+    loaded = load_examples(one, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert [e.label for e in loaded] == [2]
+    assert TASKS["mnli"].score([2], [[e] for e in loaded]) == {"accuracy": 1.0}
 
 
 def test_mnli_without_its_mismatched_set(tmp_path: Path) -> None:
     classes = TASKS["mnli"].classes
     write(tmp_path / "mnli", "validation_matched.jsonl", mnli_rows(0, 1))
     config = DataConfig(task="mnli", root=str(tmp_path))
-    found = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
-    assert len(found) == 2
-    assert TASKS["mnli"].score([0, 0], [[e] for e in found]) == {"accuracy": 0.5}
+    loaded = load_examples(config, "validation", tiny_encoder_tokenizer(), labels=classes)
+    assert len(loaded) == 2
+    assert TASKS["mnli"].score([0, 0], [[e] for e in loaded]) == {"accuracy": 0.5}
     both = "validation_matched+validation_mismatched"
     chosen = DataConfig(task="mnli", root=str(tmp_path), validation_split=both)
-    wanted = r"validation_matched\.jsonl with validation_mismatched\.jsonl.*found validation_match"
-    with pytest.raises(DataError, match=wanted):
+    message = r"validation_matched\.jsonl with validation_mismatched\.jsonl.*found validation_match"
+    with pytest.raises(DataError, match=message):
         load_examples(chosen, "validation", tiny_encoder_tokenizer(), labels=classes)
 
 
 def test_both_development_sets_are_read_from_the_hub(monkeypatch) -> None:
     classes = TASKS["mnli"].classes
-    asked = []
+    calls = []
 
     def load_dataset(name: str, config: str, *, split: str, revision: str | None) -> Dataset:
-        asked.append((name, config, split))
-        return Dataset.from_list(mnli_rows(len(asked)))
+        calls.append((name, config, split))
+        return Dataset.from_list(mnli_rows(len(calls)))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    found = load_examples(
+    loaded = load_examples(
         DataConfig(task="mnli"), "validation", tiny_encoder_tokenizer(), labels=classes
     )
     parts = ["validation_matched", "validation_mismatched"]
-    assert asked == [("nyu-mll/glue", "mnli", part) for part in parts]
-    assert [(e.split, e.label) for e in found] == list(zip(parts, (1, 2), strict=True))
+    assert calls == [("nyu-mll/glue", "mnli", part) for part in parts]
+    assert [(e.split, e.label) for e in loaded] == list(zip(parts, (1, 2), strict=True))

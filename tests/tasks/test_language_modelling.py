@@ -28,7 +28,7 @@ def test_example_is_prompt_then_completion_then_eos(prompt, completion, bos):
     tokenizer = WITH_BOS if bos else TOKENIZER
     example = encode(prompt, completion, tokenizer)
 
-    # What generation is given is exactly what training put before the completion.
+    # Generation and training use the same token ids before the completion.
     assert example.prompt_ids == tokenizer(prompt)["input_ids"] == prompt_ids(tokenizer, prompt)
     assert tokenizer.decode(targets(example)) == completion + tokenizer.eos_token
     assert example.loss_mask == [i >= example.prompt_length for i in range(len(example))]
@@ -48,7 +48,7 @@ def test_the_boundary_is_that_of_generation_not_of_the_joined_text():
     assert example.prompt_ids == TOKENIZER(prompt)["input_ids"]
 
 
-def test_what_a_tokenizer_puts_after_a_text_does_not_part_prompt_and_completion():
+def test_special_tokens_after_a_text_do_not_separate_prompt_and_completion():
     tokenizer = tiny_encoder_tokenizer()  # [CLS] text [SEP]
     tokenizer.eos_token = "[SEP]"
     example = encode("The river", " pub", tokenizer)
@@ -119,7 +119,10 @@ def test_too_long_without_truncation_names_both_lengths():
         ({"prompt": "", "completion": "b"}, "'prompt' is empty"),
         ({"prompt": "a", "completion": 3}, r"'completion' is a number \(3\), expected text"),
         ({"prompt": ["a"], "completion": "b"}, "'prompt' is a list, expected text"),
-        ({"prompt": "a", "completion": "\ud83d"}, r"'completion' holds half of a surrogate pair"),
+        (
+            {"prompt": "a", "completion": "\ud83d"},
+            r"'completion' contains half of a surrogate pair",
+        ),
         ({"prompt": "caf\udce9", "completion": "b"}, r"'prompt' is not UTF-8 \(byte 0xe9\)"),
     ],
 )
@@ -128,6 +131,6 @@ def test_bad_fields_are_named(fields, message):
         Completion(TOKENIZER, max_length=99).encode(fields)
 
 
-def test_a_tokenizer_without_eos_is_refused():
+def test_a_tokenizer_without_eos_is_rejected():
     with pytest.raises(DataError, match="no end-of-sequence token"):
         Completion(tiny_encoder_tokenizer(), max_length=99)

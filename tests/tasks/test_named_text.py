@@ -1,4 +1,4 @@
-"""Tasks whose answer is a text: E2E, WebNLG, DART, WikiSQL and SAMSum, as rows, tokens and scores."""
+"""Tasks that generate text: E2E, WebNLG, DART, WikiSQL and SAMSum, as rows, tokens and scores."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def examples(folder: Path, task: str, *rows: dict[str, Any], **settings: Any) ->
 
 
 def text_of(example: Example) -> tuple[str, str]:
-    """What is given and what is learnt, end tokens included, from the tokens themselves."""
+    """Decode the prompt and the targets of an example, end tokens included."""
     assert isinstance(example, LanguageExample)
     ids, mask = example.input_ids, example.loss_mask
     cut = mask.index(True)
@@ -93,24 +93,24 @@ PAPER = {
 
 @pytest.mark.parametrize("task", PAPER)
 def test_the_papers_encoding(task: str, tmp_path: Path) -> None:
-    found = examples(tmp_path, task, ROWS[task])
-    assert [text_of(e) for e in found] == PAPER[task]
+    loaded = examples(tmp_path, task, ROWS[task])
+    assert [text_of(e) for e in loaded] == PAPER[task]
     same = examples(tmp_path, task, ROWS[task], encoding="paper")
-    assert [e.input_ids for e in same] == [e.input_ids for e in found]
+    assert [e.input_ids for e in same] == [e.input_ids for e in loaded]
 
 
 @pytest.mark.parametrize("task", PAPER)
 def test_the_encoding_in_words(task: str, tmp_path: Path) -> None:
-    found = examples(tmp_path, task, ROWS[task], encoding="prompt")
-    for example, (context, completion) in zip(found, PAPER[task], strict=True):
-        given, learnt = text_of(example)
-        assert context.removesuffix(EOS).strip() in given
-        assert given[-1] == ":"
-        assert learnt == " " + completion.strip()  # parted from the colon
+    loaded = examples(tmp_path, task, ROWS[task], encoding="prompt")
+    for example, (context, completion) in zip(loaded, PAPER[task], strict=True):
+        prompt, target = text_of(example)
+        assert context.removesuffix(EOS).strip() in prompt
+        assert prompt[-1] == ":"
+        assert target == " " + completion.strip()  # a space after the colon
 
 
-def test_a_template_of_ones_own(tmp_path: Path) -> None:
-    found = examples(
+def test_a_custom_template(tmp_path: Path) -> None:
+    loaded = examples(
         tmp_path,
         "e2e_nlg",
         E2E,
@@ -118,10 +118,10 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
         prompt_template="{context} ({meaning_representation})=>",
         completion_template="{human_reference}",
     )
-    given, learnt = text_of(found[0])
-    assert given.startswith("name : The Vaults | ")
-    assert given.endswith(f"({E2E['meaning_representation']})=>")
-    assert learnt == f"{E2E['human_reference']}{EOS}"
+    prompt, target = text_of(loaded[0])
+    assert prompt.startswith("name : The Vaults | ")
+    assert prompt.endswith(f"({E2E['meaning_representation']})=>")
+    assert target == f"{E2E['human_reference']}{EOS}"
     with pytest.raises(ConfigurationError, match=r"encoding is paper.*data\.encoding to prompt"):
         examples(tmp_path, "e2e_nlg", E2E, prompt_template="{context}")
     with pytest.raises(ConfigurationError, match=r"'papr'; it must be one of paper, prompt"):
@@ -140,17 +140,17 @@ def test_a_tokenizer_that_begins_with_bos_keeps_it(tmp_path: Path) -> None:
 def test_columns_of_other_names(tmp_path: Path) -> None:
     row = {"mr": E2E["meaning_representation"], "ref": E2E["human_reference"]}
     columns = {"meaning_representation": "mr", "human_reference": "ref"}
-    found = examples(tmp_path, "e2e_nlg", row, columns=columns)
-    assert text_of(found[0]) == PAPER["e2e_nlg"][0]
+    loaded = examples(tmp_path, "e2e_nlg", row, columns=columns)
+    assert text_of(loaded[0]) == PAPER["e2e_nlg"][0]
 
 
 def test_rows_without_an_example_are_counted(tmp_path: Path) -> None:
     bad = {**WEBNLG, "lex": {"comment": ["toFix"], "lid": ["1"], "text": ["Y"]}}
-    found = examples(tmp_path, "webnlg", WEBNLG, bad)
-    assert (found.report.rows, found.report.read, found.report.kept) == (2, 2, 2)
-    assert found.report.without == 1
-    found = examples(tmp_path, "samsum", SAMSUM, {**SAMSUM, "dialogue": ""}, SAMSUM)
-    assert str(found.report).endswith("2 of 2 examples in 3 rows; 1 row holds none")
+    loaded = examples(tmp_path, "webnlg", WEBNLG, bad)
+    assert (loaded.report.rows, loaded.report.read, loaded.report.kept) == (2, 2, 2)
+    assert loaded.report.without == 1
+    loaded = examples(tmp_path, "samsum", SAMSUM, {**SAMSUM, "dialogue": ""}, SAMSUM)
+    assert str(loaded.report).endswith("2 of 2 examples in 3 rows; 1 row holds none")
     data = DataConfig(task="samsum", root=str(tmp_path))
     shown = preview(data, tiny_tokenizer())
     assert (shown.task, shown.splits["train"].repeated_examples) == ("samsum", 1)
@@ -168,14 +168,14 @@ def test_the_hubs_layout_and_the_files_give_the_same(tmp_path: Path) -> None:
         "rows": [["Ann", "31", "Guard"], ["Bob", "1,040.5", "Guard"], ["Cy", "29", "Guard"]],
     }
     row = {**WIKISQL, "table": table, "sql": {**WIKISQL["sql"], "conds": conditions}}
-    (found,) = examples(tmp_path, "wikisql", row)
-    assert text_of(found) == PAPER["wikisql"][0]
+    (loaded,) = examples(tmp_path, "wikisql", row)
+    assert text_of(loaded) == PAPER["wikisql"][0]
     task = TASKS["wikisql"]
-    assert task.score([QUERY], [[found]]) == {"logical_form": 1, "execution": 1}
-    other = "SELECT COUNT Player FROM table WHERE No. > 29.5"  # finds two as well
-    assert task.score([other], [[found]]) == {"logical_form": 0, "execution": 1}
+    assert task.score([QUERY], [[loaded]]) == {"logical_form": 1, "execution": 1}
+    other = "SELECT COUNT Player FROM table WHERE No. > 29.5"  # also selects two rows
+    assert task.score([other], [[loaded]]) == {"logical_form": 0, "execution": 1}
     worse = "SELECT COUNT Player FROM table WHERE No. > 31"
-    assert task.score([worse], [[found]]) == {"logical_form": 0, "execution": 0}
+    assert task.score([worse], [[loaded]]) == {"logical_form": 0, "execution": 0}
 
 
 BAD = [
@@ -184,18 +184,22 @@ BAD = [
     ("e2e_nlg", {"human_reference": " "}, "'human_reference' is empty"),
     ("webnlg", {"modified_triple_sets": ["a | b | c"]}, "'modified_triple_sets' is a list, exp"),
     ("webnlg", {"modified_triple_sets": {"mtriple_set": [["a | b"]]}}, r"'subject \| rel"),
-    ("webnlg", {"lex": {"text": ["x"], "comment": []}}, "of one length"),
-    ("dart", {"tripleset": [["a", "b"]]}, r"holds \['a', 'b'\], expected \[subject, relation"),
-    ("dart", {"tripleset": []}, "holds no triple"),
+    ("webnlg", {"lex": {"text": ["x"], "comment": []}}, "of equal length"),
+    ("dart", {"tripleset": [["a", "b"]]}, r"has \['a', 'b'\], expected \[subject, relation"),
+    ("dart", {"tripleset": []}, "has no triple"),
     ("dart", {"annotations": "text"}, "needs a list of texts under 'text'"),
-    ("dart", {"annotations": [{"source": "x"}]}, "holds None, expected a text"),
+    ("dart", {"annotations": [{"source": "x"}]}, "has None, expected text"),
     ("wikisql", {"table": {}}, "column names in a list 'header'"),
     (
         "wikisql",
         {"sql": {"sel": 7, "agg": 0, "conds": []}},
         "sel is 7, expected an index from 0 to 2",
     ),
-    ("wikisql", {"sql": {"sel": 0, "agg": 0, "conds": {"condition": [1]}}}, "lists of one length"),
+    (
+        "wikisql",
+        {"sql": {"sel": 0, "agg": 0, "conds": {"condition": [1]}}},
+        "lists of equal length",
+    ),
     ("samsum", {"dialogue": 5}, r"'dialogue' is a number \(5\), expected text"),
     ("samsum", {"summary": ""}, "'summary' is empty"),
 ]
@@ -204,7 +208,7 @@ BAD = [
 @pytest.mark.parametrize(("task", "change", "message"), BAD)
 def test_rows_that_do_not_fit_are_named(task, change, message, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"(?s)1 of .* rows cannot be used.*train\.jsonl:2: .*{message}"
+        DataError, match=rf"(?s)1 of .* rows are invalid.*train\.jsonl:2: .*{message}"
     ):
         examples(tmp_path, task, ROWS[task], {**ROWS[task], **change})
     kept = examples(tmp_path, task, ROWS[task], {**ROWS[task], **change}, bad_rows="skip")
@@ -236,7 +240,7 @@ REFERENCES = [
 
 @pytest.fixture
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting it takes seconds each time; tests/metrics has the scores with it."""
+    """Java takes seconds to start. tests/metrics covers the scores with Java."""
     monkeypatch.setattr(data_to_text, "find_java", lambda _: None)
 
 
@@ -261,7 +265,7 @@ def test_webnlg_is_scored_by_category_too() -> None:
     groups = [
         group(*texts, test_category=part) for texts, part in zip(REFERENCES, parts, strict=True)
     ]
-    found = TASKS["webnlg"].score(OUTPUTS, groups)
+    loaded = TASKS["webnlg"].score(OUTPUTS, groups)
     seen = metrics.webnlg([OUTPUTS[0], OUTPUTS[2]], [REFERENCES[0], REFERENCES[2]])
     unseen = metrics.webnlg([OUTPUTS[1]], [REFERENCES[1]])
     expected = {
@@ -269,7 +273,7 @@ def test_webnlg_is_scored_by_category_too() -> None:
         **{f"{name} seen": value for name, value in seen.items()},
         **{f"{name} unseen": value for name, value in unseen.items()},
     }
-    assert found == pytest.approx(expected)
+    assert loaded == pytest.approx(expected)
     one_part = [group(*texts, test_category="seen") for texts in REFERENCES]
     assert TASKS["webnlg"].score(OUTPUTS, one_part) == pytest.approx(
         metrics.webnlg(OUTPUTS, REFERENCES)
@@ -279,8 +283,8 @@ def test_webnlg_is_scored_by_category_too() -> None:
 def test_the_category_is_derived_where_the_row_does_not_say(tmp_path: Path) -> None:
     rows = [WEBNLG, {**WEBNLG, "category": "Athlete"}]
     rows += [{**WEBNLG, "category": "Athlete", "test_category": "seen"}]
-    found = examples(tmp_path, "webnlg", *rows)
-    assert [e.gold["test_category"] for e in found][::2] == ["seen", "unseen", "seen"]
+    loaded = examples(tmp_path, "webnlg", *rows)
+    assert [e.gold["test_category"] for e in loaded][::2] == ["seen", "unseen", "seen"]
 
 
 def test_an_output_ends_at_a_blank_line() -> None:
@@ -289,7 +293,7 @@ def test_an_output_ends_at_a_blank_line() -> None:
     assert TASKS["samsum"].answer(" One\n\ntwo ") == "One\n\ntwo"
 
 
-def test_questions_that_stand_twice_count_twice() -> None:
+def test_repeated_questions_count_separately() -> None:
     row = {"table": WIKISQL["table"], "sql": WIKISQL["sql"]}
     other = {**row, "sql": {**row["sql"], "agg": 0}}
     twice = [group("x", **row)[0], group("x", **other)[0]]
@@ -301,18 +305,18 @@ def test_questions_that_stand_twice_count_twice() -> None:
 def test_real_sets(shared: Path, task: str) -> None:
     for split in ("train", "validation", "test"):
         config = DataConfig(task=task, root=str(shared / "data"), limit=100, max_length=8192)
-        found = load_examples(config, split, tiny_tokenizer())
-        assert found.report.rows == 100
-        assert found.report.kept == found.report.read >= 100
-        assert not found.report.bad
+        loaded = load_examples(config, split, tiny_tokenizer())
+        assert loaded.report.rows == 100
+        assert loaded.report.kept == loaded.report.read >= 100
+        assert not loaded.report.bad
 
 
 def test_real_test_inputs_and_their_references(shared: Path) -> None:
-    """630 inputs in E2E's test set; of WebNLG's 1,862, seen are 971."""
+    """E2E's test set has 630 inputs; 971 of WebNLG's 1,862 are seen."""
     config = DataConfig(task="e2e_nlg", root=str(shared / "data"), max_length=8192)
-    found = load_examples(config, "test", tiny_tokenizer())
-    assert len({e.prompt for e in found}) == 630
+    loaded = load_examples(config, "test", tiny_tokenizer())
+    assert len({e.prompt for e in loaded}) == 630
     rows = (shared / "data/webnlg/test.jsonl").read_text(encoding="utf-8").splitlines()
     task = TASKS["webnlg"](tiny_tokenizer(), max_length=8)
-    said = [task.gold({"category": json.loads(row)["category"]}) for row in rows]  # type: ignore[attr-defined]
-    assert [g["test_category"] for g in said] == [json.loads(r)["test_category"] for r in rows]
+    golds = [task.gold({"category": json.loads(row)["category"]}) for row in rows]  # type: ignore[attr-defined]
+    assert [g["test_category"] for g in golds] == [json.loads(r)["test_category"] for r in rows]

@@ -17,7 +17,7 @@ FILE = '''
 from lorakit.tasks import Classification, DataSet
 
 class Weather(Classification):
-    """Whether a text is of rain."""
+    """Whether a text reports rain."""
 
     name = "weather"
     texts = ("said",)
@@ -51,8 +51,8 @@ def test_a_class_in_a_file_is_a_task(file: Path, tmp_path: Path) -> None:
     config = DataConfig(task=f"{file}:Weather", root=str(tmp_path))
     assert task_of(config) == DataTask(name=f"{file}:Weather", labels=("dry", "wet"))
     assert task_of(config).kind == "classification"
-    found = load_examples(config, "train", tiny_encoder_tokenizer())
-    assert [(e.prompt, e.label) for e in found] == [("rain", 1), ("sun", 0)]
+    loaded = load_examples(config, "train", tiny_encoder_tokenizer())
+    assert [(e.prompt, e.label) for e in loaded] == [("rain", 1), ("sun", 0)]
     assert generic_task(task_type(config.task)) is Classification
 
 
@@ -73,9 +73,9 @@ def test_a_file_is_run_once_until_it_changes(file: Path) -> None:
         ("{file}", "no class is named after it; write .*my_tasks.py:Class. What it has: Weather"),
         ("{file}:number", "which is 3; it must be a class that inherits from a task"),
         ("{file}:DataSet", "it must be a class that inherits from a task"),
-        ("{file}:Nameless", "give it one of its own"),
-        ("{file}:Taken", "the name 'mrpc' of a task of lorakit; give it one of its own"),
-        ("{file}:Half", "lacks encode, score; write it, or inherit from Completion"),
+        ("{file}:Nameless", "set a unique one"),
+        ("{file}:Taken", "the name 'mrpc' of a task of lorakit; set a unique one"),
+        ("{file}:Half", "lacks encode, score; implement it, or inherit from Completion"),
         ("gone.py:Task", "names the file 'gone.py', and there is none"),
         ("weather", "The task is 'weather'; it must be auto, one of .*samsum, or a class in a"),
     ],

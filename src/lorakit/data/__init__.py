@@ -1,4 +1,4 @@
-"""Data: files, hub or built-in data sets -> examples -> batches. Only `batches` and `packing` import torch."""
+"""Load files, hub data sets and built-in data sets as examples. Only `batches` and `packing` import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From examples to batches of tensors, in an order that depends on seed and epoch alone."""
+"""Collate examples into batches of tensors. Their order depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 
 IGNORED = -100
-"""Label of a position without a target, as in `torch.nn.functional.cross_entropy`."""
+"""Label of a position without a target: the `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 MEGABATCH = 50
-"""Batches that are sorted by length together: enough that little is padding, few enough that the order
-stays random."""
+"""Number of batches that are sorted by length together. More means less padding, fewer a more random order."""
 
 
 def round_up(count: int, step: int) -> int:
-    """Return the least multiple of `step` that is not below `count`."""
+    """Return the smallest multiple of `step` that is at least `count`."""
     return -(-count // step) * step
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[str, Tensor]:
-    """Return a right-padded batch of B examples, T tokens being the longest, or the next multiple of `step`.
+    """Pad B examples on the right and return them as one batch.
+
+    T is the length of the longest example, rounded up to a multiple of `step`.
 
     Returns:
-        input_ids and attention_mask (B, T), int64; token_type_ids (B, T) where the examples have them;
-        labels: for language modelling (B, T), the token itself where it is a target, else -100 (position
-        t is predicted from positions before t: models shift labels themselves); for classification (B,)
-        int64; for regression (B,) float32.
+        input_ids and attention_mask (B, T), int64; token_type_ids (B, T) if the examples have them. labels are
+        (B, T) int64 for language modelling, (B,) int64 for classification and (B,) float32 for regression. A label
+        of language modelling is the token id at a target and -100 elsewhere; the model shifts labels itself.
     """
     width = round_up(max(map(len, examples)), step)
 
-    def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
         return torch.tensor(
             [[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long
         )
 
     batch = {
-        "input_ids": padded([example.input_ids for example in examples], pad_id),
-        "attention_mask": padded([[1] * len(example) for example in examples], 0),
+        "input_ids": pad([example.input_ids for example in examples], pad_id),
+        "attention_mask": pad([[1] * len(example) for example in examples], 0),
     }
     language = [example for example in examples if isinstance(example, LanguageExample)]
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
@@ -53,7 +53,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
             ]
             for e in language
         ]
-        batch["labels"] = padded(targets, IGNORED)
+        batch["labels"] = pad(targets, IGNORED)
     elif len(labelled) == len(examples):
         scores = any(isinstance(example.label, float) for example in labelled)
         dtype = torch.float32 if scores else torch.long
@@ -62,30 +62,32 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
             example.token_type_ids for example in labelled if example.token_type_ids is not None
         ]
         if types:
-            batch["token_type_ids"] = padded(types, 0)
+            batch["token_type_ids"] = pad(types, 0)
     else:
-        raise TypeError("a batch holds examples of one task")
+        raise TypeError(
+            "the batch mixes examples of several tasks; a batch holds examples of one task"
+        )
     return batch
 
 
 def token_count(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch's examples, each counted in full, without padding."""
+    """Return the number of tokens in a batch without padding. Each example of a packed batch counts in full."""
     return int(batch["lengths" if "lengths" in batch else "attention_mask"].sum())
 
 
 class BatchSampler:
-    """The batches of each epoch, as indices: every example once per epoch, a short last batch included.
+    """Sampler of the batches of an epoch. Each epoch yields every example once; the last batch may be short.
 
-    With `bucket`, examples of like length share a batch, which saves padding: all are shuffled, sorted by
-    length within stretches of 50 batches, cut into batches, and the batches shuffled. The order follows
-    from `seed` and the epoch alone, so that a resumed run goes on with the batches it would have had.
+    With `bucket`, examples of similar length share a batch, which reduces padding. The sampler shuffles all examples,
+    sorts each run of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on
+    `seed` and the epoch, so a resumed run continues with the same batches.
 
-    With `groups`, examples of one group (one prompt) share batches instead, so that packing computes what
-    they share once. That is another order of training, with other results: choose it knowingly.
+    With `groups`, examples of one group (one prompt) share a batch instead, and packing computes their common prefix
+    once. This changes the order of training, and therefore its results.
 
     Args:
-        lengths: tokens of each example.
-        groups: what each example is grouped by.
+        lengths: Tokens of each example.
+        groups: Group of each example.
     """
 
     def __init__(
@@ -105,43 +107,32 @@ class BatchSampler:
         self.groups = groups
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
     def __call__(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch as lists of indices."""
-        # A generator of its own: nothing else that draws random numbers can change the order of the data.
-        # It is seeded with text, whose hash does not depend on the process.
+        # A private generator: other users of random numbers cannot change the order of the data.
+        # Seeding with a str gives the same order in every process.
         generator = random.Random(f"batches, seed {self.seed}, epoch {epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         if self.groups is not None:
-            return self._grouped(order, generator)
-        if self.bucket:
-            stretch = self.batch_size * MEGABATCH
+            by_group: dict[Hashable, list[int]] = {}
+            for index in order:
+                by_group.setdefault(self.groups[index], []).append(index)
+            order = [index for group in by_group.values() for index in group]
+        elif self.bucket:
+            size = self.batch_size * MEGABATCH
             order = [
                 index
-                for start in range(0, len(order), stretch)
-                for index in sorted(order[start : start + stretch], key=self.lengths.__getitem__)
+                for start in range(0, len(order), size)
+                for index in sorted(order[start : start + size], key=self.lengths.__getitem__)
             ]
         batches = [
             order[start : start + self.batch_size]
             for start in range(0, len(order), self.batch_size)
         ]
-        if self.bucket:
+        if self.bucket or self.groups is not None:
             generator.shuffle(batches)
-        return batches
-
-    def _grouped(self, order: list[int], generator: random.Random) -> list[list[int]]:
-        """Batches of neighbours by group, the groups in random order."""
-        assert self.groups is not None
-        by_group: dict[Hashable, list[int]] = {}
-        for index in order:
-            by_group.setdefault(self.groups[index], []).append(index)
-        order = [index for group in by_group.values() for index in group]
-        batches = [
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        ]
-        generator.shuffle(batches)
         return batches

@@ -1,8 +1,8 @@
-"""From the columns of the data to the fields that a task reads."""
+"""Map the columns of the data to the fields of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit.data.data_config import FIELDS, DataConfig
@@ -12,21 +12,21 @@ from lorakit.tasks import GENERIC, Task, task_type
 
 
 class ColumnMap:
-    """Applies `columns`, `prompt_template` and `completion_template` to rows.
+    """Mapping from rows to fields by `columns`, `prompt_template` and `completion_template`.
 
     Raises:
-        DataError: the configuration names a column that the data does not have.
+        DataError: The configuration names a column that the data does not have.
     """
 
-    def __init__(self, config: DataConfig, columns: Sequence[str], where: str) -> None:
-        self.where = where
+    def __init__(self, config: DataConfig, columns: Sequence[str], source_name: str) -> None:
+        self.source_name = source_name
         self.columns = list(columns)
         self.renamed = config.columns
-        for ours, theirs in self.renamed.items():
-            if theirs not in self.columns:
+        for name, column in self.renamed.items():
+            if column not in self.columns:
                 raise DataError(
-                    f"{where} has no column {theirs!r}, which columns maps {ours!r} to; its columns are "
-                    f"{', '.join(self.columns)}." + nearest(theirs, self.columns)
+                    f"{source_name} has no column {column!r}, which data.columns maps to {name!r}. Its columns are "
+                    f"{', '.join(self.columns)}." + nearest(column, self.columns)
                 )
         texts = {"prompt": config.prompt_template, "completion": config.completion_template}
         self.templates = {
@@ -37,50 +37,50 @@ class ColumnMap:
         task = config.task_type
         derived = () if task is None else task.derived
         for template in self.templates.values():
-            template.check([*self.columns, *self.renamed, *derived], where)
+            template.check([*self.columns, *self.renamed, *derived], source_name)
         present = {*self.columns, *self.renamed, *self.templates}
         names = FIELDS
-        if task is not None and task not in GENERIC.values():  # it may read all that there is
+        if task is not None and task not in GENERIC.values():  # a named task may read any column
             names = (*self.renamed, *self.columns)
         self.fields = [name for name in dict.fromkeys(names) if name in present]
-        """The fields that these rows can have."""
+        """Fields that the rows can have."""
 
     def column_of(self, field: str) -> str:
-        """Return what the data calls a field."""
+        """Return the column that holds a field."""
         return self.renamed.get(field, field)
 
     def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of one row, templates filled in; a field that the row lacks is left out.
+        """Return the fields of one row with rendered templates. Missing fields are omitted.
 
         Raises:
-            BadRow: a template cannot be filled in.
+            BadRow: A template cannot be rendered.
         """
-        found = self._named(values)
-        return {**found, **self._filled(lambda field: values.get(self.column_of(field)))}
+        return {**self._rename(values), **self._render(values)}
 
     def examples(self, values: Mapping[str, Any], task: Task) -> Iterator[dict[str, Any]]:
-        """Yield the fields of each example that one row holds for `task`, templates filled in.
+        """Yield the fields of each example of `task` in one row, with rendered templates.
 
         Raises:
-            BadRow: the row lacks what the task reads, or a template cannot be filled in.
+            BadRow: The row lacks a field of the task, or a template cannot be rendered.
         """
-        for fields in task.rows(self._named(values)):
-            raw = {**values, **fields}
-            filled = self._filled(lambda field, raw=raw: raw.get(self.column_of(field)))
-            yield {**fields, **filled}
+        for fields in task.rows(self._rename(values)):
+            yield {**fields, **self._render({**values, **fields})}
 
-    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        found = {field: values.get(self.column_of(field)) for field in self.fields}
-        return {field: value for field, value in found.items() if value is not None}
+    def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {field: values.get(self.column_of(field)) for field in self.fields}
+        return {field: value for field, value in fields.items() if value is not None}
 
-    def _filled(self, value_of: Callable[[str], Any]) -> dict[str, Any]:
-        return {field: template.render(value_of) for field, template in self.templates.items()}
+    def _render(self, values: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            field: template.render(lambda name: values.get(self.column_of(name)))
+            for field, template in self.templates.items()
+        }
 
     def task(self, name: str, rows: Sequence[Mapping[str, Any]]) -> type[Task]:
-        """Return the task called `name`; for "auto", the one that can read these fields.
+        """Return the task called `name`; for "auto", the generic task whose columns these are.
 
         Raises:
-            DataError: none, or more than one, can.
+            DataError: The columns fit no task, or several.
         """
         if name == "auto" and self.templates:
             name = "completion"
@@ -91,8 +91,8 @@ class ColumnMap:
                 return fitting[0]
             if fitting:
                 raise DataError(
-                    f"{self.where}: its columns ({', '.join(self.columns)}) fit several tasks; "
-                    f"set task to one of {', '.join(task.name for task in fitting)}"
+                    f"{self.source_name}: its columns ({', '.join(self.columns)}) fit several tasks; "
+                    f"set data.task to one of {', '.join(task.name for task in fitting)}"
                 )
         elif any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
             return candidates[0]
@@ -100,14 +100,15 @@ class ColumnMap:
             f"\n  {task.name + ':':<16}" + " | ".join(" + ".join(layout) for layout in task.layouts)
             for task in candidates
         )
-        of_task = "any task" if name == "auto" else f"task {name}"
-        advice = (
-            "for example {prompt: question, completion: answer}, or make prompt and completion "
-        )
-        advice += "with prompt_template and completion_template"
-        if candidates[0] not in GENERIC.values():
+        task_name = "any task" if name == "auto" else f"task {name}"
+        if candidates[0] in GENERIC.values():
+            advice = (
+                "for example {prompt: question, completion: answer}, or build prompt and completion with "
+                "prompt_template and completion_template"
+            )
+        else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
         raise DataError(
-            f"{self.where}: its columns are {', '.join(self.columns)}; expected those of {of_task}:{expected}\n"
-            f"Give yours these names with `columns`, {advice}"
+            f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
+            f"Rename the columns with data.columns, {advice}."
         )

@@ -1,4 +1,4 @@
-"""Which data a run uses, and what to do with rows that do not fit."""
+"""Configuration of the data of a run."""
 
 from __future__ import annotations
 
@@ -19,60 +19,59 @@ FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
     *OPTIONAL_FIELDS,
 )
-"""The names that `columns` can give a value to."""
+"""Fields that `columns` can map to a column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data to train and evaluate on."""
+    """Data for training and evaluation."""
 
     train: str | list[str] | None = None
-    """One or several of: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a pattern
-    (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
-    `docstrings`, which is built in and brings its own validation and test data. By default the set of the named
-    task. Training needs it; evaluation takes task and labels from it, and from the data that is scored where it
-    is not given."""
+    """Training data, one source or a list: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a
+    glob pattern (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
+    the built-in `docstrings`, which includes validation and test data. Defaults to the data of the named task.
+    Required for training. Evaluation reads task and labels from it, or without it from the scored data."""
     validation: str | list[str] | None = None
-    """Data for the held-out loss while training; written like `train`."""
+    """Data for the validation loss during training; same forms as `train`."""
     test: str | list[str] | None = None
-    """Data for the final scores; written like `train`."""
+    """Data for the final scores; same forms as `train`."""
     validation_fraction: float = 0.0
     """Hold out this share of the distinct inputs of `train` for validation, instead of `validation`.
     Rows with the same input stay together."""
     train_split: str | None = None
-    """The split of a hub data set to train on (train), or the name of a named task's file."""
+    """Split of a hub data set to train on (default: train), or the file name of a named task's split."""
     validation_split: str | None = None
-    """The split of a hub data set to validate on (validation), or the name of a named task's file: MNLI has
-    validation_matched and validation_mismatched, and takes both where both are there. A plus joins several."""
+    """Split of a hub data set to validate on (default: validation), or the file name of a named task's split. MNLI
+    has validation_matched and validation_mismatched, and uses both if both exist. A plus joins several splits."""
     test_split: str | None = None
-    """The split of a hub data set to test on (test), or the name of a named task's file."""
+    """Split of a hub data set to test on (default: test), or the file name of a named task's split."""
     task: str = "auto"
-    """auto (by the columns); completion, chat, classification or regression; or a named task, which knows its
-    data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart, wikisql or samsum; or one of your
-    own, `path/to/file.py:Class`."""
+    """auto (chosen by the columns); a generic task: completion, chat, classification or regression; a named task with
+    its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart, wikisql or samsum; or a class
+    of yours, `path/to/file.py:Class`."""
     root: str | None = None
-    """A folder with the data of named tasks, each in a sub-folder (`mrpc/train.jsonl`); without it they are read
-    from the hub."""
+    """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
+    hub."""
     encoding: str | None = None
-    """How a named task of texts writes a row: paper, as the LoRA paper's code does (the default), or prompt, as an
-    instruction in words, which prompt_template may replace."""
+    """Text format of a named text task: paper, the format of the LoRA paper's code (the default), or prompt, an
+    instruction in words, which prompt_template can replace."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our names for columns of the data: `{prompt: meaning_representation, completion: human_reference}`.
-    Names are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
+    """Column for each field: `{prompt: meaning_representation, completion: human_reference}`.
+    Fields are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
     prompt_template: str | None = None
-    """How a prompt is made of columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Braces are
-    written twice to stand for themselves."""
+    """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Double the
+    braces for literal ones."""
     completion_template: str | None = None
-    """How a completion is made of columns, for example `" {summary}"`."""
+    """Template of the completion, filled from columns, for example `" {summary}"`."""
     max_length: int = 512
-    """Longest example, in tokens."""
+    """Maximum number of tokens in an example."""
     too_long: Literal["stop", "skip", "truncate"] = "stop"
-    """What to do with longer ones. `truncate` cuts a prompt from its left and keeps the completion; a
-    completion that is too long by itself loses its end; of two texts the longer one loses its end."""
+    """How to handle longer examples. `truncate` cuts the prompt from its left and keeps the completion. A completion
+    that is too long by itself loses its end; of a pair of texts the longer one loses its end."""
     bad_rows: Literal["stop", "skip"] = "stop"
-    """What to do with rows that have a missing, empty or wrongly typed field, or are not UTF-8."""
+    """How to handle rows with a missing, empty or wrongly typed field, and rows that are not UTF-8."""
     limit: int | None = None
-    """Read only the first rows of each set."""
+    """Read only this many rows of each split."""
 
     def __post_init__(self) -> None:
         conform(self, "data")
@@ -81,7 +80,7 @@ class DataConfig:
         for name in self.columns:
             if name not in names:
                 raise ConfigurationError(
-                    f"data.columns: {name!r} is not a name of ours; write `ours: theirs`, where ours is one of "
+                    f"data.columns: unknown field {name!r}; write `field: column`, where field is one of "
                     f"{', '.join(names)}." + nearest(name, names)
                 )
         require_at_least("data.max_length", self.max_length, 2)
@@ -93,16 +92,16 @@ class DataConfig:
             )
         if self.validation_fraction and not self.has("train"):
             raise ConfigurationError(
-                "data.validation_fraction takes part of data.train, and no data.train is named. Name it."
+                "data.validation_fraction holds out part of data.train, but data.train is not set. Set data.train."
             )
         if self.validation_fraction and self.validation is not None:
             raise ConfigurationError(
-                "Set data.validation or data.validation_fraction, not both: one names held-out data, the other takes "
-                "some of data.train."
+                "Set data.validation or data.validation_fraction, not both: one names the validation data, the other "
+                "holds out part of data.train."
             )
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
-                Template(text, name=option)  # one that cannot be read is an error here already
+                Template(text, name=option)  # raises for a malformed template
                 self._check_templates(option)
 
     def _check_task(self) -> None:
@@ -110,15 +109,16 @@ class DataConfig:
         if self.root is not None and (task is None or task.data_set is None):
             raise ConfigurationError(
                 f"data.root is {self.root!r}, a folder with the data of named tasks, but data.task is {self.task}. "
-                "Name one, for example --data.task mrpc, or name files with data.train, validation and test."
+                "Set data.task to a named task, for example --data.task mrpc, or set data.train, data.validation and "
+                "data.test to files."
             )
         if self.encoding is not None:
-            known = () if task is None else task.encodings
-            if not known:
+            encodings = () if task is None else task.encodings
+            if not encodings:
                 raise ConfigurationError(
-                    f"data.encoding is {self.encoding!r}, but task {self.task} has no encodings; leave it out."
+                    f"data.encoding is {self.encoding!r}, but task {self.task} has no encodings; remove it."
                 )
-            require_choice("data.encoding", self.encoding, known)
+            require_choice("data.encoding", self.encoding, encodings)
 
     def _check_templates(self, option: str) -> None:
         task = self.task_type
@@ -128,12 +128,12 @@ class DataConfig:
             )
         if task is not None and task.encodings and self.encoding != "prompt":
             raise ConfigurationError(
-                f"data.{option} is set, but the encoding is {self.encoding or task.encodings[0]}, which has none; set "
-                "data.encoding to prompt."
+                f"data.{option} is set, but the encoding is {self.encoding or task.encodings[0]}, which uses no "
+                "template; set data.encoding to prompt."
             )
 
     def _fields(self) -> tuple[str, ...]:
-        """The names that `columns` can give a value to."""
+        """Return the fields that `columns` can map to a column."""
         task = self.task_type
         if task is None or task in GENERIC.values():
             return FIELDS
@@ -141,23 +141,23 @@ class DataConfig:
 
     @property
     def task_type(self) -> type[Task] | None:
-        """The task that is named; None for "auto".
+        """Return the class of `task`; None for "auto".
 
         Raises:
-            ConfigurationError: There is no such task.
+            ConfigurationError: The task does not exist.
         """
         return None if self.task == "auto" else task_type(self.task)
 
     @property
     def own(self) -> OwnData | None:
-        """The data that a named task brings; None for other tasks."""
+        """Return the data of the named task; None for other tasks."""
         task = self.task_type
         if task is None or task.data_set is None:
             return None
         return OwnData(task=task, root=self.root)
 
     def has(self, split: Split) -> bool:
-        """Whether data of a split is named, or belongs to a named task, without looking whether it is there."""
+        """Return whether the configuration or the named task has data for a split. Does not look for its files."""
         if split == "validation" and self.validation_fraction:
             return True
         if self._named(split) is not None:
@@ -165,10 +165,10 @@ class DataConfig:
         return self.own is not None and bool(self.own.names(split, self._chosen(split)))
 
     def source(self, split: Split) -> str | list[str] | None:
-        """Return what the configuration, or a named task, has for a split; None when that is nothing.
+        """Return the files or data set of a split, from the configuration or the named task; None without any.
 
         Raises:
-            DataError: The folder of a named task, or a split of it that is named, is not there.
+            DataError: The folder of the named task, or a split that the configuration names, is missing.
         """
         if split == "validation" and self.validation_fraction:
             split = "train"
@@ -178,7 +178,7 @@ class DataConfig:
         return named
 
     def hub_split(self, split: Split) -> str:
-        """Return the name under which a hub data set holds a split."""
+        """Return the name of a split in its hub data set."""
         if split == "validation" and self.validation_fraction:
             split = "train"
         if chosen := self._chosen(split):
@@ -188,14 +188,10 @@ class DataConfig:
         return split
 
     def _named(self, split: Split) -> str | list[str] | None:
-        named = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        named = getattr(self, split)
         if named is None and isinstance(self.train, str) and self.train in BUILT_IN:
             return self.train
         return named
 
     def _chosen(self, split: Split) -> str | None:
-        return {
-            "train": self.train_split,
-            "validation": self.validation_split,
-            "test": self.test_split,
-        }[split]
+        return getattr(self, f"{split}_split")

@@ -1,15 +1,14 @@
-"""A built-in data set that needs no download: what functions of the Python standard library do.
+"""A built-in data set that needs no download: docstrings of the Python standard library.
 
-The prompt is a function's place and signature, the completion the first sentence of its docstring::
+The prompt is a function's module and signature, the completion is the first sentence of its docstring::
 
     # textwrap
     def indent(text, prefix, predicate=None):
 
     Add 'prefix' to the beginning of selected lines in 'text'.
 
-It is read from the source of the Python that runs it, without importing anything, so its size differs a
-little between Python versions (3.11: about 3,300 examples). Train, validation and test share no top-level
-module and no completion.
+It parses the source of the running Python without importing it, so its size differs a little between Python
+versions (3.11: about 3,300 examples). Train, validation and test share no top-level module and no completion.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from lorakit.errors import DataError, nearest
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = {"idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "antigravity", "this"}
-"""Applications, vendored wheels and jokes; `test` is not in `sys.stdlib_module_names` to begin with."""
+"""Applications, vendored wheels and jokes. `test` is not in `sys.stdlib_module_names`."""
 
 SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)\.(?=\s|$)")
 PLAIN_SENTENCE = re.compile(r"[A-Z][a-z]+ [^<>|\\{}:;@]*[\w)'\"`\]]")
 REMARK = re.compile(
     r"(Deprecated|Internal|Helper|See|Same|Like|Ditto|Used?|This|The|These|Just|If|When|Override)\b"
 )
-"""Openings of docstrings that speak about the code rather than say what the function does."""
+"""First words of docstrings that comment on the code and do not describe the function."""
 
 
 def load(split: str) -> list[dict[str, str]]:
-    """Return the rows of a split, as `{prompt, completion, module}`, in an order that mixes modules.
+    """Return the rows of a split, `{prompt, completion, module}`, in an order that mixes modules.
 
     Raises:
-        DataError: there is no such split, or Python was installed without its sources.
+        DataError: The split does not exist, or Python was installed without its sources.
     """
     if split not in SPLITS:
         raise DataError(
@@ -53,7 +52,7 @@ def load(split: str) -> list[dict[str, str]]:
 
 
 def split_of(module: str) -> str:
-    """Return the split of a module: the same for all its submodules and for its twin (`_pyio`, `pyio`)."""
+    """Return the split of a module. Submodules and twins (`_pyio`, `pyio`) share a split."""
     top = module.split(".")[0].lstrip("_")
     tenth = int(hashlib.sha256(top.encode()).hexdigest(), 16) % 10
     return "validation" if tenth == 0 else "test" if tenth in (1, 2) else "train"
@@ -80,15 +79,15 @@ def _rows() -> list[dict[str, str]]:
             prompt = f"# {'.'.join((module, *scope))}\n{signature(function)}\n"
             if completion is None or len(prompt) > 200:
                 continue
-            # The same sentence in two places would let an answer be learnt by heart.
+            # Keep each sentence once: a copy in another split would leak the answer.
             row = {"prompt": prompt, "completion": completion, "module": module}
             rows.setdefault(completion.casefold(), row)
     if not rows:
         raise DataError(
             f"docstrings: no Python sources in {_library()}; this Python was installed without the sources "
-            "of its standard library, use another data set"
+            "of its standard library. Set data.train to another data set."
         )
-    # Neighbours in a file are alike; ordered by a hash, the first hundred rows stand for all.
+    # Neighbours in a file are similar. Sorting by a hash makes the first rows representative.
     return sorted(rows.values(), key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
 
 
@@ -118,7 +117,7 @@ def _tree(path: Path) -> ast.Module:
         warnings.simplefilter("ignore")  # old escapes in old modules
         try:
             return ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # a file that is bad on purpose, or not readable
+        except (SyntaxError, ValueError, OSError):  # malformed on purpose, or unreadable
             return ast.Module(body=[], type_ignores=[])
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to examples: read, map columns, tokenise, and account for every row."""
+"""Load examples: read rows, map columns, tokenise, and count every row in a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.readers import Problem, Row
-from lorakit.data.sources import Source, read_source
+from lorakit.data.sources import DataRows, read_source
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Example, Kind, RowError, Task, TooLong, UnknownLabel, task_type
 
@@ -19,60 +19,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5
-"""Problems that a message lists; the report has them all."""
+"""Maximum number of problems in a message. The report has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataTask:
-    """What the training data is for."""
+    """Task and class labels of the data."""
 
     name: str
-    """As in `DataConfig.task`, "auto" resolved."""
+    """Task name as in `DataConfig.task`, with "auto" resolved."""
     labels: tuple[str, ...] = ()
     """Class names in index order; empty without classes."""
 
     @property
     def type(self) -> type[Task]:
-        """The task itself."""
+        """Return the class of the task."""
         return task_type(self.name)
 
     @property
     def kind(self) -> Kind:
-        """What the model answers with."""
+        """Return the kind of the model's output."""
         return self.type.kind
 
     @property
     def generates(self) -> bool:
-        """Whether the model's answer is text."""
+        """Return whether the model's output is text."""
         return self.kind == "text"
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What became of every row of a data set: `read = kept + skipped + held_out`."""
+    """Count of the rows of a data set by outcome: `read = kept + skipped + held_out`."""
 
     source: str
     rows: int = 0
-    """Rows of the data."""
+    """Number of rows."""
     read: int = 0
-    """Examples in them: as many, unless the rows of a named task hold several each, or none."""
+    """Number of examples in the rows. Equals `rows` unless rows of a named task hold several examples or none."""
     without: int = 0
-    """Rows of a named task that hold no example: no text marked good, an empty dialogue."""
+    """Rows of a named task without an example: no text is marked good, or the dialogue is empty."""
     kept: int = 0
     truncated: int = 0
-    """Of those kept."""
+    """Kept examples that were cut to `max_length`."""
     held_out: int = 0
-    """Rows that belong to the other side of `validation_fraction`."""
+    """Examples on the other side of `validation_fraction`."""
     bad: list[Problem] = field(default_factory=list)
-    """Rows left out because they cannot be used, with file and line."""
+    """Skipped invalid rows, with file and line."""
     too_long: list[Problem] = field(default_factory=list)
-    """Rows left out because of their length, with file and line."""
+    """Skipped rows longer than `max_length`, with file and line."""
     longest: int = 0
-    """Tokens of the longest row left out; 0 without any."""
+    """Tokens of the longest skipped row; 0 without any."""
 
     @property
     def skipped(self) -> int:
-        """Rows left out, as bad or too long."""
+        """Return the number of skipped rows, bad or too long."""
         return len(self.bad) + len(self.too_long)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,11 +99,11 @@ class Report:
 
 @dataclass(kw_only=True)
 class ExampleSet(Sequence[Example]):
-    """The examples of one split, and where they come from."""
+    """The examples of one split, with their task, labels and source."""
 
     examples: list[Example]
     task: str
-    """Name of the task, `auto` resolved."""
+    """Task name, with "auto" resolved."""
     labels: tuple[str, ...]
     """Class names in index order; empty without classes."""
     report: Report
@@ -121,7 +121,7 @@ class ExampleSet(Sequence[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Return the number of tokens of each example."""
         return [len(example) for example in self.examples]
 
 
@@ -134,13 +134,12 @@ def load_examples(
 ) -> ExampleSet:
     """Return the examples of a split.
 
-    Task and class labels are those of the training set, whichever split is asked for, and of the split itself
-    where no training set is named; `labels` gives them where they are known (evaluating an adapter), together with
-    an explicit `task`.
+    Every split uses the task and class labels of the training set. Without a training set, they come from the split
+    itself. When an adapter is evaluated, an explicit `task` and `labels` replace them.
 
     Raises:
-        DataError: the data is missing or empty, its columns fit no task, a label is unknown, or a row is
-            bad or too long and the configuration says stop. Names files and lines.
+        DataError: The data is missing or empty, its columns fit no task, a label is unknown, or a row is bad or too
+            long and the configuration says stop. The message names files and lines.
     """
     source, where = _read(config, split), config.source(split)
     columns = ColumnMap(config, source.columns, source.name)
@@ -152,7 +151,7 @@ def load_examples(
         resolved = _task_of(config, source, columns)
     else:
         resolved = task_of(config)
-    task_type = columns.task(resolved.name, [])  # this split too must have the task's columns
+    task_type = columns.task(resolved.name, [])  # checks the columns of this split
     task = task_type(
         tokenizer,
         max_length=config.max_length,
@@ -164,7 +163,7 @@ def load_examples(
     examples = list(_encode(source, columns, task, config, report))
     if not examples:
         raise DataError(
-            f"{source.name}: none of its {report.read:,} rows can be used"
+            f"{source.name}: none of its {report.read:,} rows is valid"
             f"{_listing(report.bad + report.too_long)}"
         )
     if config.validation_fraction and split != "test":
@@ -182,12 +181,12 @@ def load_examples(
 
 
 def task_of(config: DataConfig, split: Split = "train") -> DataTask:
-    """Return task and labels of the data, without a tokenizer: they decide on the model's head.
+    """Return task and labels of the training set, or of `split` without a training set. Needs no tokenizer.
 
-    They are those of the training set; of `split` where no training set is named.
+    The model's head depends on them.
 
     Raises:
-        DataError: the data is missing, cannot be read, or its columns fit no task.
+        DataError: The data is missing or unreadable, or its columns fit no task.
     """
     if config.own is not None and config.own.settles_labels:
         return DataTask(name=config.task, labels=config.own.task.classes)
@@ -196,16 +195,16 @@ def task_of(config: DataConfig, split: Split = "train") -> DataTask:
     return _task_of(config, source, ColumnMap(config, source.columns, source.name))
 
 
-def _read(config: DataConfig, split: Split) -> Source:
+def _read(config: DataConfig, split: Split) -> DataRows:
     where = config.source(split)
     if where is None:
         if config.own is not None:
             raise DataError(config.own.why_not(split))
-        raise DataError(f"the configuration names no {split} data; set data.{split}")
+        raise DataError(f"the configuration has no {split} data; set data.{split}")
     return read_source(where, config.hub_split(split), config.limit)
 
 
-def _task_of(config: DataConfig, source: Source, columns: ColumnMap) -> DataTask:
+def _task_of(config: DataConfig, source: DataRows, columns: ColumnMap) -> DataTask:
     rows = list(_fields(source, columns))
     task = columns.task(config.task, rows)
     declared = source.class_names.get(columns.column_of("label"), ())
@@ -213,34 +212,34 @@ def _task_of(config: DataConfig, source: Source, columns: ColumnMap) -> DataTask
     return DataTask(name=name, labels=task.labels_of(rows, declared))
 
 
-def _fields(source: Source, columns: ColumnMap) -> Iterator[dict[str, Any]]:
+def _fields(source: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
     for row in source.rows:
         if isinstance(row, Row):
             try:
                 yield columns.apply(row.values)
             except BadRow:
-                continue  # _encode reports it
+                continue  # _encode reports the row
 
 
 def _encode(
-    source: Source, columns: ColumnMap, task: Task, config: DataConfig, report: Report
+    source: DataRows, columns: ColumnMap, task: Task, config: DataConfig, report: Report
 ) -> Iterator[Example]:
-    """Yield the examples of the rows that can be used, and note the others in `report`.
+    """Yield the examples of the valid rows, and add the other rows to `report`.
 
-    With "stop", the whole set is looked through first, so that one run shows all that has to be mended.
+    With "stop", the error comes after the last row, so that one run reports all invalid rows.
     """
     for row, split in zip(source.rows, source.splits, strict=True):
         if isinstance(row, Problem):
             report.bad.append(row)
             continue
         try:
-            found = list(columns.examples(row.values, task))
+            examples = list(columns.examples(row.values, task))
         except BadRow as error:
             report.bad.append(_problem(row, error, columns))
             continue
-        report.read += len(found) - 1  # a row may hold several, or none
-        report.without += not found
-        for fields in found:
+        report.read += len(examples) - 1  # a row may hold several examples, or none
+        report.without += not examples
+        for fields in examples:
             try:
                 example = task.encode(fields)
             except UnknownLabel as error:
@@ -255,14 +254,14 @@ def _encode(
                 yield example
     if report.bad and config.bad_rows == "stop":
         raise DataError(
-            f"{source.name}: {len(report.bad):,} of {report.read:,} rows cannot be used"
-            f"{_listing(report.bad)}\nMend them, or set bad_rows to skip to leave them out"
+            f"{source.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
+            f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip."
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
             f"{source.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
             f"{config.max_length:,}, the longest with {report.longest:,} tokens"
-            f"{_listing(report.too_long)}\nRaise max_length, or set too_long to skip or truncate"
+            f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate."
         )
 
 
@@ -273,7 +272,7 @@ def _problem(row: Row, error: RowError, columns: ColumnMap) -> Problem:
 
 
 def _listing(problems: Sequence[Problem]) -> str:
-    """Return the first problems, a line each, and the number of the others."""
+    """Return the first problems, one per line, and the number of the others."""
     lines = [f"\n  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"\n  ... and {len(problems) - SHOWN:,} more")
@@ -281,10 +280,10 @@ def _listing(problems: Sequence[Problem]) -> str:
 
 
 def _side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:
-    """Return the validation or the training side of a set.
+    """Return the validation side or the training side of the examples.
 
-    Sides are drawn by a hash of the input's text, not of the row: several references for one input, or
-    repeated rows, would otherwise stand on both and make the held-out loss look better than it is.
+    A hash of the input text picks the side. Several references for one input, and repeated rows, therefore stay on
+    one side; on both sides they would make the validation loss too low.
     """
     prompts = sorted(
         {example.prompt for example in examples},
@@ -292,7 +291,8 @@ def _side(examples: list[Example], fraction: float, *, held_out: bool) -> list[E
     )
     if len(prompts) < 2:
         raise DataError(
-            "validation_fraction needs at least two distinct inputs to divide; there is one"
+            "data.validation_fraction needs at least two distinct inputs; the data has one. Add rows, or set "
+            "data.validation instead."
         )
     count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     validation = set(prompts[:count])

@@ -1,4 +1,4 @@
-"""A data set as the model will see it: tokens and targets, lengths, labels, duplicates."""
+"""Preview a data set as the model sees it: tokens and targets, lengths, labels, duplicates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Token:
     id: int
     text: str
     target: bool
-    """Whether the loss is on it."""
+    """Whether the loss includes it."""
 
 
 @dataclass(frozen=True)
@@ -53,66 +53,66 @@ class Lengths:
     max: int
     total: int
     histogram: list[tuple[int, int, int]]
-    """Bins of equal width as (least length, greatest length, examples)."""
+    """Bins of equal width as (minimum length, maximum length, examples)."""
 
 
 @dataclass(frozen=True)
 class SplitPreview:
-    """One split as a whole."""
+    """Statistics of one split."""
 
     report: Report
     lengths: Lengths
     targets: int | None
-    """Tokens that carry loss; None where the target is a label."""
+    """Number of tokens in the loss; None for classification and regression."""
     labels: dict[str, int]
     """Examples of each class; empty without classes."""
     scores: tuple[float, float, float] | None
-    """Least, mean and greatest score; None without scores."""
+    """Minimum, mean and maximum score; None without scores."""
     repeated_prompts: int
-    """Examples whose prompt an earlier example has too."""
+    """Examples with the prompt of an earlier example."""
     repeated_examples: int
-    """Examples whose prompt and completion an earlier example has too."""
+    """Examples with the prompt and completion of an earlier example."""
     shared_prompts: float
-    """Share of the examples whose prompt is that of at least one other."""
+    """Fraction of the examples that share their prompt with another example."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two splits have in common; it makes scores on the second look better than they are."""
+    """Examples that two splits share. They inflate scores on the second split."""
 
     first: str
     second: str
     prompts: int
-    """Examples of the second split whose prompt stands in the first."""
+    """Examples of the second split whose prompt the first split has."""
     examples: int
-    """Of these, examples that have a completion in common as well."""
+    """Examples of the second split whose prompt and completion the first split has."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What `lorakit data` shows."""
+    """The output of `lorakit data`."""
 
     task: str
     labels: tuple[str, ...]
     splits: dict[str, SplitPreview]
     examples: list[PreviewExample]
-    """The first examples of the training set, or of the first split there is."""
+    """The first examples of the training set, or without one of the next split."""
     overlaps: list[Overlap]
     notes: list[str] = field(default_factory=list)
-    """What is worth a second look."""
+    """Warnings about likely mistakes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON-able values."""
+        """Return the preview as JSON-able values."""
         return dataclasses.asdict(self)
 
 
 def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Preview:
-    """Return the first `n` examples token by token, and statistics of every split named.
+    """Return the first `n` examples token by token, and statistics of every configured split.
 
-    Rows that would stop a training run do not stop the preview: the reports and a note tell of them.
+    Rows that would stop a training run do not stop the preview. The reports and a note list them.
 
     Raises:
-        DataError: the data is missing or empty, its columns fit no task, or no row can be used.
+        DataError: The data is missing or empty, its columns fit no task, or no row is valid.
     """
     lenient = dataclasses.replace(
         config, bad_rows="skip", too_long="skip" if config.too_long == "stop" else config.too_long
@@ -123,12 +123,12 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
         if config.source(split) is not None
     }
     if not sets:
-        raise DataError("the configuration names no data; set data.train")
+        raise DataError("the configuration has no data; set data.train")
     first, examples = next(iter(sets.items()))
     return Preview(
         task=examples.task,
         labels=examples.labels,
-        splits={str(split): _split_preview(found) for split, found in sets.items()},
+        splits={str(split): _split_preview(split_set) for split, split_set in sets.items()},
         examples=[_preview_example(example, tokenizer) for example in examples.examples[:n]],
         overlaps=[_overlap(one, other, sets) for one, other in combinations(sets, 2)],
         notes=list(_notes(config, tokenizer, sets, first)),
@@ -152,7 +152,7 @@ def _preview_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 def _token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     text = str(tokenizer.decode([token]))
-    # A token may be part of a character; its name in the vocabulary shows more than a replacement mark.
+    # A token may be part of a character. Then its vocabulary entry says more than a replacement character.
     return (
         str(tokenizer.convert_ids_to_tokens(token)) if "\N{REPLACEMENT CHARACTER}" in text else text
     )
@@ -180,9 +180,9 @@ def _split_preview(examples: ExampleSet) -> SplitPreview:
 
 def _lengths(lengths: Sequence[int], bins: int = 12) -> Lengths:
     ordered = sorted(lengths)
-    least, greatest = ordered[0], ordered[-1]
-    width = (greatest - least) // bins + 1
-    counts = Counter((length - least) // width for length in ordered)
+    shortest, longest = ordered[0], ordered[-1]
+    width = (longest - shortest) // bins + 1
+    counts = Counter((length - shortest) // width for length in ordered)
 
     def percentile(share: float) -> int:
         return ordered[math.ceil(share * len(ordered)) - 1]
@@ -190,10 +190,10 @@ def _lengths(lengths: Sequence[int], bins: int = 12) -> Lengths:
     return Lengths(
         p50=percentile(0.5),
         p90=percentile(0.9),
-        max=greatest,
+        max=longest,
         total=sum(ordered),
         histogram=[
-            (least + i * width, least + (i + 1) * width - 1, counts[i])
+            (shortest + i * width, shortest + (i + 1) * width - 1, counts[i])
             for i in range(max(counts) + 1)
         ],
     )
@@ -219,24 +219,26 @@ def _notes(
     for split, examples in sets.items():
         report = examples.report
         if report.bad and config.bad_rows == "stop":
-            yield f"training would stop at {len(report.bad):,} bad rows of {split}: mend them or set bad_rows: skip"
+            yield (
+                f"training would stop at {len(report.bad):,} bad rows of {split}: fix them or set data.bad_rows to skip"
+            )
         if report.too_long and config.too_long == "stop":
             yield (
                 f"training would stop at {len(report.too_long):,} rows of {split} above max_length "
-                f"{config.max_length:,}: raise it, or set too_long to skip or truncate"
+                f"{config.max_length:,}: raise data.max_length, or set data.too_long to skip or truncate"
             )
     for name in ("prompt_template", "completion_template"):
         if "\\n" in (getattr(config, name) or ""):
             yield (
-                f"{name} holds a backslash and an n, not a line feed; in YAML write the template in double "
-                "quotes, in a shell in $'...'"
+                f"{name} contains a backslash and an n, not a line feed; quote the template with double quotes in "
+                "YAML, with $'...' in a shell"
             )
     language = [example for example in sets[first] if isinstance(example, LanguageExample)]
     if spaced := sum(example.prompt.endswith(" ") for example in language):
         yield (
-            f"{spaced:,} prompts of {first} end in a space, which most tokenizers join to the next word: "
-            "let the completion begin with it instead"
+            f"{spaced:,} prompts of {first} end in a space, which most tokenizers merge with the next word: "
+            "start the completion with the space instead"
         )
     for special in tokenizer.all_special_tokens:
         if count := sum(special in example.completion for example in language):
-            yield f"{count:,} completions of {first} hold {special}, which the tokenizer reads as a special token"
+            yield f"{count:,} completions of {first} contain {special}, which the tokenizer encodes as a special token"

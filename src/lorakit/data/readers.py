@@ -1,4 +1,4 @@
-"""Readers of data files: each yields its rows in order, and names the line of every row it cannot read."""
+"""Readers of data files. Each yields its rows in order, with the line of every row that it cannot read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lorakit.tasks.task import kind
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in the data."""
+    """One row of the data."""
 
     values: dict[str, Any]
     origin: str
-    """`file:line`, or `file:row n` where there are no lines."""
+    """`file:line`, or `file:row n` for formats without lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that cannot be used, and why."""
+    """A row that is invalid, with the reason."""
 
     origin: str
     message: str
@@ -40,14 +40,14 @@ class Problem:
 
 Rows = Iterator[Row | Problem]
 
-# A field may hold a whole document, whose length data.too_long is about.
+# A field may hold a whole document; data.too_long handles its length.
 csv.field_size_limit(2**31 - 1)
 
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def reader_for(path: Path) -> Callable[[Path], Rows] | None:
-    """Return the reader for a file, by its name; None when its format is unknown."""
+    """Return the reader for a file name; None for an unknown format."""
     name = path.name.lower()
     for suffix, reader in READERS.items():
         if name.endswith(suffix) or (suffix not in BINARY and name.endswith(suffix + ".gz")):
@@ -56,12 +56,12 @@ def reader_for(path: Path) -> Callable[[Path], Rows] | None:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, ended by line feeds alone: what else str.splitlines() parts at, JSON and prose may hold."""
+    """Split a text at line feeds only. str.splitlines() also splits at characters that valid JSON may contain."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def read_jsonl(path: Path) -> Rows:
-    """One JSON object per line. Blank lines are passed over."""
+    """Read one JSON object per line. Blank lines are skipped."""
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             origin = f"{path}:{number}"
@@ -77,21 +77,19 @@ def read_jsonl(path: Path) -> Rows:
                 )
             except json.JSONDecodeError as error:
                 yield Problem(origin, f"not valid JSON ({error.msg} at character {error.pos + 1})")
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of 5,000 digits, 10,000 brackets
+            # for example a number of 5,000 digits, or 10,000 brackets
+            except (ValueError, RecursionError) as error:
                 yield Problem(origin, f"not readable as JSON ({error})")
             else:
                 yield _row(value, origin)
 
 
 def read_json(path: Path) -> Rows:
-    """A list of JSON objects; a file that starts with an object is read as JSONL, which many are."""
+    """Read a list of JSON objects. Many .json files are JSONL: a file that starts with an object is read as such."""
     with _open(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
     if data.lstrip()[:1] == b"{":
-        _refuse_one_object(data, path)
+        _reject_single_object(data, path)
         yield from read_jsonl(path)
         return
     try:
@@ -102,25 +100,23 @@ def read_json(path: Path) -> Rows:
     yield from _json_list(text, path)
 
 
-def _refuse_one_object(data: bytes, path: Path) -> None:
-    """Refuse a file that is a single object over several lines, which holds its rows somewhere inside if at all."""
+def _reject_single_object(data: bytes, path: Path) -> None:
+    """Raise a DataError if the file is a single object over several lines. Its rows may be in a list inside."""
     if b"\n" not in data.strip():
         return
     try:
-        found = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
-        return  # a row a line
-    lists = [name for name, value in found.items() if isinstance(value, list)]
-    inside = (
-        f" It holds lists in {', '.join(map(repr, lists[:5]))}: write one of them." if lists else ""
-    )
+        return  # one row per line
+    lists = [name for name, member in value.items() if isinstance(member, list)]
+    advice = f" Save one of its lists: {', '.join(map(repr, lists[:5]))}." if lists else ""
     raise DataError(
-        f"{path}: found one object, expected a list of objects ([{{...}}, ...]) or an object on each line.{inside}"
+        f"{path}: found one object, expected a list of objects ([{{...}}, ...]) or an object on each line.{advice}"
     )
 
 
 def _json_list(text: str, path: Path) -> Rows:
-    # json.loads would give the objects without their lines, so the list is walked here.
+    # Decode the objects one at a time: json.loads gives no line numbers.
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     position = _after_blanks(text, 0)
@@ -131,8 +127,8 @@ def _json_list(text: str, path: Path) -> Rows:
             f"{path}:1: found {text[position]!r}, expected a list of objects: [{{...}}, ...]"
         )
     position = _after_blanks(text, position + 1)
-    mark = "]" if text[position : position + 1] == "]" else ","
-    while mark == ",":
+    separator = "]" if text[position : position + 1] == "]" else ","
+    while separator == ",":
         line += text.count("\n", counted, position)
         counted = position
         try:
@@ -141,25 +137,25 @@ def _json_list(text: str, path: Path) -> Rows:
             raise DataError(f"{path}:{line}: not valid JSON ({error})") from None
         yield _row(value, f"{path}:{line}")
         position = _after_blanks(text, position)
-        mark = text[position : position + 1]
-        if mark not in (",", "]"):
-            found = f"{mark!r}" if mark else "the end of the file"
+        separator = text[position : position + 1]
+        if separator not in (",", "]"):
+            actual = repr(separator) if separator else "the end of the file"
             raise DataError(
-                f"{path}: found {found} after the object of line {line}, expected , or ]"
+                f"{path}: found {actual} after the object of line {line}, expected , or ]"
             )
         position = _after_blanks(text, position + 1)
 
 
 def _after_blanks(text: str, position: int) -> int:
     match = JSON_BLANKS.match(text, position)
-    assert match is not None  # it also matches nothing
+    assert match is not None  # the pattern matches the empty string
     return match.end()
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """A header line, then one row per record; a quoted field may span lines."""
+    """Read a header line, then one row per record. A quoted field may span lines."""
     with _open(path) as file:
-        # Bytes that are not UTF-8 pass as surrogates, which mark the one row they stand in.
+        # Bytes that are not UTF-8 become surrogates, so that only their row is rejected.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         header: list[str] | None = None
@@ -188,12 +184,12 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
 
 
 def read_tsv(path: Path) -> Rows:
-    """As CSV, with tabs between the fields."""
+    """Read CSV with tabs between the fields."""
     return read_csv(path, delimiter="\t")
 
 
 def read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file."""
+    """Read the rows of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -238,11 +234,11 @@ def _checked_header(record: list[str], path: Path) -> list[str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file or a gzip file, and say which file it was when reading fails."""
+    """Open a file, gzip or not. A read error becomes a DataError that names the file."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
             yield cast(BinaryIO, file)
     except EOFError:
-        raise DataError(f"{path}: the gzip file is cut off; copy or download it again") from None
+        raise DataError(f"{path}: the gzip file is truncated; copy or download it again") from None
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -1,4 +1,4 @@
-"""Where rows come from: files, the Hugging Face hub, or a built-in data set."""
+"""Read rows from files, the Hugging Face hub or a built-in data set."""
 
 from __future__ import annotations
 
@@ -20,43 +20,42 @@ from lorakit.data.readers import READERS, Problem, Row, Rows, reader_for
 from lorakit.errors import DataError, nearest
 
 BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}
-"""Data sets that need no file: name -> rows of a split."""
+"""Built-in data sets: name -> function that returns the rows of a split."""
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
-
 SCRIPT = "scripts are no longer supported"
-"""What datasets says of a data set that is a Python program."""
+"""Part of the error of `datasets` for a data set that is a Python program."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """The rows that a configuration names, in order, with those that cannot be read."""
+class DataRows:
+    """Rows of all files or data sets of a split, in order, with a problem for each unreadable row."""
 
     name: str
     rows: list[Row | Problem]
     sha256: str
-    """Of the file's bytes; for several files, of their digests; otherwise of the rows as JSON."""
+    """Digest of the file's bytes, of several files' digests, or of the rows as JSON."""
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names that a hub data set declares for the classes of a column."""
+    """Class names that a hub data set declares, by column."""
     splits: list[str] = field(default_factory=list)
-    """For each row the split that it stands in: the hub's name of it, or its file's without endings."""
+    """Split of each row: its name on the hub, or the file name without suffixes."""
 
     @property
     def columns(self) -> list[str]:
-        """All columns that any row has, in order of appearance."""
+        """Return the columns of all rows, in order of appearance."""
         return list(
             dict.fromkeys(name for row in self.rows if isinstance(row, Row) for name in row.values)
         )
 
 
-def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> Source:
-    """Read the rows that `where` names (see `DataConfig.train`), at most `limit` of them.
+def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> DataRows:
+    """Read at most `limit` rows of `where` (see `DataConfig.train`).
 
-    `split` is the split of a hub or built-in data set, or several joined by a plus; files have none.
+    `split` is the split of a hub or built-in data set, or several joined by a plus. Files ignore it.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no rows.
+        DataError: A file or data set is missing, unreadable or empty.
     """
     entries = [where] if isinstance(where, str) else list(where)
     if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
@@ -68,7 +67,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     for part, count in Counter(part.name for part in parts).items():
         if count > 1:
             raise DataError(
-                f"{part} is named {count} times in {where!r}; its rows would be repeated"
+                f"{part} is named {count} times in {where!r}; name it once, or its rows are repeated"
             )
     rows: list[Row | Problem] = []
     splits: list[str] = []
@@ -83,10 +82,10 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     name = ", ".join(entries)
     if not any(isinstance(row, Row) for row in rows):
         raise DataError(
-            f"{name}: none of its {len(rows):,} rows can be read; the first is {rows[0]}"
+            f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [_digest(part) for part in parts]
-    return Source(
+    return DataRows(
         name=name,
         rows=rows,
         sha256=digests[0]
@@ -98,12 +97,12 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
 
 
 def joined(split: str) -> list[str]:
-    """Return the names that a split's name joins with a plus, as on the hub."""
+    """Split a name like `a+b` into the names of its splits, as the hub does."""
     return split.split("+")
 
 
 def stem(file: Path) -> str:
-    """Return a file's name without its endings; a dot may be part of nothing else."""
+    """Return the file name up to its first dot."""
     return file.name.split(".")[0]
 
 
@@ -125,32 +124,33 @@ def _digest(part: _Part) -> str:
 
 def _parts(entry: str, split: str) -> list[_Part]:
     if entry in BUILT_IN:
-        return [_built_in(entry, split)]
+        values = BUILT_IN[entry](split)
+        return [_of_values(entry, split, lambda: values)]
     path = Path(os.path.expanduser(entry))
     if path.is_file():
         return [_file(path)]
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if reader_for(p))
+        names = sorted(p.name for p in path.iterdir() if reader_for(p))
         raise DataError(
             f"{entry} is a folder; name its files, for example {entry.rstrip('/')}/*.jsonl "
-            f"(data files in it: {', '.join(inside[:5]) or 'none'})"
+            f"(data files in it: {', '.join(names[:5]) or 'none'})"
         )
     if glob.has_magic(entry):
-        found = sorted(
+        files = sorted(
             Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
         )
-        if not found:
+        if not files:
             raise DataError(f"no file matches {entry}")
-        return [_file(match) for match in found]
+        return [_file(file) for file in files]
     if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
         return [
             _hub(entry, hub["id"], hub["config"], hub["revision"], part) for part in joined(split)
         ]
-    beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    nearby = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
-        f"there is no file or data set {entry!r}; name a file ({', '.join(READERS)}), a hub data set "
+        f"there is no file or data set {entry!r}; expected a file ({', '.join(READERS)}), a hub data set "
         f"(owner/name) or a built-in one ({', '.join(BUILT_IN)})."
-        + (nearest(path.name, beside) or nearest(entry, BUILT_IN))
+        + (nearest(path.name, nearby) or nearest(entry, BUILT_IN))
     )
 
 
@@ -169,11 +169,6 @@ def _file(path: Path) -> _Part:
     )
 
 
-def _built_in(name: str, split: str) -> _Part:
-    values = BUILT_IN[name](split)
-    return _of_values(name, split, lambda: values)
-
-
 def _hub(entry: str, name: str, config: str | None, revision: str | None, split: str) -> _Part:
     try:
         import datasets
@@ -187,12 +182,16 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
         except RuntimeError as error:
             if SCRIPT not in str(error):
                 raise
-            data = _exported(name, config, split)
-    except Exception as error:  # whatever datasets, the hub or the network raise
+            # Load the hub's Parquet export of the data set; its script is not run.
+            folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"
+            data = datasets.load_dataset(
+                "parquet", data_files={split: f"{folder}/*.parquet"}, split=split
+            )
+    except Exception as error:  # datasets, the hub and the network raise many types
         raise DataError(
             f"{entry}: the hub data set cannot be loaded, split {split!r} ({type(error).__name__}: {error}). "
-            "Check its name (owner/name:config), its splits, and the network; a file on disk, or the folder of a named "
-            "task (data.root), needs no network"
+            "Check its name (owner/name:config), its splits and the network. A local file, or the folder of a named "
+            "task (data.root), needs no network."
         ) from error
     classes = {
         column: tuple(feature.names)
@@ -202,7 +201,7 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
 
     def values() -> Iterator[dict[str, Any]]:
         for row in data:
-            # -1 stands for a hidden label in many test sets; it has no name and stays as it is.
+            # Many test sets use -1 for a hidden label. It has no class name and is kept.
             names = {
                 column: classes[column][row[column]]
                 for column in classes
@@ -211,14 +210,6 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
             yield {**dict(row), **names}
 
     return _of_values(entry, split, values, classes)
-
-
-def _exported(name: str, config: str | None, split: str) -> Any:
-    """A split of a data set that is a script, which nobody should run, from the hub's own export of it."""
-    import datasets
-
-    files = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}/*.parquet"
-    return datasets.load_dataset("parquet", data_files={split: files}, split=split)
 
 
 def _of_values(
@@ -236,7 +227,7 @@ def _of_values(
     def sha256() -> str:
         digest = hashlib.sha256()
         for row in values():
-            # `default=str`: dates and images have no JSON form of their own.
+            # default=str: JSON has no dates and images.
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 

@@ -11,13 +11,13 @@ from lorakit.tasks.task import BadRow, kind
 
 
 class Template:
-    r"""A text such as `"Summarise:\n{dialogue}\nSummary:"`, filled in from the columns of a row.
+    r"""A template such as `"Summarise:\n{dialogue}\nSummary:"`, rendered from the columns of a row.
 
-    Written like `str.format`, of which only plain names are allowed: `{a.b}`, `{a[0]}` or `{a!r}` would
-    let a configuration file reach into objects. Literal braces are doubled.
+    The syntax is that of `str.format` with plain names only: `{a.b}`, `{a[0]}` and `{a!r}` would give a configuration
+    file access to attributes of objects. Double the braces for literal ones.
 
     Raises:
-        ConfigurationError: the text is not such a template.
+        ConfigurationError: The template is malformed.
     """
 
     def __init__(self, text: str, name: str = "template") -> None:
@@ -31,7 +31,7 @@ class Template:
             pieces = list(Formatter().parse(self.text))
         except ValueError as error:
             raise ConfigurationError(
-                f"{self.name} {self.text!r}: {error}; write {{{{ and }}}} for braces that stand for themselves"
+                f"{self.name} {self.text!r}: {error}; write {{{{ and }}}} for literal braces"
             ) from None
         for literal, field, spec, conversion in pieces:
             if field is not None and (
@@ -39,17 +39,17 @@ class Template:
             ):
                 raise ConfigurationError(
                     f"{self.name} {self.text!r}: '{{{field}...}}' is not a plain column name; write {{column}}, "
-                    "and {{ and }} for braces that stand for themselves"
+                    "and {{ and }} for literal braces"
                 )
             yield literal, field
 
-    def check(self, columns: Iterable[str], where: str) -> None:
-        """Raise a DataError if the template names a column that the data does not have."""
+    def check(self, columns: Iterable[str], source_name: str) -> None:
+        """Raise a DataError if the data lacks a column of the template."""
         columns = list(columns)
         for field in self.fields:
             if field not in columns:
                 raise DataError(
-                    f"{where} has no column {field!r}, which {self.name} names; its columns are "
+                    f"{source_name} has no column {field!r}, which {self.name} uses. Its columns are "
                     f"{', '.join(columns)}." + nearest(field, columns)
                 )
 
@@ -57,24 +57,20 @@ class Template:
         """Return the text with each field replaced by `value_of(field)`.
 
         Raises:
-            BadRow: a value is missing or is not text or a number, or all of them are empty.
+            BadRow: A value is missing or neither text nor a number, or all values are empty.
         """
         values = {field: as_text(value_of(field), field) for field in self.fields}
-        # An optional column may be empty (Alpaca's `input`), but not everything that a row contributes.
+        # An optional column may be empty (Alpaca's `input`), but not all columns of the template.
         if self.fields and not any(value.strip() for value in values.values()):
-            what = (
-                "is empty"
-                if len(self.fields) == 1
-                else f"is empty, as is {', '.join(self.fields[1:])}"
-            )
-            raise BadRow(what, self.fields[0])
+            others = f", as is {', '.join(self.fields[1:])}" if len(self.fields) > 1 else ""
+            raise BadRow(f"is empty{others}", self.fields[0])
         return "".join(
             literal + ("" if field is None else values[field]) for literal, field in self.parts
         )
 
 
 def as_text(value: object, column: str) -> str:
-    """Return a value as it stands in a prompt."""
+    """Return text or a number as text for a template."""
     if isinstance(value, str):
         return value
     if value is None:

@@ -6,8 +6,8 @@
     lorakit.metrics.wikisql(outputs, examples)     # logical_form, execution
     lorakit.metrics.glue("cola", predictions, labels)
 
-`outputs` is a list of texts and `references` a list of lists of texts, one list for each output. The packages that do
-the work are imported when a function is first called.
+`outputs` is a list of texts; `references` is a list with one list of texts for each output. The packages that compute
+the scores are imported at the first call.
 """
 
 from lorakit.metrics.data_to_text import WITHOUT_JAVA, e2e, webnlg

@@ -1,4 +1,4 @@
-"""The metrics of E2E NLG, WebNLG and DART: texts that say what a set of facts says."""
+"""Metrics of the data-to-text tasks E2E NLG, WebNLG and DART."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lorakit.metrics.captions import cider, rouge_l
-from lorakit.metrics.checks import check_texts, missing_package
+from lorakit.metrics.checks import check_texts, requires_extra
 from lorakit.metrics.edit_rate import edit_rate
 from lorakit.metrics.java import find_java
 from lorakit.metrics.meteor import meteor
@@ -15,35 +15,35 @@ from lorakit.metrics.overlap import bleu
 from lorakit.metrics.penn_treebank import ptb_tokens
 
 WITHOUT_JAVA = " (without Java)"
-"""Ends the name of a score that the official scorer computes in Java, where Python computed it."""
+"""Suffix of a score that Python computed instead of the official Java program."""
 
 WEBNLG_REFERENCES = 6
-"""How many references of an output the paper's WebNLG and DART scores look at."""
+"""Number of references per output that the paper's WebNLG and DART scores use."""
 
 
 def e2e(
     outputs: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> dict[str, float]:
-    """Return the scores of the E2E NLG Challenge, as tuetschek/e2e-metrics' `measure_scores.py -p` prints them.
+    """Return the scores of the E2E NLG Challenge, equal to `measure_scores.py -p` of tuetschek/e2e-metrics.
 
     - BLEU, from 0 to 1, and NIST, from 0 up: :func:`lorakit.metrics.mteval.bleu_and_nist`.
     - METEOR, from 0 to 1: :func:`lorakit.metrics.meteor.meteor`.
     - ROUGE_L, from 0 to 1, and CIDEr, from 0 to 10: :mod:`lorakit.metrics.captions`.
 
-    The last three are of Penn Treebank tokens in lower case without punctuation. The paper's tables give BLEU, METEOR
-    and ROUGE-L times 100.
+    METEOR, ROUGE_L and CIDEr use Penn Treebank tokens in lower case without punctuation. The paper's tables show BLEU,
+    METEOR and ROUGE-L times 100.
 
     Args:
-        outputs: The texts to score.
-        references: For each of them one or more references; their number may differ.
-        java: Whether METEOR and the tokenizer run in Java, as in the official scorer; None: where Java is installed.
-            Without, METEOR, ROUGE_L and CIDEr have " (without Java)" in their names; the guide says how far off
-            they are.
+        outputs: Texts to score.
+        references: One or more references for each output; their number may differ.
+        java: Whether METEOR and the tokenizer run in Java, as in the official scorer; None uses Java if it is
+            installed. Without Java, the names of METEOR, ROUGE_L and CIDEr end in " (without Java)"; the guide shows
+            the differences.
 
     Raises:
-        DataError: There are no outputs, one has no reference, or something is not a text.
-        ConfigurationError: The `metrics` extra, or Java where it is asked for, is not installed.
-        LorakitError: Java failed, or did not answer.
+        DataError: The list of outputs is empty, an output has no reference, or a value is not text.
+        ConfigurationError: The `metrics` extra is not installed, or Java is required and not installed.
+        LorakitError: Java failed or timed out.
     """
     check_texts(outputs, references)
     runtime = find_java(java)
@@ -51,66 +51,66 @@ def e2e(
     tokens = iter(
         ptb_tokens([*outputs, *(text for group in references for text in group)], runtime)
     )
-    said = [next(tokens) for _ in outputs]
-    wanted = [[next(tokens) for _ in group] for group in references]
-    mark = "" if runtime else WITHOUT_JAVA
+    output_tokens = [next(tokens) for _ in outputs]
+    reference_tokens = [[next(tokens) for _ in group] for group in references]
+    suffix = "" if runtime else WITHOUT_JAVA
     return {
         "BLEU": bleu4,
         "NIST": nist,
-        f"METEOR{mark}": meteor(said, wanted, runtime),
-        f"ROUGE_L{mark}": rouge_l(said, wanted),
-        f"CIDEr{mark}": cider(said, wanted),
+        f"METEOR{suffix}": meteor(output_tokens, reference_tokens, runtime),
+        f"ROUGE_L{suffix}": rouge_l(output_tokens, reference_tokens),
+        f"CIDEr{suffix}": cider(output_tokens, reference_tokens),
     }
 
 
 def webnlg(
     outputs: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> dict[str, float]:
-    """Return the scores of WebNLG and DART, as WebNLG/GenerationEval gives them in the LoRA paper's use of it.
+    """Return the scores of WebNLG and DART, equal to WebNLG/GenerationEval as the LoRA paper runs it.
 
-    Texts are first lower-cased and split at every character that is no letter, digit or underscore, and of an output's
-    references the first six count, as in the paper's code.
+    As in the paper's code, texts are lower-cased and split at every character that is not a letter, digit or
+    underscore, and only the first six references of an output count.
 
-    - BLEU, from 0 to 100: multi-bleu-detok.perl's, which sacrebleu's equals without smoothing.
-    - METEOR, from 0 to 1: :func:`lorakit.metrics.meteor.meteor`, of nltk's Treebank tokens.
-    - TER, from 0 up, less is better: the mean of :func:`lorakit.metrics.edit_rate.edit_rate` of the same tokens.
+    - BLEU, from 0 to 100: that of multi-bleu-detok.perl, which equals sacrebleu without smoothing.
+    - METEOR, from 0 to 1: :func:`lorakit.metrics.meteor.meteor` of nltk's Treebank tokens.
+    - TER, from 0 up, lower is better: the mean of :func:`lorakit.metrics.edit_rate.edit_rate` of the same tokens.
 
     Args:
-        outputs: The texts to score.
-        references: For each of them one or more references; their number may differ.
-        java: As for :func:`e2e`; without, METEOR has " (without Java)" in its name.
+        outputs: Texts to score.
+        references: One or more references for each output; their number may differ.
+        java: As for :func:`e2e`. Without Java, the name of METEOR ends in " (without Java)".
 
     Raises:
-        DataError: There are no outputs, one has no reference, or something is not a text.
-        ConfigurationError: The `metrics` extra, or Java where it is asked for, is not installed.
-        LorakitError: Java failed, or did not answer.
+        DataError: The list of outputs is empty, an output has no reference, or a value is not text.
+        ConfigurationError: The `metrics` extra is not installed, or Java is required and not installed.
+        LorakitError: Java failed or timed out.
     """
     check_texts(outputs, references)
     runtime = find_java(java)
     texts = [_spaced(output) for output in outputs]
     groups = [[_spaced(text) for text in group[:WEBNLG_REFERENCES]] for group in references]
-    said = [_treebank(text) for text in texts]
-    wanted = [[_treebank(text) for text in group] for group in groups]
+    output_tokens = [_treebank(text) for text in texts]
+    reference_tokens = [[_treebank(text) for text in group] for group in groups]
     rates = [
         edit_rate(output.split(), [text.split() for text in group])
-        for output, group in zip(said, wanted, strict=True)
+        for output, group in zip(output_tokens, reference_tokens, strict=True)
     ]
     return {
         "BLEU": bleu(texts, groups, smoothing="none"),
-        f"METEOR{'' if runtime else WITHOUT_JAVA}": meteor(said, wanted, runtime),
+        f"METEOR{'' if runtime else WITHOUT_JAVA}": meteor(
+            output_tokens, reference_tokens, runtime
+        ),
         "TER": sum(rates) / len(rates),
     }
 
 
 def _spaced(text: str) -> str:
-    """A text in lower case with spaces around whatever is not part of a word."""
+    """Lower-case a text and put spaces around every character that is not part of a word."""
     return " ".join(re.sub(r"(\W)", r" \1 ", text.lower()).split())
 
 
 def _treebank(text: str) -> str:
-    try:
+    with requires_extra("metrics"):
         from nltk.tokenize import word_tokenize
-    except ImportError as error:
-        raise missing_package(error, "metrics") from None
-    # preserve_line: splitting into sentences needs data to download, and points stand alone already.
+    # preserve_line: splitting into sentences needs a download, and `_spaced` has already separated full stops.
     return " ".join(word_tokenize(text, preserve_line=True))

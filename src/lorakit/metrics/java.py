@@ -1,7 +1,7 @@
-"""Running the official scorers that are Java programs: METEOR 1.5 and the Stanford PTB tokenizer.
+"""Run the Java programs of the official scorers: METEOR 1.5 and the Stanford PTB tokenizer.
 
-Both jars come with pycocoevalcap. Its own Python wrappers are not used: they talk to METEOR over pipes that can block
-for ever, leave it behind when interrupted, and write into the package's folder.
+pycocoevalcap contains both jars. Its Python wrappers are not used: their pipes to METEOR can block forever, they leave
+the process running after an interrupt, and they write into the package's folder.
 """
 
 from __future__ import annotations
@@ -12,51 +12,49 @@ from importlib.resources import files
 from pathlib import Path
 
 from lorakit.errors import ConfigurationError, LorakitError
-from lorakit.metrics.checks import missing_package
+from lorakit.metrics.checks import requires_extra
 
 
-def find_java(wanted: bool | None) -> str | None:
-    """Return the path of `java`, or None where the scores are to be computed without.
+def find_java(required: bool | None) -> str | None:
+    """Return the path of `java`, or None to compute the scores without Java.
 
     Args:
-        wanted: True to insist on it, False to do without, None to use it where it is installed.
+        required: True requires Java, False never uses it, None uses it if it is installed.
 
     Raises:
-        ConfigurationError: It is wanted and is not installed.
+        ConfigurationError: Java is required and not installed.
     """
-    java = shutil.which("java") if wanted in (True, None) else None
-    if java is None and wanted:
+    java = None if required is False else shutil.which("java")
+    if java is None and required:
         raise ConfigurationError(
-            "Java is not installed: there is no 'java' on the PATH. Install it (on Debian: apt-get install "
-            "default-jre-headless), or score without: java=False."
+            "Java is not installed: found no 'java' on the PATH. Install it (on Debian: apt-get install "
+            "default-jre-headless), or score without Java: java=False."
         )
     return java
 
 
 def jar(*parts: str) -> Path:
-    """Return the path of a jar of pycocoevalcap.
+    """Return the path of a jar in pycocoevalcap.
 
     Raises:
         ConfigurationError: pycocoevalcap is not installed.
     """
-    try:
+    with requires_extra("metrics"):
         path = files("pycocoevalcap")
-    except ImportError as error:
-        raise missing_package(error, "metrics") from None
     for part in parts:  # one at a time: pycocoevalcap is a namespace package
         path = path / part
     return Path(str(path))
 
 
 def run_java(java: str, *arguments: str, text: str = "", timeout: float) -> str:
-    """Run a Java program on `text` as its input and return what it prints.
+    """Run a Java program with `text` on stdin and return its stdout.
 
     Raises:
-        LorakitError: It failed, could not be started, or was ended after `timeout` seconds.
+        LorakitError: The program failed, could not be started, or was stopped after `timeout` seconds.
     """
     command = [java, "-Dfile.encoding=UTF-8", *arguments]
     try:
-        # run() ends and reaps the program whatever happens here, a timeout or Ctrl-C included.
+        # run() kills and reaps the program on any exception, including a timeout and Ctrl-C.
         done = subprocess.run(
             command,
             input=text.encode("utf-8", errors="replace"),
@@ -65,13 +63,15 @@ def run_java(java: str, *arguments: str, text: str = "", timeout: float) -> str:
         )
     except subprocess.TimeoutExpired:
         raise LorakitError(
-            f"'{' '.join(command)}' was ended after {timeout:.0f} seconds without a result. java=False scores without."
+            f"'{' '.join(command)}' was stopped after {timeout:.0f} seconds without a result. Score without Java: "
+            "java=False."
         ) from None
     except OSError as error:
         raise LorakitError(f"{java} cannot be started: {error.strerror}.") from None
     if done.returncode != 0:
-        said = done.stderr.decode("utf-8", errors="replace").strip() or "no message"
+        message = done.stderr.decode("utf-8", errors="replace").strip() or "no message"
         raise LorakitError(
-            f"'{' '.join(command)}' failed with status {done.returncode}: {said[-500:]}. java=False scores without."
+            f"'{' '.join(command)}' failed with status {done.returncode}: {message[-500:]}. Score without Java: "
+            "java=False."
         )
     return done.stdout.decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Metrics of predicted classes and numbers, by scikit-learn and scipy, and which of them GLUE's tasks report."""
+"""Metrics of classification and regression by scikit-learn and scipy, and the metrics of each GLUE task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.errors import DataError, nearest
-from lorakit.metrics.checks import check_classes, check_numbers, check_pairs, missing_package
+from lorakit.metrics.checks import check_classes, check_numbers, check_pairs, requires_extra
 
 GLUE: dict[str, tuple[str, ...]] = {
     "cola": ("matthews",),
@@ -18,25 +18,25 @@ GLUE: dict[str, tuple[str, ...]] = {
     "sst2": ("accuracy",),
     "stsb": ("pearson", "spearman"),
 }
-"""What each task of GLUE reports (Wang et al. 2018, table 1)."""
+"""Metrics of each GLUE task (Wang et al. 2018, table 1)."""
 
 
 def glue(task: str, predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Return the metrics of a GLUE task, as fractions; the paper prints them times 100.
+    """Return the metrics of a GLUE task as fractions. The paper prints them times 100.
 
     Args:
-        task: Its name, a key of `GLUE`. MNLI has two development sets, matched and mismatched: of both together this
-            is the overall accuracy, of either its own.
-        predictions: Class indices; for stsb scores.
-        labels: What is right, in the same order.
+        task: Name of the task, a key of `GLUE`. MNLI has two development sets, matched and mismatched. For both
+            concatenated, the accuracy is that of all rows.
+        predictions: Class indices; scores for stsb.
+        labels: Correct class indices or scores, in the same order.
 
     Raises:
-        DataError: The task is unknown, or predictions and labels cannot be scored.
+        DataError: The task is unknown, or predictions or labels are invalid.
         ConfigurationError: scikit-learn or scipy is not installed.
     """
     if task not in GLUE:
         raise DataError(
-            f"GLUE has no task '{task}'.{nearest(str(task), GLUE)} Its tasks: {', '.join(GLUE)}."
+            f"GLUE has no task '{task}'.{nearest(str(task), GLUE)} Its tasks are {', '.join(GLUE)}."
         )
     if task == "stsb":
         scores = regression(predictions, labels)
@@ -50,31 +50,30 @@ def classification(
 ) -> dict[str, float]:
     """Return accuracy and F1, from 0 to 1, and the Matthews correlation, from -1 to 1.
 
-    - accuracy: the share of predictions that are right.
-    - f1: 2 TP / (2 TP + FP + FN) of class 1 where there are two classes (as GLUE's MRPC and QQP), else its mean over
-      all classes; 0 for a class that neither stands in the labels nor is predicted.
-    - matthews: (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)), and for more classes its generalisation
-      by Gorodkin 2004. Predictions (or labels) that are all one class correlate with nothing: 0.
+    - accuracy: the fraction of correct predictions.
+    - f1: 2 TP / (2 TP + FP + FN) of class 1 for two classes (as in GLUE's MRPC and QQP), else the mean over all
+      classes; 0 for a class that is neither in the labels nor in the predictions.
+    - matthews: (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)); for more than two classes the
+      generalisation of Gorodkin 2004. It is 0 if all predictions or all labels are one class.
 
     Args:
-        predictions: Class indices, from 0.
-        labels: What is right, in the same order.
-        classes: How many there are; None: those that occur, and two where none but 0 and 1 does.
+        predictions: Class indices from 0.
+        labels: Correct class indices, in the same order.
+        classes: Number of classes. None uses the classes that occur, or two if only 0 and 1 occur.
 
     Raises:
-        DataError: There are no predictions, not as many as labels, or they are not class indices.
+        DataError: The list of predictions is empty, its length differs from that of labels, or a value is not a class
+            index.
         ConfigurationError: scikit-learn is not installed.
     """
     check_pairs(predictions, labels)
     check_classes("Prediction", predictions, classes)
     check_classes("Label", labels, classes)
-    try:
+    with requires_extra("train"):
         from sklearn import metrics
-    except ImportError as error:
-        raise missing_package(error, "train") from None
-    found = {*labels, *predictions}
-    binary = classes == 2 or (classes is None and found <= {0, 1})
-    every = None if binary or classes is None else list(range(classes))
+    occurring = {*labels, *predictions}
+    binary = classes == 2 or (classes is None and occurring <= {0, 1})
+    all_classes = None if binary or classes is None else list(range(classes))
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         "f1": float(
@@ -82,13 +81,13 @@ def classification(
                 labels,
                 predictions,
                 average="binary" if binary else "macro",
-                labels=every,
+                labels=all_classes,
                 zero_division=0,  # type: ignore[arg-type]
             )
         ),
-        # scikit-learn gives 0 for a set of one class too, but warns.
+        # scikit-learn also returns 0 for a single class, but warns.
         "matthews": float(metrics.matthews_corrcoef(labels, predictions))
-        if len(found) > 1
+        if len(occurring) > 1
         else 0.0,
     }
 
@@ -96,20 +95,19 @@ def classification(
 def regression(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
     """Return Pearson's and Spearman's correlation, from -1 to 1, and the mean squared error.
 
-    Spearman's is Pearson's of the ranks. Predictions (or labels) that are all the same, and a single pair, correlate
-    with nothing: their correlation is given as 0.
+    Spearman's correlation is Pearson's correlation of the ranks. Both are 0 if all predictions or all labels are equal,
+    as for a single pair.
 
     Raises:
-        DataError: There are no predictions, not as many as labels, or they are not finite numbers.
+        DataError: The list of predictions is empty, its length differs from that of labels, or a value is not a finite
+            number.
         ConfigurationError: scipy is not installed.
     """
     check_pairs(predictions, labels)
     check_numbers("Prediction", predictions)
     check_numbers("Label", labels)
-    try:
+    with requires_extra("train"):
         from scipy import stats
-    except ImportError as error:
-        raise missing_package(error, "train") from None
     squares = [(p - y) * (p - y) for p, y in zip(predictions, labels, strict=True)]
     return {
         "pearson": _correlation(stats.pearsonr, predictions, labels),
@@ -121,5 +119,5 @@ def regression(predictions: Sequence[float], labels: Sequence[float]) -> dict[st
 def _correlation(
     measure: Callable[..., Any], predictions: Sequence[float], labels: Sequence[float]
 ) -> float:
-    varied = len(set(predictions)) > 1 and len(set(labels)) > 1
-    return float(measure(predictions, labels).statistic) if varied else 0.0
+    defined = len(set(predictions)) > 1 and len(set(labels)) > 1
+    return float(measure(predictions, labels).statistic) if defined else 0.0

@@ -1,4 +1,4 @@
-"""METEOR 1.5 by its authors' Java program, and the closest to it that Python has."""
+"""METEOR 1.5 by its authors' Java program, and an approximation by nltk."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit.errors import LorakitError
-from lorakit.metrics.checks import missing_package
+from lorakit.metrics.checks import requires_extra
 from lorakit.metrics.java import jar, run_java
 
 ALPHA, BETA, GAMMA = 0.85, 0.20, 0.60
-"""METEOR 1.5's weights for English: of recall in the F-mean, and of the order of words."""
+"""Parameters of METEOR 1.5 for English: weight of recall in the F-mean; exponent and weight of the order penalty."""
 
 
 def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]], java: str | None) -> float:
     """Return METEOR, from 0 to 1, of tokens joined by spaces.
 
-    With `java`, the path of a Java runtime, METEOR 1.5 (Denkowski & Lavie 2014) with `-l en -norm` over the corpus:
-    words are aligned with those of the best reference by form, stem, WordNet synonym and paraphrase; the score is
-    their weighted F-mean times 1 - gamma * (chunks / matches)^beta.
+    With `java`, the path of a Java runtime, run METEOR 1.5 (Denkowski & Lavie 2014) with `-l en -norm` over the corpus.
+    It aligns words with those of the best reference by form, stem, WordNet synonym and paraphrase. The score is the
+    weighted F-mean times 1 - gamma * (chunks / matches)^beta.
 
-    Without, nltk's METEOR with the same weights, which aligns by form and stem alone, counts function words in full
-    and takes the mean over outputs.
+    Without `java`, use nltk's METEOR with the same parameters. It aligns by form and stem only, gives function words
+    full weight and averages over outputs.
 
     Raises:
         LorakitError: Java failed.
@@ -33,14 +33,16 @@ def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]], java: st
 
 
 def _official(outputs: Sequence[str], references: Sequence[Sequence[str]], java: str) -> float:
-    most = max(map(len, references))
-    # The program wants as many references for each output: the first again changes no maximum.
-    filled = [[*group, *[group[0]] * (most - len(group))] for group in references]
+    count = max(map(len, references))
+    # The program needs equally many references per output. Repeating the first does not change the maximum.
+    padded = [[*group, *[group[0]] * (count - len(group))] for group in references]
     program = jar("meteor", "meteor-1.5.jar")
     with tempfile.TemporaryDirectory(prefix="lorakit-meteor-") as folder:
         hypotheses = _write_lines(Path(folder, "outputs"), outputs)
-        answers = _write_lines(Path(folder, "references"), [text for g in filled for text in g])
-        # The memory that the official scorers give it: it reads a table of paraphrases.
+        answers = _write_lines(
+            Path(folder, "references"), [text for group in padded for text in group]
+        )
+        # 2 GB, as in the official scorers: the program loads a table of paraphrases.
         printed = run_java(
             java,
             "-Xmx2G",
@@ -48,13 +50,15 @@ def _official(outputs: Sequence[str], references: Sequence[Sequence[str]], java:
             str(program),
             str(hypotheses),
             str(answers),
-            *("-l", "en", "-norm", "-r", str(most)),
-            timeout=300 + most * len(outputs) / 10,
+            *("-l", "en", "-norm", "-r", str(count)),
+            timeout=300 + count * len(outputs) / 10,
         )
-    found = re.search(r"^Final score:\s+(\S+)", printed, re.MULTILINE)
-    if found is None:
-        raise LorakitError(f"METEOR printed no final score, but: {printed[-500:]!r}")
-    return float(found[1])
+    score = re.search(r"^Final score:\s+(\S+)", printed, re.MULTILINE)
+    if score is None:
+        raise LorakitError(
+            f"METEOR printed {printed[-500:]!r}, expected a final score. Score without Java: java=False."
+        )
+    return float(score[1])
 
 
 def _write_lines(path: Path, texts: Sequence[str]) -> Path:
@@ -64,17 +68,15 @@ def _write_lines(path: Path, texts: Sequence[str]) -> Path:
 
 
 class _NoSynonyms:
-    """Stands for WordNet, whose data nltk would have to download."""
+    """Replacement for WordNet, whose data nltk would download."""
 
     def synsets(self, word: str) -> list:
         return []
 
 
 def _nltk(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    try:
+    with requires_extra("metrics"):
         from nltk.translate.meteor_score import meteor_score
-    except ImportError as error:
-        raise missing_package(error, "metrics") from None
     scores = [
         meteor_score(
             [text.split() for text in group],

@@ -1,7 +1,7 @@
-"""BLEU and NIST as the E2E NLG Challenge computes them: the Python port of mteval-v13a in tuetschek/e2e-metrics.
+"""BLEU and NIST of the E2E NLG Challenge, equal to the Python port of mteval-v13a in tuetschek/e2e-metrics.
 
-sacrebleu has no NIST and gives another BLEU where outputs are shorter than four tokens; nltk's NIST compares with one
-reference at a time. So the counts are taken here, of tokens by sacrebleu's 13a tokenizer, which is mteval-v13a's.
+sacrebleu has no NIST, and its BLEU differs for outputs shorter than four tokens. nltk's NIST compares with a single
+reference. This module therefore counts n-grams itself, with sacrebleu's 13a tokenizer, which equals mteval-v13a's.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from lorakit.metrics.checks import check_texts, missing_package
+from lorakit.metrics.checks import check_texts, requires_extra
 
 Tokens = list[str]
 NGrams = Counter[tuple[str, ...]]
 
 TINY_COUNT, TINY_TOTAL = 1e-15, 1e-9
-"""What the official BLEU puts in the place of a count that is 0, so that its logarithm exists."""
+"""Minimum counts of the official BLEU, which keep the logarithm finite."""
 
 NIST_BETA = math.log(0.5) / math.log(1.5) ** 2
-"""Makes NIST's length penalty 1/2 where the outputs have 2/3 of the references' length."""
+"""Sets NIST's length penalty to 1/2 for outputs with 2/3 of the references' length."""
 
 
 def bleu_and_nist(
     outputs: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[float, float]:
-    """Return BLEU-4, from 0 to 1, and NIST-5, from 0 up, of a corpus, in lower case.
+    """Return BLEU-4, from 0 to 1, and NIST-5, from 0 up, of a lower-cased corpus.
 
-    An n-gram of an output matches as often as it stands in that one of its references that has it most often.
+    The matches of an n-gram are limited to its maximum count in any one reference.
 
     - BLEU = BP * exp(mean over n of log p_n), p_n = matches / n-grams in the outputs, BP = min(1, exp(1 - r/c)) for c
       tokens in the outputs and r in the closest references (of two equally close, the shorter).
@@ -35,11 +35,11 @@ def bleu_and_nist(
       information is log2(count of its first n-1 tokens / its count) in all references (Doddington 2002), and
       penalty = exp(beta * log(min(1, c / mean length of the references))^2).
 
-    As in the official scorer, an empty output is one token that matches nothing, and an output of fewer than n tokens
-    lowers the number of n-grams.
+    As in the official scorer, an empty output counts as one token that matches nothing, and an output of fewer than n
+    tokens lowers the number of n-grams.
 
     Raises:
-        DataError: There are no outputs, or one has no reference.
+        DataError: The list of outputs is empty, or an output has no reference.
         ConfigurationError: sacrebleu is not installed.
     """
     check_texts(outputs, references)
@@ -56,7 +56,7 @@ def bleu_and_nist(
 def _bleu(
     pairs: list[tuple[Tokens, list[Tokens]]], matches: list[list[NGrams]], totals: list[int]
 ) -> float:
-    counts = [sum(found.total() for found in of_length) for of_length in matches]
+    counts = [sum(ngrams.total() for ngrams in ngrams_by_output) for ngrams_by_output in matches]
     logs = [
         math.log(max(count, TINY_COUNT) / max(total, TINY_TOTAL))
         for count, total in zip(counts, totals, strict=True)
@@ -78,23 +78,23 @@ def _nist(
             for n in range(1, 6):
                 counts.update(_ngrams(n, reference))
     information = 0.0
-    for of_length, total in zip(matches, totals, strict=True):
+    for ngrams_by_output, total in zip(matches, totals, strict=True):
         bits = sum(
             math.log2(counts[ngram[:-1]] / counts[ngram]) * count
-            for found in of_length
-            for ngram, count in found.items()
+            for ngrams in ngrams_by_output
+            for ngram, count in ngrams.items()
         )
-        information += bits / max(total, 1)  # without n-grams there are no matches either
+        information += bits / max(total, 1)  # no n-grams means no matches
     length = sum(sum(map(len, group)) / len(group) for _, group in pairs)
     return information * math.exp(NIST_BETA * math.log(min(1.0, totals[0] / length)) ** 2)
 
 
 def _matches(n: int, output: Tokens, group: list[Tokens]) -> NGrams:
-    """The n-grams of an output that stand in its references, and how often they count."""
-    most: NGrams = Counter()
+    """Return the matches of each n-gram of an output with its references."""
+    maximum: NGrams = Counter()
     for reference in group:
-        most |= _ngrams(n, reference)
-    return _ngrams(n, output) & most
+        maximum |= _ngrams(n, reference)
+    return _ngrams(n, output) & maximum
 
 
 def _ngrams(n: int, tokens: Tokens) -> NGrams:
@@ -102,9 +102,7 @@ def _ngrams(n: int, tokens: Tokens) -> NGrams:
 
 
 def _tokenizer():
-    try:
+    with requires_extra("metrics"):
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    except ImportError as error:
-        raise missing_package(error, "metrics") from None
     split = Tokenizer13a()
     return lambda text: split(text).lower().split() or [""]

@@ -1,11 +1,12 @@
-"""Overlap of words with references: BLEU by sacrebleu, ROUGE by rouge_score."""
+"""Metrics of n-gram overlap: BLEU by sacrebleu, ROUGE by rouge_score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
-from lorakit.metrics.checks import check_texts, missing_package
+from lorakit.metrics.checks import check_texts, requires_extra
 
 
 def bleu(
@@ -17,29 +18,26 @@ def bleu(
 ) -> float:
     """Return the corpus BLEU of Papineni et al. 2002, from 0 to 100, by sacrebleu with the 13a tokenizer.
 
-    BLEU = BP * exp(mean over n = 1..4 of log p_n), where p_n is the share of the outputs' n-grams that stand in a
-    reference, and BP = min(1, exp(1 - r/c)) compares the outputs' length c with that of the closest references, r.
+    BLEU = BP * exp(mean over n = 1..4 of log p_n). p_n is the fraction of the outputs' n-grams that match a reference.
+    BP = min(1, exp(1 - r/c)), with the length c of the outputs and the length r of the closest references.
 
     Args:
-        outputs: The texts to score.
-        references: For each of them one or more references; their number may differ.
-        lowercase: Whether upper and lower case are the same.
-        smoothing: What to do where no n-gram of some length matches: `exp` halves a small precision as sacrebleu does
-            by default; with `none` BLEU is then 0, as in multi-bleu-detok.perl.
+        outputs: Texts to score.
+        references: One or more references for each output; their number may differ.
+        lowercase: Whether to ignore case.
+        smoothing: How to handle a p_n of 0: `exp` replaces it by a small precision, halved each time, as sacrebleu does
+            by default; with `none` BLEU is 0, as in multi-bleu-detok.perl.
 
     Raises:
-        DataError: There are no outputs, or one has no reference.
+        DataError: The list of outputs is empty, or an output has no reference.
         ConfigurationError: sacrebleu is not installed.
     """
     check_texts(outputs, references)
-    try:
+    with requires_extra("train"):
         from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        raise missing_package(error, "train") from None
-    most = max(map(len, references))
-    # sacrebleu takes references by column; None fills the rows that have fewer.
-    columns = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    # force: it would log a warning where texts look tokenized, which those of WebNLG's scorer are on purpose.
+    # sacrebleu expects the references by column, padded with None.
+    columns = list(zip_longest(*references))
+    # force: no warning about tokenized texts, which WebNLG's scorer passes on purpose.
     scorer = BLEU(lowercase=lowercase, smooth_method=smoothing, force=True)
     return scorer.corpus_score(list(outputs), columns).score  # type: ignore[arg-type]
 
@@ -49,25 +47,23 @@ def rouge(
 ) -> dict[str, float]:
     """Return ROUGE_1, ROUGE_2 and ROUGE_L (Lin 2004), from 0 to 1: the metrics of SAMSum.
 
-    Each is the F-measure 2PR / (P + R) of the words, pairs of words, or longest common subsequence that output and
-    reference share, by Google's rouge_score, which compares in lower case; for each output with the reference it fits
-    best, then the mean over outputs. An output without words scores 0. Papers print it times 100.
+    Each is the F-measure 2PR / (P + R) of shared words, word pairs or the longest common subsequence, by Google's
+    rouge_score, which ignores case. It is the maximum over the references of an output and the mean over outputs. An
+    output without words scores 0. Papers print ROUGE times 100.
 
     Args:
-        outputs: The texts to score.
-        references: For each of them one or more references.
-        stem: Whether words of more than three letters are compared by their stem (Porter), as option `-m` of
-            ROUGE-1.5.5 does. The LoRA paper does not say; summarization papers mostly do.
+        outputs: Texts to score.
+        references: One or more references for each output.
+        stem: Whether to compare words of more than three letters by their stem (Porter), as option `-m` of ROUGE-1.5.5.
+            The LoRA paper does not state it; most summarization papers use stems.
 
     Raises:
-        DataError: There are no outputs, or one has no reference.
+        DataError: The list of outputs is empty, or an output has no reference.
         ConfigurationError: rouge_score is not installed.
     """
     check_texts(outputs, references)
-    try:
+    with requires_extra("train"):
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise missing_package(error, "train") from None
     names = {"ROUGE_1": "rouge1", "ROUGE_2": "rouge2", "ROUGE_L": "rougeL"}
     scorer = RougeScorer(list(names.values()), use_stemmer=stem)
     scores = [
@@ -75,8 +71,8 @@ def rouge(
         for output, group in zip(outputs, references, strict=True)
     ]
     return {
-        name: sum(max(score[theirs].fmeasure for score in group) for group in scores) / len(scores)
-        for name, theirs in names.items()
+        name: sum(max(score[key].fmeasure for score in group) for group in scores) / len(scores)
+        for name, key in names.items()
     }
 
 
@@ -85,11 +81,11 @@ def text_scores(
 ) -> dict[str, float]:
     """Return corpus BLEU and mean ROUGE-L, both from 0 to 100, against any number of references per output.
 
-    See :func:`bleu` and, without stemming, :func:`rouge`. In lower case BLEU is also
-    that of the E2E NLG Challenge, but for outputs of fewer than four tokens; ROUGE-L is always in lower case.
+    See :func:`bleu` and, without stemming, :func:`rouge`. With `lowercase`, BLEU equals that of the E2E NLG Challenge,
+    except for outputs of fewer than four tokens. ROUGE-L always ignores case.
 
     Raises:
-        DataError: There are no outputs, or one has no reference.
+        DataError: The list of outputs is empty, or an output has no reference.
     """
     return {
         "bleu": bleu(outputs, references, lowercase=lowercase),

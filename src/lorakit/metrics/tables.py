@@ -1,4 +1,4 @@
-"""Tables in the manner of WikiSQL, and what a query finds in one."""
+"""WikiSQL tables, and the execution of queries on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<", "OP")
-"""What the indices in a query's `agg` and `conds` mean, in WikiSQL's order; OP is there and means nothing."""
+"""Meaning of the indices in a query's `agg` and `conds`, in WikiSQL's order. OP is part of the list but unused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query of one table: an aggregate of a column, over the rows that meet all conditions."""
+    """A query of one table: an aggregate of a column over the rows that meet all conditions."""
 
     column: int
     aggregate: int
@@ -26,16 +26,16 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Column names, and the rows where they are known."""
+    """Column names of a table, and optionally its rows."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]] | None = None
     types: Sequence[str] = ()
-    """Of each column, "text" or "real"."""
+    """Type of each column, "text" or "real"."""
 
     def find(self, query: Query) -> list[Any] | None:
-        """Return what a query finds, in the order of the rows, or None where it cannot be executed."""
-        import sqlite3  # some builds of Python have none
+        """Return the result of a query in row order, or None if it cannot be executed."""
+        import sqlite3  # some builds of Python lack it
 
         assert self.rows is not None
         conditions, values = [], []
@@ -48,25 +48,25 @@ class Table:
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
         selected = f"{AGGREGATES[query.aggregate]}(col{query.column})"
         columns = ", ".join(f"col{i} {kind}" for i, kind in enumerate(self.types))
-        marks = ", ".join("?" * len(self.types))
+        placeholders = ", ".join("?" * len(self.types))
         cells = [[_cell(v, k) for v, k in zip(row, self.types, strict=True)] for row in self.rows]
         with closing(sqlite3.connect(":memory:")) as database:
             try:
                 database.execute(f"CREATE TABLE wiki ({columns})")
-                database.executemany(f"INSERT INTO wiki VALUES ({marks})", cells)
-                found = database.execute(f"SELECT {selected} FROM wiki{where}", values)
-            except sqlite3.Error:  # thousands of columns or conditions
+                database.executemany(f"INSERT INTO wiki VALUES ({placeholders})", cells)
+                result = database.execute(f"SELECT {selected} FROM wiki{where}", values)
+            except sqlite3.Error:  # e.g. thousands of columns or conditions
                 return None
-            return [value for (value,) in found]
+            return [value for (value,) in result]
 
 
 def normalized(text: object) -> str:
-    """Return a text in lower case with one space where there was any white space."""
+    """Return a text in lower case with white space collapsed to single spaces."""
     return " ".join(str(text).lower().split())
 
 
 def number_in(text: str) -> float | None:
-    """Return the number that a text is, commas between its digits aside, or else the first that stands in it."""
+    """Parse a text as a number after removing commas; otherwise return the first number in it, or None."""
     for candidate in (text.replace(",", ""), *re.findall(r"[-+]?\d*\.\d+|\d+", text)):
         try:
             number = float(candidate)

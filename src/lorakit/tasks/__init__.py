@@ -1,7 +1,7 @@
-"""Tasks: what an example of each kind of data looks like, and how it is scored.
+"""Tasks: the format of the examples of each kind of data, and their scores.
 
-To add one, write a subclass in a file of its own and name it in `lorakit.tasks.registry`; or, outside the package,
-name it as `data.task: path/to/file.py:Class` or under the entry points `lorakit.tasks`.
+To add a task to lorakit, write a subclass in a new file and list it in `lorakit.tasks.registry`. Outside the package,
+set `data.task: path/to/file.py:Class`, or register the class under the entry points `lorakit.tasks`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Language modelling on conversations: the loss is on the assistant's turns and their ends."""
+"""Language modelling on conversations. The targets are the assistant's turns and their end-of-turn tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""Positions `start <= i < stop` of the tokens of one assistant turn."""
+"""Token positions `start <= i < stop` of one assistant turn."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -24,7 +24,7 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Chat(TextTask):
     """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
 
-    A row may also have `tools`, a list of JSON schemas that the template is given.
+    A row may also have `tools`, a list of JSON schemas that is passed to the template.
     """
 
     name = "chat"
@@ -36,17 +36,17 @@ class Chat(TextTask):
         self.end = end_id(tokenizer)
 
     def encode(self, fields: Fields) -> LanguageExample:
-        """Return the conversation up to its last assistant turn; every assistant turn is a target.
+        """Return the conversation up to its last assistant turn. Every assistant turn is a target.
 
-        What follows the last assistant turn is left out: no target can see it.
+        Messages after the last assistant turn are dropped: no target depends on them.
         """
         messages, tools = checked_messages(fields), checked_tools(fields)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if last is None:
-            raise BadRow("has no assistant turn, so nothing to learn", "messages")
+            raise BadRow("has no assistant turn, so the example has no target", "messages")
         messages = messages[: last + 1]
         if len(messages) == 1:
-            raise BadRow("has nothing before the assistant's turn", "messages")
+            raise BadRow("has no message before the assistant's turn", "messages")
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)
@@ -60,15 +60,15 @@ class Chat(TextTask):
             prompt=self.template.text(messages[:-1], tools, answer=True),
             completion=content_text(messages[-1]),
         )
-        # Some tokenizers name the mark that opens every turn as bos (SmolLM2): that is not worth keeping.
-        opens = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
-        return fit(example, self.max_length, truncate=self.truncate, keep=int(opens))
+        # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
+        starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
+        return fit(example, self.max_length, truncate=self.truncate, keep=int(starts_with_bos))
 
     def _with_ends(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
-        """End each turn on its end-of-turn token, and the sequence with the last turn.
+        """Cut each turn after its end-of-turn token, and the sequence after the last turn.
 
-        Templates write a line feed after the end of a turn, where generation has stopped already. Some
-        write no end at all: then eos is added after the last turn, so that a model learns to stop.
+        Templates write a line feed after the end-of-turn token, where generation has already stopped. If the template
+        writes no end-of-turn token, eos is appended to the last turn, so that the model learns to stop.
         """
         spans = [(start, self._turn_end(ids, start, stop)) for start, stop in spans]
         start, stop = spans[-1]
@@ -80,23 +80,20 @@ class Chat(TextTask):
 
     def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
         end = stop
-        while end > start + 1 and self._is_blank(ids[end - 1]):
+        while end > start + 1 and not str(self.tokenizer.decode([ids[end - 1]])).strip():
             end -= 1
         return end if ids[end - 1] in self.template.special_ids else stop
 
-    def _is_blank(self, token: int) -> bool:
-        return not str(self.tokenizer.decode([token])).strip()
-
 
 class ChatTemplate:
-    """A tokenizer's chat template, and where in its rendering the assistant's turns stand."""
+    """A tokenizer's chat template. Renders conversations and locates the assistant's turns in them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
             raise DataError(
                 f"rows have 'messages', but the tokenizer ({type(tokenizer).__name__}) has no chat "
-                "template; use an instruct model's tokenizer, or rows of prompt and completion"
+                "template; use the tokenizer of an instruct model, or rows with prompt and completion"
             )
         self.special_ids = set(tokenizer.all_special_ids) | {
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -105,7 +102,7 @@ class ChatTemplate:
     def assistant_turns(
         self, messages: list[Message], tools: list | None
     ) -> tuple[list[int], list[Span]]:
-        """Return the token ids of the conversation and the span of each assistant turn in them."""
+        """Return the token ids of the conversation and the span of each assistant turn."""
         template = self.tokenizer.get_chat_template(tools=tools)
         if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
             return self._turns_by_tag(messages, tools)
@@ -114,7 +111,7 @@ class ChatTemplate:
     def text(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> str:
-        """Return the rendered conversation; with `answer`, up to where the assistant starts to write."""
+        """Return the rendered conversation; with `answer`, followed by the generation prompt."""
         return self._apply(messages, tools, answer, tokenize=False)
 
     def ids(
@@ -126,7 +123,7 @@ class ChatTemplate:
     def _turns_by_tag(
         self, messages: list[Message], tools: list | None
     ) -> tuple[list[int], list[Span]]:
-        """The template itself marks what the assistant wrote, with `{% generation %}`."""
+        """Locate the turns by the template's `{% generation %}` tags."""
         out = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         mask = [False, *map(bool, out["assistant_masks"]), False]
         edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
@@ -134,13 +131,11 @@ class ChatTemplate:
         turns = sum(m["role"] == "assistant" for m in messages)
         if len(spans) != turns:
             raise BadRow(
-                f"has {turns} assistant turns, of which the chat template's {{% generation %}} marks "
-                f"{len(spans)}",
+                f"has {turns} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}",
                 "messages",
             )
         ids = list(out["input_ids"])
-        # Some templates write the end of the turn outside the tags. Nothing follows the last turn, so a
-        # special token after it is the end of a turn.
+        # Some templates write the end-of-turn token outside the tags. It is the special token after the last turn.
         end = ids[spans[-1][1] :][:1]
         if end and end[0] in self.special_ids and ids[spans[-1][1] - 1] not in self.special_ids:
             spans = [
@@ -152,11 +147,10 @@ class ChatTemplate:
     def _turns_by_prefix(
         self, messages: list[Message], tools: list | None
     ) -> tuple[list[int], list[Span]]:
-        """A turn is what the conversation up to it has more than the prompt that asks for it."""
+        """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
         if messages[0]["role"] == "assistant":
             raise BadRow(
-                "starts with the assistant's turn, which answers nothing; start with a system or user "
-                "message",
+                "starts with an assistant turn; start with a system or user message",
                 "messages",
             )
         ids = self.ids(messages, tools)
@@ -166,12 +160,12 @@ class ChatTemplate:
                 continue
             before = self.ids(messages[:turn], tools, answer=True)
             upto = self.ids(messages[: turn + 1], tools) if turn + 1 < len(messages) else ids
-            # Templates may render a turn differently once others follow (Qwen 3 drops earlier thoughts),
-            # or have its first token merge with the prompt's last. Then no span can be trusted.
+            # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
+            # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
                 raise BadRow(
-                    f"cannot be told apart by turn: the chat template renders the conversation up to "
-                    f"message {turn + 1} (assistant) differently from the same part of the whole, "
+                    f"cannot be split into turns: the chat template renders the conversation up to "
+                    f"message {turn + 1} (assistant) differently from the same part of the whole conversation, "
                     f"{self._difference(ids, before if ids[: len(before)] != before else upto)}. Use a chat "
                     "template with {% generation %} around the assistant's turns, or rows that end with "
                     "their first assistant turn",
@@ -183,8 +177,8 @@ class ChatTemplate:
     def _difference(self, whole: list[int], part: list[int]) -> str:
         pairs = zip(whole, part, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(part)))
-        found, expected = (str(self.tokenizer.decode(x[at : at + 8])) for x in (part, whole))
-        return f"{found!r} instead of {expected!r}"
+        actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
+        return f"{actual!r} instead of {expected!r}"
 
     def _apply(
         self, messages: list[Message], tools: list | None, answer: bool = False, **options: Any
@@ -196,19 +190,19 @@ class ChatTemplate:
                 messages, tools=tools, add_generation_prompt=answer, **options
             )
         except (TemplateError, TypeError, ValueError) as error:
-            # Templates refuse what their model does not know: a system role, two user turns in a row.
-            raise BadRow(f"was refused by the chat template: {error}", "messages") from error
+            # Templates reject what their model does not support: a system role, two user turns in a row.
+            raise BadRow(f"was rejected by the chat template: {error}", "messages") from error
 
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list | None = None
 ) -> list[int]:
-    """Return the token ids from which the assistant's next turn is generated."""
+    """Return the token ids to generate the assistant's next turn from."""
     return ChatTemplate(tokenizer).ids(list(messages), tools, answer=True)
 
 
 def checked_messages(fields: Fields) -> list[Message]:
-    """Return the messages of a row, each a `{role, content, ...}` without null entries."""
+    """Return the messages of a row after validation, each as `{role, content, ...}` without null entries."""
     messages = fields.get("messages")
     if messages is None:
         raise BadRow("is missing", "messages")
@@ -224,12 +218,12 @@ def _checked_message(message: Any, number: int) -> Message:
         raise BadRow(
             f"has {kind(message)} as message {number}, expected {{role, content}}", "messages"
         )
-    # Parquet files give every message every key that any message has; the surplus ones are null.
+    # In Parquet files every message has all keys; unused ones are null.
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role is None:
-        found = ", ".join(map(str, message)) or "nothing"
-        raise BadRow(f"has a message without 'role' (message {number} has: {found})", "messages")
+        keys = ", ".join(map(str, message)) or "nothing"
+        raise BadRow(f"has a message without 'role' (message {number} has: {keys})", "messages")
     if role not in ROLES:
         raise BadRow(
             f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
@@ -259,11 +253,11 @@ def content_text(message: Message) -> str:
         return content
     if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
-    raise BadRow("has content that is not text, which this task cannot read", "messages")
+    raise BadRow("has content that is not text; this task reads text only", "messages")
 
 
 def checked_tools(fields: Fields) -> list[Any] | None:
-    """Return the tools of a row; None without any."""
+    """Return the tools of a row after validation; None without any."""
     tools = fields.get("tools")
     if not tools:
         return None

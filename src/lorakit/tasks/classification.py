@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit import metrics
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Labelled(Task):
-    """What classification and regression share: one target for a text or a pair of texts."""
+    """Base class of classification and regression: one target for a text or a pair of texts."""
 
     texts: ClassVar[tuple[str, ...]] = ()
-    """The columns of the text or the pair of texts; empty: `text`, or `sentence1` and `sentence2`."""
+    """Columns of the text or the pair of texts; if empty, `text`, or `sentence1` and `sentence2`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
         self.takes_token_types = "token_type_ids" in tokenizer.model_input_names
-        # GPT-2 and others put nothing between two texts; a line feed keeps them apart.
+        # Some tokenizers (GPT-2) add no special token between two texts. A line feed separates them.
         specials = tokenizer.num_special_tokens_to_add
         self.separator = "" if specials(pair=True) > specials(pair=False) else "\n"
 
@@ -42,39 +43,34 @@ class Labelled(Task):
         if not names:
             pair = fields.get("text") is None and fields.get("sentence1") is not None
             names = ("sentence1", "sentence2") if pair else ("text",)
-        first, second = text_field(fields, names[0]), None
-        if len(names) == 2:
-            second = text_field(fields, names[1])
-        pair = None if second is None else self.separator + second
-        encoded = self.tokenizer(
-            first, pair, return_token_type_ids=self.takes_token_types, verbose=False
+        texts = [text_field(fields, name) for name in names]
+        tokenize = partial(
+            self.tokenizer,
+            texts[0],
+            self.separator + texts[1] if len(texts) == 2 else None,
+            return_token_type_ids=self.takes_token_types,
         )
+        encoded = tokenize(verbose=False)
         truncated = len(encoded["input_ids"]) > self.max_length
         if truncated:
             if not self.truncate:
                 raise TooLong(len(encoded["input_ids"]), self.max_length)
-            encoded = self.tokenizer(
-                first,
-                pair,
-                return_token_type_ids=self.takes_token_types,
-                truncation="longest_first",
-                max_length=self.max_length,
-            )
+            encoded = tokenize(truncation="longest_first", max_length=self.max_length)
         return LabelledExample(
             input_ids=list(encoded["input_ids"]),
             token_type_ids=list(encoded["token_type_ids"]) if self.takes_token_types else None,
             label=label,
-            prompt=first if second is None else f"{first}\n{second}",
+            prompt="\n".join(texts),
             completion=answer,
             truncated=truncated,
         )
 
 
 class Classification(Labelled):
-    """`text` or `sentence1` and `sentence2`, with a `label` that is a name or a whole number.
+    """Classification of `text`, or of `sentence1` and `sentence2`. The `label` is a name or a whole number.
 
-    Class indices follow the sorted labels of the training set: whole numbers by size, names by alphabet.
-    So labels 0 ... n-1 are their own indices.
+    Class indices follow the sorted labels of the training set: whole numbers by value, names alphabetically. Labels
+    0 ... n-1 are therefore their own indices.
     """
 
     name = "classification"
@@ -89,20 +85,20 @@ class Classification(Labelled):
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Whether the columns fit and the labels are not decimal numbers."""
+        """Return whether the columns fit and the labels are not decimal numbers."""
         return super().reads(columns, rows) and not _are_scores(rows)
 
     @classmethod
     def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:
-        """Return the sorted labels of the training set, or `known` where they all are among them."""
+        """Return the sorted labels of the training set, or `known` if it contains them all."""
         if cls.classes:
             return cls.classes
         names = {name for name in map(_label_or_none, rows) if name is not None}
         if known and names <= set(known):
             return tuple(known)
         if len(names) < 2:
-            found = f"only the label {next(iter(names))!r}" if names else "no label"
-            raise DataError(f"the training set has {found}; classification needs at least two")
+            labels = f"only the label {next(iter(names))!r}" if names else "no label"
+            raise DataError(f"the training set has {labels}; classification needs at least two")
         try:
             return tuple(sorted(names, key=lambda name: (int(name), name)))
         except ValueError:
@@ -114,13 +110,13 @@ class Classification(Labelled):
         if self.classes and label.isdigit() and int(label) < len(self.classes):
             label = self.classes[int(label)]
         if label not in self.index:
-            known = ", ".join(self.labels)
-            whose = (
-                f"task {self.name} does not know; write one of {known}, or its index from 0."
+            labels = ", ".join(self.labels)
+            problem = (
+                f"is {label!r}, which task {self.name} does not have; write one of {labels}, or its index from 0."
                 if self.classes
-                else f"the training set does not have; its labels are {known}."
+                else f"is {label!r}, which the training set does not have; its labels are {labels}."
             )
-            raise UnknownLabel(f"is {label!r}, which {whose}{nearest(label, self.labels)}", "label")
+            raise UnknownLabel(problem + nearest(label, self.labels), "label")
         return self._encode(fields, self.index[label], label)
 
     @classmethod
@@ -133,7 +129,7 @@ class Classification(Labelled):
 
 
 class Regression(Labelled):
-    """`text` or `sentence1` and `sentence2`, with a `score`, or a `label` that is a decimal number."""
+    """Regression on `text`, or on `sentence1` and `sentence2`. The target is a `score`, or a decimal `label`."""
 
     name = "regression"
     kind = "regression"
@@ -148,7 +144,7 @@ class Regression(Labelled):
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Whether the columns fit and the targets are a score, or labels that are decimal numbers."""
+        """Return whether the columns fit and the targets are scores, or labels that are decimal numbers."""
         if not super().reads(columns, rows):
             return False
         return "score" in columns or _are_scores(rows)
@@ -169,12 +165,12 @@ class Regression(Labelled):
 
 
 def targets(examples: Sequence[Sequence[Example]]) -> list[int | float]:
-    """Return the class indices or scores of labelled examples, of which each input has one."""
+    """Return the class indices or scores of labelled examples, one per input."""
     return [example.label for (example,) in examples if isinstance(example, LabelledExample)]
 
 
 def class_name(label: object) -> str:
-    """Return a label as its name: text as it is, a whole number (1, 1.0) as its digits, true or false."""
+    """Return a label as text: a whole number (1, 1.0) as its digits, a boolean as true or false."""
     if label is None:
         raise BadRow("is missing", "label")
     if isinstance(label, bool):
@@ -189,7 +185,7 @@ def class_name(label: object) -> str:
 
 
 def number(value: object, column: str) -> float:
-    """Return a field that must be a finite number, or text that reads as one (CSV)."""
+    """Return a field as a finite number. Text is parsed (CSV)."""
     if value is None:
         raise BadRow("is missing", column)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -207,11 +203,11 @@ def _label_or_none(fields: Fields) -> str | None:
     try:
         return class_name(fields.get("label"))
     except BadRow:
-        return None  # encode() reports it, with its line
+        return None  # encode() reports the row with its line
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:
-    """Whether labels are scores: all are numbers, and some are written with a decimal point."""
+    """Return whether the labels are scores: all are numbers, and some have a decimal point."""
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
     return any(map(_is_decimal, labels)) and all(map(_is_number, labels))
 

@@ -1,4 +1,4 @@
-"""Where the rows of a named task lie: files in a folder of its own, or a data set of the hub."""
+"""The data set of a named task: files in a folder, or a hub data set."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 class DataSet:
     """The data set of a named task.
 
-    A split has one or several names, of which the first that there is a file of counts (`train.jsonl`,
-    `train_subset.jsonl.gz`), and the first of all is the hub's. No name means that there is no such split.
+    A split has one or several names. Among local files (`train.jsonl`, `train_subset.jsonl.gz`) the first name that
+    exists is used; on the hub, the first name. A split without names does not exist.
     """
 
     folder: str
-    """Sub-folder of `data.root` that holds its files."""
+    """Sub-folder of `data.root` with its files."""
     hub: str | None = None
-    """`owner/name` or `owner/name:config`; None where the hub has none."""
+    """`owner/name` or `owner/name:config`; None if the hub does not have it."""
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("validation",)
     test: tuple[str, ...] = ("test",)
 
     def names(self, split: str) -> tuple[str, ...]:
-        """Return the names of a split, the first being the hub's; one that is several sets joins theirs with a plus."""
+        """Return the names of a split, the hub's first. A plus in a name joins several splits."""
         return getattr(self, split)

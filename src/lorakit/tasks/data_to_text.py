@@ -1,14 +1,14 @@
-"""Texts that say what a set of facts says: E2E NLG, WebNLG 2017 and DART.
+"""Data-to-text tasks, which express a set of facts as text: E2E NLG, WebNLG 2017 and DART.
 
-Scores are those of the official scorers, which compare an output with every text of its input. An output ends at a
-blank line, as in the paper's code.
+The scores are those of the official scorers, which compare an output with all references of its input. An output is
+cut at its first blank line, as in the paper's code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from lorakit import metrics
 from lorakit.tasks.data_set import DataSet
@@ -22,15 +22,18 @@ SEEN = (
     *("Airport", "Astronaut", "Building", "City", "ComicsCharacter"),
     *("Food", "Monument", "SportsTeam", "University", "WrittenWork"),
 )
-"""WebNLG's categories that occur in its training set; the paper says nine, its code has these ten."""
+"""Categories of WebNLG's training set. The paper says nine; its code has these ten."""
 
 
 class DataToText(NamedText):
-    """What the three share."""
+    """Base class of the three tasks."""
+
+    official_scores: ClassVar[Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]]
+    """Scores of outputs and references by the official definition: a function of `lorakit.metrics`."""
 
     @classmethod
     def check_scoring(cls) -> None:
-        """Score a word, so that what is missing shows before an hour of generation and not after it."""
+        """Score one word, so that a missing package raises before generation, not after it."""
         metrics.e2e(["word"], [["word"]], java=False)
         metrics.webnlg(["word"], [["word"]], java=False)
 
@@ -39,15 +42,25 @@ class DataToText(NamedText):
         """Return a text up to its first blank line."""
         return re.split(r"\n\s*\n", text.strip(), maxsplit=1)[0].strip()
 
+    @classmethod
+    def score(
+        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
+    ) -> dict[str, float]:
+        """Return the official scores of the task; with `quick`, BLEU and ROUGE-L."""
+        if settings.get("quick"):
+            return super().score(outputs, examples, **settings)
+        return cls.official_scores(outputs, references(cls, examples))
+
 
 class E2E(DataToText):
-    """A meaning representation of a restaurant, and a sentence or two that say it (Novikova et al. 2017)."""
+    """Describe a restaurant from its meaning representation in one or two sentences (Novikova et al. 2017)."""
 
     name = "e2e_nlg"
     layouts = (("meaning_representation", "human_reference"),)
     metric = "BLEU"
     scores = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
-    # Of the paper's table 11; its code has a length penalty of 0.8.
+    official_scores = staticmethod(metrics.e2e)
+    # From the paper's table 11; its code has a length penalty of 0.8.
     decoding = {"beams": 10, "length_penalty": 0.9, "no_repeat_ngram": 4, "max_new_tokens": 64}  # noqa: RUF012
     data_set = DataSet(folder="e2e_nlg", hub="tuetschek/e2e_nlg")
     template = (
@@ -65,45 +78,28 @@ class E2E(DataToText):
         return " | ".join(f"{slot.strip()} : {value.strip()}" for slot, value in slots)
 
     def answers(self, fields: Fields) -> Iterable[str]:
-        """Return the row's one reference."""
+        """Return the single reference of the row."""
         return [text_field(fields, "human_reference").strip()]
-
-    @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
-        """Return the E2E challenge's scores: :func:`lorakit.metrics.e2e`."""
-        if settings.get("quick"):
-            return super().score(outputs, examples, **settings)
-        return metrics.e2e(outputs, references(cls, examples))
 
 
 class Triples(DataToText):
-    """Triples of subject, relation and object, and texts that say them."""
+    """Base class of the tasks that express triples of subject, relation and object as text."""
 
     metric = "BLEU"
     scores = ("BLEU", "METEOR", "TER")
     less_is_better = ("TER",)
+    official_scores = staticmethod(metrics.webnlg)
     decoding = {"beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "max_new_tokens": 64}  # noqa: RUF012
     template = (
         "Write a text that says all of these facts and nothing else, each given as subject : relation : object.\n"
         "Facts: {context}\nText:"
     )
 
-    @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
-        """Return BLEU, METEOR and TER: :func:`lorakit.metrics.webnlg`."""
-        if settings.get("quick"):
-            return super().score(outputs, examples, **settings)
-        return metrics.webnlg(outputs, references(cls, examples))
-
 
 class WebNLG(Triples):
-    """Triples of DBpedia, and texts that say them (Gardent et al. 2017): an example for each text marked good.
+    """Express DBpedia triples as text (Gardent et al. 2017). Each text marked good is one example.
 
-    Test inputs are of categories that training has (seen) and has not (unseen); scores are of each and of all.
+    The category of a test input occurs in training (seen) or does not (unseen). Scores cover all inputs and each part.
     """
 
     name = "webnlg"
@@ -123,15 +119,15 @@ class WebNLG(Triples):
         column = "modified_triple_sets"
         sets = _member(fields, column, "mtriple_set")
         if not isinstance(sets, Sequence) or not sets or not isinstance(sets[0], Sequence):
-            raise BadRow("holds no list of triples in 'mtriple_set'", column)
+            raise BadRow("has no list of triples in 'mtriple_set'", column)
         return _joined([_split(triple, column) for triple in sets[0]], column)
 
     def answers(self, fields: Fields) -> Iterable[str]:
-        """Return the texts marked good; there may be none."""
+        """Return the texts marked good, possibly none."""
         texts, comments = (_member(fields, "lex", name) for name in ("text", "comment"))
         lists = isinstance(texts, Sequence) and isinstance(comments, Sequence)
         if not lists or len(texts) != len(comments):
-            raise BadRow("needs lists 'text' and 'comment' of one length", "lex")
+            raise BadRow("needs lists 'text' and 'comment' of equal length", "lex")
         return [
             _text(text, "lex").strip()
             for text, comment in zip(texts, comments, strict=True)
@@ -139,42 +135,40 @@ class WebNLG(Triples):
         ]
 
     def gold(self, fields: Fields) -> Mapping[str, Any]:
-        """Return the category, and whether training has it."""
+        """Return the category and whether it is seen or unseen in training."""
         category = str(fields.get("category", ""))
-        said = fields.get("test_category")
-        derived = "seen" if category in SEEN else "unseen"
-        return {
-            "category": category,
-            "test_category": said if said in ("seen", "unseen") else derived,
-        }
+        test_category = fields.get("test_category")
+        if test_category not in ("seen", "unseen"):
+            test_category = "seen" if category in SEEN else "unseen"
+        return {"category": category, "test_category": test_category}
 
     @classmethod
     def score(
         cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
     ) -> dict[str, float]:
-        """Return BLEU, METEOR and TER of all inputs, and of those of seen and of unseen categories."""
+        """Return BLEU, METEOR and TER of all inputs, and separately of seen and unseen categories."""
         scores = super().score(outputs, examples, **settings)
         if settings.get("quick"):
             return scores
         for part in ("seen", "unseen"):
             chosen = [i for i, g in enumerate(examples) if g[0].gold["test_category"] == part]
             if chosen and len(chosen) < len(examples):
-                found = super().score(
+                part_scores = super().score(
                     [outputs[i] for i in chosen], [examples[i] for i in chosen], **settings
                 )
-                scores |= {f"{name} {part}": value for name, value in found.items()}
+                scores |= {f"{name} {part}": value for name, value in part_scores.items()}
         return scores
 
 
 class DART(Triples):
-    """Triples from tables, WebNLG and E2E, and texts that say them (Nan et al. 2021): an example for each text."""
+    """Express triples from tables, WebNLG and E2E as text (Nan et al. 2021). Each text is one example."""
 
     name = "dart"
     layouts = (("tripleset", "annotations"),)
     data_set = DataSet(folder="dart", hub="Yale-LILY/dart", validation=("validation", "dev"))
 
     def context(self, fields: Fields) -> str:
-        """Return `subject : relation : object | ...`, the relation in lower case as in the paper's code."""
+        """Return `subject : relation : object | ...` with the relation in lower case, as in the paper's code."""
         column = "tripleset"
         triples = fields.get(column)
         if not isinstance(triples, Sequence) or isinstance(triples, str):
@@ -182,13 +176,13 @@ class DART(Triples):
         parts = []
         for triple in triples:
             if not isinstance(triple, Sequence) or isinstance(triple, str) or len(triple) != 3:
-                raise BadRow(f"holds {triple!r:.80}, expected [subject, relation, object]", column)
+                raise BadRow(f"has {triple!r:.80}, expected [subject, relation, object]", column)
             subject, relation, thing = (_text(part, column) for part in triple)
             parts.append((subject, relation.lower(), thing))
         return _joined(parts, column)
 
     def answers(self, fields: Fields) -> Iterable[str]:
-        """Return the texts, written as the hub has them (lists by name) or as the official file (a list of objects)."""
+        """Return the texts, from the hub's layout (lists by name) or the official file's (a list of objects)."""
         annotations = fields.get("annotations")
         if isinstance(annotations, Mapping):
             texts = annotations.get("text")
@@ -203,15 +197,15 @@ class DART(Triples):
 
 def _joined(triples: Sequence[Sequence[str]], column: str) -> str:
     if not triples:
-        raise BadRow("holds no triple", column)
+        raise BadRow("has no triple", column)
     return " | ".join(" : ".join(triple) for triple in triples)
 
 
 def _split(triple: object, column: str) -> Sequence[str]:
-    """Subject, relation and object of `subject | relation | object`."""
+    """Split `subject | relation | object` into its three parts."""
     parts = [part.strip() for part in _text(triple, column).split(" | ")]
     if len(parts) != 3:
-        raise BadRow(f"holds {triple!r:.80}, expected 'subject | relation | object'", column)
+        raise BadRow(f"has {triple!r:.80}, expected 'subject | relation | object'", column)
     return parts
 
 
@@ -224,7 +218,7 @@ def _member(fields: Fields, column: str, name: str) -> Any:
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"holds {value!r:.80}, expected a text", column)
+        raise BadRow(f"has {value!r:.80}, expected text", column)
     return checked_text(value, column)
 
 

@@ -1,7 +1,7 @@
-"""The eight tasks of GLUE (Wang et al. 2018) on which the LoRA paper reports its Table 2.
+"""The eight GLUE tasks (Wang et al. 2018) of the LoRA paper's Table 2.
 
-Labels are names, in the order of the official indices; a file may hold either. The test sets of GLUE have no public
-labels, MRPC's excepted, so scores are those of the development sets, as in the paper.
+Labels are names in the order of the official indices; a file may contain names or indices. Only MRPC's test set has
+public labels, so scores are those of the development sets, as in the paper.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ TRAIN = ("train", "train_subset")
 
 
 class _Glue(Labelled):
-    """What the tasks share: GLUE's own scores, and the development set as what is scored."""
+    """Base class of the GLUE tasks: GLUE's scores on the development set."""
 
     scored_split = "validation"
     parts: ClassVar[tuple[str, ...]] = ()
-    """What tells several development sets apart, as in `validation_matched`: each has scores of its own too."""
+    """Suffixes of several development sets, as in `validation_matched`. Each is also scored separately."""
 
     def __init_subclass__(cls, texts: tuple[str, ...] = (), **splits: tuple[str, ...]) -> None:
-        """Fill in what follows from a task's name and the columns of its texts."""
+        """Set the attributes that follow from the task's name and its text columns."""
         super().__init_subclass__()
         cls.texts = texts
         cls.layouts = ((*texts, "label"),)
@@ -45,41 +45,41 @@ class _Glue(Labelled):
     def score(
         cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
     ) -> dict[str, float]:
-        """Return what GLUE reports, :func:`lorakit.metrics.glue`; of several sets scored as one also for each."""
+        """Return GLUE's scores, :func:`lorakit.metrics.glue`; for several development sets also those of each."""
         del settings
         scores = metrics.glue(cls.name, outputs, targets(examples))
         for part in cls.parts:
             chosen = [i for i, (e,) in enumerate(examples) if e.split == f"validation_{part}"]
             if 0 < len(chosen) < len(examples):
                 labels = targets([examples[i] for i in chosen])
-                found = metrics.glue(cls.name, [outputs[i] for i in chosen], labels)
-                scores |= {f"{name} {part}": value for name, value in found.items()}
+                part_scores = metrics.glue(cls.name, [outputs[i] for i in chosen], labels)
+                scores |= {f"{name} {part}": value for name, value in part_scores.items()}
         return scores
 
 
 class CoLA(_Glue, Classification, texts=("sentence",)):
-    """Whether a sentence is acceptable English; the Matthews correlation."""
+    """Whether a sentence is acceptable English. Score: the Matthews correlation."""
 
     name = "cola"
     classes = ("unacceptable", "acceptable")
 
 
 class SST2(_Glue, Classification, texts=("sentence",)):
-    """Whether a sentence of a film review is positive; accuracy."""
+    """Whether a sentence of a film review is positive. Score: accuracy."""
 
     name = "sst2"
     classes = ("negative", "positive")
 
 
 class MRPC(_Glue, Classification, texts=("sentence1", "sentence2"), test=("test",)):
-    """Whether two sentences say the same; accuracy, and F1."""
+    """Whether two sentences have the same meaning. Scores: accuracy and F1."""
 
     name = "mrpc"
     classes = ("not_equivalent", "equivalent")
 
 
 class STSB(_Glue, Regression, texts=("sentence1", "sentence2")):
-    """How alike two sentences are in meaning, from 0 to 5; Pearson's correlation, and Spearman's."""
+    """Similarity in meaning of two sentences, from 0 to 5. Scores: Pearson's and Spearman's correlation."""
 
     name = "stsb"
 
@@ -90,7 +90,7 @@ class QQP(
     texts=("question1", "question2"),
     validation=("validation", "heldout_from_train"),
 ):
-    """Whether two questions ask the same; accuracy, and F1."""
+    """Whether two questions have the same meaning. Scores: accuracy and F1."""
 
     name = "qqp"
     classes = ("not_duplicate", "duplicate")
@@ -102,10 +102,10 @@ class MNLI(
     texts=("premise", "hypothesis"),
     validation=("validation_matched+validation_mismatched", "validation_matched"),
 ):
-    """Whether a premise entails a hypothesis, is neutral to it or contradicts it; accuracy.
+    """Whether a premise entails a hypothesis, is neutral to it or contradicts it. Score: accuracy.
 
-    Two development sets are scored as one, as in the paper's Table 2: of matched genres, which training has, and of
-    mismatched ones. `validation_split: validation_matched` takes the first alone.
+    Two development sets are scored as one, as in the paper's Table 2: matched (genres of the training set) and
+    mismatched (other genres). `validation_split: validation_matched` scores only the first.
     """
 
     name = "mnli"
@@ -114,14 +114,14 @@ class MNLI(
 
 
 class QNLI(_Glue, Classification, texts=("question", "sentence")):
-    """Whether a sentence answers a question; accuracy."""
+    """Whether a sentence answers a question. Score: accuracy."""
 
     name = "qnli"
     classes = ("entailment", "not_entailment")
 
 
 class RTE(_Glue, Classification, texts=("sentence1", "sentence2")):
-    """Whether a first sentence entails a second; accuracy."""
+    """Whether the first sentence entails the second. Score: accuracy."""
 
     name = "rte"
     classes = ("entailment", "not_entailment")

@@ -1,4 +1,4 @@
-"""Language modelling on prompt and completion: the loss is on the completion and its end."""
+"""Language modelling on prompt and completion. The targets are the completion and eos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextTask(Task):
-    """What tasks share whose answer is a text: BLEU and ROUGE-L against every reference."""
+    """Base class of tasks that generate text. Scores: BLEU and ROUGE-L against all references."""
 
     kind = "text"
     metric = "bleu"
@@ -30,7 +30,7 @@ class TextTask(Task):
 
 
 class Completion(TextTask):
-    """`prompt` and `completion`, as plain text."""
+    """Completion of a `prompt` by a `completion`, both plain text."""
 
     name = "completion"
     layouts = (("prompt", "completion"),)
@@ -42,21 +42,20 @@ class Completion(TextTask):
         self.before_completion: list[int] = []
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the token ids to generate from, the same that training puts before a completion."""
+        """Return the token ids to generate from. Training uses the same ids before a completion."""
         return self.start + encode_text(self.tokenizer, prompt) + self.before_completion
 
     def encode(self, fields: Fields) -> LanguageExample:
-        """Return the example `[prompt, completion, eos]`; the completion's tokens and eos are targets."""
+        """Return the example `[prompt, completion, eos]`. The completion and eos are targets."""
         prompt = text_field(fields, "prompt")
         completion = text_field(fields, "completion")
-        # Prompt and completion are tokenised apart. Generation is given the tokens of the prompt alone
-        # and can only append: tokenising the joined text may merge the last character of the prompt with
-        # the first of the completion, and train on a boundary that never occurs when generating.
+        # Tokenise prompt and completion separately, because generation appends to the prompt's tokens. The joined
+        # text may merge characters across the boundary into a token that generation never sees.
         prompt_ids = self.prompt_ids(prompt)
         completion_ids = encode_text(self.tokenizer, completion)
         for ids, column in ((prompt_ids, "prompt"), (completion_ids, "completion")):
             if not ids:
-                raise BadRow("has no tokens in this tokenizer's vocabulary", column)
+                raise BadRow("has no tokens in the vocabulary of this tokenizer", column)
         example = LanguageExample(
             input_ids=[*prompt_ids, *completion_ids, self.end],
             loss_mask=[False] * len(prompt_ids) + [True] * (len(completion_ids) + 1),
@@ -68,25 +67,25 @@ class Completion(TextTask):
 
 
 def references(task: type[Task], examples: Sequence[Sequence[Example]]) -> list[list[str]]:
-    """Return the expected answers to each input, as `task` leaves a generated one."""
+    """Return the references of each input, post-processed by `task.answer` like outputs."""
     return [[task.answer(example.completion) for example in group] for group in examples]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids to generate from, the same that training put before a completion."""
+    """Return the token ids to generate from. Training used the same ids before a completion."""
     return start_ids(tokenizer) + encode_text(tokenizer, prompt)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise `text` without the special tokens that the tokenizer would put around it."""
-    # `verbose=False`: a length above the tokenizer's own limit is judged here, against `max_length`.
+    """Tokenise `text` without special tokens."""
+    # verbose=False: no warning about the tokenizer's length limit; `fit` checks `max_length`.
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text: usually bos, or nothing.
 
-    What it puts after a text (eos, for some) must not stand between prompt and completion.
+    Special tokens after a text (eos, in some tokenizers) must not separate prompt and completion.
     """
     bare = encode_text(tokenizer, "a")
     full = tokenizer.encode("a", add_special_tokens=True)
@@ -94,17 +93,17 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[start : start + len(bare)] == bare:
             return full[:start]
     raise DataError(
-        f"{type(tokenizer).__name__} changes a text's tokens when it adds special tokens"
+        f"{type(tokenizer).__name__} encodes a text differently when it adds special tokens; use another tokenizer"
     )
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of eos, without which a model never learns to stop."""
+    """Return the id of eos. A model needs eos to learn to stop."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError(
-            f"the tokenizer ({type(tokenizer).__name__}) has no end-of-sequence token, which every "
-            "completion must end with; set it: tokenizer.eos_token = '...'"
+            f"the tokenizer ({type(tokenizer).__name__}) has no end-of-sequence token, but every "
+            "completion must end with one; set it: tokenizer.eos_token = '...'"
         )
     return end
 
@@ -114,31 +113,25 @@ def fit(
 ) -> LanguageExample:
     """Return the example cut to `max_length` tokens.
 
-    The prompt gives way first, from its left, since what stands next to the answer matters most; its
-    first `keep` tokens (bos) stay. An answer that is too long by itself loses its end, and with it eos,
-    so that no false end is learnt; one token of the prompt stays before it.
+    The prompt is cut first, from its left, because the tokens next to the answer matter most. Its first `keep` tokens
+    (bos) stay. An answer that is too long by itself loses its end and eos, so that the model learns no false end. One
+    token of the prompt always stays.
 
     Raises:
-        TooLong: the example is too long and `truncate` is off.
+        TooLong: The example is too long and `truncate` is off.
     """
     if len(example) <= max_length:
         return example
     if not truncate:
         raise TooLong(len(example), max_length)
     answer = len(example) - example.prompt_length
-    budget = min(
-        max(max_length - answer, 1), example.prompt_length
-    )  # tokens of the prompt that stay
-    head = min(keep, budget)
-    tail = budget - head
-    kept = [
-        *range(head),
-        *range(example.prompt_length - tail, example.prompt_length),
-        *range(example.prompt_length, len(example)),
-    ][:max_length]
-    example.input_ids = [example.input_ids[i] for i in kept]
-    example.loss_mask = [example.loss_mask[i] for i in kept]
-    example.loss_mask[0] = False  # the token that predicted it is gone
-    example.prompt_length = budget
+    prompt_length = min(max(max_length - answer, 1), example.prompt_length)
+    head = min(keep, prompt_length)
+    tail = prompt_length - head
+    indices = [*range(head), *range(example.prompt_length - tail, len(example))][:max_length]
+    example.input_ids = [example.input_ids[i] for i in indices]
+    example.loss_mask = [example.loss_mask[i] for i in indices]
+    example.loss_mask[0] = False  # no token predicts it any more
+    example.prompt_length = prompt_length
     example.truncated = True
     return example

@@ -1,4 +1,4 @@
-"""Named tasks whose answer is a text: how a row becomes prompt and completion, as the paper had it or as a prompt."""
+"""Base class of the named tasks that generate text. It builds prompt and completion from a row."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class NamedText(Completion):
-    """A row has a context, from which one or several texts are to be written.
+    """A named task that generates text from the context of a row. A row has one or several reference texts.
 
-    Encoding `paper` is that of the LoRA paper's code: the context's tokens, the end-of-sequence token, a space and the
-    text, the end-of-sequence token; without any instruction. Encoding `prompt` puts the context into `template`, which
-    models that follow instructions know what to make of, and which `data.prompt_template` replaces.
+    Encoding `paper` is that of the LoRA paper's code and has no instruction: the context, eos, a space and the text,
+    eos. Encoding `prompt` inserts the context into `template`, an instruction for instruction-tuned models.
+    `data.prompt_template` replaces the template.
     """
 
     encodings = ("paper", "prompt")
     derived = ("context",)
     template: ClassVar[str]
-    """The prompt, with `{context}` where the context goes."""
+    """Template of the prompt, with the placeholder `{context}`."""
     after_context: ClassVar[str | None] = None
-    """What ends the context in encoding `paper`; None is the end-of-sequence token."""
+    """Text after the context in encoding `paper`; None appends eos."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -35,37 +35,37 @@ class NamedText(Completion):
 
     @abstractmethod
     def context(self, fields: Fields) -> str:
-        """Return what a row says that the text is written from.
+        """Return the context of a row as text.
 
         Raises:
-            BadRow: a field is missing, empty or of the wrong type.
+            BadRow: A field is missing, empty or of the wrong type.
         """
 
     @abstractmethod
     def answers(self, fields: Fields) -> Iterable[str]:
-        """Return the texts of a row, an example each.
+        """Return the reference texts of a row. Each becomes one example.
 
         Raises:
-            BadRow: a field is missing, empty or of the wrong type.
+            BadRow: A field is missing, empty or of the wrong type.
         """
 
     def gold(self, fields: Fields) -> Mapping[str, Any]:
-        """Return what scoring needs of a row beside the texts."""
+        """Return further values of a row that scoring needs."""
         del fields
         return {}
 
     def prompt(self, fields: Fields) -> str:
-        """Return the text to generate from, for a row with or without its answers."""
+        """Return the prompt of a row. The row needs no answers."""
         return self.around(self.context(fields))
 
     def around(self, context: str) -> str:
-        """Return a context as the text to generate from."""
+        """Return the prompt for a context."""
         if self.encoding == "paper":
             return context + (self.after_context or "")
         return self.template.replace("{context}", context)
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
-        """Yield an example for each of a row's texts."""
+        """Yield one example for each text of a row."""
         prompt, context, gold = self.prompt(fields), self.context(fields), self.gold(fields)
         space = "" if prompt[-1:].isspace() else " "
         for answer in self.answers(fields):
@@ -78,7 +78,7 @@ class NamedText(Completion):
             }
 
     def encode(self, fields: Fields) -> LanguageExample:
-        """Return the example of one text, with what scoring needs."""
+        """Return the example of one text, with `gold` for scoring."""
         example = super().encode(fields)
         example.gold = fields.get("gold", {})
         return example
@@ -87,6 +87,6 @@ class NamedText(Completion):
 def each_example(
     outputs: Sequence[str], examples: Sequence[Sequence[Example]]
 ) -> tuple[list[str], list[Example]]:
-    """Return every example with the output for its input, where rows of one input count one by one."""
+    """Return one output per example, and the examples: outputs are repeated for inputs with several examples."""
     pairs = [(output, e) for output, group in zip(outputs, examples, strict=True) for e in group]
     return [output for output, _ in pairs], [example for _, example in pairs]

@@ -1,4 +1,4 @@
-"""Every task by its name: the ones that come with lorakit, those of other packages, and those in files."""
+"""Find tasks by name: those of lorakit, of installed packages and of files."""
 
 from __future__ import annotations
 
@@ -19,74 +19,71 @@ from lorakit.tasks.text_to_sql import WikiSQL
 GENERIC: dict[str, type[Task]] = {
     task.name: task for task in (Completion, Chat, Classification, Regression)
 }
-"""Tasks that read any data with their columns."""
+"""Generic tasks, which read any data with their columns."""
 
 NAMED: tuple[type[Task], ...] = (*GLUE, *DATA_TO_TEXT, WikiSQL, SAMSum)
-"""Tasks that know their data: those of the paper."""
+"""Named tasks, which have their own data: those of the paper."""
 
 TASKS: dict[str, type[Task]] = {**GENERIC, **{task.name: task for task in NAMED}}
-"""Every task that comes with lorakit."""
+"""All tasks of lorakit."""
 
 ENTRY_POINTS = "lorakit.tasks"
-"""The group of entry points under which an installed package names its tasks."""
+"""Group of entry points under which installed packages register tasks."""
 
 
 def generic_task(task: type[Task]) -> type[Task]:
-    """Return the generic task that reads what `task` reads: the one it is, or inherits from."""
+    """Return the generic task that `task` is or inherits from."""
     return next((g for g in GENERIC.values() if issubclass(task, g)), GENERIC["completion"])
 
 
 def file_of(name: str) -> Path | None:
-    """Return the file that `name` takes a task from; None for a task of lorakit or of a package."""
+    """Return the file of a task `path/to/file.py:Class`; None for a task of lorakit or of a package."""
     path, _, _ = name.rpartition(":")
     return Path(path).expanduser() if name not in TASKS and path.endswith(".py") else None
 
 
 def task_type(name: str) -> type[Task]:
-    """Return the task that a configuration calls `name`.
+    """Return the class of the task `name`.
 
     Args:
-        name: A task of lorakit, one that an installed package names under the entry points `lorakit.tasks`, or a
-            class in a file: `folder/file.py:Class`.
+        name: A task of lorakit, a task that an installed package registers under the entry points `lorakit.tasks`, or
+            a class in a file: `folder/file.py:Class`.
 
     Raises:
-        ConfigurationError: There is no such task, or what is there is none.
+        ConfigurationError: The task does not exist, or the class is not a complete task.
     """
     if name in TASKS:
         return TASKS[name]
     if names_a_file(name):
-        found = load_from_file(name, "data.task", lambda kind: issubclass(kind, Task))
-        return _checked(found, name)
+        value = load_from_file(name, "data.task", lambda kind: issubclass(kind, Task))
+        return _validated(value, name)
     points = installed(ENTRY_POINTS)
     if name in points:
-        return _checked(load_installed(points[name], "task"), name)
-    known = [*TASKS, *points]
+        return _validated(load_installed(points[name], "task"), name)
+    names = [*TASKS, *points]
     raise ConfigurationError(
-        f"The task is {name!r}; it must be auto, one of {', '.join(known)}, or a class in a file, "
-        f"path/to/file.py:Class.{nearest(name, known)}"
+        f"The task is {name!r}; it must be auto, one of {', '.join(names)}, or a class in a file, "
+        f"path/to/file.py:Class.{nearest(name, names)}"
     )
 
 
-def _checked(found: object, name: str) -> type[Task]:
-    """Hold what a name led to against what a task must be."""
-    if not inspect.isclass(found) or not issubclass(found, Task):
+def _validated(value: object, name: str) -> type[Task]:
+    """Return `value` after checking that it is a complete task with a unique name."""
+    if not inspect.isclass(value) or not issubclass(value, Task):
         raise ConfigurationError(
-            f"data.task is {name!r}, which is {found!r:.80}; it must be a class that inherits from a task, for "
+            f"data.task is {name!r}, which is {value!r:.80}; it must be a class that inherits from a task, for "
             "example lorakit.tasks.Completion or Classification."
         )
-    if "name" not in vars(found) or found.name in TASKS:
-        raise ConfigurationError(
-            f"data.task is {name!r}, and the class has "
-            + (
-                f"the name {found.name!r} of a task of lorakit"
-                if hasattr(found, "name")
-                else "no name"
-            )
-            + '; give it one of its own: name = "...".'
+    if "name" not in vars(value) or value.name in TASKS:
+        problem = (
+            f"the name {value.name!r} of a task of lorakit" if hasattr(value, "name") else "no name"
         )
-    if missing := sorted(found.__abstractmethods__):
         raise ConfigurationError(
-            f"data.task is {name!r}, and the class lacks {', '.join(missing)}; write it, or inherit from "
-            "Completion, Chat, Classification or Regression, which have it."
+            f'data.task is {name!r}, but the class has {problem}; set a unique one: name = "...".'
         )
-    return found
+    if missing := sorted(value.__abstractmethods__):
+        raise ConfigurationError(
+            f"data.task is {name!r}, but the class lacks {', '.join(missing)}; implement it, or inherit from "
+            "Completion, Chat, Classification or Regression."
+        )
+    return value

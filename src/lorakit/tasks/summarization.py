@@ -1,4 +1,4 @@
-"""SAMSum: a chat between people, and what it is about in a sentence or two."""
+"""SAMSum: summarise a chat in one or two sentences."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text
 
 
 class SAMSum(NamedText):
-    """A dialogue and its summary (Gliwa et al. 2019).
+    """Summarise a dialogue (Gliwa et al. 2019).
 
-    In the paper, turns are joined by a line feed, and a blank line stands between dialogue and summary.
+    As in the paper, a line feed separates turns, and a blank line separates dialogue and summary.
     """
 
     name = "samsum"
@@ -28,14 +28,14 @@ class SAMSum(NamedText):
     after_context = "\n\n"
 
     def context(self, fields: Fields) -> str:
-        """Return the turns, a line each."""
+        """Return the turns, one per line."""
         dialogue = fields.get("dialogue")
         if not isinstance(dialogue, str):
             raise BadRow(f"is {kind(dialogue)}, expected text", "dialogue")
         return "\n".join(checked_text(dialogue, "dialogue").splitlines()).strip()
 
     def answers(self, fields: Fields) -> Iterable[str]:
-        """Return the summary; none where the dialogue is empty, as it is in one official row."""
+        """Return the summary; none for an empty dialogue, which one official row has."""
         if not self.context(fields):
             return []
         return [text_field(fields, "summary").strip()]

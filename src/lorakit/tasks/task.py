@@ -1,4 +1,4 @@
-"""What a task is: it turns one row of data into one example that a model can be trained on."""
+"""The base class of tasks, which encode rows of data as examples and score outputs; and its types."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Fields = Mapping[str, Any]
-"""One row, by the names that tasks use (`prompt`, `completion`, `messages`, `text`, `label` ...)."""
+"""One row, by field names (`prompt`, `completion`, `messages`, `text`, `label` ...)."""
 
 Kind = Literal["text", "classification", "regression"]
-"""What a model answers with: text it writes, one of several classes, or a number."""
+"""The output of a model: generated text, one of several classes, or a number."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Example:
-    """One row as the model sees it, and as text for scoring and display.
+    """One row as token ids for the model, and as text for scoring and display.
 
-    Its length, everywhere in lorakit, is the number of its tokens.
+    The length of an example is its number of tokens.
     """
 
     input_ids: list[int]
     prompt: str
-    """The input as text: what the model is given."""
+    """The input of the model, as text."""
     completion: str
-    """The expected answer as text: the reference that generated text, or a predicted label, is scored against."""
+    """The expected output as text: the reference for generated text or for a predicted label."""
     gold: Mapping[str, Any] = field(default_factory=dict)
-    """What scoring needs of the row beside `completion`: a table, a category. Empty for most tasks."""
+    """Further values of the row for scoring, such as a table or a category. Empty for most tasks."""
     origin: str = ""
-    """Where the row stands, as `file:line`."""
+    """Source of the row, as `file:line`."""
     split: str = ""
-    """The split that it stands in: the hub's name of it, or its file's without endings."""
+    """Split of the row: its name on the hub, or the file name without suffixes."""
     truncated: bool = False
 
     def __len__(self) -> int:
@@ -46,17 +46,16 @@ class Example:
 
 @dataclass(slots=True, kw_only=True)
 class LanguageExample(Example):
-    """An example whose targets are some of its own tokens."""
+    """An example for language modelling. Some of its tokens are targets."""
 
     loss_mask: list[bool]
-    """Same length as `input_ids`; True where the token itself is a target. Never True at position 0:
-    nothing precedes it that could predict it."""
+    """Same length as `input_ids`; True where the token is a target. False at position 0, which no token predicts."""
     prompt_length: int
-    """The first `prompt_length` tokens are what generation starts from to produce `completion`."""
+    """Number of leading tokens from which `completion` is generated."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Token ids to generate from."""
+        """Return the token ids of the prompt, to generate from."""
         return self.input_ids[: self.prompt_length]
 
 
@@ -67,13 +66,13 @@ class LabelledExample(Example):
     label: int | float
     """A class index (int) or a score (float)."""
     token_type_ids: list[int] | None = None
-    """0 for the first text, 1 for the second, for models that take them (BERT)."""
+    """0 for the first text, 1 for the second; for models with token types (BERT), else None."""
 
 
 class RowError(DataError):
-    """A row that cannot become an example; whoever knows the file adds the line.
+    """A row that cannot be encoded. The caller adds file and line.
 
-    `column` names the field at fault, so that the message can use the name it has in the file.
+    `column` is the invalid field, which lets the caller report the column's name in the file.
     """
 
     def __init__(self, what: str, column: str | None = None) -> None:
@@ -95,40 +94,40 @@ class TooLong(RowError):
 
 
 class UnknownLabel(RowError):
-    """A label that the training set does not have: never skipped, or scores would be too good."""
+    """A label that the training set lacks. Such a row is never skipped, because skipping would inflate the scores."""
 
 
 class Task(ABC):
-    """How rows of one kind become examples, and how what a model makes of them is scored.
+    """Base class of tasks. A task encodes rows as examples and scores the outputs of a model.
 
     A generic task (completion, chat, classification, regression) reads any data with its columns. A named task is a
-    subclass of one that knows its data set: where it lies, what its columns are, and how it is scored.
+    subclass of a generic one that defines its data set: location, columns and scores.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
-    """The sets of fields, any one of which a row must have."""
+    """Sets of fields. A row must have all fields of one set."""
     metric: ClassVar[str] = "loss"
-    """The score that speaks for the task, one of `scores`."""
+    """The main score of the task, one of `scores`."""
     scores: ClassVar[tuple[str, ...]] = ()
     """Names of the scores that `score` returns."""
     quick_scores: ClassVar[tuple[str, ...]] = ()
-    """Names of those that are cheap enough to be taken during training."""
+    """Names of the scores that are cheap enough for validation during training."""
     less_is_better: ClassVar[tuple[str, ...]] = ()
-    """Names of those of which less is better."""
+    """Names of the scores for which lower is better."""
     decoding: ClassVar[Mapping[str, Any] | None] = None
-    """Settings of text generation other than the defaults, by the names in `Decoding`."""
+    """Settings of text generation that differ from the defaults, by field name of `Decoding`."""
     encodings: ClassVar[tuple[str, ...]] = ()
-    """Ways to write a row as text, the default first; empty where there is but one."""
+    """Text formats of a row, the default first; empty if the task has only one."""
     data_set: ClassVar[DataSet | None] = None
-    """Where a named task finds its rows when the configuration names none."""
+    """Data set of a named task, used when the configuration names no data."""
     scored_split: ClassVar[Literal["validation", "test"]] = "test"
-    """The split that `lorakit evaluate` scores when none is named: that of the published scores."""
+    """Default split of `lorakit evaluate`: the split of the published scores."""
     classes: ClassVar[tuple[str, ...]] = ()
-    """Class names in index order, where the task itself says them; a label is then a name or an index."""
+    """Class names in index order, if the task defines them. A label is then a name or an index."""
     derived: ClassVar[tuple[str, ...]] = ()
-    """Fields that `rows` adds to those of the data, for templates to name."""
+    """Fields that `rows` adds to those of the data. Templates can use them."""
 
     def __init__(
         self,
@@ -150,31 +149,31 @@ class Task(ABC):
         """Return the example of one row, of at most `max_length` tokens.
 
         Raises:
-            BadRow: a field is missing, empty or of the wrong type.
-            TooLong: the example has more than `max_length` tokens and `truncate` is off.
-            UnknownLabel: the label is not one of `labels`.
+            BadRow: A field is missing, empty or of the wrong type.
+            TooLong: The example has more than `max_length` tokens and `truncate` is off.
+            UnknownLabel: The label is not one of `labels`.
         """
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Whether this task can read rows with these columns. `rows` settles what columns leave open."""
+        """Return whether this task reads rows with these columns. `rows` decide if the columns fit several tasks."""
         del rows
         return any(set(layout) <= set(columns) for layout in cls.layouts)
 
     @classmethod
     def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:
-        """Return the class names that a training set defines, in index order; empty without classes.
+        """Return the class names of a training set in index order; empty without classes.
 
-        `known` holds the names that the data set itself declares, if it does.
+        `known` contains the class names that the data set declares, if any.
         """
         del rows, known
         return cls.classes
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
-        """Yield the examples that one row of data holds, each in the fields that `encode` reads.
+        """Yield the examples of one row of data, each as the fields that `encode` reads.
 
         Raises:
-            BadRow: a field is missing, empty or of the wrong type.
+            BadRow: A field is missing, empty or of the wrong type.
         """
         yield fields
 
@@ -189,28 +188,28 @@ class Task(ABC):
         lowercase: bool = True,
         classes: int | None = None,
     ) -> dict[str, float]:
-        """Return the scores of what a model made of the examples.
+        """Return the scores of a model's outputs.
 
         Args:
-            outputs: Texts as `answer` leaves them, class indices, or numbers.
+            outputs: Texts as returned by `answer`, class indices, or numbers.
             examples: For each output the examples with its input, one or more.
-            quick: Only those of `quick_scores`.
-            lowercase: Whether generic scores of text take upper and lower case as the same.
-            classes: How many classes there are.
+            quick: Compute `quick_scores` only.
+            lowercase: Whether generic text scores ignore case.
+            classes: Number of classes.
         """
 
     @classmethod  # noqa: B027 - most tasks have nothing to check
     def check_scoring(cls) -> None:
-        """Raise a ConfigurationError where a package that `score` needs is missing; called before the work."""
+        """Raise a ConfigurationError if a package that `score` needs is missing. Called before generation starts."""
 
     @classmethod
     def answer(cls, text: str) -> str:
-        """Return what counts of a generated text."""
+        """Return the part of a generated text that is scored."""
         return text.strip()
 
 
 def text_field(fields: Fields, column: str) -> str:
-    """Return a field that must be non-empty text."""
+    """Return a field after checking that it is non-empty text."""
     value = fields.get(column)
     if value is None:
         raise BadRow("is missing", column)
@@ -222,21 +221,21 @@ def text_field(fields: Fields, column: str) -> str:
 
 
 def checked_text(text: str, column: str) -> str:
-    """Return `text` if it is valid Unicode, which tokenizers require and JSON escapes do not ensure."""
+    """Return `text` after checking that it is valid Unicode. JSON escapes can encode half of a surrogate pair."""
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
-            # Readers that go on after a byte that is not UTF-8 leave it as U+DC80 + byte - 0x80.
+            # The CSV reader decodes a byte that is not UTF-8 to U+DC00 + byte (surrogateescape).
             if 0xDC80 <= code <= 0xDCFF:
                 raise BadRow(f"is not UTF-8 (byte 0x{code - 0xDC00:02x})", column) from None
-            raise BadRow(f"holds half of a surrogate pair (\\u{code:04x})", column) from None
+            raise BadRow(f"contains half of a surrogate pair (\\u{code:04x})", column) from None
     return text
 
 
 def kind(value: object) -> str:
-    """Name the type of a value in the words of a data file."""
+    """Return the type of a value in JSON terms, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""WikiSQL: a question about a table, and the query that answers it."""
+"""WikiSQL: write the SQL query that answers a question about a table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lorakit.tasks.named_text import NamedText, each_example
 from lorakit.tasks.task import BadRow, Example, Fields, kind, text_field
 
 CONDITION = ("column_index", "operator_index", "condition")
-"""What the hub calls the parts of a condition, each in a list of its own."""
+"""The hub's names for the parts of conditions, each in a separate list."""
 
 
 class WikiSQL(NamedText):
-    """The column names of a table and a question; the query as text (Zhong et al. 2017).
+    """Write a query from a question and the column names of a table (Zhong et al. 2017).
 
-    The query is written as WikiSQL spells it, `SELECT COUNT Player FROM table WHERE Position = Guard`, and a generated
-    one is read back into its logical form for scoring. How the paper wrote schema and query is not published.
+    Queries have WikiSQL's text form, `SELECT COUNT Player FROM table WHERE Position = Guard`. Scoring parses a
+    generated query into its logical form. The paper does not publish its format of schema and query.
     """
 
     name = "wikisql"
@@ -39,7 +39,7 @@ class WikiSQL(NamedText):
     after_context = "\n\n"
 
     def context(self, fields: Fields) -> str:
-        """Return the column names, parted by bars, and the question in a line of its own."""
+        """Return the column names, separated by bars, and the question on a second line."""
         table = _mapping(fields, "table")
         header = table.get("header")
         if not isinstance(header, Sequence) or isinstance(header, str) or not header:
@@ -57,29 +57,32 @@ class WikiSQL(NamedText):
             raise BadRow(f"cannot be written as a query: {error}", "sql") from None
 
     def gold(self, fields: Fields) -> Mapping[str, Any]:
-        """Return table and logical form as WikiSQL's own files have them, whether the row is of a file or the hub."""
+        """Return table and logical form in the layout of WikiSQL's files, also for a row of the hub."""
         table, sql = _mapping(fields, "table"), dict(_mapping(fields, "sql"))
         conditions = sql.get("conds")
         if isinstance(conditions, Mapping):
             lists = [conditions.get(name) for name in CONDITION]
             if not all(isinstance(x, Sequence) for x in lists) or len({len(x) for x in lists}) > 1:  # type: ignore[arg-type]
-                raise BadRow(f"needs lists of one length: {', '.join(CONDITION)}", "sql")
+                raise BadRow(f"needs lists of equal length: {', '.join(CONDITION)}", "sql")
             sql["conds"] = [list(condition) for condition in zip(*lists, strict=True)]  # type: ignore[arg-type]
-        kept: dict[str, Any] = {"header": table.get("header")}
+        scored_table: dict[str, Any] = {"header": table.get("header")}
         if table.get("rows"):
-            kept |= {"rows": _with_numbers(table), "types": table.get("types")}
-        return {"table": kept, "sql": {name: sql.get(name) for name in ("sel", "agg", "conds")}}
+            scored_table |= {"rows": _with_numbers(table), "types": table.get("types")}
+        return {
+            "table": scored_table,
+            "sql": {name: sql.get(name) for name in ("sel", "agg", "conds")},
+        }
 
     @classmethod
     def score(
         cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
     ) -> dict[str, float]:
-        """Return logical-form accuracy, and execution accuracy where tables have rows: :func:`metrics.wikisql`."""
-        texts, each = each_example(outputs, examples)  # questions that stand twice count twice
+        """Return logical-form accuracy, and execution accuracy if tables have rows: :func:`metrics.wikisql`."""
+        texts, each = each_example(outputs, examples)  # repeated questions count separately
         scores = metrics.wikisql(texts, [example.gold for example in each])
         if settings.get("quick"):
-            mine = {"logical_form": scores["logical_form"]}
-            return {**super().score(outputs, examples, **settings), **mine}
+            text_scores = super().score(outputs, examples, **settings)
+            return {**text_scores, "logical_form": scores["logical_form"]}
         return scores
 
 
@@ -91,12 +94,12 @@ def _mapping(fields: Fields, column: str) -> Mapping[str, Any]:
 
 
 def _with_numbers(table: Mapping[str, Any]) -> list[list[Any]]:
-    """The rows, with numbers in columns of numbers, where the hub has texts throughout."""
+    """Return the rows with numbers in columns of type real. The hub stores all cells as text."""
     types = table.get("types") or ()
     rows = [list(row) for row in table["rows"]]
     for row in rows:
-        for i, of in enumerate(types):
-            if of == "real" and i < len(row) and isinstance(row[i], str):
+        for i, column_type in enumerate(types):
+            if column_type == "real" and i < len(row) and isinstance(row[i], str):
                 with suppress(ValueError):
                     row[i] = float(row[i].replace(",", ""))
     return rows
