@@ -153,13 +153,13 @@ def test_an_untrained_matrix_is_named():
     weights = Base({"linear.weight": randn(20, 24, seed=0), "other.weight": randn(20, 24, seed=1)})
     found = adapter_amplification(adapter, weights)
     assert list(found.layers) == ["linear"]
-    assert found.notices == ["'other' is left out: the adapter is zero there."]
+    assert found.notices == ["'other' is skipped: it is zero in the adapter."]
     with pytest.raises(AdapterFileError, match="never trained"):
         adapter_amplification(adapter, weights, only="other")
 
 
 @pytest.mark.parametrize(
-    ("only", "message"), [("key", "none of the 1 names"), ("(", "no regular expression")]
+    ("only", "message"), [("key", "none of the 1 names"), ("(", "not a regular expression")]
 )
 def test_a_choice_that_chooses_nothing(only, message):
     with pytest.raises(ConfigurationError, match=message):

@@ -227,7 +227,7 @@ def test_what_is_not_linear_in_a_weight(option, message):
     adapter = _adapter(**OPTIONS[option])
     with pytest.raises(ConfigurationError, match=message):
         combine_adapters([adapter], [0.5])
-    with pytest.raises(ConfigurationError, match="only stand alone, with weight 1"):
+    with pytest.raises(ConfigurationError, match="only be used alone, with weight 1"):
         combine_adapters([_adapter(), adapter])
 
 

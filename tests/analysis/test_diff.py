@@ -104,7 +104,7 @@ def test_what_one_adapter_has_alone_counts_against_zero():
     alone = found.layers["fused rows 0:20"]
     assert alone.second == 0
     assert alone.distance == pytest.approx(alone.first)
-    assert "2 matrices are in the first adapter alone" in found.notices[0]
+    assert "2 matrices are only in the first adapter" in found.notices[0]
 
 
 def test_nothing_in_common():
@@ -125,7 +125,7 @@ def test_parts_trained_in_full():
     found = adapter_diff(one, other)
     assert found.trained["head.weight"].distance == pytest.approx(2 * math.sqrt(12))
     assert found.trained["dora.magnitude"].distance == pytest.approx(math.sqrt(20), rel=1e-6)
-    assert "'bias' is trained in full in the second adapter alone." in found.notices
+    assert "'bias' is trained in full only in the second adapter." in found.notices
     other.trained["head.weight"] = torch.ones(5, 4)
     with pytest.raises(AdapterFileError, match=r"has shape \(3, 4\) in the first"):
         adapter_diff(one, other)
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
 
 
 def test_shapes_that_differ():
-    with pytest.raises(ConfigurationError, match="one shape was expected"):
+    with pytest.raises(ConfigurationError, match="equal shapes were expected"):
         difference((*factors(2, 5, 6, seed=0), 1.0), (*factors(2, 5, 7, seed=0), 1.0))
     with pytest.raises(AdapterFileError, match="different base models"):
         adapter_diff(stored("linear"), stored(linear=linear(A=randn(4, 9, seed=0))))

@@ -126,7 +126,7 @@ def test_dora_scales_the_rows():
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         intruders(torch.eye(3), torch.eye(3), **settings)
-    with pytest.raises(ConfigurationError, match="one shape"):
+    with pytest.raises(ConfigurationError, match="equal shape"):
         intruders(torch.eye(3), torch.eye(4))
 
 

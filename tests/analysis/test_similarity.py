@@ -86,7 +86,7 @@ def test_slices_are_compared_with_their_like():
     found = adapter_similarity(stored("fused", "linear"), stored("fused"))
     assert list(found.A) == ["fused rows 0:20", "fused rows 40:60"]
     assert found.A["fused rows 0:20"].first == pytest.approx(1)
-    assert "1 matrices are in the first adapter alone, 'linear'" in found.notices[0]
+    assert "1 matrices are only in the first adapter, such as 'linear'" in found.notices[0]
 
 
 def test_json():
