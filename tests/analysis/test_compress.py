@@ -1,4 +1,4 @@
-"""Compression is the best approximation of each change, with the error that it reports."""
+"""Compression gives the best approximation of each change, and reports its error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_factors_are_the_best_approximation(rank):
     torch.testing.assert_close(dense(new_A, new_B), expected, rtol=0, atol=1e-6 * change.norm())
     left_out = (change - expected).norm() / change.norm()
     assert error == pytest.approx(float(left_out), rel=1e-6)
-    # The factors share the singular values evenly.
+    # Both factors have the square roots of the singular values.
     torch.testing.assert_close(new_A @ new_A.T, new_B.T @ new_B, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Distances and angles equal those of the dense float64 changes."""
+"""Compare distances and angles with those of the dense float64 changes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_same_change_twice_is_at_distance_zero():
     assert (found.distance, found.relative, found.angle) == (0, 0, 0)
     opposite = difference((A, B, 2.0), (A, B, -2.0))
     assert opposite.angle == pytest.approx(180)
-    # The same product from other factors is as near as rounding lets it be.
+    # Other factors of the same product differ only by rounding.
     assert difference((A, B, 2.0), (2 * A, B, 1.0)).relative < 1e-12
 
 
@@ -151,7 +151,7 @@ def test_checkpoints_of_a_run(tmp_path):
     found = adapter_diff(early, late)
     assert found.notices == []
     assert 0 < found.overall.distance < found.overall.first + found.overall.second
-    # The last checkpoint is what the adapter folder holds.
+    # The last checkpoint equals the adapter folder.
     assert adapter_diff(late, run / "adapter").overall.distance == 0
 
     for name in ("adapter", "best"):

@@ -1,4 +1,4 @@
-"""Drift equals KL divergences and losses of two separate models, text by text."""
+"""Compare drift with the KL divergences and losses of two separate models, text by text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_classes_that_are_masked_in_both():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny base and a random adapter for it, on disk."""
+    """Save a tiny base and a random adapter for it."""
     folder = tmp_path_factory.mktemp("drift")
     name = tiny_runs.save_base(folder / "base")
     model = lorakit.load_base(name, dtype="float32").model

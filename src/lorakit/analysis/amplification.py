@@ -17,7 +17,7 @@ from lorakit.analysis.base_weights import Weights
 from lorakit.analysis.deltas import chosen, deltas_of, notices, read, weight_name, weight_parts
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.similarity import similarity_of_directions
-from lorakit.analysis.spectrum import UNTRAINED
+from lorakit.analysis.spectrum import UNTRAINED, require_share
 from lorakit.analysis.thin_svd import change_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.ops.autocast import wide_dtype
@@ -117,10 +117,7 @@ def similarity_to_base(
     Raises:
         ConfigurationError: The shapes do not form a product, the change is zero, or `share` is out of range.
     """
-    if not 0 < share <= 1:
-        raise ConfigurationError(
-            f"share is {share!r}; it is a share of the base's directions, above 0 and at most 1, for example 0.1."
-        )
+    require_share("share", share, "a share of the base's directions", example=0.1)
     Vh = change_directions(A, B, scaling)[2]
     leading = max(1, round(share * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)

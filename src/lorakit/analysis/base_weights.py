@@ -42,11 +42,9 @@ class Weights(Mapping[str, Tensor]):
     additional one. A name therefore also matches the only parameter whose name has it as a suffix, or vice versa.
     """
 
-    def __init__(
-        self, source: Source, tensors: Mapping[str, Tensor], notices: list[str] | None = None
-    ) -> None:
+    def __init__(self, source: Source, tensors: Mapping[str, Tensor]) -> None:
         self.source, self._tensors = source, tensors
-        self.notices = notices or []
+        self.notices: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)

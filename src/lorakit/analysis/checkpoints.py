@@ -14,6 +14,9 @@ from lorakit.training.checkpoint import NAME, WEIGHTS
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
 
+_TENSORS = {"A": "lora_A", "B": "lora_B"} | {n: n for n in ("magnitude", "initial_A", "initial_B")}
+"""Name of a layer's tensor in the checkpoint, by its field in `StoredLayer`."""
+
 
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether `path` is a checkpoint of a training run (``RUN/checkpoints/step-000100``)."""
@@ -50,12 +53,11 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
     try:
         for module, layer in stored.layers.items():
             prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
-            names = {"A": "lora_A", "B": "lora_B"} | {
-                name: name
-                for name in ("magnitude", "initial_A", "initial_B")
-                if getattr(layer, name) is not None
+            fields = {
+                field: tensors.pop(f"{prefix}.{name}")
+                for field, name in _TENSORS.items()
+                if getattr(layer, field) is not None
             }
-            fields = {field: tensors.pop(f"{prefix}.{name}") for field, name in names.items()}
             stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]
         for name in stored.trained:
             module, _, attribute = name.rpartition(".")

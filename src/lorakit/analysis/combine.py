@@ -28,7 +28,7 @@ from lorakit.analysis.derived import (
     inherited_provenance,
     require_low_rank,
 )
-from lorakit.analysis.spectrum import spectrum
+from lorakit.analysis.spectrum import require_share, spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError, require_choice
 from lorakit.methods.lora import LoRA
 from lorakit.ops.autocast import wide_dtype
@@ -160,10 +160,7 @@ def _check_settings(
                 "omit it."
             )
     require_choice("how", how, get_args(How))
-    if not 0 < density <= 1:
-        raise ConfigurationError(
-            f"density is {density!r}; it is a share of entries, above 0 and at most 1."
-        )
+    require_share("density", density, "a share of entries", example=0.5)
     if how == "sum" and density != 1:
         raise ConfigurationError(
             f"density is {density:g}, but how is sum, which keeps every entry. Set how to ties or dare."

@@ -23,7 +23,7 @@ from lorakit.analysis.deltas import (
 )
 from lorakit.analysis.derived import Derived, LayerResult, derive, require_low_rank
 from lorakit.analysis.leading import leading_svd
-from lorakit.analysis.spectrum import check_energy, cumulative_share, rank_for
+from lorakit.analysis.spectrum import cumulative_share, rank_for, require_share
 from lorakit.analysis.thin_svd import thin_svd
 from lorakit.errors import ConfigurationError
 from lorakit.ops.autocast import wide_dtype
@@ -206,4 +206,4 @@ def check_target(rank: int | None, energy: float | None) -> None:
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigurationError(f"rank is {rank!r}; it must be a whole number of 1 or more.")
     if energy is not None:
-        check_energy(energy)
+        require_share("energy", energy, "the share of the squared norm to keep", example=0.9)

@@ -29,6 +29,7 @@ from lorakit.analysis.deltas import (
     weight_parts,
 )
 from lorakit.analysis.leading import leading_svd
+from lorakit.analysis.spectrum import require_share
 from lorakit.errors import ConfigurationError
 
 TOP, THRESHOLD = 10, 0.5
@@ -233,7 +234,4 @@ def _validate(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:
         )
     if top < 1:
         raise ConfigurationError(f"top is {top}; it must be at least 1.")
-    if not 0 < threshold <= 1:
-        raise ConfigurationError(
-            f"threshold is {threshold!r}; it is a cosine, above 0 and at most 1, for example 0.5."
-        )
+    require_share("threshold", threshold, "a cosine", example=THRESHOLD)

@@ -75,7 +75,8 @@ class Similarity:
     @property
     def random(self) -> Tensor:
         """Expected phi of random directions, (r1, r2)."""
-        return random_level(*self.phi.shape, self.width)
+        rows, columns = self.phi.shape
+        return random_level(rows, columns, self.width)
 
     @property
     def first(self) -> float:

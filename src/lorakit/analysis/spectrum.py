@@ -153,21 +153,20 @@ def rank_for(energy_by_rank: Tensor, energy: float) -> int:
     Raises:
         ConfigurationError: `energy` is not above 0 and at most 1.
     """
-    check_energy(energy)
+    require_share("energy", energy, "the share of the squared norm to keep", example=0.9)
     if energy_by_rank[-1] == 0:
         return 0
     # The tolerance covers rounding: the last share may be slightly below 1.
     return int((energy_by_rank < energy * (1 - 1e-12)).sum()) + 1
 
 
-def check_energy(energy: float) -> None:
-    """Validate a share of the squared norm.
+def require_share(name: str, value: float, meaning: str, *, example: float) -> None:
+    """Validate a setting with values above 0 and at most 1.
 
     Raises:
-        ConfigurationError: It is not above 0 and at most 1.
+        ConfigurationError: It is out of range.
     """
-    if not 0 < energy <= 1:
+    if not 0 < value <= 1:
         raise ConfigurationError(
-            f"energy is {energy!r}; it is the share of the squared norm to keep, above 0 and at most 1, "
-            "for example 0.9."
+            f"{name} is {value!r}; it is {meaning}, above 0 and at most 1, for example {example}."
         )
