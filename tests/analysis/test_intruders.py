@@ -26,7 +26,7 @@ def reference(W: torch.Tensor, adapted: torch.Tensor, top: int) -> torch.Tensor:
 
 
 def pair(rows: int, columns: int, strength: float, rank: int = 4):
-    """Return a random weight and a copy changed along random directions, which are intruders if the change is strong."""
+    """Return a random weight and a copy changed along random directions, intruders if the change is strong."""
     W = randn(rows, columns, seed=0) / columns**0.5
     A, B = randn(rank, columns, seed=1) / columns**0.5, randn(rows, rank, seed=2) / rows**0.5
     return W, W + strength * B @ A
