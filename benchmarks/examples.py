@@ -27,9 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.workloads import SEED, WORKLOADS, Order, Workload
-from lorakit.data.batches import BatchSampler
 from lorakit.data import DataConfig, docstrings, load_examples
-from lorakit.data.batches import MEGABATCH
+from lorakit.data.batches import MEGABATCH, BatchSampler
 from lorakit.models.loading import load_tokenizer
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 

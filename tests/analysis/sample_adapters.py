@@ -1,4 +1,4 @@
-"""Adapters to measure: every kind of layer at rest, and one that was trained for a few steps."""
+"""Sample adapters: every kind of stored layer, and an adapter trained for a few steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def factors(rank: int, n_in: int, n_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A and B with singular values that fall off, as trained ones do."""
+    """Return A and B with decaying singular values, as after training."""
     falling = 0.6 ** torch.arange(rank)
     A, B = randn(rank, n_in, seed=seed), randn(n_out, rank, seed=seed + 1)
     return A * falling[:, None], B
@@ -35,7 +35,7 @@ def linear(seed: int = 0, **settings) -> StoredLayer:
 
 
 def layers() -> dict[str, StoredLayer]:
-    """One layer of each kind and option, by a name that says which."""
+    """Return one layer of each kind and option, by name."""
     q, v = (RowSlice(groups=1, stride=60, offset=offset, width=20) for offset in (0, 40))
     heads = RowSlice(groups=4, stride=15, offset=5, width=5)
     A, B = factors(8, 24, 40, 10)
@@ -66,14 +66,14 @@ def layers() -> dict[str, StoredLayer]:
 
 
 def stored(*names: str, **more: StoredLayer) -> StoredAdapter:
-    """An adapter of some of `layers`, by default of all."""
+    """Return an adapter with these `layers`, by default all."""
     found = layers()
     chosen = {name: found[name] for name in names or (() if more else found)} | more
     return StoredAdapter(method=LoRA(targets=tuple(chosen)), layers=chosen)
 
 
 def weight_shape(name: str) -> tuple[int, ...]:
-    """Shape of the base's weight under one of `layers`, as its module stores it."""
+    """Return the shape of the base weight of one of `layers`, as its module stores it."""
     if name in ("fused", "interleaved"):
         return (60, 24)
     special = {
@@ -88,7 +88,7 @@ def weight_shape(name: str) -> tuple[int, ...]:
 
 @functools.cache
 def trained_llama(seed: int = 0, rank: int = 4, **settings) -> lorakit.Adapters:
-    """A tiny Llama with an adapter that learned one batch by heart for some steps."""
+    """Return a tiny Llama with an adapter that was trained on one batch for some steps."""
     model = tiny_models.build("llama")
     method = lorakit.LoRA(rank=rank, alpha=2 * rank, targets="all-linear", **settings)
     handle = lorakit.attach(model, method, name="trained", seed=seed)
@@ -103,12 +103,12 @@ def trained_llama(seed: int = 0, rank: int = 4, **settings) -> lorakit.Adapters:
 
 
 def dense(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
-    """The product itself, in float64."""
+    """Return the dense product in float64."""
     return scaling * (B.double() @ A.double())
 
 
 def dense_parts(layer: StoredLayer) -> list[Tensor]:
-    """The layer's changes as dense float64 matrices, from the definition of each kind."""
+    """Return the layer's changes as dense float64 matrices, from the definition of each kind."""
     change = at_rest.delta(layer)
     if layer.slices:
         return [change[piece.rows()] for piece in layer.slices]

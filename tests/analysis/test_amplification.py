@@ -1,4 +1,4 @@
-"""Table 7's quantities equal those of dense float64 decompositions; its random column, the formula."""
+"""Compare Table 7's quantities with dense float64 decompositions, and its random column with the formula."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 
 
 class Base(dict):
-    """Weights at hand, in place of a model on disk."""
+    """In-memory weights in place of a model on disk."""
 
     notices = ()
 
@@ -77,7 +77,7 @@ def test_directions_beyond_the_rank_do_not_count():
 
 
 def test_the_random_column():
-    # As Table 7 has it: 61.95 for W_q of 12288 x 12288, 0.02 at r = 4 and 0.33 at r = 64.
+    # Table 7: ||W_q|| is 61.95 for 12288 x 12288; 0.02 at r = 4 and 0.33 at r = 64.
     assert random_projection(4, 61.95, 12288, 12288) == pytest.approx(0.0202, abs=5e-5)
     assert random_projection(64, 61.95, 12288, 12288) == pytest.approx(0.323, abs=5e-4)
     W, (A, B) = randn(48, 36, seed=0), factors(4, 36, 48, seed=1)
@@ -101,7 +101,7 @@ def test_every_kind_of_layer(name):
     if name == "loralib-conv":
         pieces = [W.reshape(12, 15)]
     changes = dense_parts(layer)
-    if name == "grouped":  # a group's factors see its own channels alone
+    if name == "grouped":  # a group's factors see only its own channels
         changes = [c[:, c.abs().sum(0) > 0] for c in changes]
     for one, piece, change in zip(found.layers.values(), pieces, changes, strict=True):
         assert_equal(one, reference(piece, change, one.rank))
@@ -153,13 +153,13 @@ def test_an_untrained_matrix_is_named():
     weights = Base({"linear.weight": randn(20, 24, seed=0), "other.weight": randn(20, 24, seed=1)})
     found = adapter_amplification(adapter, weights)
     assert list(found.layers) == ["linear"]
-    assert found.notices == ["'other' is left out: the adapter is zero there."]
+    assert found.notices == ["'other' is skipped: it is zero in the adapter."]
     with pytest.raises(AdapterFileError, match="never trained"):
         adapter_amplification(adapter, weights, only="other")
 
 
 @pytest.mark.parametrize(
-    ("only", "message"), [("key", "none of the 1 names"), ("(", "no regular expression")]
+    ("only", "message"), [("key", "none of the 1 names"), ("(", "not a regular expression")]
 )
 def test_a_choice_that_chooses_nothing(only, message):
     with pytest.raises(ConfigurationError, match=message):

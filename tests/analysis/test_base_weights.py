@@ -1,4 +1,4 @@
-"""A base's weights, read from its files under the adapter's names and checked against its record."""
+"""Read a base's weights from its files under the adapter's names, and validate them against the record."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.models.base_config import BaseConfig
 
 ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "roberta", "t5", "vit")
-"""Two name their weights otherwise on disk: gpt-neox its head, vit everything."""
+"""Two have other names on disk than in the model: gpt-neox for its head, vit for all weights."""
 
 
 def saved(folder: Path, arch: str = "llama", **settings) -> lorakit.Adapters:
-    """A tiny base in `folder`, and a handle on the same model with a random adapter."""
+    """Save a tiny base in `folder`, and return a handle on the same model with a random adapter."""
     model = tiny_models.build(arch, **settings)
     model.save_pretrained(folder)
     model.config._name_or_path = str(folder)
@@ -105,7 +105,7 @@ def test_a_weight_that_is_not_there(tmp_path):
     weights = read_weights(BaseConfig(name=str(tmp_path / "base")))
     with pytest.raises(BaseModelError, match=r"no weight 'model.layers.9.self_attn.q_proj.weight'"):
         weights["model.layers.9.self_attn.q_proj.weight"]
-    # One layer's name may end like another's; a name that fits several stands for none.
+    # A suffix that matches several names is rejected.
     assert "weight" not in weights
 
 

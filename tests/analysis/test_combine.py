@@ -1,4 +1,4 @@
-"""Sums are exactly the sums of the changes; alone at weight 1, every adapter stays what it is."""
+"""Sums equal the sums of the changes exactly; a single adapter with weight 1 stays unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def adapted_gpt2(**settings) -> lorakit.Adapters:
-    """GPT-2 has fused projections, transposed weights, biases, and a head tied to its embedding."""
+    """Adapt a GPT-2, which has fused projections, transposed weights, biases and a tied head."""
     model = tiny_models.build("gpt2")
     method = lorakit.LoRA(**{"rank": 2, "alpha": 3.0, "targets": "all-linear"} | settings)
     handle = lorakit.attach(model, method, name="a")
@@ -71,7 +71,7 @@ def test_the_sum_of_two_is_the_sum_of_their_changes(name):
     second = stored(**{name: _other(layers()[name])})
     made = combine_adapters([first, second], [0.7, -1.3])
     expected = 0.7 * delta(first.layers[name]) - 1.3 * delta(second.layers[name])
-    # One rounding of each number of B to float32.
+    # Each number of B is rounded to float32 once.
     found = delta(made.adapter.layers[name])
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-7 * float(expected.norm()))
     assert made.error == 0
@@ -83,7 +83,7 @@ def test_the_sum_of_two_is_the_sum_of_their_changes(name):
 
 
 def _other(layer: StoredLayer) -> StoredLayer:
-    """A layer like this one, with other numbers, another scaling and, where it can, another rank."""
+    """Return a similar layer with other numbers, another scaling and, if possible, another rank."""
     noisy = {
         name: tensor + randn(*tensor.shape, seed=77)
         for name, tensor in layer.tensors.items()
@@ -169,10 +169,10 @@ def test_trained_adapters_compressed_after_the_sum():
 
 def test_ties_by_its_definition():
     changes = [torch.tensor([[3.0, -1.0, 0.5, 2.0]]), torch.tensor([[-1.0, -2.0, 0.1, -4.0]])]
-    # Trimmed to half: (3, 0, 0, 2) and (0, -2, 0, -4). Signs elected: +, -, none, -.
+    # Trimmed to half: (3, 0, 0, 2) and (0, -2, 0, -4). Elected signs: +, -, none, -.
     expected = torch.tensor([[3.0, -2.0, 0.0, -4.0]])
     torch.testing.assert_close(ties(changes, [1.0, 1.0], 0.5), expected)
-    # Untrimmed: sums 2, -3, 0.6, -2; the mean is over those that agree.
+    # Untrimmed: sums 2, -3, 0.6, -2; the mean covers the entries with the elected sign.
     torch.testing.assert_close(
         ties(changes, [1.0, 1.0], 1.0), torch.tensor([[3.0, -1.5, 0.3, -4.0]])
     )
@@ -198,7 +198,7 @@ def test_entrywise_results_are_approximated_at_the_sum_of_the_ranks(how, name):
     pieces = [dense_parts(adapter.layers[name]) for adapter in (first, second)]
     residual, norm = 0.0, 0.0
     for number, changes in enumerate(zip(*pieces, strict=True)):
-        if name == "grouped":  # a group's own channels
+        if name == "grouped":  # only the group's channels
             changes = [c[:, 9 * number : 9 * (number + 1)] for c in changes]
         changes = [change.float() for change in changes]
         if how == "ties":
@@ -228,7 +228,7 @@ def test_what_is_not_linear_in_a_weight(option, message):
     adapter = _adapter(**OPTIONS[option])
     with pytest.raises(ConfigurationError, match=message):
         combine_adapters([adapter], [0.5])
-    with pytest.raises(ConfigurationError, match="only stand alone, with weight 1"):
+    with pytest.raises(ConfigurationError, match="only be used alone, with weight 1"):
         combine_adapters([_adapter(), adapter])
 
 

@@ -1,4 +1,4 @@
-"""Compression is the best approximation of each change, with the error that it reports."""
+"""Compression gives the best approximation of each change, and reports its error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_factors_are_the_best_approximation(rank):
     torch.testing.assert_close(dense(new_A, new_B), expected, rtol=0, atol=1e-6 * change.norm())
     left_out = (change - expected).norm() / change.norm()
     assert error == pytest.approx(float(left_out), rel=1e-6)
-    # The factors share the singular values evenly.
+    # Both factors have the square roots of the singular values.
     torch.testing.assert_close(new_A @ new_A.T, new_B.T @ new_B, rtol=1e-4, atol=1e-4)
 
 
@@ -139,9 +139,9 @@ def test_targets_that_make_no_sense(target, message):
 
 def test_what_cannot_be_compressed():
     whole = StoredAdapter(method=FullFineTuning(), trained={"weight": torch.ones(2, 2)})
-    with pytest.raises(AdapterFileError, match="not of low-rank factors"):
+    with pytest.raises(AdapterFileError, match="does not consist of low-rank factors"):
         compress_adapter(whole, rank=1)
     adapter = stored("linear")
     adapter.base_copies["linear.weight"] = torch.ones(20, 24)
-    with pytest.raises(AdapterFileError, match="only the base can tell"):
+    with pytest.raises(AdapterFileError, match="does not record whether they were trained"):
         compress_adapter(adapter, rank=1)

@@ -1,4 +1,4 @@
-"""Distances and angles equal those of the dense float64 changes."""
+"""Compare distances and angles with those of the dense float64 changes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_same_change_twice_is_at_distance_zero():
     assert (found.distance, found.relative, found.angle) == (0, 0, 0)
     opposite = difference((A, B, 2.0), (A, B, -2.0))
     assert opposite.angle == pytest.approx(180)
-    # The same product from other factors is as near as rounding lets it be.
+    # Other factors of the same product differ only by rounding.
     assert difference((A, B, 2.0), (2 * A, B, 1.0)).relative < 1e-12
 
 
@@ -104,7 +104,7 @@ def test_what_one_adapter_has_alone_counts_against_zero():
     alone = found.layers["fused rows 0:20"]
     assert alone.second == 0
     assert alone.distance == pytest.approx(alone.first)
-    assert "2 matrices are in the first adapter alone" in found.notices[0]
+    assert "2 matrices are only in the first adapter" in found.notices[0]
 
 
 def test_nothing_in_common():
@@ -125,7 +125,7 @@ def test_parts_trained_in_full():
     found = adapter_diff(one, other)
     assert found.trained["head.weight"].distance == pytest.approx(2 * math.sqrt(12))
     assert found.trained["dora.magnitude"].distance == pytest.approx(math.sqrt(20), rel=1e-6)
-    assert "'bias' is trained in full in the second adapter alone." in found.notices
+    assert "'bias' is trained in full only in the second adapter." in found.notices
     other.trained["head.weight"] = torch.ones(5, 4)
     with pytest.raises(AdapterFileError, match=r"has shape \(3, 4\) in the first"):
         adapter_diff(one, other)
@@ -151,7 +151,7 @@ def test_checkpoints_of_a_run(tmp_path):
     found = adapter_diff(early, late)
     assert found.notices == []
     assert 0 < found.overall.distance < found.overall.first + found.overall.second
-    # The last checkpoint is what the adapter folder holds.
+    # The last checkpoint equals the adapter folder.
     assert adapter_diff(late, run / "adapter").overall.distance == 0
 
     for name in ("adapter", "best"):
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
 
 
 def test_shapes_that_differ():
-    with pytest.raises(ConfigurationError, match="one shape was expected"):
+    with pytest.raises(ConfigurationError, match="equal shapes were expected"):
         difference((*factors(2, 5, 6, seed=0), 1.0), (*factors(2, 5, 7, seed=0), 1.0))
     with pytest.raises(AdapterFileError, match="different base models"):
         adapter_diff(stored("linear"), stored(linear=linear(A=randn(4, 9, seed=0))))

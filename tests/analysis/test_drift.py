@@ -1,4 +1,4 @@
-"""Drift equals KL divergences and losses of two separate models, text by text."""
+"""Compare drift with the KL divergences and losses of two separate models, text by text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_classes_that_are_masked_in_both():
     logits = torch.tensor([[1.0, -torch.inf, 0.0]])
     kl, _ = divergence(logits, logits + torch.tensor([0.0, 0.0, 1.0]))
     assert kl.isfinite().all()
-    with pytest.raises(ConfigurationError, match="one shape"):
+    with pytest.raises(ConfigurationError, match="equal shape"):
         divergence(torch.ones(2, 3), torch.ones(2, 4))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny base and a random adapter for it, on disk."""
+    """Save a tiny base and a random adapter for it."""
     folder = tmp_path_factory.mktemp("drift")
     name = tiny_runs.save_base(folder / "base")
     model = lorakit.load_base(name, dtype="float32").model
@@ -137,7 +137,7 @@ def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"\n  \n", "no text in it"),
+        ("empty.txt", b"\n  \n", "has no text"),
         ("latin.txt", b"caf\xe9\n", "not UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n', "data file with columns"),
         ("missing.txt", None, "cannot be read"),
@@ -161,5 +161,5 @@ def test_a_model_that_writes_no_text(tmp_path):
     model = lorakit.load_base(base, task="seq2seq-lm", dtype="float32").model
     lorakit.attach(model, lorakit.LoRA(rank=2), name="a").save(tmp_path / "a")
     (tmp_path / "text.txt").write_text("some text")
-    with pytest.raises(BaseModelError, match="models that write text"):
+    with pytest.raises(BaseModelError, match="model that generates text"):
         adapter_drift(tmp_path / "a", tmp_path / "text.txt", base=BaseConfig(name=base))

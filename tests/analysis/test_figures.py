@@ -1,4 +1,4 @@
-"""Figures of the measures hold the measures' numbers."""
+"""Figures show the numbers of the measures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def labels(figure: Figure) -> list[str]:
 
 
 def wide(rank: int, blocks: int, seed: int) -> StoredAdapter:
-    """Queries and values of a few blocks, with a rank as high as people use."""
+    """Return an adapter of queries and values in a few blocks, with a high rank."""
     return stored(
         **{
             f"layers.{block}.{kind}": linear(

@@ -1,4 +1,4 @@
-"""Intruders are those that full float64 decompositions find, also where they are found in part."""
+"""Compare intruders with those of full float64 decompositions, for full and partial decompositions."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lorakit.errors import ConfigurationError
 
 
 class Base(dict):
-    """Weights at hand, in place of a model on disk."""
+    """In-memory weights in place of a model on disk."""
 
     notices = ()
 
 
 def reference(W: torch.Tensor, adapted: torch.Tensor, top: int) -> torch.Tensor:
-    """Largest cosine of each leading vector, over all of the base's (algorithm 1 of the paper)."""
+    """Return the largest cosine of each leading vector with all of the base's (algorithm 1 of the paper)."""
     base = torch.linalg.svd(W.double(), full_matrices=False).U
     own = torch.linalg.svd(adapted.double(), full_matrices=False).U
     return (base.T @ own[:, :top]).abs().amax(0)
 
 
 def pair(rows: int, columns: int, strength: float, rank: int = 4):
-    """A random weight and one changed along random directions; the first are intruders if it is strong."""
+    """Return a random weight and a copy changed along random directions, intruders if the change is strong."""
     W = randn(rows, columns, seed=0) / columns**0.5
     A, B = randn(rank, columns, seed=1) / columns**0.5, randn(rows, rank, seed=2) / rows**0.5
     return W, W + strength * B @ A
@@ -39,8 +39,8 @@ def test_random_weights(shape, strength):
     found = intruders(W, adapted)
     exact = reference(W, adapted, 10)
     assert torch.equal(found.is_intruder, exact < 0.5)
-    # What is known of a cosine that was not computed: between these two. Vectors that lie close
-    # together are mixed by float32's rounding, by up to 1e-3 here.
+    # `cosine` and `bound` bracket the exact cosine. Float32 rounding mixes vectors with close singular
+    # values, by up to 1e-3 here.
     assert (found.cosine <= exact + 2e-3).all()
     assert (found.bound >= exact - 2e-3).all()
     assert found.count >= 4 if strength > 1 else found.count == 0
@@ -57,17 +57,17 @@ def test_the_bound_is_never_below_the_largest_cosine(shape):
     exact = (U.T @ vectors).abs().amax(0)
     bound = largest_cosine_bound(W, vectors, enough=0)
     assert (bound >= exact - 1e-9).all()
-    # With as many steps as there are dimensions little is left between the two.
+    # With as many steps as dimensions the bound is nearly tight.
     torch.testing.assert_close(bound[:2], exact[:2], atol=0.02, rtol=0)
     assert bound[2] < 0.7
     if shape[0] > shape[1]:
-        assert bound[3] < 1e-6  # a direction that the base cannot reach matches none of its vectors
+        assert bound[3] < 1e-6  # a direction outside the base's range matches none of its vectors
 
 
 def test_a_verdict_at_the_threshold_takes_the_full_decomposition(monkeypatch):
     W, adapted = pair(600, 640, 2.0)
     exact = reference(W, adapted, 10)
-    threshold = float(exact.min()) * 1.05  # too close for a bound
+    threshold = float(exact.min()) * 1.05  # too close for the bound to decide
     calls = []
     svd = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
@@ -126,7 +126,7 @@ def test_dora_scales_the_rows():
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         intruders(torch.eye(3), torch.eye(3), **settings)
-    with pytest.raises(ConfigurationError, match="one shape"):
+    with pytest.raises(ConfigurationError, match="equal shape"):
         intruders(torch.eye(3), torch.eye(4))
 
 

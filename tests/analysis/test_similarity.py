@@ -1,4 +1,4 @@
-"""Subspace similarity equals its definition on dense float64 decompositions; random levels are met."""
+"""Compare subspace similarity with its definition on dense float64 decompositions, and with random levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 
 
 def reference(A1: torch.Tensor, A2: torch.Tensor) -> torch.Tensor:
-    """Equation 4 entry by entry, with the directions from a dense decomposition."""
+    """Compute equation 4 entry by entry, with the directions from a dense decomposition."""
     U1, U2 = (torch.linalg.svd(A.double(), full_matrices=True).Vh.T for A in (A1, A2))
     phi = torch.empty(len(A1), len(A2)).double()
     for i in range(1, len(A1) + 1):
@@ -75,7 +75,7 @@ def test_trained_adapters_of_two_ranks_and_of_two_seeds():
             torch.testing.assert_close(found.B[path].phi, reference(mine.B.T, theirs.B.T))
             assert found.A[path].width == mine.A.shape[1]
             assert found.B[path].width == mine.B.shape[0]
-    # The same initial A of the same seed hardly moved; those of two seeds are unrelated.
+    # Training hardly moves A: equal seeds stay similar, other seeds are unrelated.
     same = adapter_similarity(large, large)
     assert min(s.whole for s in same.A.values()) > 0.999
     other = adapter_similarity(large, seed)
@@ -86,7 +86,7 @@ def test_slices_are_compared_with_their_like():
     found = adapter_similarity(stored("fused", "linear"), stored("fused"))
     assert list(found.A) == ["fused rows 0:20", "fused rows 40:60"]
     assert found.A["fused rows 0:20"].first == pytest.approx(1)
-    assert "1 matrices are in the first adapter alone, 'linear'" in found.notices[0]
+    assert "1 matrices are only in the first adapter, such as 'linear'" in found.notices[0]
 
 
 def test_json():

@@ -1,4 +1,4 @@
-"""Spectra equal those of the dense float64 product, on random, trained and published adapters."""
+"""Compare spectra with those of the dense float64 product, on random, trained and published adapters."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def reference(A: torch.Tensor, B: torch.Tensor, scaling: float = 1.0) -> torch.T
 def test_singular_values_are_those_of_the_dense_product(dtype):
     A, B = (t.to(dtype) for t in factors(8, 60, 90, seed=0))
     found = spectrum(A, B, -1.5).singular_values
-    # Nothing is rounded but in float64: the numbers of the factors are exact there.
+    # The factors' numbers are exact in float64, so only float64 rounding remains.
     torch.testing.assert_close(found, reference(A, B, -1.5), rtol=1e-10, atol=1e-12)
 
 
 def test_factors_that_are_nearly_dependent_keep_their_small_singular_values():
     A, B = factors(4, 30, 40, seed=0)
-    A[3] = A[2] + 1e-6 * A[3]  # squaring this loses the last singular value: 1e-12 beside 1
+    A[3] = A[2] + 1e-6 * A[3]  # squaring loses the last singular value: 1e-12 next to 1
     found = spectrum(A, B).singular_values
     torch.testing.assert_close(found, reference(A, B), rtol=1e-6, atol=0)
 
@@ -51,7 +51,7 @@ def test_rank_above_the_width():
 
 
 def test_ranks_by_their_definitions():
-    # Orthonormal factors, so that the singular values are exactly these.
+    # With orthonormal factors the singular values are exactly these.
     values = [3.0, 2.0, 2.0, 1.0]
     Q = torch.linalg.qr(randn(9, 4, seed=0).double()).Q
     found = spectrum(torch.diag(torch.tensor(values).double()) @ Q.T, Q)
@@ -116,7 +116,7 @@ def test_a_trained_adapter():
 def test_the_published_adapter(shared):
     path = shared / "checkpoints" / "roberta_base_lora_mnli.bin"
     found = adapter_spectrum(path, alpha=16)
-    # Shares of the squared norm in the first singular value, and norms of B A, as measured elsewhere.
+    # Shares of the squared norm in the first singular value, and norms of B A, measured independently.
     shares = {0: 0.63, 4: 0.32, 9: 0.84, 10: 0.94, 11: 0.993}
     norms = {0: 4.8136, 4: 4.6199, 9: 6.9218, 10: 7.2132, 11: 6.3886}
     for i, share in shares.items():

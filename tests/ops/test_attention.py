@@ -1,4 +1,4 @@
-"""masked_attention against plain float64 arithmetic, under masks of every kind that a batch has."""
+"""Compare masked_attention with plain float64 arithmetic, for every kind of mask that batches use."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def causal(length):
 
 
 def tree(prompt, tail, count):
-    """A prompt and `count` completions of it, side by side."""
+    """Return the mask of a prompt with `count` completions."""
     length = prompt + tail * count
     mask = torch.zeros(length, length, dtype=torch.bool)
     mask[:prompt, :prompt] = causal(prompt)
@@ -29,7 +29,7 @@ def inputs(rows, length, heads=4, key_heads=2, width=8, dtype=torch.float64):
 
     def draw(count):
         x = torch.randn(rows, length, count, width, generator=generator, dtype=dtype)
-        return x.transpose(1, 2).requires_grad_()  # as models hand them over: heads are a view
+        return x.transpose(1, 2).requires_grad_()  # a view, as in models
 
     return draw(heads), draw(key_heads), draw(key_heads)
 
@@ -69,14 +69,14 @@ def test_output_and_gradients_are_those_of_plain_arithmetic(name, key_heads):
 @pytest.mark.parametrize("kept", [0, 1000])
 @pytest.mark.parametrize("name", ["none", "long", "padding", "trees", "side by side"])
 def test_groups_of_blocks_change_nothing(name, kept, dropout, monkeypatch):
-    """Cut into many groups, some of one block: the result and, where nothing is drawn, the gradients."""
+    """Compare the result, and without dropout the gradients, of one group and of many."""
     mask = MASKS[name]
     rows, length = (5, 9) if mask is None else (len(mask), mask.shape[-1])
-    monkeypatch.setattr(attention, "KEPT_KEYS", kept)
+    monkeypatch.setattr(attention, "MAX_SAVED_KEYS", kept)
     found = []
     for pairs in (2**30, 2000):
         monkeypatch.setattr(attention, "GROUP_PAIRS", pairs)
-        attention._known.clear()
+        attention._blocks_by_mask.clear()
         x = inputs(rows, length)
         groups = attention._blocks(mask, *x[:2]).groups
         assert (len(groups) > 1) == (pairs == 2000 and name != "none")
@@ -90,7 +90,7 @@ def test_groups_of_blocks_change_nothing(name, kept, dropout, monkeypatch):
 
 def test_gradients_through_groups_of_blocks_with_dropout(monkeypatch):
     monkeypatch.setattr(attention, "GROUP_PAIRS", 600)
-    monkeypatch.setattr(attention, "KEPT_KEYS", 0)
+    monkeypatch.setattr(attention, "MAX_SAVED_KEYS", 0)
     monkeypatch.setattr(attention, "BLOCK_SIZES", (4,))
     mask = causal(12).expand(3, 1, 12, 12).clone()
     x = inputs(3, 12)
@@ -104,7 +104,7 @@ def test_gradients_through_groups_of_blocks_with_dropout(monkeypatch):
 
 
 def test_queries_that_see_nothing_are_finite():
-    """A whole block of them, as the left padding of a short text in a long batch."""
+    """Mask a whole block of queries, like the left padding of a short text in a long batch."""
     mask = causal(150).expand(2, 1, 150, 150) & (torch.arange(150) >= 100)
     x = inputs(2, 150)
     out = masked_attention(*x, mask, scale=0.3)
@@ -119,7 +119,7 @@ def test_queries_that_see_nothing_are_finite():
 def test_any_mask(seed, length, rows, density):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, 1, length, length, generator=generator) < density
-    mask |= torch.eye(length, dtype=torch.bool)  # every query sees something
+    mask |= torch.eye(length, dtype=torch.bool)  # every query sees at least one key
     ours, theirs = inputs(rows, length), inputs(rows, length)
     out = masked_attention(*ours, mask, scale=1.0)
     expected = masked_attention_reference(*theirs, mask, scale=1.0)
@@ -132,12 +132,12 @@ def test_any_mask(seed, length, rows, density):
 def test_trees_are_cut_into_blocks_that_leave_most_pairs_out():
     mask = MASKS["side by side"]
     masked_attention(*inputs(1, 240), mask, scale=1.0)
-    (blocks,) = attention.known_of(mask, attention._known).values()
+    (blocks,) = attention.mask_cache(mask, attention._blocks_by_mask).values()
     assert blocks.count > 1
     assert blocks.length < 120
 
 
-@pytest.mark.parametrize("limit", ["KEPT_KEYS", "LONGEST"])
+@pytest.mark.parametrize("limit", ["MAX_SAVED_KEYS", "MAX_KEYS"])
 def test_long_rows_take_less_memory_to_the_same_result(limit, monkeypatch):
     mask = causal(40)[None, None].clone()
     ours, theirs = inputs(1, 40), inputs(1, 40)
@@ -163,7 +163,7 @@ def test_bfloat16_rounds_each_step_once():
     wide = inputs(2, 170)
     out = masked_attention(*(x.detach().bfloat16() for x in wide), mask, scale=0.3)
     expected = masked_attention_reference(*wide, mask, scale=0.3)
-    # Scores, weights, values and the result are rounded to 8 bits each, with errors of either sign.
+    # Scores, weights, values and the result are each rounded to 8 bits, with errors of both signs.
     assert (out - expected).norm() <= 2**-7 * expected.norm()
 
 
@@ -175,7 +175,7 @@ def test_dropout_leaves_the_expectation_and_its_gradient_is_that_of_the_drawn_we
     for seed in range(400):
         torch.manual_seed(seed)
         mean += masked_attention(q, k, v, mask, scale=0.3, dropout=0.25).detach() / 400
-    # 400 draws leave 1/20 of one draw's spread, which is about the size of the result itself.
+    # One draw deviates by about the size of the result; the mean of 400 draws by 1/20 of that.
     assert (mean - plain).norm() <= 0.1 * plain.norm()
 
     def drawn(*x):

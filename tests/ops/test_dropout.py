@@ -1,4 +1,4 @@
-"""Fast dropout: the right share, the right factor, and torch's seed decides all of it."""
+"""Test fast dropout: the share dropped, the scale factor, and reproducibility from torch's seed."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_share_and_factor(p, dtype):
 
 
 def test_every_element_has_the_same_probability():
-    """The thresholds are 0 and 1 of 256, in a pattern whose start is random: neither shows at any place."""
+    """The thresholds are 0 and 1 of 256; the random start of their pattern must hide it at every position."""
     torch.manual_seed(0)
     draws, p = 40_000, 1 / 512
     dropped = sum((dropout(torch.ones(50), p) == 0).double() for _ in range(draws)) / draws

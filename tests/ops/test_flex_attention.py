@@ -1,4 +1,4 @@
-"""flex_masked_attention against plain float64 arithmetic; its compiled kernel where there is a GPU."""
+"""Compare flex_masked_attention with plain float64 arithmetic; the compiled kernel only on a GPU."""
 
 import gc
 
@@ -11,7 +11,7 @@ from lorakit.ops.attention import masked_attention_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="FlexAttention has gradients on a GPU alone"
+    not torch.cuda.is_available(), reason="FlexAttention has gradients only on a GPU"
 )
 
 
@@ -30,7 +30,7 @@ def test_output_is_that_of_plain_arithmetic(name):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_are_those_of_plain_arithmetic(name, monkeypatch):
-    """By the unfused computation, whose arithmetic has gradients on a CPU too."""
+    """Use the unfused computation, which also has gradients on a CPU."""
     module = torch.nn.attention.flex_attention
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
     mask = MASKS[name]
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_plain_arithmetic(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask is not None])
 def test_blocks_are_those_in_which_something_is_seen(name):
-    """What a compiled kernel looks at; the unfused computation looks at all pairs."""
+    """Check the block mask directly: only the compiled kernel skips blocks."""
     mask = MASKS[name]
     rows, length = rows_of(mask)
     q, k, _ = inputs(rows, length)
@@ -100,12 +100,12 @@ def test_blocks_are_found_once_for_a_mask_and_anew_where_it_was_written_into():
 def test_what_is_known_of_a_mask_is_forgotten_with_it():
     mask = tree(5, 3, 2)[None, None]
     q, k, v = (x.detach() for x in inputs(1, 11))
-    before = len(flex_attention._known)
+    before = len(flex_attention._block_masks)
     flex_masked_attention(q, k, v, mask, scale=0.3)
-    assert len(flex_attention._known) == before + 1
+    assert len(flex_attention._block_masks) == before + 1
     del mask
     gc.collect()
-    assert len(flex_attention._known) == before
+    assert len(flex_attention._block_masks) == before
 
 
 @needs_gpu
@@ -120,7 +120,7 @@ def test_the_compiled_kernel(name):
     weight = torch.randn(expected.shape, dtype=torch.float64)
     (out * weight.cuda().float()).sum().backward()
     (expected * weight).sum().backward()
-    # A GPU's products of float32 may keep ten bits of their factors.
+    # A GPU may round the factors of float32 products to ten bits (TF32).
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-2, atol=1e-2)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.grad.cpu() - b.grad).norm() <= 1e-2 * b.grad.norm()

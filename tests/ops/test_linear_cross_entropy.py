@@ -1,4 +1,4 @@
-"""The chunked loss against its plain twin."""
+"""Compare the chunked loss with its plain PyTorch reference."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_gradcheck():
 
 
 def test_a_second_derivative_is_an_error():
-    """The gradients are made with the loss: to autograd they are constants."""
+    """The forward pass computes the gradients, so autograd treats them as constants."""
     hidden, weight, targets, _ = tensors(torch.float64)
     loss = linear_cross_entropy(hidden, weight, targets).square()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
@@ -78,7 +78,7 @@ def relative_error(found, exact):
 
 @pytest.mark.parametrize("master", [torch.bfloat16, torch.float32], ids=str)
 def test_bfloat16_gradients_are_summed_in_float32(master):
-    """Of hundreds of chunks of one row each, which a sum in bfloat16 would lose the last of."""
+    """Use hundreds of chunks of one row; a sum in bfloat16 would lose the last ones."""
     n = 2048
     hidden, weight, targets, bias = tensors(torch.bfloat16, n=n)
     weight, bias = (x.to(master).requires_grad_() for x in (weight, bias))
@@ -91,7 +91,7 @@ def test_bfloat16_gradients_are_summed_in_float32(master):
     reference.backward()
     for ours, true in zip((hidden, weight, bias), exact, strict=True):
         assert relative_error(ours.grad, true.grad) < 2**-7
-    # What summing in bfloat16 would give: many times the error.
+    # Summing in bfloat16 gives many times the error.
     parts = torch.zeros_like(weight, dtype=torch.bfloat16)
     for h, y in zip(exact[0].detach(), targets, strict=True):
         p = (exact[1] @ h + exact[2]).softmax(0).detach()
@@ -117,7 +117,7 @@ def test_no_gradient_is_formed_without_need():
 
 
 def test_products_have_few_numbers_of_rows(monkeypatch):
-    """Rows behind the last are computed for the number's sake, and leave no trace in loss and gradients."""
+    """Padding rows round up the row count and do not affect loss and gradients."""
     seen: set[int] = set()
     linear = torch.nn.functional.linear
 

@@ -1,4 +1,4 @@
-"""The fused product against its plain twin, in float64 and in bfloat16."""
+"""Compare the fused product with its plain PyTorch reference, in float64 and bfloat16."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_value_and_gradients_equal_the_plain_twin():
 
 
 def test_bfloat16_stays_within_its_rounding_of_float32():
-    """Two roundings of 2**-8 relative to the largest term are allowed, no more."""
+    """Allow two roundings of 2**-8 relative to the largest term."""
     x, out, A, B = tensors(torch.bfloat16, master=torch.float32)
     y = lora_linear(x, out.clone(), A, B, 0.5)
     exact = lora_linear_reference(x.float(), out.float(), A, B, 0.5)
@@ -92,7 +92,7 @@ def test_under_autocast_it_computes_in_the_output_dtype():
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [2, 3])  # at rank 2: the activations are cast, the matrices are
+@pytest.mark.parametrize("rows", [2, 3])  # at rank 2, casts the activations or the matrices
 @pytest.mark.parametrize("in_place", [True, False])
 def test_without_gradients(rows, in_place, master):
     x, out, A, B = (t.detach() for t in tensors(torch.bfloat16, shape=(rows, 1), master=master))
@@ -114,7 +114,7 @@ def test_without_gradients_a_narrow_adapter_is_multiplied_in_the_dtype_of_the_ou
 
 
 def test_a_few_rows_on_a_float16_base_are_scaled_before_they_are_rounded():
-    """The unscaled product may exceed float16's largest number, the scaled one be well within."""
+    """The unscaled product overflows float16, the scaled product does not."""
     x, A, B = torch.full((1, 8), 30.0).half(), torch.full((2, 8), 2.0), torch.full((3, 2), 100.0)
     with torch.no_grad():
         found = lora_linear(x, torch.zeros(1, 3).half(), A, B, 0.01)

@@ -1,4 +1,4 @@
-"""The norm against its plain twin, in float64 and in bfloat16."""
+"""Compare the norm with its plain PyTorch reference, in float64 and bfloat16."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_bfloat16_rounds_where_llama_does():
     stock.weight.data.copy_(w.data)
     ours = rms_norm(x, w, 1e-5)
     assert ours.dtype == torch.bfloat16
-    # The sums are added in another order, which changes the last bit of a quotient where it was a near tie.
+    # The summation order differs, which flips the last bit of quotients that are near ties.
     assert (ours != stock(x)).float().mean() < 0.01
     torch.testing.assert_close(ours, stock(x), rtol=2**-7, atol=0)
 

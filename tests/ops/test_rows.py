@@ -1,4 +1,4 @@
-"""Rows taken out of a batch and put back, against plain indexing."""
+"""Compare gathering and scattering rows with plain indexing."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Draws of a known seed are the same every time, and the global generators never notice."""
+"""Seeded draws are reproducible and leave the global generators unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_draws_are_those_of_the_seed_and_the_global_generator_stays() -> None:
 
 
 class OneDevice:
-    """What torch has for a kind of device of which a machine has one (mps)."""
+    """The device module of a backend with a single device (mps)."""
 
     def __init__(self) -> None:
         self.index, self.states = 0, [7, 7]
@@ -47,7 +47,7 @@ class OneDevice:
 
 
 class SeveralDevices(OneDevice):
-    """And for one with a current device (cuda, xpu)."""
+    """The device module of a backend with a current device (cuda, xpu)."""
 
     @contextmanager
     def device(self, device: torch.device):

@@ -1,4 +1,4 @@
-"""The gate of SwiGLU against its plain twin."""
+"""Compare the gate of SwiGLU with its plain PyTorch reference."""
 
 import torch
 from torch.autograd import gradcheck

@@ -1,7 +1,7 @@
-"""Looking into adapters and calculating with them.
+"""Measures of adapters, and functions that compress, combine and extract them.
 
-Each measure is a function of plain tensors (`spectrum`, `subspace_similarity`, `amplification`,
-`intruders`, ...) and one of adapters, read from a folder or file (`adapter_spectrum`, ...).
+Each measure has a function for plain tensors (`spectrum`, `subspace_similarity`, `amplification`,
+`intruders`, ...) and a function for adapters, read from a folder or file (`adapter_spectrum`, ...).
 """
 
 from lorakit.analysis.amplification import (

@@ -1,4 +1,4 @@
-"""What an adapter amplifies in its base: the paper's section 7.3, Table 7 and figure 8."""
+"""Directions of the base weights that an adapter amplifies: the paper's section 7.3, Table 7 and figure 8."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from lorakit.analysis.base_weights import Weights
 from lorakit.analysis.deltas import chosen, deltas_of, notices, read, weight_name, weight_parts
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.similarity import similarity_of_directions
+from lorakit.analysis.spectrum import UNTRAINED, require_share
 from lorakit.analysis.thin_svd import change_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.ops.autocast import wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +28,19 @@ class Amplification:
     """One column of Table 7. `projected_*` is ``||U^T W V||_F`` with directions U, V from three sources."""
 
     rank: int
-    """Number r of directions: the rank of the change."""
+    """Number r of directions, the rank of the change."""
     base_norm: float
     """``||W||_F``."""
     change_norm: float
     """``||dW||_F``, alpha / r included."""
     projected: float
-    """Directions from the change."""
+    """Projection on the directions of the change."""
     projected_own: float
-    """W's own r leading directions: the most that any can give."""
+    """Projection on W's own r leading directions, the maximum over all directions."""
     projected_random: float
-    """Random directions, drawn."""
+    """Projection on random directions, drawn."""
     expected_random: float
-    """Their root mean square (`random_projection`)."""
+    """Root mean square of the projection on random directions (`random_projection`)."""
 
     @property
     def factor(self) -> float:
@@ -46,38 +48,37 @@ class Amplification:
         return self.change_norm / self.projected if self.projected else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {**vars(self), "factor": self.factor if math.isfinite(self.factor) else None}
 
 
 def amplification(
     W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, seed: int = 0
 ) -> Amplification:
-    """How much of W lies in the directions of ``dW = scaling * B A``, and how far dW exceeds it.
+    """Return the projection of W on the directions of ``dW = scaling * B A``, and the norm of dW.
 
-    With ``dW = U S V^T`` (rank r), W's projection on its directions is ``||U^T W V||_F``, and the
-    amplification factor ``||dW||_F`` over it. The same is taken for W's own leading directions and for
-    random ones.
+    With ``dW = U S V^T`` (rank r), W's projection on its directions is ``||U^T W V||_F``. The amplification factor is
+    ``||dW||_F`` divided by this projection. W is also projected on its own leading directions and on random ones.
 
     Args:
-        W: The base's weight, (out, in).
+        W: Base weight, (out, in).
         A: (r, in).
         B: (out, r).
         scaling: Factor on the product.
-        seed: Of the random directions.
+        seed: Seed of the random directions.
 
     Raises:
-        ConfigurationError: The shapes do not fit each other, or the change is zero.
+        ConfigurationError: The shapes of W and ``B A`` differ, or the change is zero.
     """
     if W.shape != (B.shape[0], A.shape[1]):
         raise ConfigurationError(
-            f"W has shape {tuple(W.shape)}, and B A has shape {(B.shape[0], A.shape[1])}."
+            f"W has shape {tuple(W.shape)}, and B A has shape {(B.shape[0], A.shape[1])}; equal shapes were expected."
         )
     U, S, Vh = change_directions(A, B, scaling)
     r = len(S)
-    W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    W = W.detach().to(wide_dtype(W))
     generator = torch.Generator().manual_seed(seed)
-    drawn = [
+    random_directions = [
         torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64)).Q
         for n in W.shape
     ]
@@ -88,38 +89,35 @@ def amplification(
         change_norm=float(torch.linalg.vector_norm(S)),
         projected=_projected(W, U, Vh.mT),
         projected_own=float(torch.linalg.vector_norm(leading_svd(W, r)[1])),
-        projected_random=_projected(W, *drawn),
+        projected_random=_projected(W, *random_directions),
         expected_random=random_projection(r, base_norm, *W.shape),
     )
 
 
 def random_projection(rank: int, base_norm: float, rows: int, columns: int) -> float:
-    """Root mean square of ``||U^T W V||_F`` over random directions: ``r ||W||_F / sqrt(rows * columns)``."""
+    """Return the root mean square of ``||U^T W V||_F`` over random directions, r ||W||_F / sqrt(rows * columns)."""
     return rank * base_norm / math.sqrt(rows * columns)
 
 
 def similarity_to_base(
     W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, share: float = 0.1
 ) -> Tensor:
-    """``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
+    """Return ``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
 
     Args:
-        W: The base's weight, (out, in).
+        W: Base weight, (out, in).
         A: (r, in).
         B: (out, r).
         scaling: Factor on the product.
-        share: How many of W's directions: this share of its width.
+        share: Number of W's leading directions, as a share of its width.
 
     Returns:
         (share * min(out, in), r), float64.
 
     Raises:
-        ConfigurationError: The shapes do not form a product, the change is zero, or `share` is none.
+        ConfigurationError: The shapes do not form a product, the change is zero, or `share` is out of range.
     """
-    if not 0 < share <= 1:
-        raise ConfigurationError(
-            f"share is {share!r}; it is a share of the base's directions, above 0 and at most 1."
-        )
+    require_share("share", share, "a share of the base's directions", example=0.1)
     Vh = change_directions(A, B, scaling)[2]
     leading = max(1, round(share * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
@@ -135,17 +133,17 @@ class AdapterAmplification:
 
     layers: dict[str, Amplification]
     phi: dict[str, Tensor] = field(default_factory=dict)
-    """`similarity_to_base` by matrix, where it was asked for."""
+    """`similarity_to_base` by matrix, if requested."""
     widths: dict[str, int] = field(default_factory=dict)
     """Dimension of the input space of each matrix in `phi`."""
     notices: list[str] = field(default_factory=list)
 
     @property
     def overall(self) -> dict[str, float] | None:
-        """The medians over the matrices; None where W has nothing in the change's directions.
+        """Medians over the matrices; None if all projections on the changes' directions are zero.
 
-        Of W in the change's directions over W in random ones (`over_random`) and over W in its own leading ones
-        (`of_own`), and of the amplification factor.
+        `over_random` is the projection of W on the change's directions divided by that on random directions. `of_own`
+        is the same divided by the projection on W's own leading directions. `factor` is the amplification factor.
         """
         layers = [one for one in self.layers.values() if one.projected]
         if not layers:
@@ -157,11 +155,11 @@ class AdapterAmplification:
         }
 
     def random_level(self, name: str) -> float:
-        """Phi expected of random directions at the last row and column."""
+        """Return the expected phi of random directions at the last row and column."""
         return max(self.phi[name].shape) / self.widths[name]
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "overall": self.overall,
             "layers": {
@@ -183,19 +181,19 @@ def adapter_amplification(
     share: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AdapterAmplification:
-    """Amplification of each matrix of an adapter.
+    """Return the amplification of each matrix of an adapter.
 
     Args:
-        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
-        weights: The base's (`open_weights`).
-        alpha: The constant of a loralib file, which does not record it.
-        only: A regular expression found in the names of the matrices to look at; None looks at all.
-        seed: Of the random directions.
+        adapter: A lorakit or PEFT folder, a loralib file, or an adapter already read.
+        weights: Weights of the base (`open_weights`).
+        alpha: alpha of a loralib file, which does not record it.
+        only: Regular expression that selects matrices by name; None selects all.
+        seed: Seed of the random directions.
         share: Also compare the change's directions with this share of the base's (`similarity_to_base`).
-        progress: Called with the name of each matrix before it is looked at.
+        progress: Called with the name of each matrix before it is measured.
 
     Raises:
-        AdapterFileError: The adapter cannot be read, does not fit the base, or was never trained.
+        AdapterFileError: The adapter cannot be read, does not match the base, or was never trained.
         BaseModelError: The base lacks a weight.
     """
     stored = read(adapter, alpha=alpha)
@@ -203,8 +201,8 @@ def adapter_amplification(
     for name, delta in chosen(deltas_of(stored), only).items():
         if progress is not None:
             progress(name)
-        if not delta.A.any() or not delta.B.any():
-            untrained.append(f"'{name}' is left out: the adapter is zero there.")
+        if delta.is_zero:
+            untrained.append(f"'{name}' is skipped: it is zero in the adapter.")
             continue
         layer = stored.layers[delta.path]
         W = weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
@@ -213,6 +211,6 @@ def adapter_amplification(
             phi[name] = similarity_to_base(W, delta.A, delta.B, share=share)
             widths[name] = W.shape[1]
     if not layers:
-        raise AdapterFileError("The adapter is zero everywhere: it was never trained.")
-    found = [*untrained, *notices(stored), *weights.notices]
-    return AdapterAmplification(layers=layers, phi=phi, widths=widths, notices=found)
+        raise AdapterFileError(UNTRAINED)
+    sentences = [*untrained, *notices(stored), *weights.notices]
+    return AdapterAmplification(layers=layers, phi=phi, widths=widths, notices=sentences)

@@ -1,4 +1,4 @@
-"""A base model's parameters, each read from disk when a measure asks for it."""
+"""A base model's parameters, read from disk one by one on access."""
 
 from __future__ import annotations
 
@@ -31,29 +31,27 @@ _TASKS: dict[str, ModelHead] = {
     "ForSequenceClassification": "sequence-classification",
     "ForImageClassification": "image-classification",
 }
-"""What a model is for, by the end of its class's name."""
+"""Task of a model, by the suffix of its class name."""
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights(Mapping[str, Tensor]):
-    """Parameters by the names that an adapter's layers have.
+    """Parameters by name, with or without the model class's prefix.
 
-    A checkpoint may leave out a prefix that the model class adds (``h.0...`` for
-    ``transformer.h.0...``), or have one more: a name stands for the one that ends like it.
+    A checkpoint may lack a prefix that the model class adds (``h.0...`` for ``transformer.h.0...``), or have an
+    additional one. A name therefore also matches the only parameter whose name has it as a suffix, or vice versa.
     """
 
-    def __init__(
-        self, source: ModelSource, tensors: Mapping[str, Tensor], notices: list[str] | None = None
-    ) -> None:
+    def __init__(self, source: ModelSource, tensors: Mapping[str, Tensor]) -> None:
         self.source, self._tensors = source, tensors
-        self.notices = notices or []
+        self.notices: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
             raise BaseModelError(
                 f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._tensors)} Name the base "
-                "that the adapter was made for."
+                "that the adapter was trained on: --base.name MODEL."
             )
         return self._tensors[key]
 
@@ -69,50 +67,50 @@ class Weights(Mapping[str, Tensor]):
     def _key(self, name: str) -> str | None:
         if name in self._tensors:
             return name
-        alike = [k for k in self._tensors if k.endswith(f".{name}") or name.endswith(f".{k}")]
-        return alike[0] if len(alike) == 1 else None
+        matches = [k for k in self._tensors if k.endswith(f".{name}") or name.endswith(f".{k}")]
+        return matches[0] if len(matches) == 1 else None
 
 
 def open_weights(
     base: BaseConfig | None, stored: StoredAdapter, *, allow_other_base: bool = False
 ) -> Weights:
-    """The weights of an adapter's base, checked against what the adapter records of it.
+    """Open the weights of an adapter's base, and validate them against the base that the adapter records.
 
     Args:
-        base: The base model; None takes the one that the adapter records.
+        base: The base model; None uses the base that the adapter records.
         stored: The adapter.
-        allow_other_base: Go on with another base than the recorded one, and say so in the notices.
+        allow_other_base: Accept a base other than the recorded one, and add a notice.
 
     Raises:
-        BaseModelError: There is no such model, it cannot be read, or it lacks a weight that is adapted.
-        ConfigurationError: None is named, and the adapter does not record one.
-        WrongBaseError: The weights are not those that the adapter was made for.
+        BaseModelError: The model does not exist, cannot be read, or lacks an adapted weight.
+        ConfigurationError: `base` is None, and the adapter records no base.
+        WrongBaseError: The weights differ from those that the adapter was trained on.
     """
-    base, recorded = base or recorded_base(stored), stored.base
-    weights = _mapped(base)
-    checked = weights is not None and _check(weights, recorded, base, allow_other_base)
-    needed = [weight_name(path, layer) for path, layer in stored.layers.items()]
-    if weights is None or not checked or any(name not in weights for name in needed):
-        weights, live = _loaded(base, recorded)
+    recorded = stored.base
+    if base is None:
+        name = recorded.source.name if recorded is not None else None
+        if name is None:
+            raise ConfigurationError(
+                "The adapter does not record its base model. Name it: --base.name MODEL."
+            )
+        base = BaseConfig(name=name)
+    weights = _open_safetensors(base)
+    if weights is not None and recorded is not None:
+        live = _fingerprint(weights, recorded, base)
+        if live is None:
+            weights = None
+        else:
+            weights.notices += _differences(recorded, live, allow_other_base)
+    names = [weight_name(path, layer) for path, layer in stored.layers.items()]
+    if weights is None or any(name not in weights for name in names):
+        weights, live = _load(base, recorded)
         if recorded is not None:
             weights.notices += _differences(recorded, live, allow_other_base)
     if recorded is None:
         weights.notices.append(
-            "The adapter has no fingerprint of its base: that the base is the right one was not checked."
+            "The adapter has no fingerprint of its base, so the base was not checked."
         )
     return weights
-
-
-def _check(
-    weights: Weights, recorded: BaseRecord | None, base: BaseConfig, allow_other_base: bool
-) -> bool:
-    """Whether the files are the recorded base's, or nothing is recorded; False where they do not tell."""
-    if recorded is None:
-        return True
-    live = _fingerprint(weights, recorded, base)
-    if live is not None:
-        weights.notices += _differences(recorded, live, allow_other_base)
-    return live is not None
 
 
 def _differences(recorded: BaseRecord, live: BaseRecord, allow_other_base: bool) -> list[str]:
@@ -121,58 +119,44 @@ def _differences(recorded: BaseRecord, live: BaseRecord, allow_other_base: bool)
     except WrongBaseError as error:
         if not allow_other_base:
             raise
-        return [f"read on another base because allow_other_base is set: {error}"]
-
-
-def recorded_base(stored: StoredAdapter) -> BaseConfig:
-    """The base that an adapter records.
-
-    Raises:
-        ConfigurationError: It records none.
-    """
-    name = stored.base.source.name if stored.base is not None else None
-    if name is None:
-        raise ConfigurationError(
-            "The adapter does not say which base it was made for. Name it: --base.name MODEL."
-        )
-    return BaseConfig(name=name)
+        return [f"Using another base because allow_other_base is set: {error}"]
 
 
 def read_weights(base: BaseConfig) -> Weights:
-    """The weights of a model: read one by one from safetensors files, else loaded as a whole.
+    """Open a model's safetensors files, or load the whole model if it has none.
 
     Raises:
-        BaseModelError: There is no such model, or it cannot be read.
+        BaseModelError: The model does not exist, or cannot be read.
     """
-    return _mapped(base) or _loaded(base, None)[0]
+    return _open_safetensors(base) or _load(base, None)[0]
 
 
 def task_of_class(class_name: str) -> ModelHead:
-    """What a model of this class is for; "base" (no head) where the name does not say."""
-    for end, task in _TASKS.items():
-        if class_name.endswith(end):
+    """Return the task of a model class; "base" (no head) if its name has no known suffix."""
+    for suffix, task in _TASKS.items():
+        if class_name.endswith(suffix):
             return task
     return "base"
 
 
 def config_of(base: BaseConfig) -> Any:
-    """The transformers configuration of a model.
+    """Return the transformers configuration of a model.
 
     Raises:
-        BaseModelError: There is no such model, or its configuration cannot be read.
+        BaseModelError: The model does not exist, or its configuration cannot be read.
     """
     return _config(resolve(base.name, revision=base.revision), base)
 
 
-def _mapped(base: BaseConfig) -> Weights | None:
+def _open_safetensors(base: BaseConfig) -> Weights | None:
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
     files = _files(folder) if folder is not None else {}
     return Weights(source, _SafetensorsFiles(files)) if files else None
 
 
-def _loaded(base: BaseConfig, recorded: BaseRecord | None) -> tuple[Weights, BaseRecord]:
-    """The model as a whole: its checkpoint is no safetensors file, or names its weights otherwise."""
+def _load(base: BaseConfig, recorded: BaseRecord | None) -> tuple[Weights, BaseRecord]:
+    """Load the whole model: it has no safetensors files, or their tensor names differ from the parameter names."""
     class_name = "" if recorded is None else recorded.architecture.class_name
     loaded = load_base(
         base.name,
@@ -188,7 +172,7 @@ def _loaded(base: BaseConfig, recorded: BaseRecord | None) -> tuple[Weights, Bas
 
 
 class _SafetensorsFiles(Mapping[str, Tensor]):
-    """The tensors of one or more safetensors files; what is returned is mapped, not copied."""
+    """The tensors of one or more safetensors files, memory-mapped."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
@@ -197,7 +181,7 @@ class _SafetensorsFiles(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         path = self._files[key]
         if path not in self._open:
-            self._open[path] = _opened(path)
+            self._open[path] = _open(path)
         return self._open[path].get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -222,38 +206,38 @@ def _folder(source: ModelSource) -> Path | None:
                 allow_patterns=[_FILE, _INDEX, "model-*.safetensors", "config.json"],
             )
         )
-    # Loading the model as a whole meets the same obstacle, and explains it.
+    # Loading the whole model fails for the same reason, with a better message.
     except Exception:
         return None
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor; empty where the folder has none in safetensors."""
+    """Return the file of each tensor; empty if the folder has no safetensors files."""
     if (folder / _INDEX).is_file():
         try:
-            listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            named = {str(key): folder / Path(name).name for key, name in listed.items()}
+            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {str(key): folder / Path(name).name for key, name in weight_map.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BaseModelError(
-                f"'{folder / _INDEX}' is damaged ({type(error).__name__}). Fetch or copy it again."
+                f"'{folder / _INDEX}' is damaged ({type(error).__name__}). Download or copy it again."
             ) from None
-        missing = [path for path in named.values() if not path.is_file()]
+        missing = [path for path in files.values() if not path.is_file()]
         if missing:
             raise BaseModelError(
-                f"'{missing[0]}' is missing, which '{_INDEX}' lists. Fetch or copy it again."
+                f"'{missing[0]}' is missing, but '{_INDEX}' lists it. Download or copy it again."
             )
-        return named
+        return files
     if (folder / _FILE).is_file():
-        return dict.fromkeys(_opened(folder / _FILE).keys(), folder / _FILE)
+        return dict.fromkeys(_open(folder / _FILE).keys(), folder / _FILE)
     return {}
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt").__enter__()
     except (OSError, SafetensorError) as error:
         raise BaseModelError(
-            f"'{path}' cannot be read: {error}. Fetch or copy it again."
+            f"'{path}' cannot be read: {error}. Download or copy it again."
         ) from error
 
 
@@ -267,16 +251,16 @@ def _config(source: ModelSource, base: BaseConfig) -> Any:
             revision=source.revision if folder is None else None,
             trust_remote_code=base.trust_remote_code,
         )
-    except Exception as error:  # an outside input: its readers raise nearly every kind of exception
+    except Exception as error:  # transformers raises many kinds of exceptions here
         raise BaseModelError(
             f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
 def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> BaseRecord | None:
-    """The fingerprint of the weights on disk, taken without building the model.
+    """Return the fingerprint of the weights on disk, without building the model.
 
-    None where the class that the adapter was made for has parameters that the files do not name.
+    None if the files lack parameters of the class that the adapter records.
     """
     import transformers
 

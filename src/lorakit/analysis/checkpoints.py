@@ -1,4 +1,4 @@
-"""A checkpoint of a training run, read as the adapter that it would have become."""
+"""Reading a checkpoint of a training run as an adapter."""
 
 from __future__ import annotations
 
@@ -14,56 +14,63 @@ from lorakit.training.checkpoint import NAME, WEIGHTS
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
 
+_TENSORS = {"A": "lora_A", "B": "lora_B"} | {n: n for n in ("magnitude", "initial_A", "initial_B")}
+"""Name of a layer's tensor in the checkpoint, by its field in `StoredLayer`."""
+
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a training run's checkpoint is at `path` (``RUN/checkpoints/step-000100``)."""
+    """Return whether `path` is a checkpoint of a training run (``RUN/checkpoints/step-000100``)."""
     path = Path(path)
     return NAME.fullmatch(path.name) is not None and (path / WEIGHTS).is_file()
 
 
 def saved_adapter(checkpoint: str | Path) -> Path:
-    """The adapter folder of a checkpoint's run, which says what the checkpoint's tensors are.
+    """Return the adapter folder of a checkpoint's run, which describes the checkpoint's tensors.
 
     Raises:
-        AdapterFileError: The run has saved none yet.
+        AdapterFileError: The run has saved no adapter yet.
     """
     run = Path(checkpoint).resolve().parent.parent
     saved = [run / name for name in (ADAPTER, BEST) if (run / name).is_dir()]
     if not saved:
         raise AdapterFileError(
-            f"'{checkpoint}' holds tensors alone, and the run has saved no adapter yet that says what they are. It "
-            f"does so in '{run / ADAPTER}' at its end, and in '{run / BEST}' once it has validated."
+            f"'{checkpoint}' contains only tensors, and the run has saved no adapter yet that describes them. The run "
+            f"saves one in '{run / BEST}' after its first validation, and in '{run / ADAPTER}' at its end."
         )
     return saved[0]
 
 
 def read_checkpoint(path: str | Path) -> StoredAdapter:
-    """The adapter at a checkpoint: its tensors, in the form of the adapter that the run has saved.
+    """Read a checkpoint's tensors into the adapter that its run has saved.
 
     Raises:
-        AdapterFileError: The run has saved none yet, or the checkpoint is of other tensors.
+        AdapterFileError: The run has saved no adapter yet, or the checkpoint has other tensors.
     """
     path = Path(path)
     saved = saved_adapter(path)
     stored = formats.read(saved)
-    left = read_safetensors(path / WEIGHTS)
+    tensors = read_safetensors(path / WEIGHTS)
     try:
-        for place, layer in stored.layers.items():
-            start = f"{place}.{ADAPTERS}.{ADAPTER_NAME}"
-            names = {"A": "lora_A", "B": "lora_B"} | {
-                name: name
-                for name in ("magnitude", "initial_A", "initial_B")
-                if getattr(layer, name) is not None
+        for module, layer in stored.layers.items():
+            prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
+            fields = {
+                field: tensors.pop(f"{prefix}.{name}")
+                for field, name in _TENSORS.items()
+                if getattr(layer, field) is not None
             }
-            found = {field: left.pop(f"{start}.{name}") for field, name in names.items()}
-            stored.layers[place] = replace(layer, **found)  # type: ignore[arg-type]
+            stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]
         for name in stored.trained:
-            place, _, attribute = name.rpartition(".")
-            key = f"{place}.{ADAPTERS}.{ADAPTER_NAME}.trained.{attribute}"
-            stored.trained[name] = left.pop(key)
+            module, _, attribute = name.rpartition(".")
+            key = f"{module}.{ADAPTERS}.{ADAPTER_NAME}.trained.{attribute}"
+            stored.trained[name] = tensors.pop(key)
     except KeyError as error:
-        raise AdapterFileError(f"'{path}' has no {error}, which '{saved}' has.") from None
-    if left:
-        raise AdapterFileError(f"'{path}' has '{min(left)}', which '{saved}' has not.")
+        raise AdapterFileError(
+            f"'{path}' has no tensor {error}, but the run's adapter '{saved}' does. Use a checkpoint of that run."
+        ) from None
+    if tensors:
+        raise AdapterFileError(
+            f"'{path}' has the tensor '{min(tensors)}', but the run's adapter '{saved}' does not. Use a checkpoint of "
+            "that run."
+        )
     stored.provenance = {**stored.provenance, "step": int(path.name.removeprefix("step-"))}
     return stored

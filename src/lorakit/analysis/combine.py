@@ -1,12 +1,13 @@
-"""Several adapters in one: their weighted sum, exactly, or TIES or DARE on their changes.
+"""Combination of adapters: their exact weighted sum, or TIES or DARE on their changes.
 
-The sum of ``w1 s1 B1 A1`` and ``w2 s2 B2 A2`` is ``[w1 s1 B1, w2 s2 B2] [A1; A2]``: factors side by side,
-of rank r1 + r2, with no cross terms. (Averaging A with A and B with B, as PEFT's "linear" does, has them.)
+The sum of ``w1 s1 B1 A1`` and ``w2 s2 B2 A2`` is ``[w1 s1 B1, w2 s2 B2] [A1; A2]``. Concatenating the factors gives
+rank r1 + r2 without cross terms. (PEFT's "linear" averages A with A and B with B, which adds cross terms.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,41 +20,47 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.analysis.compress import Decomposition, check_target, compress_layer, decompose, fit
+from lorakit.analysis.compress import Decomposition, check_target, compress_layers, decompose, fit
 from lorakit.analysis.deltas import Factors, part_rank, parts_of, read, with_parts
-from lorakit.analysis.derived import KEPT, Derived, LayerResult, derive, require_known
-from lorakit.analysis.thin_svd import singular_values
+from lorakit.analysis.derived import (
+    Derived,
+    LayerResult,
+    derive,
+    inherited_provenance,
+    require_low_rank,
+)
+from lorakit.analysis.spectrum import require_share, spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError, require_choice
 from lorakit.methods.lora import LoRA
+from lorakit.ops.autocast import wide_dtype
 
 How = Literal["sum", "ties", "dare"]
 
 
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """TIES (Yadav et al. 2023): trim each change, elect a sign for each entry, average what agrees with it.
+    """Combine changes with TIES (Yadav et al. 2023): trim, elect a sign for each entry, average the agreeing entries.
 
-    Trimming keeps the share `density` of each change's entries, those of largest magnitude. The sign
-    elected is that of the weighted sum; the mean is over the changes that are not trimmed there and
-    have it, weights applied.
+    Trimming keeps the share `density` of each change's entries, by magnitude. The elected sign is that of the weighted
+    sum. The mean covers the weighted entries that are not trimmed and have the elected sign.
 
     Args:
-        changes: Matrices of one shape.
-        weights: A factor for each.
+        changes: Matrices of equal shape.
+        weights: One factor per change.
         density: Share of the entries to keep, above 0 and at most 1.
 
     Returns:
         One matrix of that shape.
     """
-    trimmed = torch.stack([w * _largest(d, density) for d, w in zip(changes, weights, strict=True)])
+    trimmed = torch.stack([w * _trim(d, density) for d, w in zip(changes, weights, strict=True)])
     agrees = trimmed.sign() == trimmed.sum(0).sign()
     agrees &= trimmed != 0
     return (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def dare(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """DARE (Yu et al. 2024): drop entries at random, and scale up the share `density` that stays."""
-    stays = torch.rand(change.shape, generator=generator) < density
-    return change * stays / density
+    """Drop entries at random and divide the remaining share `density` by `density` (DARE, Yu et al. 2024)."""
+    keep = torch.rand(change.shape, generator=generator) < density
+    return change * keep / density
 
 
 def combine_adapters(
@@ -68,41 +75,40 @@ def combine_adapters(
     allow_other_base: bool = False,
     alpha: float | None = None,
 ) -> Derived:
-    """One adapter of several.
+    """Combine several adapters into one.
 
     Args:
-        adapters: Folders of lorakit or PEFT, loralib files, or adapters that were read.
-        weights: A factor for each; None is 1 for all.
-        how: "sum" adds the changes, exactly. "ties" and "dare" work on the entries of the changes, as whole
-            matrices, whose result is then approximated by factors: at the sum of the ranks, or at `rank`
-            or `energy`.
-        density: For ties and dare: the share of entries to keep.
-        seed: Of the entries that dare drops.
+        adapters: lorakit or PEFT folders, loralib files, or adapters already read.
+        weights: One factor per adapter; None uses 1 for all.
+        how: "sum" adds the changes exactly. "ties" and "dare" combine the entries of the dense changes, and
+            approximate the result by factors. Their rank is the sum of the ranks, unless `rank` or `energy` is set.
+        density: Share of entries that ties and dare keep.
+        seed: Seed of the entries that dare drops.
         rank: Compress the result to this rank.
         energy: Compress the result to the rank that keeps this share of each matrix's squared norm.
-        allow_other_base: Combine adapters of different bases, knowing what that means.
-        alpha: The constant of loralib files, which do not record it.
+        allow_other_base: Accept adapters of different bases.
+        alpha: alpha of loralib files, which do not record it.
 
     Raises:
-        AdapterFileError: An adapter cannot be read, or they adapt a layer in ways that do not add up.
-        ConfigurationError: A setting is out of range, or an adapter with parts that are not linear in a
-            weight (DoRA, trained biases or modules) is not alone or has a weight other than 1.
-        WrongBaseError: The adapters were made for different bases.
+        AdapterFileError: An adapter cannot be read, or the adapters' forms of a layer cannot be added.
+        ConfigurationError: A setting is out of range. Or an adapter that is not linear in its weight (DoRA,
+            trained biases or modules) is combined with others or has a weight other than 1.
+        WrongBaseError: The adapters were trained on different bases.
     """
     stored = [read(adapter, alpha=alpha) for adapter in adapters]
     factors = [1.0] * len(stored) if weights is None else list(weights)
     _check_settings(stored, factors, how, density)
-    if rank is not None or energy is not None:
+    compressed = rank is not None or energy is not None
+    if compressed:
         check_target(rank, energy)
     for adapter in stored:
-        require_known(adapter)
+        require_low_rank(adapter)
     if factors == [1.0] and (how == "sum" or density == 1):
-        same = stored[0]
-        kept = {key: value for key, value in same.provenance.items() if key in KEPT}
-        whole = Derived(
-            adapter=dataclasses.replace(same, provenance=kept, notices=[]), layers=_exact(same)
-        )
-        return whole if rank is None and energy is None else _compressed(whole, rank, energy)
+        provenance = inherited_provenance(stored[0])
+        adapter = dataclasses.replace(stored[0], provenance=provenance, notices=[])
+        if compressed:
+            return compress_layers(adapter, rank, energy, [])
+        return Derived(adapter=adapter, layers=_exact_results(adapter))
     _check_linear(stored, factors)
     notices = _check_bases(stored, allow_other_base)
     generator = torch.Generator().manual_seed(seed)
@@ -117,48 +123,25 @@ def combine_adapters(
         if how == "sum":
             layers[path] = _sum(path, present)
             continue
-        together = sum(layer.rank for layer, _ in present)
-        layers[path], results[path] = _mixed(
-            path,
-            present,
-            how,
-            density,
-            generator,
-            rank=together if rank is None and energy is None else rank,
-            energy=energy,
+        layer_rank = rank if compressed else sum(layer.rank for layer, _ in present)
+        layers[path], results[path] = _combine_entries(
+            path, present, how, density, generator, rank=layer_rank, energy=energy
         )
-    adapter = derive(_in_common(stored), layers)
-    combined = Derived(adapter=adapter, layers=results or _exact(adapter), notices=notices)
-    if how == "sum" and (rank is not None or energy is not None):
-        return _compressed(combined, rank, energy)
-    return combined
+    adapter = derive(_shared_settings(stored), layers)
+    if how == "sum" and compressed:
+        return compress_layers(adapter, rank, energy, notices)
+    return Derived(adapter=adapter, layers=results or _exact_results(adapter), notices=notices)
 
 
-def _compressed(combined: Derived, rank: int | None, energy: float | None) -> Derived:
-    layers, results = {}, {}
-    for path, layer in combined.adapter.layers.items():
-        layers[path], results[path] = compress_layer(layer, rank=rank, energy=energy)
-    adapter = derive(combined.adapter, layers)
-    return Derived(adapter=adapter, layers=results, notices=combined.notices)
+def _exact_results(adapter: StoredAdapter) -> dict[str, LayerResult]:
+    results = {}
+    for path, layer in adapter.layers.items():
+        norms = [spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer)]
+        results[path] = LayerResult(rank=layer.rank, norm=math.hypot(*norms), residual=0.0)
+    return results
 
 
-def _exact(adapter: StoredAdapter) -> dict[str, LayerResult]:
-    return {
-        path: LayerResult(
-            rank=layer.rank,
-            norm=math.hypot(
-                *(
-                    float(torch.linalg.vector_norm(singular_values(A, B, layer.scaling)))
-                    for A, B in parts_of(layer)
-                )
-            ),
-            residual=0.0,
-        )
-        for path, layer in adapter.layers.items()
-    }
-
-
-# --- what can be combined ------------------------------------------------------------------------
+# --- validation ----------------------------------------------------------------------------------
 
 
 def _check_settings(
@@ -168,78 +151,75 @@ def _check_settings(
         raise ConfigurationError("No adapter is given; name at least one.")
     if len(factors) != len(stored):
         raise ConfigurationError(
-            f"There are {len(stored)} adapters and {len(factors)} weights; give one for each."
+            f"There are {len(stored)} adapters and {len(factors)} weights; give one weight per adapter."
         )
     for factor in factors:
         number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not number or not math.isfinite(factor) or factor == 0:
             raise ConfigurationError(
-                f"A weight is {factor!r}; it must be a finite number other than 0. Leave out an adapter that "
-                "is to have no effect."
+                f"A weight is {factor!r}; it must be a finite number other than 0. To give an adapter no effect, "
+                "omit it."
             )
     require_choice("how", how, get_args(How))
-    if not 0 < density <= 1:
-        raise ConfigurationError(
-            f"density is {density!r}; it is a share of entries, above 0 and at most 1."
-        )
+    require_share("density", density, "a share of entries", example=0.5)
     if how == "sum" and density != 1:
         raise ConfigurationError(
-            f"density is {density:g}, and how is sum, which keeps every entry. Set how to ties or dare."
+            f"density is {density:g}, but how is sum, which keeps every entry. Set how to ties or dare."
         )
 
 
 def _check_linear(stored: Sequence[StoredAdapter], factors: Sequence[float]) -> None:
-    """Refuse to weight or to add what has no meaning as a sum."""
+    """Reject adapters whose effect is not linear in their weight."""
     for i, adapter in enumerate(stored, start=1):
         dora = [path for path, layer in adapter.layers.items() if layer.magnitude is not None]
-        found = f"DoRA magnitudes on '{dora[0]}'" if dora else ""
+        nonlinear = f"DoRA magnitudes on '{dora[0]}'" if dora else ""
         if adapter.trained:
             name = next(iter(adapter.trained))
-            found = f"{len(adapter.trained)} parameters trained in full, '{name}' among them"
-        if found:
+            nonlinear = f"{len(adapter.trained)} parameters trained in full, such as '{name}'"
+        if nonlinear:
             raise ConfigurationError(
-                f"Adapter {i} (weight {factors[i - 1]:g}) has {found}, whose effect is not linear in a weight. It "
-                "can only stand alone, with weight 1."
+                f"Adapter {i} (weight {factors[i - 1]:g}) has {nonlinear}, whose effect is not linear in a weight. "
+                "It can only be used alone, with weight 1."
             )
-    ties_head = {isinstance(a.method, LoRA) and a.method.tie_head for a in stored}
-    if len(ties_head) > 1:
+    tie_heads = {isinstance(a.method, LoRA) and a.method.tie_head for a in stored}
+    if len(tie_heads) > 1:
         raise ConfigurationError(
-            "One adapter acts on the output head through its tied embedding (tie_head), and another does not: no "
-            "single adapter does both."
+            "One adapter acts on the output head through its tied embedding (tie_head), and another does not. "
+            "Combine adapters with the same tie_head."
         )
 
 
 def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> list[str]:
-    known = [adapter.base for adapter in stored if adapter.base is not None]
-    found = []
-    if len(known) < len(stored) and len(stored) > 1:
-        found.append(
-            "Not every adapter records its base: that all are for the same one was not checked."
+    recorded = [adapter.base for adapter in stored if adapter.base is not None]
+    notices = []
+    if len(recorded) < len(stored) and len(stored) > 1:
+        notices.append(
+            "Not every adapter records its base, so whether all have the same base was not checked."
         )
-    for other in known[1:]:
+    for other in recorded[1:]:
         try:
-            found += formats.compare(known[0], other)
+            notices += formats.compare(recorded[0], other)
         except WrongBaseError as error:
             if not allow_other_base:
                 raise WrongBaseError(
-                    f"The adapters were made for different bases: '{known[0].source.name}' and "
-                    f"'{other.source.name}' (or other weights of that name). Their sum means something on neither; "
-                    "set allow_other_base if you mean it."
+                    f"The adapters were trained on different bases: '{recorded[0].source.name}' and "
+                    f"'{other.source.name}' (or other weights of that name). Their sum is meaningless on either base. "
+                    "Set allow_other_base to combine them anyway."
                 ) from error
-            found.append("combined over different bases because allow_other_base is set.")
-    return list(dict.fromkeys(found))
+            notices.append("Combined adapters of different bases because allow_other_base is set.")
+    return list(dict.fromkeys(notices))
 
 
-def _in_common(stored: Sequence[StoredAdapter]) -> StoredAdapter:
-    """The first adapter, with the base of the first that records one, and what all record alike."""
+def _shared_settings(stored: Sequence[StoredAdapter]) -> StoredAdapter:
+    """Return the first adapter with the first recorded base, and the provenance on which all adapters agree."""
     first = stored[0]
     base = next((adapter.base for adapter in stored if adapter.base is not None), None)
-    alike = {
+    shared = {
         key: value
         for key, value in first.provenance.items()
         if all(adapter.provenance.get(key) == value for adapter in stored)
     }
-    return dataclasses.replace(first, base=base, provenance=alike)
+    return dataclasses.replace(first, base=base, provenance=shared)
 
 
 # --- one layer -----------------------------------------------------------------------------------
@@ -251,11 +231,13 @@ def _sum(path: str, present: Sequence[tuple[StoredLayer, float]]) -> StoredLayer
         return dataclasses.replace(
             layer, scaling=factor * layer.scaling, alpha=factor * layer.alpha
         )
-    layers = _alike(path, [layer for layer, _ in present])
+    layers = _aligned(path, [layer for layer, _ in present])
     scalings = [factor * layer.scaling for layer, (_, factor) in zip(layers, present, strict=True)]
-    # Where all scale alike, the factors stay as they are, to the bit.
+    # Equal scalings leave the factors bit-identical.
     common = scalings[0] if len(set(scalings)) == 1 else 1.0
-    dtype = torch.promote_types(_dtype(layers), torch.float32 if common == 1.0 else _dtype(layers))
+    dtype = functools.reduce(torch.promote_types, (layer.A.dtype for layer in layers))
+    if common == 1.0:
+        dtype = torch.promote_types(dtype, torch.float32)
     parts: list[Factors] = []
     for pieces in zip(*(parts_of(layer) for layer in layers), strict=True):
         A = torch.cat([a.to(dtype) for a, _ in pieces])
@@ -264,7 +246,7 @@ def _sum(path: str, present: Sequence[tuple[StoredLayer, float]]) -> StoredLayer
     return with_parts(layers[0], parts, scaling=common)
 
 
-def _mixed(
+def _combine_entries(
     path: str,
     present: Sequence[tuple[StoredLayer, float]],
     how: How,
@@ -274,9 +256,10 @@ def _mixed(
     rank: int | None,
     energy: float | None,
 ) -> tuple[StoredLayer, LayerResult]:
-    layers = _alike(path, [layer for layer, _ in present])
+    """Combine the dense changes of a layer with TIES or DARE, and factor the result."""
+    layers = _aligned(path, [layer for layer, _ in present])
     factors = [factor for _, factor in present]
-    dtype = torch.promote_types(_dtype(layers), torch.float32)
+    dtype = wide_dtype(*(layer.A for layer in layers))
     changes: list[Decomposition] = []
     for pieces in zip(*(parts_of(layer) for layer in layers), strict=True):
         dense = [
@@ -284,18 +267,18 @@ def _mixed(
             for layer, (A, B) in zip(layers, pieces, strict=True)
         ]
         if how == "ties":
-            mixed = ties(dense, factors, density)
+            combined = ties(dense, factors, density)
         else:
-            kept = (w * dare(d, density, generator) for w, d in zip(factors, dense, strict=True))
-            mixed = torch.stack(list(kept)).sum(0)
-        changes.append(decompose(mixed, None if rank is None else part_rank(layers[0], rank)))
+            drops = [w * dare(d, density, generator) for w, d in zip(factors, dense, strict=True)]
+            combined = torch.stack(drops).sum(0)
+        changes.append(decompose(combined, None if rank is None else part_rank(layers[0], rank)))
     return fit(layers[0], changes, rank=rank, energy=energy)
 
 
-def _alike(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
-    """The layers with parts that correspond; those of different slices as factors of the whole layer."""
+def _aligned(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
+    """Return the layers with corresponding parts; layers with different slices become one unsliced part."""
     if len({(layer.kind, layer.slices, layer.groups, layer.grouped) for layer in layers}) > 1:
-        layers = [_whole(layer) for layer in layers]
+        layers = [_unsliced(layer) for layer in layers]
     kinds = {(layer.kind, layer.groups, layer.grouped, layer.tied_head) for layer in layers}
     shapes = {(layer.B.shape[0], layer.A.shape[1:]) for layer in layers}
     if len(kinds) > 1 or len(shapes) > 1:
@@ -303,13 +286,13 @@ def _alike(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
             f"{layer.kind} of {layer.B.shape[0]} x {tuple(layer.A.shape[1:])}" for layer in layers
         )
         raise AdapterFileError(
-            f"'{path}' is not the same kind of layer in all adapters: {described}. They were made for different "
-            "models, or in ways that do not add up."
+            f"'{path}' is not the same kind of layer in all adapters: {described}. Combine adapters of the same "
+            "model and layer types."
         )
     return layers
 
 
-def _whole(layer: StoredLayer) -> StoredLayer:
+def _unsliced(layer: StoredLayer) -> StoredLayer:
     full = to_peft(layer)
     return dataclasses.replace(
         layer,
@@ -324,19 +307,12 @@ def _whole(layer: StoredLayer) -> StoredLayer:
     )
 
 
-def _dtype(layers: Sequence[StoredLayer]) -> torch.dtype:
-    dtype = layers[0].A.dtype
-    for layer in layers[1:]:
-        dtype = torch.promote_types(dtype, layer.A.dtype)
-    return dtype
-
-
-def _largest(change: Tensor, density: float) -> Tensor:
-    """The matrix with zeros in place of all but the largest entries."""
+def _trim(change: Tensor, density: float) -> Tensor:
+    """Zero all but the share `density` of entries with the largest magnitude."""
     if density == 1:
         return change
     count = max(1, int(density * change.numel()))
-    chosen = change.abs().flatten().topk(count).indices
-    kept = torch.zeros_like(change).flatten()
-    kept[chosen] = change.flatten()[chosen]
-    return kept.view_as(change)
+    largest = change.abs().flatten().topk(count).indices
+    trimmed = torch.zeros_like(change).flatten()
+    trimmed[largest] = change.flatten()[largest]
+    return trimmed.view_as(change)

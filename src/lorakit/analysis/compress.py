@@ -1,4 +1,4 @@
-"""An adapter at a smaller rank: the best approximation of each change, by the decomposition of its factors."""
+"""Compression of an adapter to a smaller rank, by the singular value decomposition of each change."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from lorakit.analysis.deltas import (
     read,
     with_parts,
 )
-from lorakit.analysis.derived import Derived, LayerResult, derive, require_known
+from lorakit.analysis.derived import Derived, LayerResult, derive, require_low_rank
 from lorakit.analysis.leading import leading_svd
-from lorakit.analysis.spectrum import check_energy, cumulative_share, rank_for
+from lorakit.analysis.spectrum import cumulative_share, rank_for, require_share
 from lorakit.analysis.thin_svd import thin_svd
 from lorakit.errors import ConfigurationError
+from lorakit.ops.autocast import wide_dtype
 
 
 class Decomposition(NamedTuple):
-    """``U diag(S) Vh``, all of a matrix or its leading part."""
+    """``U diag(S) Vh`` of a matrix, complete or leading part."""
 
     U: Tensor
     """(out, n)."""
@@ -39,7 +40,7 @@ class Decomposition(NamedTuple):
     Vh: Tensor
     """(n, in)."""
     missing: float = 0.0
-    """Frobenius norm of the part that was not decomposed."""
+    """Frobenius norm of the matrix minus ``U diag(S) Vh``."""
 
     @property
     def norm(self) -> float:
@@ -47,19 +48,30 @@ class Decomposition(NamedTuple):
         return math.hypot(float(torch.linalg.vector_norm(self.S)), self.missing)
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank that keeps this share of the squared norm, at least 1."""
+        """Return the smallest rank that keeps this share of the squared norm, at least 1."""
         return max(1, rank_for(cumulative_share(self.S.double().square()), energy))
 
     def residual(self, rank: int) -> float:
-        """Frobenius norm of what a cut to this rank leaves out."""
+        """Return the Frobenius norm of the matrix minus its approximation of this rank."""
         return math.hypot(float(torch.linalg.vector_norm(self.S[rank:])), self.missing)
 
     def factors(self, rank: int, dtype: torch.dtype = torch.float32) -> Factors:
-        """A (rank, in) and B (out, rank) that share the singular values evenly, zeros beyond their number."""
+        """Return ``A = S^(1/2) Vh`` (rank, in) and ``B = U S^(1/2)`` (out, rank), padded with zeros."""
         root = self.S[:rank].sqrt()
         A, B = root[:, None] * self.Vh[:rank], self.U[:, :rank] * root
-        lacking = rank - len(root)
-        return F.pad(A, (0, 0, 0, lacking)).to(dtype), F.pad(B, (0, lacking)).to(dtype)
+        padding = rank - len(root)
+        return F.pad(A, (0, 0, 0, padding)).to(dtype), F.pad(B, (0, padding)).to(dtype)
+
+    def truncate(
+        self, rank: int | None, energy: float | None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return `factors` of this rank, or of the rank that keeps this energy, and their relative error."""
+        if rank is None:
+            assert energy is not None
+            rank = self.rank_for(energy)
+        rank = min(rank, len(self.S))
+        error = self.residual(rank) / self.norm if self.norm else 0.0
+        return *self.factors(rank, dtype), error
 
 
 def compress(
@@ -70,35 +82,29 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of ``scaling * B A`` (in Frobenius and spectral norm) of a smaller rank.
+    """Return the best approximation of ``scaling * B A`` (in Frobenius and spectral norm) of a smaller rank.
 
-    The new factors hold the scaling and share the singular values evenly: ``B = U S^(1/2)``,
-    ``A = S^(1/2) V^T``.
+    The new factors include the scaling: ``B = U S^(1/2)``, ``A = S^(1/2) V^T``.
 
     Args:
         A: (r, in).
         B: (out, r).
         scaling: Factor on the product.
-        rank: The rank to cut to; one of the two is given.
-        energy: The share of the squared norm to keep at least.
+        rank: Maximum rank. Give rank or energy.
+        energy: Minimum share of the squared norm to keep.
 
     Returns:
-        A (k, in), B (out, k) in float32 (or wider), and the error: the Frobenius norm of what is left out, as
-        a share of the whole.
+        A (k, in) and B (out, k) in float32 (or wider), and the relative error in the Frobenius norm.
 
     Raises:
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
     check_target(rank, energy)
-    found = Decomposition(*thin_svd(A, B, scaling))
-    k = min(found.rank_for(energy) if rank is None else rank, len(found.S))  # type: ignore[arg-type]
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    error = found.residual(k) / found.norm if found.norm else 0.0
-    return *found.factors(k, dtype), error
+    return Decomposition(*thin_svd(A, B, scaling)).truncate(rank, energy, wide_dtype(A, B))
 
 
 def decompose(matrix: Tensor, rank: int | None) -> Decomposition:
-    """A whole matrix (out, in), all of it or its `rank` leading parts."""
+    """Decompose a dense matrix (out, in), completely or into its `rank` leading singular vectors."""
     U, S, Vh = leading_svd(matrix, min(matrix.shape) if rank is None else rank)
     missing = torch.linalg.vector_norm(matrix.to(U.dtype) - (U * S) @ Vh, dtype=torch.float64)
     return Decomposition(U, S, Vh, float(missing))
@@ -111,16 +117,16 @@ def fit(
     rank: int | None = None,
     energy: float | None = None,
 ) -> tuple[StoredLayer, LayerResult]:
-    """The layer with factors for these changes of its parts, at a common rank.
+    """Return the layer with factors for these changes of its parts, at a common rank.
 
     Args:
-        layer: Says the kind and the widths.
-        changes: One for each of its parts (`parts_of`).
-        rank: The layer's rank, or its width where that is less; one of the two is given.
-        energy: The share of each part's squared norm to keep at least.
+        layer: Layer of the same kind and widths.
+        changes: One change for each of its parts (`parts_of`).
+        rank: Maximum rank of the layer. Give rank or energy.
+        energy: Minimum share of each part's squared norm to keep.
 
     Returns:
-        The layer, and what it leaves out of the changes.
+        The layer, and its rank and error.
     """
     unit = rank_unit(layer)
     if rank is None:
@@ -129,8 +135,7 @@ def fit(
     else:
         k = min(part_rank(layer, rank), max(len(change.S) for change in changes))
     k = -(-k // unit) * unit
-    dtype = torch.promote_types(layer.A.dtype, torch.float32)
-    fitted = with_parts(layer, [change.factors(k, dtype) for change in changes])
+    fitted = with_parts(layer, [change.factors(k, wide_dtype(layer.A)) for change in changes])
     return fitted, LayerResult(
         rank=fitted.rank,
         norm=math.hypot(*(change.norm for change in changes)),
@@ -145,16 +150,16 @@ def compress_adapter(
     energy: float | None = None,
     alpha: float | None = None,
 ) -> Derived:
-    """An adapter with every matrix cut to a rank, or to the rank that keeps a share of its squared norm.
+    """Return an adapter with every matrix reduced to a rank, or to the rank that keeps a share of its squared norm.
 
-    A layer whose rank is already as small stays bit for bit. The slices of a fused projection, and the
-    groups of a convolution, keep one rank: the largest that one of them needs.
+    A layer whose rank is already small enough stays bit-identical. The slices of a fused projection, or the groups
+    of a convolution, share the largest rank that one of them needs.
 
     Args:
-        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
-        rank: The rank to cut to; one of the two is given.
-        energy: The share of the squared norm of each matrix to keep at least.
-        alpha: The constant of a loralib file, which does not record it.
+        adapter: A lorakit or PEFT folder, a loralib file, or an adapter already read.
+        rank: Maximum rank. Give rank or energy.
+        energy: Minimum share of each matrix's squared norm to keep.
+        alpha: alpha of a loralib file, which does not record it.
 
     Raises:
         AdapterFileError: The adapter cannot be read, or has no low-rank factors.
@@ -162,17 +167,24 @@ def compress_adapter(
     """
     check_target(rank, energy)
     stored = read(adapter, alpha=alpha)
-    require_known(stored)
+    require_low_rank(stored)
+    return compress_layers(stored, rank, energy, notices(stored))
+
+
+def compress_layers(
+    stored: StoredAdapter, rank: int | None, energy: float | None, notices: list[str]
+) -> Derived:
+    """Return the adapter with every layer reduced to a rank or an energy, and these notices."""
     layers, results = {}, {}
     for path, layer in stored.layers.items():
-        layers[path], results[path] = compress_layer(layer, rank=rank, energy=energy)
-    return Derived(adapter=derive(stored, layers), layers=results, notices=notices(stored))
+        layers[path], results[path] = _compress_layer(layer, rank, energy)
+    return Derived(adapter=derive(stored, layers), layers=results, notices=notices)
 
 
-def compress_layer(
-    layer: StoredLayer, *, rank: int | None = None, energy: float | None = None
+def _compress_layer(
+    layer: StoredLayer, rank: int | None, energy: float | None
 ) -> tuple[StoredLayer, LayerResult]:
-    """One layer cut to a rank or an energy; as it is where that is no less than its rank."""
+    """Reduce a layer to a rank or an energy; return it unchanged if that does not lower its rank."""
     parts = parts_of(layer)
     changes = [Decomposition(*thin_svd(A, B, layer.scaling)) for A, B in parts]
     smaller, result = fit(layer, changes, rank=rank, energy=energy)
@@ -182,17 +194,17 @@ def compress_layer(
 
 
 def check_target(rank: int | None, energy: float | None) -> None:
-    """Refuse anything but one of the two ways to say how small a result is to be.
+    """Validate the target size of a result: a rank or an energy.
 
     Raises:
-        ConfigurationError: None or both are given, or one is out of range.
+        ConfigurationError: Neither or both are given, or one is out of range.
     """
     if (rank is None) == (energy is None):
-        found = "neither is" if rank is None else "both are"
+        given = "neither is" if rank is None else "both are"
         raise ConfigurationError(
-            f"Give rank or energy, the share of the squared norm to keep; {found} given."
+            f"rank and energy: {given} given. Set rank, or energy, the share of the squared norm to keep."
         )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigurationError(f"rank is {rank!r}; it must be a whole number of 1 or more.")
     if energy is not None:
-        check_energy(energy)
+        require_share("energy", energy, "the share of the squared norm to keep", example=0.9)

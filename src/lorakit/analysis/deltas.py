@@ -1,9 +1,9 @@
-"""An adapter's layers as matrices ``scaling * B A``, each beside the matrix of the base it is added to.
+"""An adapter's layers as matrices ``scaling * B A``, and the base matrices to which they are added.
 
-A layer has one such pair of factors for each adapted slice of a fused projection, and one for each group
-of a convolution. PiSSA's frozen start is appended with a minus sign. A convolution's kernel is seen as
-the matrix (out, in * taps); loralib's factors of one as the matrix in which they are a product,
-(out * K, in * K).
+A layer has one pair of factors per adapted slice of a fused projection, or per group of a convolution.
+PiSSA's frozen initial factors are appended with a minus sign. A convolution's kernel is reshaped to the matrix
+(out, in * taps). For loralib's convolution factors, the kernel is reshaped to (out * K, in * K), the shape of
+their product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.checkpoints import is_checkpoint, read_checkpoint
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.ops.autocast import wide_dtype
 
+Layer = TypeVar("Layer")
 Factors = tuple[Tensor, Tensor]
 """A (rank, in) and B (out, rank) of one matrix."""
 
@@ -31,82 +34,97 @@ class Delta:
     """One matrix of an adapter: ``scaling * B A``."""
 
     name: str
-    """The layer's path, with its rows or group where there are several."""
+    """The layer's path, followed by the rows or group if the layer has several matrices."""
     path: str
     """Path of the layer in the base model."""
     part: int
-    """Which of the layer's matrices it is."""
+    """Index among the layer's matrices."""
     A: Tensor
     """(rank, in)."""
     B: Tensor
     """(out, rank)."""
     scaling: float
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether A or B is zero, as B is before training."""
+        return not self.A.any() or not self.B.any()
+
 
 def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> StoredAdapter:
-    """The adapter or a run's checkpoint at a path; one that was read already, as it is.
+    """Read an adapter or a run's checkpoint; return a `StoredAdapter` unchanged.
 
     Args:
-        adapter: A folder of lorakit or PEFT, a loralib file, a checkpoint, or an adapter.
-        alpha: The constant of a loralib file, which does not record it.
+        adapter: A lorakit or PEFT folder, a loralib file, a checkpoint, or an adapter already read.
+        alpha: alpha of a loralib file, which does not record it.
 
     Raises:
-        AdapterFileError: Nothing readable is there.
+        AdapterFileError: The adapter cannot be read.
     """
     if isinstance(adapter, StoredAdapter):
         return adapter
     checkpoint = is_checkpoint(adapter)
     stored = read_checkpoint(adapter) if checkpoint else formats.read(adapter, alpha=alpha)
-    # In the order of the blocks: a JSON file has block 10 before block 2.
-    stored.layers = dict(sorted(stored.layers.items(), key=lambda item: _in_order(item[0])))
+    # Sort by block number: a JSON file lists block 10 before block 2.
+    stored.layers = dict(sorted(stored.layers.items(), key=lambda item: _sort_key(item[0])))
     return stored
 
 
 def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
-    """The matrices of an adapter, by name.
+    """Return the matrices of an adapter by name.
 
     Raises:
         AdapterFileError: It has no low-rank factors.
     """
     if not stored.layers:
         raise AdapterFileError(
-            f"This adapter ({type(stored.method).__name__}) has no low-rank factors to look at. "
-            "lorakit extract makes some from a fully fine-tuned model."
+            f"This adapter ({type(stored.method).__name__}) has no low-rank factors to analyze. "
+            "lorakit extract computes factors from a fully fine-tuned model."
         )
     return {delta.name: delta for delta in _deltas(stored)}
 
 
 def chosen(deltas: Mapping[str, Delta], only: str | None) -> dict[str, Delta]:
-    """The matrices in whose names the regular expression `only` is found; all of them for None.
+    """Return the matrices whose names match the regular expression `only`; all of them for None.
 
     Raises:
-        ConfigurationError: It is no regular expression, or is found in none.
+        ConfigurationError: `only` is not a regular expression, or matches no name.
     """
     if only is None:
         return dict(deltas)
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise ConfigurationError(f"only is {only!r}, no regular expression: {error}.") from None
-    found = {name: delta for name, delta in deltas.items() if pattern.search(name)}
-    if not found:
         raise ConfigurationError(
-            f"only is {only!r}, which is found in none of the {len(deltas)} names; the first is "
+            f"only is {only!r}, which is not a regular expression: {error}."
+        ) from None
+    matching = {name: delta for name, delta in deltas.items() if pattern.search(name)}
+    if not matching:
+        raise ConfigurationError(
+            f"only is {only!r}, which matches none of the {len(deltas)} names; the first is "
             f"'{next(iter(deltas))}'."
         )
-    return found
+    return matching
 
 
 def family(name: str) -> str:
-    """The name with a star for its block's number: what the like matrices of all blocks share."""
+    """Return the name with a star in place of its block's number."""
     return re.sub(r"\.\d+(?=\.|$| )", ".*", name)
 
 
+def families(layers: Mapping[str, Layer]) -> dict[str, dict[str, Layer]]:
+    """Group matrices, by name, into families whose names differ only in the block's number."""
+    grouped: dict[str, dict[str, Layer]] = {}
+    for name, layer in layers.items():
+        grouped.setdefault(family(name), {})[name] = layer
+    return grouped
+
+
 def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[list[str], list[str]]:
-    """Names of the matrices that two adapters have in common, and a notice on those that one has alone.
+    """Return the names of the matrices that two adapters share, and notices about the others.
 
     Raises:
-        AdapterFileError: There are none, or a common one has two shapes.
+        AdapterFileError: They share none, or a shared one differs in shape.
     """
     shared = [name for name in one if name in other]
     if not shared:
@@ -121,50 +139,51 @@ def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[lis
                 f"'{name}' is {shapes[0][0]} x {shapes[0][1]} in the first adapter and {shapes[1][0]} x "
                 f"{shapes[1][1]} in the second: they are for different base models."
             )
-    found = []
+    unshared = []
     for which, mine, theirs in (("first", one, other), ("second", other, one)):
-        alone = [name for name in mine if name not in theirs]
-        if alone:
-            found.append(
-                f"{len(alone)} matrices are in the {which} adapter alone, '{alone[0]}' among them."
+        only_mine = [name for name in mine if name not in theirs]
+        if only_mine:
+            unshared.append(
+                f"{len(only_mine)} matrices are only in the {which} adapter, such as '{only_mine[0]}'."
             )
-    return shared, found
+    return shared, unshared
 
 
 def notices(stored: StoredAdapter) -> list[str]:
-    """What ``scaling * B A`` does not say of an adapter, in sentences."""
-    found = []
+    """Return sentences about the parts of an adapter that ``scaling * B A`` does not cover."""
+    sentences = []
     dora = sum(layer.magnitude is not None for layer in stored.layers.values())
     if dora:
-        found.append(
-            f"{dora} layers have DoRA magnitudes, which also scale the rows of the base: B A is their "
-            "change of direction alone."
+        sentences.append(
+            f"{dora} layers have DoRA magnitudes, which also scale the rows of the base: B A covers only the change "
+            "of direction."
         )
     if stored.trained:
-        found.append(
-            f"{len(stored.trained)} parameters are trained in full, beside the low-rank factors: "
-            f"{_some(list(stored.trained))}."
+        names = list(stored.trained)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        sentences.append(
+            f"{len(names)} parameters are trained in full, in addition to the low-rank factors: "
+            f"{', '.join(names[:3])}{more}."
         )
-    return found
+    return sentences
 
 
 def parts_of(layer: StoredLayer) -> list[Factors]:
-    """The layer's factors, a pair for each slice or group (see the module's text)."""
-    A, B = layer.A, layer.B
-    parts = _split(layer, A, B)
+    """Return the layer's factors, one pair per slice or group (see the module's docstring)."""
+    parts = _split(layer, layer.A, layer.B)
     if layer.initial_A is not None and layer.initial_B is not None:
-        start = _split(layer, layer.initial_A, layer.initial_B)
+        initial = _split(layer, layer.initial_A, layer.initial_B)
         parts = [
             (torch.cat([a, a0]), torch.cat([b, -b0], dim=1))
-            for (a, b), (a0, b0) in zip(parts, start, strict=True)
+            for (a, b), (a0, b0) in zip(parts, initial, strict=True)
         ]
     return parts
 
 
 def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.0) -> StoredLayer:
-    """The layer with other factors of the same widths, and any rank common to all parts.
+    """Return the layer with other factors of the same widths, and any rank common to all parts.
 
-    The parts are the whole change, so that PiSSA's start, which `parts_of` puts into them, goes.
+    The parts are the whole change: `parts_of` includes PiSSA's initial factors, so the result has none.
     """
     A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
     if layer.kind == "conv":
@@ -183,30 +202,30 @@ def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.
 
 
 def rank_unit(layer: StoredLayer) -> int:
-    """Rank of a part for each rank of the layer; above 1 only for loralib's convolutions."""
+    """Return the rank of a part per rank of the layer; above 1 only for loralib's convolutions."""
     return layer.kernel_width if layer.kind == "conv-loralib" else 1
 
 
 def part_rank(layer: StoredLayer, rank: int) -> int:
-    """Rank of each part of a layer of this rank, at least 1: a convolution's groups share it out."""
+    """Return the rank of each part of a layer of this rank, at least 1. A convolution divides it among its groups."""
     return -(-rank // layer.groups) * rank_unit(layer)
 
 
 def weight_name(path: str, layer: StoredLayer) -> str:
-    """Name of the base parameter that the layer's factors change."""
+    """Return the name of the base parameter that the layer's factors change."""
     return f"{path}.{'in_proj_weight' if layer.kind == 'attention' else 'weight'}"
 
 
 def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
-    """The matrices of a base weight to which the layer's parts are added, each (out, in) (views).
+    """Return views (out, in) of the base weight's matrices to which the layer's parts are added.
 
     Raises:
-        AdapterFileError: The weight has another shape than the adapter was made for.
+        AdapterFileError: The weight's shape does not match the adapter.
     """
     if not layer.grouped:
         raise AdapterFileError(
-            f"The factors of '{path}' mix all input channels of a grouped convolution, which no weight of the "
-            "base can hold. There is nothing to compare them with."
+            f"The factors of '{path}' mix all input channels of a grouped convolution. The base's weight has no "
+            "entries for such pairs of channels, so the two cannot be compared."
         )
     matrix = W
     if layer.kind == "embedding" or (layer.kind == "linear" and layer.transposed):
@@ -218,11 +237,11 @@ def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
     columns = layer.A.flatten(1).shape[1]
     rows = layer.slices[0].groups * layer.slices[0].stride if layer.slices else layer.B.shape[0]
     if layer.kind == "linear" and matrix.shape != (rows, columns) == tuple(matrix.mT.shape):
-        matrix = matrix.mT  # a file of loralib's does not say how the base stores its weight
+        matrix = matrix.mT  # a loralib file does not record whether the base transposes its weight
     if matrix.shape != (rows, columns):
         raise AdapterFileError(
-            f"The base's weight of '{path}' has shape {tuple(W.shape)}, and the adapter changes a matrix of "
-            f"{rows} x {columns} numbers. Name the base that the adapter was made for."
+            f"The base's weight of '{path}' has shape {tuple(W.shape)}, but the adapter changes a matrix of "
+            f"{rows} x {columns}. Name the base that the adapter was trained on: --base.name MODEL."
         )
     if layer.slices:
         return [matrix[piece.rows()] for piece in layer.slices]
@@ -230,15 +249,15 @@ def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
 
 
 def adapted_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
-    """The matrices of `weight_parts` with the adapter in them, DoRA's magnitudes included, each (out, in).
+    """Return the matrices of `weight_parts` merged with the adapter, DoRA's magnitudes included, each (out, in).
 
     Raises:
-        AdapterFileError: The weight has another shape than the adapter was made for.
+        AdapterFileError: The weight's shape does not match the adapter.
     """
     adapted = []
     row = 0
     for matrix, (A, B) in zip(weight_parts(path, layer, W), parts_of(layer), strict=True):
-        dtype = torch.promote_types(torch.promote_types(A.dtype, W.dtype), torch.float32)
+        dtype = wide_dtype(A, W)
         merged = matrix.to(dtype) + layer.scaling * (B.to(dtype) @ A.to(dtype))
         if layer.magnitude is not None:
             magnitude = layer.magnitude[row : row + len(merged)].to(dtype)
@@ -253,24 +272,19 @@ def _split(layer: StoredLayer, A: Tensor, B: Tensor) -> list[Factors]:
         blocks = B.split([piece.total for piece in layer.slices])
         return list(zip(A.chunk(len(layer.slices)), blocks, strict=True))
     if layer.kind == "conv":
-        pairs = zip(A.flatten(1).chunk(layer.groups), B.flatten(1).chunk(layer.groups), strict=True)
-        return list(pairs)
+        A, B = A.flatten(1), B.flatten(1)
+        return list(zip(A.chunk(layer.groups), B.chunk(layer.groups), strict=True))
     return [(A, B)]
 
 
 def _deltas(stored: StoredAdapter) -> Iterator[Delta]:
     for path, layer in stored.layers.items():
-        parts = parts_of(layer)
         labels = [f" {piece}" for piece in layer.slices] or [""]
         if layer.groups > 1:
             labels = [f" group {i}" for i in range(layer.groups)]
-        for i, ((A, B), label) in enumerate(zip(parts, labels, strict=True)):
+        for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
             yield Delta(name=path + label, path=path, part=i, A=A, B=B, scaling=layer.scaling)
 
 
-def _in_order(path: str) -> list[tuple[int, str]]:
+def _sort_key(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Adapters that were calculated from others: their settings, and how exact they are."""
+"""Adapters computed from other adapters or models: their settings and their errors."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 
-KEPT = ("task", "labels", "peft", "data")
-"""What is known of the original that holds of the result too."""
+INHERITED = ("task", "labels", "peft", "data")
+"""Provenance keys of the original that also apply to the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """What a calculation did to one layer."""
+    """Rank and error of one computed layer."""
 
     rank: int
     """Rank of the result."""
     norm: float
-    """Frobenius norm of the change that the result stands for."""
+    """Frobenius norm of the exact change."""
     residual: float
-    """Frobenius norm of what the result leaves out of it."""
+    """Frobenius norm of the exact change minus the result."""
 
     @property
     def error(self) -> float:
-        """The residual as a share of the norm."""
+        """The residual divided by the norm."""
         return self.residual / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """An adapter calculated from others, and how exact it is."""
+    """An adapter computed from other adapters or models, with its errors."""
 
     adapter: StoredAdapter
     layers: dict[str, LayerResult]
@@ -46,14 +46,13 @@ class Derived:
 
     @property
     def error(self) -> float:
-        """What all layers leave out, as a share of the whole change, both as Frobenius norms."""
+        """Residual of all layers together divided by their norm, both Frobenius."""
         norm = math.hypot(*(layer.norm for layer in self.layers.values()))
-        return (
-            math.hypot(*(layer.residual for layer in self.layers.values())) / norm if norm else 0.0
-        )
+        residual = math.hypot(*(layer.residual for layer in self.layers.values()))
+        return residual / norm if norm else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "parameters": self.adapter.parameters,
             "error": self.error,
@@ -65,30 +64,28 @@ class Derived:
 
 
 def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> StoredAdapter:
-    """`original` with other layers, its settings brought in line with them.
+    """Return `original` with these layers and matching settings.
 
-    What the original records of its making no longer holds, apart from its task and data: `save` adds
-    what does.
+    Of the original's provenance only the `INHERITED` keys remain; `save` adds the provenance of the result.
     """
-    # alpha / rank is the scaling of every layer, whichever rule made it.
+    # Express each layer's scaling as alpha / rank, whichever rule the original used.
     layers = {
         path: dataclasses.replace(layer, alpha=layer.scaling * layer.rank)
         for path, layer in layers.items()
     }
     assert isinstance(original.method, LoRA)
-    (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(
-        1
-    )[0]
-    starts = any(layer.initial_A is not None for layer in layers.values())
+    ranks_and_alphas = Counter((layer.rank, layer.alpha) for layer in layers.values())
+    rank, alpha = ranks_and_alphas.most_common(1)[0][0]
+    targets, init = original.method.targets, original.method.init
+    if init == "pissa" and all(layer.initial_A is None for layer in layers.values()):
+        init = "kaiming"
     method = dataclasses.replace(
         original.method,
         rank=rank,
         alpha=alpha,
-        targets=original.method.targets
-        if layers.keys() == original.layers.keys()
-        else tuple(layers),
+        targets=targets if layers.keys() == original.layers.keys() else tuple(layers),
         scaling="standard",
-        init=original.method.init if starts or original.method.init != "pissa" else "kaiming",
+        init=init,
         rank_pattern={p: layer.rank for p, layer in layers.items() if layer.rank != rank},
         alpha_pattern={p: layer.alpha for p, layer in layers.items() if layer.alpha != alpha},
     )
@@ -97,23 +94,28 @@ def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> Stored
         layers=layers,
         trained=dict(original.trained),
         base=original.base,
-        provenance={k: v for k, v in original.provenance.items() if k in KEPT},
+        provenance=inherited_provenance(original),
     )
 
 
-def require_known(stored: StoredAdapter) -> None:
-    """Refuse an adapter whose meaning only its base can settle.
+def inherited_provenance(original: StoredAdapter) -> dict[str, Any]:
+    """Return the provenance of `original` that also applies to an adapter computed from it."""
+    return {key: value for key, value in original.provenance.items() if key in INHERITED}
+
+
+def require_low_rank(stored: StoredAdapter) -> None:
+    """Reject an adapter without low-rank factors, or with copies of base weights.
 
     Raises:
         AdapterFileError: It has no low-rank factors, or copies of base weights that may have been trained.
     """
     if not stored.layers or stored.modules or not isinstance(stored.method, LoRA):
         raise AdapterFileError(
-            f"This adapter ({type(stored.method).__name__}) is not of low-rank factors, with which alone lorakit "
-            "calculates. lorakit extract makes some from a fully fine-tuned model."
+            f"This adapter ({type(stored.method).__name__}) does not consist of low-rank factors, which compress "
+            "and combine need. lorakit extract computes factors from a fully fine-tuned model."
         )
     if stored.base_copies:
         raise AdapterFileError(
-            f"The file brings base weights along ('{next(iter(stored.base_copies))}'), which may have been trained "
-            "or not: only the base can tell. Load the adapter on its base with lorakit.load and save it again."
+            f"The file contains base weights ('{next(iter(stored.base_copies))}'), and does not record whether they "
+            "were trained. Load the adapter on its base with lorakit.load and save it again."
         )

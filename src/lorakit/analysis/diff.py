@@ -1,4 +1,4 @@
-"""How two adapters, or two checkpoints of one, differ: distance and angle of their changes."""
+"""Distance and angle between the changes of two adapters or checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.deltas import Delta, deltas_of, in_common, read
-from lorakit.analysis.thin_svd import singular_values
+from lorakit.analysis.spectrum import spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 
 Change = tuple[Tensor, Tensor, float]
@@ -22,7 +22,7 @@ Change = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Two changes of one matrix, or of several taken together. Norms are Frobenius norms."""
+    """Norms and distance of two changes D1 and D2 of one matrix or of several. Norms are Frobenius norms."""
 
     first: float
     """``||D1||``."""
@@ -33,15 +33,15 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The distance as a multiple of the first norm."""
+        """The distance divided by the first norm."""
         return self.distance / self.first if self.first else (math.inf if self.distance else 0.0)
 
     @property
     def angle(self) -> float | None:
-        """Degrees between the two as vectors; None where one is zero.
+        """Angle in degrees between the two changes as vectors; None if one is zero.
 
-        ``sin^2(angle / 2) = (distance^2 - (first - second)^2) / (4 first second)``, which keeps its
-        digits where they hardly differ.
+        ``sin^2(angle / 2) = (distance^2 - (first - second)^2) / (4 first second)``, which is accurate for small
+        angles.
         """
         if not self.first or not self.second:
             return None
@@ -51,42 +51,39 @@ class Difference:
         return math.degrees(2 * math.asin(math.sqrt(min(max(squared, 0.0), 1.0))))
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         relative = self.relative if math.isfinite(self.relative) else None
         return {**vars(self), "relative": relative, "angle": self.angle}
 
 
 def difference(first: Change, second: Change) -> Difference:
-    """Distance and angle of ``s1 * B1 A1`` and ``s2 * B2 A2``, from their factors.
+    """Return the norms and the distance of ``s1 * B1 A1`` and ``s2 * B2 A2``, computed from the factors.
 
     Args:
         first: A (r1, in), B (out, r1) and the scaling.
-        second: The same of rank r2.
+        second: A (r2, in), B (out, r2) and the scaling.
 
     Raises:
-        ConfigurationError: The shapes do not fit each other.
+        ConfigurationError: The shapes differ.
     """
+    norms = [spectrum(*change).norm for change in (first, second)]
     (A1, B1, s1), (A2, B2, s2) = ((A.double(), B.double(), s) for A, B, s in (first, second))
-    norms = [
-        float(torch.linalg.vector_norm(singular_values(*change))) for change in (first, second)
-    ]
     if A1.shape[1] != A2.shape[1] or B1.shape[0] != B2.shape[0]:
         raise ConfigurationError(
             f"The first change is {B1.shape[0]} x {A1.shape[1]} and the second {B2.shape[0]} x {A2.shape[1]}; "
-            "one shape was expected."
+            "equal shapes were expected."
         )
-    if s1 == s2 and A1.equal(A2) and B1.equal(B2):
-        return Difference(first=norms[0], second=norms[1], distance=0.0)
-    both = singular_values(torch.cat([A1, A2]), torch.cat([s1 * B1, -s2 * B2], dim=1))
-    distance = float(torch.linalg.vector_norm(both))
+    distance = 0.0
+    if s1 != s2 or not A1.equal(A2) or not B1.equal(B2):
+        distance = spectrum(torch.cat([A1, A2]), torch.cat([s1 * B1, -s2 * B2], dim=1)).norm
     return Difference(first=norms[0], second=norms[1], distance=distance)
 
 
 def together(differences: Iterable[Difference]) -> Difference:
-    """Several differences as one: the matrices side by side."""
-    found = list(differences)
+    """Return the difference of all matrices together."""
+    differences = list(differences)
     total = {
-        name: math.sqrt(sum(getattr(one, name) ** 2 for one in found))
+        name: math.sqrt(sum(getattr(one, name) ** 2 for one in differences))
         for name in ("first", "second", "distance")
     }
     return Difference(**total)
@@ -97,9 +94,9 @@ class AdapterDiff:
     """The differences between two adapters."""
 
     layers: dict[str, Difference]
-    """Of the low-rank changes, by matrix; against zero where one adapter has none."""
+    """Differences of the low-rank changes by matrix; a matrix that an adapter lacks counts as zero."""
     trained: dict[str, Difference]
-    """Of what is trained as it is (biases, heads, DoRA's magnitudes, other methods' modules): of the tensors."""
+    """Differences of tensors trained in full: biases, heads, DoRA's magnitudes, other methods' modules."""
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -108,11 +105,11 @@ class AdapterDiff:
         return together(self.layers.values())
 
     def most_moved(self) -> list[str]:
-        """Names of the matrices, those with the largest share of the distance first."""
+        """Return the names of the matrices in descending order of their distance."""
         return sorted(self.layers, key=lambda name: -self.layers[name].distance)
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "overall": self.overall.to_json() if self.layers else None,
             "layers": {name: one.to_json() for name, one in self.layers.items()},
@@ -128,40 +125,42 @@ def adapter_diff(
     *,
     alpha: float | None = None,
 ) -> AdapterDiff:
-    """What has changed from one adapter, or checkpoint of a run, to another.
+    """Return the differences between two adapters or checkpoints.
 
     Args:
-        first: A folder of lorakit or PEFT, a loralib file, a checkpoint (``RUN/checkpoints/step-000100``),
-            or an adapter that was read.
-        second: The other one.
-        alpha: The constant of loralib files, which do not record it.
+        first: A lorakit or PEFT folder, a loralib file, a checkpoint (``RUN/checkpoints/step-000100``), or an
+            adapter already read.
+        second: The second adapter, in any of these forms.
+        alpha: alpha of loralib files, which do not record it.
 
     Raises:
         AdapterFileError: One cannot be read, or they have nothing in common.
     """
     stored = read(first, alpha=alpha), read(second, alpha=alpha)
-    layers, found = {}, []
+    layers, unshared = {}, []
     if any(adapter.layers for adapter in stored):
         one, other = (deltas_of(adapter) for adapter in stored)
-        _, found = in_common(one, other)
+        _, unshared = in_common(one, other)
         for name in dict.fromkeys((*one, *other)):
             present = one.get(name) or other[name]
             changes = [_change(side.get(name), present) for side in (one, other)]
             layers[name] = difference(changes[0], changes[1])
-    tensors = [_trained(adapter) for adapter in stored]
+    tensors = [_trained_tensors(adapter) for adapter in stored]
     shared = [name for name in tensors[0] if name in tensors[1]]
     for which, mine, theirs in (("first", *tensors), ("second", *reversed(tensors))):
-        alone = [name for name in mine if name not in theirs]
-        if alone:
-            found.append(f"'{alone[0]}' is trained in full in the {which} adapter alone.")
+        only_mine = [name for name in mine if name not in theirs]
+        if only_mine:
+            unshared.append(f"'{only_mine[0]}' is trained in full only in the {which} adapter.")
     if not layers and not shared:
         methods = " and ".join(type(adapter.method).__name__ for adapter in stored)
         raise AdapterFileError(
-            f"The two adapters ({methods}) have nothing in common. {' '.join(found)} Compare adapters of the same "
+            f"The two adapters ({methods}) have nothing in common. {' '.join(unshared)} Compare adapters of the same "
             "method and layers."
         )
-    trained = {name: _of_tensors(name, tensors[0][name], tensors[1][name]) for name in shared}
-    return AdapterDiff(layers=layers, trained=trained, notices=found)
+    trained = {
+        name: _tensor_difference(name, tensors[0][name], tensors[1][name]) for name in shared
+    }
+    return AdapterDiff(layers=layers, trained=trained, notices=unshared)
 
 
 def _change(delta: Delta | None, present: Delta) -> Change:
@@ -170,7 +169,7 @@ def _change(delta: Delta | None, present: Delta) -> Change:
     return delta.A, delta.B, delta.scaling
 
 
-def _trained(stored: StoredAdapter) -> dict[str, Tensor]:
+def _trained_tensors(stored: StoredAdapter) -> dict[str, Tensor]:
     magnitudes = {
         f"{path}.magnitude": layer.magnitude
         for path, layer in stored.layers.items()
@@ -179,7 +178,7 @@ def _trained(stored: StoredAdapter) -> dict[str, Tensor]:
     return {**stored.trained, **stored.module_tensors, **magnitudes}
 
 
-def _of_tensors(name: str, one: Tensor, other: Tensor) -> Difference:
+def _tensor_difference(name: str, one: Tensor, other: Tensor) -> Difference:
     if one.shape != other.shape:
         raise AdapterFileError(
             f"'{name}' has shape {tuple(one.shape)} in the first adapter and {tuple(other.shape)} in the second: "

@@ -1,4 +1,4 @@
-"""What an adapter did to the model: how far its predictions on ordinary text have moved from the base's."""
+"""Drift of a model's predictions: their KL divergence on a text with and without an adapter."""
 
 from __future__ import annotations
 
@@ -24,32 +24,31 @@ from lorakit.tasks import LanguageExample
 from lorakit.tasks.language_modelling import prompt_ids
 
 _ROWS = 128
-"""Distributions compared at a time: each is as wide as the vocabulary, in float64."""
+"""Distributions compared at a time; each is a float64 row as wide as the vocabulary."""
 
 
 def divergence(base_logits: Tensor, adapted_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How two models' predictions differ at each of n positions.
+    """Return the divergence of two models' predictions at each of n positions.
 
     Args:
         base_logits: (n, classes).
         adapted_logits: (n, classes).
 
     Returns:
-        ``KL(base || adapted)`` in nats, (n,) float64, and whether the likeliest class is another one,
-        (n,) bool.
+        ``KL(base || adapted)`` in nats, (n,) float64, and whether the most likely class changed, (n,) bool.
 
     Raises:
         ConfigurationError: The shapes differ.
     """
     if base_logits.shape != adapted_logits.shape or base_logits.ndim != 2:
         raise ConfigurationError(
-            f"The logits have shapes {tuple(base_logits.shape)} and {tuple(adapted_logits.shape)}; two of one "
-            "shape were expected, (positions, classes)."
+            f"The logits have shapes {tuple(base_logits.shape)} and {tuple(adapted_logits.shape)}; two of equal shape "
+            "(positions, classes) were expected."
         )
     parts = []
     for base, adapted in zip(base_logits.split(_ROWS), adapted_logits.split(_ROWS), strict=True):
         p, q = F.log_softmax(base.double(), -1), F.log_softmax(adapted.double(), -1)
-        # Terms with p = 0 count as 0, also where q is 0 as well (a masked class).
+        # Terms with p = 0 are 0, even if q = 0 (a masked class).
         terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
         parts.append(terms.sum(-1).clamp(min=0))
     return torch.cat(parts), base_logits.argmax(-1) != adapted_logits.argmax(-1)
@@ -57,26 +56,26 @@ def divergence(base_logits: Tensor, adapted_logits: Tensor) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True, kw_only=True)
 class TextDrift:
-    """What changed on one text."""
+    """Drift on one text."""
 
     text: str
     kl: list[float]
-    """``KL(base || adapted)`` before each token but the first, in nats."""
+    """``KL(base || adapted)`` of the predictions of all tokens except the first, in nats."""
     changed: int
-    """Positions at which another token is the likeliest."""
+    """Number of positions at which the most likely token changed."""
     most: dict[str, Any]
-    """The position that changed most: its context, and the likeliest token of both models."""
+    """The position with the largest divergence: its context, and each model's most likely token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """What an adapter changed in a model's predictions on some texts."""
+    """Drift of a model's predictions on several texts."""
 
     texts: list[TextDrift]
     loss_base: float
     """Mean negative log-likelihood of the texts' tokens under the base, in nats."""
     loss_adapted: float
-    """The same with the adapter."""
+    """Mean negative log-likelihood of the texts' tokens with the adapter, in nats."""
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -86,16 +85,16 @@ class Drift:
 
     @property
     def kl(self) -> float:
-        """Mean ``KL(base || adapted)`` of a prediction, in nats."""
+        """Mean ``KL(base || adapted)`` over all predictions, in nats."""
         return sum(sum(text.kl) for text in self.texts) / self.positions
 
     @property
     def changed(self) -> float:
-        """Share of the predictions whose likeliest token is another one."""
+        """Share of the predictions whose most likely token changed."""
         return sum(text.changed for text in self.texts) / self.positions
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "overall": {
                 "texts": len(self.texts),
@@ -123,21 +122,21 @@ def adapter_drift(
 ) -> Drift:
     """Compare a model's predictions on a text file with and without an adapter.
 
-    Virtual tokens that the adapter takes stand before each text; what is compared are the predictions of its tokens.
+    The adapter's virtual tokens, if any, precede each text. Only predictions of the text's own tokens are compared.
 
     Args:
-        adapter: A folder of lorakit or PEFT.
-        text_file: UTF-8 text; each line that is not blank is one text. Text unrelated to the adapter's task
-            shows what it changed beside its task.
-        base: The base model; None takes the one that the adapter records.
-        allow_other_base: Accept a base other than the one the adapter records.
-        limit: Read the first texts only.
-        max_length: Longer texts are cut into pieces of this many tokens, or of the model's context.
-        batch_size: Texts computed together.
-        progress: Called with the number of texts done.
+        adapter: A lorakit or PEFT folder.
+        text_file: UTF-8 text; each non-blank line is one text. Use text unrelated to the adapter's task to see its
+            side effects.
+        base: The base model; None uses the base that the adapter records.
+        allow_other_base: Accept a base other than the recorded one.
+        limit: Maximum number of texts, from the first; None reads all.
+        max_length: Maximum tokens per piece; longer texts are split. The model's context also limits it.
+        batch_size: Pieces per forward pass.
+        progress: Called with the number of pieces done.
 
     Raises:
-        LorakitError: The adapter, its base or the text cannot be read, or the model does not write text.
+        LorakitError: The adapter, its base or the text cannot be read, or the model does not generate text.
     """
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         require_at_least(name, value, 1)
@@ -146,57 +145,60 @@ def adapter_drift(
     opened = open_adapted(base, str(adapter), allow_other_base=allow_other_base)
     if opened.model.config.is_encoder_decoder or not opened.model.can_generate():
         raise BaseModelError(
-            f"Drift is measured on models that write text, and this adapter makes {type(opened.model).__name__} of "
-            f"'{opened.source.name}', which does not. lorakit evaluate scores what such an adapter is for."
+            f"Drift needs a decoder-only model that generates text, but with this adapter '{opened.source.name}' is a "
+            f"{type(opened.model).__name__}. lorakit evaluate scores such adapters on their task."
         )
     pieces = list(_pieces(opened, texts, max_length))
     if not pieces:
-        raise DataError(f"{text_file} has no text of two tokens or more, so nothing is predicted.")
-    # By length, so that batches hold little padding.
+        raise DataError(
+            f"{text_file} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
+        )
+    # Sorting by length reduces padding.
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-    found: dict[int, TextDrift] = {}
+    drifts: dict[int, TextDrift] = {}
     losses = [0.0, 0.0]
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for i, drift, both in _compare(opened, [pieces[j] for j in chosen]):
-            found[chosen[i]] = drift
+        batch = order[start : start + batch_size]
+        compared = _compare(opened, [pieces[i] for i in batch])
+        for i, (drift, both) in zip(batch, compared, strict=True):
+            drifts[i] = drift
             losses = [total + loss for total, loss in zip(losses, both, strict=True)]
         if progress is not None:
-            progress(len(found))
-    positions = sum(len(drift.kl) for drift in found.values())
+            progress(len(drifts))
+    positions = sum(len(drift.kl) for drift in drifts.values())
     return Drift(
-        texts=[found[i] for i in range(len(pieces))],
+        texts=[drifts[i] for i in range(len(pieces))],
         loss_base=losses[0] / positions,
         loss_adapted=losses[1] / positions,
     )
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
-    """The lines of a text file that are not blank.
+    """Return the non-blank lines of a text file.
 
     Raises:
-        DataError: There is no such file, it is no text, or it is a data file with columns.
+        DataError: The file does not exist, is not text, or is a data file with columns.
     """
     path = Path(path)
     if reader_for(path) is not None:
         raise DataError(
-            f"{path} is a data file with columns; drift reads plain text, a text a line. lorakit evaluate reads "
-            "data files."
+            f"{path} is a data file with columns; drift reads plain text with one text per line. lorakit evaluate "
+            "reads data files."
         )
     try:
         lines = lines_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text.") from None
+        raise DataError(f"{path} is not UTF-8 text. Convert it to UTF-8.") from None
     texts = [line for line in lines if line.strip()][:limit]
     if not texts:
-        raise DataError(f"{path} has no text in it.")
+        raise DataError(f"{path} has no text; at least one non-blank line was expected.")
     return texts
 
 
 def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
-    assert base.tokenizer is not None  # open_adapted refuses a base without
+    assert base.tokenizer is not None  # open_adapted rejects bases without a tokenizer
     context = context_length(base.model)
     length = max_length
     if context is not None:
@@ -211,7 +213,7 @@ def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[
 
 @torch.no_grad()
 def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor]:
-    """The logits (targets, classes) for the targets of each example, with what is active now."""
+    """Return the logits (targets, classes) of each example's targets, with the active adapter."""
     batch = collator(base)(examples)
     labels = batch.pop("labels")
     logits = base.model(**batch, use_cache=False).logits
@@ -221,14 +223,12 @@ def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor
     ]
 
 
-def _compare(
-    base: Base, pieces: Sequence[list[int]]
-) -> Iterator[tuple[int, TextDrift, tuple[float, float]]]:
-    """What changed on each of the pieces, and the sums of the two models' losses."""
+def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[TextDrift, list[float]]]:
+    """Yield the drift of each piece, and the summed losses of the base and the adapted model."""
     tokenizer, handle = base.tokenizer, handle_of(base.model)
     assert handle is not None
     assert tokenizer is not None
-    # Text after an empty prompt: virtual tokens of the adapter stand before all of it.
+    # With an empty prompt, the adapter's virtual tokens precede the whole text.
     examples = [
         LanguageExample(
             input_ids=ids,
@@ -243,15 +243,16 @@ def _compare(
     for choice in (None, ADAPTER):
         handle.activate(choice)
         predictions.append(_predictions(base, examples))
-    for i, (ids, one, other) in enumerate(zip(pieces, *predictions, strict=True)):
-        if not one.isfinite().all() or not other.isfinite().all():
-            raise BaseModelError("The model's output is not finite. Try base.dtype float32.")
-        kl, changed = divergence(one, other)
+    for ids, base_logits, adapted_logits in zip(pieces, *predictions, strict=True):
+        both = (base_logits, adapted_logits)
+        if not all(logits.isfinite().all() for logits in both):
+            raise BaseModelError("The model's output is not finite. Set base.dtype to float32.")
+        kl, changed = divergence(base_logits, adapted_logits)
         most = int(kl.argmax())
         targets = torch.tensor(ids[1:])
-        losses = tuple(
-            float(F.cross_entropy(each.float(), targets, reduction="sum")) for each in (one, other)
-        )
+        losses = [
+            float(F.cross_entropy(logits.float(), targets, reduction="sum")) for logits in both
+        ]
         drift = TextDrift(
             text=tokenizer.decode(ids),  # type: ignore[arg-type]
             kl=kl.tolist(),
@@ -259,8 +260,8 @@ def _compare(
             most={
                 "context": tokenizer.decode(ids[: most + 1]),
                 "kl": float(kl[most]),
-                "base": tokenizer.decode([int(one[most].argmax())]),
-                "adapted": tokenizer.decode([int(other[most].argmax())]),
+                "base": tokenizer.decode([int(base_logits[most].argmax())]),
+                "adapted": tokenizer.decode([int(adapted_logits[most].argmax())]),
             },
         )
-        yield i, drift, losses  # type: ignore[misc]
+        yield drift, losses

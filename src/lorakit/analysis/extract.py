@@ -1,4 +1,4 @@
-"""An adapter from the difference of two full models."""
+"""Extraction of an adapter from the difference of two full models."""
 
 from __future__ import annotations
 
@@ -22,31 +22,28 @@ from lorakit.errors import AdapterFileError, BaseModelError
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.ops.autocast import wide_dtype
 
 
 def extract(
     base: Tensor, tuned: Tensor, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """The best factors ``B A`` of ``tuned - base``.
+    """Return the best low-rank approximation ``B A`` of ``tuned - base``.
 
     Args:
-        base: The base's weight, (out, in).
-        tuned: The fine-tuned weight, (out, in).
-        rank: The rank of the factors; one of the two is given.
-        energy: The share of the difference's squared norm to keep at least.
+        base: Base weight, (out, in).
+        tuned: Fine-tuned weight, (out, in).
+        rank: Maximum rank of the factors. Give rank or energy.
+        energy: Minimum share of the difference's squared norm to keep.
 
     Returns:
-        A (k, in), B (out, k), and the error: the Frobenius norm of what they leave out, as a share of the
-        difference's.
+        A (k, in), B (out, k), and the relative error in the Frobenius norm.
 
     Raises:
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
     check_target(rank, energy)
-    found = decompose(_difference(base, tuned), rank)
-    k = found.rank_for(energy) if energy is not None else min(rank or 1, len(found.S))
-    error = found.residual(k) / found.norm if found.norm else 0.0
-    return *found.factors(k), error
+    return decompose(_difference(base, tuned), rank).truncate(rank, energy)
 
 
 def extract_adapter(
@@ -58,22 +55,22 @@ def extract_adapter(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Derived:
-    """An adapter that turns a base model into (nearly) a fine-tuned one.
+    """Return an adapter that approximates the difference between a base model and a fine-tuned model.
 
     Args:
-        base: The base model. It is read in float32, whatever its `dtype` says: rounding would drown the difference.
+        base: The base model. It is always read in float32, because rounding could exceed the difference.
         tuned: The fine-tuned model: a folder, a hub id, or a folder of lorakit's full fine-tuning.
-        targets: The layers whose difference becomes factors; roles, names or regular expressions.
-        train_modules: Modules to store as they are in the fine-tuned model, such as a new head (name suffixes).
-        rank: The rank of the factors; one of the two is given.
-        energy: The share of each layer's squared difference to keep at least.
+        targets: Layers to factor: roles, names or regular expressions.
+        train_modules: Name suffixes of modules to copy in full from the fine-tuned model, such as a new head.
+        rank: Maximum rank of the factors. Give rank or energy.
+        energy: Minimum share of each layer's squared difference to keep.
 
     Returns:
-        The adapter. Its notices name what else differs between the models and is not in it.
+        The adapter. Its notices name the other parameters that differ between the models.
 
     Raises:
-        BaseModelError: A model cannot be read, or they are not of one architecture.
-        AdapterFileError: The two do not differ on the chosen layers.
+        BaseModelError: A model cannot be read, or their architectures differ.
+        AdapterFileError: The models do not differ on the targeted layers.
         TargetError: A target names no layer.
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
@@ -87,14 +84,13 @@ def extract_adapter(
     )
     model = loaded.model
     weights, notices = _tuned_weights(model, base, tuned)
-    # The pattern: which layers, of which kinds and slices. Its rank is of no account.
+    # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
     method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
-    handle = attach(model, method, name="extracted")
-    pattern = handle.stored()
+    template = attach(model, method, name="extracted").stored()
     layers, results, unchanged = {}, {}, []
-    for path, layer in pattern.layers.items():
+    for path, layer in template.layers.items():
         name = weight_name(path, layer)
-        difference = _difference(_base(model, name), _of(weights, name, tuned))
+        difference = _difference(model.get_parameter(name), _tuned_weight(weights, name, tuned))
         if not difference.any():
             unchanged.append(path)
             continue
@@ -102,31 +98,30 @@ def extract_adapter(
         layers[path], results[path] = fit(layer, changes, rank=rank, energy=energy)
     if not layers:
         raise AdapterFileError(
-            f"'{loaded.source.name}' and '{tuned}' are the same on all {len(unchanged)} layers that "
-            f"{targets} names: there is nothing to extract."
+            f"'{loaded.source.name}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
+            "there is nothing to extract. Set other targets or another model."
         )
-    for name in pattern.trained:
-        pattern.trained[name] = _of(weights, name, tuned).to(pattern.trained[name].dtype).clone()
-    adapter = derive(pattern, layers)
+    for name, tensor in template.trained.items():
+        template.trained[name] = _tuned_weight(weights, name, tuned).to(tensor.dtype).clone()
+    adapter = derive(template, layers)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
-    covered = {weight_name(path, layer) for path, layer in pattern.layers.items()} | {
-        *pattern.trained
-    }
-    notices += _left_out(model, weights, covered, results)
+    covered = {weight_name(path, layer) for path, layer in template.layers.items()}
+    notices += _other_differences(model, weights, covered | {*template.trained}, results)
     return Derived(adapter=adapter, layers=results, notices=notices)
 
 
 def _tuned_weights(
     model: nn.Module, base: BaseConfig, tuned: str | Path
 ) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The weights of a fine-tuned model, or of the base with those of lorakit's full fine-tuning; notices."""
+    """Return the weights of a fine-tuned model, and notices. Weights that lorakit did not train come from the base."""
     if not (Path(tuned) / lorakit_json.NAME).is_file():
         return read_weights(dataclasses.replace(base, name=str(tuned), revision=None)), []
     stored = formats.read(tuned)
     if stored.layers or stored.modules:
         raise AdapterFileError(
-            f"'{tuned}' is an adapter already ({type(stored.method).__name__}). lorakit compress changes its rank."
+            f"'{tuned}' is an adapter already ({type(stored.method).__name__}); a fully fine-tuned model was expected. "
+            "lorakit compress changes the rank of an adapter."
         )
     notices = []
     if stored.base is not None:
@@ -134,19 +129,15 @@ def _tuned_weights(
         notices += formats.compare(stored.base, live)
     if all(name in stored.trained for name, _ in base_parameters(model)):
         notices.append(
-            "All weights were trained, so that nothing in it tells whether this is the base they started from."
+            "All weights were trained, so whether training started from this base cannot be checked."
         )
     return ChainMap(stored.trained, dict(model.named_parameters())), notices
 
 
-def _base(model: nn.Module, name: str) -> Tensor:
-    return model.get_parameter(name).detach()
-
-
-def _of(weights: Mapping[str, Tensor], name: str, tuned: str | Path) -> Tensor:
+def _tuned_weight(weights: Mapping[str, Tensor], name: str, tuned: str | Path) -> Tensor:
     if name not in weights:
         raise BaseModelError(
-            f"'{tuned}' has no '{name}', which the base has. Both have to be of one architecture."
+            f"'{tuned}' has no weight '{name}', but the base does. Give two models of one architecture."
         )
     return weights[name]
 
@@ -155,42 +146,44 @@ def _difference(base: Tensor, tuned: Tensor) -> Tensor:
     if base.shape != tuned.shape:
         raise BaseModelError(
             f"A weight has shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the fine-tuned "
-            "model: they are of different sizes."
+            "model: the models have different sizes. Give two models of one size."
         )
-    dtype = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+    dtype = wide_dtype(base, tuned)
     return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
 
 
-def _left_out(
+def _other_differences(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     covered: set[str],
     results: Mapping[str, LayerResult],
 ) -> list[str]:
-    """What else differs between the models, in sentences."""
+    """Return sentences about the differing parameters that the adapter does not cover."""
     changed: dict[str, float] = {}
     resized: list[str] = []
     for name, parameter in base_parameters(model):
         if name in covered or name not in weights:
             continue
-        mine, theirs = tuple(parameter.shape), tuple(weights[name].shape)
-        if mine != theirs:
-            resized.append(f"'{name}' is {mine} in the base and {theirs} in the fine-tuned model")
+        base_shape, tuned_shape = tuple(parameter.shape), tuple(weights[name].shape)
+        if base_shape != tuned_shape:
+            resized.append(
+                f"'{name}' is {base_shape} in the base and {tuned_shape} in the fine-tuned model"
+            )
             continue
         distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
         if distance:
             changed[name] = distance
-    found = []
+    notices = []
     if changed:
-        taken = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
-        all_of_it = math.hypot(*(r.norm for r in results.values()), *changed.values())
-        first = max(changed, key=lambda name: changed[name])
-        found.append(
-            f"{len(changed)} other parameters differ too and are not in the adapter, '{first}' most. It holds "
-            f"{(taken / all_of_it) ** 2:.1%} of the squared difference. More targets, or train_modules, take them in."
+        extracted = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
+        total = math.hypot(*(r.norm for r in results.values()), *changed.values())
+        largest = max(changed, key=lambda name: changed[name])
+        notices.append(
+            f"{len(changed)} other parameters differ but are not in the adapter, '{largest}' most. The adapter holds "
+            f"{(extracted / total) ** 2:.1%} of the squared difference. To include them, add targets or train_modules."
         )
     if resized:
-        found.append(
-            f"{len(resized)} other parameters differ too, in shape, and are not in the adapter: {'; '.join(resized)}."
+        notices.append(
+            f"{len(resized)} other parameters differ in shape and are not in the adapter: {'; '.join(resized)}."
         )
-    return found
+    return notices

@@ -1,4 +1,4 @@
-"""Figures of the measures, drawn by `lorakit.reporting`: for a page, for the screen and for print."""
+"""Figures of the measures, drawn with `lorakit.reporting`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.analysis.amplification import AdapterAmplification
-from lorakit.analysis.deltas import family
+from lorakit.analysis.deltas import families
 from lorakit.analysis.diff import AdapterDiff
 from lorakit.analysis.drift import Drift
 from lorakit.analysis.intruders import AdapterIntruders
@@ -22,19 +22,19 @@ from lorakit.reporting.charts import Chart, Series, dot_chart, histogram, line_c
 from lorakit.reporting.heat_maps import heat_map
 
 PANELS = 3
-"""Blocks shown at once: the first, one in the middle, the last."""
+"""Number of blocks to show: the first, one in the middle, the last."""
 LARGEST = 64
-"""Rows and columns of a similarity map at most; of higher ranks the leading directions are shown."""
+"""Maximum rows and columns of a similarity map; of higher ranks it shows the leading directions."""
 CELLS = 16_000
-"""Cells of all maps of a figure together, which keeps a page with it below two megabytes."""
+"""Maximum cells of all maps of a figure, so that a page with two figures stays below two megabytes."""
 
 
-def spectrum_figure(found: AdapterSpectrum, energy: float = ENERGY) -> Figure:
-    """Share of the squared norm kept at each rank: of every matrix, and of the adapter as a whole."""
-    width = max(len(layer.singular_values) for layer in found.layers.values())
+def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
+    """Draw the share of the squared norm kept at each rank, for every matrix and for the whole adapter."""
+    width = len(spectra.energy)
     shares = [
         layer.energy.tolist() + [1.0] * (width - len(layer.energy))
-        for layer in found.layers.values()
+        for layer in spectra.layers.values()
     ]
     each = heat_map(
         "Each matrix: share of the squared norm",
@@ -42,12 +42,12 @@ def spectrum_figure(found: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         x="rank kept",
         y="",
         value="share",
-        names=list(found.layers),
+        names=list(spectra.layers),
     )
-    suggested = found.rank_for(energy)
+    suggested = spectra.rank_for(energy)
     whole = line_chart(
         "Whole adapter: share of the squared norm",
-        [Series(name="share", points=list(enumerate(found.energy.tolist(), 1)), dots=True)],
+        [Series(name="share", points=list(enumerate(spectra.energy.tolist(), 1)), dots=True)],
         x="rank kept",
         y="share of the squared norm",
         y_domain=(0, 1.02),
@@ -58,32 +58,32 @@ def spectrum_figure(found: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         ],
     )
     caption = (
-        "How much of the change a lower rank would keep. A row that is bright from the first column on holds one "
-        "direction that matters; one that brightens late uses its whole rank."
+        "Share of the change that a lower rank would keep. A row that is bright from the first column on has one "
+        "dominant direction. A row that brightens late uses its full rank."
     )
     return Figure(caption=caption, charts=(whole, each), name="spectrum")
 
 
-def similarity_figure(found: AdapterSimilarity, side: str = "A") -> Figure:
-    """Heat maps of phi(i, j), as the paper's figures 3, 4, 6 and 7, and the level of random directions.
+def similarity_figure(similarity: AdapterSimilarity, side: str = "A") -> Figure:
+    """Draw heat maps of phi(i, j), as in the paper's figures 3, 4, 6 and 7, and the level of random directions.
 
-    A row for each of two kinds of matrices (W_q and W_v, say), a column for each of some blocks. Where the
-    ranks differ, the corner that both have stands enlarged below.
+    Each row shows one of two kinds of matrices (for example W_q and W_v), each column a block. If one rank is more
+    than twice the other, a second row enlarges the corner that both ranks cover.
 
     Args:
-        found: The similarities.
+        similarity: Similarity of two adapters.
         side: "A" for the input directions, "B" for the output directions.
     """
     rows: list[list[tuple[str, Tensor]]] = []
-    kinds = _families(found.A if side == "A" else found.B)[:2]
+    kinds = list(families(similarity.A if side == "A" else similarity.B).values())[:2]
     for layers in kinds:
         cells = max(
             min(one.phi.shape[0], LARGEST) * min(one.phi.shape[1], LARGEST)
             for one in layers.values()
         )
-        chosen = spread(layers, max(1, min(PANELS, CELLS // (cells * len(kinds)) - 1)))
-        first = next(iter(chosen.values()))
-        panels = [(name, one.phi[:LARGEST, :LARGEST]) for name, one in chosen.items()]
+        blocks = spread(layers, max(1, min(PANELS, CELLS // (cells * len(kinds)) - 1)))
+        first = next(iter(blocks.values()))
+        panels = [(name, one.phi[:LARGEST, :LARGEST]) for name, one in blocks.items()]
         level = first.random[:LARGEST, :LARGEST]
         panels.append((f"random directions, k = {first.width}", level))
         rows.append(panels)
@@ -95,22 +95,22 @@ def similarity_figure(found: AdapterSimilarity, side: str = "A") -> Figure:
     columns = max(map(len, rows))
     largest = max(float(phi[~phi.isnan()].max()) for panels in rows for _, phi in panels)
     charts = tuple(
-        _map(title, phi, largest, legend=place == len(panels) - 1)
+        _phi_map(title, phi, largest, legend=column == len(panels) - 1)
         for panels in rows
-        for place, (title, phi) in enumerate(panels)
+        for column, (title, phi) in enumerate(panels)
     )
     space = "input" if side == "A" else "output"
     caption = (
-        f"φ(i, j) of the {space} directions ({side}): the share of the first adapter's leading i directions that "
-        "lies in the second's leading j. 1: one span contains the other; beside it, what directions drawn at random "
-        f"would give. All maps have one scale of colours, from 0 to {largest:.3g}."
+        f"φ(i, j) of the {space} directions ({side}): similarity of the first adapter's leading i directions and the "
+        "second's leading j. 1: one span contains the other. The last map of each row shows the expected level of "
+        f"random directions. All maps use the same colour scale, from 0 to {largest:.3g}."
     )
     return Figure(caption=caption, charts=charts, columns=columns, name=f"similarity-{side}")
 
 
-def amplification_figure(found: AdapterAmplification) -> Figure:
-    """Table 7 for every matrix: how much of W lies in three sets of directions, beside the change itself."""
-    names, layers = list(found.layers), list(found.layers.values())
+def amplification_figure(amplification: AdapterAmplification) -> Figure:
+    """Draw Table 7 for every matrix: the projections of W on three sets of directions, and the change's norm."""
+    names, layers = list(amplification.layers), list(amplification.layers.values())
     norms = dot_chart(
         "W in the directions of the change",
         names,
@@ -132,37 +132,38 @@ def amplification_figure(found: AdapterAmplification) -> Figure:
         first_colour=1,
     )
     caption = (
-        "Where the change's directions hold more of W than random ones do, it works on something that W already "
-        "does; where they hold less than W's own, it does not repeat what W does most. The factor says by how much "
-        "the change exceeds what W had there."
+        "If W is larger in the change's directions than in random ones, the change affects features that W already "
+        "computes. If W is smaller there than in its own leading directions, the change does not repeat W's strongest "
+        "features. The factor is the norm of the change divided by that of W in these directions."
     )
     return Figure(caption=caption, charts=(norms, factors), name="amplification")
 
 
-def base_similarity_figure(found: AdapterAmplification) -> Figure:
-    """Heat maps of phi between the base's leading directions and the change's, as the paper's figure 8."""
-    chosen = {n: phi for layers in _families(found.phi)[:2] for n, phi in spread(layers).items()}
-    largest = max(float(phi.max()) for phi in chosen.values())
+def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
+    """Draw heat maps of phi between the base's and the change's leading directions, as in the paper's figure 8."""
+    kinds = list(families(amplification.phi).values())[:2]
+    maps = {name: phi for layers in kinds for name, phi in spread(layers).items()}
+    largest = max(float(phi.max()) for phi in maps.values())
     charts = []
-    for place, (name, phi) in enumerate(chosen.items()):
-        title = f"{name}, at random up to {found.random_level(name):.3f}"
-        shown = _rows_spread(phi[:, :LARGEST])
-        step = phi.shape[0] / len(shown)
+    for i, (name, phi) in enumerate(maps.items(), 1):
+        title = f"{name}, at random up to {amplification.random_level(name):.3f}"
+        sampled = _sample_rows(phi[:, :LARGEST])
+        step = phi.shape[0] / len(sampled)
         y = "i, base weight" if step == 1 else f"i / {step:.3g}, base weight"
-        charts.append(
-            _map(title, shown, largest, x="j, change", y=y, legend=place == len(chosen) - 1)
-        )
-    caption = "φ(i, j) of the input directions: the base weight's leading i against the change's leading j."
+        charts.append(_phi_map(title, sampled, largest, x="j, change", y=y, legend=i == len(maps)))
+    caption = (
+        "φ(i, j) of the input directions: the base weight's leading i and the change's leading j."
+    )
     return Figure(caption=caption, charts=tuple(charts), columns=3, name="base-similarity")
 
 
-def intruders_figure(found: AdapterIntruders) -> Figure:
-    """Largest cosine of each leading singular vector with the base's; intruders are marked."""
-    examined = max(len(layer.cosine) for layer in found.layers.values())
+def intruders_figure(intruders: AdapterIntruders) -> Figure:
+    """Draw each leading singular vector's largest cosine with the base's vectors, and mark the intruders."""
+    examined = max(len(layer.cosine) for layer in intruders.layers.values())
     cosines, crosses = [], []
-    for row, layer in enumerate(found.layers.values()):
-        known = layer.cosine.tolist()
-        cosines.append(known + [math.nan] * (examined - len(known)))
+    for row, layer in enumerate(intruders.layers.values()):
+        values = layer.cosine.tolist()
+        cosines.append(values + [math.nan] * (examined - len(values)))
         crosses += [(row, j) for j, intruder in enumerate(layer.is_intruder.tolist()) if intruder]
     chart = heat_map(
         "Largest cosine with a base vector",
@@ -170,19 +171,19 @@ def intruders_figure(found: AdapterIntruders) -> Figure:
         x="singular vector",
         y="",
         value="cosine",
-        names=list(found.layers),
+        names=list(intruders.layers),
         crosses=crosses,
     )
     caption = (
-        "Each leading singular vector of the adapted weights beside the base's vector most like it. Crosses mark "
-        "those that match none: directions that the base did not have."
+        "Largest cosine between each leading singular vector of the adapted weights and the base's vectors. Crosses "
+        "mark intruders, which match none of the base's vectors."
     )
     return Figure(caption=caption, charts=(chart,), name="intruders")
 
 
-def diff_figure(found: AdapterDiff) -> Figure:
-    """How far each matrix moved, relative to what it was, and the angle of its turn."""
-    names, layers = list(found.layers), list(found.layers.values())
+def diff_figure(diff: AdapterDiff) -> Figure:
+    """Draw the distance and the angle between the two changes of each matrix."""
+    names, layers = list(diff.layers), list(diff.layers.values())
     distance = dot_chart(
         "Distance",
         names,
@@ -190,67 +191,57 @@ def diff_figure(found: AdapterDiff) -> Figure:
         x="‖ΔW₂-ΔW₁‖ (Frobenius norm)",
         zero=True,
     )
-    turned = [math.nan if one.angle is None else one.angle for one in layers]
+    angles = [math.nan if one.angle is None else one.angle for one in layers]
     angle = dot_chart(
         "Angle between ΔW₁ and ΔW₂",
         names,
-        {"angle": turned},
+        {"angle": angles},
         x="degrees",
         zero=True,
         first_colour=1,
     )
-    caption = (
-        "How far the change of each matrix moved, and how far it turned. 90 degrees share nothing."
-    )
+    caption = "Distance and angle between the two changes of each matrix. 90 degrees: orthogonal."
     return Figure(caption=caption, charts=(distance, angle), name="diff")
 
 
-def drift_figure(found: Drift) -> Figure:
-    """Distribution of the divergence over the predictions."""
-    values = torch.tensor([kl for text in found.texts for kl in text.kl])
+def drift_figure(drift: Drift) -> Figure:
+    """Draw a histogram of the divergence of the predictions."""
+    values = torch.tensor([kl for text in drift.texts for kl in text.kl])
     floor = 1e-4
     edges = torch.logspace(
         -4, max(1.0, math.ceil(math.log10(float(values.max()) + floor))), 50, dtype=torch.float64
     )
-    inside = values.double().clamp(min=edges[0].item(), max=edges[-1].item())
-    counts = torch.histogram(inside, edges).hist
+    clamped = values.double().clamp(min=edges[0].item(), max=edges[-1].item())
+    counts = torch.histogram(clamped, edges).hist
     chart = histogram(
         "Divergence of the predictions",
         edges.tolist(),
         [int(count) for count in counts],
         x="KL(base ‖ adapted) of a prediction, in nats",
         y="predictions",
-        marks=[Mark(at=max(found.kl, floor), text=f"mean {found.kl:.3g}")],
+        marks=[Mark(at=max(drift.kl, floor), text=f"mean {drift.kl:.3g}")],
     )
-    caption = "The first bar holds all divergences below it."
+    caption = "The first bar includes all smaller divergences."
     return Figure(caption=caption, charts=(chart,), name="drift")
 
 
 def spread(layers: Mapping[str, Any], most: int = PANELS) -> dict[str, Any]:
-    """A few of the matrices, from the first to the last at equal distances."""
+    """Return up to `most` matrices, evenly spaced from the first to the last."""
     names = list(layers)
     count = min(most, len(names))
-    places = {round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)}
-    return {names[place]: layers[names[place]] for place in sorted(places)}
+    indices = {round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)}
+    return {names[i]: layers[names[i]] for i in sorted(indices)}
 
 
-def _families(layers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The matrices by kind: those whose names differ by the number of their block alone."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
-        found.setdefault(family(name), {})[name] = layer
-    return list(found.values())
-
-
-def _rows_spread(phi: Tensor) -> Tensor:
-    """At most `LARGEST` rows, at equal distances: the base has hundreds of directions."""
+def _sample_rows(phi: Tensor) -> Tensor:
+    """Return at most `LARGEST` evenly spaced rows: the base has hundreds of directions."""
     rows = phi.shape[0]
     if rows <= LARGEST:
         return phi
     return phi[[(k + 1) * rows // LARGEST - 1 for k in range(LARGEST)]]
 
 
-def _map(
+def _phi_map(
     title: str,
     phi: Tensor,
     largest: float,

@@ -1,10 +1,10 @@
-"""Singular vectors of an adapted weight that match none of the base's (Shuttleworth et al. 2024).
+"""Intruder dimensions: singular vectors of an adapted weight that match none of the base's (Shuttleworth et al. 2024).
 
-Whether a vector u matches *none* of the base's singular vectors seems to need all of them. It does not:
-Lanczos' method on ``W W^T``, started from u, gives the Gauss quadrature of u's spectral measure, whose
-atoms are the squared cosines between u and the singular vectors. By the Chebyshev-Markov-Stieltjes
-inequalities no atom is heavier than two neighbouring weights of the quadrature, which after a few
-products with W are far below the threshold for a vector that is spread over many directions.
+Deciding that a vector u matches none of the base's singular vectors does not require computing all of them.
+Lanczos' method on ``W W^T``, started from u, gives the Gauss quadrature of u's spectral measure. The atoms of this
+measure are the squared cosines between u and the singular vectors. By the Chebyshev-Markov-Stieltjes inequalities,
+no atom exceeds the sum of two neighbouring weights of the quadrature. If u is spread over many directions, a few
+products with W bring these sums far below the threshold.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from lorakit.analysis.deltas import (
     weight_parts,
 )
 from lorakit.analysis.leading import leading_svd
+from lorakit.analysis.spectrum import require_share
 from lorakit.errors import ConfigurationError
 
 TOP, THRESHOLD = 10, 0.5
-"""How many leading vectors are examined, and the cosine below which one is an intruder."""
+"""Number of leading vectors to examine, and the cosine below which a vector is an intruder."""
 
 _SMALL = 512
-"""Below this width all singular vectors of the base are computed."""
+"""Largest width at which all singular vectors of the base are computed."""
 _STEPS = 64
-"""Products with ``W W^T`` after which a vector that is still undecided gets the full decomposition."""
+"""Maximum products with ``W W^T``; vectors that remain undecided need the full decomposition."""
 
 
 @dataclass(frozen=True)
 class Intruders:
-    """The leading left singular vectors of an adapted weight, beside the base's."""
+    """The leading left singular vectors of an adapted weight, compared with the base's."""
 
     singular_values: Tensor
-    """Of the adapted weight, (k,), descending."""
+    """Singular values of the adapted weight, (k,), descending."""
     cosine: Tensor
-    """Largest absolute cosine found between each vector and one of the base's, (k,)."""
+    """Largest computed absolute cosine between each vector and the base's vectors, (k,)."""
     bound: Tensor
-    """What no cosine with any of the base's vectors exceeds, (k,)."""
+    """Upper bound on the cosine between each vector and all of the base's vectors, (k,)."""
     threshold: float
-    """An intruder's cosines are all below it."""
+    """Cosine below which a vector is an intruder."""
 
     @property
     def is_intruder(self) -> Tensor:
-        """Whether each vector matches none of the base's, (k,)."""
+        """Which vectors match none of the base's, (k,)."""
         return self.cosine < self.threshold
 
     @property
@@ -64,7 +65,7 @@ class Intruders:
         return int(self.is_intruder.sum())
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "count": self.count,
             "singular_values": self.singular_values.tolist(),
@@ -77,22 +78,22 @@ class Intruders:
 def intruders(
     W: Tensor, adapted: Tensor, *, top: int = TOP, threshold: float = THRESHOLD
 ) -> Intruders:
-    """Which of the leading left singular vectors of an adapted weight match none of the base's.
+    """Return the leading left singular vectors of an adapted weight that match none of the base's.
 
-    A vector is an intruder where ``max_i |cos(u, u_i)| < threshold`` over all left singular vectors
-    ``u_i`` of the base's (reduced) decomposition. Every verdict is certain; for an intruder of a large weight the
-    largest cosine itself is only known to lie between `cosine` and `bound`.
+    A vector u is an intruder if ``max_i |cos(u, u_i)| < threshold`` over all left singular vectors ``u_i`` of the
+    base's (reduced) decomposition. `is_intruder` is exact. For an intruder of a large weight, the largest cosine
+    is only bracketed by `cosine` and `bound`.
 
     Args:
-        W: The base's weight, (out, in).
-        adapted: The weight with the adapter in it, (out, in).
-        top: Number of leading vectors to examine; the width at most.
-        threshold: Cosine below which a vector matches none.
+        W: Base weight, (out, in).
+        adapted: Weight merged with the adapter, (out, in).
+        top: Number of leading vectors to examine, at most the width.
+        threshold: Cosine below which a vector is an intruder.
 
     Raises:
         ConfigurationError: The shapes differ, or an argument is out of range.
     """
-    _check(W, adapted, top, threshold)
+    _validate(W, adapted, top, threshold)
     width = min(W.shape)
     top = min(top, width)
     U, S, _ = leading_svd(adapted, top)
@@ -101,7 +102,7 @@ def intruders(
     cosine = squared.amax(0).sqrt()
     if known == width:
         return Intruders(S, cosine, cosine, threshold)
-    # What the known vectors leave of u's unit length is all that the others can share.
+    # The squared cosines sum to at most 1, so the uncomputed ones share the remainder.
     bound = torch.maximum(cosine, (1 - squared.sum(0)).clamp(min=0).sqrt())
     undecided = (cosine < threshold) & (bound >= threshold)
     if undecided.any():
@@ -109,14 +110,14 @@ def intruders(
         bound[undecided] = torch.minimum(bound[undecided], tighter.to(bound.dtype))
         undecided &= bound >= threshold
     if undecided.any():
-        everything = torch.linalg.svd(W.detach().to(U.dtype), full_matrices=False)[0]
-        exact = (everything.mT @ U[:, undecided]).abs().amax(0)
+        all_vectors = torch.linalg.svd(W.detach().to(U.dtype), full_matrices=False)[0]
+        exact = (all_vectors.mT @ U[:, undecided]).abs().amax(0)
         cosine[undecided] = bound[undecided] = exact
     return Intruders(S, cosine, torch.maximum(bound, cosine), threshold)
 
 
 def largest_cosine_bound(W: Tensor, vectors: Tensor, enough: float) -> Tensor:
-    """An upper bound on ``max_i |cos(u, u_i)|`` over the left singular vectors of W, for each u.
+    """Return an upper bound on ``max_i |cos(u, u_i)|`` over the left singular vectors of W, for each u.
 
     Args:
         W: (out, in).
@@ -127,33 +128,33 @@ def largest_cosine_bound(W: Tensor, vectors: Tensor, enough: float) -> Tensor:
         (n,), float64; never below the largest cosine.
     """
     W, q = W.detach().double(), vectors.double()
-    if W.shape[0] > W.shape[1]:  # only the part of u in W's range can match
+    if W.shape[0] > W.shape[1]:  # only u's projection on W's range can match
         Q, W = torch.linalg.qr(W)
         q = Q.mT @ q
     mass = q.square().sum(0)
     q = q / mass.sqrt().clamp(min=torch.finfo(q.dtype).tiny)
-    basis, diagonal, beside = q[:, None], [], []
+    basis, diagonal, off_diagonal = q[:, None], [], []
     bound = mass
     for step in range(1, min(_STEPS, W.shape[0]) + 1):
         z = W @ (W.mT @ q)
         diagonal.append((q * z).sum(0))
-        for _ in range(2):  # once more against what rounding leaves of the earlier vectors
+        for _ in range(2):  # orthogonalise twice, against rounding errors
             z = z - torch.einsum("msn,sn->mn", basis, torch.einsum("msn,mn->sn", basis, z))
-        beside.append(torch.linalg.vector_norm(z, dim=0))
-        q = z / beside[-1].clamp(min=torch.finfo(z.dtype).tiny)
+        off_diagonal.append(torch.linalg.vector_norm(z, dim=0))
+        q = z / off_diagonal[-1].clamp(min=torch.finfo(z.dtype).tiny)
         basis = torch.cat([basis, q[:, None]], dim=1)
         if step % 8 == 0:
-            weights = mass[:, None] * _gauss_weights(diagonal, beside[:-1])
+            weights = mass[:, None] * _gauss_weights(diagonal, off_diagonal[:-1])
             bound = torch.minimum(bound, (weights[:, 1:] + weights[:, :-1]).amax(1))
             if (bound < enough**2).all():
                 break
     return bound.sqrt()
 
 
-def _gauss_weights(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
-    """Weights of the Gauss rules of n tridiagonal matrices, their nodes ascending: (n, steps)."""
+def _gauss_weights(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> Tensor:
+    """Return the Gauss quadrature weights of n tridiagonal matrices, in ascending order of nodes: (n, steps)."""
     T = torch.diag_embed(torch.stack(diagonal, dim=1))
-    off = torch.stack(beside, dim=1)
+    off = torch.stack(off_diagonal, dim=1)
     T = T + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
     return torch.linalg.eigh(T).eigenvectors[:, 0].square()
 
@@ -167,11 +168,11 @@ class AdapterIntruders:
 
     @property
     def count(self) -> int:
-        """Number of intruders in all matrices."""
+        """Number of intruders over all matrices."""
         return sum(layer.count for layer in self.layers.values())
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers as JSON values."""
+        """Return all numbers as JSON values."""
         return {
             "overall": {
                 "count": self.count,
@@ -192,19 +193,19 @@ def adapter_intruders(
     threshold: float = THRESHOLD,
     progress: Callable[[str], None] | None = None,
 ) -> AdapterIntruders:
-    """Intruders of each matrix of an adapter.
+    """Return the intruders of each matrix of an adapter.
 
     Args:
-        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
-        weights: The base's (`open_weights`).
-        alpha: The constant of a loralib file, which does not record it.
-        only: A regular expression found in the names of the matrices to look at; None looks at all.
+        adapter: A lorakit or PEFT folder, a loralib file, or an adapter already read.
+        weights: Weights of the base (`open_weights`).
+        alpha: alpha of a loralib file, which does not record it.
+        only: Regular expression that selects matrices by name; None selects all.
         top: Number of leading vectors to examine.
-        threshold: Cosine below which a vector matches none.
-        progress: Called with the name of each matrix before it is looked at.
+        threshold: Cosine below which a vector is an intruder.
+        progress: Called with the name of each matrix before it is measured.
 
     Raises:
-        AdapterFileError: The adapter cannot be read, or does not fit the base.
+        AdapterFileError: The adapter cannot be read, or does not match the base.
         BaseModelError: The base lacks a weight.
     """
     stored = read(adapter, alpha=alpha)
@@ -220,19 +221,17 @@ def adapter_intruders(
             top=top,
             threshold=threshold,
         )
-    found = [] if not stored.trained else notices(stored)[-1:]
-    return AdapterIntruders(layers=layers, notices=[*found, *weights.notices])
+    # Intruders include DoRA's magnitudes, so only the notice on trained parameters applies.
+    trained = notices(stored)[-1:] if stored.trained else []
+    return AdapterIntruders(layers=layers, notices=[*trained, *weights.notices])
 
 
-def _check(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:
+def _validate(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:
     if W.ndim != 2 or W.shape != adapted.shape:
         raise ConfigurationError(
-            f"The weights have shapes {tuple(W.shape)} and {tuple(adapted.shape)}; two matrices of one "
+            f"The weights have shapes {tuple(W.shape)} and {tuple(adapted.shape)}; two matrices of equal "
             "shape were expected."
         )
     if top < 1:
         raise ConfigurationError(f"top is {top}; it must be at least 1.")
-    if not 0 < threshold <= 1:
-        raise ConfigurationError(
-            f"threshold is {threshold!r}; it is a cosine, above 0 and at most 1, for example 0.5."
-        )
+    require_share("threshold", threshold, "a cosine", example=THRESHOLD)

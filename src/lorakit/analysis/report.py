@@ -1,4 +1,4 @@
-"""Pages of the measures, and their sections in the pages of runs."""
+"""HTML pages of the measures, and adapter sections for the pages of runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorakit.analysis import figures
-from lorakit.analysis.deltas import family, read
+from lorakit.analysis.deltas import families, read
 from lorakit.analysis.similarity import adapter_similarity
 from lorakit.analysis.spectrum import ENERGY, UNTRAINED, adapter_spectrum
 from lorakit.errors import LorakitError
@@ -27,19 +27,19 @@ def measure_page(
     command: str,
     heading: str | None = None,
 ) -> Page:
-    """The page of a measure of `lorakit analyze`.
+    """Build the page of a measure of `lorakit analyze`.
 
     Args:
-        measure: Its name.
-        about: What it tells, in a sentence.
-        subjects: The adapters (and texts) it was taken of.
-        lines: What was found, in sentences.
-        rows: The numbers by matrix, or by whatever `what` says.
-        what: What a row is of.
-        drawn: The figures.
-        notices: What the reader should know.
-        command: The command that made it.
-        heading: What the table shows; by default the numbers of every row.
+        measure: Name of the measure.
+        about: Description of the measure in one sentence.
+        subjects: Paths of the measured adapters (and texts).
+        lines: Results in sentences.
+        rows: Numbers by matrix, or by another kind of row.
+        what: Kind of row, for example "matrix".
+        drawn: Figures.
+        notices: Sentences for the notes section.
+        command: Command that reproduces the page.
+        heading: Caption of the table; None uses a default.
     """
     columns = (what, *next(iter(rows.values()), {}))
     table = Table(
@@ -55,7 +55,8 @@ def measure_page(
     ]
     return Page(
         kind=f"Analysis: {measure}",
-        title=" and ".join(_name(subject) for subject in subjects),
+        # The last two parts of each path: every run names its adapter folder `adapter`.
+        title=" and ".join("/".join(Path(subject).parts[-2:]) for subject in subjects),
         subtitle=about,
         summary=lines,
         sections=[section for section in sections if section.blocks],
@@ -63,55 +64,50 @@ def measure_page(
 
 
 def run_sections(adapter: str | Path) -> list[Section]:
-    """What the page of a run shows of its adapter: its spectrum, where it consists of thin matrices."""
+    """Return the spectrum section of a run's page; empty without low-rank factors."""
     stored = read(adapter)
     if not stored.layers:
         return []
-    found = adapter_spectrum(stored)
-    kinds: dict[str, list[str]] = {}
-    for name in found.layers:
-        kinds.setdefault(family(name), []).append(name)
-    rows: list[tuple[Cell, ...]] = []
-    for kind, names in kinds.items():
-        layers = [found.layers[name] for name in names]
-        rows.append(
-            (
-                kind,
-                len(layers),
-                _range([len(layer.singular_values) for layer in layers]),
-                _range([layer.norm for layer in layers]),
-                _range([layer.effective_rank for layer in layers]),
-                _range([layer.rank_for(ENERGY) for layer in layers]),
-            )
+    spectra = adapter_spectrum(stored)
+    rows: list[tuple[Cell, ...]] = [
+        (
+            kind,
+            len(layers),
+            _range([len(layer.singular_values) for layer in layers.values()]),
+            _range([layer.norm for layer in layers.values()]),
+            _range([layer.effective_rank for layer in layers.values()]),
+            _range([layer.rank_for(ENERGY) for layer in layers.values()]),
         )
+        for kind, layers in families(spectra.layers).items()
+    ]
     columns = ("Matrices", "Count", "Rank", "Norm", "Effective rank", f"Rank for {ENERGY:.0%}")
-    suggested = found.rank_for(ENERGY)
+    suggested = spectra.rank_for(ENERGY)
     sentence = UNTRAINED
     if suggested:
         sentence = (
             f"Rank {suggested} for all matrices would keep {ENERGY:.0%} of the change's squared norm; the adapter has "
-            f"rank {max(len(layer.singular_values) for layer in found.layers.values())}."
+            f"rank {len(spectra.energy)}."
         )
     blocks: list[Block] = [
         Prose(text=sentence),
-        figures.spectrum_figure(found),
+        figures.spectrum_figure(spectra),
         Table(caption="The change by kind of matrix.", columns=columns, rows=rows),
     ]
-    return [Section(title="What the adapter holds", blocks=blocks)]
+    return [Section(title="Spectrum of the adapter", blocks=blocks)]
 
 
 def comparison_sections(first: str | Path, second: str | Path) -> list[Section]:
-    """What a page that compares two runs shows of their adapters: how alike their directions are."""
+    """Return the similarity section of a page that compares two runs; empty without low-rank factors."""
     if not (read(first).layers and read(second).layers):
         return []
     try:
-        found = adapter_similarity(first, second)
-    except LorakitError as error:  # such as adapters of other layers: the page says it
+        similarity = adapter_similarity(first, second)
+    except LorakitError as error:  # for example, the adapters share no layers
         blocks: list[Block] = [
             Prose(text=f"The directions of the adapters are not compared. {error}")
         ]
     else:
-        blocks = [figures.similarity_figure(found, side) for side in "AB"]
+        blocks = [figures.similarity_figure(similarity, side) for side in "AB"]
     return [Section(title="Do the adapters share directions?", blocks=blocks)]
 
 
@@ -121,8 +117,3 @@ def _range(numbers: Sequence[float]) -> str:
         for number in (min(numbers), max(numbers))
     )
     return low if low == high else f"{low} to {high}"
-
-
-def _name(subject: str) -> str:
-    """The last two parts of a path: every run's adapter lies in a folder `adapter`."""
-    return "/".join(Path(subject).parts[-2:])

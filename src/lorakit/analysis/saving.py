@@ -1,4 +1,4 @@
-"""Calculated adapters on disk: an adapter folder with what it was made from, scored if there is data."""
+"""Saving computed adapters with their provenance, and scoring them next to their inputs."""
 
 from __future__ import annotations
 
@@ -32,46 +32,47 @@ TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME, WEIGHTS)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How a calculated adapter is scored beside what it was made from."""
+    """Data and settings for scoring a computed adapter and its inputs."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Data to score the result and its inputs on, as for lorakit evaluate; without any nothing is scored."""
+    """Data to score the result and its inputs on, as in lorakit evaluate; without data nothing is scored."""
     split: Literal["validation", "test"] = "test"
-    """Which of the data's held-out parts is scored."""
+    """Split of the data to score."""
     scores: tuple[Score, ...] = ("loss",)
-    """For text generation: the held-out loss, the scores of generated text, or both."""
+    """For text generation: the loss of the split, the scores of generated text, or both."""
     limit: int | None = None
-    """Score this many prompts, from the first; none scores all."""
+    """Score only the first prompts, up to this number; null scores all."""
     decoding: Decoding = field(default_factory=Decoding)
-    """How text is generated."""
+    """Decoding settings for generated text."""
     batch_size: int = 16
-    """Examples per forward pass where nothing is generated."""
+    """Examples per forward pass, except for generation."""
 
     @property
     def wanted(self) -> bool:
-        """Whether there is something to score on.
+        """Whether to score: data is configured.
 
         Raises:
-            ConfigurationError: There is data, and none of it for the split that is scored.
+            ConfigurationError: Data is configured, but not for `split`.
         """
         if self.data == DataConfig():
             return False
         if self.data.source(self.split) is None:
             raise ConfigurationError(
-                f"data names nothing to score on: split is {self.split}. Set data.{self.split}, or split."
+                f"data has no {self.split} data to score on: split is {self.split}. Set data.{self.split}, or change "
+                "split."
             )
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A calculated adapter that was written."""
+    """A computed adapter after saving."""
 
     folder: Path
     scores: dict[str, dict[str, float]]
-    """Scores of the inputs, by name, and of the "result"; empty where nothing was scored."""
+    """Scores of the inputs by path, and of the "result"; empty without data."""
     notices: list[str]
-    """What the user should know, in sentences."""
+    """Sentences to show to the user."""
 
 
 def save(
@@ -86,24 +87,24 @@ def save(
     allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> Saved:
-    """Write a calculated adapter as a folder, whole or not at all, and score it beside its inputs.
+    """Write a computed adapter atomically as a folder, and score it and its inputs.
 
-    lorakit.json and the card record the settings, the inputs with the digest of their tensors, and the scores.
+    lorakit.json and the card record the settings, the inputs with the digests of their tensors, and the scores.
 
     Args:
-        made: What was calculated.
-        output: Where to write; must not exist unless `overwrite`.
-        inputs: The adapters or models it was made from.
-        settings: What to record of how it was made; JSON values.
-        alpha: The constant of loralib files among the inputs.
-        scoring: What to score on; None, or one without data, scores nothing.
-        base: The base to score on; None takes the one that the adapter records.
-        allow_other_base: Score on another base than the recorded one.
+        made: The computed adapter.
+        output: Output folder; must not exist unless `overwrite` is set.
+        inputs: The adapters or models from which it was computed.
+        settings: Settings to record, as JSON values.
+        alpha: alpha of loralib files among the inputs.
+        scoring: Data to score on; None, or a configuration without data, scores nothing.
+        base: The base to score on; None uses the base that the adapter records.
+        allow_other_base: Accept a base other than the recorded one for scoring.
         overwrite: Replace an existing adapter folder.
 
     Raises:
-        RunFolderError: The folder exists, is none of an adapter's, or cannot be written.
-        LorakitError: The data or the base cannot be read, or do not fit the adapter.
+        RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
+        LorakitError: The data or the base cannot be read, or do not match the adapter.
     """
     check_output(output, overwrite=overwrite)
     adapters = {Path(path): _folder(Path(path)) for path in inputs if _is_adapter(Path(path))}
@@ -115,7 +116,7 @@ def save(
         "error": made.error,
         "versions": versions(),
     }
-    for_peft = not any(_beyond_peft(folder) for folder in adapters.values())
+    for_peft = not any(_is_lorakit_only(folder) for folder in adapters.values())
     scores: dict[str, dict[str, float]] = {}
     if scoring is not None and scoring.wanted:
         for path, folder in adapters.items():
@@ -131,10 +132,10 @@ def save(
 
 
 def check_output(output: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse, before long work, what `save` would refuse after it.
+    """Validate the output folder of `save` before a long computation.
 
     Raises:
-        RunFolderError: The folder exists, is none of an adapter's, or cannot be written.
+        RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
     """
     storage.require_free_folder(output, overwrite=overwrite)
     formats.check_replaceable(output)
@@ -159,7 +160,7 @@ def _score(
 def _write(
     stored: StoredAdapter, folder: Path, tokenizer_from: Path | None, *, for_peft: bool
 ) -> list[str]:
-    """Write an adapter folder, without PEFT's files unless `for_peft`."""
+    """Write an adapter folder, in PEFT's format if `for_peft`."""
     if tokenizer_from is not None:
         formats.copy_tokenizer(tokenizer_from, folder)
     if for_peft:
@@ -167,26 +168,26 @@ def _write(
     lorakit_json.write_tensors(stored, folder)
     (folder / lorakit_json.CARD_NAME).write_bytes(card(stored, None).encode())
     lorakit_json.write(stored, folder, None)
-    return ["Only lorakit can load this folder, as it is with the one that it was made from."]
+    return ["Only lorakit can load this folder, because PEFT cannot load the input adapter."]
 
 
 def _is_adapter(path: Path) -> bool:
-    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path.is_file() or is_checkpoint(path) or any((path / mark).exists() for mark in marks)
+    names = (lorakit_json.NAME, peft.CONFIG_NAME)
+    return path.is_file() or is_checkpoint(path) or any((path / name).exists() for name in names)
 
 
 def _folder(path: Path) -> Path:
-    """Where an adapter's other files lie: beside its tensors; for a checkpoint with its run's adapter."""
+    """Return the folder of an adapter's tokenizer and configuration; for a checkpoint its run's adapter."""
     return saved_adapter(path) if is_checkpoint(path) else path
 
 
-def _beyond_peft(path: Path) -> bool:
-    """Whether PEFT cannot load a folder of lorakit's; the reason may be the base's own layers."""
+def _is_lorakit_only(path: Path) -> bool:
+    """Return whether a lorakit folder lacks PEFT's files, for example because PEFT does not support a base layer."""
     return (path / lorakit_json.NAME).exists() and not (path / peft.CONFIG_NAME).exists()
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """What an input was: its name, and the digest of its tensors where it is an adapter."""
+    """Return the name of an input, and the digest of its tensors if it is an adapter."""
     files = [path] if path.is_file() else [path / name for name in TENSORS]
     digests = [storage.sha256(file) for file in files if file.is_file()]
     return {"name": path.name, "sha256": digests[0] if digests else None}

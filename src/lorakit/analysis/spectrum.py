@@ -1,4 +1,4 @@
-"""How an adapter's change is spread over its rank: the singular values of ``scaling * B A``."""
+"""Singular values of an adapter's change ``scaling * B A``, and ranks derived from them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lorakit.analysis.thin_svd import singular_values
 from lorakit.errors import ConfigurationError
 
 ENERGY = 0.9
-"""Share of the squared norm that a suggested rank keeps unless told otherwise."""
+"""Default share of the squared norm that a suggested rank keeps."""
 
 UNTRAINED = "The adapter is zero everywhere: it was never trained."
-"""What its spectrum says of an adapter whose every B is 0."""
+"""Printed if every B of an adapter is 0."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of one change ``scaling * B A``, and what follows from them.
+    """Singular values of one change ``scaling * B A``, and the norms and ranks derived from them.
 
-    An adapter that was never trained has B = 0: all its numbers are 0.
+    All are 0 for an untrained adapter (B = 0).
     """
 
     singular_values: Tensor
-    """(r,), descending, float64; fewer where the matrix is narrower than the rank."""
+    """(min(r, out, in),), descending, float64."""
 
     @property
     def norm(self) -> float:
@@ -52,16 +52,16 @@ class Spectrum:
 
     @property
     def energy(self) -> Tensor:
-        """Share of the squared norm in the first i singular values, i = 1 to r: (r,)."""
+        """Share of the squared norm in the first i singular values, for i = 1 to r: (r,)."""
         return cumulative_share(self.singular_values.square())
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank that keeps this share of the squared norm; 0 for an untrained adapter."""
+        """Return the smallest rank that keeps this share of the squared norm; 0 for an untrained adapter."""
         return rank_for(self.energy, energy)
 
 
 def spectrum(A: Tensor, B: Tensor, scaling: float = 1.0) -> Spectrum:
-    """Spectrum of ``scaling * B A``, from an r x r decomposition.
+    """Return the spectrum of ``scaling * B A``, computed from an r x r matrix.
 
     Args:
         A: (r, in).
@@ -69,7 +69,7 @@ def spectrum(A: Tensor, B: Tensor, scaling: float = 1.0) -> Spectrum:
         scaling: Factor on the product, ``alpha / r``.
 
     Raises:
-        ConfigurationError: The shapes do not form a product.
+        ConfigurationError: A is not (r, in), or B is not (out, r).
     """
     return Spectrum(singular_values(A, B, scaling))
 
@@ -79,12 +79,12 @@ class AdapterSpectrum:
     """The spectra of an adapter's matrices."""
 
     layers: dict[str, Spectrum]
-    """By name; a fused projection has one for each adapted slice."""
+    """Spectra by name; a fused projection has one per adapted slice."""
     notices: list[str] = field(default_factory=list)
 
     @property
     def energy(self) -> Tensor:
-        """Share of the whole adapter's squared norm kept if every matrix is cut to rank i."""
+        """Share of the whole adapter's squared norm that rank i keeps in every matrix, for i = 1 to r."""
         width = max(len(s.singular_values) for s in self.layers.values())
         total = torch.zeros(width, dtype=torch.float64)
         for layer in self.layers.values():
@@ -93,15 +93,15 @@ class AdapterSpectrum:
 
     @property
     def norm(self) -> float:
-        """Root of the sum of all squared norms."""
+        """Frobenius norm of all changes together."""
         return sum(layer.norm**2 for layer in self.layers.values()) ** 0.5
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank for all matrices alike that keeps this share of the squared norm."""
+        """Return the smallest common rank of all matrices that keeps this share of the squared norm."""
         return rank_for(self.energy, energy)
 
     def to_json(self, energy: float = ENERGY) -> dict[str, Any]:
-        """All numbers as JSON values; the suggested ranks keep the share `energy`."""
+        """Return all numbers as JSON values; the suggested ranks keep the share `energy`."""
         return {
             "energy": energy,
             "overall": {
@@ -127,11 +127,11 @@ class AdapterSpectrum:
 def adapter_spectrum(
     adapter: StoredAdapter | str | Path, *, alpha: float | None = None
 ) -> AdapterSpectrum:
-    """Spectra of all matrices of an adapter.
+    """Return the spectra of all matrices of an adapter.
 
     Args:
-        adapter: A folder of lorakit or PEFT, a loralib file, or an adapter that was read.
-        alpha: The constant of a loralib file, which does not record it.
+        adapter: A lorakit or PEFT folder, a loralib file, or an adapter already read.
+        alpha: alpha of a loralib file, which does not record it.
 
     Raises:
         AdapterFileError: The adapter cannot be read, or has no low-rank factors.
@@ -142,32 +142,31 @@ def adapter_spectrum(
 
 
 def cumulative_share(values: Tensor) -> Tensor:
-    """Running sums of `values` (n,), divided by their total; zeros where that is 0."""
+    """Return the cumulative sums of `values` (n,) divided by their total; zeros if the total is 0."""
     total = values.sum()
     return torch.zeros_like(values) if total == 0 else values.cumsum(0) / total
 
 
 def rank_for(energy_by_rank: Tensor, energy: float) -> int:
-    """The first rank i whose share ``energy_by_rank[i - 1]`` reaches `energy`.
+    """Return the first rank i whose share ``energy_by_rank[i - 1]`` reaches `energy`.
 
     Raises:
-        ConfigurationError: `energy` is no share above 0 and up to 1.
+        ConfigurationError: `energy` is not above 0 and at most 1.
     """
-    check_energy(energy)
+    require_share("energy", energy, "the share of the squared norm to keep", example=0.9)
     if energy_by_rank[-1] == 0:
         return 0
-    # The last share is 1 but for rounding; so is one that misses `energy` by as little.
+    # The tolerance covers rounding: the last share may be slightly below 1.
     return int((energy_by_rank < energy * (1 - 1e-12)).sum()) + 1
 
 
-def check_energy(energy: float) -> None:
-    """Refuse a share of the squared norm that is none.
+def require_share(name: str, value: float, meaning: str, *, example: float) -> None:
+    """Validate a setting with values above 0 and at most 1.
 
     Raises:
-        ConfigurationError: It is not above 0 and at most 1.
+        ConfigurationError: It is out of range.
     """
-    if not 0 < energy <= 1:
+    if not 0 < value <= 1:
         raise ConfigurationError(
-            f"energy is {energy!r}; it is the share of the squared norm to keep, above 0 and at most 1, "
-            "for example 0.9."
+            f"{name} is {value!r}; it is {meaning}, above 0 and at most 1, for example {example}."
         )

@@ -1,7 +1,7 @@
-"""The singular value decomposition of ``B A`` from its thin factors, never from the product.
+"""The singular value decomposition of ``B A``, computed from the thin factors without their product.
 
 With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, the singular values of ``B A = Q_B (R_B R_A^T) Q_A^T`` are
-those of an r x r matrix. All of it is computed in float64, whatever the factors' dtype.
+those of the r x r matrix ``R_B R_A^T``. All computations are in float64, whatever the factors' dtype.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 from lorakit.errors import ConfigurationError
 
 _NEARLY_DEPENDENT = 1e-5
-"""Ratio of Cholesky's pivots; down to it the error stays below 1e-10 of the norm."""
+"""Smallest accepted ratio of Cholesky pivots; above it the error is below 1e-10 of the norm."""
 
 
 def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
-    """Singular values of ``scaling * B A``, descending: float64, (min(r, out, in),).
+    """Return the singular values of ``scaling * B A``, descending: float64, (min(r, out, in),).
 
     Args:
         A: (r, in).
@@ -24,21 +24,21 @@ def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
         scaling: Factor on the product.
 
     Raises:
-        ConfigurationError: The shapes do not form a product.
+        ConfigurationError: A is not (r, in), or B is not (out, r).
     """
-    check_factors(A, B)
-    return abs(scaling) * torch.linalg.svdvals(triangular(B) @ triangular(A.mT).mT)
+    _check_factors(A, B)
+    return abs(scaling) * torch.linalg.svdvals(_triangular(B) @ _triangular(A.mT).mT)
 
 
 def thin_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """``U`` (out, k), ``S`` (k,) and ``Vh`` (k, in) with ``scaling * B A = U diag(S) Vh``, in float64.
+    """Return ``U`` (out, k), ``S`` (k,) and ``Vh`` (k, in) with ``scaling * B A = U diag(S) Vh``, in float64.
 
-    k is r, or the width of the product where that is less.
+    k is min(r, out, in).
 
     Raises:
-        ConfigurationError: The shapes do not form a product.
+        ConfigurationError: A is not (r, in), or B is not (out, r).
     """
-    check_factors(A, B)
+    _check_factors(A, B)
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     U, S, Vh = torch.linalg.svd(scaling * (R_B @ R_A.mT), full_matrices=False)
@@ -46,9 +46,9 @@ def thin_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def row_directions(A: Tensor) -> Tensor:
-    """Right singular vectors of A (r, in) that belong to nonzero singular values, as rows: (rank of A, in).
+    """Return the right singular vectors of A (r, in) with nonzero singular values, as rows: (rank of A, in).
 
-    A singular value within the rounding of A's numbers counts as zero: its direction is arbitrary.
+    A singular value within the rounding error of A counts as zero, because its direction is arbitrary.
     """
     Q, R = torch.linalg.qr(A.double().mT)
     P, S, _ = torch.linalg.svd(R, full_matrices=False)
@@ -57,27 +57,27 @@ def row_directions(A: Tensor) -> Tensor:
 
 
 def change_directions(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`thin_svd` without the singular values that rounding the factors to their dtype could have made.
+    """Return `thin_svd` without the singular values within the rounding error of the factors.
 
     Raises:
         ConfigurationError: The shapes do not form a product, or the product is zero.
     """
     U, S, Vh = thin_svd(A, B, scaling)
     norms = torch.linalg.vector_norm(A.double()) * torch.linalg.vector_norm(B.double())
-    kept = abs(scaling) * torch.finfo(A.dtype).eps * norms < S
-    if not kept.any():
+    nonzero = abs(scaling) * torch.finfo(A.dtype).eps * norms < S
+    if not nonzero.any():
         raise ConfigurationError(
             "B A is zero, so it has no directions: the adapter was never trained."
         )
-    return U[:, kept], S[kept], Vh[kept]
+    return U[:, nonzero], S[nonzero], Vh[nonzero]
 
 
-def triangular(M: Tensor) -> Tensor:
-    """R of ``M = Q R`` for a tall M (m, r), up to the signs of its rows, in float64.
+def _triangular(M: Tensor) -> Tensor:
+    """Return R of ``M = Q R`` for a tall M (m, r), up to the signs of its rows, in float64.
 
-    R is the Cholesky factor of ``M^T M``. Products of float32 numbers are exact in float64, so that
-    little is lost, at the speed of a matrix product. Householder's way serves float64 factors, and
-    those whose columns are nearly dependent, of which squaring would lose more.
+    R is the Cholesky factor of ``M^T M``: fast, and accurate because products of float32 numbers are exact in
+    float64. Float64 factors and factors with nearly dependent columns use Householder QR, which does not square the
+    condition number.
     """
     wide = M.double()
     if M.dtype != torch.float64:
@@ -88,12 +88,7 @@ def triangular(M: Tensor) -> Tensor:
     return torch.linalg.qr(wide, mode="r").R
 
 
-def check_factors(A: Tensor, B: Tensor) -> None:
-    """Refuse what is no pair of thin factors.
-
-    Raises:
-        ConfigurationError: A is not (r, in), or B is not (out, r).
-    """
+def _check_factors(A: Tensor, B: Tensor) -> None:
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
         raise ConfigurationError(
             f"A has shape {tuple(A.shape)} and B has shape {tuple(B.shape)}; A (rank, in) and B (out, rank) "

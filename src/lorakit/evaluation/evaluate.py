@@ -18,11 +18,7 @@ from lorakit.compute.base import check_context
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.mode import evaluating
-from lorakit.compute.objective import (
-    ClassificationLoss,
-    LabelLoss,
-    Objective,
-)
+from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, load_examples, task_of
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.decoding import Decoding

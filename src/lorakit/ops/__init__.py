@@ -1,4 +1,4 @@
-"""Tensor functions, free of models and adapters."""
+"""Tensor functions that do not depend on models or adapters."""
 
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.compiling import allow_graphs

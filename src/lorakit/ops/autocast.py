@@ -1,4 +1,4 @@
-"""Autocast around operations that choose their dtypes themselves."""
+"""Autocast and accumulation dtypes of the custom autograd functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from torch import Tensor
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on: a custom function's products stay in the dtypes it chose."""
+    """Disable autocast if it is on, so that a custom function's products keep the dtypes it chose."""
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors of one device in the dtype of autocast, where it is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    """Cast tensors of one device to the autocast dtype, if autocast is on."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float32, or the dtype that the tensors promote to if that is wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,13 +1,13 @@
-"""How many graphs torch.compile may make of one function."""
+"""The recompilation limit of torch.compile."""
 
 from __future__ import annotations
 
 import torch
 
 GRAPHS = 32
-"""Graphs of one function at least: torch's default, 8, is fewer than training needs of one."""
+"""Minimum recompilation limit. Training compiles some functions more often than torch's default of 8 permits."""
 
 
 def allow_graphs() -> None:
-    """Let torch.compile make as many graphs of a function as `GRAPHS`; beyond its limit it computes uncompiled."""
+    """Raise torch.compile's recompilation limit to `GRAPHS`. Beyond its limit torch runs a function uncompiled."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)

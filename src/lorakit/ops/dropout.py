@@ -1,4 +1,4 @@
-"""Dropout whose random numbers do not cost more than the layer they fall on."""
+"""Dropout with a fast random number generator on the CPU."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PERIOD = 2**10
-"""After so many elements the pattern of thresholds begins anew."""
+"""Elements after which the pattern of thresholds repeats."""
 
 STEPS = 2**8 * PERIOD
-"""A probability is rounded to 1 / 262,144."""
+"""Resolution of the probability: it is rounded to a multiple of 1 / 262,144."""
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element set to zero with probability `p`, the others divided by ``1 - p``.
 
-    On a CPU the random bits come from a small fast generator (SFC64) that one draw of torch's default
-    generator seeds, so that torch's seed and saved state still decide everything; elsewhere and under a
-    compiler it is `torch.nn.functional.dropout`.
+    On a CPU the random bits come from a small fast generator (SFC64). A draw from torch's default generator seeds
+    it, so the result depends only on torch's seed or restored state. On other devices and under torch.compile this
+    is `torch.nn.functional.dropout`.
 
-    Random bits are what it costs, so each element takes eight, which are held against a threshold. Where p is no
-    multiple of 1 / 256, as many elements have the next higher threshold as give p on average, and a random start
-    of that pattern gives each of them the same probability.
+    Drawing random bits dominates the cost, so each element uses eight bits and compares them with a threshold. If
+    256 p is not an integer, a pattern of two neighbouring thresholds averages to p. The pattern starts at a random
+    offset, so that each element is dropped with the same probability.
 
     Args:
         x: Any shape.
-        p: Between 0 and 1, rounded to 1 / 262,144; the factor on what is kept is that of the rounded one.
+        p: Between 0 and 1, rounded to a multiple of 1 / 262,144. The scale factor uses the rounded value.
     """
     if not fast(x) or not 0 < p < 1:
         return F.dropout(x, p)
@@ -37,43 +37,42 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def fast(x: Tensor) -> bool:
-    """Whether `x` is served by the fast generator."""
+    """Return whether the fast generator supports `x`."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which elements of `x` are kept: a bool tensor on the CPU, and the factor on what is kept."""
+    """Draw a bool tensor on the CPU that marks the elements of `x` to keep, and return it with their factor."""
     dropped = max(round(p * STEPS), 1)
     factor = STEPS / max(STEPS - dropped, 1)
-    if isinstance(x, torch._subclasses.FakeTensor):  # a step that is only planned has no numbers
+    if isinstance(x, torch._subclasses.FakeTensor):  # planning traces a step without data
         return torch.empty(x.shape, dtype=torch.bool).bernoulli_(), factor
-    if p > 255 / 256:  # no threshold of eight bits is so high
+    if p > 255 / 256:  # exceeds the highest threshold of eight bits
         return torch.rand(x.shape, dtype=torch.float64, device=x.device) >= dropped / STEPS, factor
     seed, start = torch.randint(2**53, (2,)).tolist()
     start %= PERIOD
     periods = -(-x.numel() // PERIOD)
-    drawn = np.random.SFC64(seed).random_raw(periods * PERIOD // 8).view(np.uint8)
-    shown = drawn.reshape(periods, PERIOD) >= _thresholds(dropped)[start : start + PERIOD]
-    return torch.from_numpy(shown.ravel()[: x.numel()]).view(x.shape), factor
+    bits = np.random.SFC64(seed).random_raw(periods * PERIOD // 8).view(np.uint8)
+    keep = bits.reshape(periods, PERIOD) >= _thresholds(dropped)[start : start + PERIOD]
+    return torch.from_numpy(keep.ravel()[: x.numel()]).view(x.shape), factor
 
 
 @lru_cache
 def _thresholds(dropped: int) -> np.ndarray:
-    """Two periods of thresholds, of the 256 values of eight bits, whose mean is ``dropped / PERIOD``."""
-    whole, more = divmod(dropped, PERIOD)
-    higher = (
-        np.arange(2 * PERIOD) * more % PERIOD < more
-    )  # in even distances, `more` times a period
-    return (whole + higher).astype(np.uint8)
+    """Return two periods of eight-bit thresholds whose mean is ``dropped / PERIOD``."""
+    low, remainder = divmod(dropped, PERIOD)
+    # Spread the higher threshold evenly, `remainder` times per period.
+    is_higher = np.arange(2 * PERIOD) * remainder % PERIOD < remainder
+    return (low + is_higher).astype(np.uint8)
 
 
-def multiplier(drawn: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """Return `factor` where `drawn` is True and 0 elsewhere, in `dtype`.
+def multiplier(keep: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return `factor` where `keep` is True and 0 elsewhere, in `dtype`.
 
-    Made of the number's bits: from bool to a float a processor converts one by one, to an integer many at once.
+    Multiplies the bits of `factor` as integers: CPUs vectorise the cast from bool to an integer, not to a float.
     """
     bits = torch.tensor(factor, dtype=dtype).view(_INTEGERS[dtype.itemsize])
-    return drawn.view(torch.int8).to(bits.dtype).mul_(bits).view(dtype)
+    return keep.view(torch.int8).to(bits.dtype).mul_(bits).view(dtype)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,11 +81,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        drawn, ctx.factor = kept(x, p)
-        ctx.save_for_backward(drawn)
-        return multiplier(drawn, ctx.factor, x.dtype).mul_(x)
+        keep, ctx.factor = kept(x, p)
+        ctx.save_for_backward(keep)
+        return multiplier(keep, ctx.factor, x.dtype).mul_(x)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (drawn,) = ctx.saved_tensors
-        return multiplier(drawn, ctx.factor, grad.dtype).mul_(grad), None
+        (keep,) = ctx.saved_tensors
+        return multiplier(keep, ctx.factor, grad.dtype).mul_(grad), None

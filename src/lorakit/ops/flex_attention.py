@@ -1,7 +1,7 @@
-"""Attention under a known mask on a GPU: torch's FlexAttention, which skips what the mask hides.
+"""Masked attention on a GPU with torch's FlexAttention, which skips fully masked blocks.
 
-A kernel is compiled that looks up, for each block of 128 queries, the blocks of keys in which any of them sees
-something (Dong et al. 2024). Of a tree of examples (`lorakit.data.packing`) most blocks show nothing.
+For each block of 128 queries, a compiled kernel looks up the blocks of keys that any of these queries can see
+(Dong et al. 2024). In a tree of examples (`lorakit.data.packing`) most blocks are fully masked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorakit.ops.attention import fused_attention, known_of
+from lorakit.ops.attention import fused_attention, mask_cache
 from lorakit.ops.autocast import autocast_to
 from lorakit.ops.compiling import allow_graphs
 
@@ -28,18 +28,19 @@ def flex_masked_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return what `lorakit.ops.masked_attention` returns, of the same arguments.
+    """Compute `lorakit.ops.masked_attention` with FlexAttention.
 
-    What FlexAttention does not have goes to the fused kernel: dropout, no mask, no rows. So does a single query, as
-    in decoding, of which nothing can be skipped. On a CPU it computes all pairs, and has no gradient.
+    The fused kernel computes the cases that FlexAttention does not support: dropout, no mask, no rows. It also
+    computes a single query (decoding), because no block can be skipped. On a CPU, FlexAttention computes all pairs
+    and has no gradient.
     """
     query, key, value = autocast_to(query, key, value)
     if mask is None or not flex_serves(query, dropout):
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     for tensor in (query, key, value):
-        # The kernel is one for these numbers anyway. Told so, the compiler does not take a number of rows that
-        # happens to be that of the heads for the same, and compile anew where they differ.
+        # The number of heads and their size never change. Without this mark the compiler may unify the number of
+        # heads with an equal number of rows, and recompile when the two differ.
         torch._dynamo.mark_static(tensor, 1)
         torch._dynamo.mark_static(tensor, 3)
     blocks = _block_mask(mask, query, key)
@@ -48,35 +49,35 @@ def flex_masked_attention(
 
 
 def flex_serves(query: Tensor, dropout: float) -> bool:
-    """Whether FlexAttention has what is asked for, and a mask could spare it something."""
+    """Return whether FlexAttention supports these arguments and can skip blocks."""
     rows, _, length, _ = query.shape
     return not dropout and length > 1 and rows > 0
 
 
 @cache
 def _compiled() -> Any:
-    """The kernel, for rows of any number and length.
+    """Return the kernel, compiled for any number and length of rows.
 
-    One graph each for one row or more, one block or more, a key with or without a gradient, a pass with or without,
-    a mask of its own for each row or one for all: more than torch allows a function by default.
+    torch compiles one graph for each combination of: one or more rows, one or more blocks, gradients of the keys,
+    gradients at all, and one mask per row or per batch. These exceed its default limit per function.
     """
     allow_graphs()
     return torch.compile(flex_attention, dynamic=True)
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The blocks of a mask, which all layers of a model are shown."""
+_block_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Cached block masks by mask; all layers of a model share one mask."""
 
 
 def _block_mask(mask: Tensor, query: Tensor, key: Tensor) -> BlockMask:
     B, T, S = query.shape[0], query.shape[2], key.shape[2]
-    found: dict[tuple[int, int, int], BlockMask] = known_of(mask, _known)
-    if (B, T, S) not in found:
-        # A copy: the backward pass reads it again, and a view would keep the mask, and what is known of it, alive.
-        seen = mask.clone().expand(B, 1, T, S)[:, 0]
+    cached: dict[tuple[int, int, int], BlockMask] = mask_cache(mask, _block_masks)
+    if (B, T, S) not in cached:
+        # A view would keep the mask and its cache entry alive until the backward pass.
+        visible = mask.clone().expand(B, 1, T, S)[:, 0]
 
-        def sees(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return seen[row, i, j]
+        def mask_mod(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return visible[row, i, j]
 
-        found[B, T, S] = create_block_mask(sees, B, None, T, S, device=str(mask.device))
-    return found[B, T, S]
+        cached[B, T, S] = create_block_mask(mask_mod, B, None, T, S, device=str(mask.device))
+    return cached[B, T, S]

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits."""
+"""Cross-entropy over a large vocabulary, computed in chunks of logits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.rows import STEP, rounded_rows
 
 CHUNK_BYTES = 32 * 2**20
-"""Size of one chunk of logits: enough rows that the products are efficient, and no more."""
+"""Size of one chunk of logits: the smallest at which the products are efficient."""
 
 CACHE_BYTES = 3 * 2**20
-"""Size of the rows of a chunk that are turned from logits into gradients together."""
+"""Size of the block of logits that a CPU turns into gradients at a time; it fits the processor's cache."""
 
 
 def linear_cross_entropy(
@@ -26,24 +27,24 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over n, weighted, of the cross-entropy between ``hidden W^T + b`` and `targets`.
+    """Return the weighted sum over n of the cross-entropy between ``hidden W^T + b`` and `targets`.
 
     With label smoothing e each token's loss is ``(1 - e) * NLL + e * mean over V of -log p``.
-    The gradients that are needed, of `hidden`, `weight` and `bias`, are formed chunk by chunk in the
-    forward pass, while the chunk's probabilities are at hand; the backward pass only scales them.
+    The forward pass computes the gradients of `hidden`, `weight` and `bias`, if needed, from each chunk's
+    probabilities. The backward pass only scales them.
 
-    Those of `weight` and `bias` are summed over the chunks in float32 (or wider) and rounded to their
-    dtype at the end: a running sum in bfloat16 would lose what a later chunk adds to it.
+    The gradients of `weight` and `bias` are accumulated over the chunks in float32 (or wider) and rounded to their
+    dtype at the end. A running sum in bfloat16 would lose the contributions of later chunks.
 
     Args:
-        hidden: Shape (n, d). Its dtype is that of the products.
-        weight: Output projection, shape (V, d), the dtype of `hidden` or wider: a float32 master is
-            rounded once for the products, and gets its gradient in float32.
+        hidden: Shape (n, d). The products are computed in its dtype.
+        weight: Output projection, shape (V, d), the dtype of `hidden` or wider. A float32 master is rounded
+            once for the products, and gets a float32 gradient.
         targets: Token ids, shape (n,).
-        bias: Shape (V,) or None; its dtype as that of `weight`.
+        bias: Shape (V,) or None; the dtype of `hidden` or wider.
         weights: Factor on each row's loss, shape (n,), or None for 1.
         label_smoothing: Between 0 and 1.
-        chunk: Rows at a time; None chooses by the vocabulary's size.
+        chunk: Rows per chunk; None chooses by the vocabulary's size.
 
     Returns:
         The summed loss, a float32 scalar (float64 for float64 input).
@@ -62,9 +63,9 @@ def linear_cross_entropy_reference(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Plain PyTorch twin of `linear_cross_entropy`."""
+    """Compute `linear_cross_entropy` in plain PyTorch, for tests."""
     logits = F.linear(hidden, weight.to(hidden.dtype), _cast(bias, hidden.dtype))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide_dtype(logits))
     if weights is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
@@ -74,18 +75,17 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):
-        of_hidden, of_weight, _, of_bias = ctx.needs_input_grad[:4]
-        hidden_grad = torch.empty_like(hidden) if of_hidden else None
-        weight_grad = _zeros_like(weight) if of_weight else None
-        bias_grad = _zeros_like(bias) if of_bias else None
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = _accumulator(weight) if needs_weight else None
+        bias_grad = _accumulator(bias) if needs_bias else None
         narrow_weight, narrow_bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        block = _rows_in_cache(hidden.device, weight.shape[0], wide)
+        losses = torch.empty(len(hidden), dtype=wide_dtype(hidden), device=hidden.device)
+        block = _rows_in_cache(hidden.device, weight.shape[0], losses.dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            count, given = len(hidden[rows]), _rounded(hidden[rows])
-            logits = F.linear(given, narrow_weight, narrow_bias)
+            count, padded = len(hidden[rows]), _pad_rows(hidden[rows])
+            logits = F.linear(padded, narrow_weight, narrow_bias)
             for part, target, factor, out in zip(
                 logits[:count].split(block),
                 targets[rows].split(block),
@@ -93,13 +93,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[rows].split(block),
                 strict=False,
             ):
-                keep = of_hidden or of_weight or of_bias
-                _to_gradient(part, target, factor, out, label_smoothing, keep=keep)
+                needs_grad = needs_hidden or needs_weight or needs_bias
+                _to_gradient(part, target, factor, out, label_smoothing, needs_grad=needs_grad)
             logits[count:] = 0
             if hidden_grad is not None:
                 hidden_grad[rows] = (logits @ narrow_weight)[:count]
             if weight_grad is not None:
-                _add_product(weight_grad, logits.t(), given)
+                _add_product(weight_grad, logits.t(), padded)
             if bias_grad is not None:
                 bias_grad += logits.sum(0, dtype=bias_grad.dtype)
         ctx.save_for_backward(
@@ -118,23 +118,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, bias, None, None, None
 
 
-def _rounded(rows: Tensor) -> Tensor:
-    """`rows` (n, d), with zeros behind them up to a number of rows for which products are known."""
-    more = rounded_rows(len(rows)) - len(rows)
-    return F.pad(rows, (0, 0, 0, more)) if more else rows
+def _pad_rows(rows: Tensor) -> Tensor:
+    """Pad `rows` (n, d) with zeros to `rounded_rows`."""
+    padding = rounded_rows(len(rows)) - len(rows)
+    return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    """Where a gradient is summed, in float32 or wider."""
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+def _accumulator(tensor: Tensor) -> Tensor:
+    """Return zeros in float32 or wider, for the gradient of `tensor`."""
+    return torch.zeros_like(tensor, dtype=wide_dtype(tensor))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b``, without a product of full size in between where the dtypes allow."""
+    """Compute ``total += a b``, without a full-size temporary if the dtypes are equal."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -148,14 +148,14 @@ def _to_gradient(
     losses: Tensor,
     label_smoothing: float,
     *,
-    keep: bool,
+    needs_grad: bool,
 ) -> None:
-    """Turn logits (n, V) into the gradient of their losses in place, and write the losses (n,).
+    """Write the losses (n,), and overwrite the logits (n, V) with the gradient of the losses if needed.
 
     ``d loss / d logits = factor * (softmax - smoothed one-hot)``.
     """
     target = target[:, None]
-    wide = logits.to(losses.dtype)  # the logits themselves where they are wide already
+    wide = logits.to(losses.dtype)  # may be `logits` itself
     at_target = wide.gather(1, target).squeeze(1)
     mean = wide.mean(1) if label_smoothing else None
     largest = wide.amax(1, keepdim=True)
@@ -165,7 +165,7 @@ def _to_gradient(
     if mean is not None:
         loss -= label_smoothing * mean
     losses.copy_(loss if factor is None else loss * factor)
-    if not keep:
+    if not needs_grad:
         return
     gradient = scaled.div_(total)
     if label_smoothing:
@@ -178,7 +178,7 @@ def _to_gradient(
 
 
 def _rows_in_cache(device: torch.device, vocabulary: int, dtype: torch.dtype) -> int:
-    """Rows whose float32 logits stay in a processor's cache while five passes go over them."""
+    """Return the number of rows whose logits stay in the CPU's cache during five passes; no limit on a GPU."""
     if device.type != "cpu":
         return 2**30
     return max(1, CACHE_BYTES // (vocabulary * dtype.itemsize))

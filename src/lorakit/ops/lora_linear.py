@@ -1,4 +1,4 @@
-"""The low-rank product, added onto a frozen layer's output."""
+"""Addition of the low-rank product to a frozen layer's output."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def lora_linear(
 ) -> Tensor:
     """Return ``out + scaling * x A^T B^T`` (Hu et al. 2021, equation 3).
 
-    The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast,
-    never the activations. Only `x` and the rank-sized intermediate are kept for the backward pass.
-    Without gradients a batch of no more rows than the rank (a decoding step) is the thinner of the two: it
-    is cast then, and the product computed in the dtype of A and B, where that is the wider one.
+    The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the
+    activations are not. The backward pass needs only `x` and the rank-sized intermediate.
+    Without gradients, a batch with no more rows than the rank (a decoding step) is cast instead, because it is
+    smaller than A. The product is then computed in the dtype of A and B, if that is wider.
 
     Args:
         x: Input of the layer, shape (..., in).
@@ -26,15 +26,15 @@ def lora_linear(
         A: Shape (rank, in).
         B: Shape (out, rank).
         scaling: Factor on the product.
-        in_place: Write into `out`, which must not be needed elsewhere; False returns a new tensor.
+        in_place: Write into `out`, which no other code may use afterwards. False returns a new tensor.
 
     Returns:
         Shape (..., out), the dtype of `out`.
     """
-    if x.dtype != out.dtype:  # under autocast the layer computed in another dtype than its input's
+    if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
-    # A view cannot be handed back from a custom function that wrote into it; and a compiler, which
-    # cannot look whether it is one, fuses the addition anyway.
+    # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
+    # addition anyway.
     in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
     with no_autocast(out):
         if torch.is_grad_enabled():
@@ -43,7 +43,7 @@ def lora_linear(
 
 
 def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Plain PyTorch twin of `lora_linear`; tests hold the two against each other."""
+    """Compute `lora_linear` in plain PyTorch, for tests."""
     x = x.to(out.dtype)
     return out + scaling * ((x @ A.to(out.dtype).T) @ B.to(out.dtype).T)
 
@@ -51,10 +51,10 @@ def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling:
 def _add_product(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
 ) -> Tensor:
-    """`lora_linear` without gradients."""
+    """Compute `lora_linear` without gradients."""
     if x.numel() <= A.numel() and x.itemsize < A.itemsize and A.dtype == B.dtype:
-        # Two casts of a few rows, and products in float32, which have less overhead where there is little to
-        # multiply. A sum of two dtypes would be computed element by element, hence the second cast.
+        # For few rows, two casts and float32 products have less overhead. The second cast is needed because
+        # adding two dtypes runs element by element.
         delta = F.linear(F.linear(x.to(A.dtype), A).mul_(scaling), B).to(x.dtype)
         return out.add_(delta) if in_place else out.add(delta)
     x_ND = x.reshape(-1, x.shape[-1])
@@ -63,7 +63,7 @@ def _add_product(
 
 
 def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
-    """``out + scaling * h B^T``, written into `out` where its rows can be had without a copy."""
+    """Return ``out + scaling * h B^T``, written into `out` if it is contiguous and `in_place` is set."""
     out_NO = out.reshape(-1, out.shape[-1])
     if in_place and out.is_contiguous():
         out_NO.addmm_(h_NR, B.T, alpha=scaling)

@@ -1,4 +1,4 @@
-"""Normalisation by the root mean square, which keeps for the backward pass no more than its input."""
+"""Root mean square normalisation that saves its input, not float32 copies, for the backward pass."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops.autocast import no_autocast
+from lorakit.ops.autocast import no_autocast, wide_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich 2019, equation 4).
 
-    The quotient is computed in float32 (float64 for float64 input) and rounded to the dtype of `x` before
-    `weight` multiplies it, as the models of transformers do. They keep the input in float32 and its
-    quotient for the backward pass, which is then made of eleven operations; here it keeps `x` itself.
+    The quotient is computed in float32 (float64 for float64 input) and rounded to the dtype of `x` before the
+    multiplication by `weight`, as in transformers. Its models save the float32 input and the quotient for a
+    backward pass of eleven operations. This function saves `x`, `weight` and one number per row.
 
     Args:
         x: Shape (..., D).
@@ -29,15 +29,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Plain PyTorch twin of `rms_norm`; tests hold the two against each other."""
-    wide = x.to(_wide(x))
+    """Compute `rms_norm` in plain PyTorch, for tests."""
+    wide = x.to(wide_dtype(x))
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))
         rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rate)
         return weight * _quotient(x, rate)
@@ -50,9 +50,9 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = grad_weight = None
         if needs_weight:
             product = grad * _quotient(x, rate)
-            grad_weight = product.flatten(0, -2).sum(0, dtype=_wide(product)).to(weight.dtype)
+            grad_weight = product.flatten(0, -2).sum(0, dtype=wide_dtype(product)).to(weight.dtype)
         if needs_x:
-            # With r the rate and n = r x: r (g - n mean(g n)), g being the gradient of n.
+            # r (g - n mean(g n)), with the rate r, n = r x, and the gradient g of n.
             wide = x.to(rate.dtype)
             grad_x = (grad * weight).to(rate.dtype)
             share = (grad_x * wide).mean(-1, keepdim=True).mul_(rate.square())
@@ -62,7 +62,3 @@ class _RMSNorm(torch.autograd.Function):
 
 def _quotient(x: Tensor, rate: Tensor) -> Tensor:
     return (x.to(rate.dtype) * rate).to(x.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Some rows of a batch: how many at best, taken out, and put back."""
+"""Gather and scatter rows of a batch; round row counts."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from torch import Tensor
 from torch.autograd import Function
 
 STEP = 32
-"""Rows are rounded up to multiples of this at most."""
+"""Largest multiple to which row counts are rounded up."""
 
 
 def rounded_rows(count: int) -> int:
-    """Return how many rows to compute where `count` are needed and this number is another in each batch.
+    """Return `count` rounded up, so that batches with varying row counts share a few sizes.
 
-    For every new number of rows a library prepares the kernels of its products anew, and keeps them: on a CPU with
-    matrix units up to five milliseconds and three megabytes each, more than the product itself may take. A few numbers
-    are soon all known.
+    The CPU library prepares and caches a kernel for each new row count. On a CPU with matrix units each takes up to
+    five milliseconds and three megabytes, which can exceed the product itself.
 
     Returns:
-        The next multiple of a power of two, which is an eighth of `count` at most, and 32 at most.
+        The next multiple of a power of two. This power is at most an eighth of `count`, and at most 32.
     """
     step = min(STEP, 2 ** max(0, (count // 8).bit_length() - 1))
     return -(-count // step) * step
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Return the rows of `x` at the indices `at`.
+    """Gather the rows of `x` at the unique indices `at`.
 
-    Indexing does the same, and adds up the gradients of rows that are taken twice. Here none is, so that they are
-    written where they belong.
+    The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
+    and unique ones do not.
 
     Args:
         x: Shape (N, ...).
@@ -40,7 +39,7 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    """Return `count` rows that are zero but for `rows`, which stand at the indices `at`.
+    """Scatter `rows` to the indices `at` of a zero tensor with `count` rows.
 
     Args:
         rows: Shape (M, ...).
@@ -53,7 +52,7 @@ def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
     return _Put.apply(rows, at, count)
 
 
-def _placed(rows: Tensor, at: Tensor, count: int) -> Tensor:
+def _scatter(rows: Tensor, at: Tensor, count: int) -> Tensor:
     return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
 
 
@@ -67,14 +66,14 @@ class _Take(Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (at,) = ctx.saved_tensors
-        return _placed(grad, at, ctx.count), None
+        return _scatter(grad, at, ctx.count), None
 
 
 class _Put(Function):
     @staticmethod
     def forward(ctx, rows, at, count):
         ctx.save_for_backward(at)
-        return _placed(rows, at, count)
+        return _scatter(rows, at, count)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,4 +1,4 @@
-"""Random numbers of a known seed that leave no trace in the global random state."""
+"""Seeded random numbers that leave the global random state unchanged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 @contextmanager
 def seeded(seed: int | None, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Draw from this seed inside the block, on the CPU and on `devices`; the global generators stay as they were.
+    """Seed the CPU and `devices` inside the block, and restore their global generators afterwards.
 
-    Other devices are not touched: `torch.manual_seed` would seed them all, and `torch.random.fork_rng` starts
-    them all where it is not told which.
+    No other device is touched. `torch.manual_seed` would seed all devices, and `torch.random.fork_rng` initialises
+    all devices unless it gets a list.
 
     Args:
         seed: None draws from the global generators.
-        devices: Where numbers are drawn beside the CPU.
+        devices: Devices to seed in addition to the CPU.
     """
     if seed is None:
         yield
@@ -46,7 +46,7 @@ def _seeded_device(seed: int, device: torch.device) -> Iterator[None]:
     module: Any = torch.get_device_module(device)
 
     def current() -> AbstractContextManager[Any]:
-        # The functions of a module mean its current device; of mps there is one.
+        # A device module's functions act on its current device. mps has a single device.
         return getattr(module, "device", nullcontext)(device)
 
     with current():

@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU network, which keeps for the backward pass its two inputs and nothing else."""
+"""The gate of a SwiGLU network, which saves only its two inputs for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up`` (Shazeer 2020, equation 6), with ``silu(x) = x * sigmoid(x)``.
 
-    As two operations it keeps silu(gate) as well, a third of what the pair of products before it leaves behind.
-    Here the backward pass computes that anew.
+    Two separate operations would also save silu(gate), a tensor as large as `gate`. Here the backward pass
+    recomputes it.
 
     Args:
         gate: Any shape.
@@ -22,7 +22,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_product_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Plain PyTorch twin of `silu_product`; tests hold the two against each other."""
+    """Compute `silu_product` in plain PyTorch, for tests."""
     return F.silu(gate) * up
 
 
