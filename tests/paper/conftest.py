@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_runs
 from made_data import pairs, write
 
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 
 
 @pytest.fixture(scope="session")

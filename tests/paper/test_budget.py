@@ -10,8 +10,8 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
-from lorakit.paper.config import PaperConfig
 from lorakit.paper.grid import GRID, open_grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.run_table import run_table
 
 
@@ -22,13 +22,13 @@ def silent(text: str) -> None:
 def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, monkeypatch):
     config = table2(budget="60s", epochs=None, seeds=1, trials=1)
     with open_grid(config, silent) as grid:
-        steps = dict(grid.plan.steps)
+        steps = dict(grid.setup.steps)
         runs = [grid.trials(*cell)[0] for cell in grid.cells()]
         assert {grid.runner.train_config(run).max_steps for run in runs} == {steps["mrpc"]}
     assert steps["mrpc"] >= budget.FEWEST
     monkeypatch.setattr(budget, "_time", lambda *a: pytest.fail("timed again"))
     with open_grid(config, silent) as grid:
-        assert grid.plan.steps == steps
+        assert grid.setup.steps == steps
     written = storage.read_record(tmp_path / "out" / GRID, RunFolderError)
     assert written["plan"]["timing"]["mrpc"]["methods"].keys() == {"bitfit", "lora"}
     assert not (tmp_path / "out" / "timing").exists()

@@ -289,7 +289,7 @@ def test_weights_go_where_they_are_not_kept_and_the_scores_stay(table2, tmp_path
 
 def test_parameters_are_counted_without_the_new_head(table2):
     with open_grid(table2(methods=("full", "lora")), silent) as grid:
-        counts = grid.plan.counts["mrpc"]
+        counts = grid.setup.counts["mrpc"]
     assert counts["lora"].trained == 2 * 2 * (32 + 32) * 8 or counts["lora"].trained > 0
     assert counts["full"].head == counts["lora"].head > 0
     assert counts["full"].trained > counts["lora"].trained

@@ -10,7 +10,7 @@ from tiny_models import build
 
 from lorakit.errors import ConfigurationError
 from lorakit.paper import latency
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorakit.evaluation.config import BaseConfig
-    from lorakit.paper.config import PaperConfig
     from lorakit.paper.grid import Grid
-    from lorakit.paper.runs import Run
+    from lorakit.paper.paper_config import PaperConfig
+    from lorakit.paper.runs import TableRun
 
 LISTS = ("--tasks", "--methods")
 QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
@@ -22,7 +22,7 @@ QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
 def run(argv: Sequence[str]) -> None:
     """Run a table of the paper, or show what it would run."""
     from lorakit.cli.parsing import parse
-    from lorakit.paper.config import PaperConfig
+    from lorakit.paper.paper_config import PaperConfig
 
     config = parse(
         PaperConfig,
@@ -106,7 +106,7 @@ def _preview(config: PaperConfig) -> None:
     body = []
     for data_set in grid.study.data_sets:
         for variant in grid.study.variants:
-            count = grid.plan.counts[data_set.key][variant.key]
+            count = grid.setup.counts[data_set.key][variant.key]
             if count.left_out:
                 body.append([data_set.key, variant.label, "left out", count.left_out])
                 continue
@@ -129,7 +129,7 @@ def _preview(config: PaperConfig) -> None:
     print(f"\n{grid.finished} of {grid.total} runs are done, in {config.folder}")
 
 
-def _predicted(grid: Grid, run: Run) -> list[str]:
+def _predicted(grid: Grid, run: TableRun) -> list[str]:
     """Steps, memory and time of a run, as the planner reckons them."""
     from lorakit.errors import LorakitError
     from lorakit.planning import plan

@@ -14,10 +14,10 @@ from lorakit.data.sources import read_source
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.base import open_base
 from lorakit.evaluation.evaluate import evaluate
-from lorakit.paper.config import PaperConfig
-from lorakit.paper.runs import EVALUATIONS, Run, Runner
+from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.runs import EVALUATIONS, Runner, TableRun
 from lorakit.paper.settings import train_config
-from lorakit.paper.study import DataSet, Variant
+from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.loop import train
 
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 def divide(
     seconds: float,
     runner: Runner,
-    cells: Sequence[tuple[DataSet, Variant]],
+    cells: Sequence[tuple[StudyData, Variant]],
     config: PaperConfig,
     say: Say,
 ) -> tuple[dict[str, int], dict[str, Any]]:
@@ -93,7 +93,7 @@ def divide(
 
 
 def _time(
-    runner: Runner, data_set: DataSet, variants: Sequence[Variant], config: PaperConfig
+    runner: Runner, data_set: StudyData, variants: Sequence[Variant], config: PaperConfig
 ) -> dict[str, Any]:
     """Measure a few steps of every method on a data set, and scoring with one of them."""
     folder = config.folder / "timing"
@@ -101,7 +101,7 @@ def _time(
     scoring: list[float] = []
     try:
         for variant in variants:
-            run = Run(data_set=data_set, variant=variant, rate=variant.rates(1)[0], seed=0)
+            run = TableRun(data_set=data_set, variant=variant, rate=variant.rates(1)[0], seed=0)
             settings = {
                 **runner.settings(run),
                 "output": str(folder / data_set.key / variant.key),
@@ -135,9 +135,9 @@ def _time(
     }
 
 
-def _training_sizes(runner: Runner, data_set: DataSet, variant: Variant) -> tuple[int, int]:
+def _training_sizes(runner: Runner, data_set: StudyData, variant: Variant) -> tuple[int, int]:
     """Return about how many examples a run trains on, and how many held-out ones it scores."""
-    config = runner.train_config(Run(data_set=data_set, variant=variant, rate=1e-3, seed=0))
+    config = runner.train_config(TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0))
     rows = _rows(config.data, "train")
     held_out = round(rows * config.data.validation_fraction)
     scored = held_out if data_set.holds_out else _rows(config.data, "validation")
@@ -149,7 +149,7 @@ def _rows(data: DataConfig, split: Split) -> int:
     return 0 if where is None else len(read_source(where, data.hub_split(split)).rows)
 
 
-def _scored(runner: Runner, data_set: DataSet, config: PaperConfig) -> int:
+def _scored(runner: Runner, data_set: StudyData, config: PaperConfig) -> int:
     """Return how many examples or prompts are scored in the end."""
     data = runner.evaluate_config(data_set, config.folder).data
     if task_type(data_set.task).kind != "text":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
-from lorakit.paper.study import DataSet, Variant
+from lorakit.paper.study import StudyData, Variant
 
 Verdict = Literal["ahead", "level", "behind", "open"]
 
@@ -129,12 +129,12 @@ def _is_asked_for(row: PublishedRow, grid: Grid) -> bool:
     return any(variant.setting == row.setting for variant in variants)
 
 
-def _own_row(grid: Grid, variant: Variant, sets: dict[str, DataSet]) -> OwnRow:
-    counts = [grid.plan.counts[data_set.key][variant.key] for data_set in grid.study.data_sets]
+def _own_row(grid: Grid, variant: Variant, sets: dict[str, StudyData]) -> OwnRow:
+    counts = [grid.setup.counts[data_set.key][variant.key] for data_set in grid.study.data_sets]
     fitting = [count for count in counts if not count.left_out]
     cells: dict[str, Measured] = {}
     for data_set in {d.key: d for d in sets.values()}.values():
-        if grid.plan.counts[data_set.key][variant.key].left_out:
+        if grid.setup.counts[data_set.key][variant.key].left_out:
             continue
         records = grid.records(data_set, variant)
         for column in data_set.columns:

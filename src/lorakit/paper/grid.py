@@ -17,9 +17,9 @@ from lorakit.evaluation.score import is_better
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
-from lorakit.paper.config import PaperConfig
-from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Run, Runner
-from lorakit.paper.study import DataSet, Study, Variant
+from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, TableRun
+from lorakit.paper.study import Study, StudyData, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 
@@ -48,7 +48,7 @@ class Count:
 
 
 @dataclass(kw_only=True)
-class Plan:
+class GridSetup:
     """What is settled before the first run, and kept in grid.json."""
 
     counts: dict[str, dict[str, Count]] = field(default_factory=dict)
@@ -67,9 +67,9 @@ class Grid:
     """An opened grid; see :func:`open_grid`."""
 
     def __init__(
-        self, config: PaperConfig, plan: Plan, say: Say, amplification: Measure | None = None
+        self, config: PaperConfig, plan: GridSetup, say: Say, amplification: Measure | None = None
     ) -> None:
-        self.config, self.plan, self.say = config, plan, say
+        self.config, self.setup, self.say = config, plan, say
         self.study: Study = config.study
         self.runner = Runner(
             config,
@@ -79,21 +79,21 @@ class Grid:
             amplification=amplification,
         )
 
-    def cells(self) -> Iterator[tuple[DataSet, Variant]]:
+    def cells(self) -> Iterator[tuple[StudyData, Variant]]:
         """Yield each data set with each variant that fits the base."""
         for data_set in self.study.data_sets:
             for variant in self.study.variants:
-                if not self.plan.counts[data_set.key][variant.key].left_out:
+                if not self.setup.counts[data_set.key][variant.key].left_out:
                     yield data_set, variant
 
-    def trials(self, data_set: DataSet, variant: Variant) -> list[Run]:
+    def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
         """Return the runs with the first seed, one for each learning rate."""
         return [
-            Run(data_set=data_set, variant=variant, rate=rate, seed=0)
+            TableRun(data_set=data_set, variant=variant, rate=rate, seed=0)
             for rate in variant.rates(self.config.trials)
         ]
 
-    def chosen_rate(self, data_set: DataSet, variant: Variant) -> float | None:
+    def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
         """Return the rate with the best held-out score; None while a trial is missing, or where all diverged.
 
         Held-out data is part of the training data, or a validation set beside a test set: the data that the
@@ -114,22 +114,22 @@ class Grid:
         rates = variant.rates(self.config.trials)
         return {rates[0], rates[-1]} if len(rates) > 1 else set()
 
-    def scored_runs(self, data_set: DataSet, variant: Variant) -> list[Run]:
+    def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
         """Return the runs behind a number, one for each seed; none before the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)
         if rate is None:
             return []
         return [
-            Run(data_set=data_set, variant=variant, rate=rate, seed=seed)
+            TableRun(data_set=data_set, variant=variant, rate=rate, seed=seed)
             for seed in range(self.config.seeds)
         ]
 
-    def records(self, data_set: DataSet, variant: Variant) -> list[Record]:
+    def records(self, data_set: StudyData, variant: Variant) -> list[Record]:
         """Return what is known of the runs behind a number so far."""
         found = (self.runner.record(run) for run in self.scored_runs(data_set, variant))
         return [record for record in found if record is not None and record.scores]
 
-    def diverged_seeds(self, data_set: DataSet, variant: Variant) -> list[int]:
+    def diverged_seeds(self, data_set: StudyData, variant: Variant) -> list[int]:
         """Return the seeds whose training diverged at the chosen rate: a number is without them."""
         runs = self.scored_runs(data_set, variant)
         found = ((run.seed, self.runner.record(run)) for run in runs)
@@ -166,7 +166,7 @@ class Grid:
                 self._finish_seed(cell, seed)
                 after_each()
 
-    def _finish_seed(self, cell: tuple[DataSet, Variant], seed: int) -> None:
+    def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int) -> None:
         runs = self.scored_runs(*cell)
         if not runs:
             self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
@@ -176,7 +176,7 @@ class Grid:
             for run in (runs[seed], *(self.trials(*cell) if seed == 0 else ())):
                 self.runner.drop_weights(run)
 
-    def _finish(self, run: Run, *, scored: bool) -> None:
+    def _finish(self, run: TableRun, *, scored: bool) -> None:
         record = self.runner.record(run)
         if record is None:
             self.say(f"[{self.finished + 1}/{self.total}] {run.name}")
@@ -212,7 +212,7 @@ def open_grid(
                 "empty one as output."
             )
     with storage.lock_folder(folder):
-        settings, plan = _read(path, config) if path.exists() else (_settings(config), Plan())
+        settings, plan = _read(path, config) if path.exists() else (_settings(config), GridSetup())
         _count(config, plan)
         for data_set in config.study.data_sets:
             _hold_out(config, data_set, plan)
@@ -239,7 +239,7 @@ def preview(config: PaperConfig, say: Say) -> Grid:
         LorakitError: As for `open_grid`.
     """
     path = config.folder / GRID
-    _, plan = _read(path, config) if path.exists() else ({}, Plan())
+    _, plan = _read(path, config) if path.exists() else ({}, GridSetup())
     _count(config, plan)
     for data_set in config.study.data_sets:
         _share_held_out(config, data_set, plan)
@@ -253,7 +253,7 @@ def _settings(config: PaperConfig) -> dict[str, Any]:
     return {"model": config.base.name, "dtype": config.dtype, "data": config.data, **settings}
 
 
-def _read(path: Path, config: PaperConfig) -> tuple[dict[str, Any], Plan]:
+def _read(path: Path, config: PaperConfig) -> tuple[dict[str, Any], GridSetup]:
     found = storage.read_record(path, RunFolderError)
     then, now = found["settings"], _settings(config)
     differences = [
@@ -270,15 +270,15 @@ def _read(path: Path, config: PaperConfig) -> tuple[dict[str, Any], Plan]:
         data_set: {variant: Count(**count) for variant, count in own.items()}
         for data_set, own in found["plan"].pop("counts").items()
     }
-    return then, Plan(counts=counts, **found["plan"])
+    return then, GridSetup(counts=counts, **found["plan"])
 
 
-def _write(path: Path, settings: dict[str, Any], plan: Plan) -> None:
+def _write(path: Path, settings: dict[str, Any], plan: GridSetup) -> None:
     with storage.atomic_file(path) as temporary:
         storage.write_record(temporary, {"settings": settings, "plan": asdict(plan)})
 
 
-def _count(config: PaperConfig, plan: Plan) -> None:
+def _count(config: PaperConfig, plan: GridSetup) -> None:
     """Count the parameters of every variant that has not been counted, which shows whether it fits the base."""
     runner = Runner(config, steps={}, training={}, held_out={})
     bases: dict[tuple[str, int], Any] = {}
@@ -297,7 +297,7 @@ def _count(config: PaperConfig, plan: Plan) -> None:
             p.numel() for n, p in model.named_parameters() if any(is_inside(n, h) for h in heads)
         )
         for variant in missing:
-            run = Run(data_set=data_set, variant=variant, rate=1e-3, seed=0)
+            run = TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0)
             try:
                 method = runner.train_config(run).chosen_method
                 found = count_parameters(model, method).by_layer
@@ -308,7 +308,7 @@ def _count(config: PaperConfig, plan: Plan) -> None:
             counts[variant.key] = Count(trained=own, head=size)
 
 
-def _share_held_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> int | None:
+def _share_held_out(config: PaperConfig, data_set: StudyData, plan: GridSetup) -> int | None:
     """Settle the share of training data that is held out; return the rows to draw, None for all."""
     limit = _limit(config, data_set)
     if not data_set.holds_out:
@@ -321,7 +321,7 @@ def _share_held_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> int |
     return limit + held_out
 
 
-def _hold_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> None:
+def _hold_out(config: PaperConfig, data_set: StudyData, plan: GridSetup) -> None:
     drawn = _share_held_out(config, data_set, plan)
     if drawn is None or data_set.key in plan.training:
         return
@@ -332,6 +332,6 @@ def _hold_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> None:
     plan.training[data_set.key] = str(path)
 
 
-def _limit(config: PaperConfig, data_set: DataSet) -> int | None:
+def _limit(config: PaperConfig, data_set: StudyData) -> int | None:
     limits = [limit for limit in (config.limit, data_set.limit) if limit is not None]
     return min(limits, default=None)

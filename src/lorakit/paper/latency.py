@@ -23,7 +23,7 @@ from lorakit.evaluation.mode import evaluating
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.config import LoRA
 from lorakit.models.blocks import block_outputs
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.published import published
 from lorakit.paper.report import table
 

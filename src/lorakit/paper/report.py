@@ -65,8 +65,8 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         ],
         "lora_against": [asdict(difference) for difference in found.differences],
         "runs": [asdict(record) for record in _records(grid)],
-        "steps": grid.plan.steps,
-        "timing": grid.plan.timing,
+        "steps": grid.setup.steps,
+        "timing": grid.setup.timing,
     }
 
 
@@ -261,8 +261,8 @@ def _how_chosen(grid: Grid) -> str:
         for d in grid.study.data_sets
     )
     length = (
-        ", ".join(f"{count:,} steps on {key}" for key, count in grid.plan.steps.items())
-        if grid.plan.steps
+        ", ".join(f"{count:,} steps on {key}" for key, count in grid.setup.steps.items())
+        if grid.setup.steps
         else f"{grid.config.epochs or 3:g} pass{'' if grid.config.epochs == 1 else 'es'} over the data"
     )
     scored = " and ".join(dict.fromkeys(d.split for d in grid.study.data_sets))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lorakit import storage
 from lorakit.paper.comparison import Comparison, compare
-from lorakit.paper.config import PaperConfig
 from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import Grid, Say, open_grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import as_dict, markdown
 from lorakit.paper.runs import Measure
 from lorakit.reporting import drawing

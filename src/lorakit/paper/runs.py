@@ -15,9 +15,9 @@ from lorakit.errors import LorakitError, RunFolderError
 from lorakit.evaluation.config import BaseConfig, Decoding, EvaluateConfig
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.metrics import WITHOUT_JAVA
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.settings import train_config
-from lorakit.paper.study import DataSet, Variant
+from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import train
@@ -37,10 +37,10 @@ Measure = Callable[[Path, BaseConfig], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class TableRun:
     """One training run of a grid."""
 
-    data_set: DataSet
+    data_set: StudyData
     variant: Variant
     rate: float
     seed: int
@@ -102,7 +102,7 @@ class Runner:
         self.steps, self.training, self.held_out = steps, training, held_out
         self.folder = config.folder / "runs"
 
-    def settings(self, run: Run) -> dict[str, Any]:
+    def settings(self, run: TableRun) -> dict[str, Any]:
         """Return the settings of a run by dotted name."""
         config, data_set = self.config, run.data_set
         labels = task_type(data_set.task).kind != "text"
@@ -136,11 +136,11 @@ class Runner:
             settings["evaluation.every"] = max(1, -(-steps // EVALUATIONS))
         return settings
 
-    def train_config(self, run: Run) -> TrainConfig:
+    def train_config(self, run: TableRun) -> TrainConfig:
         """Return the configuration of a run."""
         return train_config(self.settings(run))
 
-    def record(self, run: Run) -> Record | None:
+    def record(self, run: TableRun) -> Record | None:
         """Return what was written down of a run; None where it has not ended.
 
         Raises:
@@ -157,7 +157,7 @@ class Runner:
             )
         return Record(**found)
 
-    def finish(self, run: Run, *, scored: bool) -> Record:
+    def finish(self, run: TableRun, *, scored: bool) -> Record:
         """Train, or go on training; with `scored`, score the best adapter as well. What is done is not done again.
 
         Raises:
@@ -170,13 +170,13 @@ class Runner:
             done = self._score(run, done)
         return done
 
-    def drop_weights(self, run: Run) -> None:
+    def drop_weights(self, run: TableRun) -> None:
         """Delete the adapters of a run, whose record stays."""
         for name in ("checkpoints", "best", "adapter"):
             with suppress(OSError):
                 shutil.rmtree(self.folder / run.name / name)
 
-    def _train(self, run: Run) -> Record:
+    def _train(self, run: TableRun) -> Record:
         try:
             result = train(self.train_config(run))
         except LorakitError as error:
@@ -198,7 +198,7 @@ class Runner:
             ),
         )
 
-    def _score(self, run: Run, done: Record) -> Record:
+    def _score(self, run: TableRun, done: Record) -> Record:
         folder = self.folder / run.name
         if self.config.study.measures == "amplification":
             assert self.amplification is not None
@@ -209,7 +209,7 @@ class Runner:
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))
         return self._write(run, Record(**{**asdict(done), "scores": evaluation.scores}))
 
-    def evaluate_config(self, data_set: DataSet, adapter: Path) -> EvaluateConfig:
+    def evaluate_config(self, data_set: StudyData, adapter: Path) -> EvaluateConfig:
         """Return how an adapter is scored on the data that the table is about."""
         config = self.config
         return EvaluateConfig(
@@ -227,17 +227,17 @@ class Runner:
             decoding=Decoding(beams=config.beams),
         )
 
-    def _write(self, run: Run, record: Record) -> Record:
+    def _write(self, run: TableRun, record: Record) -> Record:
         with storage.atomic_file(self._path(run)) as temporary:
             storage.write_record(temporary, asdict(record))
         return record
 
-    def _path(self, run: Run) -> Path:
+    def _path(self, run: TableRun) -> Path:
         folder = self.folder / run.name
         return folder.with_name(f"{folder.name}.json")
 
 
-def _record(run: Run, **values: Any) -> Record:
+def _record(run: TableRun, **values: Any) -> Record:
     empty: dict[str, Any] = {
         "steps": 0,
         "best_step": None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.paper.published import published
-from lorakit.paper.study import Column, DataSet, Study, Variant
+from lorakit.paper.study import Column, Study, StudyData, Variant
 
 
 def study(table: str) -> Study:
@@ -42,8 +42,8 @@ def prefix(method: str, length: int, infix: int) -> dict[str, Any]:
     }
 
 
-def _glue(key: str, column: str, score: str = "accuracy", max_length: int = 128) -> DataSet:
-    return DataSet(
+def _glue(key: str, column: str, score: str = "accuracy", max_length: int = 128) -> StudyData:
+    return StudyData(
         key=key,
         task=key,
         columns=(Column(name=column, score=score, scale=100),),
@@ -107,7 +107,7 @@ _GENERATION_VARIANTS = (
 _TABLE3 = Study(
     table=published("table3"),
     base="smollm2-135m",
-    data_sets=(DataSet(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
+    data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
     variants=_GENERATION_VARIANTS,
 )
 _FRACTIONS = ("METEOR", "TER")
@@ -116,7 +116,7 @@ _TABLE13 = Study(
     table=published("table13"),
     base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="dart",
             task="dart",
             columns=(
@@ -132,7 +132,7 @@ _TABLE14 = Study(
     table=published("table14"),
     base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="webnlg",
             task="webnlg",
             columns=(
@@ -149,7 +149,7 @@ _TABLE14 = Study(
     variants=_GENERATION_VARIANTS,
 )
 
-_WIKISQL = DataSet(
+_WIKISQL = StudyData(
     key="wikisql",
     task="wikisql",
     columns=(Column(name="WikiSQL", score="logical_form", scale=100),),
@@ -157,13 +157,13 @@ _WIKISQL = DataSet(
 )
 _MATCHED = "validation_matched"
 """The development set of MNLI that the tables of GPT-3 are about; Table 2 is about both."""
-_MNLI_M = DataSet(
+_MNLI_M = StudyData(
     key="mnli",
     task="mnli",
     columns=(Column(name="MNLI-m", score="accuracy", scale=100),),
     scored=_MATCHED,
 )
-_SAMSUM = DataSet(
+_SAMSUM = StudyData(
     key="samsum",
     task="samsum",
     columns=tuple(
@@ -305,7 +305,7 @@ _TABLE16 = Study(
     table=published("table16"),
     base="minilm-l6",
     data_sets=tuple(
-        DataSet(
+        StudyData(
             key=f"mnli-{name}",
             task="mnli",
             columns=(Column(name=f"MNLI-{name}", score="accuracy", scale=100),),
@@ -333,7 +333,7 @@ _TABLE18 = Study(
     table=published("table18"),
     base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="e2e",
             task="e2e_nlg",
             columns=(
@@ -369,7 +369,7 @@ _TABLE7 = Study(
     table=published("table7"),
     base="minilm-l6",
     data_sets=(
-        DataSet(
+        StudyData(
             key="mnli",
             task="mnli",
             columns=tuple(

@@ -57,7 +57,7 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataSet:
+class StudyData:
     """The data of one or several columns."""
 
     key: str
@@ -96,7 +96,7 @@ class Study:
     table: PublishedTable
     base: str
     """The model that is taken where none is named."""
-    data_sets: tuple[DataSet, ...]
+    data_sets: tuple[StudyData, ...]
     variants: tuple[Variant, ...]
     average: str | None = None
     """The column with the mean over all others, where the table has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.recipe import Family
 
 _AVERAGED = "The paper reports the median over 5 seeds, of the best epoch of each run."
 _HEAD = "The classification head is trained too; the paper's counts leave it out."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.recipe import Family
 
 _LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.recipe import Family
 
 _UNPUBLISHED = "Adam's betas, the prompts and the number of GPUs are not published for GPT-3."
 _ALPHA = "LoRA's alpha and dropout are not published for GPT-3; these are the defaults."
