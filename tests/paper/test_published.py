@@ -66,5 +66,5 @@ def test_a_row_that_is_not_there_names_those_that_are():
 
 @pytest.mark.parametrize("cell", ["n/a", "1.2 + 0.3", ""])
 def test_a_cell_that_is_no_number_is_an_error(cell):
-    with pytest.raises(ValueError, match="is no number"):
+    with pytest.raises(ValueError, match="is not a number"):
         rows_of(f"method | BLEU\nLoRA | {cell}")

@@ -1,4 +1,4 @@
-"""What `lorakit paper` is asked to run."""
+"""The configuration of `lorakit paper`."""
 
 from __future__ import annotations
 
@@ -8,73 +8,69 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lorakit.configuration import conform
-from lorakit.errors import ConfigurationError, nearest, require_at_least
+from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.config import BaseConfig, DType
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS, Study
 
-TABLES = ("table1", *STUDIES, "table7")
-"""The tables that can be run: of training runs, and those of latency (1) and amplification (7)."""
+TABLES = ("table1", *STUDIES)
+"""The tables that can be run: latency (table1), and those that consist of training runs."""
 
-_NO_PART_OF_THE_COMMAND = ("table", "data", "output", "keep_weights", "device", "dry_run")
+_NOT_IN_COMMAND = ("table", "data", "output", "keep_weights", "device", "dry_run")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperConfig:
-    """A table of the paper on a model of one's own: methods x data sets x seeds, each a training run.
+    """Reproduce a table of the paper on your model: methods x data sets x seeds, each a training run.
 
     Raises:
-        ConfigurationError: A value cannot work, or two settings exclude each other.
+        ConfigurationError: A value is invalid, or two settings exclude each other.
     """
 
     table: str
-    """table1 to table7, table13 to table16, table18; numbers are those of arXiv version 2."""
+    """table1 to table7, table13 to table16, or table18, as numbered in arXiv version 2."""
     model: str | None = None
-    """The base model: a hub id, a folder, a .gguf file or a short name. By default minilm-l6 or smollm2-135m."""
+    """Base model: a hub id, a folder, a .gguf file or a short name. Default: minilm-l6 or smollm2-135m, by table."""
     tasks: tuple[str, ...] | None = None
-    """Data sets of the table, separated by commas; by default all of them."""
+    """Data sets of the table, separated by commas. Default: all."""
     methods: tuple[str, ...] | None = None
-    """Rows of the table, separated by commas; by default all of them."""
+    """Rows of the table, separated by commas. Default: all."""
     seeds: int = 3
-    """Runs behind each number; they differ in the adapter's start, the order of the data and dropout."""
+    """Runs per number. They differ in the adapter's initialisation, the order of the data and dropout."""
     trials: int = 1
-    """Learning rates tried, the same number for every method. The best on held-out data is taken; the data that is
-    scored in the end plays no part."""
+    """Learning rates to try, the same number for every method. The best score on held-out data selects the rate,
+    never the data that the table scores."""
     budget: str | None = None
-    """Time for the whole grid, for example 10m or 2h: a short timing turns it into a number of steps for each data
-    set, the same for every method, which is written down and kept."""
+    """Time for the whole grid, for example 10m or 2h. A short timing converts it to steps, the same for every method
+    on a data set. A resumed grid keeps these steps."""
     epochs: float | None = None
-    """Passes over the training data, 3 without a budget; beside one, the most that a run makes."""
+    """Passes over the training data. Default: 3 without a budget; with a budget this is the maximum."""
     limit: int | None = None
     """Train on this many examples of each data set, drawn at random once and the same for every run."""
     eval_limit: int | None = None
-    """Score this many examples or prompts, from the first; by default all."""
+    """Score only the first examples or prompts, this many. Default: all."""
     beams: int | None = None
-    """Beams of the search that generates text (1 is greedy); by default those of the task."""
+    """Beams for text generation; 1 is greedy. Default: the task's."""
     batch_size: int = 16
     """Examples per step."""
     data: str | None = None
-    """A folder with the data sets, each in a sub-folder (`mrpc/train.jsonl`); without it they are read from the hub."""
+    """Folder with the data sets, each in a sub-folder (`mrpc/train.jsonl`). Default: read them from the hub."""
     output: str | None = None
-    """Folder of the runs and the table; by default out/paper/TABLE-MODEL."""
+    """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
     dtype: DType = "auto"
-    """Precision of the computation; see base.dtype of `lorakit train`."""
+    """Compute precision; see base.dtype of `lorakit train`."""
     device: str = "auto"
-    """Where it is computed: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1 or mps; auto uses a GPU if one is available."""
     keep_weights: bool = True
-    """Keep the adapter of every run; false deletes it once its scores are written down."""
+    """Keep the adapter of every run; false deletes it after it is scored."""
     dry_run: bool = False
-    """Show the runs, with their parameters, steps, memory and time, and run none."""
+    """List the runs with their parameters, steps, memory and time, and train nothing."""
 
     def __post_init__(self) -> None:
         conform(self)
         name = self.table if self.table.startswith("table") else f"table{self.table}"
-        if name not in TABLES:
-            known = ", ".join(sorted(TABLES, key=lambda name: int(name.removeprefix("table"))))
-            raise ConfigurationError(
-                f"table is {self.table!r}; it must be one of {known}.{nearest(name, TABLES)}"
-            )
+        require_choice("table", name, TABLES)
         object.__setattr__(self, "table", name)
         for option in ("seeds", "trials", "batch_size"):
             require_at_least(option, getattr(self, option), 1)
@@ -83,19 +79,18 @@ class PaperConfig:
                 require_at_least(option, value, least)
         if self.trials > MAX_TRIALS:
             raise ConfigurationError(
-                f"trials is {self.trials}; at most {MAX_TRIALS} learning rates are tried."
+                f"trials is {self.trials}; it must be at most {MAX_TRIALS} learning rates."
             )
         if self.epochs is not None and not 0 < self.epochs < 1e6:
             raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
-        if self.budget is not None:
-            _seconds(self.budget)  # one that cannot be read is an error here already
-        _ = self.base  # so are a wrong dtype and device
+        # Reading these properties validates the budget, the dtype, the device, the tasks and the methods.
+        _ = self.seconds, self.base
         if self.table in STUDIES:
             _ = self.study
 
     @property
     def study(self) -> Study:
-        """What is compared: the table's study, narrowed to `tasks` and `methods`."""
+        """The table's study, narrowed to `tasks` and `methods`."""
         return study(self.table).choose(self.tasks, self.methods)
 
     @property
@@ -106,25 +101,32 @@ class PaperConfig:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """The folder for the runs and the table."""
         model = re.sub(r"[^\w.-]+", "-", Path(self.base.name).name or self.base.name)
         return Path(self.output or f"out/paper/{self.table}-{model}")
 
     @property
     def seconds(self) -> float | None:
-        """The budget in seconds."""
-        return None if self.budget is None else _seconds(self.budget)
+        """The budget in seconds; None without a budget."""
+        if self.budget is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", self.budget.strip())
+        if match is None or float(match[1]) == 0:
+            raise ConfigurationError(
+                f"budget is {self.budget!r}; write a number of seconds, minutes or hours, for example 90s, 10m or 2h."
+            )
+        return float(match[1]) * _UNITS[match[2]]
 
     @property
     def command(self) -> str:
-        """The command line that asks for the same numbers, without what is left at its default.
+        """The command line that reproduces the numbers, without options at their defaults.
 
-        Where the data lies is left open, and so is what no number depends on.
+        The data folder is printed as DATA. Options that change no number are omitted.
         """
         words = ["lorakit", "paper", self.table]
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name in _NO_PART_OF_THE_COMMAND or value == option.default:
+            if option.name in _NOT_IN_COMMAND or value == option.default:
                 continue
             words += [
                 f"--{option.name}",
@@ -133,12 +135,3 @@ class PaperConfig:
         if self.data is not None:
             words += ["--data", "DATA"]
         return shlex.join(words)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ConfigurationError(
-            f"budget is {text!r}; write a number of seconds, minutes or hours, for example 90s, 10m or 2h."
-        )
-    return float(match[1]) * _UNITS[match[2]]

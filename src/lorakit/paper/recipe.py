@@ -102,7 +102,7 @@ class Family:
             )
         if (dropout := settings.pop("head_dropout", None)) is not None:
             notes.append(
-                f"Dropout before the classifier is {dropout:g}; a run keeps the base's own."
+                f"The source sets the dropout before the classifier to {dropout:g}; a run keeps the base's."
             )
         decoding = {**self.decoding}
         if (penalty := settings.pop("length_penalty", None)) is not None:
@@ -111,12 +111,12 @@ class Family:
             per_step = settings["batch_size"] * settings["data.max_length"]
             settings["optimizer.warmup"] = max(1, math.ceil(tokens / per_step))
             notes.append(
-                f"Warm-up is {tokens:,.0f} tokens: that many steps of full-length examples."
+                f"The source's warm-up of {tokens:,.0f} tokens is converted to steps of full-length examples."
             )
         if size and (limit := _LIMITS[size]) is not None:
             settings["data.limit"] = limit
             notes.append(
-                "data.limit takes the first examples; the paper, and lorakit paper table16, draws them at random."
+                "data.limit uses the first examples; the paper and lorakit paper table16 draw them at random."
             )
         return Recipe(
             name=f"{self.model}/{task}/{self.method}@{self.origin}",
