@@ -80,7 +80,6 @@ _GENERATION_VARIANTS = (
 
 _TABLE3 = Study(
     table=published("table3"),
-    base="smollm2-135m",
     data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
     variants=_GENERATION_VARIANTS,
 )
@@ -88,7 +87,6 @@ _FRACTIONS = ("METEOR", "TER")
 _PARTS = {"U": " unseen", "S": " seen", "A": ""}
 _TABLE13 = Study(
     table=published("table13"),
-    base="smollm2-135m",
     data_sets=(
         StudyData(
             key="dart",
@@ -104,7 +102,6 @@ _TABLE13 = Study(
 )
 _TABLE14 = Study(
     table=published("table14"),
-    base="smollm2-135m",
     data_sets=(
         StudyData(
             key="webnlg",
@@ -149,7 +146,6 @@ _HEAD = "MNLI labels come from a classification head here; GPT-3 generates them 
 
 _TABLE4 = Study(
     table=published("table4"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M, _SAMSUM),
     variants=(
         _FT,
@@ -192,7 +188,6 @@ def _lora_on(weights: str, rank: int) -> Variant:
 
 _TABLE5 = Study(
     table=published("table5"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=tuple(
         _lora_on(weights, rank)
@@ -210,7 +205,6 @@ _TABLE5 = Study(
 
 _TABLE6 = Study(
     table=published("table6"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=tuple(
         _lora_on(weights, rank) for weights in ("q", "q,v", "q,k,v,o") for rank in (1, 2, 4, 8, 64)
@@ -220,7 +214,6 @@ _TABLE6 = Study(
 
 _TABLE15 = Study(
     table=published("table15"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=(
         _FT,
@@ -304,7 +297,6 @@ _TABLE16 = Study(
 
 _TABLE18 = Study(
     table=published("table18"),
-    base="smollm2-135m",
     data_sets=(
         StudyData(
             key="e2e",

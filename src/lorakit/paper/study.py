@@ -92,8 +92,8 @@ class Study:
     """The runs that reproduce a table of the paper."""
 
     table: PublishedTable
-    base: str
-    """Default base model."""
+    base: str = "smollm2-135m"
+    """The base model if the user names none."""
     data_sets: tuple[StudyData, ...]
     variants: tuple[Variant, ...]
     average: str | None = None

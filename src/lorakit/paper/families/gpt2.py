@@ -84,9 +84,7 @@ _GPT2 = (
 )
 
 _LI_AND_LIANG = "Li and Liang 2021, Prefix-Tuning, table of hyper-parameters"
-_STARRED = (
-    "Source of the paper's starred rows. Its table omits warm-up, decay and the beam width (5)."
-)
+_STARRED = "Source of the paper's starred rows; Li and Liang's table omits warm-up, decay and the beam width (5)."
 
 
 def _prior(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
