@@ -1,4 +1,4 @@
-"""A budget: the same steps for every method, written down once, kept by a resumed grid."""
+"""A budget: the same steps for every method, computed once and kept by a resumed grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.paper.run_table import run_table
 
 
 def silent(text: str) -> None:
-    """Say nothing."""
+    """Discard progress."""
 
 
 def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
     timing = {"mrpc": timed(0.1), "rte": timed(0.2)}
     steps = divided(monkeypatch, config, timing, 1000)
     for key, measured in timing.items():
-        runs = 4  # three rates, and the second seed
+        runs = 4  # three rates with the first seed, and one run with the second
         took = sum(
             runs * (cost["overhead"] + steps[key] * cost["step"]) + 2 * measured["scoring"]
             for cost in measured["methods"].values()

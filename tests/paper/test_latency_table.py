@@ -1,4 +1,4 @@
-"""Table 1: bare, merged and adapted passes take turns, and adapters have the paper's share of the base."""
+"""Table 1: all methods are timed, and adapters have the paper's share of the base's parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands recipes and paper, as a person types them."""
+"""The commands `lorakit recipes` and `lorakit paper`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The published numbers: what can be held against arithmetic, the formulas, or the paper's own words."""
+"""The published numbers: checked against arithmetic, the formulas and the paper's text."""
 
 import statistics
 
@@ -12,7 +12,7 @@ from lorakit.paper.published.table import rows_of
 def test_averages_are_the_means_of_their_rows():
     for row in published("table2").rows:
         scores = [cell.value for name, cell in row.cells.items() if name != "Avg"]
-        # RoBERTa-large LoRA is 89.05 and printed 89.0
+        # the mean of RoBERTa-large LoRA is 89.05; the paper prints 89.0
         assert row.cells["Avg"].value == pytest.approx(statistics.fmean(scores), abs=0.051)
 
 

@@ -44,7 +44,7 @@ class Grid:
         self.runner = Runner(config, setup, amplification)
 
     def cells(self) -> Iterator[tuple[StudyData, Variant]]:
-        """Yield each data set with each variant that fits its base."""
+        """Yield each data set with each variant that fits the base."""
         for data_set in self.study.data_sets:
             for variant in self.study.variants:
                 if not self.setup.counts[data_set.key][variant.key].left_out:
@@ -295,7 +295,9 @@ def _draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSet
     path = config.folder / "data" / f"{data_set.task}-{count}.jsonl"
     data = DataConfig(task=data_set.task, root=config.data)
     if write_subset(data, count, path) < count and data_set.holds_out:
-        setup.held_out[data_set.key] = HELD_OUT_SHARE  # fewer rows than wanted: the default share
+        setup.held_out[data_set.key] = (
+            HELD_OUT_SHARE  # the set has fewer rows: use the default share
+        )
     setup.training[data_set.key] = str(path)
 
 

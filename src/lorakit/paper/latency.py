@@ -186,7 +186,7 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
         [row.model, row.method, row.setting, *(str(row.cells[name]) for name in paper.columns)]
         for row in paper.rows
     ]
-    own = []
+    measured = []
     bare = [t for t in timings if t.method == "FT"]
     for name in dict.fromkeys(t.method for t in timings):
         method_timings = [t for t in timings if t.method == name]
@@ -195,9 +195,9 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
             f"{t.mean:.1f} ± {t.spread:.1f} ({t.mean / b.mean - 1:+.1%}{_reduced(t, setting)})"
             for t, b, setting in zip(method_timings, bare, SETTINGS, strict=True)
         ]
-        own.append([config.base.name, name, sizes or "none", *cells])
+        measured.append([config.base.name, name, sizes or "none", *cells])
     page, data = (config.folder / f"table1{suffix}" for suffix in (".md", ".json"))
-    bold = [[f"**{cell}**" for cell in row] for row in own]
+    bold = [[f"**{cell}**" for cell in row] for row in measured]
     notes = "\n".join(f"- {note}" for note in paper.notes)
     passes = ", ".join(str(t.passes) for t in bare)
     text = (
@@ -219,7 +219,7 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
     }
     with storage.atomic_file(data) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + own)
+    return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + measured)
 
 
 def _reduced(timing: Timing, setting: tuple[int, int, float]) -> str:

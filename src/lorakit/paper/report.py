@@ -83,7 +83,7 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], int]:
         ]
         for row in comparison.published
     ]
-    own = [
+    measured = [
         [
             comparison.grid.config.base.name,
             row.variant.label,
@@ -92,7 +92,7 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], int]:
         ]
         for row in comparison.own
     ]
-    return head, published + own, len(published)
+    return head, published + measured, len(published)
 
 
 def parameters(count: int | None) -> str:
@@ -103,11 +103,11 @@ def parameters(count: int | None) -> str:
 
 
 def _cell(row: OwnRow, column: str, digits: int) -> str:
-    measured = row.cells.get(column)
-    if measured is None:
+    cell = row.cells.get(column)
+    if cell is None:
         return _EMPTY
-    text = f"{measured.value:.{digits}f}"
-    return text if measured.spread is None else f"{text} ± {measured.spread:.{digits}f}"
+    text = f"{cell.value:.{digits}f}"
+    return text if cell.spread is None else f"{text} ± {cell.spread:.{digits}f}"
 
 
 def title(comparison: Comparison) -> str:
