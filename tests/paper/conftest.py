@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_runs
 from made_data import pairs, write
 
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MRPC and RTE of a few made rows, in the layout of data.root."""
+    """Write MRPC and RTE with a few synthetic rows, in the layout of data.root."""
     root = tmp_path_factory.mktemp("data")
     for task in ("mrpc", "rte"):
         write(root / task / "train.jsonl", pairs(60, seed=1))
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def table2(encoder: str, data: Path, tmp_path: Path) -> Callable[..., PaperConfig]:
-    """Table 2 with two methods on MRPC, in runs of a fraction of a second."""
+    """Return a factory of table 2 configurations: two methods on MRPC, each run under a second."""
 
     def make(**changes: Any) -> PaperConfig:
         settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Rows of made tasks, in files like those of the real ones."""
+"""Synthetic rows, in files like those of the real tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORDS = ["river", "pub", "park", "food", "cheap", "plane", "flute", "index", "li
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:
-    """Pairs of sentences, the same or not."""
+    """Return pairs of sentences, with label 1 if they are equal."""
     draw = random.Random(seed)
     rows = []
     for number in range(count):

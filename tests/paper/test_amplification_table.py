@@ -1,4 +1,4 @@
-"""Table 7: what is measured is the analysis of the adapters of its own runs."""
+"""Table 7: its numbers equal `lorakit analyze amplification` on the adapters of its runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A budget: the same steps for every method, written down once, kept by a resumed grid."""
+"""A budget: the same steps for every method, computed once and kept by a resumed grid."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
-from lorakit.paper.config import PaperConfig
 from lorakit.paper.grid import GRID, open_grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.run_table import run_table
 
 
 def silent(text: str) -> None:
-    """Say nothing."""
+    """Discard progress."""
 
 
 def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, monkeypatch):
     config = table2(budget="60s", epochs=None, seeds=1, trials=1)
     with open_grid(config, silent) as grid:
-        steps = dict(grid.plan.steps)
+        steps = dict(grid.setup.steps)
         runs = [grid.trials(*cell)[0] for cell in grid.cells()]
         assert {grid.runner.train_config(run).max_steps for run in runs} == {steps["mrpc"]}
     assert steps["mrpc"] >= budget.FEWEST
     monkeypatch.setattr(budget, "_time", lambda *a: pytest.fail("timed again"))
     with open_grid(config, silent) as grid:
-        assert grid.plan.steps == steps
+        assert grid.setup.steps == steps
     written = storage.read_record(tmp_path / "out" / GRID, RunFolderError)
     assert written["plan"]["timing"]["mrpc"]["methods"].keys() == {"bitfit", "lora"}
     assert not (tmp_path / "out" / "timing").exists()
@@ -62,7 +62,7 @@ def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
     timing = {"mrpc": timed(0.1), "rte": timed(0.2)}
     steps = divided(monkeypatch, config, timing, 1000)
     for key, measured in timing.items():
-        runs = 4  # three rates, and the second seed
+        runs = 4  # three rates with the first seed, and one run with the second
         took = sum(
             runs * (cost["overhead"] + steps[key] * cost["step"]) + 2 * measured["scoring"]
             for cost in measured["methods"].values()

@@ -1,4 +1,4 @@
-"""The grid: each run once whatever interrupts it, choices that never see what is scored, one process."""
+"""The grid: no run is repeated, choices never use the scored data, and one process owns the folder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lorakit.paper.run_table import run_table
 
 
 def silent(text: str) -> None:
-    """Say nothing."""
+    """Discard progress."""
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What a grid has written down, by file."""
-    # Not a search of the whole tree, parts of which another process deletes meanwhile.
+    """Return the bytes of a grid's records, by file."""
+    # A recursive search would fail: another process deletes folders meanwhile.
     records = folder.glob("runs/*/*/rate-*.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in records}
 
@@ -36,7 +36,7 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
     config = table2()
     found = run_table(config, silent)
     folder = tmp_path / "out"
-    # Two methods, two rates with the first seed, one run more for the second seed.
+    # Two methods, each with two rates for the first seed and one run for the second seed.
     assert len(results(folder)) == 2 * 3
     page = found.page.read_text(encoding="utf-8")
     assert "| roberta-base | LoRA | 0.3M | 89.7 ± 0.7 |" in page
@@ -44,7 +44,9 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
     data = json.loads(found.data.read_text(encoding="utf-8"))
     assert len(data["runs"]) == 6
     scored = [run for run in data["runs"] if run["scores"]]
-    assert len(scored) == 4  # a seed each of the chosen rate; the other trials were not scored
+    assert (
+        len(scored) == 4
+    )  # two seeds per method at the chosen rate; the other trials are not scored
     assert found.figure is not None
     assert found.figure.stat().st_size > 1000
     assert found.report is not None
@@ -91,7 +93,7 @@ def _rate(path: Path) -> float:
 
 
 def test_no_choice_sees_the_data_that_is_scored(table2, data, tmp_path):
-    """With other validation data, and other scores, the same rates and the same weights come out."""
+    """Different validation data changes the scores, but neither the chosen rates nor the weights."""
     other = tmp_path / "other"
     (other / "mrpc").mkdir(parents=True)
     train = (data / "mrpc" / "train.jsonl").read_text(encoding="utf-8")
@@ -186,7 +188,7 @@ def test_a_killed_process_loses_no_finished_run(table2, tmp_path):
     assert len(after) == 6
     for name, text in before.items():
         old, new = json.loads(text), json.loads(after[name])
-        assert old["seconds"] == new["seconds"]  # it is that run, not another
+        assert old["seconds"] == new["seconds"]  # the same run, not a repetition
     assert all("MRPC" in row.cells for row in found.comparison.own)
 
 
@@ -238,7 +240,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
 
 
 def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
-    """Its number is missing, no other seed's is taken for it, and the page says so."""
+    """Its number is missing, no other seed replaces it, and the page reports it."""
     config, real = (
         table2(tasks=("mrpc", "rte"), methods=("lora",), seeds=3, trials=1),
         (runs_module.train),
@@ -289,7 +291,7 @@ def test_weights_go_where_they_are_not_kept_and_the_scores_stay(table2, tmp_path
 
 def test_parameters_are_counted_without_the_new_head(table2):
     with open_grid(table2(methods=("full", "lora")), silent) as grid:
-        counts = grid.plan.counts["mrpc"]
+        counts = grid.setup.counts["mrpc"]
     assert counts["lora"].trained == 2 * 2 * (32 + 32) * 8 or counts["lora"].trained > 0
     assert counts["full"].head == counts["lora"].head > 0
     assert counts["full"].trained > counts["lora"].trained

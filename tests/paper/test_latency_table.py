@@ -1,4 +1,4 @@
-"""Table 1: bare, merged and adapted passes take turns, and adapters have the paper's share of the base."""
+"""Table 1: all methods are timed, and adapters have the paper's share of the base's parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_models import build
 
 from lorakit.errors import ConfigurationError
 from lorakit.paper import latency
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,17 @@ def test_adapters_have_about_the_asked_for_parameters_and_one_too_large_is_refus
     model = build("llama")
     size = sum(p.numel() for p in model.parameters())
     for kind in ("lin", "houlsby"):
-        method = latency._sized(model, kind, 0.1 * size)
+        method = latency._bottleneck_of(model, kind, 0.1 * size)
         found = latency.count_parameters(model, method).trainable
         one_more = latency.count_parameters(
             model, latency.BottleneckAdapter(kind=kind, size=method.size + 1)
         ).trainable
         assert abs(found - 0.1 * size) <= one_more - found
     with pytest.raises(ConfigurationError, match="would be wider than this model"):
-        latency._sized(model, "lin", 100 * size)
+        latency._bottleneck_of(model, "lin", 100 * size)
 
 
 def test_a_batch_is_halved_until_passes_fit():
     model = build("llama")
-    assert latency._fitting(model, 8, 8, seconds=1e9) == 8
-    assert latency._fitting(model, 8, 8, seconds=0.0) == 1
+    assert latency._largest_batch(model, 8, 8, seconds=1e9) == 8
+    assert latency._largest_batch(model, 8, 8, seconds=0.0) == 1

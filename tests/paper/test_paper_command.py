@@ -1,20 +1,20 @@
-"""The commands recipes and paper, as a person types them."""
+"""The commands `lorakit recipes` and `lorakit paper`."""
 
 import json
 
 import pytest
 
 from lorakit.cli import main
-from lorakit.cli.paper import _plain
+from lorakit.cli.paper import _normalize
 from lorakit.cli.parsing import take_option
 from lorakit.errors import ConfigurationError
 
 
 def test_lists_and_flags_as_people_type_them():
-    assert _plain(["table2", "--tasks", "mrpc,rte", "--methods=lora", "--dry-run"]) == [
+    assert _normalize(["table2", "--tasks", "mrpc,rte", "--methods=lora", "--dry-run"]) == [
         *("table2", "--tasks", "[mrpc,rte]", "--methods=[lora]", "--dry_run=true"),
     ]
-    assert _plain(["--dry-run", "false", "--eval-limit", "5"]) == [
+    assert _normalize(["--dry-run", "false", "--eval-limit", "5"]) == [
         *("--dry_run", "false", "--eval_limit", "5"),
     ]
 
@@ -36,7 +36,7 @@ def test_recipes_are_listed_and_one_is_shown_whole(capsys):
 
 def test_words_that_no_recipe_has(capsys):
     assert main(["recipes", "bert-tiny"]) == 1
-    assert "No recipe's name holds 'bert-tiny'" in capsys.readouterr().err
+    assert "No recipe's name contains 'bert-tiny'" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
@@ -51,7 +51,7 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
     text = capsys.readouterr().out
     assert status == 0
     assert "0.00017, 0.0005, 0.0015" in text
-    assert "0 of 8 runs are done" in text
+    assert "0 of 8 runs are finished" in text
     assert not config.folder.exists()
 
 

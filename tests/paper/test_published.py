@@ -1,4 +1,4 @@
-"""The published numbers: what can be held against arithmetic, the formulas, or the paper's own words."""
+"""The published numbers: checked against arithmetic, the formulas and the paper's text."""
 
 import statistics
 
@@ -12,7 +12,7 @@ from lorakit.paper.published.table import rows_of
 def test_averages_are_the_means_of_their_rows():
     for row in published("table2").rows:
         scores = [cell.value for name, cell in row.cells.items() if name != "Avg"]
-        # RoBERTa-large LoRA is 89.05 and printed 89.0
+        # the mean of RoBERTa-large LoRA is 89.05; the paper prints 89.0
         assert row.cells["Avg"].value == pytest.approx(statistics.fmean(scores), abs=0.051)
 
 
@@ -66,5 +66,5 @@ def test_a_row_that_is_not_there_names_those_that_are():
 
 @pytest.mark.parametrize("cell", ["n/a", "1.2 + 0.3", ""])
 def test_a_cell_that_is_no_number_is_an_error(cell):
-    with pytest.raises(ValueError, match="is no number"):
+    with pytest.raises(ValueError, match="is not a number"):
         rows_of(f"method | BLEU\nLoRA | {cell}")

@@ -1,4 +1,4 @@
-"""Recipes: every one is a valid run, differs from its counterpart as documented, and yields to flags."""
+"""Recipes: each is a valid run, differs from its counterpart as documented, and flags override it."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from lorakit.training.config import DEFAULT_RATES, TrainConfig
 
 
 def runs_now(name: str) -> bool:
-    """Whether this version has the recipe's task and method."""
+    """Return whether this version has the recipe's task and method."""
     settings = recipes()[name].settings
     return settings["data.task"] in TASKS and settings["method"] in DEFAULT_RATES
 

@@ -1,4 +1,4 @@
-"""What the tables compare: rows that the paper has too, and the same number of trials for every method."""
+"""The studies: their rows and columns are the paper's, and every method has the same number of trials."""
 
 import pytest
 

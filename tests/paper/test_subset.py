@@ -1,4 +1,4 @@
-"""Part of a training set: drawn once, nested, the same rows for everyone."""
+"""Random subsets of a training set: nested, deterministic and drawn once."""
 
 import json
 

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorakit.models.base_config import BaseConfig
-    from lorakit.paper.config import PaperConfig
     from lorakit.paper.grid import Grid
-    from lorakit.paper.runs import Run
+    from lorakit.paper.paper_config import PaperConfig
+    from lorakit.paper.runs import TableRun
 
 LISTS = ("--tasks", "--methods")
 QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
-"""Names of query projections, whole or as a slice of a fused one."""
+"""Matches names of query projections, also of query slices of fused projections."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run a table of the paper, or show what it would run."""
+    """Run a table of the paper, or list its runs."""
     from lorakit.cli.parsing import parse
-    from lorakit.paper.config import PaperConfig
+    from lorakit.paper.paper_config import PaperConfig
 
     config = parse(
         PaperConfig,
         "paper",
-        "Run a table of the paper on your model: every method with the same data, trainer and scorer, and print the "
-        "published rows and yours. The same command goes on where an interrupted one was; finished runs are kept.",
-        _plain(argv),
+        "Run a table of the paper on your model: every method with the same data, training loop and metrics. Print the "
+        "published rows and yours. After an interruption, the same command resumes and keeps finished runs.",
+        _normalize(argv),
         "table",
     )
     if config.table == "table1":
@@ -47,7 +47,8 @@ def _latency(config: PaperConfig) -> None:
     if config.dry_run:
         for batch, length, share in SETTINGS:
             print(
-                f"batch {batch}, length {length}, adapters of {share:.2%}: up to {PASSES} passes of each method"
+                f"batch {batch}, length {length}, adapters with {share:.2%} of the parameters: up to {PASSES} passes "
+                "per method"
             )
         return
     result = run_latency(config, say=_say)
@@ -72,7 +73,7 @@ def _run(config: PaperConfig) -> None:
 
 
 def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
-    """Return a row of table 7: of W_q in the block in the middle."""
+    """Return a row of table 7, measured on W_q of the middle block."""
     from lorakit.analysis import adapter_amplification
     from lorakit.analysis.base_weights import open_weights
     from lorakit.analysis.deltas import deltas_of, read
@@ -82,11 +83,12 @@ def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
     queries = [name for name in deltas_of(stored) if QUERY.search(name)]
     if not queries:
         raise ConfigurationError(
-            f"Table 7 is about the query projections, and of {base.name} none was found under the usual names."
+            f"{base.name} has no adapted layer with a usual query name (query, query_proj, q_proj, q_lin, q), which "
+            "table 7 needs. Choose another model with --model."
         )
     middle = queries[(len(queries) - 1) // 2]
-    found = adapter_amplification(stored, open_weights(base, stored), only=f"^{re.escape(middle)}$")
-    layer = next(iter(found.layers.values()))
+    weights = open_weights(base, stored)
+    (layer,) = adapter_amplification(stored, weights, only=f"^{re.escape(middle)}$").layers.values()
     return {
         "from ΔW": layer.projected,
         "from W": layer.projected_own,
@@ -102,61 +104,51 @@ def _preview(config: PaperConfig) -> None:
     from lorakit.paper.report import parameters
 
     grid = preview(config, _say)
-    head = ["data", "method", "parameters", "rates", "runs", "steps", "memory", "time a run"]
+    head = ["data", "method", "parameters", "rates", "runs", "steps", "memory", "time per run"]
     body = []
     for data_set in grid.study.data_sets:
         for variant in grid.study.variants:
-            count = grid.plan.counts[data_set.key][variant.key]
+            row = [data_set.key, variant.label]
+            count = grid.setup.counts[data_set.key][variant.key]
             if count.left_out:
-                body.append([data_set.key, variant.label, "left out", count.left_out])
-                continue
-            trials = grid.trials(data_set, variant)
-            rates = ", ".join(f"{run.rate:g}" for run in trials)
-            runs = str(len(trials) + config.seeds - 1)
-            body.append(
-                [
-                    data_set.key,
-                    variant.label,
-                    parameters(count.trained),
-                    rates,
-                    runs,
-                    *_predicted(grid, trials[0]),
-                ]
-            )
-    console().print(
-        _table(head, [[*row, *[""] * (len(head) - len(row))] for row in body], len(body))
-    )
-    print(f"\n{grid.finished} of {grid.total} runs are done, in {config.folder}")
+                row += ["left out", count.left_out]
+            else:
+                trials = grid.trials(data_set, variant)
+                rates = ", ".join(f"{run.rate:g}" for run in trials)
+                runs = str(len(trials) + config.seeds - 1)
+                row += [parameters(count.trained), rates, runs, *_predicted(grid, trials[0])]
+            body.append(row + [""] * (len(head) - len(row)))
+    console().print(_table(head, body, len(body)))
+    print(f"\n{grid.finished} of {grid.total} runs are finished, in {config.folder}")
 
 
-def _predicted(grid: Grid, run: Run) -> list[str]:
-    """Steps, memory and time of a run, as the planner reckons them."""
+def _predicted(grid: Grid, run: TableRun) -> list[str]:
+    """Return the planner's steps, memory and time for a run."""
     from lorakit.errors import LorakitError
+    from lorakit.paper.grid import training_limit
     from lorakit.planning import plan
     from lorakit.training.progress import duration, gigabytes
 
     settings = grid.runner.train_config(run)
-    waits = grid.config.budget is not None and settings.max_steps is None
     try:
-        found = plan(settings, compare=False)
+        planned = plan(settings, compare=False)
     except LorakitError as error:
         return ["not predicted", str(error)]
-    drawn = [size for size in (grid.config.limit, run.data_set.limit) if size is not None]
-    steps = settings.max_steps or found.steps
-    if drawn and settings.max_steps is None:
-        steps = round(settings.epochs * -(-min(drawn) // settings.batch_size))
-    if waits or steps is None:
-        return [
-            "from the budget" if waits else f"{settings.epochs:g} epochs",
-            gigabytes(found.chosen.memory.total),
-            f"{found.chosen.seconds:.2f}s a step",
-        ]
-    time = duration(steps * found.chosen.seconds)
-    return [f"{steps:,}", gigabytes(found.chosen.memory.total), time]
+    memory, seconds = gigabytes(planned.chosen.memory.total), planned.chosen.seconds
+    steps = settings.max_steps or planned.steps
+    if settings.max_steps is None:
+        if grid.config.budget is not None:
+            return ["from the budget", memory, f"{seconds:.2f}s per step"]
+        limit = training_limit(grid.config, run.data_set)
+        if limit is not None:
+            steps = round(settings.epochs * -(-limit // settings.batch_size))
+    if steps is None:
+        return [f"{settings.epochs:g} epochs", memory, f"{seconds:.2f}s per step"]
+    return [f"{steps:,}", memory, duration(steps * seconds)]
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
-    """The rows, those of ours apart from the published ones."""
+    """Return a console table: the published rows, then the measured rows in bold."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -175,8 +167,8 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _plain(argv: Sequence[str]) -> list[str]:
-    """Bring what people type to what the parser reads: --tasks a,b, --dry-run, and --budget 10."""
+def _normalize(argv: Sequence[str]) -> list[str]:
+    """Convert shorthands to the parser's syntax: --tasks a,b to --tasks [a,b], --dry-run to --dry_run=true."""
     words = []
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")

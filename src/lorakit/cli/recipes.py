@@ -6,25 +6,25 @@ import itertools
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 SCORED = ("data.task", "data.max_length", "data.too_long")
-"""Settings of a recipe that are those of scoring its adapter too."""
+"""Settings of a recipe that also apply when its adapter is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesConfig:
-    """Which recipes to show."""
+    """Select recipes."""
 
     words: str = ""
-    """Show the recipes whose names hold all of these words: `mrpc`, or `roberta-large lora @code`."""
+    """Show the recipes whose names contain all of these words: `mrpc`, or `roberta-large lora @code`."""
     json: bool = False
-    """Print JSON: settings, decoding, source and notes of each."""
+    """Print JSON: settings, decoding, source and notes of each recipe."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """List the recipes, or show the one that is left in full."""
+    """List the matching recipes, or show a single match in full."""
     from rich.table import Table
 
     from lorakit.cli.console import console
@@ -38,44 +38,33 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         RecipesConfig,
         "recipes",
-        "List the hyper-parameters of the paper, its code, and the work it quotes. "
-        "One that a search leaves alone is shown in full.",
+        "List the hyper-parameters of the paper, of its code, and of the prior work that it quotes. "
+        "A single match is shown in full.",
         argv,
         "words",
     )
-    found = matching(config.words)
-    if not found:
+    matches = matching(config.words)
+    if not matches:
         raise ConfigurationError(
-            f"No recipe's name holds '{config.words}'. A name is model/task/method@origin, for example "
-            "roberta-base/mrpc/lora@paper."
+            f"No recipe's name contains '{config.words}'. A name is model/task/method@origin, for example "
+            "roberta-base/mrpc/lora@paper; 'lorakit recipes' lists them."
         )
-    exact = [r for r in found if config.words in (r.name, r.name.partition("@")[0])]
-    if exact:
-        found = [recipe(config.words)]
+    if any(config.words in (r.name, r.name.partition("@")[0]) for r in matches):
+        matches = [recipe(config.words)]
     if config.json:
-        print(json.dumps([_record(r) for r in found], indent=2))
+        print(json.dumps([asdict(r) for r in matches], indent=2))
         return
-    if len(found) == 1:
-        _show(found[0])
+    if len(matches) == 1:
+        _show(matches[0])
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("recipe", "steps of", "epochs", "rate", "source"):
+    for name in ("recipe", "batch size", "epochs", "learning rate", "source"):
         table.add_column(name)
-    for r in found:
+    for r in matches:
         batch = r.settings["batch_size"] * r.settings.get("accumulation", 1)
         rate = r.settings["optimizer.learning_rate"]
         table.add_row(r.name, str(batch), str(r.settings["epochs"]), f"{rate:g}", r.source)
     console().print(table)
-
-
-def _record(recipe: Any) -> dict[str, Any]:
-    return {
-        "name": recipe.name,
-        "source": recipe.source,
-        "settings": recipe.settings,
-        "decoding": recipe.decoding,
-        "notes": recipe.notes,
-    }
 
 
 def _show(recipe: Any) -> None:

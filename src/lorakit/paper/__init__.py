@@ -1,1 +1,1 @@
-"""The paper: its tables, its recipes, and the runs that put a row of one's own beside its rows."""
+"""The LoRA paper: its published tables, its recipes, and runs that reproduce the tables on your model."""

@@ -1,101 +1,99 @@
-"""From the records of a grid to rows like the paper's, and to what they say of LoRA."""
+"""Aggregate the records of a grid into rows like the paper's, and compare LoRA with the other methods."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
-from lorakit.paper.study import DataSet, Variant
+from lorakit.paper.study import Variant
 
 Verdict = Literal["ahead", "level", "behind", "open"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One number of ours, in the table's unit."""
+    """One measured number, in the table's unit."""
 
     value: float
     """Median or mean over the seeds, as in the paper's table."""
     spread: float | None
-    """Standard deviation over the seeds; None with one."""
+    """Standard deviation over the seeds; None with one seed."""
     seeds: dict[int, float]
-    """The number of each seed whose training did not diverge."""
+    """The number by seed, without seeds whose training diverged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnRow:
-    """A row of ours."""
+    """A measured row."""
 
     variant: Variant
     trained: int | None
-    """Trained parameters, a new task head left out; None where the method does not fit the base."""
+    """Trained parameters without a new task head; None if the method does not fit the base."""
     left_out: str
-    """Why the method does not fit."""
+    """Why the method does not fit the base; empty if it does."""
     cells: dict[str, Measured]
-    """The numbers that there are, by column."""
+    """The numbers measured so far, by column."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """LoRA against another method in one column, a positive value meaning that LoRA is better."""
+    """LoRA against another method in one column; a positive value means that LoRA is better."""
 
     column: str
     other: str
     """Key of the other variant."""
     value: float
     spread: float | None
-    """Standard deviation of the difference of two runs; None where a side has one seed."""
+    """Standard deviation of the difference of two runs; None if either method has one seed."""
     verdict: Verdict
-    """ahead or behind where the difference exceeds the spread, else level; open with one seed."""
+    """ahead or behind if the difference exceeds the spread, else level; open with one seed."""
     published: tuple[str, float] | None
-    """The same difference in the paper, and the model there."""
+    """The paper's model, and the same difference on it; None if the paper has no such pair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The paper's rows and ours."""
+    """The published rows and the measured rows."""
 
     grid: Grid
     columns: tuple[str, ...]
-    """Columns that both have, in the paper's order."""
+    """The common columns, in the paper's order."""
     published: tuple[PublishedRow, ...]
     own: tuple[OwnRow, ...]
     differences: tuple[Difference, ...]
 
     @property
     def digits(self) -> dict[str, int]:
-        """Digits after the point, by column."""
-        found = {c.name: c.digits for d in self.grid.study.data_sets for c in d.columns}
-        return {name: found.get(name, 1) for name in self.columns}
+        """Decimal places, by column."""
+        digits = {c.name: c.digits for d in self.grid.study.data_sets for c in d.columns}
+        return {name: digits.get(name, 1) for name in self.columns}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of the measured rows, by key."""
+        return {row.variant.key: row.variant.label for row in self.own}
 
 
 def compare(grid: Grid) -> Comparison:
-    """Put the rows of a grid, as far as they are there, beside those of the paper."""
+    """Compare the numbers that a grid has so far with the published ones."""
     study = grid.study
-    sets = {column.name: data_set for data_set in study.data_sets for column in data_set.columns}
-    columns = tuple(name for name in study.table.columns if name in sets)
-    averaged = study.average is not None and len(columns) > 1
-    own = [_own_row(grid, variant, sets) for variant in study.variants]
+    measured = {column.name for data_set in study.data_sets for column in data_set.columns}
+    columns = tuple(name for name in study.table.columns if name in measured)
+    own = [_own_row(grid, variant) for variant in study.variants]
+    # With LoRA only, the table compares settings: show the published rows with these settings. Else show all rows.
+    all_rows = any(variant.method != "LoRA" for variant in study.variants)
+    settings = {variant.setting for variant in study.variants}
     published = [
-        PublishedRow(
-            model=row.model,
-            method=row.method,
-            setting=row.setting,
-            parameters=row.parameters,
-            prior_work=row.prior_work,
-            restricted=row.restricted,
-            cells={name: row.cells[name] for name in columns},
-        )
+        replace(row, cells={name: row.cells[name] for name in columns})
         for row in study.table.rows
-        if _is_asked_for(row, grid)
+        if all_rows or row.setting in settings
     ]
-    if averaged:
-        assert study.average is not None
+    if study.average is not None and len(columns) > 1:
         for row in published:
             value = statistics.fmean(cell.value for cell in row.cells.values())
             row.cells[study.average] = Cell(value=value, text=f"{value:.1f}")
@@ -121,33 +119,26 @@ def compare(grid: Grid) -> Comparison:
     )
 
 
-def _is_asked_for(row: PublishedRow, grid: Grid) -> bool:
-    """Whether a published row has a row of ours beside it: all have, but in studies of settings."""
-    variants = grid.study.variants
-    if any(variant.method != "LoRA" for variant in variants):
-        return True
-    return any(variant.setting == row.setting for variant in variants)
-
-
-def _own_row(grid: Grid, variant: Variant, sets: dict[str, DataSet]) -> OwnRow:
-    counts = [grid.plan.counts[data_set.key][variant.key] for data_set in grid.study.data_sets]
-    fitting = [count for count in counts if not count.left_out]
+def _own_row(grid: Grid, variant: Variant) -> OwnRow:
+    counts = {d.key: grid.setup.counts[d.key][variant.key] for d in grid.study.data_sets}
+    fitting = [count for count in counts.values() if not count.left_out]
     cells: dict[str, Measured] = {}
-    for data_set in {d.key: d for d in sets.values()}.values():
-        if grid.plan.counts[data_set.key][variant.key].left_out:
+    for data_set in grid.study.data_sets:
+        if counts[data_set.key].left_out:
             continue
         records = grid.records(data_set, variant)
         for column in data_set.columns:
-            found = {record.seed: record.score(column.score) for record in records}
             values = {
-                seed: value * column.scale for seed, value in found.items() if value is not None
+                record.seed: score * column.scale
+                for record in records
+                if (score := record.score(column.score)) is not None
             }
             if values:
                 cells[column.name] = _measured(values, _centre(grid))
     return OwnRow(
         variant=variant,
         trained=fitting[0].trained if fitting else None,
-        left_out="" if fitting else counts[0].left_out,
+        left_out="" if fitting else next(iter(counts.values())).left_out,
         cells=cells,
     )
 
@@ -162,7 +153,7 @@ def _measured(seeds: dict[int, float], centre: Any) -> Measured:
 
 
 def _average(cells: Sequence[Measured], centre: Any) -> Measured:
-    """The mean over columns, of the numbers as shown; its spread is that of the means by seed."""
+    """Return the mean of the displayed numbers over the columns, with the spread of the means by seed."""
     value = statistics.fmean(cell.value for cell in cells)
     common = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
     by_seed = {seed: statistics.fmean(cell.seeds[seed] for cell in cells) for seed in common}
@@ -194,12 +185,12 @@ def _difference(
 def _published_difference(
     rows: Sequence[PublishedRow], method: str, column: str, sign: int
 ) -> tuple[str, float] | None:
-    """LoRA minus a method on the first model of the paper that has both, in like setups where there are any."""
+    """Return LoRA minus a method on the paper's first model with both in the same setup, unrestricted if possible."""
     for restricted in (False, True):
         for model in dict.fromkeys(row.model for row in rows):
-            mine = [r for r in rows if r.model == model and r.restricted == restricted]
-            lora = next((r for r in mine if r.method == "LoRA"), None)
-            other = next((r for r in mine if r.method == method), None)
+            candidates = [r for r in rows if r.model == model and r.restricted == restricted]
+            lora = next((r for r in candidates if r.method == "LoRA"), None)
+            other = next((r for r in candidates if r.method == method), None)
             if lora is not None and other is not None:
                 return model, sign * (lora.cells[column].value - other.cells[column].value)
     return None

@@ -1,4 +1,4 @@
-"""The figure of a comparison, and the page that a table ends in."""
+"""The figure and the HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -10,90 +10,86 @@ from lorakit.reporting.page import Block, Cell, Code, Prose, Table
 from lorakit.reporting.scatter import Point, scatter_chart
 
 
-def comparison_figure(found: Comparison) -> Figure | None:
-    """Score against trained parameters, a panel for each column; ours filled, the paper's hollow.
+def comparison_figure(comparison: Comparison) -> Figure | None:
+    """Plot scores against trained parameters, one panel per column: measured filled, published hollow.
 
-    None where no run of ours is there yet.
+    Returns:
+        The figure; None without measured numbers.
     """
-    columns = [name for name in found.columns if any(name in row.cells for row in found.own)]
+    columns = [n for n in comparison.columns if any(n in row.cells for row in comparison.own)]
     if not columns:
         return None
-    methods = dict.fromkeys(row.method for row in found.published)
-    methods |= dict.fromkeys(row.variant.method for row in found.own)
+    methods = dict.fromkeys(row.method for row in comparison.published)
+    methods |= dict.fromkeys(row.variant.method for row in comparison.own)
     caption = (
-        f"{title(found)}: scores against trained parameters, filled for {found.grid.config.base.name}, hollow for the "
-        "models of the paper. Bars are standard deviations over the seeds."
+        f"{title(comparison)}: scores against trained parameters, filled for {comparison.grid.config.base.name}, "
+        "hollow for the models of the paper. Bars are standard deviations over the seeds."
     )
     charts = tuple(
-        _panel(found, name, list(methods), legend=place == 0) for place, name in enumerate(columns)
+        _panel(comparison, name, list(methods), legend=i == 0) for i, name in enumerate(columns)
     )
     return Figure(caption=caption, charts=charts, columns=3, name="scores")
 
 
-def table_page(found: Comparison) -> Page:
-    """The page of a table: published rows and ours, the figure, LoRA against the others, the command."""
-    grid = found.grid
-    head, body, published = rows(found)
+def table_page(comparison: Comparison) -> Page:
+    """Return the page of a table: published and measured rows, the figure, LoRA's differences and the command."""
+    grid = comparison.grid
+    head, body, published = rows(comparison)
     table: list[list[Cell]] = [[" ".join(row[:2]), *row[2:]] for row in body]
     columns = ("Model and method", *head[2:])
     blocks: list[Block] = [
         Table(caption="Published in the paper.", columns=columns, rows=table[:published]),
-        Table(caption="Run here.", columns=columns, rows=table[published:]),
+        Table(caption="Measured here.", columns=columns, rows=table[published:]),
     ]
-    if (figure := comparison_figure(found)) is not None:
+    if (figure := comparison_figure(comparison)) is not None:
         blocks.append(figure)
-    summary = [f"{grid.study.table.title}: {grid.finished} of {grid.total} runs are done."]
+    summary = [f"{grid.study.table.title}: {grid.finished} of {grid.total} runs are finished."]
     for verdict, words in (("ahead", "better than"), ("behind", "worse than")):
-        others = dict.fromkeys(
-            f"{labels[d.other]} on {d.column}"
-            for d in found.differences
-            if d.verdict == verdict and d.other in (labels := _labels(found))
-        )
+        others = [
+            f"{comparison.labels[d.other]} on {d.column}"
+            for d in comparison.differences
+            if d.verdict == verdict
+        ]
         if others:
-            summary.append(f"LoRA is {words} {', '.join(others)}, by more than the seeds differ.")
-    notes = [*own_notes(found), *grid.study.table.notes]
+            summary.append(
+                f"LoRA is {words} {', '.join(others)}, by more than the standard deviation over seeds."
+            )
+    notes = [*own_notes(comparison), *grid.study.table.notes]
+    command = Code(text=grid.config.command, label="Command that created this page")
     sections = [
         Section(title="Scores", blocks=blocks),
-        Section(title="LoRA against the others", blocks=_differences(found)),
+        Section(title="LoRA against the other methods", blocks=_differences(comparison)),
         Section(title="Notes", blocks=[Prose(text=note) for note in notes]),
-        Section(
-            title="Origin",
-            blocks=[Code(text=grid.config.command, label="The command that made it")],
-        ),
+        Section(title="Origin", blocks=[command]),
     ]
     return Page(
-        kind="The paper's table",
-        title=title(found),
+        kind="Table of the paper",
+        title=title(comparison),
         subtitle=grid.study.table.title,
         summary=summary,
         sections=[section for section in sections if section.blocks],
     )
 
 
-def _differences(found: Comparison) -> list[Block]:
-    labels = _labels(found)
+def _differences(comparison: Comparison) -> list[Block]:
     lines: list[list[Cell]] = []
-    for one in found.differences:
-        digits = found.digits[one.column]
-        paper = None if one.published is None else f"{one.published[1]:+.{digits}f}"
-        spread = None if one.spread is None else f"{one.spread:.{digits}f}"
-        value = f"{one.value:+.{digits}f}"
-        lines.append([labels[one.other], one.column, value, spread, one.verdict, paper])
+    for d in comparison.differences:
+        digits = comparison.digits[d.column]
+        paper = None if d.published is None else f"{d.published[1]:+.{digits}f}"
+        spread = None if d.spread is None else f"{d.spread:.{digits}f}"
+        value = f"{d.value:+.{digits}f}"
+        lines.append([comparison.labels[d.other], d.column, value, spread, d.verdict, paper])
     if not lines:
         return []
     caption = (
-        "LoRA's score minus the other's, positive where LoRA is better; ahead or behind where the difference exceeds "
-        "the standard deviation of a difference of two runs. One seed decides nothing: open."
+        "LoRA's score minus the other method's; positive if LoRA is better. The verdict is ahead or behind if the "
+        "difference exceeds the standard deviation of a difference of two runs, else level. It is open with one seed."
     )
     columns = ("Other", "Column", "Difference", "Deviation", "Verdict", "In the paper")
     return [Table(caption=caption, columns=columns, rows=lines)]
 
 
-def _labels(found: Comparison) -> dict[str, str]:
-    return {row.variant.key: row.variant.label for row in found.own}
-
-
-def _panel(found: Comparison, name: str, methods: list[str], *, legend: bool) -> Chart:
+def _panel(comparison: Comparison, name: str, methods: list[str], *, legend: bool) -> Chart:
     points = [
         Point(
             series=row.method,
@@ -102,7 +98,7 @@ def _panel(found: Comparison, name: str, methods: list[str], *, legend: bool) ->
             name=f"{row.model}, {row.label} {row.setting}".strip(),
             hollow=True,
         )
-        for row in found.published
+        for row in comparison.published
         if (count := row.parameter_count) is not None
     ]
     points += [
@@ -110,10 +106,10 @@ def _panel(found: Comparison, name: str, methods: list[str], *, legend: bool) ->
             series=row.variant.method,
             x=row.trained,
             y=row.cells[name].value,
-            name=f"{found.grid.config.base.name}, {row.variant.label}",
+            name=f"{comparison.grid.config.base.name}, {row.variant.label}",
             spread=row.cells[name].spread or 0.0,
         )
-        for row in found.own
+        for row in comparison.own
         if row.trained and name in row.cells
     ]
     return scatter_chart(

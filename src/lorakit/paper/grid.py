@@ -1,11 +1,10 @@
-"""The grid of a table: methods x data sets x seeds, every run made once, whenever it is interrupted."""
+"""The grid of a table: methods x data sets x seeds. An interrupted grid resumes and repeats no finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from lorakit import storage
@@ -17,87 +16,52 @@ from lorakit.evaluation.score import is_better
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
-from lorakit.paper.config import PaperConfig
-from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Run, Runner
-from lorakit.paper.study import DataSet, Study, Variant
+from lorakit.paper.grid_setup import GridSetup, ParameterCount
+from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
+from lorakit.paper.study import Study, StudyData, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 
 GRID = "grid.json"
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
-"""Held-out examples beside a drawn part of the training data: as many as it has, within these."""
+"""Bounds on the held-out examples that are drawn in addition to limited training data."""
 
 _SHARED = ("table", "trials", "epochs", "limit", "eval_limit", "beams", "batch_size", "budget")
-"""What all runs in a folder have in common."""
+"""Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
-"""What the share of each run in a budget depends on."""
-
-Say = Callable[[str], None]
-
-
-@dataclass(kw_only=True, slots=True)
-class Count:
-    """Parameters that a variant trains on the base of a data set."""
-
-    trained: int | None = None
-    """Without a new task head, as the paper counts; None where the method does not fit the base."""
-    head: int = 0
-    """Those of the head, trained beside it."""
-    left_out: str = ""
-    """Why the method does not fit."""
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What is settled before the first run, and kept in grid.json."""
-
-    counts: dict[str, dict[str, Count]] = field(default_factory=dict)
-    """By data set and variant."""
-    steps: dict[str, int] = field(default_factory=dict)
-    """Steps of a run by data set, where there is a budget."""
-    timing: dict[str, Any] = field(default_factory=dict)
-    """What was measured to divide the budget."""
-    training: dict[str, str] = field(default_factory=dict)
-    """Drawn training data, by data set."""
-    held_out: dict[str, float] = field(default_factory=dict)
-    """Share of the training data held out, by data set."""
+"""Options that determine each run's share of a budget."""
 
 
 class Grid:
     """An opened grid; see :func:`open_grid`."""
 
     def __init__(
-        self, config: PaperConfig, plan: Plan, say: Say, amplification: Measure | None = None
+        self, config: PaperConfig, setup: GridSetup, say: Say, amplification: Measure | None = None
     ) -> None:
-        self.config, self.plan, self.say = config, plan, say
+        self.config, self.setup, self.say = config, setup, say
         self.study: Study = config.study
-        self.runner = Runner(
-            config,
-            steps=plan.steps,
-            training=plan.training,
-            held_out=plan.held_out,
-            amplification=amplification,
-        )
+        self.runner = Runner(config, setup, amplification)
 
-    def cells(self) -> Iterator[tuple[DataSet, Variant]]:
+    def cells(self) -> Iterator[tuple[StudyData, Variant]]:
         """Yield each data set with each variant that fits the base."""
         for data_set in self.study.data_sets:
             for variant in self.study.variants:
-                if not self.plan.counts[data_set.key][variant.key].left_out:
+                if not self.setup.counts[data_set.key][variant.key].left_out:
                     yield data_set, variant
 
-    def trials(self, data_set: DataSet, variant: Variant) -> list[Run]:
-        """Return the runs with the first seed, one for each learning rate."""
+    def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
+        """Return the runs with the first seed, one per learning rate."""
         return [
-            Run(data_set=data_set, variant=variant, rate=rate, seed=0)
+            TableRun(data_set=data_set, variant=variant, rate=rate, seed=0)
             for rate in variant.rates(self.config.trials)
         ]
 
-    def chosen_rate(self, data_set: DataSet, variant: Variant) -> float | None:
-        """Return the rate with the best held-out score; None while a trial is missing, or where all diverged.
+    def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
+        """Return the rate with the best held-out score; None if a trial is missing or all diverged.
 
-        Held-out data is part of the training data, or a validation set beside a test set: the data that the
-        table's scores are taken on has no say.
+        Held-out data is part of the training data, or a validation set if the table scores a test set. The data that
+        the table scores never affects the choice.
         """
         best: tuple[float, float] | None = None
         for run in self.trials(data_set, variant):
@@ -110,51 +74,55 @@ class Grid:
         return best and best[1]
 
     def outermost_rates(self, variant: Variant) -> set[float]:
-        """Return the smallest and the largest rate tried; none where no choice was made between them."""
+        """Return the smallest and the largest rate tried; empty with a single rate."""
         rates = variant.rates(self.config.trials)
         return {rates[0], rates[-1]} if len(rates) > 1 else set()
 
-    def scored_runs(self, data_set: DataSet, variant: Variant) -> list[Run]:
-        """Return the runs behind a number, one for each seed; none before the rate is chosen."""
+    def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
+        """Return the runs of a cell, one per seed; empty until the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)
         if rate is None:
             return []
         return [
-            Run(data_set=data_set, variant=variant, rate=rate, seed=seed)
+            TableRun(data_set=data_set, variant=variant, rate=rate, seed=seed)
             for seed in range(self.config.seeds)
         ]
 
-    def records(self, data_set: DataSet, variant: Variant) -> list[Record]:
-        """Return what is known of the runs behind a number so far."""
-        found = (self.runner.record(run) for run in self.scored_runs(data_set, variant))
-        return [record for record in found if record is not None and record.scores]
+    def records(self, data_set: StudyData, variant: Variant) -> list[Record]:
+        """Return the records of a cell that have scores."""
+        return [r for r in self._records(self.scored_runs(data_set, variant)) if r.scores]
 
-    def diverged_seeds(self, data_set: DataSet, variant: Variant) -> list[int]:
-        """Return the seeds whose training diverged at the chosen rate: a number is without them."""
-        runs = self.scored_runs(data_set, variant)
-        found = ((run.seed, self.runner.record(run)) for run in runs)
-        return [seed for seed, record in found if record is not None and record.failure]
+    def diverged_seeds(self, data_set: StudyData, variant: Variant) -> list[int]:
+        """Return the seeds whose training diverged at the chosen rate. The cell's number excludes them."""
+        return [r.seed for r in self._records(self.scored_runs(data_set, variant)) if r.failure]
 
-    @property
-    def total(self) -> int:
-        """Training runs in all."""
-        return len(list(self.cells())) * (self.config.trials + self.config.seeds - 1)
-
-    @property
-    def finished(self) -> int:
-        """Training runs that have ended."""
+    def all_records(self) -> list[Record]:
+        """Return the records of all finished runs, each once."""
         runs = {
             run.name: run
             for cell in self.cells()
             for run in (*self.trials(*cell), *self.scored_runs(*cell))
         }
-        return sum(self.runner.record(run) is not None for run in runs.values())
+        return self._records(runs.values())
 
-    def run(self, after_each: Callable[[], object] = lambda: None) -> None:
-        """Make every run that has not been made: all with the first seed, then the other seeds.
+    def _records(self, runs: Iterable[TableRun]) -> list[Record]:
+        return [record for run in runs if (record := self.runner.record(run)) is not None]
+
+    @property
+    def total(self) -> int:
+        """Number of training runs."""
+        return len(list(self.cells())) * (self.config.trials + self.config.seeds - 1)
+
+    @property
+    def finished(self) -> int:
+        """Number of finished training runs."""
+        return len(self.all_records())
+
+    def run(self, after_each: Callable[[], object]) -> None:
+        """Execute every unfinished run: all with the first seed, then the other seeds.
 
         Args:
-            after_each: Called whenever there is something new to show.
+            after_each: Called whenever a cell has a new record.
         """
         for cell in self.cells():
             for run in self.trials(*cell):
@@ -166,7 +134,7 @@ class Grid:
                 self._finish_seed(cell, seed)
                 after_each()
 
-    def _finish_seed(self, cell: tuple[DataSet, Variant], seed: int) -> None:
+    def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int) -> None:
         runs = self.scored_runs(*cell)
         if not runs:
             self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
@@ -174,11 +142,10 @@ class Grid:
         self._finish(runs[seed], scored=True)
         if not self.config.keep_weights:
             for run in (runs[seed], *(self.trials(*cell) if seed == 0 else ())):
-                self.runner.drop_weights(run)
+                self.runner.delete_weights(run)
 
-    def _finish(self, run: Run, *, scored: bool) -> None:
-        record = self.runner.record(run)
-        if record is None:
+    def _finish(self, run: TableRun, *, scored: bool) -> None:
+        if self.runner.record(run) is None:
             self.say(f"[{self.finished + 1}/{self.total}] {run.name}")
         record = self.runner.finish(run, scored=scored)
         if record.failure:
@@ -189,17 +156,17 @@ class Grid:
 def open_grid(
     config: PaperConfig, say: Say, amplification: Measure | None = None
 ) -> Iterator[Grid]:
-    """Open the folder of a grid for this process alone, and settle what has to be before the first run.
+    """Lock the folder of a grid for this process, and fix its setup: parameter counts, training data and steps.
 
     Args:
-        config: What was asked for.
-        say: Told what is going on, a line at a time.
-        amplification: Measures an adapter, for the table of amplification.
+        config: The table, the model and the size of the grid.
+        say: Receives progress, one line per call.
+        amplification: Measures how an adapter amplifies its base; required for table 7.
 
     Raises:
-        RunFolderError: Another process holds the folder, or it holds something else.
-        ConfigurationError: The folder's grid was started with other settings.
-        LorakitError: The base or the data cannot be read; the budget is too small.
+        RunFolderError: Another process holds the folder, or it contains other files.
+        ConfigurationError: The grid in the folder was started with different settings, or no method fits the base.
+        LorakitError: The base or the data cannot be read, or the budget is too small.
     """
     folder = config.folder
     storage.require_free_folder(folder, overwrite=True)
@@ -208,42 +175,41 @@ def open_grid(
         others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")
         if set(others) - {"data", "runs", "timing"}:
             raise RunFolderError(
-                f"'{folder}' is no folder of a table: it has no {GRID}, but {', '.join(others[:3])}. Choose a new or "
-                "empty one as output."
+                f"'{folder}' is not the folder of a table: it has no {GRID}, but {', '.join(others[:3])}. Choose a new "
+                "or empty folder with --output."
             )
     with storage.lock_folder(folder):
-        settings, plan = _read(path, config) if path.exists() else (_settings(config), Plan())
-        _count(config, plan)
+        setup = _read_setup(config)
+        _count_parameters(config, setup)
         for data_set in config.study.data_sets:
-            _hold_out(config, data_set, plan)
-        grid = Grid(config, plan, say, amplification)
-        if not list(grid.cells()):
-            reasons = {v: c.left_out for own in plan.counts.values() for v, c in own.items()}
+            _draw_training_data(config, data_set, setup)
+        grid = Grid(config, setup, say, amplification)
+        cells = list(grid.cells())
+        if not cells:
+            reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}
             raise ConfigurationError(
-                f"No method that was asked for fits {config.base.name}: "
-                f"{'; '.join(f'{name}: {why}' for name, why in reasons.items())}. Name others (--methods)."
+                f"No method of the table fits {config.base.name}: "
+                f"{'; '.join(f'{name}: {why}' for name, why in reasons.items())}. Choose others with --methods."
             )
-        if config.seconds is not None and not plan.steps:
-            plan.steps, plan.timing = divide(
-                config.seconds, grid.runner, list(grid.cells()), config, say
-            )
-            grid = Grid(config, plan, say, amplification)
-        _write(path, settings, plan)
+        if config.seconds is not None and not setup.steps:
+            setup.steps, setup.timing = divide(config.seconds, grid.runner, cells, config, say)
+        with storage.atomic_file(path) as temporary:
+            record = {"settings": _settings(config), "plan": asdict(setup)}
+            storage.write_record(temporary, record)
         yield grid
 
 
 def preview(config: PaperConfig, say: Say) -> Grid:
-    """Return the grid as it would be, without writing anything.
+    """Return the grid that `open_grid` would open, without writing a file.
 
     Raises:
         LorakitError: As for `open_grid`.
     """
-    path = config.folder / GRID
-    _, plan = _read(path, config) if path.exists() else ({}, Plan())
-    _count(config, plan)
+    setup = _read_setup(config)
+    _count_parameters(config, setup)
     for data_set in config.study.data_sets:
-        _share_held_out(config, data_set, plan)
-    return Grid(config, plan, say)
+        _set_held_out_share(config, data_set, setup)
+    return Grid(config, setup, say)
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:
@@ -253,85 +219,89 @@ def _settings(config: PaperConfig) -> dict[str, Any]:
     return {"model": config.base.name, "dtype": config.dtype, "data": config.data, **settings}
 
 
-def _read(path: Path, config: PaperConfig) -> tuple[dict[str, Any], Plan]:
-    found = storage.read_record(path, RunFolderError)
-    then, now = found["settings"], _settings(config)
+def _read_setup(config: PaperConfig) -> GridSetup:
+    """Return the setup in the folder's grid.json; an empty one if the folder has none."""
+    path = config.folder / GRID
+    if not path.exists():
+        return GridSetup()
+    record = storage.read_record(path, RunFolderError)
+    old, new = record["settings"], _settings(config)
     differences = [
-        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
     if differences:
         raise ConfigurationError(
-            f"The runs in {path.parent} were made with other settings: {'; '.join(differences)}. Repeat the command "
-            "as it was, or choose another output."
+            f"The runs in '{path.parent}' have other settings: {'; '.join(differences)}. Repeat the command with the "
+            "old settings, or choose another output folder with --output."
         )
     counts = {
-        data_set: {variant: Count(**count) for variant, count in own.items()}
-        for data_set, own in found["plan"].pop("counts").items()
+        data_set: {variant: ParameterCount(**count) for variant, count in by_variant.items()}
+        for data_set, by_variant in record["plan"].pop("counts").items()
     }
-    return then, Plan(counts=counts, **found["plan"])
+    return GridSetup(counts=counts, **record["plan"])
 
 
-def _write(path: Path, settings: dict[str, Any], plan: Plan) -> None:
-    with storage.atomic_file(path) as temporary:
-        storage.write_record(temporary, {"settings": settings, "plan": asdict(plan)})
-
-
-def _count(config: PaperConfig, plan: Plan) -> None:
-    """Count the parameters of every variant that has not been counted, which shows whether it fits the base."""
-    runner = Runner(config, steps={}, training={}, held_out={})
+def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
+    """Count the parameters of every new variant, and record why a variant does not fit the base."""
+    runner = Runner(config, GridSetup())
     bases: dict[tuple[str, int], Any] = {}
     for data_set in config.study.data_sets:
-        counts = plan.counts.setdefault(data_set.key, {})
+        counts = setup.counts.setdefault(data_set.key, {})
         missing = [v for v in config.study.variants if v.key not in counts]
         if not missing:
             continue
         task = task_type(data_set.task)
-        kind = (task.kind, len(task.classes))
-        if kind not in bases:
-            bases[kind] = open_base(config.base, DataTask(name=task.name, labels=task.classes))
-        model = bases[kind].model
+        head_type = (task.kind, len(task.classes))
+        if head_type not in bases:
+            bases[head_type] = open_base(config.base, DataTask(name=task.name, labels=task.classes))
+        model = bases[head_type].model
         heads = classification_head(model)
-        size = sum(
+        head_size = sum(
             p.numel() for n, p in model.named_parameters() if any(is_inside(n, h) for h in heads)
         )
         for variant in missing:
-            run = Run(data_set=data_set, variant=variant, rate=1e-3, seed=0)
+            run = TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0)
             try:
                 method = runner.train_config(run).chosen_method
-                found = count_parameters(model, method).by_layer
+                by_layer = count_parameters(model, method).by_layer
             except (TargetError, ConfigurationError) as error:
-                counts[variant.key] = Count(left_out=str(error))
+                counts[variant.key] = ParameterCount(left_out=str(error))
                 continue
-            own = sum(n for path, n in found.items() if not any(is_inside(path, h) for h in heads))
-            counts[variant.key] = Count(trained=own, head=size)
+            trained = sum(
+                n for path, n in by_layer.items() if not any(is_inside(path, h) for h in heads)
+            )
+            counts[variant.key] = ParameterCount(trained=trained, head=head_size)
 
 
-def _share_held_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> int | None:
-    """Settle the share of training data that is held out; return the rows to draw, None for all."""
-    limit = _limit(config, data_set)
+def _set_held_out_share(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> int | None:
+    """Set the share of training data to hold out; return the number of rows to draw, None for all."""
+    limit = training_limit(config, data_set)
     if not data_set.holds_out:
         return limit
     if limit is None:
-        plan.held_out.setdefault(data_set.key, HELD_OUT_SHARE)
+        setup.held_out.setdefault(data_set.key, HELD_OUT_SHARE)
         return None
     held_out = min(max(limit, LEAST_HELD_OUT), MOST_HELD_OUT)
-    plan.held_out.setdefault(data_set.key, round(held_out / (limit + held_out), 6))
+    setup.held_out.setdefault(data_set.key, round(held_out / (limit + held_out), 6))
     return limit + held_out
 
 
-def _hold_out(config: PaperConfig, data_set: DataSet, plan: Plan) -> None:
-    drawn = _share_held_out(config, data_set, plan)
-    if drawn is None or data_set.key in plan.training:
+def _draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> None:
+    count = _set_held_out_share(config, data_set, setup)
+    if count is None or data_set.key in setup.training:
         return
-    path = config.folder / "data" / f"{data_set.task}-{drawn}.jsonl"
+    path = config.folder / "data" / f"{data_set.task}-{count}.jsonl"
     data = DataConfig(task=data_set.task, root=config.data)
-    if write_subset(data, drawn, path) < drawn and data_set.holds_out:
-        plan.held_out[data_set.key] = HELD_OUT_SHARE  # there are no more: the usual share of all
-    plan.training[data_set.key] = str(path)
+    if write_subset(data, count, path) < count and data_set.holds_out:
+        setup.held_out[data_set.key] = (
+            HELD_OUT_SHARE  # the set has fewer rows: use the default share
+        )
+    setup.training[data_set.key] = str(path)
 
 
-def _limit(config: PaperConfig, data_set: DataSet) -> int | None:
+def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:
+    """Return the number of training examples; None for all."""
     limits = [limit for limit in (config.limit, data_set.limit) if limit is not None]
     return min(limits, default=None)

@@ -1,12 +1,11 @@
-"""Table 1: what a forward pass costs with bottleneck adapters, and with LoRA merged."""
+"""Table 1: the latency of a forward pass with bottleneck adapters and with merged LoRA."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,76 +24,78 @@ from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.blocks import block_outputs
 from lorakit.models.devices import pick_device
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.published import published
 from lorakit.paper.report import table
+from lorakit.paper.runs import Say
 
 MERGED = "LoRA merged"
 PASSES = 100
-"""Passes behind a number, as in the paper; fewer where a cell has no more time."""
+"""Passes per number, as in the paper; fewer if the time for a setting runs out."""
 FEWEST_PASSES = 4
-CELL_SECONDS = 20.0
-"""Time for one setting, all methods together, without a budget."""
+SETTING_SECONDS = 20.0
+"""Time for all methods in one setting, without a budget."""
 SMALL, LARGE = 0.0013, 0.031
-"""Adapters' parameters as a share of the base's: 0.5M and 11M of GPT-2 medium's 355M."""
+"""Adapter parameters as a share of the base's: 0.5M and 11M of GPT-2 medium's 355M."""
 SETTINGS = ((32, 512, SMALL), (16, 256, LARGE), (1, 128, LARGE))
-"""Batch, length, and share of parameters of the adapters, a column each."""
+"""Batch size, length and parameter share of the adapters, one tuple per column."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Milliseconds of a forward pass of one method in one setting."""
+    """Latency of a forward pass of one method in one setting."""
 
     method: str
     batch: int
     length: int
     parameters: int
-    """Of the adapters; 0 where nothing is added."""
+    """Parameters of the adapters; 0 without adapters."""
     passes: int
     mean: float
+    """In milliseconds."""
     spread: float
-    """Standard deviation over the passes."""
+    """Standard deviation over the passes, in milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyResult:
-    """A table 1 that was measured."""
+    """A measured table 1, and the files that hold it."""
 
     timings: tuple[Timing, ...]
     page: Path
     data: Path
     head: list[str]
     rows: list[list[str]]
-    """The published rows, then ours."""
+    """The published rows, then the measured ones."""
 
 
-def run_latency(config: PaperConfig, say: Callable[[str], None] = print) -> LatencyResult:
-    """Time forward passes of a language model bare, with LoRA merged, and with adapters, taking turns.
+def run_latency(config: PaperConfig, say: Say = print) -> LatencyResult:
+    """Time interleaved forward passes of a language model: without adapters, with merged LoRA, with adapters.
 
     Raises:
-        LorakitError: The base cannot be read, or is too small for adapters of the paper's share.
+        LorakitError: The base cannot be read, or is too small for adapters with the paper's share of parameters.
         RunFolderError: Another process writes to the folder.
     """
     with storage.lock_folder(config.folder):
         base = open_base(config.base, DataTask(name="completion"))
-        seconds = CELL_SECONDS if config.seconds is None else config.seconds / len(SETTINGS)
+        seconds = SETTING_SECONDS if config.seconds is None else config.seconds / len(SETTINGS)
         context = context_length(base.model) or SETTINGS[0][1]
         timings: list[Timing] = []
         for batch, length, share in SETTINGS:
             length = min(length, context)
-            batch = _fitting(base.model, batch, length, seconds)
+            batch = _largest_batch(base.model, batch, length, seconds)
             say(f"batch {batch}, length {length}")
             timings += _time_setting(base.model, batch, length, share, seconds)
         return _write(config, tuple(timings))
 
 
-def _fitting(model: PreTrainedModel, batch: int, length: int, seconds: float) -> int:
-    """Return the largest halving of `batch` of which some passes of every method fit into the time."""
+def _largest_batch(model: PreTrainedModel, batch: int, length: int, seconds: float) -> int:
+    """Halve `batch` until the fewest passes of all four methods fit into the time."""
     with evaluating(model):
-        one = torch.zeros((1, length), dtype=torch.long, device=model.device)
-        _pass(model, one)
-        each = _pass(model, one)
-    while batch > 1 and FEWEST_PASSES * 4 * each * batch > seconds:
+        row = torch.zeros((1, length), dtype=torch.long, device=model.device)
+        _time_pass(model, row)
+        row_seconds = _time_pass(model, row)
+    while batch > 1 and FEWEST_PASSES * 4 * row_seconds * batch > seconds:
         batch //= 2
     return batch
 
@@ -102,32 +103,34 @@ def _fitting(model: PreTrainedModel, batch: int, length: int, seconds: float) ->
 def _time_setting(
     model: PreTrainedModel, batch: int, length: int, share: float, seconds: float
 ) -> list[Timing]:
-    size = sum(p.numel() for p in model.parameters())
+    parameters = share * sum(p.numel() for p in model.parameters())
     adapters = attach(model, LoRA(), name="LoRA")
     methods = {
-        "AdapterL": _sized(model, "lin", share * size),
-        "AdapterH": _sized(model, "houlsby", share * size),
+        "AdapterL": _bottleneck_of(model, "lin", parameters),
+        "AdapterH": _bottleneck_of(model, "houlsby", parameters),
     }
     for name, method in methods.items():
         attach(model, method, name=name)
     counts = {name: count_parameters(model, method).trainable for name, method in methods.items()}
     generator = torch.Generator().manual_seed(0)
-    words = model.config.get_text_config().vocab_size
-    ids = torch.randint(words, (batch, length), generator=generator).to(model.device)
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab_size, (batch, length), generator=generator).to(model.device)
     times: dict[str, list[float]] = {name: [] for name in ("FT", MERGED, *methods)}
     try:
         with evaluating(model):
-            began = time.monotonic()
+            start = time.monotonic()
             while True:
-                for name, found in times.items():
+                for name, method_times in times.items():
                     _switch(adapters, name)
-                    model(ids[:1, :8])  # what a switch prepares is no part of a pass
-                    found.append(_pass(model, ids))
+                    model(ids[:1, :8])  # run one-time work after the switch outside the timing
+                    method_times.append(_time_pass(model, ids))
                     if name == MERGED:
                         adapters.unmerge()
-                done = len(times["FT"])
-                # The first round warms caches up and is left out.
-                if done > PASSES or (done >= FEWEST_PASSES and time.monotonic() - began > seconds):
+                rounds = len(times["FT"])
+                # The first round warms up caches and is excluded.
+                if rounds > PASSES or (
+                    rounds >= FEWEST_PASSES and time.monotonic() - start > seconds
+                ):
                     break
     finally:
         adapters.detach()
@@ -137,11 +140,11 @@ def _time_setting(
             batch=batch,
             length=length,
             parameters=counts.get(name, 0),
-            passes=len(found) - 1,
-            mean=1e3 * statistics.fmean(found[1:]),
-            spread=1e3 * statistics.stdev(found[1:]),
+            passes=len(method_times) - 1,
+            mean=1e3 * statistics.fmean(method_times[1:]),
+            spread=1e3 * statistics.stdev(method_times[1:]),
         )
-        for name, found in times.items()
+        for name, method_times in times.items()
     ]
 
 
@@ -153,26 +156,27 @@ def _switch(adapters: Any, name: str) -> None:
         adapters.activate(None if name == "FT" else name)
 
 
-def _pass(model: PreTrainedModel, ids: torch.Tensor) -> float:
+def _time_pass(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Return the seconds of a forward pass."""
     if ids.is_cuda:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     model(ids)
     if ids.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def _sized(model: PreTrainedModel, kind: Any, parameters: float) -> BottleneckAdapter:
-    """Return adapters of about so many parameters."""
+def _bottleneck_of(model: PreTrainedModel, kind: Any, parameters: float) -> BottleneckAdapter:
+    """Return bottleneck adapters with about this many parameters in total."""
     one = count_parameters(model, BottleneckAdapter(kind=kind, size=1)).trainable
     two = count_parameters(model, BottleneckAdapter(kind=kind, size=2)).trainable
     size = max(1, round((parameters - one) / (two - one)) + 1)
     width = min(site.width for site in block_outputs(model))
     if size > width:
         raise ConfigurationError(
-            f"Adapters of {parameters / 1e6:.1f}M parameters, the paper's share of the base, would be wider than this "
-            "model. Name a larger one with --model."
+            f"Adapters with {parameters / 1e6:.1f}M parameters, the paper's share of the base, would be wider than "
+            f"this model: bottleneck {size}, hidden size {width}. Choose a larger model with --model."
         )
     return BottleneckAdapter(kind=kind, size=size)
 
@@ -184,29 +188,28 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
         [row.model, row.method, row.setting, *(str(row.cells[name]) for name in paper.columns)]
         for row in paper.rows
     ]
-    own = []
+    measured = []
     bare = [t for t in timings if t.method == "FT"]
     for name in dict.fromkeys(t.method for t in timings):
-        found = [t for t in timings if t.method == name]
-        sizes = (
-            "none" if not found[0].parameters else ", ".join(_millions(t.parameters) for t in found)
-        )
+        method_timings = [t for t in timings if t.method == name]
+        sizes = ", ".join(f"{t.parameters / 1e6:.2f}M" for t in method_timings if t.parameters)
         cells = [
-            f"{t.mean:.1f} ± {t.spread:.1f} ({t.mean / b.mean - 1:+.1%}{_smaller(t, asked)})"
-            for t, b, asked in zip(found, bare, SETTINGS, strict=True)
+            f"{t.mean:.1f} ± {t.spread:.1f} ({t.mean / b.mean - 1:+.1%}{_reduced(t, setting)})"
+            for t, b, setting in zip(method_timings, bare, SETTINGS, strict=True)
         ]
-        own.append([config.base.name, name, sizes, *cells])
+        measured.append([config.base.name, name, sizes or "none", *cells])
     page, data = (config.folder / f"table1{suffix}" for suffix in (".md", ".json"))
-    bold = [[f"**{cell}**" for cell in row] for row in own]
+    bold = [[f"**{cell}**" for cell in row] for row in measured]
     notes = "\n".join(f"- {note}" for note in paper.notes)
     passes = ", ".join(str(t.passes) for t in bare)
     text = (
-        f"# Table 1 on {config.base.name}\n\n{paper.title}, as published, and in bold of `{config.base.name}`: the "
-        f"mean of {passes} passes, ± their standard deviation, and against the bare model. Methods took turns, pass by "
-        f"pass, on {_device(config)}.\n\n```console\n$ {config.command}\n```\n\n{table(head, rows + bold)}\n\n"
+        f"# Table 1 on {config.base.name}\n\n{paper.title}, as published. The rows in bold are measured on "
+        f"`{config.base.name}`: mean of {passes} passes ± standard deviation, and the difference from the model "
+        f"without adapters. The passes of the methods are interleaved, on {_device(config)}.\n\n"
+        f"```console\n$ {config.command}\n```\n\n{table(head, rows + bold)}\n\n"
         f"## Notes\n\n{notes}\n- Adapters have the paper's share of the base's parameters: {SMALL:.2%}, {LARGE:.1%} "
-        f"and {LARGE:.1%}. Lengths end at the base's context, and a batch is halved until some passes fit into the "
-        "time.\n"
+        f"and {LARGE:.1%}. The length is at most the base's context. The batch is halved until at least "
+        f"{FEWEST_PASSES} passes of each method fit into the time.\n"
     )
     with storage.atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -214,25 +217,22 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
         "table": "table1",
         "model": config.base.name,
         "command": config.command,
-        "timings": [{name: getattr(t, name) for name in Timing.__slots__} for t in timings],
+        "timings": [asdict(t) for t in timings],
     }
     with storage.atomic_file(data) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + own)
+    return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + measured)
 
 
-def _smaller(timing: Timing, asked: tuple[int, int, float]) -> str:
-    """What differs from the paper's setting, where the time was too short for it."""
-    differs = (timing.batch, timing.length) != asked[:2]
-    return f", batch {timing.batch}, length {timing.length}" if differs else ""
+def _reduced(timing: Timing, setting: tuple[int, int, float]) -> str:
+    """Return the batch and length if they are smaller than the paper's, else an empty string."""
+    if (timing.batch, timing.length) == setting[:2]:
+        return ""
+    return f", batch {timing.batch}, length {timing.length}"
 
 
 def _device(config: PaperConfig) -> str:
     device = pick_device(config.base.device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of the processor"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f}M"
+    return f"{torch.get_num_threads()} CPU threads"

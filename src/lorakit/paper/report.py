@@ -1,4 +1,4 @@
-"""A comparison as Markdown and as JSON."""
+"""Write a comparison as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from dataclasses import asdict
 from typing import Any
 
 from lorakit.metrics import WITHOUT_JAVA
-from lorakit.paper.comparison import Comparison, Measured, OwnRow
+from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid
+from lorakit.paper.runs import FALLBACK_EPOCHS
 from lorakit.version import __version__
 
 _EMPTY = "-"
 
 
-def markdown(found: Comparison) -> str:
-    """Return the page of a table: the rows, what they say of LoRA, and how the runs were made."""
+def markdown(comparison: Comparison) -> str:
+    """Return the Markdown page: the rows, LoRA's differences, the learning rates and the notes."""
     parts = [
-        f"# {title(found)}",
-        _introduction(found),
-        _table(found),
-        *_differences(found),
-        *_trials(found),
-        *_notes(found),
+        f"# {title(comparison)}",
+        _introduction(comparison),
+        _table(comparison),
+        *_differences(comparison),
+        *_trials(comparison),
+        *_notes(comparison),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def as_dict(found: Comparison) -> dict[str, Any]:
-    """Return everything that the page says, and every run behind it, as values that JSON can hold."""
-    grid = found.grid
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Return the content of the page and the records of all runs, as JSON values."""
+    grid = comparison.grid
     return {
         "table": grid.study.table.name,
         "title": grid.study.table.title,
@@ -37,7 +38,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         "command": grid.config.command,
         "lorakit": __version__,
         "statistic": _statistic(grid),
-        "columns": list(found.columns),
+        "columns": list(comparison.columns),
         "published": [
             {
                 "model": row.model,
@@ -49,7 +50,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                     for name, cell in row.cells.items()
                 },
             }
-            for row in found.published
+            for row in comparison.published
         ],
         "own": [
             {
@@ -61,68 +62,67 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                 "left_out": row.left_out,
                 "cells": {name: asdict(cell) for name, cell in row.cells.items()},
             }
-            for row in found.own
+            for row in comparison.own
         ],
-        "lora_against": [asdict(difference) for difference in found.differences],
-        "runs": [asdict(record) for record in _records(grid)],
-        "steps": grid.plan.steps,
-        "timing": grid.plan.timing,
+        "lora_against": [asdict(difference) for difference in comparison.differences],
+        "runs": [asdict(record) for record in grid.all_records()],
+        "steps": grid.setup.steps,
+        "timing": grid.setup.timing,
     }
 
 
-def rows(found: Comparison) -> tuple[list[str], list[list[str]], int]:
-    """Return the table as text: the head, the rows, and how many of them are published ones."""
-    head = ["model", "method", "parameters", *found.columns]
+def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], int]:
+    """Return the table as text: the header, the rows, and the number of published rows, which come first."""
+    head = ["model", "method", "parameters", *comparison.columns]
     published = [
         [
             row.model,
             f"{row.label} {row.setting}".strip(),
             row.parameters or _EMPTY,
-            *(str(row.cells[name]) for name in found.columns),
+            *(str(row.cells[name]) for name in comparison.columns),
         ]
-        for row in found.published
+        for row in comparison.published
     ]
-    own = [
+    measured = [
         [
-            found.grid.config.base.name,
+            comparison.grid.config.base.name,
             row.variant.label,
             parameters(row.trained),
-            *(_cell(row, name, found.digits[name]) for name in found.columns),
+            *(_cell(row, name, comparison.digits[name]) for name in comparison.columns),
         ]
-        for row in found.own
+        for row in comparison.own
     ]
-    return head, published + own, len(published)
+    return head, published + measured, len(published)
 
 
 def parameters(count: int | None) -> str:
-    """Return a number of parameters as the paper prints them: 0.30M."""
+    """Format a number of parameters in millions, as the paper does: 0.30M."""
     if count is None:
         return _EMPTY
     return f"{count / 1e6:,.2f}M" if count >= 1e4 else f"{count / 1e6:.4f}M"
 
 
 def _cell(row: OwnRow, column: str, digits: int) -> str:
-    measured = row.cells.get(column)
-    return _EMPTY if measured is None else _number(measured, digits)
+    cell = row.cells.get(column)
+    if cell is None:
+        return _EMPTY
+    text = f"{cell.value:.{digits}f}"
+    return text if cell.spread is None else f"{text} ± {cell.spread:.{digits}f}"
 
 
-def _number(measured: Measured, digits: int) -> str:
-    text = f"{measured.value:.{digits}f}"
-    return text if measured.spread is None else f"{text} ± {measured.spread:.{digits}f}"
+def title(comparison: Comparison) -> str:
+    """Return the title: the table and the base model."""
+    number = comparison.grid.study.table.name.removeprefix("table")
+    return f"Table {number} on {comparison.grid.config.base.name}"
 
 
-def title(found: Comparison) -> str:
-    """Return what was compared, in a few words."""
-    number = found.grid.study.table.name.removeprefix("table")
-    return f"Table {number} on {found.grid.config.base.name}"
-
-
-def _introduction(found: Comparison) -> str:
-    grid = found.grid
-    done = f"{grid.finished} of {grid.total} runs are done. " if grid.finished < grid.total else ""
+def _introduction(comparison: Comparison) -> str:
+    grid = comparison.grid
+    finished = grid.finished
+    progress = f"{finished} of {grid.total} runs are finished. " if finished < grid.total else ""
     return (
-        f"{grid.study.table.title}. {done}The published rows first, then, in bold, those of `{grid.config.base.name}`: "
-        f"the {_statistic(grid)}.\n\n```console\n$ {grid.config.command}\n```"
+        f"{grid.study.table.title}. {progress}The published rows come first. The rows in bold are measured on "
+        f"`{grid.config.base.name}`: {_statistic(grid)}.\n\n```console\n$ {grid.config.command}\n```"
     )
 
 
@@ -134,30 +134,25 @@ def _statistic(grid: Grid) -> str:
     return f"{name} of {seeds} seeds, ± their standard deviation"
 
 
-def _table(found: Comparison) -> str:
-    head, body, published = rows(found)
+def _table(comparison: Comparison) -> str:
+    head, body, published = rows(comparison)
     bold = [[f"**{cell}**" if cell != _EMPTY else cell for cell in row] for row in body[published:]]
     return table(head, body[:published] + bold)
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, its numbers on the right."""
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "| " + " | ".join(["---", "---", *["---:"] * (len(head) - 2)]) + " |",
-        *("| " + " | ".join(row) + " |" for row in body),
-    ]
-    return "\n".join(lines)
+    """Return a Markdown table, right-aligned from the third column."""
+    rule = ["---", "---", *["---:"] * (len(head) - 2)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
 
 
-def _differences(found: Comparison) -> list[str]:
-    """LoRA minus each other method, ours and the paper's."""
-    if not found.differences:
+def _differences(comparison: Comparison) -> list[str]:
+    """Return the section on LoRA minus each other method, measured and published."""
+    if not comparison.differences:
         return []
     by_other: dict[str, dict[str, str]] = {}
-    labels = {row.variant.key: row.variant.label for row in found.own}
-    for difference in found.differences:
-        digits = found.digits[difference.column]
+    for difference in comparison.differences:
+        digits = comparison.digits[difference.column]
         text = f"{difference.value:+.{digits}f}"
         if difference.spread is not None:
             text += f" ± {difference.spread:.{digits}f}, {difference.verdict}"
@@ -165,85 +160,86 @@ def _differences(found: Comparison) -> list[str]:
             text += f" (paper {difference.published[1]:+.{digits}f})"
         by_other.setdefault(difference.other, {})[difference.column] = text
     body = [
-        [labels[other], "", *(cells.get(name, _EMPTY) for name in found.columns)]
+        [comparison.labels[other], *(cells.get(name, _EMPTY) for name in comparison.columns)]
         for other, cells in by_other.items()
     ]
-    body = [[row[0], *row[2:]] for row in body]
-    head = ["LoRA minus", *found.columns]
     return [
-        "## LoRA against the others",
-        "Positive where LoRA is better. It is *ahead* or *behind* where the difference exceeds the standard deviation "
-        "of a difference of two runs, else *level*; one seed decides nothing. In brackets the same difference in the "
-        "paper, on its first model that has both methods.",
-        table(head, body),
+        "## LoRA against the other methods",
+        "A positive difference means that LoRA is better. LoRA is *ahead* or *behind* if the difference exceeds the "
+        "standard deviation of a difference of two runs, else *level*. With one seed there is no verdict. In brackets "
+        "is the paper's difference, on its first model with both methods.",
+        table(["LoRA minus", *comparison.columns], body),
     ]
 
 
-def _trials(found: Comparison) -> list[str]:
-    """Every learning rate that was tried, and what decided."""
-    grid = found.grid
+def _trials(comparison: Comparison) -> list[str]:
+    """Return the section on the learning rates: all that were tried, with their held-out scores."""
+    grid = comparison.grid
     lines = []
     for data_set, variant in grid.cells():
-        tried = []
+        trials = []
         chosen = grid.chosen_rate(data_set, variant)
         for run in grid.trials(data_set, variant):
             record = grid.runner.record(run)
             if record is None:
                 continue
             score = record.held_out.get(data_set.metric)
-            text = "diverged" if record.failure or score is None else f"{score:.4f}"
-            text = f"{run.rate:g}: {text}"
-            tried.append(f"**{text}**" if run.rate == chosen else text)
+            outcome = "diverged" if record.failure or score is None else f"{score:.4f}"
+            text = f"{run.rate:g}: {outcome}"
+            trials.append(f"**{text}**" if run.rate == chosen else text)
         if chosen in grid.outermost_rates(variant):
-            tried.append("*outermost*")
-        records = grid.records(data_set, variant)
-        if tried:
-            epochs = ", ".join(f"{r.best_step} of {r.steps}" for r in records)
-            lines.append([data_set.key, variant.label, "; ".join(tried), epochs or _EMPTY])
+            trials.append("*outermost*")
+        if trials:
+            records = grid.records(data_set, variant)
+            steps = ", ".join(f"{r.best_step} of {r.steps}" for r in records)
+            lines.append([data_set.key, variant.label, "; ".join(trials), steps or _EMPTY])
     if not lines:
         return []
     return [
         "## Learning rates",
-        "The best score on held-out data for each rate that was tried (the chosen one in bold), and the step of each "
-        "seed's best held-out score, which is the adapter that was scored. A choice is *outermost* where it is the "
-        "smallest or largest rate tried: one beyond it may do better.",
+        "The best held-out score of each learning rate; the chosen rate is in bold. The last column is the step of "
+        "each seed's best held-out score: the table scores the adapter of that step. *outermost* marks a choice that "
+        "is the smallest or largest rate tried: a rate beyond it may be better.",
         table(["data", "method", "rate: held-out score", "best step"], lines),
     ]
 
 
-def _notes(found: Comparison) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
     return [
         "## Notes",
-        "These runs:\n\n" + "\n".join(f"- {note}" for note in own_notes(found)),
-        "The published numbers:\n\n"
-        + "\n".join(f"- {note}" for note in found.grid.study.table.notes),
+        "On these runs:\n\n" + "\n".join(f"- {note}" for note in own_notes(comparison)),
+        "On the published numbers:\n\n"
+        + "\n".join(f"- {note}" for note in comparison.grid.study.table.notes),
     ]
 
 
-def own_notes(found: Comparison) -> list[str]:
-    """Return what a reader of the numbers has to know of the runs behind them, a sentence or more each."""
-    grid = found.grid
-    own = [
-        _how_chosen(grid),
-        *(f"{row.variant.label} is left out: {row.left_out}" for row in found.own if row.left_out),
+def own_notes(comparison: Comparison) -> list[str]:
+    """Return notes on how the measured numbers were obtained."""
+    grid = comparison.grid
+    notes = [
+        _protocol(grid),
+        *(
+            f"{row.variant.label} is left out: {row.left_out}"
+            for row in comparison.own
+            if row.left_out
+        ),
         *_diverged(grid),
         *grid.study.notes,
     ]
     if grid.config.eval_limit:
-        own.append(f"Scores are those of the first {grid.config.eval_limit:,} examples or prompts.")
+        notes.append(f"Only the first {grid.config.eval_limit:,} examples or prompts are scored.")
     if grid.config.beams:
-        own.append(
-            f"Text is generated {'greedily' if grid.config.beams == 1 else f'with {grid.config.beams} beams'}."
-        )
-    if any(name.endswith(WITHOUT_JAVA) for r in _records(grid) for name in r.scores):
-        own.append(
+        decoding = "greedily" if grid.config.beams == 1 else f"with {grid.config.beams} beams"
+        notes.append(f"Text is generated {decoding}.")
+    if any(name.endswith(WITHOUT_JAVA) for r in grid.all_records() for name in r.scores):
+        notes.append(
             "METEOR, ROUGE-L and CIDEr were computed without Java; see the guide to metrics."
         )
     if grid.config.limit:
-        own.append(
-            f"Runs see {grid.config.limit:,} training examples, drawn once; all see the same."
+        notes.append(
+            f"All runs train on the same {grid.config.limit:,} examples, drawn at random once."
         )
-    return own
+    return notes
 
 
 def _diverged(grid: Grid) -> Iterator[str]:
@@ -251,33 +247,24 @@ def _diverged(grid: Grid) -> Iterator[str]:
         if seeds := grid.diverged_seeds(data_set, variant):
             yield (
                 f"{variant.label} on {data_set.key}: training diverged with {len(seeds)} of {grid.config.seeds} seeds "
-                f"({', '.join(map(str, seeds))}); its numbers are those of the others."
+                f"({', '.join(map(str, seeds))}); its numbers exclude them."
             )
 
 
-def _how_chosen(grid: Grid) -> str:
-    parts = dict.fromkeys(
-        "a part of the training data that is held out" if d.holds_out else "the validation set"
+def _protocol(grid: Grid) -> str:
+    config = grid.config
+    held_out = dict.fromkeys(
+        "a held-out part of the training data" if d.holds_out else "the validation set"
         for d in grid.study.data_sets
     )
     length = (
-        ", ".join(f"{count:,} steps on {key}" for key, count in grid.plan.steps.items())
-        if grid.plan.steps
-        else f"{grid.config.epochs or 3:g} pass{'' if grid.config.epochs == 1 else 'es'} over the data"
+        ", ".join(f"{count:,} steps on {key}" for key, count in grid.setup.steps.items())
+        if grid.setup.steps
+        else f"{config.epochs or FALLBACK_EPOCHS:g} epoch{'' if config.epochs == 1 else 's'}"
     )
     scored = " and ".join(dict.fromkeys(d.split for d in grid.study.data_sets))
     return (
-        f"Every run has {length}, batches of {grid.config.batch_size}, {grid.config.trials} learning "
-        f"rate{'s' if grid.config.trials > 1 else ''} tried. Rate and step are chosen on {' or '.join(parts)}, never "
-        f"on the {scored} data that is scored. Parameters leave out a new task head, which is trained too."
+        f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {config.trials} learning "
+        f"rate{'s' if config.trials > 1 else ''}. Learning rate and step are chosen on {' or '.join(held_out)}, never "
+        f"on the {scored} data that the table scores. Parameter counts exclude a new task head, which is also trained."
     )
-
-
-def _records(grid: Grid) -> list[Any]:
-    runs = {
-        run.name: run
-        for cell in grid.cells()
-        for run in (*grid.trials(*cell), *grid.scored_runs(*cell))
-    }
-    found = (grid.runner.record(run) for run in runs.values())
-    return [record for record in found if record is not None]

@@ -1,4 +1,4 @@
-"""Run a table of the paper: the grid, and after every run the page, the JSON and the figure."""
+"""Run a table of the paper: execute the grid, and write the page, the JSON and the figure."""
 
 from __future__ import annotations
 
@@ -8,70 +8,73 @@ from pathlib import Path
 
 from lorakit import storage
 from lorakit.paper.comparison import Comparison, compare
-from lorakit.paper.config import PaperConfig
 from lorakit.paper.figures import comparison_figure, table_page
-from lorakit.paper.grid import Grid, Say, open_grid
+from lorakit.paper.grid import open_grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import as_dict, markdown
-from lorakit.paper.runs import Measure
+from lorakit.paper.runs import Measure, Say
 from lorakit.reporting import drawing
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableResult:
-    """A table that was run."""
+    """A reproduced table, and the files that hold it."""
 
     comparison: Comparison
     page: Path
+    """Markdown."""
     data: Path
+    """JSON."""
     figure: Path | None
-    report: Path | None
-    """The page to look at; None until the runs are done."""
+    """PNG; None if there is nothing to plot."""
+    report: Path
+    """HTML."""
 
 
 def run_table(
     config: PaperConfig, say: Say = print, *, amplification: Measure | None = None
 ) -> TableResult:
-    """Make the runs that are missing, and write the table as far as it goes after each of them.
+    """Execute the unfinished runs of a table, and update its files after each of them.
 
-    An interrupted call loses no finished run: the same call goes on where it was, within a run too.
+    After an interruption the same call resumes, also within a run. It repeats no finished run.
 
     Args:
-        config: The table, the model, and how much is run.
-        say: Told what is going on, a line at a time.
-        amplification: What table 7 measures of an adapter on its base: the numbers of a row by column.
+        config: The table, the model and the size of the grid.
+        say: Receives progress, one line per call.
+        amplification: Returns the numbers of a row of table 7 by column, from an adapter folder and its base.
 
     Raises:
-        LorakitError: Something the user can mend: settings, data, base, folder.
+        LorakitError: Invalid settings, data, base or folder.
     """
-    drawing.require_drawing()  # now rather than after hours of runs
+    drawing.require_drawing()  # fail now, not after hours of runs
     with open_grid(config, say, amplification) as grid:
-        grid.run(after_each=lambda: _write(grid))
-        return _write(grid, figure=True)
-
-
-def _write(grid: Grid, *, figure: bool = False) -> TableResult:
-    found = compare(grid)
-    folder, name = grid.config.folder, grid.config.table
-    page, data, plot = (folder / f"{name}{suffix}" for suffix in (".md", ".json", ".png"))
-    drawn = figure and _draw(found, plot)
-    text = markdown(found)
-    if drawn:
-        text = text.replace(
-            "\n## ", f"\n![Scores against trained parameters]({plot.name})\n\n## ", 1
+        grid.run(after_each=lambda: _write_tables(compare(grid)))
+        comparison = compare(grid)
+        plot = config.folder / f"{config.table}.png"
+        figure = comparison_figure(comparison)
+        if figure is not None:
+            drawing.save(figure, plot)
+        page, data = _write_tables(comparison, plot if figure is not None else None)
+        return TableResult(
+            comparison=comparison,
+            page=page,
+            data=data,
+            figure=plot if figure is not None else None,
+            report=table_page(comparison).write(config.folder / f"{config.table}.html"),
         )
+
+
+def _write_tables(comparison: Comparison, plot: Path | None = None) -> tuple[Path, Path]:
+    """Write the Markdown page, with a link to the plot, and the JSON file; return their paths."""
+    config = comparison.grid.config
+    page, data = (config.folder / f"{config.table}{suffix}" for suffix in (".md", ".json"))
+    text = markdown(comparison)
+    if plot is not None:
+        image = f"![Scores against trained parameters]({plot.name})"
+        text = text.replace("\n## ", f"\n{image}\n\n## ", 1)
     with storage.atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with storage.atomic_file(data) as temporary:
-        record = json.dumps(as_dict(found), indent=1, ensure_ascii=False)
+        record = json.dumps(as_dict(comparison), indent=1, ensure_ascii=False)
         temporary.write_text(record + "\n", encoding="utf-8")
-    report = table_page(found).write(folder / f"{name}.html") if figure else None
-    return TableResult(
-        comparison=found, page=page, data=data, figure=plot if drawn else None, report=report
-    )
-
-
-def _draw(found: Comparison, path: Path) -> bool:
-    figure = comparison_figure(found)
-    if figure is not None:
-        drawing.save(figure, path)
-    return figure is not None
+    return page, data

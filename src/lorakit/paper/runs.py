@@ -1,11 +1,10 @@
-"""One run of a grid: its settings, its folder, and what is written down of it."""
+"""One run of a grid: its settings, its folder and its record."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,34 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
-from lorakit.paper.config import PaperConfig
+from lorakit.paper.grid_setup import GridSetup
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.settings import train_config
-from lorakit.paper.study import DataSet, Variant
+from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import train
 
 WARMUP = 0.06
-"""Share of the steps over which the rate rises: the paper's for RoBERTa."""
+"""Warm-up as a share of the steps: the paper's value for RoBERTa."""
 HELD_OUT_LABELS, HELD_OUT_TEXTS = 1_000, 300
-"""Held-out examples scored at most: for labels, and for texts, which are longer."""
+"""Most held-out examples to score: of tasks with labels, and of tasks with texts, which are longer."""
 EVALUATIONS = 5
-"""Evaluations on held-out data in a run whose length is a number of steps."""
+"""Evaluations on held-out data in a run with a fixed number of steps."""
 FALLBACK_EPOCHS = 3.0
 HELD_OUT_SHARE = 0.1
 
-
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
-"""From the folder of an adapter and its base to numbers by name."""
+"""Maps an adapter folder and its base to numbers by name."""
+Say = Callable[[str], None]
+"""Prints a line of progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class TableRun:
     """One training run of a grid."""
 
-    data_set: DataSet
+    data_set: StudyData
     variant: Variant
     rate: float
     seed: int
@@ -55,56 +56,48 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What is kept of a finished run."""
+    """The saved outcome of a finished run; zeros and empty fields if training diverged."""
 
     data_set: str
     variant: str
     rate: float
     seed: int
-    steps: int
-    best_step: int | None
-    held_out: dict[str, float]
-    """Scores on held-out data at the best step: what choices are made by."""
-    seconds: float
+    steps: int = 0
+    best_step: int | None = None
+    held_out: dict[str, float] = field(default_factory=dict)
+    """Scores on held-out data at the best step. They select the learning rate."""
+    seconds: float = 0.0
     """Time in training steps."""
-    peak_memory: int
-    tokens: int
+    peak_memory: int = 0
+    """In bytes."""
+    tokens: int = 0
     """Tokens of the examples of all steps."""
     failure: str = ""
-    """Why there are no scores: training diverged."""
+    """How training diverged; empty if it did not."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Scores on the data that the table is about; empty for a trial whose rate was not chosen."""
+    """Scores on the table's data; empty for a trial whose rate was not chosen."""
 
     def score(self, name: str) -> float | None:
-        """Return a score, computed with Java or without; None where there is none."""
+        """Return a score, computed with Java or without; None if there is none."""
         return self.scores.get(name, self.scores.get(f"{name}{WITHOUT_JAVA}"))
 
 
 class Runner:
-    """Makes the runs of a grid, each once.
+    """Trains and scores the runs of a grid, each once.
 
     Args:
-        config: What was asked for.
-        steps: Steps of a run, by data set, where they come from a budget.
-        training: Training data, by data set, where it is not that of the task.
-        held_out: Share of the training data that is held out, by data set.
-        amplification: Measures what an adapter amplifies in its base, for the table of it.
+        config: The table, the model and the size of the grid.
+        setup: Supplies the steps, the drawn training data and the held-out shares.
+        amplification: Measures how an adapter amplifies its base; required for table 7.
     """
 
     def __init__(
-        self,
-        config: PaperConfig,
-        *,
-        steps: Mapping[str, int],
-        training: Mapping[str, str],
-        held_out: Mapping[str, float],
-        amplification: Measure | None = None,
+        self, config: PaperConfig, setup: GridSetup, amplification: Measure | None = None
     ) -> None:
-        self.config, self.amplification = config, amplification
-        self.steps, self.training, self.held_out = steps, training, held_out
+        self.config, self.setup, self.amplification = config, setup, amplification
         self.folder = config.folder / "runs"
 
-    def settings(self, run: Run) -> dict[str, Any]:
+    def settings(self, run: TableRun) -> dict[str, Any]:
         """Return the settings of a run by dotted name."""
         config, data_set = self.config, run.data_set
         labels = task_type(data_set.task).kind != "text"
@@ -129,90 +122,87 @@ class Runner:
             "resume": True,
             **run.variant.settings,
         }
-        if data_set.key in self.training:
-            settings["data.train"] = self.training[data_set.key]
-        if share := self.held_out.get(data_set.key):
+        if data_set.key in self.setup.training:
+            settings["data.train"] = self.setup.training[data_set.key]
+        if share := self.setup.held_out.get(data_set.key):
             settings["data.validation_fraction"] = share
-        if (steps := self.steps.get(data_set.key)) is not None:
+        if (steps := self.setup.steps.get(data_set.key)) is not None:
             settings["max_steps"] = steps
             settings["evaluation.every"] = max(1, -(-steps // EVALUATIONS))
         return settings
 
-    def train_config(self, run: Run) -> TrainConfig:
+    def train_config(self, run: TableRun) -> TrainConfig:
         """Return the configuration of a run."""
         return train_config(self.settings(run))
 
-    def record(self, run: Run) -> Record | None:
-        """Return what was written down of a run; None where it has not ended.
+    def record(self, run: TableRun) -> Record | None:
+        """Return the record of a run; None if the run has not finished.
 
         Raises:
-            RunFolderError: The record is damaged.
+            RunFolderError: The record is damaged, or another version of lorakit wrote it.
         """
         path = self._path(run)
         if not path.exists():
             return None
-        found = storage.read_record(path, RunFolderError)
-        known = Record.__dataclass_fields__
-        if not found.keys() <= known.keys():
+        values = storage.read_record(path, RunFolderError)
+        if values.keys() != Record.__dataclass_fields__.keys():
             raise RunFolderError(
-                f"'{path}' was written by another version of lorakit. Choose another output folder."
+                f"Another version of lorakit wrote '{path}'. Choose another folder with --output."
             )
-        return Record(**found)
+        return Record(**values)
 
-    def finish(self, run: Run, *, scored: bool) -> Record:
-        """Train, or go on training; with `scored`, score the best adapter as well. What is done is not done again.
+    def finish(self, run: TableRun, *, scored: bool) -> Record:
+        """Train a run or resume its training; with `scored`, also score its best adapter. Skip finished parts.
 
         Raises:
-            LorakitError: Something that no other run would do better either: data, base, disk.
+            LorakitError: The data, the base or the disk fails, as it would for every run.
         """
-        done = self.record(run)
-        if done is None:
-            done = self._train(run)
-        if scored and not done.scores and not done.failure:
-            done = self._score(run, done)
-        return done
+        record = self.record(run)
+        if record is None:
+            record = self._train(run)
+        if scored and not record.scores and not record.failure:
+            record = self._write(run, replace(record, scores=self._score(run)))
+        return record
 
-    def drop_weights(self, run: Run) -> None:
-        """Delete the adapters of a run, whose record stays."""
+    def delete_weights(self, run: TableRun) -> None:
+        """Delete the adapters of a run and keep its record."""
         for name in ("checkpoints", "best", "adapter"):
-            with suppress(OSError):
-                shutil.rmtree(self.folder / run.name / name)
+            shutil.rmtree(self.folder / run.name / name, ignore_errors=True)
 
-    def _train(self, run: Run) -> Record:
+    def _train(self, run: TableRun) -> Record:
+        record = Record(
+            data_set=run.data_set.key, variant=run.variant.key, rate=run.rate, seed=run.seed
+        )
         try:
             result = train(self.train_config(run))
         except LorakitError as error:
-            if type(error) is not LorakitError:  # its kinds are about settings, files and data
+            if type(error) is not LorakitError:  # subclasses report settings, files and data
                 raise
-            return self._write(run, _record(run, failure=str(error)))
-        with suppress(OSError):
-            shutil.rmtree(self.folder / run.name / "checkpoints")
-        return self._write(
-            run,
-            _record(
-                run,
-                steps=result.steps,
-                best_step=result.best_step,
-                held_out=result.best_scores,
-                seconds=result.seconds,
-                peak_memory=result.peak_memory,
-                tokens=result.tokens,
-            ),
+            return self._write(run, replace(record, failure=str(error)))
+        shutil.rmtree(self.folder / run.name / "checkpoints", ignore_errors=True)
+        record = replace(
+            record,
+            steps=result.steps,
+            best_step=result.best_step,
+            held_out=result.best_scores,
+            seconds=result.seconds,
+            peak_memory=result.peak_memory,
+            tokens=result.tokens,
         )
+        return self._write(run, record)
 
-    def _score(self, run: Run, done: Record) -> Record:
+    def _score(self, run: TableRun) -> dict[str, float]:
         folder = self.folder / run.name
         if self.config.study.measures == "amplification":
             assert self.amplification is not None
-            measured = self.amplification(folder / "best", self.config.base)
-            return self._write(run, Record(**{**asdict(done), "scores": measured}))
+            return self.amplification(folder / "best", self.config.base)
         evaluation = evaluate(self.evaluate_config(run.data_set, folder / "best"))
         if task_type(run.data_set.task).kind == "text":
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))
-        return self._write(run, Record(**{**asdict(done), "scores": evaluation.scores}))
+        return evaluation.scores
 
-    def evaluate_config(self, data_set: DataSet, adapter: Path) -> EvaluateConfig:
-        """Return how an adapter is scored on the data that the table is about."""
+    def evaluate_config(self, data_set: StudyData, adapter: Path) -> EvaluateConfig:
+        """Return the configuration that scores an adapter on the table's data."""
         config = self.config
         return EvaluateConfig(
             data=DataConfig(
@@ -229,29 +219,11 @@ class Runner:
             decoding=Decoding(beams=config.beams),
         )
 
-    def _write(self, run: Run, record: Record) -> Record:
+    def _write(self, run: TableRun, record: Record) -> Record:
         with storage.atomic_file(self._path(run)) as temporary:
             storage.write_record(temporary, asdict(record))
         return record
 
-    def _path(self, run: Run) -> Path:
+    def _path(self, run: TableRun) -> Path:
         folder = self.folder / run.name
         return folder.with_name(f"{folder.name}.json")
-
-
-def _record(run: Run, **values: Any) -> Record:
-    empty: dict[str, Any] = {
-        "steps": 0,
-        "best_step": None,
-        "held_out": {},
-        "seconds": 0.0,
-        "peak_memory": 0,
-        "tokens": 0,
-    }
-    return Record(
-        data_set=run.data_set.key,
-        variant=run.variant.key,
-        rate=run.rate,
-        seed=run.seed,
-        **{**empty, **values},
-    )

@@ -1,4 +1,4 @@
-"""From settings by dotted name to the configuration of a run."""
+"""Convert settings by dotted name to the configuration of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lorakit.training.config import TrainConfig
 
 
 def train_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration of a run with some settings by dotted name, such as ``lora.rank``.
+    """Return the configuration of a run from settings by dotted name, such as ``lora.rank``.
 
     Raises:
-        ConfigurationError: There is no such setting, a value cannot work, or two settings exclude each other.
+        ConfigurationError: A setting is unknown, a value is invalid, or two settings exclude each other.
     """
     hints = get_type_hints(TrainConfig)
-    plain: dict[str, Any] = {}
+    top_level: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, dot, key = name.partition(".")
@@ -25,5 +25,6 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
         if dot:
             sections.setdefault(section, {})[key] = value
         else:
-            plain[name] = value
-    return TrainConfig(**plain, **{name: hints[name](**own) for name, own in sections.items()})
+            top_level[name] = value
+    section_configs = {name: hints[name](**values) for name, values in sections.items()}
+    return TrainConfig(**top_level, **section_configs)

@@ -1,54 +1,28 @@
-"""The study of each table of the paper: which methods it compares, with which settings, on which data."""
+"""The study of each table of the paper: its methods, their settings, and its data sets."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from lorakit.errors import ConfigurationError, nearest
+from lorakit.errors import require_choice
+from lorakit.paper.method_settings import bottleneck, lora, prefix
 from lorakit.paper.published import published
-from lorakit.paper.study import Column, DataSet, Study, Variant
+from lorakit.paper.study import Column, Study, StudyData, Variant
 
 
 def study(table: str) -> Study:
     """Return the study of a table.
 
     Raises:
-        ConfigurationError: The table is not one that is made of training runs.
+        ConfigurationError: The table is unknown, or does not consist of training runs.
     """
-    if table not in STUDIES:
-        raise ConfigurationError(
-            f"table is {table!r}; it must be one of {', '.join(STUDIES)}.{nearest(table, STUDIES)}"
-        )
+    require_choice("table", table, STUDIES)
     return STUDIES[table]
 
 
-def lora(rank: int, *targets: str, alpha: float = 16.0) -> dict[str, Any]:
-    """Return the settings of LoRA on some roles."""
-    return {"method": "lora", "lora.rank": rank, "lora.alpha": alpha, "lora.targets": targets}
-
-
-def bottleneck(kind: str, size: int) -> dict[str, Any]:
-    """Return the settings of bottleneck adapters."""
-    return {"method": "bottleneck", "bottleneck.kind": kind, "bottleneck.size": size}
-
-
-def prefix(method: str, length: int, infix: int) -> dict[str, Any]:
-    """Return the settings of prefixes, of embeddings or of activations."""
-    return {
-        "method": method,
-        f"{method}.prefix_length": length,
-        f"{method}.infix_length": infix,
-    }
-
-
-def _glue(key: str, column: str, score: str = "accuracy", max_length: int = 128) -> DataSet:
-    return DataSet(
-        key=key,
-        task=key,
-        columns=(Column(name=column, score=score, scale=100),),
-        max_length=max_length,
-    )
+def _glue(task: str, column: str, score: str = "accuracy", max_length: int = 128) -> StudyData:
+    columns = (Column(name=column, score=score, scale=100),)
+    return StudyData(key=task, task=task, columns=columns, max_length=max_length)
 
 
 _FT = Variant(key="full", method="FT", settings={"method": "full"})
@@ -82,8 +56,8 @@ _TABLE2 = Study(
         Variant(key="lora", method="LoRA", settings=lora(8, "attention.qv")),
     ),
     notes=(
-        "Every run starts from the pre-trained model: none from an MNLI run.",
-        "MNLI is of both development sets together, as published; of the matched one where the other is not there.",
+        "Every run starts from the pre-trained model, never from an MNLI run.",
+        "MNLI is scored on both development sets together, as published; on the matched set if the other is missing.",
     ),
 )
 
@@ -106,17 +80,15 @@ _GENERATION_VARIANTS = (
 
 _TABLE3 = Study(
     table=published("table3"),
-    base="smollm2-135m",
-    data_sets=(DataSet(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
+    data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
     variants=_GENERATION_VARIANTS,
 )
 _FRACTIONS = ("METEOR", "TER")
 _PARTS = {"U": " unseen", "S": " seen", "A": ""}
 _TABLE13 = Study(
     table=published("table13"),
-    base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="dart",
             task="dart",
             columns=(
@@ -130,9 +102,8 @@ _TABLE13 = Study(
 )
 _TABLE14 = Study(
     table=published("table14"),
-    base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="webnlg",
             task="webnlg",
             columns=(
@@ -149,21 +120,21 @@ _TABLE14 = Study(
     variants=_GENERATION_VARIANTS,
 )
 
-_WIKISQL = DataSet(
+_WIKISQL = StudyData(
     key="wikisql",
     task="wikisql",
     columns=(Column(name="WikiSQL", score="logical_form", scale=100),),
     max_length=384,
 )
 _MATCHED = "validation_matched"
-"""The development set of MNLI that the tables of GPT-3 are about; Table 2 is about both."""
-_MNLI_M = DataSet(
+"""The development set of MNLI that the GPT-3 tables score; Table 2 scores both."""
+_MNLI_M = StudyData(
     key="mnli",
     task="mnli",
     columns=(Column(name="MNLI-m", score="accuracy", scale=100),),
     scored=_MATCHED,
 )
-_SAMSUM = DataSet(
+_SAMSUM = StudyData(
     key="samsum",
     task="samsum",
     columns=tuple(
@@ -171,11 +142,10 @@ _SAMSUM = DataSet(
     ),
     max_length=512,
 )
-_HEAD = "MNLI is read off a classification head, where GPT-3 wrote its answer as text."
+_HEAD = "MNLI labels come from a classification head here; GPT-3 generates them as text."
 
 _TABLE4 = Study(
     table=published("table4"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M, _SAMSUM),
     variants=(
         _FT,
@@ -207,10 +177,9 @@ _ROLES = {
 }
 
 
-def _lora_on(weights: str, rank: int, name: str = "") -> Variant:
-    key = name or f"{weights.replace(',', '')}-r{rank}"
+def _lora_on(weights: str, rank: int) -> Variant:
     return Variant(
-        key=key,
+        key=f"{weights.replace(',', '')}-r{rank}",
         method="LoRA",
         settings=lora(rank, *_ROLES[weights]),
         setting=f"{weights}, r={rank}",
@@ -219,7 +188,6 @@ def _lora_on(weights: str, rank: int, name: str = "") -> Variant:
 
 _TABLE5 = Study(
     table=published("table5"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=tuple(
         _lora_on(weights, rank)
@@ -230,14 +198,13 @@ _TABLE5 = Study(
     ),
     notes=(
         _HEAD,
-        "The rows have one budget where all four matrices are square; with fewer key and value heads than query "
-        "heads, the parameters differ.",
+        "The rows have equal parameter counts only if all four matrices are square; with fewer key and value heads "
+        "than query heads, the counts differ.",
     ),
 )
 
 _TABLE6 = Study(
     table=published("table6"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=tuple(
         _lora_on(weights, rank) for weights in ("q", "q,v", "q,k,v,o") for rank in (1, 2, 4, 8, 64)
@@ -247,7 +214,6 @@ _TABLE6 = Study(
 
 _TABLE15 = Study(
     table=published("table15"),
-    base="smollm2-135m",
     data_sets=(_WIKISQL, _MNLI_M),
     variants=(
         _FT,
@@ -305,7 +271,7 @@ _TABLE16 = Study(
     table=published("table16"),
     base="minilm-l6",
     data_sets=tuple(
-        DataSet(
+        StudyData(
             key=f"mnli-{name}",
             task="mnli",
             columns=(Column(name=f"MNLI-{name}", score="accuracy", scale=100),),
@@ -324,16 +290,15 @@ _TABLE16 = Study(
     ),
     notes=(
         _HEAD,
-        "Smaller sets are parts of the larger ones. Learning rates and epochs are chosen on as many held-out "
-        "examples as there are for training, 200 at least and 1,000 at most, which are no part of the set.",
+        "Smaller sets are subsets of the larger ones. Learning rates and epochs are chosen on held-out examples from "
+        "outside the set: as many as there are training examples, at least 200 and at most 1,000.",
     ),
 )
 
 _TABLE18 = Study(
     table=published("table18"),
-    base="smollm2-135m",
     data_sets=(
-        DataSet(
+        StudyData(
             key="e2e",
             task="e2e_nlg",
             columns=(
@@ -361,7 +326,7 @@ _TABLE18 = Study(
     ),
     notes=(
         "alpha stays 32 at every rank, as tuned at r=4.",
-        "The loss is that of the test references; the paper's is of the validation set.",
+        "The loss is computed on the test references; the paper's on the validation set.",
     ),
 )
 
@@ -369,7 +334,7 @@ _TABLE7 = Study(
     table=published("table7"),
     base="minilm-l6",
     data_sets=(
-        DataSet(
+        StudyData(
             key="mnli",
             task="mnli",
             columns=tuple(
@@ -385,7 +350,7 @@ _TABLE7 = Study(
     ),
     measures="amplification",
     notes=(
-        "W_q of the block in the middle, as the paper's layer 48 of 96; the norm of ΔW_q includes alpha / r.",
+        "W_q of the middle block, as the paper's layer 48 of 96; the norm of ΔW_q includes alpha / r.",
     ),
 )
 
@@ -396,4 +361,4 @@ STUDIES: dict[str, Study] = {
         *(_TABLE13, _TABLE14, _TABLE15, _TABLE16, _TABLE18),
     )
 }
-"""The tables that are made of training runs, by name."""
+"""The tables that consist of training runs, by name."""

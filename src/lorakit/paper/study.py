@@ -1,9 +1,9 @@
-"""What a study is: methods with their settings, compared on data sets with their scores."""
+"""The parts of a study: methods with their settings, and data sets with their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.errors import ConfigurationError, nearest
@@ -12,33 +12,31 @@ from lorakit.tasks.registry import task_type
 from lorakit.training.config import DEFAULT_RATES
 
 _LADDER = (1.0, 3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
-"""What a method's default rate is multiplied by, trial after trial."""
+"""Factors on a method's default learning rate, one per trial."""
 MAX_TRIALS = len(_LADDER)
-
-Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One row of a table: what is trained, and how."""
+    """One row of a table: a method with its settings."""
 
     key: str
     """Its name on the command line and in folders."""
     method: str
-    """The paper's name of the method, which its published rows have too."""
-    settings: Settings
+    """The paper's name of the method, as in its published rows."""
+    settings: Mapping[str, Any]
     """Settings of `TrainConfig` by dotted name."""
     setting: str = ""
-    """What tells it apart from other rows of its method."""
+    """Distinguishes rows of one method, for example r=8."""
 
     def rates(self, trials: int) -> list[float]:
-        """Return the learning rates to try, from small to large, two digits each."""
+        """Return the learning rates to try, ascending, with two significant digits."""
         middle = min(DEFAULT_RATES[name] for name in self.settings["method"].split("+"))
         return sorted(float(f"{middle * factor:.1e}") for factor in _LADDER[:trials])
 
     @property
     def label(self) -> str:
-        """The method with its setting."""
+        """The method and its setting."""
         return f"{self.method} {self.setting}".strip()
 
 
@@ -49,83 +47,85 @@ class Column:
     name: str
     """Its column in the published table."""
     score: str
-    """Its name among the scores of an evaluation."""
+    """Its name in the scores of an evaluation."""
     scale: float = 1.0
-    """From the evaluation's unit to the table's."""
+    """Factor from the evaluation's unit to the table's."""
     digits: int = 1
-    """Digits after the point, as the table prints them."""
+    """Decimal places."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataSet:
-    """The data of one or several columns."""
+class StudyData:
+    """A data set of a study, and its columns in the table."""
 
     key: str
     """Its name on the command line and in folders."""
     task: str
-    """The named task."""
+    """Its task in `lorakit.tasks`."""
     columns: tuple[Column, ...]
     max_length: int = 128
-    """Longest example, in tokens; longer ones are cut."""
+    """Longest example, in tokens; longer ones are truncated."""
     limit: int | None = None
-    """Training examples that the study itself asks for (Table 16)."""
+    """Training examples, where the table itself limits them (Table 16)."""
     scored: str | None = None
-    """Which of several validation sets the table is about; None for all."""
+    """The validation set that the table scores; None for all."""
 
     @property
     def split(self) -> Literal["validation", "test"]:
-        """The split that is scored at the end."""
+        """The split that the table scores."""
         return task_type(self.task).scored_split
 
     @property
     def holds_out(self) -> bool:
-        """Whether part of the training data is held out for choices, since the scored split is the validation one."""
+        """Whether part of the training data is held out for choices, because the table scores the validation split."""
         return self.split == "validation"
 
     @property
     def metric(self) -> str:
-        """The score on held-out data that choices are made by."""
+        """The held-out score that selects the learning rate and the step."""
         task = task_type(self.task)
         return "loss" if task.kind == "text" else task.metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """A table of the paper as something to run."""
+    """The runs that reproduce a table of the paper."""
 
     table: PublishedTable
-    base: str
-    """The model that is taken where none is named."""
-    data_sets: tuple[DataSet, ...]
+    base: str = "smollm2-135m"
+    """The base model if the user names none."""
+    data_sets: tuple[StudyData, ...]
     variants: tuple[Variant, ...]
     average: str | None = None
-    """The column with the mean over all others, where the table has one."""
+    """The column with the mean of all others; None if the table has no such column."""
     measures: Literal["scores", "amplification"] = "scores"
-    """What the numbers are: scores of an evaluation, or what the adapter amplifies in its base."""
-    notes: tuple[str, ...] = field(default=())
+    """The source of the numbers: an evaluation, or the amplification of the base by the adapter."""
+    notes: tuple[str, ...] = ()
 
     def choose(self, data_sets: tuple[str, ...] | None, variants: tuple[str, ...] | None) -> Study:
-        """Return the study with some data sets and variants only, in the order of the table.
+        """Return the study with only these data sets and variants, in the order of the table.
 
         Raises:
-            ConfigurationError: A name is none of the study's, or stands twice.
+            ConfigurationError: A name is unknown or repeated, or none is named.
         """
-        chosen_sets = _chosen("tasks", self.data_sets, data_sets)
-        chosen_variants = _chosen("methods", self.variants, variants)
-        return replace(self, data_sets=chosen_sets, variants=chosen_variants)
-
-
-def _chosen(option: str, items: tuple[Any, ...], names: tuple[str, ...] | None) -> tuple[Any, ...]:
-    if names is None:
-        return items
-    known = {item.key: item for item in items}
-    for name in names:
-        if name not in known:
-            raise ConfigurationError(
-                f"{option} names '{name}'; this table has {', '.join(known)}.{nearest(name, known)}"
-            )
-    if not names or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"{option} is {', '.join(names) or 'empty'}; name each once, and at least one."
+        return replace(
+            self,
+            data_sets=_select("tasks", self.data_sets, data_sets),
+            variants=_select("methods", self.variants, variants),
         )
-    return tuple(item for key, item in known.items() if key in names)
+
+
+def _select(option: str, items: tuple[Any, ...], keys: tuple[str, ...] | None) -> tuple[Any, ...]:
+    if keys is None:
+        return items
+    by_key = {item.key: item for item in items}
+    for key in keys:
+        if key not in by_key:
+            raise ConfigurationError(
+                f"{option} names '{key}'; this table has {', '.join(by_key)}.{nearest(key, by_key)}"
+            )
+    if not keys or len(set(keys)) < len(keys):
+        raise ConfigurationError(
+            f"{option} is {', '.join(keys) or 'empty'}; name at least one, and name each once."
+        )
+    return tuple(item for key, item in by_key.items() if key in keys)

@@ -1,4 +1,4 @@
-"""Part of a training set, drawn at random once and written down, so that every run sees the same."""
+"""Draw a random part of a training set once, and save it so that every run trains on the same rows."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ SEED = 0
 
 
 def write_subset(data: DataConfig, count: int, path: Path) -> int:
-    """Write `count` rows of a training set to a file, in random order; of a smaller set, all.
+    """Write `count` rows of a training set to a file, in random order; all rows of a smaller set.
 
-    The draw depends on the data alone: a smaller subset is the beginning of a larger one. A file that is there
-    already is left as it is.
+    The draw depends on the data only, so a smaller subset is the beginning of a larger one. An existing file is kept.
 
     Returns:
         The number of rows in the file.
 
     Raises:
-        DataError: The data cannot be read, or a row of it.
+        DataError: The data or one of its rows cannot be read.
         RunFolderError: The file cannot be written.
     """
     if path.exists():
         with storage.reading(path, DataError):
             return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line)
-    where = data.source("train")
-    if where is None:
-        raise DataError(f"task {data.task} has no training data")
-    source = read_source(where, data.hub_split("train"))
+    location = data.source("train")
+    if location is None:
+        raise DataError(f"Task {data.task} has no training data. Choose another task with --tasks.")
+    source = read_source(location, data.hub_split("train"))
+    rows = []
     for row in source.rows:
         if not isinstance(row, Row):
-            raise DataError(f"{row}\nMend it before part of {source.name} is drawn")
-    rows = [row.values for row in source.rows if isinstance(row, Row)]
+            raise DataError(f"{row}\nFix this row: every row of {source.name} must be readable.")
+        rows.append(row.values)
     random.Random(SEED).shuffle(rows)
     with storage.atomic_file(path) as temporary:
         lines = (json.dumps(row) + "\n" for row in rows[:count])

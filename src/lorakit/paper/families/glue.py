@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.recipe import Family
 
-_AVERAGED = "The paper reports the median over 5 seeds, of the best epoch of each run."
-_HEAD = "The classification head is trained too; the paper's counts leave it out."
+_AVERAGED = "The paper reports the median over 5 seeds of the best epoch of each run."
+_HEAD = "The classification head is also trained; the paper's parameter counts exclude it."
 _BATCH = (
-    "The paper's batch sizes are those of one device in the scripts, which start 8 processes (2 for CoLA on "
-    "RoBERTa-base): the size of a whole batch is not certain."
+    "The paper's batch sizes equal the per-device sizes of the scripts, which start 8 processes (2 for CoLA on "
+    "RoBERTa-base): the global batch size is uncertain."
 )
-_GPUS = "A batch is that of all of the script's processes: batch_size on each, as many accumulated."
+_GPUS = "A batch covers all processes of the script: batch_size per process, one accumulation step per process."
 
 _LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _ADAM: dict[str, Any] = {
@@ -121,101 +121,90 @@ _BOTTLENECK: dict[str, Any] = {
     "batch_size": 32,
     "optimizer.warmup": 0.06,
 }
-_MNLI_SCRIPT = {
-    **_ADAM,
-    **_BOTTLENECK,
-    "optimizer.warmup": 0.1,
-    "optimizer.weight_decay": 0.0,
-    "seed": 0,
-}
-_MNLI_TASK = """
-                        | mnli
-accumulation            | 8
-epochs                  | 5
-optimizer.learning_rate | 3e-4
-"""
 
-_ADAPTERS = (
-    Family(
+
+def _adapter(method: str, kind: str, size: int, tasks: str, *notes: str) -> Family:
+    return Family(
         model="roberta-large",
-        method="pfeiffer-3m",
+        method=method,
         origin="paper",
         source=f"{_TABLE9} (†)",
-        settings={**_BOTTLENECK, "bottleneck.kind": "pfeiffer", "bottleneck.size": 64},
+        settings={**_BOTTLENECK, "bottleneck.kind": kind, "bottleneck.size": size},
+        tasks=tasks,
+        notes=(_AVERAGED, _HEAD, *notes),
+    )
+
+
+def _adapter_script(method: str, kind: str, size: int, activation: str) -> Family:
+    return Family(
+        model="roberta-large",
+        method=method,
+        origin="code",
+        source=f"microsoft/LoRA, examples/NLU, adapter_{kind}_roberta_large_mnli.sh",
+        settings={
+            **_ADAM,
+            **_BOTTLENECK,
+            "optimizer.warmup": 0.1,
+            "optimizer.weight_decay": 0.0,
+            "seed": 0,
+            "bottleneck.kind": kind,
+            "bottleneck.size": size,
+            "bottleneck.activation": activation,
+        },
         tasks="""
+                                | mnli
+        accumulation            | 8
+        epochs                  | 5
+        optimizer.learning_rate | 3e-4
+        """,
+        notes=(_GPUS, _HEAD),
+    )
+
+
+_ADAPTERS = (
+    _adapter(
+        "pfeiffer-3m",
+        "pfeiffer",
+        64,
+        """
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         epochs                  | 10   | 20   | 20   | 20   | 10   | 20   | 20   | 20
         optimizer.learning_rate | 3e-5 | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
         """,
-        notes=(_AVERAGED, _HEAD),
     ),
-    Family(
-        model="roberta-large",
-        method="pfeiffer-0.8m",
-        origin="paper",
-        source=f"{_TABLE9} (†)",
-        settings={**_BOTTLENECK, "bottleneck.kind": "pfeiffer", "bottleneck.size": 16},
-        tasks="""
+    _adapter(
+        "pfeiffer-0.8m",
+        "pfeiffer",
+        16,
+        """
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         epochs                  | 5    | 20   | 20   | 20   | 10   | 20   | 20   | 20
         optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
         """,
-        notes=(_AVERAGED, _HEAD),
     ),
-    Family(
-        model="roberta-large",
-        method="houlsby-6m",
-        origin="paper",
-        source=f"{_TABLE9} (†)",
-        settings={**_BOTTLENECK, "bottleneck.kind": "houlsby", "bottleneck.size": 64},
-        tasks="""
+    _adapter(
+        "houlsby-6m",
+        "houlsby",
+        64,
+        """
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
         optimizer.learning_rate | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
         """,
-        notes=(_AVERAGED, _HEAD),
     ),
-    Family(
-        model="roberta-large",
-        method="houlsby-0.8m",
-        origin="paper",
-        source=f"{_TABLE9} (†)",
-        settings={**_BOTTLENECK, "bottleneck.kind": "houlsby", "bottleneck.size": 8},
-        tasks="""
+    _adapter(
+        "houlsby-0.8m",
+        "houlsby",
+        8,
+        """
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
         optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
         """,
-        notes=(_AVERAGED, _HEAD, "MNLI has 10 epochs in the paper and 5 in the code."),
+        "MNLI has 10 epochs in the paper and 5 in the code.",
     ),
-    Family(
-        model="roberta-large",
-        method="houlsby-0.8m",
-        origin="code",
-        source="microsoft/LoRA, examples/NLU, adapter_houlsby_roberta_large_mnli.sh",
-        settings={
-            **_MNLI_SCRIPT,
-            "bottleneck.kind": "houlsby",
-            "bottleneck.size": 8,
-            "bottleneck.activation": "silu",
-        },
-        tasks=_MNLI_TASK,
-        notes=(_GPUS, _HEAD),
-    ),
-    Family(
-        model="roberta-large",
-        method="pfeiffer-0.8m",
-        origin="code",
-        source="microsoft/LoRA, examples/NLU, adapter_pfeiffer_roberta_large_mnli.sh",
-        settings={
-            **_MNLI_SCRIPT,
-            "bottleneck.kind": "pfeiffer",
-            "bottleneck.size": 16,
-            "bottleneck.activation": "relu",
-        },
-        tasks=_MNLI_TASK,
-        notes=(_GPUS, _HEAD),
-    ),
+    _adapter_script("houlsby-0.8m", "houlsby", 8, "silu"),
+    _adapter_script("pfeiffer-0.8m", "pfeiffer", 16, "relu"),
 )
 
 _DEBERTA = (
@@ -245,7 +234,7 @@ _DEBERTA = (
             _AVERAGED,
             _HEAD,
             _BATCH,
-            "Rank 8 is as printed; the 4.7M parameters of Table 2 need rank 16, as in the code.",
+            "Rank 8 is as printed; the 4.7M parameters in Table 2 require rank 16, as in the code.",
         ),
     ),
     Family(
@@ -274,7 +263,7 @@ _DEBERTA = (
         evaluation.every        | 500  | 100  | 10   | 20     | 500  | 500   | 20     | 50
         start                   | -    | -    | mnli | -      | -    | -     | mnli   | mnli
         """,
-        notes=(_GPUS, _HEAD, "The script computes in float16; a run takes bfloat16 or float32."),
+        notes=(_GPUS, _HEAD, "The script computes in float16; a run uses bfloat16 or float32."),
     ),
 )
 

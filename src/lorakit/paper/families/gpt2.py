@@ -1,14 +1,14 @@
-"""GPT-2 on E2E, WebNLG and DART: Table 11 of the paper, its code, and the work behind its starred rows."""
+"""GPT-2 on E2E, WebNLG and DART: Table 11 of the paper, its code, and the source of its starred rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.recipe import Family
 
 _LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}
-_ALL_EPOCHS = "The paper reports the mean over 3 seeds, of the best epoch of each run."
+_AVERAGED = "The paper reports the mean over 3 seeds of the best epoch of each run."
 
 
 def _gpt2_paper(model: str) -> Family:
@@ -38,8 +38,8 @@ def _gpt2_paper(model: str) -> Family:
         """,
         decoding=_BEAMS,
         notes=(
-            _ALL_EPOCHS,
-            "The dropout of the table is taken for that of LoRA, which in the code is the only one.",
+            _AVERAGED,
+            "The dropout in the table is assumed to be LoRA's, the only dropout in the code.",
         ),
     )
 
@@ -77,14 +77,14 @@ _GPT2 = (
         """,
         decoding={**_BEAMS, "length_penalty": 0.8, "max_new_tokens": 64},
         notes=(
-            "The model's own dropout is 0 there; a run keeps the base's.",
-            "The length penalty is 0.8 here and 0.9 in the paper.",
+            "The code sets the model's own dropout to 0; a run keeps the base's.",
+            "The length penalty is 0.8 in the code and 0.9 in the paper.",
         ),
     ),
 )
 
 _LI_AND_LIANG = "Li and Liang 2021, Prefix-Tuning, table of hyper-parameters"
-_STARRED = "Behind the paper's starred rows; warm-up, decay and the width of beams (5) are not in the table."
+_STARRED = "Source of the paper's starred rows; Li and Liang's table omits warm-up, decay and the beam width (5)."
 
 
 def _prior(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
@@ -99,9 +99,7 @@ def _prior(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Fa
     )
 
 
-_SIZE = (
-    "The size of the bottleneck is inferred from the number of parameters that the paper prints."
-)
+_SIZE = "The bottleneck size is inferred from the number of parameters that the paper prints."
 
 _GPT2_PRIOR = (
     _prior(
@@ -114,7 +112,7 @@ _GPT2_PRIOR = (
         epochs                     | 5       | 5      | 10
         batch_size                 | 10      | 5      | 5
         """,
-        "That work sets the keys and values of each block, through an MLP; PrefixLayer sets activations.",
+        "Li and Liang train the keys and values of each block, through an MLP; PrefixLayer trains activations.",
     ),
     _prior(
         "lin-11m",

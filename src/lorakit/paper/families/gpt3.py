@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.recipes import Family
+from lorakit.paper.method_settings import bottleneck, prefix
+from lorakit.paper.recipe import Family
 
-_UNPUBLISHED = "Adam's betas, the prompts and the number of GPUs are not published for GPT-3."
-_ALPHA = "LoRA's alpha and dropout are not published for GPT-3; these are the defaults."
+_UNPUBLISHED = "The paper does not print Adam's betas, the prompts or the number of GPUs for GPT-3."
+_ALPHA = (
+    "The paper does not print LoRA's alpha and dropout for GPT-3; these are lorakit's defaults."
+)
 
 
 def _gpt3(method: str, settings: dict[str, Any], rate: float, *notes: str) -> Family:
@@ -34,29 +37,17 @@ def _gpt3(method: str, settings: dict[str, Any], rate: float, *notes: str) -> Fa
 
 
 def _lora(rank: int, *targets: str) -> dict[str, Any]:
-    """Settings of LoRA on some roles at one rank."""
+    """Return the settings of LoRA with the default alpha."""
     return {"method": "lora", "lora.rank": rank, "lora.targets": targets}
-
-
-def _prefix(method: str, prefix: int, infix: int) -> dict[str, Any]:
-    return {
-        "method": method,
-        f"{method}.prefix_length": prefix,
-        f"{method}.infix_length": infix,
-    }
-
-
-def _houlsby(size: int) -> dict[str, Any]:
-    return {"method": "bottleneck", "bottleneck.kind": "houlsby", "bottleneck.size": size}
 
 
 _GPT3 = (
     _gpt3("full", {"method": "full"}, 5e-6),
-    _gpt3("prefix_embedding", _prefix("prefix_embedding", 256, 8), 5e-4),
-    _gpt3("prefix_layer", _prefix("prefix_layer", 8, 8), 1e-4),
+    _gpt3("prefix_embedding", prefix("prefix_embedding", 256, 8), 5e-4),
+    _gpt3("prefix_layer", prefix("prefix_layer", 8, 8), 1e-4),
     _gpt3("bitfit", {"method": "bitfit"}, 1.6e-3),
-    _gpt3("houlsby-7.1m", _houlsby(1), 1e-4),
-    _gpt3("houlsby-40.1m", _houlsby(8), 1e-4),
+    _gpt3("houlsby-7.1m", bottleneck("houlsby", 1), 1e-4),
+    _gpt3("houlsby-40.1m", bottleneck("houlsby", 8), 1e-4),
     _gpt3("lora-4.7m", _lora(1, "attention.qv"), 2e-4, _ALPHA),
     _gpt3("lora-4.7m-v", _lora(2, "attention.v"), 2e-4, _ALPHA),
     _gpt3("lora-37.7m", _lora(8, "attention.qv"), 2e-4, _ALPHA),
@@ -106,7 +97,7 @@ prefix_embedding.prefix_length | 16   | 32   | 64   | 256
     ),
     _low_data(
         "prefix_layer",
-        _prefix("prefix_layer", 8, 8),
+        prefix("prefix_layer", 8, 8),
         "optimizer.learning_rate | 5e-5 | 5e-5 | 5e-5 | 1e-4",
     ),
     _low_data(

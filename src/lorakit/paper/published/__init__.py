@@ -1,4 +1,4 @@
-"""The paper's tables as data: every number as printed, with what is known to be wrong about it.
+"""The paper's tables as data: every number as printed, with notes on known errors.
 
 Numbers and table numbers follow version 2 of arXiv 2106.09685 (Hu et al. 2021).
 """
@@ -24,7 +24,7 @@ def published(name: str) -> PublishedTable:
     """Return a table by its name, such as ``table2``.
 
     Raises:
-        ConfigurationError: There is no such table here.
+        ConfigurationError: No table has this name.
     """
     require_choice("table", name, PUBLISHED)
     return PUBLISHED[name]

@@ -3,12 +3,13 @@
 from lorakit.paper.published.table import PublishedTable, rows_of
 
 _MODEL = "gpt3-175b"
-_SPREAD = (
-    "A typical standard deviation is 0.5 for WikiSQL and 0.1 for MNLI; none is printed by row."
-)
+_SPREAD = "A typical standard deviation is 0.5 for WikiSQL and 0.1 for MNLI; rows print none."
 
-_COLUMNS4, _ROWS4 = rows_of(
-    """
+TABLE4 = PublishedTable(
+    name="table4",
+    title="GPT-3: WikiSQL logical form, MNLI-matched accuracy, SAMSum ROUGE",
+    rows=rows_of(
+        """
 method   | parameters | WikiSQL | MNLI-m | ROUGE-1 | ROUGE-2 | ROUGE-L
 FT       | 175,255.8M | 73.8    | 89.5   | 52.0    | 28.0    | 44.5
 BitFit   | 14.2M      | 71.3    | 91.0   | 51.3    | 27.4    | 43.5
@@ -19,27 +20,24 @@ AdapterH | 40.1M      | 73.2    | 91.5   | 53.2    | 29.0    | 45.1
 LoRA     | 4.7M       | 73.4    | 91.7   | 53.8    | 29.8    | 45.9
 LoRA     | 37.7M      | 74.0    | 91.6   | 53.4    | 29.2    | 45.1
 """,
-    model=_MODEL,
-)
-
-TABLE4 = PublishedTable(
-    name="table4",
-    title="GPT-3: WikiSQL logical form, MNLI-matched accuracy, SAMSum ROUGE",
-    columns=_COLUMNS4,
-    rows=_ROWS4,
+        model=_MODEL,
+    ),
     statistic="best",
     notes=(
         _SPREAD + " SAMSum's is 0.2, 0.2 and 0.1.",
-        "The best validation result of each run.",
-        "LoRA 37.7M pairs 74.0 with 91.6, which in Table 15 belong to two runs (all four matrices at r=4; q and v "
-        "at r=8).",
-        "MNLI 91.7 at 4.7M is r=2 on v alone; r=1 on q and v gives 91.3.",
-        "The counts of FT, BitFit and PreLayer exceed what their formulas give (174,604M, 13.0M, 18.9M).",
+        "Each cell is the best validation result of a run.",
+        "LoRA 37.7M combines scores of two runs of Table 15: 74.0 (all four matrices at r=4) and 91.6 (q and v at "
+        "r=8).",
+        "MNLI 91.7 at 4.7M is r=2 on v only; r=1 on q and v gives 91.3.",
+        "The counts of FT, BitFit and PreLayer exceed their formulas (174,604M, 13.0M, 18.9M).",
     ),
 )
 
-_COLUMNS5, _ROWS5 = rows_of(
-    """
+TABLE5 = PublishedTable(
+    name="table5",
+    title="GPT-3: which matrices to adapt with a fixed number of parameters",
+    rows=rows_of(
+        """
 method | setting      | parameters | WikiSQL | MNLI-m
 LoRA   | q, r=8       | 18M        | 70.4    | 91.0
 LoRA   | k, r=8       | 18M        | 70.0    | 90.8
@@ -49,20 +47,17 @@ LoRA   | q,k, r=4     | 18M        | 71.4    | 91.3
 LoRA   | q,v, r=4     | 18M        | 73.7    | 91.3
 LoRA   | q,k,v,o, r=2 | 18M        | 73.7    | 91.7
 """,
-    model=_MODEL,
-)
-
-TABLE5 = PublishedTable(
-    name="table5",
-    title="GPT-3: which matrices to adapt at one budget of parameters",
-    columns=_COLUMNS5,
-    rows=_ROWS5,
+        model=_MODEL,
+    ),
     statistic="best",
-    notes=(_SPREAD, "q alone at r=8 has MNLI 91.0 here and 90.7 in Table 6."),
+    notes=(_SPREAD, "q at r=8 has MNLI 91.0 here and 90.7 in Table 6."),
 )
 
-_COLUMNS6, _ROWS6 = rows_of(
-    """
+TABLE6 = PublishedTable(
+    name="table6",
+    title="GPT-3: the rank of LoRA",
+    rows=rows_of(
+        """
 method | setting       | WikiSQL | MNLI-m
 LoRA   | q, r=1        | 68.8    | 90.7
 LoRA   | q, r=2        | 69.6    | 90.9
@@ -80,61 +75,52 @@ LoRA   | q,k,v,o, r=4  | 74.0    | 91.7
 LoRA   | q,k,v,o, r=8  | 74.0    | 91.5
 LoRA   | q,k,v,o, r=64 | 73.9    | 91.4
 """,
-    model=_MODEL,
-)
-
-TABLE6 = PublishedTable(
-    name="table6",
-    title="GPT-3: the rank of LoRA",
-    columns=_COLUMNS6,
-    rows=_ROWS6,
+        model=_MODEL,
+    ),
     statistic="best",
     notes=(_SPREAD, "q,v at r=64 has WikiSQL 73.5 here and 73.6 in Table 15."),
 )
 
-_COLUMNS7, _ROWS7 = rows_of(
-    """
+TABLE7 = PublishedTable(
+    name="table7",
+    title="GPT-3: norm of W_q (layer 48) projected on the subspaces of ΔW_q, of W_q and of a random matrix",
+    rows=rows_of(
+        """
 method | setting | from ΔW | from W | random | norm of ΔW | amplification
 LoRA   | r=4     | 0.32    | 21.67  | 0.02   | 6.91       | 21.5
 LoRA   | r=64    | 1.90    | 37.71  | 0.33   | 3.57       | 1.88
 """,
-    model=_MODEL,
-)
-
-TABLE7 = PublishedTable(
-    name="table7",
-    title="GPT-3: how much of W_q of layer 48 lies along the directions of ΔW_q, of W_q itself, of a random matrix",
-    columns=_COLUMNS7,
-    rows=_ROWS7,
+        model=_MODEL,
+    ),
     statistic="single",
     notes=(
-        "from ...: the Frobenius norm of Uᵀ W_q V, with U and V the leading directions of that matrix.",
-        "The norm of W_q is 61.95. Amplification is the norm of ΔW_q over the first column: printed 21.5 at r=4 "
-        "(6.91 / 0.32 is 21.6) and around 2 at r=64 (3.57 / 1.90).",
-        "Whether ΔW_q includes alpha / r is not stated.",
+        "from ...: the Frobenius norm of Uᵀ W_q V, where U and V are the leading singular vectors of that matrix.",
+        "The norm of W_q is 61.95. Amplification is the norm of ΔW_q divided by the first column: printed as 21.5 at "
+        "r=4 (6.91 / 0.32 is 21.6) and around 2 at r=64 (3.57 / 1.90).",
+        "The paper does not state whether ΔW_q includes alpha / r.",
     ),
-)
-
-_COLUMNS8, _ROWS8 = rows_of(
-    """
-method     | MNLI-m | RTE
-few-shot   | 40.6   | 69.0
-fine-tuned | 89.5   | 85.4
-""",
-    model=_MODEL,
 )
 
 TABLE8 = PublishedTable(
     name="table8",
-    title="GPT-3: a few examples in the prompt against fine-tuning",
-    columns=_COLUMNS8,
-    rows=_ROWS8,
+    title="GPT-3: few-shot prompting against fine-tuning",
+    rows=rows_of(
+        """
+method     | MNLI-m | RTE
+few-shot   | 40.6   | 69.0
+fine-tuned | 89.5   | 85.4
+""",
+        model=_MODEL,
+    ),
     statistic="single",
-    notes=("MNLI has two examples of each class in its prompt, six in all.",),
+    notes=("The MNLI prompt has two examples of each class, six in total.",),
 )
 
-_COLUMNS15, _ROWS15 = rows_of(
-    """
+TABLE15 = PublishedTable(
+    name="table15",
+    title="GPT-3: validation accuracy by number of parameters, and LoRA combined with prefixes",
+    rows=rows_of(
+        """
 method   | setting               | parameters | WikiSQL | MNLI-m
 FT       |                       | 175B       | 73.8    | 89.5
 PreEmbed | l_p=32, l_i=8         | 0.4M       | 55.9    | 84.9
@@ -167,40 +153,31 @@ LoRA+PE  | q,v, r=32, l_p=8, l_i=4 | 151.1M   | 75.9    | 91.1
 LoRA+PE  | q,v, r=64, l_p=8, l_i=4 | 302.1M   | 76.2    | 91.3
 LoRA+PL  | q,v, r=8, l_p=8, l_i=4  | 52.8M    | 72.9    | 90.2
 """,
-    model=_MODEL,
-)
-
-TABLE15 = PublishedTable(
-    name="table15",
-    title="GPT-3: validation accuracy at many budgets, and LoRA together with prefixes",
-    columns=_COLUMNS15,
-    rows=_ROWS15,
+        model=_MODEL,
+    ),
     statistic="best",
     notes=(
         _SPREAD,
-        "Some counts are cut rather than rounded; PreLayer's exceed its formula by up to 8 %.",
+        "Some counts are truncated, not rounded; PreLayer's exceed its formula by up to 8 %.",
     ),
 )
 
-_COLUMNS16, _ROWS16 = rows_of(
-    """
+TABLE16 = PublishedTable(
+    name="table16",
+    title="GPT-3: MNLI-matched accuracy after training on few examples",
+    rows=rows_of(
+        """
 method   | MNLI-100 | MNLI-1k | MNLI-10k | MNLI-392k
 FT       | 60.2     | 85.8    | 88.9     | 89.5
 PreEmbed | 37.6     | 75.2    | 79.5     | 88.6
 PreLayer | 48.3     | 82.5    | 85.9     | 89.6
 LoRA     | 63.8     | 85.6    | 89.2     | 91.7
 """,
-    model=_MODEL,
-)
-
-TABLE16 = PublishedTable(
-    name="table16",
-    title="GPT-3: MNLI-matched accuracy after training on few examples",
-    columns=_COLUMNS16,
-    rows=_ROWS16,
+        model=_MODEL,
+    ),
     statistic="best",
     notes=(
-        "Scores on the whole validation set; they vary by about 0.3 with the seed, and chance is 33.3.",
+        "Scores are on the whole validation set. They vary by about 0.3 with the seed; chance is 33.3.",
         "PreLayer at 392k is 89.6 here and 89.5 in Table 4.",
     ),
 )

@@ -1,4 +1,4 @@
-"""What a published table is, and how the ones in this package are read from their text."""
+"""The classes of a published table, and the parser for its rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Cell:
     """One published number."""
 
     value: float
-    """As the table prints it, in the table's own unit."""
+    """As printed, in the table's unit."""
     spread: float | None = None
-    """The number after ±: a standard deviation over seeds; None where none is printed."""
+    """The number after ±: a standard deviation over seeds; None if none is printed."""
     text: str
-    """The cell as printed, digits kept."""
+    """The cell as printed, with all digits."""
 
     def __str__(self) -> str:
         return self.text
@@ -41,25 +41,25 @@ class PublishedRow:
     method: str
     """The paper's name of the method, for example AdapterH."""
     setting: str = ""
-    """What tells rows of one method apart beside their size, for example r=8."""
+    """Distinguishes rows of one method, for example r=8."""
     parameters: str = ""
     """Trained parameters as printed, for example 0.3M."""
     prior_work: bool = False
-    """Whether the paper took the row from an earlier one (its star)."""
+    """Whether the paper quotes the row from an earlier one (its star)."""
     restricted: bool = False
-    """Whether the row has the restricted setup of Houlsby et al. 2019 (its dagger)."""
+    """Whether the row uses the restricted setup of Houlsby et al. 2019 (its dagger)."""
     cells: dict[str, Cell]
     """The numbers, by column."""
 
     @property
     def parameter_count(self) -> float | None:
-        """Trained parameters as a number, as exact as the printed label; None without a label."""
+        """Trained parameters as a number, to the printed digits; None if none are printed."""
         match = re.fullmatch(rf"({_NUMBER})([KMB]?)", self.parameters.replace(",", ""))
         return float(match[1]) * _UNITS[match[2]] if match else None
 
     @property
     def label(self) -> str:
-        """The method with its star or dagger, as the paper prints it."""
+        """The method with its star or dagger, as printed."""
         return self.method + _PRIOR_WORK * self.prior_work + _RESTRICTED * self.restricted
 
 
@@ -68,19 +68,22 @@ class PublishedTable:
     """A table of the paper."""
 
     name: str
-    """table2, for example; numbers are those of arXiv version 2."""
+    """For example table2, as numbered in arXiv version 2."""
     title: str
-    columns: tuple[str, ...]
-    """Names of the scores, as the table prints them."""
     rows: tuple[PublishedRow, ...]
     statistic: Statistic
-    """What a cell is over the seeds."""
+    """The statistic over the seeds that a cell prints."""
     seeds: int | None = None
-    """Runs behind a cell; None where the paper does not say."""
+    """Runs per cell; None if the paper does not say."""
     lower_is_better: tuple[str, ...] = ()
-    """Columns in which less is better."""
+    """Columns in which a lower value is better."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers has to know, known discrepancies included."""
+    """Facts needed to read the numbers, including known discrepancies."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the scores, as printed."""
+        return tuple(self.rows[0].cells)
 
     def row(
         self, method: str, *, model: str | None = None, setting: str | None = None
@@ -88,7 +91,7 @@ class PublishedTable:
         """Return the first row of a method.
 
         Raises:
-            ConfigurationError: There is none; names the methods there are.
+            ConfigurationError: No row matches; the message lists the methods.
         """
         for row in self.rows:
             if (
@@ -99,54 +102,47 @@ class PublishedTable:
                 return row
         methods = list(dict.fromkeys(row.method for row in self.rows))
         raise ConfigurationError(
-            f"{self.name} has no row of {method}{f' on {model}' if model else ''}; its methods are "
+            f"{self.name} has no row for {method}{f' on {model}' if model else ''}; its methods are "
             f"{', '.join(methods)}." + nearest(method, methods)
         )
 
 
-def rows_of(
-    text: str, *, model: str | None = None
-) -> tuple[tuple[str, ...], tuple[PublishedRow, ...]]:
-    """Read a table written as text, columns parted by ``|``.
+def rows_of(text: str, *, model: str = "") -> tuple[PublishedRow, ...]:
+    """Parse the rows of a table written as text, with ``|`` between columns.
 
-    The columns model, method, setting and parameters describe a row and all others hold numbers; a method
-    that ends in * is prior work, one that ends in † has the restricted setup.
+    The columns model, method, setting and parameters describe a row; all others hold numbers. A method
+    that ends in * is prior work; one that ends in † uses the restricted setup.
 
     Args:
-        text: The table, its first line naming the columns.
-        model: The model of every row, where the table has no such column.
-
-    Returns:
-        The names of the columns with numbers, and the rows.
+        text: The table; its first line names the columns.
+        model: The model of every row, if the table has no such column.
 
     Raises:
-        ValueError: A row has another number of cells, or a cell is no number.
+        ValueError: A row has the wrong number of cells, or a cell is not a number.
     """
-    lines = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
-    head, *body = lines
-    columns = tuple(name for name in head if name not in _LABELS)
+    head, *body = ([cell.strip() for cell in line.split("|")] for line in text.strip().splitlines())
     rows = []
     for line in body:
         values = dict(zip(head, line, strict=True))
         method = values["method"]
         rows.append(
             PublishedRow(
-                model=values.get("model", model or ""),
+                model=values.get("model", model),
                 method=method.rstrip(_PRIOR_WORK + _RESTRICTED),
                 setting=values.get("setting", ""),
                 parameters=values.get("parameters", ""),
                 prior_work=_PRIOR_WORK in method,
                 restricted=_RESTRICTED in method,
-                cells={name: _cell(values[name]) for name in columns},
+                cells={name: _cell(values[name]) for name in head if name not in _LABELS},
             )
         )
-    return columns, tuple(rows)
+    return tuple(rows)
 
 
 def _cell(text: str) -> Cell:
     match = _CELL.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no number")
+        raise ValueError(f"{text!r} is not a number; write a number such as 70.4 or 70.4 ± 0.1")
     return Cell(
         value=float(match[1]), spread=None if match[2] is None else float(match[2]), text=text
     )

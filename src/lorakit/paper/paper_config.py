@@ -1,0 +1,137 @@
+"""The configuration of `lorakit paper`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lorakit.configuration import conform
+from lorakit.errors import ConfigurationError, require_at_least, require_choice
+from lorakit.models.base_config import BaseConfig, DType
+from lorakit.paper.studies import STUDIES, study
+from lorakit.paper.study import MAX_TRIALS, Study
+
+TABLES = ("table1", *STUDIES)
+"""The tables that can be run: latency (table1), and those that consist of training runs."""
+
+_NOT_IN_COMMAND = ("table", "data", "output", "keep_weights", "device", "dry_run")
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """Reproduce a table of the paper on your model: methods x data sets x seeds, each a training run.
+
+    Raises:
+        ConfigurationError: A value is invalid, or two settings exclude each other.
+    """
+
+    table: str
+    """table1 to table7, table13 to table16, or table18, as numbered in arXiv version 2."""
+    model: str | None = None
+    """Base model: a hub id, a folder, a .gguf file or a short name. Default: minilm-l6 or smollm2-135m, by table."""
+    tasks: tuple[str, ...] | None = None
+    """Data sets of the table, separated by commas. Default: all."""
+    methods: tuple[str, ...] | None = None
+    """Rows of the table, separated by commas. Default: all."""
+    seeds: int = 3
+    """Runs per number. They differ in the adapter's initialisation, the order of the data and dropout."""
+    trials: int = 1
+    """Learning rates to try, the same number for every method. The best score on held-out data selects the rate,
+    never the data that the table scores."""
+    budget: str | None = None
+    """Time for the whole grid, for example 10m or 2h. A short timing converts it to steps, the same for every method
+    on a data set. A resumed grid keeps these steps."""
+    epochs: float | None = None
+    """Passes over the training data. Default: 3 without a budget; with a budget this is the maximum."""
+    limit: int | None = None
+    """Train on this many examples of each data set, drawn at random once and the same for every run."""
+    eval_limit: int | None = None
+    """Score only the first examples or prompts, this many. Default: all."""
+    beams: int | None = None
+    """Beams for text generation; 1 is greedy. Default: the task's."""
+    batch_size: int = 16
+    """Examples per step."""
+    data: str | None = None
+    """Folder with the data sets, each in a sub-folder (`mrpc/train.jsonl`). Default: read them from the hub."""
+    output: str | None = None
+    """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
+    dtype: DType = "auto"
+    """Compute precision; see base.dtype of `lorakit train`."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or mps; auto uses a GPU if one is available."""
+    keep_weights: bool = True
+    """Keep the adapter of every run; false deletes it after it is scored."""
+    dry_run: bool = False
+    """List the runs with their parameters, steps, memory and time, and train nothing."""
+
+    def __post_init__(self) -> None:
+        conform(self)
+        name = self.table if self.table.startswith("table") else f"table{self.table}"
+        require_choice("table", name, TABLES)
+        object.__setattr__(self, "table", name)
+        for option in ("seeds", "trials", "batch_size"):
+            require_at_least(option, getattr(self, option), 1)
+        for option, least in (("limit", 8), ("eval_limit", 1), ("beams", 1)):
+            if (value := getattr(self, option)) is not None:
+                require_at_least(option, value, least)
+        if self.trials > MAX_TRIALS:
+            raise ConfigurationError(
+                f"trials is {self.trials}; it must be at most {MAX_TRIALS} learning rates."
+            )
+        if self.epochs is not None and not 0 < self.epochs < 1e6:
+            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
+        # Reading these properties validates the budget, the dtype, the device, the tasks and the methods.
+        _ = self.seconds, self.base
+        if self.table in STUDIES:
+            _ = self.study
+
+    @property
+    def study(self) -> Study:
+        """The table's study, narrowed to `tasks` and `methods`."""
+        return study(self.table).choose(self.tasks, self.methods)
+
+    @property
+    def base(self) -> BaseConfig:
+        """The base model of every run."""
+        default = STUDIES[self.table].base if self.table in STUDIES else "smollm2-135m"
+        return BaseConfig(name=self.model or default, dtype=self.dtype, device=self.device)
+
+    @property
+    def folder(self) -> Path:
+        """The folder for the runs and the table."""
+        model = re.sub(r"[^\w.-]+", "-", Path(self.base.name).name or self.base.name)
+        return Path(self.output or f"out/paper/{self.table}-{model}")
+
+    @property
+    def seconds(self) -> float | None:
+        """The budget in seconds; None without a budget."""
+        if self.budget is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", self.budget.strip())
+        if match is None or float(match[1]) == 0:
+            raise ConfigurationError(
+                f"budget is {self.budget!r}; write a number of seconds, minutes or hours, for example 90s, 10m or 2h."
+            )
+        return float(match[1]) * _UNITS[match[2]]
+
+    @property
+    def command(self) -> str:
+        """The command line that reproduces the numbers, without options at their defaults.
+
+        The data folder is printed as DATA. Options that change no number are omitted.
+        """
+        words = ["lorakit", "paper", self.table]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in _NOT_IN_COMMAND or value == option.default:
+                continue
+            words += [
+                f"--{option.name}",
+                ",".join(value) if isinstance(value, tuple) else str(value),
+            ]
+        if self.data is not None:
+            words += ["--data", "DATA"]
+        return shlex.join(words)
