@@ -132,8 +132,8 @@ def _preview(config: PaperConfig) -> None:
 def _predicted(grid: Grid, run: Run) -> list[str]:
     """Steps, memory and time of a run, as the planner reckons them."""
     from lorakit.errors import LorakitError
+    from lorakit.formatting import duration, gigabytes
     from lorakit.planning import plan
-    from lorakit.training.progress import duration, gigabytes
 
     settings = grid.runner.train_config(run)
     waits = grid.config.budget is not None and settings.max_steps is None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.formatting import duration, size
 from lorakit.reporting import measures
 from lorakit.reporting.charts import Figure
 from lorakit.reporting.differences import plain
@@ -18,7 +19,6 @@ from lorakit.reporting.run_report import (
 )
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
-from lorakit.training.progress import duration, size
 
 NOT_COMPARED = ("output", "resume", "overwrite")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lorakit.evaluation.score import DIRECTIONS, is_better
 from lorakit.tasks import TASKS
-from lorakit.training.progress import duration
 
 SCORE_NAMES = {
     "loss": "Loss",
@@ -32,27 +31,6 @@ def better(key: str, new: float, old: float) -> bool | None:
         return None
     less = [score for task in TASKS.values() for score in task.less_is_better]
     return is_better(key, new, old, less_is_better=less)
-
-
-def parameters(count: float) -> str:
-    """A number of parameters as 460.8 thousand or 135 million."""
-    for least, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if count >= least:
-            return f"{count / least:.4g} {word}"
-    return f"{count:.0f}"
-
-
-def seconds(value: float) -> str:
-    """A time as 85 ms, 4.2 s or 2h 05m."""
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    return f"{value:.1f} s" if value < 60 else duration(value)
-
-
-def share(part: float, whole: float) -> str:
-    """A part of a whole in percent, with two digits that mean something."""
-    percent = 100 * part / whole
-    return f"{percent:.1f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
 def change(new: float, old: float) -> str:

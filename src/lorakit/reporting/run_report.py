@@ -6,6 +6,7 @@ import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 
+from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
 from lorakit.reporting.charts import (
@@ -31,7 +32,6 @@ from lorakit.reporting.page import (
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
 from lorakit.reporting.run_summary import best_step, in_sentence, key_figures, subtitle, summary
-from lorakit.training.progress import duration, size
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
@@ -209,7 +209,7 @@ def _adapter(run: RunRecord) -> Section | None:
             "Parameters",
             counts,
             x="",
-            texts={name: measures.parameters(count) for name, count in counts.items()},
+            texts={name: rounded_count(count) for name, count in counts.items()},
         ),
     )
     caption = "The adapter beside the base that it is kept and loaded with, on one scale."
@@ -254,7 +254,7 @@ def _measured(run: RunRecord, predicted: Mapping[str, float]) -> list[tuple[Cell
             )
     tokens, computed = run.total("tokens"), run.total("computed_tokens")
     if tokens and computed:
-        text = f"{computed:,.0f} ({measures.share(computed, tokens)})"
+        text = f"{computed:,.0f} ({percentage(computed, tokens)})"
         rows.append(("Tokens computed (of the examples' own)", None, text, None))
     return rows
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
-from lorakit.training.progress import duration, size
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
 """Scores that are called after someone."""
@@ -31,8 +31,8 @@ def summary(run: RunRecord) -> list[str]:
     if "trained_parameters" in sizes:
         trained, base = sizes["trained_parameters"], sizes["base_parameters"]
         what += (
-            f" ({measures.parameters(trained)} trained parameters, {measures.share(trained, base)} of the base's "
-            f"{measures.parameters(base)})"
+            f" ({rounded_count(trained)} trained parameters, {percentage(trained, base)} of the base's "
+            f"{rounded_count(base)})"
         )
     took = f" in {duration(seconds)}" if seconds else ""
     done = "has been" if result is None else "was"

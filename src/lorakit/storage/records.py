@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.formatting import size
 from lorakit.storage.refusals import reading
 
 CHECKSUM = "sha256"
@@ -38,7 +39,7 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
         data = file.read(_MAX_JSON_BYTES + 1)
     if len(data) > _MAX_JSON_BYTES:
         raise error(
-            f"'{path}' is larger than {_MAX_JSON_BYTES >> 20} MiB, too large for JSON settings."
+            f"'{path}' is larger than {size(_MAX_JSON_BYTES)}, too large for JSON settings."
         )
     with reading(path, error):
         text = data.decode()
