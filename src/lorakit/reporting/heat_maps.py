@@ -1,4 +1,4 @@
-"""Heat maps: numbers as colours."""
+"""Heat maps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lorakit.reporting.axes import Spec, between, edges, row_axis, rows_height, 
 from lorakit.reporting.charts import WIDTH, Chart, in_words
 
 SCHEME = "cividis"
-"""Colours of even lightness, readable in grey and in any colour vision."""
+"""Vega's name of a colour scale with even steps of lightness, readable in grey and with any colour vision."""
 SIDE = 190
-"""Pixels of a side of a map whose rows have no names."""
+"""Side of a map without row names, in pixels."""
 
 
 def heat_map(
@@ -26,18 +26,18 @@ def heat_map(
     legend: bool = True,
     crosses: Sequence[tuple[int, int]] = (),
 ) -> Chart:
-    """Numbers as colours; rows are counted, or named.
+    """Return a heat map with numbered or named rows.
 
     Args:
-        title: Above the map.
-        rows: The numbers; NaN leaves a cell empty.
-        x: What the columns are.
-        y: What the rows are.
-        value: What the numbers are.
-        names: The rows' names, where they have some.
-        domain: Least and greatest value of the colours.
-        legend: Whether the scale of colours stands beside it.
-        crosses: Cells (row, column from 0) that are marked.
+        title: Title of the chart.
+        rows: Rows of values; a NaN leaves its cell empty.
+        x: Label of the columns.
+        y: Label of the rows.
+        value: Label of the values.
+        names: Names of the rows; None numbers them from 1.
+        domain: Least and greatest value of the colour scale.
+        legend: Whether to draw the colour scale.
+        crosses: Cells (row, column), counted from 0, to mark with a cross. They need `names`.
     """
     width = max((len(row) for row in rows), default=0)
     cells = [
@@ -47,7 +47,7 @@ def heat_map(
         if not math.isnan(v)
     ]
     for cell in cells:
-        # Short, as there may be thousands: of "j, second adapter" the j.
+        # There may be thousands of labels: shorten "j, second adapter" to "j".
         row = names[cell["i"] - 1] if names else f"{y.split(',')[0]} {cell['i']}"
         cell["label"] = f"{row}, {x.split(',')[0]} {cell['j']}: {cell['v']:.3f}"
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
