@@ -45,9 +45,9 @@ def conform(config: Any, section: str = "") -> None:
     """
     hints = _hints(type(config))
     for field in fields(config):
-        where = f"{section}.{field.name}" if section else field.name
+        path = f"{section}.{field.name}" if section else field.name
         try:
-            value = _converted(getattr(config, field.name), hints[field.name], where)
+            value = _convert(getattr(config, field.name), hints[field.name], path)
         except _WrongType as error:
             raise ConfigurationError(str(error)) from None
         object.__setattr__(config, field.name, value)
@@ -61,44 +61,42 @@ def _hints(kind: type) -> dict[str, Any]:
 class _WrongType(Exception):
     """A value, or an item inside it, does not have its annotated type."""
 
-    def __init__(self, where: str, value: object, expected: str, hint: str = "") -> None:
+    def __init__(self, path: str, value: object, expected: str, hint: str = "") -> None:
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        super().__init__(f"{where} is {shown}; it must be {expected}.{hint}")
-        self.where = where
+        super().__init__(f"{path} is {shown}; it must be {expected}.{hint}")
+        self.path = path
 
 
-def _converted(value: Any, annotation: Any, where: str) -> Any:
+def _convert(value: Any, annotation: Any, path: str) -> Any:
     """Return the value converted to its annotated type, or raise _WrongType."""
     if annotation is Any:
         return value
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _converted_to_any(value, args, where)
+        return _convert_to_any(value, args, path)
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in args):
             return value
         hint = nearest(value, args) if isinstance(value, str) else ""
-        raise _WrongType(where, value, _name(annotation), hint)
+        raise _WrongType(path, value, _name(annotation), hint)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         kinds = args if _is_fixed(annotation) else args[:1] * len(value)
         if len(kinds) != len(value):
-            raise _WrongType(where, value, _name(annotation))
+            raise _WrongType(path, value, _name(annotation))
         pairs = enumerate(zip(value, kinds, strict=True))
-        return origin(_converted(item, kind, f"{where}[{i}]") for i, (item, kind) in pairs)
+        return origin(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in pairs)
     if origin is dict and isinstance(value, Mapping):
         return {
-            _converted(key, args[0], f"a key of {where}"): _converted(
-                item, args[1], f"{where}[{key!r}]"
-            )
+            _convert(key, args[0], f"a key of {path}"): _convert(item, args[1], f"{path}[{key!r}]")
             for key, item in value.items()
         }
     if origin is None:
-        return _converted_scalar(value, annotation, where)
-    raise _WrongType(where, value, _name(annotation))
+        return _convert_scalar(value, annotation, path)
+    raise _WrongType(path, value, _name(annotation))
 
 
-def _converted_scalar(value: Any, kind: type, where: str) -> Any:
+def _convert_scalar(value: Any, kind: type, path: str) -> Any:
     if isinstance(value, bool) == (kind is bool):  # in Python a bool is an int
         if isinstance(value, kind):
             return value
@@ -109,20 +107,20 @@ def _converted_scalar(value: Any, kind: type, where: str) -> Any:
                 return float(value)
         if kind is str and isinstance(value, os.PathLike):
             return os.fspath(value)
-    raise _WrongType(where, value, _name(kind))
+    raise _WrongType(path, value, _name(kind))
 
 
-def _converted_to_any(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+def _convert_to_any(value: Any, kinds: tuple[Any, ...], path: str) -> Any:
     errors = []
     for kind in kinds:
         try:
-            return _converted(value, kind, where)
+            return _convert(value, kind, path)
         except _WrongType as error:
             errors.append(error)
-    innermost = max(errors, key=lambda error: len(error.where))
-    if innermost.where != where:  # only an item has the wrong type: report the item
+    innermost = max(errors, key=lambda error: len(error.path))
+    if innermost.path != path:  # only an item has the wrong type: report the item
         raise innermost
-    raise _WrongType(where, value, " or ".join(map(_name, kinds)))
+    raise _WrongType(path, value, " or ".join(map(_name, kinds)))
 
 
 def _is_fixed(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Quantities as people read them, and scores by their names."""
+"""Names, directions and changes of scores."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SCORE_NAMES = {
 
 
 def score_name(key: str) -> str:
-    """A score's name in the field's spelling."""
+    """Return the usual spelling of a score's name."""
     return SCORE_NAMES.get(key, key.replace("_", " "))
 
 
 def better(key: str, new: float, old: float) -> bool | None:
-    """Whether `new` improves on `old`; None where they are equal or the direction is not known."""
-    own = {score for task in TASKS.values() for score in task.scores}
-    if new == old or key not in {*DIRECTIONS, *own}:
+    """Return whether `new` is better than `old`; None if they are equal or the direction is unknown."""
+    task_scores = {score for task in TASKS.values() for score in task.scores}
+    if new == old or key not in {*DIRECTIONS, *task_scores}:
         return None
-    less = [score for task in TASKS.values() for score in task.less_is_better]
-    return is_better(key, new, old, less_is_better=less)
+    less_is_better = [score for task in TASKS.values() for score in task.less_is_better]
+    return is_better(key, new, old, less_is_better=less_is_better)
 
 
 def change(new: float, old: float) -> str:
-    """The way from one value to the other, absolute and, where they have one sign, relative."""
-    by = f"{new - old:+.4g}"
-    return f"{by} ({(new - old) / abs(old):+.1%})" if new * old > 0 else by
+    """Return the absolute difference, and the relative one if both values have the same sign."""
+    absolute = f"{new - old:+.4g}"
+    return f"{absolute} ({(new - old) / abs(old):+.1%})" if new * old > 0 else absolute
