@@ -11,6 +11,9 @@ Spec = dict[str, Any]
 
 INK, MUTED, GRID = "#1f2933", "#52606d", "#e1e6eb"
 
+VALUE_TEXT: Spec = dict(type="text", align="left", dx=5, color=INK, fontSize=11, aria=False)
+"""The mark of a number at the end of a bar."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
@@ -19,6 +22,28 @@ class Mark:
     at: float
     text: str
     axis: Literal["x", "y"] = "x"
+
+
+def quantitative(field: str, **options: Any) -> Spec:
+    """Return the encoding of a number."""
+    return {"field": field, "type": "quantitative", **options}
+
+
+def nominal(field: str, **options: Any) -> Spec:
+    """Return the encoding of a name."""
+    return {"field": field, "type": "nominal", **options}
+
+
+def bar_name(field: str) -> Spec:
+    """Return the y encoding of horizontal bars, in the order of the data."""
+    axis = {"title": None, "ticks": False, "domain": False, "labelLimit": 140}
+    return nominal(field, sort=None, axis=axis)
+
+
+def bar_length(field: str, longest: float, title: str | None = None) -> Spec:
+    """Return the x encoding of horizontal bars, with room for a number after the longest."""
+    axis = {"title": title, "grid": False, "labels": False, "ticks": False, "domain": False}
+    return quantitative(field, axis=axis, scale={"domain": [0, 1.3 * longest], "nice": False})
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -34,7 +59,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 def mark_layers(mark: Mark, *, left_of: bool = False) -> list[Spec]:
     """Return layers for a mark's line and its text, which is right of the line or left of it."""
     data = {"values": [{"at": mark.at, "text": mark.text}]}
-    place: Spec = {mark.axis: {"field": "at", "type": "quantitative"}}
+    place: Spec = {mark.axis: quantitative("at")}
     rule = {"type": "rule", "strokeDash": [4, 3], "color": MUTED, "aria": False}
     text = {"type": "text", "color": MUTED, "fontSize": 11, "align": "left", "aria": False}
     if mark.axis == "x":
@@ -85,12 +110,7 @@ def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dic
     # Vega draws no ticks for a descending domain, so a flag reverses it.
     scale = {"domain": [0.5, count + 0.5], "reverse": reverse, "nice": False, "zero": False}
     return {
-        channel: {
-            "field": f"{field}_from",
-            "type": "quantitative",
-            "scale": scale,
-            "axis": axis,
-        },
+        channel: quantitative(f"{field}_from", scale=scale, axis=axis),
         f"{channel}2": {"field": f"{field}_to"},
     }
 

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 
 from lorakit.reporting.axes import (
-    INK,
+    VALUE_TEXT,
     Mark,
     Spec,
+    bar_length,
+    bar_name,
     mark_layers,
+    nominal,
+    quantitative,
     row_axis,
     rows_height,
     short_names,
@@ -102,19 +106,15 @@ def line_chart(
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = shortened(one.name for one in shown)
+    x_axis = {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1}
     place = {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "axis": {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1},
-            "scale": {"zero": False, "nice": False},
-        },
-        "y": {"field": "y", "type": "quantitative", "scale": scale, "axis": axis},
+        "x": quantitative("x", axis=x_axis, scale={"zero": False, "nice": False}),
+        "y": quantitative("y", axis=axis, scale=scale),
     }
 
     def by_series(styles: Sequence[Any], legend: Spec | None) -> Spec:
         scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
-        return {"field": "series", "type": "nominal", "scale": scale, "legend": legend}
+        return nominal("series", scale=scale, legend=legend)
 
     colour = by_series(SERIES, {"symbolType": "stroke"} if len(shown) > 1 else None)
     dash = by_series(DASHES, None)
@@ -161,31 +161,22 @@ def dot_chart(
         for i, value in enumerate(numbers)
         if math.isfinite(value) and not (log and value <= 0)
     ]
-    domain = list(series)
+    domain, shapes = list(series), list(SHAPES[: len(series)])
+    legend = {"columns": 2, "columnPadding": 24} if len(series) > 1 else None
     spec: Spec = {
         "width": WIDTH,
         "height": rows_height(len(names)),
         "data": {"values": values},
         "mark": {"type": "point", "filled": True, "size": 28, "opacity": 1},
         "encoding": {
-            "x": {
-                "field": "x",
-                "type": "quantitative",
-                "scale": {"type": "log"} if log else {"zero": zero},
-                "axis": {"title": x, "tickCount": 5, "format": "~g"},
-            },
+            "x": quantitative(
+                "x",
+                scale={"type": "log"} if log else {"zero": zero},
+                axis={"title": x, "tickCount": 5, "format": "~g"},
+            ),
             "y": row_axis(labels),
-            "color": {
-                "field": "series",
-                "type": "nominal",
-                "scale": {"domain": domain, "range": colours},
-                "legend": {"columns": 2, "columnPadding": 24} if len(series) > 1 else None,
-            },
-            "shape": {
-                "field": "series",
-                "type": "nominal",
-                "scale": {"domain": domain, "range": list(SHAPES[: len(series)])},
-            },
+            "color": nominal("series", scale={"domain": domain, "range": colours}, legend=legend),
+            "shape": nominal("series", scale={"domain": domain, "range": shapes}),
             "description": {"field": "label"},
         },
     }
@@ -205,22 +196,8 @@ def bar_chart(
         {"name": names[name], "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
         for name, value in bars.items()
     ]
-    largest = max(bars.values(), default=1) or 1
-    place = {
-        "y": {
-            "field": "name",
-            "type": "nominal",
-            "sort": None,
-            "axis": {"title": None, "ticks": False, "domain": False, "labelLimit": 140},
-        },
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "axis": {"title": x, "grid": False, "labels": False, "ticks": False, "domain": False},
-            # Leave room for the text after the longest bar.
-            "scale": {"domain": [0, 1.3 * largest], "nice": False},
-        },
-    }
+    longest = max(bars.values(), default=1) or 1
+    place = {"y": bar_name("name"), "x": bar_length("x", longest, x)}
     spec = {
         "width": WIDTH,
         "height": {"step": 30},
@@ -230,17 +207,7 @@ def bar_chart(
                 "mark": {"type": "bar", "color": SERIES[0], "height": {"band": 0.6}},
                 "encoding": {**place, "description": {"field": "label"}},
             },
-            {
-                "mark": {
-                    "type": "text",
-                    "align": "left",
-                    "dx": 5,
-                    "color": INK,
-                    "fontSize": 11,
-                    "aria": False,
-                },
-                "encoding": {**place, "text": {"field": "text"}},
-            },
+            {"mark": VALUE_TEXT, "encoding": {**place, "text": {"field": "text"}}},
         ],
     }
     alt = f"{title}: " + "; ".join(f"{name} {text}" for name, text in shown.items()) + "."
@@ -271,19 +238,9 @@ def histogram(
                 "data": {"values": values},
                 "mark": {"type": "bar", "color": SERIES[0], "binSpacing": 1},
                 "encoding": {
-                    "x": {
-                        "field": "from",
-                        "type": "quantitative",
-                        "scale": scale,
-                        "axis": x_axis,
-                        "bin": {"binned": True},
-                    },
+                    "x": quantitative("from", scale=scale, axis=x_axis, bin={"binned": True}),
                     "x2": {"field": "to"},
-                    "y": {
-                        "field": "count",
-                        "type": "quantitative",
-                        "axis": {"title": y, "tickCount": 5},
-                    },
+                    "y": quantitative("count", axis={"title": y, "tickCount": 5}),
                     "description": {"field": "label"},
                 },
             },

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import yaml
-
 from lorakit.evaluation.config import EvaluateConfig
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.reporting import measures
@@ -25,7 +23,9 @@ from lorakit.reporting.page import (
     Samples,
     Section,
     Table,
+    reference_label,
 )
+from lorakit.reporting.run_settings import yaml_text
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
@@ -92,10 +92,9 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
         else:
             references = record.get("references") or [""]
             output, reference = compared(record["output"], references[0])
-            more = f", one of {len(references)}" if len(references) > 1 else ""
             answers = (
                 Answer(label="Generated", pieces=output),
-                Answer(label=f"Reference{more}", pieces=reference),
+                Answer(label=reference_label(references), pieces=reference),
             )
         samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
     marked = "" if labelled else " Words that differ between text and reference are marked."
@@ -124,12 +123,7 @@ def _label(record: dict[str, Any], key: str) -> str:
 
 
 def _configuration(config: EvaluateConfig, command: str) -> list[Block]:
-    settings = yaml.safe_dump(
-        json.loads(json.dumps(dataclasses.asdict(config))),
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    settings = yaml_text(json.loads(json.dumps(dataclasses.asdict(config))))
     blocks: list[Block] = [Code(text=settings, label="All settings", folded=True)]
     if command:
         blocks.insert(0, Code(text=command, label="The command that ran the evaluation"))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lorakit.reporting.axes import Spec, between, edges, row_axis, rows_height, short_names
+from lorakit.reporting.axes import (
+    Spec,
+    between,
+    edges,
+    quantitative,
+    row_axis,
+    rows_height,
+    short_names,
+)
 from lorakit.reporting.charts import WIDTH, Chart, in_words
 
 SCHEME = "cividis"
@@ -53,7 +61,7 @@ def heat_map(
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
     across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
     if names:
-        down: Spec = {"y": {**row_axis(short_names(names)), "field": "row"}}
+        down: Spec = {"y": row_axis(short_names(names))}
         for cell in cells:
             cell["row"] = cell["i"] - 1
         height = rows_height(len(rows))
@@ -61,14 +69,9 @@ def heat_map(
         axis = {"title": y, "grid": False, "tickMinStep": 1, "tickCount": 5}
         down = between("i", len(rows), axis, reverse=True)
         height = max(1, round(SIDE / max(len(rows), 1))) * len(rows)
-    colour = {
-        "field": "v",
-        "type": "quantitative",
-        "scale": {"scheme": SCHEME, "domain": list(domain), "clamp": True},
-        "legend": {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}
-        if legend
-        else None,
-    }
+    scale = {"scheme": SCHEME, "domain": list(domain), "clamp": True}
+    scale_legend = {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}
+    colour = quantitative("v", scale=scale, legend=scale_legend if legend else None)
     layers: list[Spec] = [
         {
             "data": {"values": cells},
@@ -79,7 +82,7 @@ def heat_map(
     ]
     if crosses and names:
         marks = [{"row": i, "j": j + 1} for i, j in crosses]
-        place = {"x": {"field": "j", "type": "quantitative"}, "y": down["y"]}
+        place = {"x": quantitative("j"), "y": down["y"]}
         cross = {"type": "point", "shape": "cross", "filled": True, "color": "#ffffff", "size": 20}
         layers.append(
             {"data": {"values": marks}, "mark": {**cross, "aria": False}, "encoding": place}

@@ -77,6 +77,11 @@ class Answer:
     pieces: tuple[Piece, ...]
 
 
+def reference_label(references: Sequence[str]) -> str:
+    """Return the label of an answer that shows the first of the references."""
+    return f"Reference, one of {len(references)}" if len(references) > 1 else "Reference"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A prompt and the texts for it."""

@@ -28,6 +28,7 @@ from lorakit.reporting.page import (
     Samples,
     Section,
     Table,
+    reference_label,
 )
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
@@ -157,12 +158,10 @@ def _curves(run: RunRecord) -> Section | None:
     names = [name for name in run.scores("after") if name != "perplexity"]
     charts = [loss_chart([run], "train", "loss")]
     charts += [loss_chart([run], "validation", name) for name in names]
-    rate = run.points("train", "learning_rate")
-    norm = run.points("train", "gradient_norm")
-    if rate:
+    if rate := run.points("train", "learning_rate"):
         series = [Series(name="learning rate", points=rate)]
         charts.append(line_chart("Learning rate", series, x="step", y="rate", y_format="~e"))
-    if norm:
+    if norm := run.points("train", "gradient_norm"):
         series = [Series(name="gradient norm", points=norm)]
         charts.append(line_chart("Gradient norm, before clipping", series, x="step", y="norm"))
     return curves_section(
@@ -191,8 +190,8 @@ def _samples(run: RunRecord) -> Section | None:
                 Answer(label=f"After {last:,} steps", pieces=new),
             ]
         if isinstance(references, Sequence) and references:
-            more = f", one of {len(references)}" if len(references) > 1 else ""
-            answers.append(Answer(label=f"Reference{more}", pieces=plain(str(references[0]))))
+            text = plain(str(references[0]))
+            answers.append(Answer(label=reference_label(references), pieces=text))
         samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
     caption = (
         f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "

@@ -29,7 +29,12 @@ def setting_text(value: Any) -> str:
 
 def settings_text(run: RunRecord) -> str:
     """Return the configuration as YAML."""
-    return yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml_text(run.config)
+
+
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as YAML, in their order."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
 
 
 def main_settings(run: RunRecord) -> list[tuple[str, str]]:

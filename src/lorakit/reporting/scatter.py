@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.reporting.axes import Spec
+from lorakit.reporting.axes import Spec, nominal, quantitative
 from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
 
 
@@ -56,23 +56,14 @@ def scatter_chart(
     # Shifted in each round of the colours, so that a colour gets another shape.
     shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
     # The layers share a legend: one layer without it removes it from all.
-    shared: Spec = {"field": "series", "type": "nominal"}
-    shared["legend"] = {"columns": 3, "columnPadding": 20} if legend else None
-    colour = {**shared, "scale": {"domain": names, "range": colours}}
-    shape = {**shared, "scale": {"domain": names, "range": shapes}}
+    shared = {"columns": 3, "columnPadding": 20} if legend else None
+    colour = nominal("series", legend=shared, scale={"domain": names, "range": colours})
+    shape = nominal("series", legend=shared, scale={"domain": names, "range": shapes})
+    x_axis = {"title": x, "tickCount": 5, "format": "~s", "grid": False}
+    y_axis = {"title": None, "tickCount": 5, "minExtent": 38}
     place: Spec = {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "scale": {"type": "log"},
-            "axis": {"title": x, "tickCount": 5, "format": "~s", "grid": False},
-        },
-        "y": {
-            "field": "y",
-            "type": "quantitative",
-            "scale": {"zero": False},
-            "axis": {"title": None, "tickCount": 5, "minExtent": 38},
-        },
+        "x": quantitative("x", scale={"type": "log"}, axis=x_axis),
+        "y": quantitative("y", scale={"zero": False}, axis=y_axis),
     }
     described = {"description": {"field": "label"}}
     point = {"type": "point", "size": 60, "opacity": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lorakit.reporting.axes import GRID, INK, Spec
+from lorakit.reporting.axes import GRID, VALUE_TEXT, Spec, bar_length, bar_name, nominal
 from lorakit.reporting.charts import SERIES, WIDTH, Chart
 
 
@@ -38,28 +38,14 @@ def stacked_bar_chart(
         sums.append({"bar": name, "to": end, "text": shown(total)})
         sizes = ", ".join(f"{part} {shown(bar[part])}" for part in parts if bar.get(part))
         descriptions.append(f"{name} {shown(total)} ({sizes})")
-    row = {
-        "field": "bar",
-        "type": "nominal",
-        "sort": None,
-        "axis": {"title": None, "ticks": False, "domain": False, "labelLimit": 140},
-    }
-    # Leave room for the sum after the longest bar.
-    scale = {"domain": [0, 1.3 * max((one["to"] for one in sums), default=1)], "nice": False}
-    hidden = {"title": None, "grid": False, "labels": False, "ticks": False, "domain": False}
-    x = {"type": "quantitative", "scale": scale, "axis": hidden}
-    colour = {
-        "field": "part",
-        "type": "nominal",
-        "scale": {"domain": parts, "range": list(SERIES[: len(parts)])},
-        "legend": {
-            "columns": 2,
-            "symbolType": "square",
-            "symbolStrokeWidth": 0,
-            "columnPadding": 24,
-        },
-    }
-    number: Spec = {"type": "text", "align": "left", "dx": 5, "color": INK, "fontSize": 11}
+    row = bar_name("bar")
+    longest = max((one["to"] for one in sums), default=1)
+    square = {"symbolType": "square", "symbolStrokeWidth": 0}
+    colour = nominal(
+        "part",
+        scale={"domain": parts, "range": list(SERIES[: len(parts)])},
+        legend={"columns": 2, "columnPadding": 24, **square},
+    )
     spec: Spec = {
         "width": WIDTH,
         "height": {"step": 40},
@@ -70,7 +56,7 @@ def stacked_bar_chart(
                 "mark": {"type": "bar", "height": {"band": 0.6}, "stroke": GRID, "strokeWidth": 1},
                 "encoding": {
                     "y": row,
-                    "x": {**x, "field": "from"},
+                    "x": bar_length("from", longest),
                     "x2": {"field": "to"},
                     "color": colour,
                     "description": {"field": "label"},
@@ -78,8 +64,8 @@ def stacked_bar_chart(
             },
             {
                 "data": {"values": sums},
-                "mark": {**number, "aria": False},
-                "encoding": {"y": row, "x": {**x, "field": "to"}, "text": {"field": "text"}},
+                "mark": VALUE_TEXT,
+                "encoding": {"y": row, "x": bar_length("to", longest), "text": {"field": "text"}},
             },
         ],
     }
