@@ -69,7 +69,7 @@ class _WrongType(Exception):
 
 
 def _convert(value: Any, annotation: Any, path: str) -> Any:
-    """Return the value converted to its annotated type, or raise _WrongType."""
+    """Convert a value to its annotated type, or raise _WrongType."""
     if annotation is Any:
         return value
     origin, args = get_origin(annotation), get_args(annotation)

@@ -106,7 +106,7 @@ def _confusion(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     pairs = Counter((record["label"], record["output"]) for record in outputs)
     labels = sorted({label for pair in pairs for label in pair})
     if not 2 <= len(labels) <= MOST_CLASSES or any(label != int(label) for label in labels):
-        return []  # a regression, or too many classes
+        return []  # a regression, or not 2 to 20 classes
     names = {record[key]: _label(record, key) for record in outputs for key in ("output", "label")}
     rows = [[names[label], *(pairs[label, guess] for guess in labels)] for label in labels]
     caption = "Confusion matrix: a row for each label, a column for each prediction."

@@ -35,10 +35,10 @@ _RENAME_EXCHANGE = 2
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces `path` when the block ends without an exception.
 
-    On any exception `path` keeps its old content and the temporary folder is removed. Linux swaps an
-    existing folder with the new one in a single step. Elsewhere the old folder is renamed first; if
-    the process is killed between the two steps, the next call renames it back. Every call also
-    removes the temporary folders of killed processes.
+    On any exception `path` keeps its old content and the temporary folder is removed. An existing
+    folder is swapped with the new one in a single step if the system supports it (Linux). Otherwise
+    the old folder is renamed first; if the process is killed between the two steps, the next call
+    renames it back. Every call also removes the temporary folders of killed processes.
 
     Raises:
         RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be
@@ -134,7 +134,7 @@ def _writable(path: str | Path) -> Path:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield an unused sibling path of the target and remove what exists there at the end."""
+    """Yield an unused sibling path of the target, and remove its file or folder at the end."""
     with writing(target):
         _remove_leftovers(target)
     temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
@@ -215,10 +215,10 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for where, _, files in os.walk(folder, topdown=False):
+    for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(where, name))
-        _sync(Path(where))
+            _sync(Path(root, name))
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:
