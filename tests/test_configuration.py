@@ -1,4 +1,4 @@
-"""A configuration takes what its annotations say, and what means the same."""
+"""Configurations accept values of their annotated types and equivalent values."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ TAKEN = {
     "numpy's number": ("alpha", np.float32(0.5), 0.5),
     "numpy's whole for a number": ("alpha", np.int32(2), 2.0),
     "a list for a tuple": ("targets", ["q", "v"], ("q", "v")),
-    "a text beside a list": ("targets", "q", "q"),
+    "a string instead of a list": ("targets", "q", "q"),
     "a tuple for a list": ("sources", ("a", "b"), ["a", "b"]),
-    "a path for a text": ("sources", Path("a") / "b", str(Path("a") / "b")),
-    "paths for texts": ("sources", [Path("a")], ["a"]),
+    "a path for a string": ("sources", Path("a") / "b", str(Path("a") / "b")),
+    "paths for strings": ("sources", [Path("a")], ["a"]),
     "numbers in a pair": ("betas", [0, 1], (0.0, 1.0)),
     "a mapping": ("ranks", {"q": np.int64(2)}, {"q": 2}),
     "nothing": ("limit", None, None),
@@ -82,51 +82,55 @@ def test_what_is_as_annotated_stays_the_very_object() -> None:
 
 
 REFUSED = {
-    "text for a whole number": ("rank", "8", "rank is '8'; it must be a whole number."),
+    "string for a whole number": ("rank", "8", "rank is '8'; it must be a whole number."),
     "number for a whole one": ("rank", 2.5, "rank is 2.5; it must be a whole number."),
     "True for a whole number": ("rank", True, "rank is True; it must be a whole number."),
     "None for a whole number": ("rank", None, "rank is None; it must be a whole number."),
-    "text for a number": ("alpha", "16", "alpha is '16'; it must be a number."),
+    "string for a number": ("alpha", "16", "alpha is '16'; it must be a number."),
     "too large for a number": ("alpha", 10**400, "it must be a number."),
     "complex for a number": ("alpha", 1j, "alpha is 1j; it must be a number."),
-    "text for a truth": ("dora", "no", "dora is 'no'; it must be True or False."),
-    "1 for a truth": ("dora", 1, "dora is 1; it must be True or False."),
+    "string for a bool": ("dora", "no", "dora is 'no'; it must be True or False."),
+    "1 for a bool": ("dora", 1, "dora is 1; it must be True or False."),
     "none of the choices": (
         "bias",
         "nome",
         "bias is 'nome'; it must be one of none, all. Did you mean 'none'?",
     ),
     "None for a choice": ("bias", None, "bias is None; it must be one of none, all."),
-    "number for texts": ("targets", 5, "targets is 5; it must be a list of texts or a text."),
-    "a number among texts": ("targets", ["q", 5], "targets[1] is 5; it must be a text."),
-    "bytes for texts": ("targets", b"q", "targets is b'q'; it must be a list of texts or a text."),
-    "a set for texts": (
+    "number for strings": ("targets", 5, "targets is 5; it must be a list of strings or a string."),
+    "a number among strings": ("targets", ["q", 5], "targets[1] is 5; it must be a string."),
+    "bytes for strings": (
+        "targets",
+        b"q",
+        "targets is b'q'; it must be a list of strings or a string.",
+    ),
+    "a set for strings": (
         "targets",
         {"q"},
-        "targets is {'q'}; it must be a list of texts or a text.",
+        "targets is {'q'}; it must be a list of strings or a string.",
     ),
     "three for two": (
         "betas",
         (0.1, 0.2, 0.3),
         "betas is (0.1, 0.2, 0.3); it must be a list of 2 numbers.",
     ),
-    "a text in a pair": ("betas", (0.1, "b"), "betas[1] is 'b'; it must be a number."),
+    "a string in a pair": ("betas", (0.1, "b"), "betas[1] is 'b'; it must be a number."),
     "a list for a mapping": (
         "ranks",
         ["q"],
-        "ranks is ['q']; it must be a mapping of texts to whole numbers.",
+        "ranks is ['q']; it must be a mapping from strings to whole numbers.",
     ),
-    "a text in a mapping": ("ranks", {"q": "2"}, "ranks['q'] is '2'; it must be a whole number."),
-    "a number for a key": ("ranks", {5: 2}, "a key of ranks is 5; it must be a text."),
-    "text or nothing": ("limit", "3", "limit is '3'; it must be a whole number or None."),
-    "a text for a section": ("inner", "a", "inner is 'a'; it must be a Inner(...)."),
-    "the class for a section": ("inner", Inner, "it must be a Inner(...)."),
+    "a string in a mapping": ("ranks", {"q": "2"}, "ranks['q'] is '2'; it must be a whole number."),
+    "a number for a key": ("ranks", {5: 2}, "a key of ranks is 5; it must be a string."),
+    "string or None": ("limit", "3", "limit is '3'; it must be a whole number or None."),
+    "a string for a section": ("inner", "a", "inner is 'a'; it must be Inner(...)."),
+    "the class for a section": ("inner", Inner, "it must be Inner(...)."),
     "a choice among many": (
         "loggers",
         ["wandbb"],
         "loggers[0] is 'wandbb'; it must be one of tensorboard, wandb. Did you mean 'wandb'?",
     ),
-    "a text for many": (
+    "a string for many": (
         "loggers",
         "wandb",
         "loggers is 'wandb'; it must be a list of tensorboard, wandb.",
@@ -167,7 +171,7 @@ CONFIGURATIONS: list[Any] = [
 
 
 class Stranger:
-    """Of a type that no setting has."""
+    """A type that no setting has."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A save is there whole or not at all, whatever fails and whenever the process dies."""
+"""Saves are atomic, whatever fails and whenever the process dies."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class InjectedError(Exception):
 
 @contextmanager
 def failure_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Callable[[], None], after: bool):
-    """Let the call-th system call that writes, flushes, renames or makes something fail."""
+    """Make the call-th system call fail that writes, flushes, renames or creates something."""
     seen: list[str] = []
 
     def failing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,9 +238,9 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_save_cleans_up(
         found = content(target, kind)
         if exchange == "with" or kind == "file":
             assert found in (old, new), f"killed at call {call}"
-        else:  # set aside, and put back by the next save
+        else:  # renamed; the next save renames it back
             assert found in (old, new, None), f"killed at call {call}"
-        # A save that fails restores what the killed one had set aside.
+        # Even a save that fails restores the folder that the killed one renamed.
         with monkeypatch.context() as patch:
             patch.setattr(atomic, "_put_in_place", lambda *_: raise_unexpected())
             with pytest.raises(InjectedError):
@@ -262,7 +262,7 @@ def test_temporaries_of_a_living_process_are_left_alone(tmp_path):
             assert outer.exists()
             assert outer != inner
             (inner / "a.txt").write_bytes(b"inner")
-        (target / "a.txt").unlink()  # so that the outer save finds an empty folder
+        (target / "a.txt").unlink()  # the outer save only replaces an empty folder
     assert read_tree(target) == {"a.txt": b"outer"}
     assert os.listdir(tmp_path) == ["target"]
 
@@ -360,7 +360,7 @@ def test_links_inside_an_overwritten_folder_are_not_followed(tmp_path):
 
 
 def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
-    class LibraryError(Exception):  # as SafetensorError: no OSError, and none behind it
+    class LibraryError(Exception):  # like SafetensorError: neither an OSError nor caused by one
         pass
 
     with (
@@ -405,8 +405,8 @@ def test_json_has_no_form_for_nan(tmp_path):
         (b"[1, 2]", "holds a JSON list"),
         (b"null", "holds a JSON null"),
         (b'"text"', "holds a JSON string"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is duplicated"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
@@ -441,12 +441,12 @@ def test_no_bit_of_a_record_changes_unseen(tmp_path):
     record = {"step": 6, "tokens": 1_000, "loss": 2.25}
     storage.write_record(path, record)
     whole = path.read_bytes()
-    for position in range(len(whole) - 1):  # the last byte is a newline, which means nothing
+    for position in range(len(whole) - 1):  # the last byte is a newline without meaning
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
-            with suppress(RunFolderError):  # else a blank between two values became another
+            with suppress(RunFolderError):  # no error: one whitespace character became another
                 assert storage.read_record(path, RunFolderError) == record
 
 
@@ -509,13 +509,13 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 def test_a_lock_in_a_place_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with (
-        pytest.raises(RunFolderError, match="Cannot make the folder"),
+        pytest.raises(RunFolderError, match="Cannot create the folder"),
         storage.lock_folder(tmp_path / "file"),
     ):
         pytest.fail("no folder to lock")
 
 
-# --- what the system refuses ---------------------------------------------------------------------
+# --- errors of the operating system --------------------------------------------------------------
 
 
 def refuse(*_: Any, **__: Any) -> Any:
@@ -527,7 +527,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "Is a directory"),
-        (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere"),
+        (lambda path: path.symlink_to("nowhere"), "is a broken symbolic link"),
         (lambda path: path.write_bytes(b"caf\xe9"), "not UTF-8 text: byte 3 is 0xe9"),
     ],
     ids=["missing", "a folder", "a link to nowhere", "another encoding"],
@@ -584,7 +584,7 @@ def test_where_nothing_can_be_written_is_said_at_once(tmp_path, check, name, rea
 @pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
 def test_a_folder_that_may_not_be_written_to(tmp_path, check, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(RunFolderError, match="may not be written to"):
+    with pytest.raises(RunFolderError, match="no permission to write to"):
         check(tmp_path / "new")
 
 

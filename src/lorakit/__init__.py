@@ -4,7 +4,7 @@
     ...                                   # any training loop
     adapters.save("out/my-adapter")       # a PEFT folder, with lorakit.json and a model card
 
-Names are imported when first used, so that the command line answers at once.
+Names are imported on first use, so that the command line starts fast.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":  # the module, whose functions are named for what they score
+    if name == "metrics":  # a submodule, not a name inside one
         return import_module("lorakit.metrics")
     if name not in _HOME:
         raise AttributeError(f"module 'lorakit' has no attribute '{name}'")

@@ -1,7 +1,7 @@
-"""Configuration dataclasses, held to their own annotations.
+"""Type checks for configuration dataclasses.
 
-The command line and YAML are checked by their parser. In Python nothing holds a field to its
-annotation: a rank of "8" or a batch size of 2.5 would fail far from where it was written.
+The parser checks the types of the command line and of YAML. Python does not check annotations: a rank
+of "8" or a batch size of 2.5 would fail far from where it was written.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lorakit.errors import ConfigurationError, nearest
 
 _SHOWN = 100
-"""Characters of a wrong value that a message repeats."""
+"""Longest excerpt of a wrong value in a message, in characters."""
 
 _NAMES: dict[Any, tuple[str, str]] = {
-    str: ("a text", "texts"),
+    str: ("a string", "strings"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     bool: ("True or False", "True or False"),
     type(None): ("None", "None"),
 }
-"""What a message calls one value of a type, and several."""
+"""Names of each type in messages, singular and plural."""
 
 
 def conform(config: Any, section: str = "") -> None:
-    """Bring every field of a configuration to its annotated type; for its `__post_init__`.
+    """Convert every field of a configuration to its annotated type. Call it in `__post_init__`.
 
-    What means the same is taken: a list for a tuple, a whole number for a number, NumPy's numbers for
-    Python's, a path for a text.
+    Equivalent values are converted: a list to a tuple, a whole number to a float, NumPy's numbers to
+    Python's, a path to a string.
 
     Args:
         config: A dataclass, frozen or not.
-        section: Where it stands in a larger configuration, for messages.
+        section: Its section in a larger configuration, for messages.
 
     Raises:
-        ConfigurationError: A value is of another type, or is none of the choices.
+        ConfigurationError: A value has another type, or is not one of the choices.
     """
     hints = _hints(type(config))
     for field in fields(config):
-        where = f"{section}.{field.name}" if section else field.name
+        path = f"{section}.{field.name}" if section else field.name
         try:
-            value = _fitted(getattr(config, field.name), hints[field.name], where)
-        except _Misfit as misfit:
-            raise ConfigurationError(str(misfit)) from None
+            value = _convert(getattr(config, field.name), hints[field.name], path)
+        except _WrongType as error:
+            raise ConfigurationError(str(error)) from None
         object.__setattr__(config, field.name, value)
 
 
@@ -58,46 +58,46 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-class _Misfit(Exception):
-    """A value, or one inside it, is not what its annotation says."""
+class _WrongType(Exception):
+    """A value, or an item inside it, does not have its annotated type."""
 
-    def __init__(self, where: str, value: object, expected: str, hint: str = "") -> None:
+    def __init__(self, path: str, value: object, expected: str, hint: str = "") -> None:
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        super().__init__(f"{where} is {shown}; it must be {expected}.{hint}")
-        self.where = where
+        super().__init__(f"{path} is {shown}; it must be {expected}.{hint}")
+        self.path = path
 
 
-def _fitted(value: Any, annotation: Any, where: str) -> Any:
-    """The value as its annotation has it."""
+def _convert(value: Any, annotation: Any, path: str) -> Any:
+    """Convert a value to its annotated type, or raise _WrongType."""
     if annotation is Any:
         return value
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _fitted_to_one(value, args, where)
+        return _convert_to_any(value, args, path)
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in args):
             return value
         hint = nearest(value, args) if isinstance(value, str) else ""
-        raise _Misfit(where, value, _name(annotation), hint)
+        raise _WrongType(path, value, _name(annotation), hint)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         kinds = args if _is_fixed(annotation) else args[:1] * len(value)
         if len(kinds) != len(value):
-            raise _Misfit(where, value, _name(annotation))
+            raise _WrongType(path, value, _name(annotation))
         pairs = enumerate(zip(value, kinds, strict=True))
-        return origin(_fitted(item, kind, f"{where}[{i}]") for i, (item, kind) in pairs)
+        return origin(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in pairs)
     if origin is dict and isinstance(value, Mapping):
         return {
-            _fitted(key, args[0], f"a key of {where}"): _fitted(item, args[1], f"{where}[{key!r}]")
+            _convert(key, args[0], f"a key of {path}"): _convert(item, args[1], f"{path}[{key!r}]")
             for key, item in value.items()
         }
     if origin is None:
-        return _plain(value, annotation, where)
-    raise _Misfit(where, value, _name(annotation))
+        return _convert_scalar(value, annotation, path)
+    raise _WrongType(path, value, _name(annotation))
 
 
-def _plain(value: Any, kind: type, where: str) -> Any:
-    if isinstance(value, bool) == (kind is bool):  # Python's bool is an int, ours is not
+def _convert_scalar(value: Any, kind: type, path: str) -> Any:
+    if isinstance(value, bool) == (kind is bool):  # in Python a bool is an int
         if isinstance(value, kind):
             return value
         if kind is int and isinstance(value, Integral):
@@ -107,24 +107,24 @@ def _plain(value: Any, kind: type, where: str) -> Any:
                 return float(value)
         if kind is str and isinstance(value, os.PathLike):
             return os.fspath(value)
-    raise _Misfit(where, value, _name(kind))
+    raise _WrongType(path, value, _name(kind))
 
 
-def _fitted_to_one(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
-    misfits = []
+def _convert_to_any(value: Any, kinds: tuple[Any, ...], path: str) -> Any:
+    errors = []
     for kind in kinds:
         try:
-            return _fitted(value, kind, where)
-        except _Misfit as misfit:
-            misfits.append(misfit)
-    innermost = max(misfits, key=lambda misfit: len(misfit.where))
-    if innermost.where != where:  # the list is one that could be meant: name what is wrong in it
+            return _convert(value, kind, path)
+        except _WrongType as error:
+            errors.append(error)
+    innermost = max(errors, key=lambda error: len(error.path))
+    if innermost.path != path:  # only an item has the wrong type: report the item
         raise innermost
-    raise _Misfit(where, value, " or ".join(map(_name, kinds)))
+    raise _WrongType(path, value, " or ".join(map(_name, kinds)))
 
 
 def _is_fixed(annotation: Any) -> bool:
-    """Whether a list or tuple has as many entries as its annotation."""
+    """Whether the annotation is a tuple of fixed length."""
     return get_origin(annotation) is tuple and get_args(annotation)[-1] is not ...
 
 
@@ -138,8 +138,8 @@ def _name(annotation: Any, several: bool = False) -> str:
         choices = ", ".join(map(str, args))
         return choices if several else f"one of {choices}"
     if origin is dict:
-        return f"a mapping of {_name(args[0], True)} to {_name(args[1], True)}"
+        return f"a mapping from {_name(args[0], True)} to {_name(args[1], True)}"
     if origin in (list, tuple):
         number = f"{len(args)} " if _is_fixed(annotation) else ""
         return f"a list of {number}{_name(args[0], True)}"
-    return f"a {annotation.__name__}(...)"
+    return f"{annotation.__name__}(...)"

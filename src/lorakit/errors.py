@@ -1,4 +1,4 @@
-"""Every error a user can meet.
+"""The errors that lorakit raises.
 
 A message says what was found, what was expected, and what to write instead.
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class LorakitError(Exception):
-    """Base of all errors that lorakit raises on purpose; catch it to catch them all."""
+    """Base class of all errors that lorakit raises."""
 
 
 class ConfigurationError(LorakitError):
-    """A setting has a value that cannot work (rank 0, unknown key, two settings that exclude each other)."""
+    """A setting is invalid (rank 0, unknown key, two settings that exclude each other)."""
 
 
 class TargetError(LorakitError):
@@ -47,21 +47,21 @@ class RunFolderError(LorakitError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the choice most like ``word``, or an empty string."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    """Return ``" Did you mean 'x'?"`` for the choice closest to ``word``, or an empty string."""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise a ConfigurationError unless the number `value` is finite and `least` or more."""
-    if not least <= value < math.inf:  # NaN is neither
+    """Raise a ConfigurationError unless `value` is finite and at least `least`."""
+    if not least <= value < math.inf:  # also rejects NaN
         raise ConfigurationError(
             f"{name} is {value!r}; it must be a finite number of {least} or more."
         )
 
 
 def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a ConfigurationError that names the nearest unless `value` is one of `choices`."""
+    """Raise a ConfigurationError that suggests the closest choice unless `value` is one of them."""
     choices = list(choices)
     if value not in choices:
         raise ConfigurationError(

@@ -78,7 +78,7 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
     # A page is not written over unasked, nor is anything planned for it.
     page.write_text("mine")
     assert main([*arguments, *written]) == 1
-    assert "say overwrite to replace it" in capsys.readouterr().err
+    assert "set overwrite to replace it" in capsys.readouterr().err
     assert page.read_text() == "mine"
     assert main([*arguments, *written, "--overwrite", "true", "--json", "true"]) == 0
     assert json.loads(capsys.readouterr().out)["chosen"]["trained"]

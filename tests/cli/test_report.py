@@ -183,12 +183,12 @@ def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
     status, _, err = call(capsys, *argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
     page = output.with_suffix(".html").read_text()
-    assert "Which label was taken for which" in page
+    assert "Confusion matrix" in page
     assert "predicted wet" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     for key in ("output", "label"):
         assert [r[f"{key}_name"] for r in records] == [names[r[key]] for r in records]
-    table = page.split("Which label was taken for which")[-1].split("</table>")[0]
+    table = page.split("Confusion matrix")[-1].split("</table>")[0]
     counted = [
         [int(cell) for cell in re.findall(r'<td class="number">(\d+)</td>', row)]
         for row in table.split("<tr>")[2:]

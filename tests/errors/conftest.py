@@ -1,4 +1,4 @@
-"""A base, an adapter in every form, data, and a shell."""
+"""Fixtures: bases, adapters in every format, data and a shell."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from user_mistakes import (
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model folders: base; retrained, of the same shapes; wider."""
+    """Model folders: a base, one retrained with the same shapes, and a wider one."""
     folder = tmp_path_factory.mktemp("models")
     save_base(folder / "base")
     save_base(folder / "wider", intermediate_size=96)
@@ -51,7 +51,7 @@ def model(base: str) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def saved(bases: Path) -> Path:
-    """The user's adapter: a folder of lorakit's, which is one of PEFT's with a record beside it."""
+    """An adapter folder of lorakit: a PEFT folder with a lorakit.json."""
     adapters = lorakit.attach(
         lorakit.load_base(bases / "base", dtype="float32").model, lorakit.LoRA(rank=2)
     )
@@ -66,7 +66,7 @@ def adapter(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def peft_folder(adapter: Path) -> Path:
-    """The same from PEFT: no record, no checksums."""
+    """The same adapter from PEFT: without lorakit.json and checksums."""
     (adapter / RECORD).unlink()
     return adapter
 
@@ -86,6 +86,6 @@ def data(tmp_path: Path) -> str:
 def shell(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Shell:
-    """A shell in an empty folder, so that relative paths and stray files land in it."""
+    """A shell in an empty folder, which collects relative paths and stray files."""
     monkeypatch.chdir(tmp_path)
     return Shell(capsys, tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters that are damaged, made for another base, incomplete, or that hold code."""
+"""Adapters that are damaged, trained for another base, incomplete, or that contain code."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_damaged_adapter_without_checksums(
 
 @pytest.mark.parametrize("name", [TENSORS, PEFT_CONFIG, RECORD])
 def test_a_bit_flipped_anywhere(name: str, adapter: Path) -> None:
-    """No file that a lorakit folder is read from may change unseen."""
+    """A change of any file of a lorakit folder is detected."""
     path = adapter / name
     whole = path.read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 60)):
@@ -135,7 +135,7 @@ def test_wrong_base_in_every_command(
     shell.refuses(line, "base", "retrained", "allow_other_base")
 
 
-# --- missing and surplus keys ---------------------------------------------------------------------
+# --- missing and unexpected keys ------------------------------------------------------------------
 
 
 def drop(*keys: str) -> Any:
@@ -219,7 +219,7 @@ def test_missing_and_surplus_keys_in_commands(
 
 
 class Payload:
-    """Unpickling this makes the folder `path`."""
+    """Unpickling an instance creates the folder `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Data that is empty, lacks columns or is too long."""
+"""Data that is empty, has wrong columns, or is too long."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_data_file_missing_and_the_empty_folder_of_the_user_stays_empty(
 
 
 def test_data_file_missing_and_the_finished_run_stays(shell: Shell, base: str, data: str) -> None:
-    """Even with --overwrite."""
+    """Also with --overwrite true."""
     assert main((on_data("train", base) + data).split()) == 0
     line = on_data("train", base) + "trian.jsonl --overwrite true"
     shell.refuses(line, "trian.jsonl", "Did you mean 'train.jsonl'?")
@@ -148,7 +148,7 @@ def test_example_longer_than_max_length(command: str, shell: Shell, base: str, d
 def test_example_longer_than_the_context(
     command: str, split: str, arch: str, shell: Shell, bases: Path, data: str
 ) -> None:
-    """`max_length` exceeds the context of the model."""
+    """The user sets `max_length` above the context length of the model."""
     long = write_rows(Path("long.jsonl"), [*ROWS, {"prompt": LONG, "completion": " pub"}])
     train, validation = (long, data) if split == "train" else (data, long)
     line = f"{on_data(command, str(bases / arch))}{train} --data.validation {validation}"
@@ -162,7 +162,7 @@ def test_example_longer_than_the_context(
 def test_a_side_longer_than_the_context(
     command: str, side: str, shell: Shell, data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """An encoder-decoder with learned positions has a context for the prompt and one for the completion."""
+    """An encoder-decoder with learned positions limits prompt and completion separately."""
     base = save_base(tmp_path_factory.mktemp("bart"), "bart")
     row = {"prompt": "river", "completion": " pub", side: LONG}
     long = write_rows(Path("long.jsonl"), [*ROWS, row])

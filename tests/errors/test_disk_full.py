@@ -1,4 +1,4 @@
-"""A full disk at any write."""
+"""A disk that is full at any of the writes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_disk_full_at_any_write_of_a_save(
             adapters.save(tmp_path / "new" / "adapter")
         except RunFolderError as error:
             assert_says(str(error), ("disk full", "adapter", "free some space"))
-        else:  # a save makes fewer such calls than that
+        else:  # the save made fewer calls
             assert full.left >= 0
             shutil.rmtree(tmp_path / "new")
     assert full.left == 0 or calls
@@ -111,7 +111,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_really_full_disk(
     command: str, small_disk: Path, shell: Shell, adapter: Path, base: str, data: str
 ) -> None:
-    if command.startswith(("generate", "train")):  # whose first writes are small
+    if command.startswith(("generate", "train")):  # their first writes are small
         with (small_disk / "filler").open("ab") as file:
             file.write(bytes(4 << 10))
     shell.refuses(command.format(base=base, data=data), "disk full", "disk/new", "free some space")
@@ -142,7 +142,7 @@ def test_disk_full_in_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was saved before stays whole: once there is space, the run goes on to the same weights."""
+    """Earlier checkpoints stay intact: with free space, the run resumes and ends with the same weights."""
     owner, name = IN_A_RUN[write]
     function = getattr(owner, name)
 

@@ -1,4 +1,4 @@
-"""Outputs that another run holds, or that would replace what is not theirs."""
+"""Outputs that another run locks, or that would replace files of other programs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_merge_does_not_replace_what_it_reads(
 def test_resume_on_a_base_that_has_changed(
     shell: Shell, bases: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights would be those of no base."""
+    """Resuming would train an adapter for two different bases."""
     shutil.copytree(bases / "base", "model")
     full = FullAfter(checkpoint.write_safetensors, 4)  # in the second checkpoint
     with monkeypatch.context() as patched:
@@ -109,7 +109,7 @@ def test_resume_on_a_base_that_has_changed(
     shell.refuses("train --config run/config.yaml --resume true", "run", "base", "changed")
 
 
-# --- an output in the way -------------------------------------------------------------------------
+# --- an output that already exists ----------------------------------------------------------------
 
 IN_THE_WAY = {
     "merge": ("merge nowhere taken", "folder"),
@@ -127,7 +127,7 @@ IN_THE_WAY = {
 def test_an_output_in_the_way_is_seen_before_anything_is_read(
     command: str, kind: str, shell: Shell, adapter: Path
 ) -> None:
-    """Minutes of work would be lost otherwise; here nothing that the work needs is even there."""
+    """The check runs before any input is read, so that no work is lost; the inputs here do not exist."""
     taken = Path(next(word for word in command.split() if word.startswith("taken")))
     if kind == "folder":
         shutil.copytree(adapter, taken)

@@ -1,4 +1,4 @@
-"""Targets, numbers and keys that mean nothing."""
+"""Invalid targets, numbers and keys."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_rank_0_and_alpha_0(
 
 
 def test_rank_above_the_width(model: nn.Module, shell: Shell, base: str, data: str) -> None:
-    """The layers are 32 wide, and v_proj, of two shared heads, gives 16."""
+    """The layers have 32 features, and v_proj (two key-value heads) has 16 outputs."""
     with nothing_left(shell.folder, model):
         with refused(ConfigurationError, "rank 17", "v_proj", "16", "rank_pattern"):
             lorakit.attach(model, lorakit.LoRA(rank=17))

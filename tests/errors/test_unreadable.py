@@ -1,4 +1,4 @@
-"""Files that are folders, links to nowhere, pipes, in another encoding, or not the user's to read."""
+"""Files that are folders, broken links, pipes, in another encoding, or without read permission."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IN_PLACE: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(params=IN_PLACE.values(), ids=IN_PLACE)
 def put(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
-    """Put something else in the place of a file."""
+    """Replace a file by something else."""
 
     def instead(path: Path) -> Path:
         path.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def test_in_place_of_data(
     shell.refuses(command_on_data(command, base) + "rows.jsonl", "rows.jsonl")
 
 
-# A pipe is as good as a file there: `--file <(command)`.
+# These commands accept pipes: `--file <(command)`.
 NO_PIPE = {name: make for name, make in IN_PLACE.items() if name != "a pipe"}
 
 
@@ -87,12 +87,12 @@ def test_prompts_in_another_encoding(name: str, shell: Shell, base: str) -> None
     shell.refuses(f"generate --base.name {base} --file {name}", name, "not UTF-8", "0xe9")
 
 
-# --- without the right to read -------------------------------------------------------------------
+# --- without permission to read ------------------------------------------------------------------
 
 
 @pytest.fixture
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that another user has closed: nothing in it can be listed, looked up or opened."""
+    """A folder without permissions: its files cannot be listed or opened."""
     folder = tmp_path / "locked"
     folder.mkdir()
 
@@ -158,7 +158,7 @@ def test_locked_through_python(locked: Path, base: str) -> None:
 def test_what_the_system_refuses_is_never_a_traceback(
     monkeypatch: pytest.MonkeyPatch, shell: Shell
 ) -> None:
-    """The last net, for files that libraries open."""
+    """The command line also converts errors from files that libraries open."""
 
     def failing(*_: Any, **__: Any) -> None:
         raise OSError(5, "Input/output error", "somewhere")
@@ -167,7 +167,7 @@ def test_what_the_system_refuses_is_never_a_traceback(
     shell.refuses("inspect adapter", "somewhere", "Input/output error")
 
 
-# --- where the output goes ------------------------------------------------------------------------
+# --- standard output ------------------------------------------------------------------------------
 
 
 def test_a_terminal_that_cannot_show_it(
@@ -184,7 +184,7 @@ def test_a_terminal_that_cannot_show_it(
 
 @pytest.mark.parametrize("options", [[], ["--json", "true"]], ids=["table", "json"])
 def test_a_reader_that_has_seen_enough(options: list[str], adapter: Path) -> None:
-    """As `lorakit inspect adapter | head -1` is for the shell."""
+    """Like `lorakit inspect adapter | head -1` in a shell."""
     reading, writing = os.pipe()
     os.close(reading)
     with pytest.MonkeyPatch.context() as patch, os.fdopen(writing, "w") as pipe:
@@ -197,7 +197,7 @@ def test_a_closed_standard_output(adapter: Path, monkeypatch: pytest.MonkeyPatch
     assert main(["inspect", str(adapter)]) == 0
 
 
-# --- a library's own advice -----------------------------------------------------------------------
+# --- advice of other libraries --------------------------------------------------------------------
 
 NO_TENSORS = {
     "rows": b'{"prompt": "a"}\n',
@@ -213,7 +213,7 @@ NO_TENSORS = {
 @pytest.mark.parametrize("content", NO_TENSORS.values(), ids=NO_TENSORS)
 @pytest.mark.parametrize("name", ["lora.pt", "rows.jsonl", "lora.safetensors"])
 def test_a_file_of_no_tensors(name: str, content: bytes, shell: Shell) -> None:
-    """torch would advise to open it with weights_only=False, which runs what is in it."""
+    """torch suggests weights_only=False, which would run the code in the file."""
     Path(name).write_bytes(content)
     shell.refuses(f"inspect {name}", name)
     main(["inspect", name])

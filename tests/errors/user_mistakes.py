@@ -1,7 +1,7 @@
-"""What a user has, the two faces that a mistake can go through, and what must hold after every error.
+"""Inputs with mistakes, the two interfaces that they pass through, and the checks after every error.
 
-The error is lorakit's own and names what was found and what to write instead; the command ends with
-status 1 and no traceback. No folder gains, loses or changes a file, and no model a tensor or a hook.
+The error is an error of lorakit that names the problem and the fix; the command exits with status 1 and
+without a traceback. The error changes no file of any folder and no tensor or hook of any model.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CONTEXT = 64
 ROWS = [{"prompt": f"river {i}:", "completion": " pub"} for i in range(8)]
 
 
-# --- what a user has ------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def save_base(folder: Path, arch: str = "llama", **settings: Any) -> Path:
-    """Write the tiny model of `arch` and a tokenizer, as a model folder."""
+    """Write a model folder with the tiny model of `arch` and a tokenizer."""
     tokenizer = tiny_tokenizer()
     model = tiny_models.build(arch, vocab_size=len(tokenizer), **settings)
     model.config.pad_token_id, model.config.eos_token_id = (
@@ -89,7 +89,7 @@ def on_data(command: str, base: str) -> str:
     }[command]
 
 
-# --- what happens to it ---------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def truncate(path: Path, share: float) -> None:
@@ -108,7 +108,7 @@ def disk_full(*_: Any, **__: Any) -> Any:
 
 
 class FullAfter:
-    """Stands in for a writing function; the disk is full from call number `calls` on."""
+    """A wrapper of a writing function that raises "disk full" after `calls` calls."""
 
     def __init__(self, function: Any, calls: int) -> None:
         self.function, self.left = function, calls
@@ -120,11 +120,11 @@ class FullAfter:
         return self.function(*args, **kwargs)
 
 
-# --- what must hold after every error -------------------------------------------------------------
+# --- checks after every error ---------------------------------------------------------------------
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every path in `folder`, with a digest of what is there."""
+    """Return every path in `folder` with the digest of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file()
@@ -134,7 +134,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def trace(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Any, ...]], list[bool]]:
-    """Everything that an adapter would change on a model."""
+    """Return everything that an adapter changes on a model."""
     hooks = [
         (
             name,
@@ -178,7 +178,7 @@ def assert_says(message: str, words: tuple[str, ...]) -> None:
 
 
 class Shell:
-    """Runs commands that must fail, as a shell would show it."""
+    """Runs commands that must fail and checks their output."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         self.capsys, self.folder = capsys, folder

@@ -139,9 +139,9 @@ def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "nowhere.py:IA3"}, "names the file 'nowhere.py', and there is none"),
-        ({"method": f"{FILE}:IA2"}, r"no 'IA2' in it.*Did you mean 'IA3'"),
-        ({"method": f"{FILE}"}, "What it has: IA3"),
+        ({"method": "nowhere.py:IA3"}, "names the file 'nowhere.py', which does not exist"),
+        ({"method": f"{FILE}:IA2"}, r"which has no 'IA2'.*Did you mean 'IA3'"),
+        ({"method": f"{FILE}"}, "Its classes: IA3"),
         ({"method": f"{FILE}:Scale"}, "a method is a frozen dataclass"),
         ({"method": NAME, "method_settings": {"targts": []}}, "Did you mean 'targets'"),
         ({"method_settings": {"size": 4}}, "one method of your own"),

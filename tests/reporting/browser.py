@@ -1,4 +1,4 @@
-"""Headless Chromium that records what a page asks of the network and complains about."""
+"""Headless Chromium that records the requests and console messages of a page."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 )
-"""A text that would take over a page which does not escape it."""
+"""A text that would run a script in a page that does not escape it."""
 
 
 @dataclass
 class Opened:
-    """A page in the browser."""
+    """A page that is open in the browser."""
 
     page: Any
     requests: list[str] = field(default_factory=list)
@@ -52,15 +52,15 @@ class Browser:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start Chromium, $CHROMIUM or one on the path; skip the test where there is none."""
+    """Start $CHROMIUM or a Chromium on the path; skip the test if none is installed."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
         pytest.skip("no Chromium is installed; set CHROMIUM to its path")
     with sync_api.sync_playwright() as playwright:
-        # As root Chromium starts without its sandbox alone; the pages are ours.
+        # Chromium refuses to run its sandbox as root; the pages are trusted.
         chromium = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
         )
         try:
             yield Browser(chromium)

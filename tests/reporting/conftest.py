@@ -1,4 +1,4 @@
-"""A run, and a browser to look at its page."""
+"""Fixtures: a run, an unfinished run and a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorakit.training.loop import train
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a tiny model, with samples and a hostile prompt among them."""
+    """A finished run of a tiny model, with samples that include a hostile prompt."""
     folder = tmp_path_factory.mktemp("reports")
     base = tiny_runs.save_base(folder / "base", max_position_embeddings=256)
     hostile = {"prompt": HOSTILE, "completion": f" {HOSTILE}"}
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unfinished(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run as it stood after 20 steps, its last line still being written."""
+    """The same run after 20 steps, with its last line still being written."""
     folder = tmp_path_factory.mktemp("unfinished") / "<i>second"
     folder.mkdir()
     for name in ("config.yaml", "environment.json", "samples.jsonl"):
@@ -54,6 +54,6 @@ def unfinished(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium, headless; skips where there is none."""
+    """Headless Chromium; skips the test if it is not installed."""
     with open_browser() as opened:
         yield opened

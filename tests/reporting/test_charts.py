@@ -1,4 +1,4 @@
-"""Charts: what is drawn are the numbers that were given, in every format."""
+"""Charts show the numbers they were built from, in every format."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from lorakit.reporting.stacked_bars import stacked_bar_chart
 
 
 def labels(svg: str) -> list[str]:
-    """The sentences of an SVG's marks."""
-    found: list[str] = []
+    """Return the labels of an SVG's marks."""
+    texts: list[str] = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            found.extend(value for name, value in attrs if name == "data-t")
+            texts.extend(value for name, value in attrs if name == "data-t")
 
     Reader().feed(svg)
-    return found
+    return texts
 
 
 CURVE = [(step, 3 / step) for step in range(1, 21)]
@@ -94,9 +94,9 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", CHARTS)
 def test_every_mark_carries_its_numbers(kind) -> None:
     svg = drawing.inline_svg(CHARTS[kind], 1)
-    found = labels(svg)
-    assert set(EXPECTED[kind]) <= set(found)
-    assert not any("undefined" in label or "NaN" in label for label in found)
+    texts = labels(svg)
+    assert set(EXPECTED[kind]) <= set(texts)
+    assert not any("undefined" in text or "NaN" in text for text in texts)
     counts = {
         "line": 30,
         "log": 20,
@@ -108,7 +108,7 @@ def test_every_mark_carries_its_numbers(kind) -> None:
         "cells": 3,
         "rows": 2,
     }
-    assert len(found) == counts[kind]
+    assert len(texts) == counts[kind]
 
 
 @pytest.mark.parametrize("kind", CHARTS)
@@ -143,7 +143,7 @@ def test_rows_and_columns_of_a_heat_map_are_counted_from_its_upper_left() -> Non
         "phi", [[i + j for j in range(20)] for i in range(20)], x="j", y="i", value="v"
     )
     svg = drawing.inline_svg(chart, 1)
-    # Numbers along both axes, none beside the first row alone.
+    # Both axes have tick labels.
     assert len(re.findall(r"<text [^>]*>10</text>", svg)) == 2
     places = {
         (int(i), int(j)): (float(x), float(y))
@@ -164,9 +164,9 @@ def test_points_of_a_scatter_chart_are_told_apart_by_a_legend() -> None:
 
 def test_stacked_parts_stand_one_after_another() -> None:
     svg = drawing.inline_svg(CHARTS["stacked"], 1)
-    found = re.findall(r'data-t="(\w+), (\w+): (\d+) B[^"]*" d="M([\d.]+),[\d.]+h([\d.]+)', svg)
-    assert len(found) == 4
-    by_name = {(bar, part): tuple(map(float, rest)) for bar, part, *rest in found}
+    parts = re.findall(r'data-t="(\w+), (\w+): (\d+) B[^"]*" d="M([\d.]+),[\d.]+h([\d.]+)', svg)
+    assert len(parts) == 4
+    by_name = {(bar, part): tuple(map(float, rest)) for bar, part, *rest in parts}
     scale = {round(width / value, 2) for value, _, width in by_name.values()}
     assert len(scale) == 1  # one scale for both bars
     for bar in ("LoRA", "full"):
@@ -192,7 +192,7 @@ def test_hostile_names_stay_text() -> None:
         svg = drawing.inline_svg(one, 1)
         assert "<script" not in svg
         assert "<img" not in svg
-        root = ET.fromstring(svg)  # well-formed: no name broke out of its place
+        root = ET.fromstring(svg)  # well-formed: no name broke the markup
         assert any(HOSTILE in (part.get("data-t") or "") for part in root.iter())
 
 
@@ -228,7 +228,7 @@ def test_wrong_places_of_a_figure_are_errors(tmp_path) -> None:
 
 def test_running_mean() -> None:
     values = np.random.default_rng(0).normal(size=50)
-    values[10] = 1e20  # a spike is forgotten once it has left the window
+    values[10] = 1e20  # a spike has no effect once it is outside the window
     means = running_mean(list(enumerate(values)), 8)
     expected = [values[max(0, i - 7) : i + 1].mean() for i in range(50)]
     np.testing.assert_allclose([y for _, y in means], expected, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""The page in Chromium: whole, offline, readable on a phone, in the dark and in print."""
+"""Pages in Chromium: complete, offline, readable on a phone, in dark mode and in print."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorakit.reporting.comparison import comparison_page
 
 MEGABYTE = 1_000_000
 CHARTS = {"run": 5, "comparison": 5, "plan": 4}
-"""The pages that are looked at, and how many charts each has at least."""
+"""Least number of charts of each page."""
 
 CONTRASTS = """() => {
-  // Ratio of luminances (WCAG 2) of every text and the first background behind it.
+  // Contrast ratio (WCAG 2) of every text and the first background behind it.
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].reduce((sum, v, i) => {
     const c = v / 255;
@@ -105,7 +105,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, pages, name) -> No
             "[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)"
         )
         assert min(sizes) > 7
-        # A table may scroll; what it shows is said in sight.
+        # A table may scroll, but its caption must stay visible.
         ends = opened.run(
             "[...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect().right)"
         )

@@ -1,4 +1,4 @@
-"""The page of a run: its numbers are those of the folder."""
+"""The page of a run shows the numbers of its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorakit.reporting.run_summary import in_sentence
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, without tags."""
+    """Return the visible text of a page."""
     body = page.split("<body>")[1].split("<script>")[0]
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
@@ -28,7 +28,7 @@ def text_of(page: str) -> str:
 def test_a_change_is_relative_only_where_that_means_something() -> None:
     assert measures.change(3.0, 4.0) == "-1 (-25.0%)"
     assert measures.change(-0.3, -0.2) == "-0.1 (-50.0%)"
-    assert measures.change(0.27, -0.01) == "+0.28"  # a share of nearly nothing, of the other sign
+    assert measures.change(0.27, -0.01) == "+0.28"  # the signs differ: no relative change
     assert measures.change(0.5, 0.0) == "+0.5"
 
 

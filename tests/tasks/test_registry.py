@@ -68,15 +68,15 @@ def test_a_file_is_run_once_until_it_changes(file: Path) -> None:
     [
         (
             "{file}:Wether",
-            "no 'Wether' in it; write .*:Class. What it has: Weather, Nameless, .*Did",
+            "which has no 'Wether'. Write .*:Class. Its classes: Weather, Nameless, .*Did",
         ),
-        ("{file}", "no class is named after it; write .*my_tasks.py:Class. What it has: Weather"),
+        ("{file}", "but no class in it. Write .*my_tasks.py:Class. Its classes: Weather"),
         ("{file}:number", "which is 3; it must be a class that inherits from a task"),
         ("{file}:DataSet", "it must be a class that inherits from a task"),
         ("{file}:Nameless", "set a unique one"),
         ("{file}:Taken", "the name 'mrpc' of a task of lorakit; set a unique one"),
         ("{file}:Half", "lacks encode, score; implement it, or inherit from Completion"),
-        ("gone.py:Task", "names the file 'gone.py', and there is none"),
+        ("gone.py:Task", "names the file 'gone.py', which does not exist"),
         ("weather", "The task is 'weather'; it must be auto, one of .*samsum, or a class in a"),
     ],
 )

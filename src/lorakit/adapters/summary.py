@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
+from lorakit.formatting import size
 from lorakit.methods.method import Method, describe
 
 
@@ -44,7 +45,7 @@ class Summary:
         lines = [
             f"{self.name}: {self.method}",
             f"trainable {counts.trainable:,} of {counts.total:,} parameters ({counts.share:.3%}), "
-            f"file {_size(self.file_bytes)}",
+            f"file {size(self.file_bytes)}",
         ]
         # Blocks repeat: one line for each kind of layer says more than one for each layer.
         groups: dict[str, list[int]] = {}
@@ -69,9 +70,9 @@ def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
         if fresh:
             by_layer[path] = sum(p.numel() for p in fresh)
     total = sum(weight.numel() for _, weight in base_weights(model))
-    size = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    file_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
     counts = Counts(sum(by_layer.values()), total, by_layer)
-    return Summary(adapter.name, describe(adapter.method), counts, size)
+    return Summary(adapter.name, describe(adapter.method), counts, file_bytes)
 
 
 def count_parameters(model: nn.Module, method: Method) -> Counts:
@@ -95,11 +96,3 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
             by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
     total = sum(weight.numel() for _, weight in base_weights(model))
     return Counts(sum(by_layer.values()), total, by_layer)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError

@@ -56,6 +56,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import TEXT
     from lorakit.compute.base import open_base
     from lorakit.data import DataConfig, load_examples
+    from lorakit.formatting import duration
     from lorakit.models.base_config import BaseConfig
     from lorakit.training.loop import train
 
@@ -101,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
     _verify_merge(console, config, result.adapter, test)
     page = write_run_report(result.folder)
     console.print(f"\nThe run to look at: {page}", soft_wrap=True, markup=False)
-    console.print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Next:")
+    console.print(f"Done in {duration(time.monotonic() - began)}. Next:")
     for command, what in _next_commands(config, result.adapter):
         console.print(f"  {command}", soft_wrap=True, markup=False)
         console.print(f"      {what}", style="dim", soft_wrap=True)
@@ -188,11 +189,12 @@ def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> 
 
 def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
     from lorakit.adapters.installed import base_parameters
+    from lorakit.formatting import size
 
     small = (adapter / "adapter_model.safetensors").stat().st_size
     large = sum(p.numel() * p.element_size() for _, p in base_parameters(model))
     console.print(
-        f"\nThe adapter is {small / 2**20:.1f} MiB; the base is {large / 2**20:.0f} MiB, {large / small:.0f} times "
+        f"\nThe adapter is {size(small)}; the base is {size(large)}, {large / small:.0f} times "
         f"as large, and untouched."
     )
 

@@ -97,10 +97,11 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     from rich.table import Table
 
     from lorakit.analysis.deltas import family
+    from lorakit.formatting import size
 
     # Names and texts of a downloaded file are shown as they are, never as markup.
     console.print(facts["method"], style="bold", markup=False, highlight=False)
-    console.print(f"{facts['parameters']:,} parameters, {facts['bytes'] / 2**20:.2f} MiB")
+    console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, layer in facts["layers"].items():
         key = path if each_layer else family(path)

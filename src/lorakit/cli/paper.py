@@ -125,9 +125,9 @@ def _preview(config: PaperConfig) -> None:
 def _predicted(grid: Grid, run: TableRun) -> list[str]:
     """Return the planner's steps, memory and time for a run."""
     from lorakit.errors import LorakitError
+    from lorakit.formatting import duration, gigabytes
     from lorakit.paper.grid import training_limit
     from lorakit.planning import plan
-    from lorakit.training.progress import duration, gigabytes
 
     settings = grid.runner.train_config(run)
     try:

@@ -118,8 +118,8 @@ def run(argv: Sequence[str]) -> None:
 def _print(out: Console, found: Plan) -> None:
     from rich.table import Table
 
+    from lorakit.formatting import duration, size
     from lorakit.planning.machine import INTERPRETER
-    from lorakit.training.progress import duration, size
 
     def say(text: str) -> None:
         out.print(text, markup=False, soft_wrap=True)
@@ -156,9 +156,8 @@ def _print(out: Console, found: Plan) -> None:
 
 
 def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
+    from lorakit.formatting import short_duration, size
     from lorakit.planning.planner import Memory
-    from lorakit.reporting.measures import seconds
-    from lorakit.training.progress import size
 
     def sizes(name: str) -> list[str]:
         return [size(getattr(p.memory, name)) for p in columns]
@@ -168,7 +167,7 @@ def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
         ("trained parameters", [f"{p.trained:,}" for p in columns]),
         ("share of the base", [f"{p.share:.4%}" for p in columns]),
         ("saved file", [size(p.file_bytes) for p in columns]),
-        ("time per step", [seconds(p.seconds) for p in columns]),
+        ("time per step", [short_duration(p.seconds) for p in columns]),
         ("peak memory", sizes("total")),
         *((f"  {name}", sizes(name)) for name in parts),
     ]

@@ -15,9 +15,9 @@ def run(argv: Sequence[str]) -> None:
     """Train as the configuration says and print where the result lies."""
     from lorakit.cli.parsing import parse, take_option
     from lorakit.cli.report import write_run_report
+    from lorakit.formatting import duration, gigabytes
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
-    from lorakit.training.progress import gigabytes
 
     recipe, rest = take_option(argv, "--recipe")
     config = parse(
@@ -32,10 +32,9 @@ def run(argv: Sequence[str]) -> None:
         typed_only="--recipe",
     )
     result = train(config)
-    minutes = result.seconds / 60
     early = ", stopped early" if result.stopped_early else ""
     print(
-        f"\n{result.steps:,} steps in {minutes:.1f} minutes ({result.tokens:,} tokens, "
+        f"\n{result.steps:,} steps in {duration(result.seconds)} ({result.tokens:,} tokens, "
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
         f"{gigabytes(result.peak_memory)}{early}"
     )
@@ -62,8 +61,8 @@ def _next(config: TrainConfig, result: RunResult) -> str:
 
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
     """What `lorakit plan` says of the run, to be printed and for its report; None where it says nothing."""
+    from lorakit.formatting import gigabytes
     from lorakit.planning import plan
-    from lorakit.training.progress import gigabytes
 
     try:
         found = plan(config, compare=False)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lorakit.formatting import duration, percentage, rounded_count, short_duration, size
 from lorakit.planning.machine import INTERPRETER
 from lorakit.planning.planner import Plan, Prediction
-from lorakit.reporting import Figure, Page, RunRecord, Section, measures
+from lorakit.reporting import Figure, Page, RunRecord, Section
 from lorakit.reporting.charts import Chart, bar_chart
 from lorakit.reporting.page import Block, Cell, Code, KeyFigure, KeyFigures, Prose, Table
 from lorakit.reporting.run_settings import main_settings, settings_text
 from lorakit.reporting.run_summary import describe_method
 from lorakit.reporting.stacked_bars import stacked_bar_chart
 from lorakit.training.config import TrainConfig
-from lorakit.training.progress import duration, size
 
 FULL = "Full fine-tuning"
 
@@ -83,14 +83,14 @@ def memory_figure(found: Plan) -> Figure:
         "Memory at the fullest moment of a step, its parts in the order of the legend. Point at one to read its "
         "numbers; the table has them all."
     )
-    time = _bars(found, "Time per step", "seconds", measures.seconds)
+    time = _bars(found, "Time per step", "seconds", short_duration)
     return Figure(caption=caption, charts=(memory, time), name="memory-and-time")
 
 
 def sizes_figure(found: Plan) -> Figure:
     """What is trained and what is saved, a bar for each method."""
     charts = (
-        _bars(found, "Trained parameters", "trained", measures.parameters),
+        _bars(found, "Trained parameters", "trained", rounded_count),
         _bars(found, "Saved file", "file_bytes", size),
     )
     return Figure(caption="Each chart has a scale of its own, from 0.", charts=charts, name="sizes")
@@ -110,13 +110,13 @@ def _columns(found: Plan) -> list[tuple[str, Prediction]]:
 
 def _summary(found: Plan, what: str) -> list[str]:
     chosen, full = found.chosen, found.full
-    count = measures.parameters(chosen.trained)
-    share = measures.share(chosen.trained, found.parameters)
+    count = rounded_count(chosen.trained)
+    share = percentage(chosen.trained, found.parameters)
     sentences = [
         f"{what} on {found.base} trains {count} parameters, {share} of the base's "
-        f"{measures.parameters(found.parameters)}, and saves {size(chosen.file_bytes)}.",
+        f"{rounded_count(found.parameters)}, and saves {size(chosen.file_bytes)}.",
         f"At its fullest moment it holds {size(chosen.memory.total)}, and a step of {found.tokens:,} tokens "
-        f"takes {measures.seconds(chosen.seconds)}.",
+        f"takes {short_duration(chosen.seconds)}.",
     ]
     if found.steps:
         sentences[1] = (
@@ -128,7 +128,7 @@ def _summary(found: Plan, what: str) -> list[str]:
         memory = full.memory.total / chosen.memory.total
         sentences.append(
             f"Full fine-tuning would hold {size(full.memory.total)}, {memory:.1f} times as much, save "
-            f"{size(full.file_bytes)}, and take {measures.seconds(full.seconds)} for a step, "
+            f"{size(full.file_bytes)}, and take {short_duration(full.seconds)} for a step, "
             f"{full.seconds / chosen.seconds:.1f} times as long."
         )
     if found.loading > chosen.memory.total:
@@ -144,7 +144,7 @@ def _key_figures(found: Plan) -> KeyFigures:
     def beside(value: str | None) -> str:
         return f"full fine-tuning: {value}" if value else ""
 
-    count = measures.parameters(chosen.trained)
+    count = rounded_count(chosen.trained)
     figures = [
         KeyFigure(
             label="Peak memory",
@@ -153,13 +153,13 @@ def _key_figures(found: Plan) -> KeyFigures:
         ),
         KeyFigure(
             label="Time per step",
-            value=measures.seconds(chosen.seconds),
-            note=beside(full and measures.seconds(full.seconds)),
+            value=short_duration(chosen.seconds),
+            note=beside(full and short_duration(full.seconds)),
         ),
         KeyFigure(
             label="Trained parameters",
             value=f"{chosen.trained:,}" if chosen.trained < 1e9 else count,
-            note=f"{measures.share(chosen.trained, found.parameters)} of the base's",
+            note=f"{percentage(chosen.trained, found.parameters)} of the base's",
         ),
         KeyFigure(
             label="Saved file",
@@ -179,7 +179,7 @@ def _memory(found: Plan) -> list[Block]:
     ]
     parts.append(("total", *(size(p.memory.total) for _, p in columns)))
     times: list[tuple[Cell, ...]] = [
-        ("A step", *(measures.seconds(p.seconds) for _, p in columns)),
+        ("A step", *(short_duration(p.seconds) for _, p in columns)),
         ("Tokens a second", *(_rate(found.tokens / p.seconds) for _, p in columns)),
     ]
     if found.steps:

@@ -1,7 +1,7 @@
-"""Reports: charts and self-contained HTML pages of runs, evaluations and whatever stands above.
+"""Reports: charts and self-contained HTML pages.
 
-`page` holds the blocks a page is made of, `charts` the charts, `drawing` draws them. `run_report`,
-`comparison` and `evaluation_report` fill pages from folders and plain data.
+`page` defines the blocks of a page, `charts` builds charts and `drawing` renders them. `run_report`,
+`comparison` and `evaluation_report` build the pages of runs and evaluations.
 """
 
 from lorakit.reporting.charts import Chart, Figure

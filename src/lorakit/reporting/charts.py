@@ -1,7 +1,7 @@
 """Charts as Vega-Lite specifications: lines, dots, bars, histograms and heat maps.
 
-A chart is data until it is drawn (`lorakit.reporting.drawing`): as SVG for a page, as a file for a paper. Every
-mark carries its numbers as a sentence, which the page shows on hover.
+`lorakit.reporting.drawing` renders a chart as SVG for a page or as a file for a paper. Every mark has its numbers
+as text, which the page shows on hover.
 """
 
 from __future__ import annotations
@@ -9,52 +9,57 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lorakit.reporting.axes import (
-    INK,
+    VALUE_TEXT,
     Mark,
     Spec,
+    bar_length,
+    bar_name,
     mark_layers,
+    nominal,
+    quantitative,
     row_axis,
     rows_height,
     short_names,
 )
 
 SERIES = ("#0072b2", "#d55e00", "#00805f", "#8e4a9e", "#9a6a00", "#5b6b7b")
-"""Colours of series, which all kinds of colour vision tell apart; the first three are Okabe and Ito's."""
+"""Colours of series, distinguishable with any colour vision; the first three are from Okabe and Ito."""
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
-"""Each series has a dash pattern and a shape too: nothing is said by colour alone."""
+"""Dash patterns of series: colour is never the only cue."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 WIDTH, HEIGHT = 310, 180
-"""Size of a chart's plot in pixels: two stand side by side on a page, one on a phone."""
+"""Size of a chart's plot in pixels: two charts fit in a row of a page, one on a phone."""
 MOST_POINTS = 240
-"""Points drawn of a line at most; more would be closer than pixels."""
+"""Most points drawn of a line; more would be denser than pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart: what is drawn, and the same in words for whoever cannot see it."""
+    """One chart, with a description for screen readers."""
 
     title: str
     alt: str
-    """What the chart shows, in a sentence with its main numbers."""
+    """A sentence that describes the chart, with its main numbers."""
     spec: Spec
     """A Vega-Lite view without title and configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Charts that belong together, with a caption."""
+    """Charts with a common caption."""
 
     caption: str
     charts: tuple[Chart, ...]
     columns: int = 2
-    """Charts side by side where it is saved as one picture."""
+    """Charts in a row when the figure is saved as one picture."""
     name: str = ""
-    """Name of its file where all pictures of a page are written."""
+    """File name for `Page.save_figures`, without number and suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +69,14 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
-    """Thin and pale, as raw values behind their mean."""
+    """Draw a thin, pale line, for raw values behind their mean."""
     dots: bool = False
-    """Mark every point."""
+    """Draw every point."""
     colour: int | None = None
-    """Number of its colour; by default its place among the series."""
+    """Index into `SERIES`; by default the position among the series."""
 
     def finite(self) -> list[tuple[float, float]]:
-        """The points that can be drawn."""
+        """Return the points with finite coordinates."""
         return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
 
 
@@ -87,7 +92,7 @@ def line_chart(
     y_format: str | None = None,
     width: int = WIDTH,
 ) -> Chart:
-    """Lines over x. The y axis begins at the data, as is right for curves, not at 0; the title says what it is."""
+    """Return lines over x. The y axis starts at the data, not at 0; the chart's title names it."""
     shown = [one for one in series if one.finite()]
     chosen = {
         one.name: (i if one.colour is None else one.colour) % len(SERIES)
@@ -101,27 +106,18 @@ def line_chart(
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = shortened(one.name for one in shown)
+    x_axis = {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1}
     place = {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "axis": {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1},
-            "scale": {"zero": False, "nice": False},
-        },
-        "y": {"field": "y", "type": "quantitative", "scale": scale, "axis": axis},
+        "x": quantitative("x", axis=x_axis, scale={"zero": False, "nice": False}),
+        "y": quantitative("y", axis=axis, scale=scale),
     }
-    colour = {
-        "field": "series",
-        "type": "nominal",
-        "scale": {"domain": [*names.values()], "range": [SERIES[chosen[name]] for name in names]},
-        "legend": {"symbolType": "stroke"} if len(shown) > 1 else None,
-    }
-    dash = {
-        "field": "series",
-        "type": "nominal",
-        "scale": {"domain": [*names.values()], "range": [DASHES[chosen[name]] for name in names]},
-        "legend": None,
-    }
+
+    def by_series(styles: Sequence[Any], legend: Spec | None) -> Spec:
+        scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
+        return nominal("series", scale=scale, legend=legend)
+
+    colour = by_series(SERIES, {"symbolType": "stroke"} if len(shown) > 1 else None)
+    dash = by_series(DASHES, None)
     layers: list[Spec] = []
     for one in shown:
         points = thinned(one.finite())
@@ -143,7 +139,7 @@ def line_chart(
         middle = (min(xs) + max(xs)) / 2
         layers += [layer for mark in marks for layer in mark_layers(mark, left_of=mark.at > middle)]
     spec = {"width": width, "height": HEIGHT, "layer": layers}
-    return Chart(title=title, alt=_lines_in_words(title, shown, x, y), spec=spec)
+    return Chart(title=title, alt=_line_alt(title, shown, x, y), spec=spec)
 
 
 def dot_chart(
@@ -156,7 +152,7 @@ def dot_chart(
     zero: bool = False,
     first_colour: int = 0,
 ) -> Chart:
-    """A row for each name, with a dot for each series' value there."""
+    """Return a row for each name, with a dot for each series."""
     labels = short_names(names)
     colours = [SERIES[(first_colour + i) % len(SERIES)] for i in range(len(series))]
     values = [
@@ -165,31 +161,22 @@ def dot_chart(
         for i, value in enumerate(numbers)
         if math.isfinite(value) and not (log and value <= 0)
     ]
-    domain = list(series)
+    domain, shapes = list(series), list(SHAPES[: len(series)])
+    legend = {"columns": 2, "columnPadding": 24} if len(series) > 1 else None
     spec: Spec = {
         "width": WIDTH,
         "height": rows_height(len(names)),
         "data": {"values": values},
         "mark": {"type": "point", "filled": True, "size": 28, "opacity": 1},
         "encoding": {
-            "x": {
-                "field": "x",
-                "type": "quantitative",
-                "scale": {"type": "log"} if log else {"zero": zero},
-                "axis": {"title": x, "tickCount": 5, "format": "~g"},
-            },
+            "x": quantitative(
+                "x",
+                scale={"type": "log"} if log else {"zero": zero},
+                axis={"title": x, "tickCount": 5, "format": "~g"},
+            ),
             "y": row_axis(labels),
-            "color": {
-                "field": "series",
-                "type": "nominal",
-                "scale": {"domain": domain, "range": colours},
-                "legend": {"columns": 2, "columnPadding": 24} if len(series) > 1 else None,
-            },
-            "shape": {
-                "field": "series",
-                "type": "nominal",
-                "scale": {"domain": domain, "range": list(SHAPES[: len(series)])},
-            },
+            "color": nominal("series", scale={"domain": domain, "range": colours}, legend=legend),
+            "shape": nominal("series", scale={"domain": domain, "range": shapes}),
             "description": {"field": "label"},
         },
     }
@@ -202,29 +189,15 @@ def dot_chart(
 def bar_chart(
     title: str, bars: Mapping[str, float], *, x: str, texts: Mapping[str, str] | None = None
 ) -> Chart:
-    """Horizontal bars from 0, each with its value beside it."""
+    """Return horizontal bars from 0, each followed by its value."""
     shown = {name: (texts or {}).get(name, f"{value:.4g}") for name, value in bars.items()}
     names = shortened(bars)
     values = [
         {"name": names[name], "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
         for name, value in bars.items()
     ]
-    largest = max(bars.values(), default=1) or 1
-    place = {
-        "y": {
-            "field": "name",
-            "type": "nominal",
-            "sort": None,
-            "axis": {"title": None, "ticks": False, "domain": False, "labelLimit": 140},
-        },
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "axis": {"title": x, "grid": False, "labels": False, "ticks": False, "domain": False},
-            # Room for the number at the end of the longest bar.
-            "scale": {"domain": [0, 1.3 * largest], "nice": False},
-        },
-    }
+    longest = max(bars.values(), default=1) or 1
+    place = {"y": bar_name("name"), "x": bar_length("x", longest, x)}
     spec = {
         "width": WIDTH,
         "height": {"step": 30},
@@ -234,17 +207,7 @@ def bar_chart(
                 "mark": {"type": "bar", "color": SERIES[0], "height": {"band": 0.6}},
                 "encoding": {**place, "description": {"field": "label"}},
             },
-            {
-                "mark": {
-                    "type": "text",
-                    "align": "left",
-                    "dx": 5,
-                    "color": INK,
-                    "fontSize": 11,
-                    "aria": False,
-                },
-                "encoding": {**place, "text": {"field": "text"}},
-            },
+            {"mark": VALUE_TEXT, "encoding": {**place, "text": {"field": "text"}}},
         ],
     }
     alt = f"{title}: " + "; ".join(f"{name} {text}" for name, text in shown.items()) + "."
@@ -254,7 +217,7 @@ def bar_chart(
 def histogram(
     title: str, edges: Sequence[float], counts: Sequence[int], *, x: str, y: str, marks=()
 ) -> Chart:
-    """Counts between the edges, on a logarithmic x axis."""
+    """Return a histogram with a logarithmic x axis; there is one more edge than counts."""
     values = [
         {
             "from": low,
@@ -275,19 +238,9 @@ def histogram(
                 "data": {"values": values},
                 "mark": {"type": "bar", "color": SERIES[0], "binSpacing": 1},
                 "encoding": {
-                    "x": {
-                        "field": "from",
-                        "type": "quantitative",
-                        "scale": scale,
-                        "axis": x_axis,
-                        "bin": {"binned": True},
-                    },
+                    "x": quantitative("from", scale=scale, axis=x_axis, bin={"binned": True}),
                     "x2": {"field": "to"},
-                    "y": {
-                        "field": "count",
-                        "type": "quantitative",
-                        "axis": {"title": y, "tickCount": 5},
-                    },
+                    "y": quantitative("count", axis={"title": y, "tickCount": 5}),
                     "description": {"field": "label"},
                 },
             },
@@ -302,25 +255,26 @@ def histogram(
 def thinned(
     points: Sequence[tuple[float, float]], most: int = MOST_POINTS
 ) -> list[tuple[float, float]]:
-    """Leave out points so that the line keeps its peaks: of each stretch the ends, the least and the greatest."""
+    """Return at most `most` points of a line, without losing its peaks.
+
+    Each stretch of the line keeps its ends, its least and its greatest point.
+    """
     if len(points) <= most:
         return list(points)
     stretches = max(1, most // 4)
-    kept: set[int] = set()
+    indices: set[int] = set()
     for k in range(stretches):
         part = range(k * len(points) // stretches, (k + 1) * len(points) // stretches)
-        kept |= {part[0], part[-1]}
-        kept |= {
-            min(part, key=lambda i: points[i][1]),
-            max(part, key=lambda i: points[i][1]),
-        }
-    return [points[i] for i in sorted(kept)]
+        least = min(part, key=lambda i: points[i][1])
+        greatest = max(part, key=lambda i: points[i][1])
+        indices |= {part[0], part[-1], least, greatest}
+    return [points[i] for i in sorted(indices)]
 
 
 def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """The mean of each value and those before it, `window` of them where there are so many."""
+    """Return the mean of each value and the `window` - 1 values before it, or fewer at the start."""
     values = np.array([y for _, y in points])
-    # Each from its own values: a running sum would keep what one huge value rounds away.
+    # A running sum would keep the rounding error of one huge value.
     return [
         (x, float(values[max(0, i + 1 - window) : i + 1].mean())) for i, (x, _) in enumerate(points)
     ]
@@ -330,17 +284,17 @@ def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tup
 
 
 def shortened(names: Iterable[str], most: int = 36) -> dict[str, str]:
-    """Names cut in their middle to `most` letters, with a number before one that then reads like another."""
-    found: dict[str, str] = {}
+    """Cut names in the middle to `most` characters; number those that become equal to another."""
+    labels: dict[str, str] = {}
     for number, name in enumerate(dict.fromkeys(names), 1):
         half = most // 2
         short = name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
-        found[name] = f"{number}: {short}" if short in found.values() else short
-    return found
+        labels[name] = f"{number}: {short}" if short in labels.values() else short
+    return labels
 
 
 def in_words(numbers: Sequence[float]) -> str:
-    """The least and the greatest of some numbers."""
+    """Return the range of the finite numbers as text."""
     finite = [number for number in numbers if math.isfinite(number)]
     if not finite:
         return "no values"
@@ -348,7 +302,7 @@ def in_words(numbers: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
-def _lines_in_words(title: str, series: Sequence[Series], x: str, y: str) -> str:
+def _line_alt(title: str, series: Sequence[Series], x: str, y: str) -> str:
     parts = []
     for one in series:
         (x0, y0), (x1, y1) = one.finite()[0], one.finite()[-1]

@@ -1,30 +1,30 @@
-"""Several runs in one page: their curves over each other, their numbers and settings side by side."""
+"""The page that compares runs: their scores, curves, costs, samples and settings."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.formatting import duration, size
 from lorakit.reporting import measures
-from lorakit.reporting.charts import Figure
 from lorakit.reporting.differences import plain
 from lorakit.reporting.page import Answer, Block, Cell, Code, Page, Sample, Samples, Section, Table
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_report import (
     SHOWN_SAMPLES,
+    curves_section,
     loss_chart,
 )
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
-from lorakit.training.progress import duration, size
 
 NOT_COMPARED = ("output", "resume", "overwrite")
 
 
 def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = ()) -> Page:
-    """The page that compares runs.
+    """Return the page that compares runs.
 
     Args:
         runs: Two runs or more.
@@ -53,7 +53,7 @@ def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = 
 
 
 def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs under names that differ: where some agree, as many folders above are put before as it takes."""
+    """Label the runs with different names: prefix equal names with parent folders until they differ."""
     paths = [run.folder.resolve().parts for run in runs]
     names = [run.name for run in runs]
     for count in range(2, max(map(len, paths)) + 1):
@@ -79,18 +79,18 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         if values[first] == values[second]:
             continue
         sentences.append(
-            f"{measures.score_name(name)} is best in {first} ({values[first]:.4g}), before {second} "
+            f"{measures.score_name(name)} is best in {first} ({values[first]:.4g}), followed by {second} "
             f"({values[second]:.4g})."
         )
-    different = _different(runs)
-    if different:
-        named = ", ".join(list(different)[:6]) + (" and more" if len(different) > 6 else "")
-        sentences.append(f"The runs differ in {named}.")
+    differences = _differences(runs)
+    if differences:
+        names = ", ".join(list(differences)[:6]) + (" and more" if len(differences) > 6 else "")
+        sentences.append(f"The runs differ in {names}.")
     else:
         sentences.append("The runs have the same settings.")
     sources = {str(r.config.get("data")) for r in runs}
     if len(sources) > 1:
-        sentences.append("Their data is not the same: scores on different data cannot be compared.")
+        sentences.append("Their data differs: scores on different data are not comparable.")
     return sentences
 
 
@@ -107,47 +107,42 @@ def _scores(runs: Sequence[RunRecord]) -> Table:
 
 
 def _curves(runs: Sequence[RunRecord]) -> Section | None:
-    wanted = [
+    metrics = [
         ("train", "loss"),
         *(("validation", n) for n in _score_names(runs)),
         ("train", "learning_rate"),
     ]
-    charts = [loss_chart(runs, split, name) for split, name in wanted if name != "perplexity"]
-    drawn = tuple(chart for chart in charts if chart is not None)
-    if not drawn:
-        return None
-    caption = "Over the optimizer's steps. Training curves of 40 steps and more are running means."
-    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
+    return curves_section(
+        [loss_chart(runs, split, name) for split, name in metrics if name != "perplexity"],
+        "Over the optimizer's steps. Training curves of 40 steps and more are running means.",
+    )
 
 
 def _costs(runs: Sequence[RunRecord]) -> Table:
-    def cells(value: Any) -> list[Cell]:
+    def cells(value: Callable[[RunRecord], Cell]) -> list[Cell]:
         return [value(run) for run in runs]
 
     def speed(run: RunRecord) -> str | None:
         seconds = run.total("seconds")
         return f"{(run.total('tokens') or 0) / seconds:,.0f}" if seconds else None
 
-    def known(key: str, shown: Any) -> Any:
-        return lambda run: shown(run.sizes[key]) if key in run.sizes else None
-
     rows = [
         ["Steps", *cells(lambda run: (run.result or {}).get("steps", len(run.train)))],
-        ["Time in steps", *cells(lambda run: duration(run.total("seconds") or 0))],
+        ["Time in training steps", *cells(lambda run: duration(run.total("seconds") or 0))],
         ["Tokens a second", *cells(speed)],
         [
             "Peak memory",
             *cells(lambda run: size(run.result["peak_memory"]) if run.result else None),
         ],
-        ["Trained parameters", *cells(known("trained_parameters", lambda n: n))],
+        ["Trained parameters", *cells(lambda run: run.sizes.get("trained_parameters"))],
         [
             "Adapter file",
             *cells(lambda run: size(run.adapter_bytes) if run.adapter_bytes else None),
         ],
-        ["Processor", *cells(lambda run: _machine(run))],
+        ["Processor", *cells(_machine)],
     ]
     caption = (
-        "What each run took. Times compare only where the machine is the same and was as free."
+        "The cost of each run. Times are comparable only on the same machine under the same load."
     )
     return Table(caption=caption, columns=("Quantity", *(run.name for run in runs)), rows=rows)
 
@@ -165,55 +160,56 @@ def _samples(runs: Sequence[RunRecord]) -> Section | None:
     for run in runs:
         step = run.samples[-1]["step"] if run.samples else None
         last.append({str(r.get("prompt")): r for r in run.samples if r["step"] == step})
-    shared = [prompt for prompt in last[0] if all(prompt in found for found in last)]
+    shared = [prompt for prompt in last[0] if all(prompt in records for records in last)]
     if not shared:
         return None
-    shown = []
+    samples = []
     for prompt in shared[:SHOWN_SAMPLES]:
         answers = [
-            Answer(label=run.name, pieces=plain(str(found[prompt].get("output", ""))))
-            for run, found in zip(runs, last, strict=True)
+            Answer(label=run.name, pieces=plain(str(records[prompt].get("output", ""))))
+            for run, records in zip(runs, last, strict=True)
         ]
         references = last[0][prompt].get("references")
         if isinstance(references, list) and references:
             answers.append(Answer(label="Reference", pieces=plain(str(references[0]))))
-        shown.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
-    caption = f"{len(shown)} of {len(shared)} validation prompts that all runs generated for, at their last step."
-    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(shown))])
+        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+    caption = f"{len(samples)} of {len(shared)} validation prompts that all runs share, at their last evaluation."
+    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(samples))])
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[Block]:
     blocks: list[Block] = []
-    if different := _different(runs):
-        rows = [(name, *map(setting_text, values)) for name, values in different.items()]
+    if differences := _differences(runs):
+        rows = [(name, *map(setting_text, values)) for name, values in differences.items()]
         columns = ("Setting", *(run.name for run in runs))
         blocks.append(Table(caption="Settings that differ.", columns=columns, rows=rows))
     blocks += [
-        Code(text=settings_text(run), label=f"Every setting of {run.name}", folded=True)
+        Code(text=settings_text(run), label=f"All settings of {run.name}", folded=True)
         for run in runs
     ]
     return blocks
 
 
-def _different(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    flat = [dict(_flat(run.config)) for run in runs]
+def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Return the values of each setting that differs, by dotted name."""
+    flat = [_flat(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    found = {name: [settings.get(name) for settings in flat] for name in names}
+    values_by_name = {name: [settings.get(name) for settings in flat] for name in names}
     return {
         name: values
-        for name, values in found.items()
+        for name, values in values_by_name.items()
         if name not in NOT_COMPARED and any(value != values[0] for value in values)
     }
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            pairs.append((f"{prefix}{name}", value))
-    return pairs
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _score_names(runs: Sequence[RunRecord]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Charts drawn: as SVG inside a page, as PNG, SVG and PDF files for papers.
+"""Rendering of charts: SVG inside a page; PNG, SVG and PDF files for papers.
 
-Vega-Lite draws them in this process (`vl-convert-python`), without a browser and without the network. In a page
-the SVG keeps its numbers, needs no script to be seen, and takes the page's colours, so that it follows dark mode.
+`vl-convert-python` runs Vega-Lite in this process, without a browser and without network access. The SVG of a page
+works without scripts and uses the page's CSS colours, so that it follows dark mode.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorakit.reporting.charts import SERIES, Chart, Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 SCALE = 2
-"""Pixels of a PNG per pixel of the design: 192 dots an inch at the size it has on a page. A whole number: the cells of
-heat maps end where pixels do, else light seams show between them."""
+"""Pixels of a PNG per pixel of the chart: 192 dpi at the size on a page. It is an integer so that the cells of heat
+maps end on pixel borders; otherwise light seams show between them."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES, 1)
 }
-"""The page's CSS variable for each colour of a chart; heat maps keep theirs in any mode."""
+"""The page's CSS variable for each chart colour. Heat maps have the same colours in dark mode."""
 
 _CONFIG: Spec = {
     "font": "sans-serif",
@@ -71,39 +71,40 @@ _CONFIG: Spec = {
 
 
 def require_drawing() -> ModuleType:
-    """Return the module that draws.
+    """Return the module `vl_convert`.
 
     Raises:
-        ConfigurationError: It is not installed.
+        ConfigurationError: vl-convert-python is not installed.
     """
     try:
         import vl_convert
     except ImportError:
         raise ConfigurationError(
-            "Reports and figures need vl-convert-python: pip install 'lorakit[report]'"
+            "Reports and figures need vl-convert-python, which is not installed. "
+            "Run: pip install 'lorakit[report]'"
         ) from None
     return vl_convert
 
 
 def require_format(path: str | Path) -> str:
-    """Return the suffix of a picture's path.
+    """Return the suffix of a picture's path in lower case.
 
     Raises:
-        ConfigurationError: It is of no format that can be written.
+        ConfigurationError: The suffix is not one of `FORMATS`.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ConfigurationError(
-            f"'{path}' does not say the figure's format. End it in .png, .svg or .pdf."
+            f"The figure '{path}' has the suffix '{suffix}', expected .png, .svg or .pdf."
         )
     return suffix
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure; the suffix says the format (.png, .svg, .pdf).
+    """Write a figure in the format of the suffix: .png, .svg or .pdf.
 
     Raises:
-        ConfigurationError: The suffix is of no such format, or vl-convert-python is not installed.
+        ConfigurationError: The suffix is none of these, or vl-convert-python is not installed.
         RunFolderError: The file cannot be written.
     """
     suffix = require_format(path)
@@ -120,10 +121,10 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def inline_svg(chart: Chart, number: int) -> str:
-    """The chart as an SVG element of a page, the `number`-th there.
+    """Return the chart as an SVG element. `number` is unique in the page and prefixes the ids.
 
-    The labels of its marks become the attribute data-t, from which the page's script shows them: a screen reader
-    should hear the chart's one sentence, not its thousand points.
+    The labels of marks move to the attribute data-t, where the page's script reads them. A screen reader then reads
+    only the chart's description instead of a thousand points.
     """
     spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": 4}
     svg: str = require_drawing().vegalite_to_svg(spec)
@@ -138,27 +139,27 @@ def inline_svg(chart: Chart, number: int) -> str:
     )
     body = re.sub(r' (?:role|aria-[a-z]+|pointer-events|font-family)="[^"]*"', "", body)
     body = re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hexadecimal, body)
-    # Ids are the page's, not the picture's, and the same whatever was drawn before.
-    names = dict.fromkeys(re.findall(r'\bid="([^"]+)"', body))
-    for place, name in enumerate(names):
+    # Renumber the ids: they must be unique in the page and not depend on earlier drawings.
+    ids = dict.fromkeys(re.findall(r'\bid="([^"]+)"', body))
+    for i, old in enumerate(ids):
         body = re.sub(
-            rf'(\bid="|url\(#|href="#){re.escape(name)}(?=["\)])', rf"\1c{number}-{place}", body
+            rf'(\bid="|url\(#|href="#){re.escape(old)}(?=["\)])', rf"\1c{number}-{i}", body
         )
-    body = re.sub(r' (d|transform)="[^"]*"', lambda found: _rounded(found[0]), body)
+    body = re.sub(r' (d|transform)="[^"]*"', _rounded, body)
     return (
         f'<svg class="chart" role="img" aria-label="{html.escape(chart.alt)}" tabindex="0" '
         f'viewBox="0 0 {width} {height}" style="max-width:{1.15 * width:.0f}px">{body}'
     )
 
 
-def _hexadecimal(found: re.Match[str]) -> str:
-    """A colour in the half of the letters: heat maps have thousands."""
-    return "#" + "".join(f"{int(part):02x}" for part in found.groups())
+def _hexadecimal(match: re.Match[str]) -> str:
+    """Return a colour in half as many characters: heat maps have thousands of colours."""
+    return "#" + "".join(f"{int(part):02x}" for part in match.groups())
 
 
-def _rounded(attribute: str) -> str:
-    """Two decimals are a fiftieth of what an eye sees; a line of hundreds of points needs no more."""
-    return re.sub(r"(\.\d\d)\d+", r"\1", attribute)
+def _rounded(match: re.Match[str]) -> str:
+    """Cut coordinates to two decimals, which is far below what is visible."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", match[0])
 
 
 def _titled(chart: Chart) -> Spec:

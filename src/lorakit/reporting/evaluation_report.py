@@ -1,4 +1,4 @@
-"""The report of an evaluation: scores, samples, and for labels which were taken for which."""
+"""The report of an evaluation: scores, samples and, for labels, a confusion matrix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import yaml
-
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.reporting import measures
@@ -17,7 +15,6 @@ from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
     Answer,
     Block,
-    Cell,
     Code,
     KeyFigure,
     KeyFigures,
@@ -26,52 +23,51 @@ from lorakit.reporting.page import (
     Samples,
     Section,
     Table,
+    reference_label,
 )
+from lorakit.reporting.run_settings import yaml_text
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
 
 
-def evaluation_page(config: EvaluateConfig, found: Evaluation, command: str = "") -> Page:
-    """The page of an evaluation.
+def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "") -> Page:
+    """Return the page of an evaluation.
 
     Args:
-        config: What was scored.
-        found: The scores and the records behind them.
-        command: The command that made it.
+        config: The configuration of the evaluation.
+        result: The scores and the outputs.
+        command: The command that ran the evaluation.
     """
-    what = config.adapter or (config.base.name if config.base is not None else "")
+    name = config.adapter or (config.base.name if config.base is not None else "")
     task = config.data.task_type
     split = config.split or ("test" if task is None else task.scored_split)
     data = _data(config, split)
-    count = len(found.outputs)
-    figures = [
-        KeyFigure(label=measures.score_name(name), value=f"{value:.4g}")
-        for name, value in found.scores.items()
-    ]
-    rows: list[tuple[Cell, ...]] = [(measures.score_name(n), v) for n, v in found.scores.items()]
-    table = Table(caption=f"Scores on {split} data.", columns=("Score", "Value"), rows=rows)
+    count = len(result.outputs)
+    scores = [(measures.score_name(key), value) for key, value in result.scores.items()]
+    figures = tuple(KeyFigure(label=label, value=f"{value:.4g}") for label, value in scores)
+    table = Table(caption=f"Scores on {split} data.", columns=("Score", "Value"), rows=scores)
     sections = [
-        Section(title="Scores", blocks=[KeyFigures(figures=tuple(figures)), table]),
-        Section(title="Examples", blocks=_examples(found.outputs)),
+        Section(title="Scores", blocks=[KeyFigures(figures=figures), table]),
+        Section(title="Examples", blocks=_examples(result.outputs)),
         Section(title="Configuration", blocks=_configuration(config, command)),
     ]
-    scored = (
+    answered = (
         f" {count:,} {'prompt was' if count == 1 else 'prompts were'} answered." if count else ""
     )
     subject = "The adapter" if config.adapter else "The base model"
-    listed = ", ".join(f"{measures.score_name(n)} {v:.4g}" for n, v in found.scores.items())
+    listed = ", ".join(f"{label} {value:.4g}" for label, value in scores)
     return Page(
         kind="Evaluation",
-        title=str(what).rstrip("/"),
+        title=str(name).rstrip("/"),
         subtitle=f"{data} · {split}",
-        summary=[f"{subject} was scored on the {split} part of {data}: {listed}.{scored}"],
+        summary=[f"{subject} was evaluated on the {split} split of {data}: {listed}.{answered}"],
         sections=[section for section in sections if section.blocks],
     )
 
 
 def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:
-    """What was scored, in a word or two."""
+    """Return a short name of the data."""
     if config.data.task_type is not None and config.data.own is not None:
         return config.data.task
     source = config.data.source(split)
@@ -82,11 +78,11 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     if not outputs:
         return []
     step = max(1, len(outputs) // SHOWN_SAMPLES)
-    chosen = outputs[::step][:SHOWN_SAMPLES]
+    selected = outputs[::step][:SHOWN_SAMPLES]
     labelled = "label" in outputs[0]
     blocks: list[Block] = _confusion(outputs) if labelled else []
-    shown = []
-    for record in chosen:
+    samples = []
+    for record in selected:
         answers: tuple[Answer, ...]
         if labelled:
             answers = (
@@ -96,31 +92,30 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
         else:
             references = record.get("references") or [""]
             output, reference = compared(record["output"], references[0])
-            more = f", one of {len(references)}" if len(references) > 1 else ""
             answers = (
                 Answer(label="Generated", pieces=output),
-                Answer(label=f"Reference{more}", pieces=reference),
+                Answer(label=reference_label(references), pieces=reference),
             )
-        shown.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
-    marked = "" if labelled else " Marked are the words in which the text and its reference differ."
-    caption = f"{len(shown)} of {len(outputs):,}, at equal distances.{marked}"
-    return [*blocks, Samples(caption=caption, samples=tuple(shown))]
+        samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
+    marked = "" if labelled else " Words that differ between text and reference are marked."
+    caption = f"{len(samples)} of {len(outputs):,} examples, evenly spaced.{marked}"
+    return [*blocks, Samples(caption=caption, samples=tuple(samples))]
 
 
 def _confusion(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     pairs = Counter((record["label"], record["output"]) for record in outputs)
     labels = sorted({label for pair in pairs for label in pair})
     if not 2 <= len(labels) <= MOST_CLASSES or any(label != int(label) for label in labels):
-        return []  # numbers, not classes
+        return []  # a regression, or not 2 to 20 classes
     names = {record[key]: _label(record, key) for record in outputs for key in ("output", "label")}
     rows = [[names[label], *(pairs[label, guess] for guess in labels)] for label in labels]
-    caption = "Which label was taken for which: a row for each label, a column for each prediction."
+    caption = "Confusion matrix: a row for each label, a column for each prediction."
     columns = ("Label", *(f"predicted {names[label]}" for label in labels))
     return [Table(caption=caption, columns=columns, rows=rows)]
 
 
 def _label(record: dict[str, Any], key: str) -> str:
-    """A label, or a predicted one, by its name where that is known."""
+    """Return the name of a label or prediction, or else its number."""
     if f"{key}_name" in record:
         return record[f"{key}_name"]
     number = float(record[key])
@@ -128,13 +123,8 @@ def _label(record: dict[str, Any], key: str) -> str:
 
 
 def _configuration(config: EvaluateConfig, command: str) -> list[Block]:
-    settings = yaml.safe_dump(
-        json.loads(json.dumps(dataclasses.asdict(config))),
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
-    blocks: list[Block] = [Code(text=settings, label="Every setting", folded=True)]
+    settings = yaml_text(json.loads(json.dumps(dataclasses.asdict(config))))
+    blocks: list[Block] = [Code(text=settings, label="All settings", folded=True)]
     if command:
-        blocks.insert(0, Code(text=command, label="The command that made it"))
+        blocks.insert(0, Code(text=command, label="The command that ran the evaluation"))
     return blocks

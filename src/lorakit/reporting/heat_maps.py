@@ -1,17 +1,25 @@
-"""Heat maps: numbers as colours."""
+"""Heat maps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from lorakit.reporting.axes import Spec, between, edges, row_axis, rows_height, short_names
+from lorakit.reporting.axes import (
+    Spec,
+    between,
+    edges,
+    quantitative,
+    row_axis,
+    rows_height,
+    short_names,
+)
 from lorakit.reporting.charts import WIDTH, Chart, in_words
 
 SCHEME = "cividis"
-"""Colours of even lightness, readable in grey and in any colour vision."""
+"""Vega's name of a colour scale with even steps of lightness, readable in grey and with any colour vision."""
 SIDE = 190
-"""Pixels of a side of a map whose rows have no names."""
+"""Side of a map without row names, in pixels."""
 
 
 def heat_map(
@@ -26,18 +34,18 @@ def heat_map(
     legend: bool = True,
     crosses: Sequence[tuple[int, int]] = (),
 ) -> Chart:
-    """Numbers as colours; rows are counted, or named.
+    """Return a heat map with numbered or named rows.
 
     Args:
-        title: Above the map.
-        rows: The numbers; NaN leaves a cell empty.
-        x: What the columns are.
-        y: What the rows are.
-        value: What the numbers are.
-        names: The rows' names, where they have some.
-        domain: Least and greatest value of the colours.
-        legend: Whether the scale of colours stands beside it.
-        crosses: Cells (row, column from 0) that are marked.
+        title: Title of the chart.
+        rows: Rows of values; a NaN leaves its cell empty.
+        x: Label of the columns.
+        y: Label of the rows.
+        value: Label of the values.
+        names: Names of the rows; None numbers them from 1.
+        domain: Least and greatest value of the colour scale.
+        legend: Whether to draw the colour scale.
+        crosses: Cells (row, column), counted from 0, to mark with a cross. They need `names`.
     """
     width = max((len(row) for row in rows), default=0)
     cells = [
@@ -47,13 +55,13 @@ def heat_map(
         if not math.isnan(v)
     ]
     for cell in cells:
-        # Short, as there may be thousands: of "j, second adapter" the j.
+        # There may be thousands of labels: shorten "j, second adapter" to "j".
         row = names[cell["i"] - 1] if names else f"{y.split(',')[0]} {cell['i']}"
         cell["label"] = f"{row}, {x.split(',')[0]} {cell['j']}: {cell['v']:.3f}"
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
     across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
     if names:
-        down: Spec = {"y": {**row_axis(short_names(names)), "field": "row"}}
+        down: Spec = {"y": row_axis(short_names(names))}
         for cell in cells:
             cell["row"] = cell["i"] - 1
         height = rows_height(len(rows))
@@ -61,14 +69,9 @@ def heat_map(
         axis = {"title": y, "grid": False, "tickMinStep": 1, "tickCount": 5}
         down = between("i", len(rows), axis, reverse=True)
         height = max(1, round(SIDE / max(len(rows), 1))) * len(rows)
-    colour = {
-        "field": "v",
-        "type": "quantitative",
-        "scale": {"scheme": SCHEME, "domain": list(domain), "clamp": True},
-        "legend": {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}
-        if legend
-        else None,
-    }
+    scale = {"scheme": SCHEME, "domain": list(domain), "clamp": True}
+    scale_legend = {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}
+    colour = quantitative("v", scale=scale, legend=scale_legend if legend else None)
     layers: list[Spec] = [
         {
             "data": {"values": cells},
@@ -79,7 +82,7 @@ def heat_map(
     ]
     if crosses and names:
         marks = [{"row": i, "j": j + 1} for i, j in crosses]
-        place = {"x": {"field": "j", "type": "quantitative"}, "y": down["y"]}
+        place = {"x": quantitative("j"), "y": down["y"]}
         cross = {"type": "point", "shape": "cross", "filled": True, "color": "#ffffff", "size": 20}
         layers.append(
             {"data": {"values": marks}, "mark": {**cross, "aria": False}, "encoding": place}

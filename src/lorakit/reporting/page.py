@@ -1,7 +1,7 @@
-"""A page: one HTML file that needs nothing beside it, made of a few kinds of blocks.
+"""Self-contained HTML pages, built from a few kinds of blocks.
 
-The blocks are data; `templates/page.html` says how each looks. Names, samples and settings come from outside: the
-template escapes them all, and the page's policy lets no script run but its own and nothing be fetched.
+`templates/page.html` renders the blocks. It escapes all names, samples and settings, which are untrusted. The page's
+content security policy allows only its own script and no network requests.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Prose:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFigure:
-    """One number that matters, large."""
+    """One important number, in large type."""
 
     label: str
     value: str
@@ -49,37 +49,42 @@ class KeyFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFigures:
-    """Numbers that matter, side by side."""
+    """Important numbers in a row."""
 
     figures: tuple[KeyFigure, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table, whose first column names the rows."""
+    """A table whose first column holds the row names."""
 
     caption: str
     columns: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
-    """Numbers are shown with four digits and set to the right."""
+    """Numbers have four significant digits and are aligned right."""
 
     def is_numeric(self, column: int) -> bool:
-        """Whether a column holds numbers, or texts that begin as numbers do."""
+        """Whether all cells of a column are numbers or strings that start with one."""
         cells = [row[column] for row in self.rows if row[column] not in (None, "", "-")]
         return bool(cells) and all(_looks_numeric(cell) for cell in cells)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One of the texts that a sample compares."""
+    """One of the texts of a sample, such as the output or the reference."""
 
     label: str
     pieces: tuple[Piece, ...]
 
 
+def reference_label(references: Sequence[str]) -> str:
+    """Return the label of an answer that shows the first of the references."""
+    return f"Reference, one of {len(references)}" if len(references) > 1 else "Reference"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt, and what came of it."""
+    """A prompt and the texts for it."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -87,7 +92,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Samples under each other, their answers side by side."""
+    """A list of samples, each with its answers side by side."""
 
     caption: str
     samples: tuple[Sample, ...]
@@ -95,12 +100,12 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """A command or a file, to be copied."""
+    """A command or the content of a file."""
 
     text: str
     label: str
     folded: bool = False
-    """Shown on demand, and in print."""
+    """Collapse the block on screen; print shows it."""
 
 
 Block = Prose | KeyFigures | Table | Samples | Code | Figure
@@ -108,14 +113,14 @@ Block = Prose | KeyFigures | Table | Samples | Code | Figure
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
 
     @property
     def anchor(self) -> str:
-        """The name of its place in the page."""
+        """The id of the section in the page."""
         return re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
 
@@ -124,18 +129,18 @@ class Page:
     """A whole report."""
 
     kind: str
-    """What is reported, such as Training run."""
+    """Kind of report, such as "Training run"."""
     title: str
     subtitle: str = ""
     summary: Sequence[str] = ()
-    """What came out, in sentences."""
+    """Sentences with the main results."""
     sections: Sequence[Section] = field(default_factory=tuple)
 
     def render(self) -> str:
-        """The page as HTML.
+        """Return the page as HTML.
 
         Raises:
-            ConfigurationError: It has charts, and what draws them is not installed.
+            ConfigurationError: The page has charts, and vl-convert-python is not installed.
         """
         numbers = count(1)
 
@@ -153,10 +158,10 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return its path.
+        """Write the page atomically and return its path.
 
         Raises:
-            ConfigurationError: It has charts, and what draws them is not installed.
+            ConfigurationError: The page has charts, and vl-convert-python is not installed.
             RunFolderError: The file cannot be written.
         """
         text = self.render()
@@ -165,18 +170,18 @@ class Page:
         return Path(path)
 
     def figures(self) -> list[Figure]:
-        """The figures of all sections."""
+        """Return the figures of all sections."""
         return [block for s in self.sections for block in s.blocks if isinstance(block, Figure)]
 
     def save_figures(self, folder: str | Path) -> list[Path]:
-        """Write every figure as PNG and as SVG into a folder, and return the paths.
+        """Write every figure to a folder, as PNG and as SVG, and return the paths.
 
         Raises:
-            ConfigurationError: What draws them is not installed.
+            ConfigurationError: vl-convert-python is not installed.
             RunFolderError: A file cannot be written.
         """
         if Path(folder).exists() and not Path(folder).is_dir():
-            raise RunFolderError(f"'{folder}' is a file; name a folder for the figures.")
+            raise RunFolderError(f"'{folder}' is a file, expected a folder for the figures.")
         written = []
         for number, figure in enumerate(self.figures(), 1):
             for suffix in (".png", ".svg"):
@@ -187,7 +192,7 @@ class Page:
 
 
 def number(value: Cell) -> str:
-    """A cell as it is shown: whole numbers in full, others with four digits."""
+    """Format a cell: integers in full, other numbers with four significant digits."""
     if value is None:
         return "-"
     if isinstance(value, (bool, str)):

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, read without loading a model; of an unfinished run too."""
+"""Reading of run folders, finished or not, without loading a model."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ from lorakit.training.run_folder import (
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run, as its folder records it."""
+    """The content of a run folder."""
 
     folder: Path
     config: Mapping[str, Any]
     """Every setting, as in config.yaml."""
     result: Mapping[str, Any] | None = None
-    """result.json; None while the run is not finished."""
+    """Content of result.json; None while the run is not finished."""
     sessions: Sequence[Mapping[str, Any]] = ()
-    """Machine, versions and command of each session."""
+    """Machine, library versions and command of each start of the run."""
     train: Sequence[Mapping[str, Any]] = ()
-    """One record for each step."""
+    """One record per step."""
     validation: Sequence[Mapping[str, Any]] = ()
-    """One record for each evaluation."""
+    """One record per evaluation."""
     samples: Sequence[Mapping[str, Any]] = ()
-    """Texts generated at evaluations."""
+    """Texts generated during evaluations."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the adapter records of its making; empty before there is one."""
+    """Provenance in the adapter's lorakit.json; empty if there is no adapter yet."""
     base: Mapping[str, Any] = field(default_factory=dict)
-    """What the adapter records of its base."""
+    """Record of the base in the adapter's lorakit.json."""
     adapter_bytes: int | None = None
     """Size of the adapter's weights file."""
     predicted: Mapping[str, float] = field(default_factory=dict)
-    """What was expected of it before it began, by the keys of `lorakit.reporting.run_report.PREDICTED`."""
+    """Predictions of the planner, by the keys of `lorakit.reporting.run_report.PREDICTED`."""
     label: str | None = None
-    """What to call it instead of its folder's name."""
+    """Name to show instead of the folder's name."""
 
     @property
     def name(self) -> str:
-        """What it is called: its folder's name by default."""
+        """The label, or else the folder's name."""
         return self.label or self.folder.resolve().name
 
     @property
     def method(self) -> str:
-        """The method's name."""
+        """The `method` of the configuration."""
         return str(self.config.get("method", ""))
 
     @property
     def base_name(self) -> str:
-        """The base model, as the configuration names it."""
+        """The `base.name` of the configuration."""
         base = self.config.get("base")
         return str(base.get("name", "")) if isinstance(base, Mapping) else ""
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Numbers of parameters and bytes, as far as the run recorded them."""
+        """Parameter counts and byte sizes that the run recorded; empty if it recorded none."""
         for session in reversed(self.sessions):
             if isinstance(sizes := session.get("sizes"), Mapping):
                 return sizes
@@ -78,12 +78,12 @@ class RunRecord:
 
     @property
     def command(self) -> str | None:
-        """The command that began the run."""
+        """The command that started the run."""
         command = self.sessions[0].get("command") if self.sessions else None
         return command if isinstance(command, str) else None
 
     def points(self, split: str, name: str) -> list[tuple[float, float]]:
-        """The values of a metric over the steps."""
+        """Return the points (step, value) of a metric, without non-finite values."""
         records = self.train if split == "train" else self.validation
         return [
             (float(record["step"]), float(value))
@@ -92,25 +92,24 @@ class RunRecord:
         ]
 
     def scores(self, which: str) -> dict[str, float]:
-        """Validation scores: "before", "after" (the last there are) or "best"."""
+        """Return the validation scores "before", "after" (the latest so far) or "best"."""
+        scores: Mapping[str, Any] = {}
         if self.result is not None:
             key = {"before": "scores_before", "after": "scores", "best": "best_scores"}[which]
-            found = self.result.get(key) or {}
-        elif which == "best" or not self.validation:
-            found = {}
-        else:
-            found = self.validation[0 if which == "before" else -1]
-            if which == "before" and found.get("step") != 0:
-                found = {}
-        order = [*DIRECTIONS, *(name for name in found if name not in DIRECTIONS)]  # loss first
+            scores = self.result.get(key) or {}
+        elif self.validation and which == "after":
+            scores = self.validation[-1]
+        elif self.validation and which == "before" and self.validation[0].get("step") == 0:
+            scores = self.validation[0]
+        order = [*DIRECTIONS, *(name for name in scores if name not in DIRECTIONS)]  # loss first
         return {
             name: float(value)
             for name in order
-            if name not in ("step", "split") and isinstance(value := found.get(name), (int, float))
+            if name not in ("step", "split") and isinstance(value := scores.get(name), (int, float))
         }
 
     def total(self, name: str) -> float | None:
-        """Tokens, computed_tokens or seconds of all steps so far."""
+        """Return the sum of "tokens", "computed_tokens" or "seconds" over all steps so far."""
         last = self.result if self.result is not None else (self.train[-1] if self.train else {})
         value = last.get(name)
         return float(value) if isinstance(value, (int, float)) else None
@@ -120,29 +119,32 @@ def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Raises:
-        RunFolderError: It is no run folder, or a file in it is damaged.
+        RunFolderError: The folder is not a run folder, or a file in it is damaged.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise RunFolderError(
-            f"'{folder}' is not a run folder: it has no {CONFIG}. Name the output of a `lorakit train`."
+            f"'{folder}' is not a run folder: it has no {CONFIG}. Use the output folder of `lorakit train`."
         )
     config = read_settings(folder)
     if not config:
-        raise RunFolderError(f"'{folder / CONFIG}' is not the configuration of a run.")
+        raise RunFolderError(
+            f"'{folder / CONFIG}' is not the configuration of a run. Use the output folder of `lorakit train`."
+        )
     metrics = _lines(folder / METRICS)
+    sessions = _record(folder / ENVIRONMENT).get("sessions", [])
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))
-    about = _record(folder / ADAPTER / "lorakit.json", checked=False)
+    adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
     return RunRecord(
         folder=folder,
         config=config,
         result=_record(folder / RESULT) or None,
-        sessions=[s for s in _record(folder / ENVIRONMENT).get("sessions", []) if _is_map(s)],
+        sessions=[s for s in sessions if isinstance(s, Mapping)],
         train=[record for record in metrics if record.get("split") == "train"],
         validation=[record for record in metrics if record.get("split") == "validation"],
         samples=_lines(folder / SAMPLES),
-        provenance=_map(about.get("provenance")),
-        base=_map(about.get("base")),
+        provenance=_mapping(adapter.get("provenance")),
+        base=_mapping(adapter.get("base")),
         predicted={
             name: float(value)
             for name, value in _record(folder / PREDICTION).items()
@@ -160,12 +162,12 @@ def _record(path: Path, *, checked: bool = True) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line without its end is one that is being written."""
+    """Return the objects of a .jsonl file, without a last line that is still being written."""
     if not path.exists():
         return []
     with storage.reading(path, RunFolderError):
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -173,15 +175,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise RunFolderError(
-                f"{path}:{number} is damaged: it is no object with a step. Delete that line to go on."
+                f"{path}:{number} is damaged: expected a JSON object with a step. Delete the line to continue."
             )
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _map(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

@@ -6,6 +6,7 @@ import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 
+from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
 from lorakit.reporting.charts import (
@@ -27,16 +28,16 @@ from lorakit.reporting.page import (
     Samples,
     Section,
     Table,
+    reference_label,
 )
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
 from lorakit.reporting.run_summary import best_step, in_sentence, key_figures, subtitle, summary
-from lorakit.training.progress import duration, size
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
 SMOOTHED_FROM = 40
-"""Steps from which a mean is drawn over the loss of single steps, which varies with the batch."""
+"""Least number of steps for drawing a running mean of the loss, which is noisy from batch to batch."""
 
 PREDICTED = {
     "seconds": ("Time in training steps", duration),
@@ -44,7 +45,7 @@ PREDICTED = {
     "peak_memory": ("Peak memory", size),
     "adapter_bytes": ("Adapter file", size),
 }
-"""What may be predicted of a run, by its key: the name and the form of the number."""
+"""Quantities that can be predicted for a run: label and number format by key."""
 
 
 def run_page(
@@ -52,11 +53,11 @@ def run_page(
     *,
     analysis: Sequence[Section] = (),
 ) -> Page:
-    """The page of a run.
+    """Return the page of a run.
 
     Args:
         run: The run.
-        analysis: Sections about its adapter, which stand after the samples.
+        analysis: Sections about the adapter, placed after its size.
     """
     sections = [
         Section(title="Overview", blocks=[key_figures(run)]),
@@ -79,28 +80,27 @@ def run_page(
 
 
 def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None:
-    """A metric of one or several runs over the steps; None where no run has it."""
+    """Return a chart of a metric over the steps of one or several runs, or None if no run has it."""
     several = len(runs) > 1
     series: list[Series] = []
-    for place, run in enumerate(runs):
+    for i, run in enumerate(runs):
         points = run.points(split, name)
         label = run.name if several else f"{measures.score_name(name).lower()} of a step"
-        if split == "validation":
-            series.append(Series(name=label, points=points, dots=True, colour=place))
-        elif len(points) < SMOOTHED_FROM:
-            series.append(Series(name=label, points=points, colour=place))
+        if split == "validation" or len(points) < SMOOTHED_FROM:
+            dots = split == "validation"
+            series.append(Series(name=label, points=points, dots=dots, colour=i))
         else:
             window = max(5, len(points) // 30)
             mean = running_mean(points, window)
-            text = run.name if several else f"mean of {window} steps"
+            mean_label = run.name if several else f"mean of {window} steps"
             if not several:
-                series.append(Series(name=label, points=points, faint=True, colour=place))
-            series.append(Series(name=text, points=mean, colour=place))
+                series.append(Series(name=label, points=points, faint=True, colour=i))
+            series.append(Series(name=mean_label, points=mean, colour=i))
     series = [one for one in series if one.finite()]
     if not series:
         return None
-    where = "Training" if split == "train" else "Held-out"
-    title = f"{where} {in_sentence(measures.score_name(name))}"
+    data = "Training" if split == "train" else "Held-out"
+    title = f"{data} {in_sentence(measures.score_name(name))}"
     if name == "learning_rate":
         title = "Learning rate"
     marks = []
@@ -114,6 +114,14 @@ def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None
         marks=marks,
         y_format="~e" if name == "learning_rate" else None,
     )
+
+
+def curves_section(charts: Sequence[Chart | None], caption: str) -> Section | None:
+    """Return a section of the charts that are not None, or None if all are."""
+    drawn = tuple(chart for chart in charts if chart is not None)
+    if not drawn:
+        return None
+    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
 
 
 # --- sections ------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def _scores(run: RunRecord) -> Section | None:
             {True: "better", False: "worse", None: ""}[verdict],
         ]
         rows.append([*row, best.get(name)] if shows_best else row)
-    caption = "Scores on the validation data, which the training does not see."
+    caption = "Scores on the validation data, which is not used for training."
     return Section(
         title="Scores", blocks=[Table(caption=caption, columns=tuple(columns), rows=rows)]
     )
@@ -150,69 +158,64 @@ def _curves(run: RunRecord) -> Section | None:
     names = [name for name in run.scores("after") if name != "perplexity"]
     charts = [loss_chart([run], "train", "loss")]
     charts += [loss_chart([run], "validation", name) for name in names]
-    rate = run.points("train", "learning_rate")
-    norm = run.points("train", "gradient_norm")
-    if rate:
-        one = Series(name="learning rate", points=rate)
-        charts.append(line_chart("Learning rate", [one], x="step", y="rate", y_format="~e"))
-    if norm:
-        one = Series(name="gradient norm", points=norm)
-        charts.append(line_chart("Gradient norm, before clipping", [one], x="step", y="norm"))
-    drawn = tuple(chart for chart in charts if chart is not None)
-    if not drawn:
-        return None
-    caption = (
-        "Over the optimizer's steps. The vertical axes begin where the data does, not at 0. "
-        "Point at a curve to read its numbers."
+    if rate := run.points("train", "learning_rate"):
+        series = [Series(name="learning rate", points=rate)]
+        charts.append(line_chart("Learning rate", series, x="step", y="rate", y_format="~e"))
+    if norm := run.points("train", "gradient_norm"):
+        series = [Series(name="gradient norm", points=norm)]
+        charts.append(line_chart("Gradient norm, before clipping", series, x="step", y="norm"))
+    return curves_section(
+        charts,
+        "Over the optimizer's steps. The vertical axes start at the data, not at 0. "
+        "Point at a curve to read its numbers.",
     )
-    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
 
 
 def _samples(run: RunRecord) -> Section | None:
     if not run.samples:
         return None
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    then = {str(r.get("prompt")): r for r in run.samples if r["step"] == first}
-    now = [r for r in run.samples if r["step"] == last]
-    shown = []
-    for record in now[:SHOWN_SAMPLES]:
+    first_records = {str(r.get("prompt")): r for r in run.samples if r["step"] == first}
+    last_records = [r for r in run.samples if r["step"] == last]
+    samples = []
+    for record in last_records[:SHOWN_SAMPLES]:
         prompt, after = str(record.get("prompt")), str(record.get("output", ""))
         references = record.get("references")
         answers = [Answer(label=f"Step {last:,}", pieces=plain(after))]
-        if first != last and prompt in then:
-            old, new = compared(str(then[prompt].get("output", "")), after)
+        if first != last and prompt in first_records:
+            old, new = compared(str(first_records[prompt].get("output", "")), after)
             label = "Before training" if first == 0 else f"Step {first:,}"
             answers = [
                 Answer(label=label, pieces=old),
                 Answer(label=f"After {last:,} steps", pieces=new),
             ]
         if isinstance(references, Sequence) and references:
-            more = f", one of {len(references)}" if len(references) > 1 else ""
-            answers.append(Answer(label=f"Reference{more}", pieces=plain(str(references[0]))))
-        shown.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+            text = plain(str(references[0]))
+            answers.append(Answer(label=reference_label(references), pieces=text))
+        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
     caption = (
-        f"{len(shown)} of {len(now)} validation prompts, with what the model wrote. Marked are the words in which "
-        "the texts before and after differ."
+        f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "
+        "that differ between the texts before and after are marked."
     )
-    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(shown))])
+    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(samples))])
 
 
 def _adapter(run: RunRecord) -> Section | None:
     sizes = run.sizes
     if run.adapter_bytes is None or "base_bytes" not in sizes:
         return None
-    kept = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
+    bytes_of = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
     counts = {"base": sizes["base_parameters"], "trained": sizes["trained_parameters"]}
     charts = (
-        bar_chart("Bytes", kept, x="", texts={name: size(count) for name, count in kept.items()}),
+        bar_chart("Bytes", bytes_of, x="", texts={name: size(n) for name, n in bytes_of.items()}),
         bar_chart(
             "Parameters",
             counts,
             x="",
-            texts={name: measures.parameters(count) for name, count in counts.items()},
+            texts={name: rounded_count(count) for name, count in counts.items()},
         ),
     )
-    caption = "The adapter beside the base that it is kept and loaded with, on one scale."
+    caption = "The adapter and its base, on one scale."
     return Section(
         title="Adapter size", blocks=[Figure(caption=caption, charts=charts, name="adapter-size")]
     )
@@ -222,45 +225,44 @@ def _speed(run: RunRecord) -> Section | None:
     predicted = run.predicted
     blocks: list[Block] = []
     if rows := _measured(run, predicted):
-        heading = "Measured, beside what was predicted" if predicted else "Measured"
+        caption = "Measured and predicted quantities." if predicted else "Measured quantities."
         columns = ("Quantity", "Predicted", "Measured", "Measured / predicted")
         if not predicted:
             columns, rows = columns[::2], [row[::2] for row in rows]
-        blocks.append(Table(caption=f"{heading}.", columns=columns, rows=rows))
-    if len(chart := _throughput(run)) > 1:
-        one = Series(name="tokens a second", points=chart)
-        drawn = line_chart("Throughput", [one], x="step", y="tokens a second")
-        caption = "Tokens of the examples over the time of the steps, evaluations not counted."
-        blocks.append(Figure(caption=caption, charts=(drawn,), name="throughput"))
+        blocks.append(Table(caption=caption, columns=columns, rows=rows))
+    if len(points := _throughput(run)) > 1:
+        series = [Series(name="tokens a second", points=points)]
+        chart = line_chart("Throughput", series, x="step", y="tokens a second")
+        caption = "Tokens of the examples per second of training, without the time of evaluations."
+        blocks.append(Figure(caption=caption, charts=(chart,), name="throughput"))
     return Section(title="Speed and memory", blocks=blocks) if blocks else None
 
 
 def _measured(run: RunRecord, predicted: Mapping[str, float]) -> list[tuple[Cell, ...]]:
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if seconds := run.total("seconds"):
-        found["seconds"] = seconds
-        found["tokens_per_second"] = (run.total("tokens") or 0) / seconds
+        measured["seconds"] = seconds
+        measured["tokens_per_second"] = (run.total("tokens") or 0) / seconds
     if run.result and run.result.get("peak_memory"):
-        found["peak_memory"] = run.result["peak_memory"]
+        measured["peak_memory"] = run.result["peak_memory"]
     if run.adapter_bytes is not None:
-        found["adapter_bytes"] = run.adapter_bytes
+        measured["adapter_bytes"] = run.adapter_bytes
     rows: list[tuple[Cell, ...]] = []
     for key, (label, shown) in PREDICTED.items():
-        if key in found:
+        if key in measured:
             expected = predicted.get(key)
-            ratio = f"{found[key] / expected:.2f}" if expected else None
-            rows.append(
-                (label, None if expected is None else shown(expected), shown(found[key]), ratio)
-            )
+            expected_text = None if expected is None else shown(expected)
+            ratio = f"{measured[key] / expected:.2f}" if expected else None
+            rows.append((label, expected_text, shown(measured[key]), ratio))
     tokens, computed = run.total("tokens"), run.total("computed_tokens")
     if tokens and computed:
-        text = f"{computed:,.0f} ({measures.share(computed, tokens)})"
-        rows.append(("Tokens computed (of the examples' own)", None, text, None))
+        text = f"{computed:,.0f} ({percentage(computed, tokens)})"
+        rows.append(("Tokens computed (share of the examples' tokens)", None, text, None))
     return rows
 
 
 def _throughput(run: RunRecord) -> list[tuple[float, float]]:
-    """Tokens a second over stretches of steps: single steps are too short to be judged by."""
+    """Return tokens per second, averaged over groups of steps because single steps are noisy."""
     totals = [(record["step"], record.get("tokens"), record.get("seconds")) for record in run.train]
     whole = [t for t in totals if isinstance(t[1], (int, float)) and isinstance(t[2], (int, float))]
     every = max(1, len(whole) // 40)
@@ -278,11 +280,11 @@ def _configuration(run: RunRecord) -> Section:
         title="Configuration",
         blocks=[
             Table(
-                caption="The settings that say most.",
+                caption="The most important settings.",
                 columns=("Setting", "Value"),
                 rows=main_settings(run),
             ),
-            Code(text=text, label="Every setting, defaults too (config.yaml)", folded=True),
+            Code(text=text, label="All settings, with defaults (config.yaml)", folded=True),
         ],
     )
 
@@ -292,44 +294,45 @@ def _origin(run: RunRecord) -> Section:
     data = run.provenance.get("data")
     if isinstance(data, Mapping) and data:
         rows = [
-            (split, about.get("source"), about.get("examples"), about.get("sha256"))
-            for split, about in data.items()
-            if isinstance(about, Mapping)
+            (split, part.get("source"), part.get("examples"), part.get("sha256"))
+            for split, part in data.items()
+            if isinstance(part, Mapping)
         ]
         columns = ("Split", "Source", "Examples", "SHA-256")
-        blocks.append(Table(caption="The data that was read.", columns=columns, rows=rows))
-    weights = setting(run.base, "weights.exact")
+        blocks.append(Table(caption="The data of the run.", columns=columns, rows=rows))
     facts = [
         ("Base model", setting(run.base, "source.name") or run.base_name),
         ("Revision", setting(run.base, "source.revision")),
         ("Class", setting(run.base, "architecture.class_name")),
         ("Weights", setting(run.base, "weights.dtype")),
-        ("SHA-256 of the weights", weights),
+        ("SHA-256 of the weights", setting(run.base, "weights.exact")),
     ]
-    known = [fact for fact in facts if fact[1]]
-    blocks.append(Table(caption="The base.", columns=("Fact", "Value"), rows=known))
+    rows = [fact for fact in facts if fact[1]]
+    blocks.append(Table(caption="The base model.", columns=("Fact", "Value"), rows=rows))
     if run.sessions:
         last = run.sessions[-1]
         versions = last.get("versions")
-        rows = [
+        facts = [
             ("Processor", last.get("processor")),
             ("Device", last.get("device")),
             ("Threads", last.get("threads")),
             ("System", last.get("platform")),
             *((versions or {}).items() if isinstance(versions, Mapping) else ()),
         ]
-        begun = ", ".join(str(session.get("started", "")) for session in run.sessions)
-        times = "once" if len(run.sessions) == 1 else f"{len(run.sessions)} times, the last time"
-        caption = f"The machine and its software. The run was started {times} ({begun})."
-        shown = [(name, str(value)) for name, value in rows if value is not None]
-        blocks.append(Table(caption=caption, columns=("Fact", "Value"), rows=shown))
+        dates = ", ".join(str(session.get("started", "")) for session in run.sessions)
+        times = "once" if len(run.sessions) == 1 else f"{len(run.sessions)} times"
+        caption = (
+            f"The machine and software of the last start. The run was started {times}: {dates}."
+        )
+        rows = [(name, str(value)) for name, value in facts if value is not None]
+        blocks.append(Table(caption=caption, columns=("Fact", "Value"), rows=rows))
     if run.command is not None:
-        blocks.append(Code(text=run.command, label="The command that made it"))
+        blocks.append(Code(text=run.command, label="The command that started the run"))
     again = shlex.join(["lorakit", "train", "--config", str(run.folder / CONFIG)])
     blocks.append(
         Code(
             text=f"{again} --output {shlex.quote(f'{run.folder}-again')}",
-            label="The command that repeats it with every setting",
+            label="The command that repeats the run with all settings",
         )
     )
     return Section(title="Data and provenance", blocks=blocks)

@@ -1,4 +1,4 @@
-"""The settings of a run, as a reader wants them."""
+"""Settings of a run as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakit.reporting.run_record import RunRecord
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:
-    """The value of a dotted name; None where it is not set."""
+    """Return the value of a dotted name, or None if it is not set."""
     value: Any = config
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -19,7 +19,7 @@ def setting(config: Mapping[str, Any], path: str) -> Any:
 
 
 def setting_text(value: Any) -> str:
-    """A setting as YAML would show it on one line."""
+    """Return a setting on one line, similar to YAML."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
@@ -28,12 +28,17 @@ def setting_text(value: Any) -> str:
 
 
 def settings_text(run: RunRecord) -> str:
-    """The configuration as YAML."""
-    return yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100)
+    """Return the configuration as YAML."""
+    return yaml_text(run.config)
+
+
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as YAML, in their order."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
 
 
 def main_settings(run: RunRecord) -> list[tuple[str, str]]:
-    """The settings that say most about a run, by their dotted names."""
+    """Return the most important settings as pairs of dotted name and value."""
     rows: list[tuple[str, str]] = []
     for path in (
         "base.name",

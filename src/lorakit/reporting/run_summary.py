@@ -1,21 +1,21 @@
-"""A run in a few sentences and numbers."""
+"""Summary sentences and key figures of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
-from lorakit.training.progress import duration, size
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
-"""Scores that are called after someone."""
+"""Scores that are named after people."""
 
 
 def subtitle(run: RunRecord) -> str:
-    """Method, base and data on one line."""
+    """Return method, base and data on one line."""
     data = run.config.get("data")
     train = data.get("train") if isinstance(data, Mapping) else None
     parts = [run.method, run.base_name, str(train or "")]
@@ -23,22 +23,22 @@ def subtitle(run: RunRecord) -> str:
 
 
 def summary(run: RunRecord) -> list[str]:
-    """What came out, in sentences."""
+    """Return the main results in sentences."""
     result, sizes = run.result, run.sizes
     steps = len(run.train) if result is None else result.get("steps", 0)
     seconds = run.total("seconds")
-    what = describe_method(run)
+    subject = describe_method(run)
     if "trained_parameters" in sizes:
         trained, base = sizes["trained_parameters"], sizes["base_parameters"]
-        what += (
-            f" ({measures.parameters(trained)} trained parameters, {measures.share(trained, base)} of the base's "
-            f"{measures.parameters(base)})"
+        subject += (
+            f" ({rounded_count(trained)} trained parameters, {percentage(trained, base)} of the base's "
+            f"{rounded_count(base)})"
         )
-    took = f" in {duration(seconds)}" if seconds else ""
-    done = "has been" if result is None else "was"
-    sentences = [f"{what} {done} trained for {steps:,} steps on {run.base_name}{took}."]
+    time = f" in {duration(seconds)}" if seconds else ""
+    verb = "has been" if result is None else "was"
+    sentences = [f"{subject} {verb} trained for {steps:,} steps on {run.base_name}{time}."]
     if result is None:
-        sentences.append("The run is not finished: what follows is its state so far.")
+        sentences.append("The run is not finished: this report shows its state so far.")
     sentences += _score_sentences(run)
     if result is not None:
         sentences += _ending(result)
@@ -46,7 +46,7 @@ def summary(run: RunRecord) -> list[str]:
 
 
 def describe_method(run: RunRecord) -> str:
-    """The method with its main setting, as the subject of a sentence."""
+    """Return the method with its main setting, as the subject of a sentence."""
     lora = run.config.get("lora")
     if run.method.split("+")[0] == "lora" and isinstance(lora, Mapping) and "rank" in lora:
         rest = "".join(f" with {name}" for name in run.method.split("+")[1:])
@@ -56,17 +56,15 @@ def describe_method(run: RunRecord) -> str:
 
 
 def key_figures(run: RunRecord) -> KeyFigures:
-    """The numbers that a run is judged by."""
+    """Return the most important numbers of a run."""
     figures = []
     before, after = run.scores("before"), run.scores("after")
     for name, value in list(after.items())[:4]:
         old = f"before {before[name]:.4g}" if name in before else ""
         label = f"Held-out {in_sentence(measures.score_name(name))}"
         figures.append(KeyFigure(label=label, value=f"{value:.4g}", note=old))
-    if not after and run.train:
-        loss = run.points("train", "loss")
-        if loss:
-            figures.append(KeyFigure(label="Training loss, last step", value=f"{loss[-1][1]:.4g}"))
+    if not after and (loss := run.points("train", "loss")):
+        figures.append(KeyFigure(label="Training loss, last step", value=f"{loss[-1][1]:.4g}"))
     if run.adapter_bytes is not None:
         base = run.sizes.get("base_bytes")
         note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
@@ -74,7 +72,9 @@ def key_figures(run: RunRecord) -> KeyFigures:
     if seconds := run.total("seconds"):
         tokens = run.total("tokens") or 0
         note = f"{tokens / seconds:,.0f} tokens a second"
-        figures.append(KeyFigure(label="Time in steps", value=duration(seconds), note=note))
+        figures.append(
+            KeyFigure(label="Time in training steps", value=duration(seconds), note=note)
+        )
     if run.result and (memory := run.result.get("peak_memory")):
         figures.append(KeyFigure(label="Peak memory", value=size(memory)))
     return KeyFigures(figures=tuple(figures))
@@ -84,29 +84,23 @@ def _score_sentences(run: RunRecord) -> list[str]:
     before, after = run.scores("before"), run.scores("after")
     sentences = []
     names = [name for name in after if name in before and name != "perplexity"][:4]
-    moves = []
+    changes = []
     for name in names:
         old, new = before[name], after[name]
-        way = "fell" if new < old else "rose"
-        moved = f"{way} from {old:.4g} to {new:.4g}" if new != old else f"stayed at {new:.4g}"
-        moves.append(f"{in_sentence(measures.score_name(name))} {moved}")
-    if moves:
+        verb = "fell" if new < old else "rose"
+        change = f"{verb} from {old:.4g} to {new:.4g}" if new != old else f"stayed at {new:.4g}"
+        changes.append(f"{in_sentence(measures.score_name(name))} {change}")
+    if changes:
         verdicts = {measures.better(name, after[name], before[name]) for name in names}
-        verdict = (
-            ": better"
-            if verdicts == {True}
-            else ": worse than before"
-            if verdicts == {False}
-            else ""
+        verdict = ""
+        if len(verdicts) == 1:
+            verdict = {True: ": better", False: ": worse than before", None: ""}[verdicts.pop()]
+        sentences.append(f"On held-out data, {_listed(changes)}{verdict}.")
+    if not after and (losses := [value for _, value in run.points("train", "loss")]):
+        sentences.append(
+            f"The training loss went from {losses[0]:.4g} to {losses[-1]:.4g}. Without validation data, this report "
+            "cannot show how well the model generalises."
         )
-        sentences.append(f"On held-out data, {_listed(moves)}{verdict}.")
-    if not after:
-        losses = [value for _, value in run.points("train", "loss")]
-        if losses:
-            sentences.append(
-                f"The training loss went from {losses[0]:.4g} to {losses[-1]:.4g}. There was no validation data, so "
-                "nothing here says how well it generalises."
-            )
     return sentences
 
 
@@ -115,23 +109,23 @@ def _ending(result: Mapping[str, Any]) -> list[str]:
     best, steps = result.get("best_step"), result.get("steps")
     if best is not None and best != steps:
         sentences.append(
-            f"The best validation score came at step {best:,}, before the end: prefer the adapter in best/."
+            f"The best validation score was at step {best:,}, before the end: prefer the adapter in best/."
         )
     if result.get("stopped_early"):
-        sentences.append("Training stopped early, as the validation score no longer improved.")
+        sentences.append("Training stopped early because the validation score no longer improved.")
     return sentences
 
 
 def best_step(run: RunRecord) -> int | None:
-    """The step of the best validation score."""
+    """Return the step of the best validation score, or None."""
     step = (run.result or {}).get("best_step")
     return step if isinstance(step, int) else None
 
 
 def in_sentence(name: str) -> str:
-    """A name inside a sentence: Loss becomes loss, BLEU and the names of people stay."""
-    stays = name[:2].isupper() or name.startswith(PEOPLE)
-    return name if stays else name[0].lower() + name[1:]
+    """Return a name for use inside a sentence: "loss", but "BLEU" and names of people stay capitalised."""
+    is_proper = name[:2].isupper() or name.startswith(PEOPLE)
+    return name if is_proper else name[0].lower() + name[1:]
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Scatter charts: points by series, with their spread."""
+"""Scatter charts with error bars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.reporting.axes import Spec
+from lorakit.reporting.axes import Spec, nominal, quantitative
 from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
 
 
@@ -19,9 +19,9 @@ class Point:
     y: float
     name: str
     spread: float = 0.0
-    """Half the length of the bar through it."""
+    """Half the length of the error bar."""
     hollow: bool = False
-    """Drawn as an outline: what one compares with."""
+    """Draw an outline only, for points to compare with."""
 
 
 def scatter_chart(
@@ -33,7 +33,10 @@ def scatter_chart(
     y: str,
     legend: bool = True,
 ) -> Chart:
-    """Points over a logarithmic x, by series; `series` names all there may be, so that charts agree in colours."""
+    """Return points over a logarithmic x axis.
+
+    `series` names the series of all charts of a figure, so that a series has one colour in all of them.
+    """
     shown = [one for one in points if one.x > 0 and math.isfinite(one.y)]
     values = [
         {
@@ -50,25 +53,17 @@ def scatter_chart(
     ]
     names = list(series)
     colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
+    # Shifted in each round of the colours, so that a colour gets another shape.
     shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
-    # Layers share their legend: where one has none, all have none.
-    shared: Spec = {"field": "series", "type": "nominal"}
-    shared["legend"] = {"columns": 3, "columnPadding": 20} if legend else None
-    colour = {**shared, "scale": {"domain": names, "range": colours}}
-    shape = {**shared, "scale": {"domain": names, "range": shapes}}
+    # The layers share a legend: one layer without it removes it from all.
+    shared = {"columns": 3, "columnPadding": 20} if legend else None
+    colour = nominal("series", legend=shared, scale={"domain": names, "range": colours})
+    shape = nominal("series", legend=shared, scale={"domain": names, "range": shapes})
+    x_axis = {"title": x, "tickCount": 5, "format": "~s", "grid": False}
+    y_axis = {"title": None, "tickCount": 5, "minExtent": 38}
     place: Spec = {
-        "x": {
-            "field": "x",
-            "type": "quantitative",
-            "scale": {"type": "log"},
-            "axis": {"title": x, "tickCount": 5, "format": "~s", "grid": False},
-        },
-        "y": {
-            "field": "y",
-            "type": "quantitative",
-            "scale": {"zero": False},
-            "axis": {"title": None, "tickCount": 5, "minExtent": 38},
-        },
+        "x": quantitative("x", scale={"type": "log"}, axis=x_axis),
+        "y": quantitative("y", scale={"zero": False}, axis=y_axis),
     }
     described = {"description": {"field": "label"}}
     point = {"type": "point", "size": 60, "opacity": 1}

@@ -1,4 +1,4 @@
-"""Files and folders: there whole or not at all, held against their checksums, and for one run alone."""
+"""Atomic writes, checksums and locks for files and folders."""
 
 from lorakit.storage.atomic import (
     atomic_file,

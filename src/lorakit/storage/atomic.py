@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all.
+"""Atomic writes of files and folders.
 
-A save writes beside its target and renames at the end, so that a crash, a full disk or a killed
-process leaves the old content or the new one. Everything is flushed to the disk before the rename:
-after a power cut a rename can otherwise survive the data it points to.
+A save writes to a temporary sibling of its target and renames it at the end. After a crash, a full
+disk or a killed process the target has either its old or its new content. Everything is flushed to
+the disk before the rename: after a power cut a rename can otherwise survive the data it points to.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_SET_ASIDE = "-old"
+_OLD_SUFFIX = "-old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes `path` when the block ends without an exception.
+    """Yield an empty temporary folder that replaces `path` when the block ends without an exception.
 
-    On any exception `path` keeps its old content and nothing is left behind. Where the system can
-    (Linux), an existing folder is swapped with the new one in a single step; elsewhere it is
-    renamed aside first, and a process killed between the two steps leaves it aside until the next
-    call puts it back. That call also removes what killed processes have left behind.
+    On any exception `path` keeps its old content and the temporary folder is removed. An existing
+    folder is swapped with the new one in a single step if the system supports it (Linux). Otherwise
+    the old folder is renamed first; if the process is killed between the two steps, the next call
+    renames it back. Every call also removes the temporary folders of killed processes.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is no folder, or cannot be
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be
             written.
     """
     target = require_free_folder(path, overwrite=overwrite)
-    with full_disk_explained(target), _parents_made(target), _temporary(target) as temporary:
+    with full_disk_explained(target), _created_parents(target), _temporary(target) as temporary:
         with writing(target):
             temporary.mkdir()
-        with _claimed(temporary):
+        with _locked(temporary):
             yield temporary
             with writing(target):
                 if target.is_dir():
@@ -62,16 +62,16 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
 
-    On any exception `path` keeps its old content and nothing is left behind.
+    On any exception `path` keeps its old content and the temporary file is removed.
 
     Raises:
         RunFolderError: `path` is a folder or a device, or cannot be written.
     """
     target = require_free_file(path, overwrite=True)
-    with full_disk_explained(target), _parents_made(target), _temporary(target) as temporary:
+    with full_disk_explained(target), _created_parents(target), _temporary(target) as temporary:
         with writing(target):
             temporary.touch(exist_ok=False)
-        with _claimed(temporary):
+        with _locked(temporary):
             yield temporary
             with writing(target):
                 _sync(temporary)
@@ -79,7 +79,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Refuse, before long work, what `atomic_folder` would refuse after it; return the real path.
+    """Return the real path of an output folder that can be written. Call this before long work.
 
     Raises:
         RunFolderError: As for `atomic_folder`.
@@ -87,45 +87,45 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     target = _writable(path)
     with writing(target):
         if target.exists() and not target.is_dir():
-            raise RunFolderError(f"'{target}' is a file, and a folder was to be written there.")
+            raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
         if target.is_dir() and not overwrite and any(target.iterdir()):
             raise RunFolderError(
-                f"'{target}' already exists. Choose another folder, or say overwrite to replace it."
+                f"'{target}' already exists. Choose another folder, or set overwrite to replace it."
             )
     return target
 
 
 def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Refuse, before long work, a path where no file may be written after it; return the real path.
+    """Return the real path of an output file that can be written. Call this before long work.
 
     Raises:
-        RunFolderError: A folder or a device is there, or a file and `overwrite` is false; or the path
-            cannot be written.
+        RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot
+            be written.
     """
     target = _writable(path)
     with writing(target):
         if target.exists() and not target.is_file():
             kind = "a folder" if target.is_dir() else "a device"
-            raise RunFolderError(f"'{target}' is {kind}, and a file was to be written there.")
+            raise RunFolderError(f"'{target}' is {kind}, expected a file. Choose another path.")
         if target.exists() and not overwrite:
             raise RunFolderError(
-                f"'{target}' already exists. Choose another file, or say overwrite to replace it."
+                f"'{target}' already exists. Choose another file, or set overwrite to replace it."
             )
     return target
 
 
 def _writable(path: str | Path) -> Path:
-    """The real path, if this process may write there."""
+    """Return the real path if this process has permission to write there."""
     try:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # a null byte
-        raise RunFolderError(f"{str(path)!r} is no path: {error}.") from None
+        raise RunFolderError(f"{str(path)!r} is not a valid path: {error}.") from None
     with writing(target):
         above = next((parent for parent in target.parents if parent.exists()), target)
         if not above.is_dir():
             raise RunFolderError(f"Cannot write '{target}': '{above}' is a file, not a folder.")
         if not os.access(above, os.W_OK | os.X_OK):
-            raise RunFolderError(f"Cannot write '{target}': '{above}' may not be written to.")
+            raise RunFolderError(f"Cannot write '{target}': no permission to write to '{above}'.")
     return target
 
 
@@ -134,7 +134,7 @@ def _writable(path: str | Path) -> Path:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """A fresh name beside the target; whatever is there when the block ends is removed."""
+    """Yield an unused sibling path of the target, and remove its file or folder at the end."""
     with writing(target):
         _remove_leftovers(target)
     temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
@@ -142,10 +142,10 @@ def _temporary(target: Path) -> Iterator[Path]:
         yield temporary
     finally:
         _remove(temporary)
-        aside = temporary.with_name(temporary.name + _SET_ASIDE)
-        if aside.exists():
+        old = temporary.with_name(temporary.name + _OLD_SUFFIX)
+        if old.exists():
             with suppress(OSError):
-                _settle_aside(aside, target)
+                _restore_or_remove(old, target)
 
 
 def _temporary_prefix(target: Path) -> str:
@@ -153,22 +153,22 @@ def _temporary_prefix(target: Path) -> str:
 
 
 @contextmanager
-def _claimed(temporary: Path) -> Iterator[None]:
-    """Hold a lock on the temporary; the kernel drops it with the process: what is left is junk."""
+def _locked(temporary: Path) -> Iterator[None]:
+    """Lock the temporary. The kernel releases the lock with the process, which marks leftovers."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks: then leftovers stay
+        with suppress(OSError):  # without file locks, leftovers are never removed
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether the process that made this temporary is gone."""
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that created this temporary has ended."""
     if fcntl is None:
         return False
     try:
@@ -189,24 +189,24 @@ def _remove_leftovers(target: Path) -> None:
         if not name.startswith(_temporary_prefix(target)):
             continue
         leftover = target.with_name(name)
-        if not _abandoned(leftover):
+        if not _is_abandoned(leftover):
             continue
-        if name.endswith(_SET_ASIDE):
-            _settle_aside(leftover, target)
+        if name.endswith(_OLD_SUFFIX):
+            _restore_or_remove(leftover, target)
         else:
             _remove(leftover)
 
 
-def _settle_aside(aside: Path, target: Path) -> None:
-    """A folder set aside is the target's only copy until the new one has taken its place."""
+def _restore_or_remove(old: Path, target: Path) -> None:
+    """Remove the old folder, or rename it back if the new one has not replaced it yet."""
     if target.exists():
-        _remove(aside)
+        _remove(old)
     else:
-        os.rename(aside, target)
+        os.rename(old, target)
 
 
 def _remove(path: Path) -> None:
-    # Best effort: what cannot be removed now is a leftover for the next save.
+    # Best effort: the next save retries.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -215,10 +215,10 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for where, _, files in os.walk(folder, topdown=False):
+    for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(where, name))
-        _sync(Path(where))
+            _sync(Path(root, name))
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:
@@ -232,19 +232,19 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Let the temporary take the target's name; what it replaces ends up at the temporary's."""
+    """Rename the temporary to the target; the old content moves to the temporary's name."""
     undo = _swap(temporary, target)
     try:
         _sync(target.parent)
     except BaseException:
-        # The caller will see a failed save, so the old content goes back.
+        # The save fails, so restore the old content.
         with suppress(OSError):
             undo()
         raise
 
 
 def _swap(temporary: Path, target: Path) -> Callable[[], object]:
-    """Make the change visible; return what takes it back."""
+    """Replace the target by the temporary; return a function that reverts it."""
     if not target.exists():
         os.rename(temporary, target)
         return lambda: os.rename(target, temporary)
@@ -253,19 +253,19 @@ def _swap(temporary: Path, target: Path) -> Callable[[], object]:
     if not target.is_dir():
         os.replace(temporary, target)
         return lambda: None
-    aside = temporary.with_name(temporary.name + _SET_ASIDE)
-    os.rename(target, aside)
+    old = temporary.with_name(temporary.name + _OLD_SUFFIX)
+    os.rename(target, old)
     os.rename(temporary, target)
 
     def undo() -> None:
         os.rename(target, temporary)
-        os.rename(aside, target)
+        os.rename(old, target)
 
     return undo
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in a single step; False where the system or the file system cannot."""
+    """Swap two names in a single step; return False if the system or file system does not support it."""
     renameat2 = getattr(_libc(), "renameat2", None)
     if renameat2 is None:
         return False
@@ -283,8 +283,8 @@ def _libc() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def _parents_made(target: Path) -> Iterator[None]:
-    """Make the folders above the target; those made here go again if the save fails."""
+def _created_parents(target: Path) -> Iterator[None]:
+    """Create the parent folders of the target, and remove those again if the save fails."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         with writing(target):

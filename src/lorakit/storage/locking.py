@@ -1,4 +1,4 @@
-"""A folder held by one process."""
+"""Exclusive locks on folders."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import filelock
 from lorakit.errors import RunFolderError
 
 LOCK_NAME = ".lock"
-"""The file inside a folder whose lock `lock_folder` takes."""
+"""The lock file that `lock_folder` creates in the folder."""
 HOLDER_NAME = ".lock-holder"
 
 
 @contextmanager
 def lock_folder(path: str | Path) -> Iterator[None]:
-    """Hold a folder for this process alone, without waiting; the folder is made if need be.
+    """Lock a folder for this process, without waiting. Create the folder if it is missing.
 
-    The lock goes with the process, however it ends.
+    The system releases the lock when the process ends, also if it is killed.
 
     Raises:
-        RunFolderError: Another run holds the folder, or it cannot be made.
+        RunFolderError: Another run holds the lock, or the folder cannot be created.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
+        raise RunFolderError(f"Cannot create the folder '{folder}': {error.strerror}.") from error
     lock = filelock.FileLock(folder / LOCK_NAME, is_singleton=False)
     holder = folder / HOLDER_NAME
     try:
         lock.acquire(blocking=False)
-    # filelock answers RuntimeError where this very thread holds the lock through another object.
+    # filelock raises RuntimeError if this thread holds the lock through another object.
     except (filelock.Timeout, RuntimeError) as error:
         raise RunFolderError(
             f"'{folder}' is in use by another run{_pid_note(holder)}. "
@@ -43,7 +43,7 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise RunFolderError(f"Cannot lock the folder '{folder}': {error.strerror}.") from error
     try:
-        with suppress(OSError):  # only a hint for the message above
+        with suppress(OSError):  # only used in the message above
             holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:

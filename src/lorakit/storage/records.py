@@ -1,4 +1,4 @@
-"""JSON files, and records: JSON files that hold a checksum of their own content."""
+"""JSON files, and records: JSON files with a checksum of their content."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.formatting import size
 from lorakit.storage.refusals import reading
 
 CHECKSUM = "sha256"
-"""The key under which a record holds the checksum of the rest."""
+"""The key of the checksum in a record."""
 _CHUNK = 1 << 20
 _MAX_JSON_BYTES = 1 << 28
 
@@ -21,7 +22,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as UTF-8 JSON: sorted keys, two spaces, a newline at the end.
 
     Raises:
-        ValueError, TypeError: `obj` holds NaN, an infinity or something JSON has no form for.
+        ValueError, TypeError: `obj` holds NaN, an infinity or a type that JSON does not have.
     """
     text = json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     Path(path).write_bytes(f"{text}\n".encode())
@@ -31,28 +32,28 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
     """Read a file whose content is one JSON object.
 
     Raises:
-        error: The file cannot be read, is not JSON (with the position), or no object.
+        error: The file cannot be read, is not JSON (with the position), or is not an object.
     """
     path = Path(path)
     with reading(path, error), path.open("rb") as file:
         data = file.read(_MAX_JSON_BYTES + 1)
     if len(data) > _MAX_JSON_BYTES:
-        raise error(
-            f"'{path}' is larger than {_MAX_JSON_BYTES >> 20} MiB, too large for JSON settings."
-        )
+        raise error(f"'{path}' is larger than {size(_MAX_JSON_BYTES)}, the limit for a JSON file.")
     with reading(path, error):
         text = data.decode()
     try:
-        found = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        content = json.loads(
+            text, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates
+        )
     except json.JSONDecodeError as wrong:
         raise error(
             f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}."
         ) from wrong
     except (ValueError, RecursionError) as wrong:
-        raise error(f"'{path}' is not JSON as expected: {wrong}.") from wrong
-    if not isinstance(found, dict):
-        raise error(f"'{path}' holds a JSON {_json_name(found)}; an object, {{...}}, was expected.")
-    return found
+        raise error(f"'{path}' is not JSON: {wrong}.") from wrong
+    if not isinstance(content, dict):
+        raise error(f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}.")
+    return content
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -65,10 +66,10 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str | Path, error: type[LorakitError]) -> dict[str, Any]:
-    """Read what `write_record` wrote.
+    """Read a record of `write_record`, without its checksum.
 
     Raises:
-        error: The file cannot be read, is not JSON, or is not what was written.
+        error: The file cannot be read, is not JSON, or does not match its checksum.
     """
     record = read_json(path, error)
     require_checksum(record, path, error)
@@ -79,15 +80,15 @@ def read_record(path: str | Path, error: type[LorakitError]) -> dict[str, Any]:
 def require_checksum(
     record: Mapping[str, Any], path: str | Path, error: type[LorakitError]
 ) -> None:
-    """Hold what was read from `path` against the checksum in it.
+    """Validate a record read from `path` against its checksum.
 
     Raises:
-        error: They do not agree.
+        error: The checksum is missing or does not match.
     """
     if record.get(CHECKSUM) != _checksum(record):
         raise error(
-            f"'{path}' does not have its own checksum: it is damaged, or was changed by hand. Restore it from a "
-            "copy, or let lorakit write it again."
+            f"'{path}' does not match its checksum: it is damaged or was edited by hand. Restore it from a copy, "
+            "or write it again with lorakit."
         )
 
 
@@ -106,17 +107,17 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' stands twice in one object")
-    return found
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key '{duplicate}' is duplicated")
+    return content
 
 
 def _json_name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the system refuses while a file is read or written, as errors of lorakit's."""
+"""Errors of the operating system during file access, converted to errors of lorakit."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
-    """Say what cannot be read, and why, where the system refuses `path` or something in it.
+    """Convert errors from reading `path`, or a file in it, to `error` with the path and the reason.
 
     Raises:
-        error: It is missing, locked, a folder, on a broken disk, or in another encoding than UTF-8.
+        error: The file is missing, locked, a folder, on a broken disk, or not UTF-8.
     """
     try:
         yield
-    except OSError as refusal:
-        if _is_disk_full(refusal):  # what is read is written elsewhere at the same time
+    except OSError as failure:
+        if _is_disk_full(failure):  # from a write inside the block
             raise
-        name = refusal.filename or path
-        if not isinstance(refusal, FileNotFoundError):
+        name = failure.filename or path
+        if not isinstance(failure, FileNotFoundError):
             reason = (
-                f"cannot be read: {refusal.strerror or refusal}. Check its kind and its rights."
+                f"cannot be read: {failure.strerror or failure}. Check its type and permissions."
             )
         elif os.path.islink(name):
-            reason = "is a link that leads nowhere. Check the path."
+            reason = "is a broken symbolic link. Check the path."
         else:
             reason = "does not exist. Check the path."
-        raise error(f"'{name}' {reason}") from refusal
-    except UnicodeDecodeError as refusal:
+        raise error(f"'{name}' {reason}") from failure
+    except UnicodeDecodeError as failure:
         raise error(
-            f"'{path}' is not UTF-8 text: byte {refusal.start} is 0x{refusal.object[refusal.start]:02x}. It is of "
-            "another kind, damaged, or in another encoding; save it as UTF-8."
-        ) from refusal
-    except ValueError as refusal:
-        if "null byte" not in str(refusal):
+            f"'{path}' is not UTF-8 text: byte {failure.start} is 0x{failure.object[failure.start]:02x}. The file is "
+            "not text, damaged or in another encoding; save it as UTF-8."
+        ) from failure
+    except ValueError as failure:
+        if "null byte" not in str(failure):
             raise
-        raise error(f"{str(path)!r} is no path: {refusal}.") from refusal
+        raise error(f"{str(path)!r} is not a valid path: {failure}.") from failure
 
 
 def regular_file(path: Path, error: type[LorakitError] = AdapterFileError) -> Path:
-    """Return `path` if a file is there, itself or behind a link (the hub's cache is made of links).
+    """Return `path` if it is a file or a link to one (the hub's cache consists of links).
 
     Raises:
-        error: Nothing is there, or a folder, pipe or device, which might never end.
+        error: `path` is missing, or a folder, pipe or device; reading a pipe might never end.
     """
     with reading(path, error):
         mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise error(f"'{path}' is not a file, and one was expected there.")
+        raise error(f"'{path}' is not a file but a folder, pipe or device. Check the path.")
     return path
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Say that `path` cannot be written, and why, where the system refuses it.
+    """Convert errors from writing `path` to a RunFolderError with the path and the reason.
 
     Raises:
-        RunFolderError: The disk is full, the folder is read-only, something else has the name.
+        RunFolderError: The disk is full, the folder is read-only, or the name is in use.
     """
     try:
         with full_disk_explained(Path(path)):
             yield
-    except OSError as refusal:
-        reason = refusal.strerror or refusal
-        raise RunFolderError(f"Cannot write '{path}': {reason}.") from refusal
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise RunFolderError(f"Cannot write '{path}': {reason}.") from failure
 
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Say so where the disk is full, whoever found it out; any other error passes.
+    """Convert disk-full errors of any library to a RunFolderError; other errors pass unchanged.
 
     Raises:
         RunFolderError: The disk is full.
@@ -97,7 +97,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
-        # safetensors writes in Rust and raises an error of its own with the system's text in it.
+        # safetensors is written in Rust: its own exception quotes the system's message.
         if any(f"(os error {number})" in str(error) for number in _DISK_FULL):
             return True
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Files of named tensors, as safetensors. Not among the names of the package, which does not import torch."""
+"""Safetensors files. `lorakit.storage` does not re-export this module, because it imports torch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lorakit.storage.refusals import regular_file
 
 
 def read_safetensors(path: Path, error: type[LorakitError] = AdapterFileError) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file into memory of their own.
+    """Read all tensors of a safetensors file, copied out of its memory map.
 
     Raises:
-        error: The file is missing, truncated, or no safetensors file.
+        error: The file is missing, truncated, or not a safetensors file.
     """
     regular_file(path, error)
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: the library maps the file, and one changed on the disk would change under us.
+            # Without the copies, a later change of the file would change the tensors.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except Exception as wrong:  # the bytes are not ours: any part of the parser may trip over them
+    except Exception as wrong:  # damaged bytes can make any part of the parser raise
         raise error(
             f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
-            "another kind; fetch or save it again."
+            "another type; download or save it again."
         ) from wrong
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors; the same tensors give the same bytes."""
-    # A file holds each tensor once: two names for the same memory get a copy each.
+    """Write named tensors to a safetensors file. Equal tensors give equal bytes."""
+    # safetensors rejects tensors that share memory: copy all but the first.
     seen: set[int] = set()
     prepared: dict[str, Tensor] = {}
     for name in sorted(tensors):
@@ -44,4 +44,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     save_file(prepared, path, metadata={"format": "pt"})
-    path.chmod(mode)  # the library leaves files that only their owner can read
+    path.chmod(mode)  # safetensors makes the file readable by its owner only

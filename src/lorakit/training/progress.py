@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from lorakit.formatting import duration, gigabytes
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
@@ -84,27 +85,3 @@ class Reporter:
         """Show the scores of an evaluation."""
         text = "  ".join(f"{name} {value:.4f}" for name, value in state.scores.items())
         self.say(f"step {state.step}/{self._total}  validation: {text}{'  (best)' if best else ''}")
-
-
-def duration(seconds: float) -> str:
-    """Return `seconds` as 45s, 12m 03s or 2h 05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes in the unit that fits: 1.8 MB."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 999.5:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} PB"
-
-
-def gigabytes(count: float) -> str:
-    """Return a number of bytes as 1.23 GB: in one unit, for numbers that stand beside each other."""
-    return f"{count / 1e9:.2f} GB"

@@ -285,7 +285,7 @@ def test_a_record_edited_by_hand(folder):
     text = path.read_text()
     assert '"seed": 3' in text
     path.write_text(text.replace('"seed": 3', '"seed": 4'))
-    with pytest.raises(AdapterFileError, match="changed by hand"):
+    with pytest.raises(AdapterFileError, match="edited by hand"):
         formats.read(folder)
 
 

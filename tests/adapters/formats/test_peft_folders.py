@@ -329,7 +329,7 @@ def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
         ('{"peft_type": "LORA", "lora_alpha": 0}', "lora_alpha is 0"),
         ('{"peft_type": "ADALORA"}', "of type 'ADALORA'"),
         ('{"peft_type": "LORA", "init_lora_weights": "pissa"}', "init_lora_weights is 'pissa'"),
-        ('{"peft_type": "LORA", "r": NaN}', "NaN is no JSON number"),
+        ('{"peft_type": "LORA", "r": NaN}', "NaN is not a JSON number"),
     ],
 )
 def test_a_configuration_that_is_none(tmp_path, sound, text, message):

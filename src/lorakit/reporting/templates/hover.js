@@ -1,4 +1,4 @@
-// The numbers behind a chart: of the mark under the pointer or nearest to it, and with the arrow keys.
+// Shows the numbers of the mark nearest to the pointer, or of the mark chosen with the arrow keys.
 "use strict";
 (() => {
   const tip = document.getElementById("tip");
@@ -29,23 +29,23 @@
     if (!marks.length) continue;
     const cells = marks[0].closest(".mark-rect") !== null;
 
-    const nearest = (event) => {
+    const nearestTo = (event) => {
       if (event.target.dataset?.t) return event.target;
       if (cells) return null;
-      let found = null;
+      let nearest = null;
       let least = 60;
       for (const mark of marks) {
         const at = mark.getBoundingClientRect();
-        // Sideways counts more: on a curve one asks for the value at an x.
+        // Horizontal distance counts more: readers look for the value at an x.
         const across = Math.abs(at.x + at.width / 2 - event.clientX);
         const distance = across + 0.3 * Math.abs(at.y + at.height / 2 - event.clientY);
-        if (distance < least) [found, least] = [mark, distance];
+        if (distance < least) [nearest, least] = [mark, distance];
       }
-      return found;
+      return nearest;
     };
 
     const point = (event) => {
-      const mark = nearest(event);
+      const mark = nearestTo(event);
       if (mark) show(mark);
       else hide();
     };
@@ -58,8 +58,8 @@
       if (event.key === "Escape") hide();
       if (!step) return;
       event.preventDefault();
-      const place = marks.indexOf(shown) + step;
-      show(marks[(place + marks.length) % marks.length]);
+      const index = marks.indexOf(shown) + step;
+      show(marks[(index + marks.length) % marks.length]);
     });
   }
   addEventListener("scroll", hide, { passive: true });

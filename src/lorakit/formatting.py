@@ -1,0 +1,48 @@
+"""Sizes, durations, counts and shares as text, in decimal units."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in the largest unit that fits: 1.84 MB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 999.5:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes as 1.23 GB: a fixed unit, for columns of numbers."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as 45s, 12m 03s or 2h 05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def short_duration(seconds: float) -> str:
+    """Return `seconds` as 85 ms or 4.2 s; from a minute on like `duration`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def rounded_count(count: float) -> str:
+    """Return a count as 460.8 thousand, 135 million or 1.236 billion."""
+    for least, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if count >= least:
+            return f"{count / least:.4g} {word}"
+    return f"{count:.0f}"
+
+
+def percentage(part: float, whole: float) -> str:
+    """Return a share in percent, with two significant digits below 10 %."""
+    percent = 100 * part / whole
+    return f"{percent:.1f} %" if percent >= 10 else f"{percent:.2g} %"
