@@ -256,7 +256,7 @@ def test_a_layer_whose_forward_is_wrapped_is_not_merged(kind: str) -> None:
     last = model.model.layers[1].self_attn.v_proj
     last.forward = last.forward  # as accelerate's hooks leave it
     before = state(model)
-    with pytest.raises(AdapterStateError, match="forward has been wrapped"):
+    with pytest.raises(AdapterStateError, match="forward of a quantised layer is wrapped"):
         adapters.merge()
     assert_same_state(model, before)
     assert not adapters.merged
@@ -469,5 +469,5 @@ def test_int8_layers_of_others_are_not_merged_for_want_of_a_dtype(tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     adapters: Adapters = attach(model, LoRA())
     randomise(adapters)
-    with pytest.raises(AdapterStateError, match="does not say in which dtype"):
+    with pytest.raises(AdapterStateError, match="does not record the dtype"):
         adapters.merge()

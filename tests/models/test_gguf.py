@@ -112,7 +112,7 @@ def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, llama: LlamaForCa
     for _ in range(2):  # also when it comes from the cache
         (notice,) = load_base(path).notices
         assert "'a-new-one'" in notice
-        assert "other tokens than in training" in notice
+        assert "be tokenized differently than in training" in notice
 
 
 # --- the cache ----------------------------------------------------------------------------------

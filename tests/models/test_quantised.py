@@ -276,7 +276,7 @@ def test_load_base(folder: str, kind) -> None:
     assert base.model(ids).logits.equal(expected(ids).logits)
     assert not base.model.training
     (notice,) = base.notices
-    assert f"14 projections are kept in {kind}" in notice
+    assert f"14 projections are quantised to {kind}" in notice
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -302,9 +302,13 @@ def test_a_checkpoint_that_is_quantised_already(folder, tmp_path) -> None:
 
 
 def test_an_unknown_kind(folder: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"'nf5' is none of .*int8.*Did you mean 'nf4'\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"'nf5' is not one of .*int8.*Did you mean 'nf4'\?"
+    ):
         load_base(folder, dtype="nf5")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="'fp4' is no quantisation; there are nf4, int8"):
+    with pytest.raises(
+        ConfigurationError, match="'fp4' is not a kind of quantisation; choose one of nf4, int8"
+    ):
         quantise(nn.Linear(2, 2), "fp4")  # type: ignore[arg-type]
 
 
