@@ -81,7 +81,7 @@ def test_one_number_more_or_less_is_another_base(where):
     model = llama()
     with torch.no_grad():
         model.get_parameter(where).view(-1)[-1] += 2**-20
-    with pytest.raises(WrongBaseError, match="its float32 weights are others") as caught:
+    with pytest.raises(WrongBaseError, match="its float32 weights differ") as caught:
         compare(record(llama()), record(model))
     assert "allow_other_base" in str(caught.value)
 
@@ -96,14 +96,14 @@ def test_another_architecture():
     ):
         with pytest.raises(WrongBaseError, match=word) as caught:
             compare(trained, record(other))
-        assert "made for 'owner/llama'" in str(caught.value)
+        assert "trained on 'owner/llama'" in str(caught.value)
 
 
 def test_another_dtype_of_the_same_weights_is_reported():
     notices = compare(record(llama()), record(llama().bfloat16()))
     assert notices == [
-        "It was trained over float32 weights and runs over bfloat16 ones; rounded to bfloat16 they are "
-        "the same."
+        "The adapter was trained on float32 weights and runs on bfloat16 ones; rounded to bfloat16 they "
+        "are the same."
     ]
     assert compare(record(llama().bfloat16()), record(llama()))
     assert "float16" in compare(record(llama().half().float()), record(llama().half()))[0]
@@ -113,10 +113,10 @@ def test_float16_of_float32_weights_needs_the_source_to_vouch():
     """Rounded to float16 and then to bfloat16 is not always rounded to bfloat16."""
     then, now = record(llama()), record(llama().half())
     assert then.weights.bfloat16 != now.weights.bfloat16
-    with pytest.raises(WrongBaseError, match="float16 weights are others"):
+    with pytest.raises(WrongBaseError, match="float16 weights differ"):
         compare(then, now)
     then, now = record(llama(), "a/b", revision="1"), record(llama().half(), "a/b", revision="1")
-    assert "differ by their rounding" in compare(then, now)[0]
+    assert "differ by rounding" in compare(then, now)[0]
     with pytest.raises(WrongBaseError, match=r"'a/b' at revision 1"):
         compare(then, record(llama().half(), "a/b", revision="2"))
 
@@ -202,7 +202,7 @@ def test_quantised_weights_are_trusted_by_their_source():
     now = record(quantised(llama()), "a/b", revision="1")
     assert now.weights == fingerprint.Weights("quantised", None, None)
     (notice,) = compare(then, now)
-    assert "float32 weights and runs over quantised ones, both of 'a/b'" in notice
+    assert "float32 weights and runs on quantised ones, both of 'a/b'" in notice
     assert compare(now, then)
     with pytest.raises(WrongBaseError, match="cannot be compared"):
         compare(then, record(quantised(llama()), "c/d"))

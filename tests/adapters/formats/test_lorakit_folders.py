@@ -222,37 +222,37 @@ def set_in(*keys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in("format", "other"), "is not the record of a lorakit adapter"),
-        (set_in("format_version", "1"), "is not the record"),
+        (set_in("format", "other"), "does not describe a lorakit adapter"),
+        (set_in("format_version", "1"), "does not describe a lorakit adapter"),
         (set_in("format_version", 99), "format version 99.*Update lorakit"),
-        (set_in("tensors", "../adapter_model.safetensors"), "as the file of its tensors"),
-        (set_in("tensors", "README.md"), "as the file of its tensors"),
-        (set_in("tensors", "lorakit_model.safetensors"), "as the file of its tensors"),
-        (set_in("files", None), "lists no files"),
-        (set_in("files", "../outside", "0"), "'../outside', which may lie outside"),
-        (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which may lie outside"),
-        (set_in("files", "a\\..\\b", "0"), "which may lie outside"),
-        (set_in("files", "C:x", "0"), "which may lie outside"),
-        (set_in("files", "a\0b", "0"), "which may lie outside"),
+        (set_in("tensors", "../adapter_model.safetensors"), "as its tensor file"),
+        (set_in("tensors", "README.md"), "as its tensor file"),
+        (set_in("tensors", "lorakit_model.safetensors"), "as its tensor file"),
+        (set_in("files", None), "has no valid list of files"),
+        (set_in("files", "../outside", "0"), "'../outside', which can be outside"),
+        (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which can be outside"),
+        (set_in("files", "a\\..\\b", "0"), "which can be outside"),
+        (set_in("files", "C:x", "0"), "which can be outside"),
+        (set_in("files", "a\0b", "0"), "which can be outside"),
         (set_in("files", "tokenizer", "0"), "is not a file"),
         (set_in("files", "absent", "0"), "absent' does not exist"),
         (set_in("method", "name", "Prefix"), "its method is 'Prefix'"),
         (set_in("method", None), "its method is None"),
-        (set_in("method", "power", 3), r"settings that are not known here: \['power'\]"),
+        (set_in("method", "power", 3), r"settings that this lorakit does not know: \['power'\]"),
         (set_in("method", "rank", 0), "rank is 0"),
         (set_in("method", "targets", []), "targets is empty"),
-        (set_in("method", "rank_pattern", 5), "rank_pattern is 5|does not describe"),
+        (set_in("method", "rank_pattern", 5), "rank_pattern is 5|does not match"),
         (set_in("layers", {}), "that lorakit.json does not list"),
-        (set_in("layers", []), "does not describe"),
+        (set_in("layers", []), "does not match"),
         (set_in("layers", "a.0.q", "A", [2, 10**12]), "cannot have a A of shape"),
-        (set_in("layers", "a.0.q", "A", [-2, -6]), "does not describe"),
-        (set_in("layers", "a.0.q", "A", "wide"), "does not describe"),
+        (set_in("layers", "a.0.q", "A", [-2, -6]), "does not match"),
+        (set_in("layers", "a.0.q", "A", "wide"), "does not match"),
         (set_in("layers", "a.0.q", "kind", "attention-like"), "kind of layer is"),
         (set_in("layers", "a.0.q", "key", "a.2.q"), "has no 'base_model.model.a.2.q.lora_A.weight'"),
         (set_in("layers", "a.0.q", "key", None), "has no 'base_model.model.None"),
         (set_in("layers", "a.0.q", "scaling", 0), "scaling is 0"),
-        (set_in("layers", "a.0.q", "scaling", "1"), "does not describe"),
-        (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not describe|alpha is inf"),
+        (set_in("layers", "a.0.q", "scaling", "1"), "does not match"),
+        (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not match|alpha is inf"),
         (set_in("layers", "a.0.q", "dora", True), "lora_magnitude_vector"),
         (set_in("layers", "a.0.q", "pissa", True), "shape|form"),
         (
@@ -263,11 +263,11 @@ def set_in(*keys):
             set_in("layers", "a.0.q", "slices", [{"groups": 1, "stride": 8, "offset": 4, "width": 8}]),
             "does not lie within|needs",
         ),
-        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the file"),
-        (set_in("repeated", 7), "does not describe"),
+        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the tensor file"),
+        (set_in("repeated", 7), "does not match"),
         (set_in("base", {"architecture": {}}), "no valid 'architecture'"),
         (set_in("base", []), "no valid 'architecture'"),
-        (set_in("provenance", ["x"]), "does not describe"),
+        (set_in("provenance", ["x"]), "does not match"),
     ],
 )  # fmt: skip
 def test_a_record_that_lies(folder, change, message):
@@ -296,7 +296,7 @@ def test_tensors_beside_those_listed(folder):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     rewrite(folder, set_in("files", "adapter_model.safetensors", digest))
     with pytest.raises(
-        AdapterFileError, match=r"holds 1 that lorakit.json does not list, the first 'more'"
+        AdapterFileError, match=r"holds 1 tensors that lorakit.json does not list, the first 'more'"
     ):
         formats.read(folder)
 
@@ -397,7 +397,9 @@ def test_paths_that_hold_no_adapter(tmp_path):
             formats.read(tmp_path / "run" / "adapter" / name)
     (tmp_path / "mnli.bin").write_bytes(b"")
     (tmp_path / "run").rename(tmp_path / ".run")
-    with pytest.raises(AdapterFileError, match=r"given by its own path, for example '.*mnli.bin'"):
+    with pytest.raises(
+        AdapterFileError, match=r"give the path of the file, for example '.*mnli.bin'"
+    ):
         formats.read(tmp_path)
     (tmp_path / ".run" / "adapter" / "adapter_model.safetensors").unlink()
     (tmp_path / ".run" / "adapter" / "lorakit.json").unlink()
@@ -410,7 +412,7 @@ def test_paths_that_hold_no_adapter(tmp_path):
 def test_an_alpha_beside_a_file_that_records_one(tmp_path):
     formats.write(ADAPTERS["plain"], tmp_path / "adapter")
     assert_equal(formats.read(tmp_path / "adapter", alpha=3), ADAPTERS["plain"])
-    with pytest.raises(ConfigurationError, match=r"alpha=16 was given, and .* records 3"):
+    with pytest.raises(ConfigurationError, match=r"alpha is 16, but .* records 3"):
         formats.read(tmp_path / "adapter", alpha=16)
 
 

@@ -353,7 +353,7 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
         ({"a": linear(4, 12, kind="attention")}, "no layer for nn.MultiheadAttention"),
         ({"a": convolution()}, "only pointwise ones"),
         ({"a": convolution(kernel=(1, 1), rank=4, groups=2)}, "only pointwise ones"),
-        ({"a": fused(*interleaved(2, 3, 0))}, "slices of equal width alone"),
+        ({"a": fused(*interleaved(2, 3, 0))}, "only slices of equal width"),
         ({"a": fused(*reversed(contiguous(4, 0, 2)))}, "in the order of their rows"),
         (
             {"a": linear(alpha=3.0), "b": linear(alpha=4.0)},
@@ -394,7 +394,7 @@ def test_a_pointwise_convolution_is_the_same_in_both(tmp_path):
         ({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(6)}, "'a': lora_A has shape"),
         ({"a.lora_A": numbers(2, 6), "a.lora_B": torch.empty(6, 0)}, "'a': lora_A has shape"),
         ({"a.lora_A": numbers(2, 6) * math.nan, "a.lora_B": numbers(6, 2)}, "'a': A holds 12 values"),
-        ({"a.lora_A.weight": numbers(2, 6)}, "'a.lora_A.weight' is no name of loralib's"),
+        ({"a.lora_A.weight": numbers(2, 6)}, "'a.lora_A.weight' is not a name of loralib"),
         ({"a.lora_A": numbers(2, 6).int(), "a.lora_B": numbers(6, 2)}, "'a': A holds int32"),
         ([numbers(2)], "holds a list; a dictionary"),
         ({"a.lora_A": 3}, "holds a int under 'a.lora_A'"),
@@ -402,7 +402,7 @@ def test_a_pointwise_convolution_is_the_same_in_both(tmp_path):
         (
             {"x_lora_a.weight": numbers(2, 6), "a.x_lora_a.weight": numbers(2, 6),
              "a.x_proj.lora_A": numbers(2, 6)},
-            "is no name of loralib's|under two names",
+            "is not a name of loralib|under two names",
         ),
     ],
 )  # fmt: skip

@@ -157,7 +157,7 @@ def test_what_peft_cannot_say():
         to_peft(loralib_convolution(n_in=4, n_out=6, kernel=(1, 1), groups=2))
     unknown = loralib_convolution(kernel=(3, 3))
     unknown.weight_shape = None
-    with pytest.raises(NotExpressibleError, match="do not say its shape"):
+    with pytest.raises(NotExpressibleError, match="do not show its shape"):
         to_peft(unknown)
 
 

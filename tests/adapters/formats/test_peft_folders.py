@@ -198,7 +198,7 @@ def test_keys_without_pefts_prefix(tmp_path):
     assert list(read_peft(tmp_path).layers)
     both = {**tensors, "conv.lora_A.weight": bare["conv.lora_A.weight"].clone()}
     save_file(both, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFileError, match="with and without 'base_model"):
+    with pytest.raises(AdapterFileError, match="with and without the prefix 'base_model"):
         read_peft(tmp_path)
 
 
@@ -237,10 +237,10 @@ def test_an_adapted_layer_without_tensors_and_the_other_way_round(tmp_path):
 
     written = json.loads(config.read_text())
     config.write_text(json.dumps({**written, "target_modules": ["body.0", "body.1", "body.2"]}))
-    with pytest.raises(AdapterFileError, match=r"no tensors for 'body\.2', which they mean"):
+    with pytest.raises(AdapterFileError, match=r"no tensors for 'body\.2', which they select"):
         formats.check_targets(read_peft(tmp_path), tmp_path, Net())
     config.write_text(json.dumps({**written, "target_modules": ["body.0"]}))
-    with pytest.raises(AdapterFileError, match=r"tensors for 'body\.1', which they do not mean"):
+    with pytest.raises(AdapterFileError, match=r"tensors for 'body\.1', which they do not select"):
         formats.check_targets(read_peft(tmp_path), tmp_path, Net())
 
 
@@ -274,24 +274,24 @@ PREFIX = "base_model.model."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"body.0.lora_A.weight": None}, r"'body\.0' has lora_B, and lora_A and lora_B"),
-        ({"body.0.lora_B.weight": None}, r"'body\.0' has lora_A, and"),
+        ({"body.0.lora_A.weight": None}, r"'body\.0' has lora_B; lora_A and lora_B"),
+        ({"body.0.lora_B.weight": None}, r"'body\.0' has lora_A; lora_A and"),
         ({"body.2.lora_B.weight": numbers(8, 2)}, r"'body\.2' has lora_B"),
-        ({"body.0.lora_A.weight": numbers(3, 8)}, r"'body\.0': lora_A has shape \(3, 8\), and the rank"),
+        ({"body.0.lora_A.weight": numbers(3, 8)}, r"'body\.0': lora_A has shape \(3, 8\), but .* rank"),
         ({"body.0.lora_B.weight": numbers(8, 3)}, r"'body\.0': A has shape \(2, 8\) and B has"),
         ({"body.0.lora_A.weight": numbers(2, 8) * float("nan")}, r"'body\.0': A holds 16 values"),
         ({"body.0.lora_B.weight": torch.ones(8, 2).bool()}, r"'body\.0': B holds bool numbers"),
         ({"body.0.lora_A.default.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
-         r"'body\.0\.lora_A\.default\.weight'.*without a name between"),
+         r"'body\.0\.lora_A\.default\.weight'.*without an adapter name"),
         ({"body.0.lora_B.bias": numbers(8)}, r"'body\.0\.lora_B\.bias'"),
-        ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, and use_dora is false"),
+        ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, but use_dora is false"),
         ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
         ({"body.2.bias": numbers(8)}, r"the first 'body\.2\.bias'"),
         ({"surplus": numbers(8)}, "the first 'surplus'"),
         ({"head.weight": None, "head.bias": None}, "the trained head is missing"),
         ({"head.weight": numbers(4, 8) * float("inf")}, r"'head\.weight' holds 32 values"),
         ({"attn.lora_A.weight": None, "attn.lora_B.weight": None},
-         r"'attn\.base_layer\.out_proj' has factors, and 'attn' around it has none"),
+         r"'attn\.base_layer\.out_proj' has factors, but its parent 'attn' has none"),
         ({"body.0.lora_embedding_A": numbers(2, 8)}, r"'body\.0' has lora_A, lora_B, lora_embedding_A"),
     ],
 )  # fmt: skip
@@ -315,7 +315,9 @@ def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
     (folder / "adapter_config.json").write_text(
         json.dumps({**config, "rank_pattern": {"body.1": 4}})
     )
-    with pytest.raises(AdapterFileError, match=r"'body\.1': lora_A .* and the rank there is 4"):
+    with pytest.raises(
+        AdapterFileError, match=r"'body\.1': lora_A .* but adapter_config\.json gives it rank 4"
+    ):
         read_peft(folder)
 
 
@@ -453,7 +455,7 @@ def test_a_tied_weight_that_peft_trained_apart(tmp_path):
     modules = {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]}
     by_peft(tiny_models.build("gpt2"), tmp_path, **modules, fan_in_fan_out=True)
     stored = read_peft(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"apart, and they are one tensor .* untied"):
+    with pytest.raises(AdapterFileError, match=r"apart, but they are one tensor .* Untie"):
         formats.check_targets(stored, tmp_path, tiny_models.build("gpt2"))
     untied = tiny_models.build("gpt2")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
