@@ -110,20 +110,10 @@ def _attention(
 
 
 _LLAMA_ATTENTION = _attention("self_attn")
-_LLAMA_LAYERS = {
-    **_LLAMA_ATTENTION,
-    "mlp.gate_proj": GATE,
-    "mlp.up_proj": UP,
-    "mlp.down_proj": DOWN,
-}
+_LLAMA_MLP = {"mlp.gate_proj": GATE, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
+_BERT_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
 _BERT_MLP = {"intermediate.dense": UP, "output.dense": DOWN}
-_BERT_LAYERS = {
-    **_attention(
-        *("attention", "crossattention"),
-        **{"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"},
-    ),
-    **_BERT_MLP,
-}
+_BERT_LAYERS = {**_attention("attention", "crossattention", **_BERT_ATTENTION), **_BERT_MLP}
 _BERT_DROPOUTS = {
     "attention.output.dense": "attention.output.dropout",
     "crossattention.output.dense": "crossattention.output.dropout",
@@ -258,11 +248,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("opt",),
-        layers={
-            **_attention("self_attn", o="out_proj"),
-            "fc1": UP,
-            "fc2": DOWN,
-        },
+        layers=_BART_LAYERS,
         output_norm="final_layer_norm",
     ),
     Architecture(
@@ -271,11 +257,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2"),
             *("granite", "olmo", "olmo2", "olmo3", "exaone4", "helium", "ernie4_5"),
         ),
-        layers=_LLAMA_LAYERS,
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
     ),
     Architecture(
         model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
-        layers=_LLAMA_LAYERS,  # blocks with experts have no mlp.*_proj
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
         stacked_experts="mlp.experts",
     ),
     Architecture(

@@ -55,6 +55,9 @@ TOKENIZER_FILES = (
 )
 """File names of a tokenizer saved by transformers."""
 
+_MARKS = (lorakit_json.NAME, peft.CONFIG_NAME)
+"""The files that mark a folder as an adapter."""
+
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
     """Read an adapter in any supported format.
@@ -117,8 +120,7 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
         lorakit_json.write_tensors(stored, folder)
-    text = card.card(stored, form)
-    (folder / lorakit_json.CARD_NAME).write_bytes(text.encode())
+    (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
 
@@ -144,10 +146,9 @@ def check_replaceable(folder: str | Path) -> None:
         RunFolderError: The folder is not empty and contains no adapter.
     """
     folder = Path(folder)
-    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
     with storage.reading(folder, RunFolderError):
         has_files = folder.is_dir() and any(folder.iterdir())
-        is_adapter = any((folder / mark).exists() for mark in marks)
+        is_adapter = any((folder / mark).exists() for mark in _MARKS)
     if has_files and not is_adapter:
         raise RunFolderError(
             f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
@@ -157,7 +158,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
     tensors = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
-    if path.name in (*tensors, peft.CONFIG_NAME, lorakit_json.NAME):
+    if path.name in (*tensors, *_MARKS):
         raise AdapterFileError(
             f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
         )
@@ -175,8 +176,7 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 def _no_adapter_in(folder: Path) -> str:
     entries = sorted(folder.iterdir())
-    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    adapters = [p for p in entries if p.is_dir() and any((p / m).exists() for m in marks)]
+    adapters = [p for p in entries if p.is_dir() and any((p / m).exists() for m in _MARKS)]
     tensors = [p for p in entries if p.name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     hint = ""
     if adapters:

@@ -57,6 +57,8 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
     Raises:
         ConfigurationError: The provenance holds a value that JSON cannot represent.
     """
+    layer_keys = {} if form is None else form.layer_keys
+    trained_keys = {} if form is None else form.trained_keys
     record: dict[str, Any] = {
         "format": "lorakit",
         "format_version": FORMAT_VERSION,
@@ -64,13 +66,10 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "method": _method_record(stored.method),
         "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
         "layers": {
-            path: _describe(layer, None if form is None else form.layer_keys[path])
-            for path, layer in stored.layers.items()
+            path: _describe(layer, layer_keys.get(path)) for path, layer in stored.layers.items()
         },
         "modules": {path: list(tensors) for path, tensors in stored.modules.items()},
-        "trained": {
-            name: None if form is None else form.trained_keys[name] for name in stored.trained
-        },
+        "trained": {name: trained_keys.get(name) for name in stored.trained},
         "repeated": [] if form is None else _repeated(form, stored),
         "base": None if stored.base is None else stored.base.to_json(),
         "provenance": stored.provenance,
@@ -177,11 +176,7 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
 
 def _check_record(record: Mapping[str, Any], path: Path) -> None:
     version = record.get("format_version")
-    if (
-        record.get("format") != "lorakit"
-        or isinstance(version, bool)
-        or not isinstance(version, int)
-    ):
+    if record.get("format") != "lorakit" or type(version) is not int:
         raise AdapterFileError(
             f"'{path}' does not describe a lorakit adapter: its format or format_version is invalid."
         )
@@ -199,14 +194,8 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
         raise AdapterFileError(f"'{folder / NAME}' has no valid list of files.")
     notices = []
     for name, digest in files.items():
-        parts = PurePosixPath(name)
-        if (
-            parts.is_absolute()
-            or ".." in parts.parts
-            or "\\" in name
-            or "\0" in name
-            or ":" in name
-        ):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or any(char in name for char in "\\\0:"):
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
