@@ -1,4 +1,4 @@
-"""A base model is what the checkpoint says, or an error; whatever is new in it is reported."""
+"""A base model equals its checkpoint or is an error; new weights are reported."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     vision = load_base(tmp_path / "vit", task="image-classification")
     assert vision.tokenizer is None
     assert vision.notices == []
-    # From this folder transformers would make a tokenizer that knows only its special tokens.
+    # For this folder, transformers returns a tokenizer with only special tokens.
     tiny_models.build("bert").save_pretrained(tmp_path / "bert")
     text = load_base(tmp_path / "bert", task="sequence-classification")
     assert text.tokenizer is None
@@ -126,7 +126,7 @@ def test_padding_that_the_model_names_is_the_tokenizer_s(tmp_path: Path) -> None
 
 
 def test_model_and_tokenizer_mean_the_same_padding(tmp_path: Path) -> None:
-    """A classifier reads a row at its last token that is no padding: beside a longer one as alone."""
+    """A classifier reads the last token that is not padding, also in a batch with a longer row."""
     folder = save(tmp_path / "llama", "llama", pad_token="[BOS]", eos_token="[EOS]")
     edit_config(folder, pad_token_id=0)
     base = load_base(folder, task="sequence-classification", dtype="float32")
@@ -166,7 +166,7 @@ def test_a_new_head_comes_from_the_seed_and_is_reported(llama: Path) -> None:
     expected = torch.rand(1)
     torch.manual_seed(7)
     first = head(0)
-    assert torch.equal(torch.rand(1), expected)  # the global state was left alone
+    assert torch.equal(torch.rand(1), expected)  # the global state did not change
     assert first.shape == (5, 32)
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)

@@ -1,4 +1,4 @@
-"""Names of base models resolve to what they say, without loading or asking anybody."""
+"""Names of base models resolve to their sources, without loading or network access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMOLLM2, MINILM = PACKAGED_MODELS
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for the two packages, which cannot be imported, as the real ones cannot here."""
+    """Substitutes for the two packages, which cannot be imported either."""
     for model in PACKAGED_MODELS:
         package = tmp_path / model.module
         package.mkdir()

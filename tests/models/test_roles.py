@@ -181,7 +181,7 @@ def test_regular_expression_matches_the_whole_path() -> None:
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
     ]
-    assert len(paths(model, r".*self_attn.*")) == 8  # the module around them is passed over
+    assert len(paths(model, r".*self_attn.*")) == 8  # the parent module is skipped
     with pytest.raises(TargetError, match="matches no layer"):
         resolve_targets(model, r"layers\.0\..*q_proj")
 

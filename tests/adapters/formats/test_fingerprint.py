@@ -1,4 +1,4 @@
-"""Which base an adapter was made for: what counts as the same, and what does not."""
+"""Fingerprints: which models count as the base of an adapter, and which do not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record(model: nn.Module, name: str | None = None, exclude=(), revision=None)
 
 
 def test_the_hash_is_over_names_shapes_dtypes_and_numbers():
-    """Written out once, so that a change of it, which orphans every adapter, does not go unseen."""
+    """A fixed value: a change of it would make every saved adapter unusable."""
     model = nn.Linear(2, 2)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 1 / 3]]))
@@ -59,7 +59,7 @@ def test_the_same_model_is_the_same(monkeypatch):
     first = record(llama())
     assert compare(first, record(llama())) == []
     assert record(llama()) == first
-    monkeypatch.setattr(digests, "_CHUNK", 7)  # a tensor is hashed in pieces
+    monkeypatch.setattr(digests, "_CHUNK", 7)  # hash a tensor in several chunks
     assert record(llama()) == first
 
 
@@ -110,7 +110,7 @@ def test_another_dtype_of_the_same_weights_is_reported():
 
 
 def test_float16_of_float32_weights_needs_the_source_to_vouch():
-    """Rounded to float16 and then to bfloat16 is not always rounded to bfloat16."""
+    """Rounding to float16 and then to bfloat16 can differ from rounding to bfloat16."""
     then, now = record(llama()), record(llama().half())
     assert then.weights.bfloat16 != now.weights.bfloat16
     with pytest.raises(WrongBaseError, match="float16 weights differ"):
@@ -190,7 +190,7 @@ def test_weights_without_numbers():
 
 
 def quantised(model: nn.Module) -> nn.Module:
-    """As int8 quantisers leave a linear layer: integer numbers of another shape."""
+    """A linear layer after an int8 quantiser: integers of another shape."""
     layer = model.model.layers[0].self_attn.q_proj
     packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
     layer.weight = nn.Parameter(packed, requires_grad=False)
@@ -211,7 +211,7 @@ def test_quantised_weights_are_trusted_by_their_source():
 
 
 class Subclass(torch.Tensor):
-    """As torchao's quantised weights: a tensor class of its own that claims to be float32."""
+    """Like torchao's quantised weights: a tensor subclass that reports float32."""
 
 
 def test_a_tensor_class_of_its_own_is_quantised():

@@ -1,4 +1,4 @@
-"""Folders of lorakit: everything comes back bit for bit, and every damage is found."""
+"""lorakit folders: round trips are exact to the bit, and all damage is detected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ADAPTERS: dict[str, StoredAdapter] = {
         {"a": with_start(linear())}, trained={"a.bias": numbers(8, dtype=torch.float16)},
         settings={"bias": "lora_only"},
     ),
-    # What PEFT's format cannot say:
+    # PEFT's format cannot represent these:
     "attention-scalings": adapter(
         {"m": linear(4, 12, kind="attention", alpha=3.0), "m.out_proj": linear(4, 4, alpha=5.0)}
     ),
@@ -91,7 +91,7 @@ def test_everything_comes_back(tmp_path, name):
         assert notices == []
         peft_files = {"adapter_config.json", "adapter_model.safetensors"}
         assert set(os.listdir(tmp_path / "adapter")) == files | peft_files
-        formats.read_peft(tmp_path / "adapter")  # it stands without lorakit.json as well
+        formats.read_peft(tmp_path / "adapter")  # it can also be read without lorakit.json
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -177,14 +177,14 @@ def test_a_truncated_or_missing_file_is_found(folder):
         for length in (0, 1, len(data) // 2, len(data) - 1):
             (folder / name).write_bytes(data[:length])
             if name == "lorakit.json" and length == len(data) - 1:
-                assert_equal(formats.read(folder), ADAPTERS["plain"])  # but for a line's end
+                assert_equal(formats.read(folder), ADAPTERS["plain"])  # except for a line end
             elif name != "README.md":
                 with pytest.raises(AdapterFileError):
                     formats.read(folder)
         (folder / name).unlink()
         if name == "README.md":
             assert_equal(formats.read(folder), ADAPTERS["plain"])
-        elif name == "lorakit.json":  # then it is a PEFT folder, and read as one
+        elif name == "lorakit.json":  # then the folder is read as a PEFT folder
             assert formats.read(folder).peft_config is not None
         else:
             with pytest.raises(AdapterFileError, match="does not exist"):
@@ -201,7 +201,7 @@ def test_an_edited_card_is_no_damage(folder):
 
 
 def rewrite(folder: Path, change) -> None:
-    """Change lorakit.json as someone would who knows how the checksum is made."""
+    """Change lorakit.json and recompute its checksum."""
     path = folder / "lorakit.json"
     record = json.loads(path.read_text())
     change(record)
@@ -273,7 +273,7 @@ def set_in(*keys):
 def test_a_record_that_lies(folder, change, message):
     try:
         rewrite(folder, change)
-    except ValueError:  # 1e400 is no number of JSON's
+    except ValueError:  # 1e400 is not valid JSON
         return
     with pytest.raises(AdapterFileError, match=message) as caught:
         formats.read(folder)
@@ -379,7 +379,7 @@ def test_overwriting_what_is_no_adapter_is_refused(tmp_path):
     formats.check_replaceable(tmp_path / "adapter")
 
 
-# --- what is there? ------------------------------------------------------------------------------
+# --- which format? ------------------------------------------------------------------------------
 
 
 def test_paths_that_hold_no_adapter(tmp_path):
@@ -417,7 +417,7 @@ def test_an_alpha_beside_a_file_that_records_one(tmp_path):
 
 
 def test_a_folder_of_links_into_a_cache(tmp_path):
-    """How the hub's cache keeps a snapshot."""
+    """A snapshot in the hub's cache is a folder of links."""
     formats.write(ADAPTERS["plain"], tmp_path / "adapter")
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
@@ -440,7 +440,7 @@ def test_links_to_what_is_no_file(tmp_path, name, kind):
     if name == "adapter_config.json":
         (folder / "lorakit.json").unlink()
     (folder / name).unlink()
-    if kind == "pipe":  # reading one would wait for ever
+    if kind == "pipe":  # reading it would block forever
         os.mkfifo(folder / name)
     else:
         target = {"nowhere": "absent", "itself": name, "folder": "..", "device": "/dev/zero"}[kind]

@@ -1,4 +1,4 @@
-"""adapter_config.json is read strictly, and its targets mean what they mean to PEFT."""
+"""adapter_config.json is validated strictly, and its targets select the same layers as in PEFT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LORA = {"peft_type": "LORA", "target_modules": ["q"]}
 
 
 def as_json(config: peft.LoraConfig) -> dict:
-    """What PEFT would write."""
+    """The options that PEFT would write."""
     found = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     return json.loads(json.dumps(found))
 
@@ -158,7 +158,7 @@ def test_patterns_that_never_end_are_stopped(monkeypatch):
             ask(parse({**LORA, **options}), path)
 
 
-# --- which layers are meant ----------------------------------------------------------------------
+# --- which layers are selected ----------------------------------------------------------------------
 
 PATHS = (
     "q",

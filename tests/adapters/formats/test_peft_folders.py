@@ -1,4 +1,4 @@
-"""PEFT folders: what PEFT writes is read to the bit, what is written PEFT loads without a word."""
+"""PEFT folders: lorakit reads PEFT's files exactly, and PEFT loads lorakit's without warnings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ IDS = torch.tensor([[1, 2, 3], [9, 0, 4]])
 
 @contextmanager
 def speaking_peft() -> Iterator[None]:
-    """Let PEFT give the warnings that it gives on correct use, and no other."""
+    """Ignore the warnings that PEFT emits on correct use, and no others."""
     with warnings.catch_warnings():
         for beginning in PEFT_SPEAKS:
             warnings.filterwarnings("ignore", message=beginning)
@@ -67,7 +67,7 @@ def speaking_peft() -> Iterator[None]:
 
 
 def by_peft(model: nn.Module, folder: Path, **options) -> tuple[peft.PeftModel, dict[str, Tensor]]:
-    """An adapter of PEFT's with random numbers, saved; and the file's tensors."""
+    """Save a PEFT adapter with random numbers; return it and the file's tensors."""
     with speaking_peft():
         config = peft.LoraConfig(r=2, lora_alpha=3, **options)
         adapted = peft.get_peft_model(model, config).eval()
@@ -342,7 +342,7 @@ def test_a_configuration_that_is_none(tmp_path, sound, text, message):
     assert "adapter_config.json" in str(caught.value)
 
 
-# --- what PEFT's format cannot say ----------------------------------------------------------------
+# --- what PEFT's format cannot represent ----------------------------------------------------------------
 
 
 def from_live(model: nn.Module, **settings) -> StoredAdapter:
@@ -504,7 +504,7 @@ def test_modules_that_peft_would_confuse():
     stored = from_live(Heads(), **settings)
     assert stored.trained.keys() == {"head.weight", "head.bias"}
     form = peft_form(stored)
-    # PEFT takes `forehead` for `head`: it comes along as it is in the base.
+    # PEFT also matches `forehead` for `head`: the file holds its frozen weights.
     assert stored.base is not None
     assert stored.base.layout is not None
     base = stored.base.layout.parameters["forehead.weight"]
