@@ -189,10 +189,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("gpt_neo",),
-        layers={
-            **_attention("attn.attention", o="out_proj"),
-            **_GPT2_MLP,
-        },
+        layers={**_attention("attn.attention", o="out_proj"), **_GPT2_MLP},
         dropouts={
             "attn.attention.out_proj": "attn.attention.resid_dropout",
             "mlp.c_proj": "mlp.dropout",
@@ -200,11 +197,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("gptj",),
-        layers={
-            **_attention("attn", o="out_proj"),
-            "mlp.fc_in": UP,
-            "mlp.fc_out": DOWN,
-        },
+        layers={**_attention("attn", o="out_proj"), "mlp.fc_in": UP, "mlp.fc_out": DOWN},
         dropouts={"attn.out_proj": "attn.resid_dropout", "mlp.fc_out": "mlp.dropout"},
     ),
     Architecture(
@@ -246,11 +239,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn.down_proj": DOWN,
         },
     ),
-    Architecture(
-        model_types=("opt",),
-        layers=_BART_LAYERS,
-        output_norm="final_layer_norm",
-    ),
+    Architecture(model_types=("opt",), layers=_BART_LAYERS, output_norm="final_layer_norm"),
     Architecture(
         model_types=(
             *("llama", "mistral", "ministral3", "smollm3", "stablelm", "seed_oss"),
@@ -266,11 +255,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("phi",),
-        layers={
-            **_attention("self_attn", o="dense"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        layers={**_attention("self_attn", o="dense"), "mlp.fc1": UP, "mlp.fc2": DOWN},
     ),
     Architecture(
         model_types=("phi3",),
@@ -280,10 +265,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
             "mlp.down_proj": DOWN,
         },
-        dropouts={
-            "self_attn.o_proj": "resid_attn_dropout",
-            "mlp.down_proj": "resid_mlp_dropout",
-        },
+        dropouts={"self_attn.o_proj": "resid_attn_dropout", "mlp.down_proj": "resid_mlp_dropout"},
     ),
     Architecture(
         model_types=("glm", "glm4"),
@@ -293,10 +275,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.down_proj": DOWN,
         },
     ),
-    Architecture(
-        model_types=("starcoder2",),
-        layers={**_LLAMA_ATTENTION, **_GPT2_MLP},
-    ),
+    Architecture(model_types=("starcoder2",), layers={**_LLAMA_ATTENTION, **_GPT2_MLP}),
     Architecture(
         model_types=("t5", "mt5", "umt5"),
         layers={
@@ -328,20 +307,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         never_called=("shared",),
     ),
     Architecture(
-        model_types=("vit",),
-        layers={
-            **_attention("attention"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        model_types=("vit",), layers={**_attention("attention"), "mlp.fc1": UP, "mlp.fc2": DOWN}
     ),
     Architecture(
         model_types=("clip_text_model", "clip_vision_model"),
-        layers={
-            **_attention("self_attn", o="out_proj"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        layers={**_attention("self_attn", o="out_proj"), "mlp.fc1": UP, "mlp.fc2": DOWN},
     ),
 )
 """Every architecture whose roles are known."""

@@ -204,9 +204,7 @@ def _restore_pre_tokenizer(
 
 def _rules_of_transformers() -> frozenset[str]:
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            GGUF_PRE_TOKENIZER_SPLITS,
-        )
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:  # defined elsewhere in this version
         return frozenset()
     return frozenset(GGUF_PRE_TOKENIZER_SPLITS)

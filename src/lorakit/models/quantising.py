@@ -132,14 +132,9 @@ def _mark(model: nn.Module, kind: str) -> None:
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return
-    whole = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
-    options: dict[str, Any] = (
-        {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": config.dtype,
-        }
-        if kind == "nf4"
-        else {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-    )
-    config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=whole)
+    unquantised = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    if kind == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["bnb_4bit_compute_dtype"] = config.dtype
+    config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=unquantised)

@@ -49,7 +49,7 @@ def card(stored: StoredAdapter, form: PeftForm | None) -> str:
         _front_matter(stored, form),
         f"# {_title(stored)}",
         _summary(stored),
-        _loading(stored, form),
+        *_loading(stored, form),
         _scores(stored.provenance),
         _data(stored.provenance),
         _settings(stored),
@@ -116,7 +116,7 @@ def _summary(stored: StoredAdapter) -> str:
     return _table(("", ""), rows.items())
 
 
-def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
+def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
     base = _base_name(stored) or "<the base model>"
     task = _task(form)
     auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
@@ -135,9 +135,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         ),
     ]
     if form is None:
-        return "\n\n".join(
-            [*parts, "PEFT and vLLM cannot load it: PEFT's format cannot represent it."]
-        )
+        return [*parts, "PEFT and vLLM cannot load it: PEFT's format cannot represent it."]
     parts += [
         "With PEFT:",
         _block(
@@ -149,7 +147,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
     ]
     obstacle = vllm_obstacle(form)
     if obstacle is not None:
-        return "\n\n".join([*parts, f"vLLM cannot load it as an adapter: {obstacle}"])
+        return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
     if packaged:
@@ -160,7 +158,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {rank} \\\n"
         "    --lora-modules adapter=path/to/this/folder"
     )
-    return "\n\n".join([*parts, "With vLLM:", _block("sh", command)])
+    return [*parts, "With vLLM:", _block("sh", command)]
 
 
 def vllm_obstacle(form: PeftForm) -> str | None:
@@ -220,9 +218,7 @@ def _settings(stored: StoredAdapter) -> str:
     if not shown:
         return ""
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-    return (
-        f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the other settings."
-    )
+    return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the full record."
 
 
 def _notes(stored: StoredAdapter) -> str:

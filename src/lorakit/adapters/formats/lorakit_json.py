@@ -33,6 +33,9 @@ TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
 
+_FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
+"""Fields of a `StoredLayer` that lorakit.json holds unchanged."""
+
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
     """Write an adapter's tensors unchanged, for a folder that PEFT cannot load."""
@@ -145,19 +148,14 @@ def _method_record(method: Method) -> dict[str, Any]:
 
 def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
     description: dict[str, Any] = {
-        "kind": layer.kind,
+        **{name: getattr(layer, name) for name in _FIELDS},
         "rank": layer.rank,
-        "alpha": layer.alpha,
-        "scaling": layer.scaling,
         "A": list(layer.A.shape),
         "B": list(layer.B.shape),
         "slices": [dataclasses.asdict(s) for s in layer.slices],
         "pissa": layer.initial_A is not None,
         "dora": layer.magnitude is not None,
-        "grouped": layer.grouped,
-        "transposed": layer.transposed,
         "weight_shape": None if layer.weight_shape is None else list(layer.weight_shape),
-        "tied_head": layer.tied_head,
     }
     return description if key is None else {**description, "key": key}
 
@@ -316,14 +314,9 @@ def _build(path: str, description: Mapping[str, Any], tensors: Mapping[str, Any]
     shape = description["weight_shape"]
     try:
         return StoredLayer(
-            kind=description["kind"],
-            alpha=description["alpha"],
-            scaling=description["scaling"],
             slices=tuple(RowSlice(**piece) for piece in description["slices"]),
-            grouped=description["grouped"],
-            transposed=description["transposed"],
             weight_shape=None if shape is None else tuple(shape),
-            tied_head=description["tied_head"],
+            **{name: description[name] for name in _FIELDS},
             **tensors,
         )
     except AdapterFileError as error:

@@ -89,9 +89,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sort(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return the factors by layer, with unified names, and the other tensors."""
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}

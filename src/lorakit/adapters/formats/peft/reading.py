@@ -209,12 +209,12 @@ class _Others:
             self.trained[name] = tensor
             return True
         *_, owner, attribute = ("", *name.split("."))
-        of_layer = name != key
+        in_layer = name != key
         if (self.config.bias == "all" and "bias" in name) or (
-            self.config.bias == "lora_only" and of_layer and attribute.endswith("bias")
+            self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
         ):
             self.trained[name] = tensor
-        elif attribute == "weight" and (of_layer or owner in _TABLES):
+        elif attribute == "weight" and (in_layer or owner in _TABLES):
             self.base_copies[name] = tensor
         else:
             return False
