@@ -256,7 +256,7 @@ def test_a_layer_whose_forward_is_wrapped_is_not_merged(kind: str) -> None:
     last = model.model.layers[1].self_attn.v_proj
     last.forward = last.forward  # as accelerate's hooks leave it
     before = state(model)
-    with pytest.raises(AdapterStateError, match="forward has been wrapped"):
+    with pytest.raises(AdapterStateError, match="forward of a quantised layer is wrapped"):
         adapters.merge()
     assert_same_state(model, before)
     assert not adapters.merged
@@ -354,27 +354,27 @@ def test_an_adapter_says_what_it_was_trained_over(arch, kind, dtype, tmp_path, c
     plain.config._name_or_path = "another name"  # the weights say that it is the same
     load(plain, folder)
     assert (
-        f"It was trained over {kind} weights and runs over float32 ones; before quantisation, rounded to "
-        "bfloat16, they are the same."
+        f"The adapter was trained on {kind} weights and runs on float32 ones; the original weights, rounded "
+        "to bfloat16, are the same."
     ) in caplog.text
 
 
 def test_the_other_way_round(kind: str, tmp_path, caplog) -> None:
     folder = saved(tiny_models.build("llama"), tmp_path / "adapter")
     load(base(kind=kind), folder)
-    assert f"trained over float32 weights and runs over {kind} ones" in caplog.text
+    assert f"trained on float32 weights and runs on {kind} ones" in caplog.text
     model = base(kind="int8" if kind == "nf4" else "nf4")
     load(model, saved(base(kind=kind), tmp_path / "quantised"))
-    assert f"trained over {kind} weights and runs over" in caplog.text
+    assert f"trained on {kind} weights and runs on" in caplog.text
 
 
 def test_another_base_is_refused(kind: str, tmp_path) -> None:
     folder = saved(base(kind=kind), tmp_path / "adapter")
     other = tiny_models.build("llama", seed=1)
-    with pytest.raises(WrongBaseError, match="weights are others"):
+    with pytest.raises(WrongBaseError, match="weights differ"):
         load(other, folder)
     quantise(other, kind)  # type: ignore[arg-type]
-    with pytest.raises(WrongBaseError, match="weights are others"):
+    with pytest.raises(WrongBaseError, match="weights differ"):
         load(other, folder)
 
 
@@ -469,5 +469,5 @@ def test_int8_layers_of_others_are_not_merged_for_want_of_a_dtype(tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     adapters: Adapters = attach(model, LoRA())
     randomise(adapters)
-    with pytest.raises(AdapterStateError, match="does not say in which dtype"):
+    with pytest.raises(AdapterStateError, match="does not record the dtype"):
         adapters.merge()

@@ -79,7 +79,7 @@ def test_another_base_is_refused(tmp_path):
     adapter = saved(tmp_path / "base").stored()
     other = BaseConfig(name=str(tmp_path / "other"))
     tiny_models.build("llama", seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(WrongBaseError, match="weights are others"):
+    with pytest.raises(WrongBaseError, match="weights differ"):
         open_weights(other, adapter)
     (notice,) = open_weights(other, adapter, allow_other_base=True).notices
     assert "allow_other_base" in notice

@@ -106,7 +106,7 @@ def test_damaged_adapter_in_every_command(
 ) -> None:
     flip(adapter / TENSORS, -5)
     shell.refuses(
-        command.format(base=base, data=data), f"adapter/{TENSORS}", "damaged", "fetch or save"
+        command.format(base=base, data=data), f"adapter/{TENSORS}", "damaged", "download or save"
     )
 
 

@@ -228,5 +228,7 @@ def test_a_peft_folder_with_a_file_of_no_tensors(
     (peft_folder / TENSORS).unlink()
     (peft_folder / "adapter_model.bin").write_bytes(b"years of work\n")
     shell.refuses(
-        COMMANDS_ON_AN_ADAPTER[command].format(base=base), "adapter_model.bin", "no file of tensors"
+        COMMANDS_ON_AN_ADAPTER[command].format(base=base),
+        "adapter_model.bin",
+        "is not a tensor file",
     )

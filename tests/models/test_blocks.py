@@ -1,4 +1,4 @@
-"""Where a model's blocks are and what their parts give out, against what running the model shows."""
+"""Paths of blocks, branches and outputs, compared with a run of the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lorakit.models.roles import find_places
 KNOWN = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 EXPERTS = ("mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
 ONE_MODULE_FOR_BOTH = ("phi", "vit")
-"""Their dropout serves attention and MLP, so that an adapter on it could not tell the two apart."""
+"""Attention and MLP share one dropout, so an adapter on it would apply to both."""
 NOT_IN_THE_TABLE = ("StableLm", "Mpt")
-"""Their dropouts follow one of the two projections alone; adapters stand before them."""
+"""Their dropouts follow only one of the two projections; adapters come before them."""
 
 
 @pytest.mark.parametrize("arch", KNOWN)
@@ -36,7 +36,7 @@ def test_the_stacks_are_those_of_the_forward_pass(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", KNOWN)
 def test_outputs_are_what_the_next_module_gets(arch: str) -> None:
-    """A branch is what follows its projection up to the last dropout; a block's output its LayerNorm's."""
+    """A branch ends with its last dropout; a block's output is that of its LayerNorm."""
     model = tiny_models.build(arch).train()
     made: dict[int, str] = {}
     after: dict[str, set[str]] = {}

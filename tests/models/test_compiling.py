@@ -1,4 +1,4 @@
-"""Compiled blocks: the same numbers, and nothing compiled where nothing was asked for."""
+"""Compiled blocks compute the same numbers; no block is compiled unless configured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.models.compiling import compile_blocks
 pytestmark = pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # dynamo looks at its inputs
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # dynamo inspects its inputs
 )
 
 

@@ -1,4 +1,4 @@
-"""The dtype that `auto` stands for is the one that the processor multiplies natively."""
+"""`auto` resolves to the dtype that the processor multiplies natively."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorakit.models.dtypes import compute_dtype, resolved_dtype
         ((7, 5), {"avx512_bf16": True}, None, torch.float32),
         ((7, 5), {"avx512_bf16": True}, "cpu", torch.bfloat16),
         ((9, 0), {"avx512_bf16": False}, "cpu", torch.float32),
-        ((7, 5), {}, "cuda:1", torch.bfloat16),  # not there, and planned for
+        ((7, 5), {}, "cuda:1", torch.bfloat16),  # a planned device that does not exist
         (None, {}, "cuda", torch.bfloat16),
         (None, {"avx512_bf16": True}, None, torch.bfloat16),
         (None, {"amx_bf16": True}, "cpu", torch.bfloat16),

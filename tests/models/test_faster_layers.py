@@ -1,4 +1,4 @@
-"""Layers that get a forward of ours, and layers that look like them and keep their own."""
+"""Layers that get our forward, and similar layers that keep their own."""
 
 import copy
 
@@ -50,7 +50,7 @@ def test_norms_and_gates_of_llama_and_qwen():
         names = list(replaced(model).values())
         assert (
             names.count("_rms_norm") == 2 * (2 + own_norms) + 1
-        )  # Qwen3 has some inside its attention
+        )  # Qwen3 also has norms inside its attention
         assert names.count("_gated") == 2
 
 

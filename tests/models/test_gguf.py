@@ -109,10 +109,10 @@ def test_smollm_splits_digits_off_before_spaces(tmp_path: Path, llama: LlamaForC
 
 def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", llama, pre="a-new-one")
-    for _ in range(2):  # also when it comes from the cache
+    for _ in range(2):  # the second load reads the cache
         (notice,) = load_base(path).notices
         assert "'a-new-one'" in notice
-        assert "other tokens than in training" in notice
+        assert "be tokenized differently than in training" in notice
 
 
 # --- the cache ----------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_smollm2_answers() -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert model.config.pad_token_id == model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.model_max_length == 8192
-    # The published tokenizer's own ids.
+    # The ids of the published tokenizer.
     assert tokenizer("In 2024  5").input_ids == tokenizer.convert_tokens_to_ids(
         ["In", "Ġ", "2", "0", "2", "4", "ĠĠ", "5"]
     )

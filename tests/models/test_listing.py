@@ -1,4 +1,4 @@
-"""The table of targets names what can be adapted, no less and no more."""
+"""The table of targets lists exactly the adaptable layers."""
 
 from __future__ import annotations
 

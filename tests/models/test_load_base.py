@@ -1,4 +1,4 @@
-"""A base model is what the checkpoint says, or an error; whatever is new in it is reported."""
+"""A base model equals its checkpoint or is an error; new weights are reported."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     vision = load_base(tmp_path / "vit", task="image-classification")
     assert vision.tokenizer is None
     assert vision.notices == []
-    # From this folder transformers would make a tokenizer that knows only its special tokens.
+    # For this folder, transformers returns a tokenizer with only special tokens.
     tiny_models.build("bert").save_pretrained(tmp_path / "bert")
     text = load_base(tmp_path / "bert", task="sequence-classification")
     assert text.tokenizer is None
@@ -126,12 +126,12 @@ def test_padding_that_the_model_names_is_the_tokenizer_s(tmp_path: Path) -> None
 
 
 def test_model_and_tokenizer_mean_the_same_padding(tmp_path: Path) -> None:
-    """A classifier reads a row at its last token that is no padding: beside a longer one as alone."""
+    """A classifier reads the last token that is not padding, also in a batch with a longer row."""
     folder = save(tmp_path / "llama", "llama", pad_token="[BOS]", eos_token="[EOS]")
     edit_config(folder, pad_token_id=0)
     base = load_base(folder, task="sequence-classification", dtype="float32")
     (notice,) = (n for n in base.notices if "pads with" in n)
-    assert "pads with token 1, and the model's configuration says 0" in notice
+    assert "pads with token 1, but the model's configuration says 0" in notice
     assert base.tokenizer is not None
     together = base.tokenizer(["hello world", "hello"], padding=True, return_tensors="pt")
     alone = base.tokenizer(["hello"], return_tensors="pt")
@@ -145,7 +145,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     backend = Tokenizer(WordLevel(words, unk_token="w1"))
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(folder)
     (notice,) = load_base(folder, task="sequence-classification").notices
-    assert "150 tokens and the model 99 embeddings" in notice
+    assert "150 tokens, but the model only 99 embeddings" in notice
 
 
 # --- new heads ----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_new_head_comes_from_the_seed_and_is_reported(llama: Path) -> None:
             llama, task="sequence-classification", num_labels=5, dtype="float32", seed=seed
         )
         assert base.notices == [
-            f"New weights, random from seed {seed}, to be trained: score.weight.",
+            f"Newly initialised weights (seed {seed}), to be trained: score.weight.",
             "Weights of the checkpoint that this task does not use: lm_head.weight.",
         ]
         return base.model.get_parameter("score.weight").detach()
@@ -166,7 +166,7 @@ def test_a_new_head_comes_from_the_seed_and_is_reported(llama: Path) -> None:
     expected = torch.rand(1)
     torch.manual_seed(7)
     first = head(0)
-    assert torch.equal(torch.rand(1), expected)  # the global state was left alone
+    assert torch.equal(torch.rand(1), expected)  # the global state did not change
     assert first.shape == (5, 32)
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)
@@ -178,7 +178,7 @@ def test_a_head_for_another_number_of_classes_is_replaced(tmp_path: Path) -> Non
     base = load_base(folder, task="sequence-classification", num_labels=2)
     assert base.model.get_parameter("classifier.out_proj.weight").shape == (2, 32)
     assert base.notices == [
-        "New weights, random from seed 0, to be trained (the checkpoint's has another number of "
+        "Newly initialised weights (seed 0), to be trained (the checkpoint's has another number of "
         "outputs): classifier.out_proj.bias, classifier.out_proj.weight."
     ]
 
@@ -204,7 +204,7 @@ def test_minilm_from_its_package() -> None:
     base = load_base("minilm-l6", task="sequence-classification", num_labels=2, dtype="float32")
     assert base.source.name == "all-minilm-l6-v2"
     assert base.notices == [
-        "New weights, random from seed 0, to be trained: classifier.bias, classifier.weight."
+        "Newly initialised weights (seed 0), to be trained: classifier.bias, classifier.weight."
     ]
     assert base.tokenizer is not None
     assert base.tokenizer.tokenize("Low-rank adaptation") == ["low", "-", "rank", "adaptation"]
@@ -312,7 +312,7 @@ def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def test_offline_and_unknown() -> None:
     with pytest.raises(
         BaseModelError,
-        match=r"no short name, no local path and not in the local cache.*HF_HUB_OFFLINE.*"
+        match=r"not a short name, not a local path and not in the local cache.*HF_HUB_OFFLINE.*"
         r"Did you mean 'smollm2-135m'\?",
     ):
         load_base("smollm2-135n")
@@ -322,8 +322,8 @@ def test_offline_and_unknown() -> None:
     ("error", "message"),
     [
         (ConnectionError("no route"), "the hub cannot be reached"),
-        (RepositoryNotFoundError, r"There is no model 'minilm-16'.*Did you mean 'minilm-l6'\?"),
-        (GatedRepoError, "accepted its terms"),
+        (RepositoryNotFoundError, r"No model 'minilm-16' exists.*Did you mean 'minilm-l6'\?"),
+        (GatedRepoError, "is gated. Accept its terms"),
         (RevisionNotFoundError, "has no revision 'v2'"),
     ],
 )
@@ -386,11 +386,11 @@ def test_the_cached_copy_serves_when_the_hub_cannot(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "causal"}, r"task 'causal' is none of.*Did you mean 'causal-lm'\?"),
-        ({"dtype": "bf16"}, r"dtype 'bf16' is none of auto, float32, bfloat16, float16"),
-        ({"num_labels": 2}, r"num_labels is for classification"),
-        ({"task": "sequence-classification", "num_labels": 1}, "write task='regression'"),
-        ({"task": "regression", "num_labels": 3}, "num_labels is for classification"),
+        ({"task": "causal"}, r"task 'causal' is not one of.*Did you mean 'causal-lm'\?"),
+        ({"dtype": "bf16"}, r"dtype 'bf16' is not one of auto, float32, bfloat16, float16"),
+        ({"num_labels": 2}, r"num_labels is only for classification"),
+        ({"task": "sequence-classification", "num_labels": 1}, "set task='regression'"),
+        ({"task": "regression", "num_labels": 3}, "num_labels is only for classification"),
     ],
 )
 def test_arguments_that_do_not_fit(llama: Path, arguments: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Names of base models resolve to what they say, without loading or asking anybody."""
+"""Names of base models resolve to their sources, without loading or network access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMOLLM2, MINILM = PACKAGED_MODELS
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for the two packages, which cannot be imported, as the real ones cannot here."""
+    """Substitutes for the two packages, which cannot be imported either."""
     for model in PACKAGED_MODELS:
         package = tmp_path / model.module
         package.mkdir()
@@ -97,7 +97,7 @@ def test_local_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], r"has no config\.json, so that it is no model folder\.$"),
+        ([], r"has no config\.json, so it is not a model folder\.$"),
         (["adapter_config.json"], "is an adapter, not a base model"),
         (["b.gguf", "a.gguf"], r"Name the file in it instead: '.*a\.gguf'"),
     ],
@@ -112,7 +112,7 @@ def test_folder_that_is_no_model(tmp_path: Path, content: list[str], message: st
 def test_paths_that_do_not_work(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "my-model").mkdir()
-    with pytest.raises(BaseModelError, match=r"is a file.*Its folder may be meant"):
+    with pytest.raises(BaseModelError, match=r"is a file.*Did you mean its folder"):
         resolve(tmp_path / "model.safetensors")
     with pytest.raises(BaseModelError, match=r"does not exist\. Did you mean 'my-model'\?"):
         resolve(tmp_path / "my-modle")

@@ -1,4 +1,4 @@
-"""q, k and v are what the model itself splits: changing one's rows changes that one alone."""
+"""q, k and v match the model's own split: changing the rows of one changes only that one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SOFTMAXES = {nn.functional.softmax, torch.softmax, torch.Tensor.softmax}
 
 
 class AttentionOperands(TorchFunctionMode):
-    """Records what each attention module multiplies: ``{"q": .., "k": .., "v": ..}``.
+    """Records the operands of each attention module: ``{"q": .., "k": .., "v": ..}``.
 
     Eager attention multiplies q with k, takes the softmax, and multiplies that with v, so these
-    operands are q, k and v after the model's own split, whatever way it splits.
+    operands are q, k and v after the model's own split.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class AttentionOperands(TorchFunctionMode):
         elif self.inside is not None and func in PRODUCTS:
             factors = (kwargs["batch1"], kwargs["batch2"]) if "batch1" in kwargs else args
             left, right = factors
-            if right.ndim == 2:  # Falcon's linear layers, written as a product
+            if right.ndim == 2:  # Falcon's linear layers are matrix products
                 return func(*args, **kwargs)
             found = self.seen[self.inside]
             if self.after_softmax:
@@ -78,7 +78,7 @@ def operands(arch: str, model: PreTrainedModel, attentions: dict[str, nn.Module]
 
 @contextmanager
 def noise_on(model: nn.Module, place: Place) -> Iterator[None]:
-    """Add noise to the weight rows of a place, and take it away again."""
+    """Add noise to the weight rows of a place, and remove it again."""
     layer = model.get_submodule(place.path)
     assert isinstance(layer, (nn.Linear, Conv1D))
     before = layer.weight.detach().clone()
@@ -108,7 +108,7 @@ def test_noise_on_one_projection_changes_that_projection_alone(arch: str) -> Non
             name: (noisy[name] != plain[place.path][name]).float().mean().item() for name in "qkv"
         }
         meant = place.role.removeprefix("attention.")
-        # All of it changes: no row is left out. Rotation may round a single value back.
+        # Every row changes. Rotation may round a single value back.
         assert changed.pop(meant) > 0.99, place
         assert set(changed.values()) == {0.0}, place
 
@@ -138,7 +138,7 @@ def test_gate_is_the_half_that_the_activation_acts_on(arch: str) -> None:
 
 
 def test_multihead_attention_slices_are_q_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same by type; the operands are those of the two calls of ``torch.bmm`` inside."""
+    """The same check for torch's own module; the operands are those of its two ``torch.bmm`` calls."""
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention})
     inputs = torch.randn(3, 2, 5, 8).unbind()

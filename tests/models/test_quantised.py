@@ -1,4 +1,4 @@
-"""Quantised projections hold the numbers that their format defines, and compute with them everywhere."""
+"""Quantised projections hold the numbers of their format, and compute with them everywhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lorakit.models.quantising import quantise
 
 KINDS = ("nf4", "int8")
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-"""Settings of a tiny Llama whose layers are all a multiple of NF4's blocks wide."""
+"""Settings of a tiny Llama whose layer widths are all multiples of NF4's block size."""
 LAYERS = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
@@ -47,7 +47,7 @@ def weight_of(layer: nn.Module) -> QuantisedWeight:
 
 
 def whole_twin(layer: nn.Module) -> nn.Linear:
-    """An ordinary layer with what the quantised one stands for."""
+    """An ordinary layer with the dequantised weight."""
     twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     twin.weight = nn.Parameter(weight_of(layer).whole(), requires_grad=False)
     twin.bias = None if layer.bias is None else copy.deepcopy(layer.bias)
@@ -70,7 +70,7 @@ NF4_LEVELS = np.array(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [128, 96, 7], ids="width{}".format)
 def test_nf4_numbers(dtype: torch.dtype, width: int) -> None:
-    """Also where a block of 64 goes on in the next row, or is not full."""
+    """Also if a block of 64 continues in the next row, or is not full."""
     layer = linear(dtype, width=width)
     W = layer.weight.detach().double().numpy().ravel()
     blocks = np.pad(W, (0, -W.size % 64)).reshape(-1, 64)
@@ -92,8 +92,8 @@ def test_int8_numbers(dtype: torch.dtype) -> None:
     quantised = weight_of(Int8Linear(layer))
     W_q = quantised.matrix().double()
     step = W.abs().amax(1, keepdim=True) / 127
-    # bitsandbytes divides in float16: its 11 bits move a scale by 2^-12, and a number of up to 127 steps by
-    # as much of it, from one side of a half to the other.
+    # bitsandbytes divides in float16: its 11 bits change a scale by up to 2^-12, which can round a number
+    # of up to 127 steps to the other neighbour.
     torch.testing.assert_close(W_q / step, (W_q / step).round(), rtol=2**-11, atol=1e-6)
     assert ((W_q - W).abs() / step).max() < 0.5 + 127 * 2**-11
     assert (quantised.kind, quantised.dtype, quantised.shape) == ("int8", dtype, W.shape)
@@ -114,7 +114,7 @@ def test_a_layer_computes_what_its_whole_twin_does(kind, dtype, shape) -> None:
     y, y_twin = layer(x), twin(x_twin)
     y.backward(upstream)
     y_twin.backward(upstream)
-    # The same products of the same numbers; scales multiplied in another order move the last bit of W_q.
+    # The same products of the same numbers; another order of the scales changes the last bit of W_q.
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0, atol=2**-5)
     torch.testing.assert_close(y, y_twin, **tolerance)
     torch.testing.assert_close(x.grad, x_twin.grad, **tolerance)
@@ -170,16 +170,12 @@ def test_a_copy_and_another_dtype_compute_the_same(kind) -> None:
     x = torch.randn(4, 96)
     expected = layer(x)
     assert copy.deepcopy(layer)(x).equal(expected)
-    assert layer.to(torch.float64)(x).equal(
-        expected
-    )  # packed numbers and scales are nothing to cast
+    assert layer.to(torch.float64)(x).equal(expected)  # packed numbers and scales are not cast
 
 
 def test_scales_follow_their_weight_to_another_device() -> None:
     layer = Int8Linear(linear())
-    layer.weight.SCB = layer.weight.SCB.to(
-        "meta"
-    )  # as if the weight alone had been moved to the CPU
+    layer.weight.SCB = layer.weight.SCB.to("meta")  # as if only the weight were on the CPU
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         layer.to("cpu")
 
@@ -276,7 +272,7 @@ def test_load_base(folder: str, kind) -> None:
     assert base.model(ids).logits.equal(expected(ids).logits)
     assert not base.model.training
     (notice,) = base.notices
-    assert f"14 projections are kept in {kind}" in notice
+    assert f"14 projections are quantised to {kind}" in notice
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,13 +294,17 @@ def test_a_checkpoint_that_is_quantised_already(folder, tmp_path) -> None:
     model = load_base(tmp_path / "saved").model
     layer = model.model.layers[0].mlp.up_proj
     assert type(layer) is bnb.nn.Linear4bit
-    assert not layer.support_avx512bf16_for_cpu  # or an evaluation would cost it its gradient
+    assert not layer.support_avx512bf16_for_cpu  # otherwise an evaluation would block its gradient
 
 
 def test_an_unknown_kind(folder: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"'nf5' is none of .*int8.*Did you mean 'nf4'\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"'nf5' is not one of .*int8.*Did you mean 'nf4'\?"
+    ):
         load_base(folder, dtype="nf5")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="'fp4' is no quantisation; there are nf4, int8"):
+    with pytest.raises(
+        ConfigurationError, match="'fp4' is not a kind of quantisation; choose one of nf4, int8"
+    ):
         quantise(nn.Linear(2, 2), "fp4")  # type: ignore[arg-type]
 
 
@@ -325,7 +325,7 @@ def test_a_model_without_projections() -> None:
 
 
 def own_layers(**settings: int) -> PreTrainedModel:
-    """As transformers makes them from a BitsAndBytesConfig."""
+    """Return the layers that transformers creates for a BitsAndBytesConfig."""
     model = tiny_models.build("llama", **settings)
     for path, module in list(model.model.named_modules()):
         if type(module) is nn.Linear:
@@ -351,7 +351,7 @@ def test_they_are_kept_from_repacking_or_refused() -> None:
     layer.support_avx512bf16_for_cpu = True
     require_exact_layers(model)
     assert not layer.support_avx512bf16_for_cpu
-    layer.weight.quant_state.packing_format_for_cpu = True  # as its evaluation on a CPU leaves it
+    layer.weight.quant_state.packing_format_for_cpu = True  # as after an evaluation on a CPU
     with pytest.raises(AdapterStateError, match=r"layers\.1\.mlp\.up_proj.*no gradient"):
         require_exact_layers(model)
 
@@ -361,7 +361,7 @@ def test_they_are_refused_where_they_take_the_scales_of_other_blocks() -> None:
     layer = model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, 32)
     if layer(x).allclose(F.linear(x, weight_of(layer).matrix()), atol=1e-3):
-        require_exact_layers(model)  # a bitsandbytes that does not
+        require_exact_layers(model)  # a bitsandbytes without the bug
     else:
         with pytest.raises(
             AdapterStateError, match=r"q_proj' has 32 inputs.*scales of other blocks"

@@ -181,7 +181,7 @@ def test_regular_expression_matches_the_whole_path() -> None:
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
     ]
-    assert len(paths(model, r".*self_attn.*")) == 8  # the module around them is passed over
+    assert len(paths(model, r".*self_attn.*")) == 8  # the parent module is skipped
     with pytest.raises(TargetError, match="matches no layer"):
         resolve_targets(model, r"layers\.0\..*q_proj")
 
@@ -212,7 +212,11 @@ def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
 @pytest.mark.parametrize(
     ("arch", "target", "message"),
     [
-        ("llama", "attention.w", r"matches no layer.*Did you mean 'attention\.\w'\?.*Roles here:"),
+        (
+            "llama",
+            "attention.w",
+            r"matches no layer.*Did you mean 'attention\.\w'\?.*Roles of this model:",
+        ),
         ("llama", "q_porj", r"Did you mean 'q_proj'\?"),
         ("llama", "input_layernorm", r"'model\.layers\.0\.input_layernorm' \(LlamaRMSNorm\) and 1"),
         (
@@ -221,9 +225,9 @@ def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
             r"\(LlamaAttention\).*layers inside: q_proj, k_proj, v_proj, o_proj",
         ),
         ("llama", r"model\.layers\.0\..*", r"\(LlamaRMSNorm\)"),
-        ("llama", "(q_proj", "nor is it a regular expression"),
+        ("llama", "(q_proj", "it is not a valid regular expression"),
         ("llama", "", "non-empty string"),
-        ("opt", "embed_positions", "it makes its own indices"),
+        ("opt", "embed_positions", "it computes its own indices"),
         ("deberta-v2", "rel_embeddings", "never calls"),
         ("t5", "shared", "never calls.*Write 'embedding'"),
         ("bart", "shared", "never calls.*Write 'embedding'"),

@@ -1,4 +1,4 @@
-"""Writes a tiny Llama as a GGUF file, the way llama.cpp's converter does."""
+"""Write a tiny Llama as a GGUF file, like llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def write_gguf(
 
 
 def rounded(data: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
-    """Return a matrix as it comes back from ``kind``, float32."""
+    """Return a matrix after a round trip through ``kind``, in float32."""
     quantised = gguf.quants.quantize(data.float().numpy(), kind)
     return torch.from_numpy(gguf.quants.dequantize(quantised, kind))
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Interleave the halves of each head, which is how llama.cpp rotates."""
+    """Interleave the halves of each head, the order of llama.cpp's rotary embedding."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)

@@ -78,7 +78,7 @@ def test_a_job_computes_over_quantised_projections(tmp_path, base, kind) -> None
     assert len(dict(quantised_weights(job.model))) == 14
     assert all(p.dtype == torch.float32 for p in job.parameters.values())
     lines = "\n".join(job.describe())
-    assert f"14 projections are kept in {kind}" in lines
+    assert f"14 projections are quantised to {kind}" in lines
     assert f"computed in {str(job.model.dtype).removeprefix('torch.')} on cpu" in lines
 
 

@@ -1,1 +1,1 @@
-"""What the base model is: the roles of its layers, and how to load it."""
+"""Base models: the roles of their layers, and how to load them."""

@@ -1,8 +1,8 @@
-"""What each architecture calls its projections, as data.
+"""A table of the projection names of each architecture.
 
-A layer is named relative to its block: the name of ``model.layers.3.self_attn.q_proj`` is what
-follows the last number, ``self_attn.q_proj``. The names and the order inside fused projections are
-those of ``transformers`` 5.
+Layer names are relative to their block: ``model.layers.3.self_attn.q_proj`` is listed as
+``self_attn.q_proj``, the part after the last number. The names, and the order inside fused
+projections, are those of ``transformers`` 5.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Fused:
     """Several projections in one weight, in the order of their rows.
 
     ``interleaved`` repeats that order for each key/value head (GPT-NeoX, BLOOM, Falcon): the query
-    heads that share it, its key, its value. Else each projection is one run of rows (GPT-2, Phi-3).
-    Query projections are as wide as all query heads, key and value projections as all key/value
-    heads; gate and up projections are equally wide.
+    heads that share it, its key, its value. Otherwise each projection is one contiguous run of rows
+    (GPT-2, Phi-3). Query projections are as wide as all query heads, key and value projections as
+    all key/value heads. Gate and up projections are equally wide.
     """
 
     roles: tuple[str, ...]
@@ -44,7 +44,7 @@ class Fused:
         """Return role -> rows for a layer with ``out_features`` output rows.
 
         Raises:
-            ValueError: the rows do not divide into the heads that ``config`` states.
+            ValueError: the rows do not divide into the heads of ``config``.
         """
         in_attention = K in self.roles
         shared = self.key_value_heads(config) if in_attention else 1
@@ -71,16 +71,16 @@ class Architecture:
     Attributes:
         model_types: values of ``config.model_type`` that share these names.
         layers: name relative to the block -> its role, or the roles fused in it.
-        dropouts: name of a layer -> the dropout that its output goes through before it is added to
-            the residual stream, where a block has one and nothing else uses it.
-        output_norm: name of the LayerNorm that a block's output comes from; None where the block ends
-            with a residual sum.
-        stacked_experts: name of the module that holds expert weights as stacked tensors rather
-            than as layers, so that no adapter can sit on them.
-        input_embedding: last part of the path of the embeddings that the model calls, where that
-            is not ``get_input_embeddings()``.
-        never_called: last parts of the paths of embeddings whose weight is used without calling
-            them, so that an adapter on them would do nothing.
+        dropouts: name of a layer -> the dropout between its output and the residual sum, if no
+            other layer uses that dropout.
+        output_norm: name of the LayerNorm at the end of a block; None if the block ends with a
+            residual sum.
+        stacked_experts: name of the module that holds expert weights as stacked tensors. They are
+            not layers, so they cannot have adapters.
+        input_embedding: last part of the path of the embeddings that the model calls, if these are
+            not ``get_input_embeddings()``.
+        never_called: last parts of the paths of embeddings that the model never calls: it only uses
+            their weight, so an adapter on them would have no effect.
     """
 
     model_types: tuple[str, ...]
@@ -92,8 +92,8 @@ class Architecture:
     never_called: tuple[str, ...] = ()
 
     def output_norm_of(self, config: Any) -> str | None:
-        """Return the name of the LayerNorm that a block of the model `config` describes ends with."""
-        # One of OPT's sizes, 350M, normalises after the residual sum, the others before the layer.
+        """Return the name of the LayerNorm at the end of a block of the model that `config` describes."""
+        # OPT 350M normalises after the residual sum; the other sizes normalise before the layer.
         return None if getattr(config, "do_layer_norm_before", False) else self.output_norm
 
     def roles_of(self, name: str) -> tuple[str, ...]:
@@ -102,39 +102,38 @@ class Architecture:
         return content.roles if isinstance(content, Fused) else (content,) if content else ()
 
 
-def _attention(*modules: str, q: str, k: str, v: str, o: str) -> dict[str, str]:
+def _attention(
+    *modules: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", o: str = "o_proj"
+) -> dict[str, str]:
     names = ((q, Q), (k, K), (v, V), (o, O))
     return {f"{module}.{name}": role for module in modules for name, role in names}
 
 
-_LLAMA_ATTENTION = _attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="o_proj")
+_LLAMA_ATTENTION = _attention("self_attn")
 _LLAMA_MLP = {"mlp.gate_proj": GATE, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
-
 _BERT_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
 _BERT_MLP = {"intermediate.dense": UP, "output.dense": DOWN}
+_BERT_LAYERS = {**_attention("attention", "crossattention", **_BERT_ATTENTION), **_BERT_MLP}
 _BERT_DROPOUTS = {
     "attention.output.dense": "attention.output.dropout",
     "crossattention.output.dense": "crossattention.output.dropout",
     "output.dense": "output.dropout",
 }
 _FUSED_PER_HEAD = Fused(roles=(Q, K, V), interleaved=True)
+_GPT2_MLP = {"mlp.c_fc": UP, "mlp.c_proj": DOWN}
+_GPT_NEOX_MLP = {"mlp.dense_h_to_4h": UP, "mlp.dense_4h_to_h": DOWN}
+_BART_LAYERS = {**_attention("self_attn", "encoder_attn", o="out_proj"), "fc1": UP, "fc2": DOWN}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
-        layers={
-            **_attention("attention", "crossattention", **_BERT_ATTENTION),
-            **_BERT_MLP,
-        },
+        layers=_BERT_LAYERS,
         dropouts=_BERT_DROPOUTS,
         output_norm="output.LayerNorm",
     ),
     Architecture(
         model_types=("xlm-roberta-xl", "roberta-prelayernorm"),
-        layers={
-            **_attention("attention", "crossattention", **_BERT_ATTENTION),
-            **_BERT_MLP,
-        },
+        layers=_BERT_LAYERS,
         dropouts=_BERT_DROPOUTS,
     ),
     Architecture(
@@ -180,8 +179,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "crossattention.q_attn": Q,
             "crossattention.c_attn": Fused(roles=(K, V)),
             "crossattention.c_proj": O,
-            "mlp.c_fc": UP,
-            "mlp.c_proj": DOWN,
+            **_GPT2_MLP,
         },
         dropouts={
             "attn.c_proj": "attn.resid_dropout",
@@ -191,11 +189,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("gpt_neo",),
-        layers={
-            **_attention("attn.attention", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
-            "mlp.c_fc": UP,
-            "mlp.c_proj": DOWN,
-        },
+        layers={**_attention("attn.attention", o="out_proj"), **_GPT2_MLP},
         dropouts={
             "attn.attention.out_proj": "attn.attention.resid_dropout",
             "mlp.c_proj": "mlp.dropout",
@@ -203,11 +197,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("gptj",),
-        layers={
-            **_attention("attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
-            "mlp.fc_in": UP,
-            "mlp.fc_out": DOWN,
-        },
+        layers={**_attention("attn", o="out_proj"), "mlp.fc_in": UP, "mlp.fc_out": DOWN},
         dropouts={"attn.out_proj": "attn.resid_dropout", "mlp.fc_out": "mlp.dropout"},
     ),
     Architecture(
@@ -215,8 +205,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers={
             "attention.query_key_value": _FUSED_PER_HEAD,
             "attention.dense": O,
-            "mlp.dense_h_to_4h": UP,
-            "mlp.dense_4h_to_h": DOWN,
+            **_GPT_NEOX_MLP,
         },
         dropouts={
             "attention.dense": "post_attention_dropout",
@@ -228,8 +217,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         layers={
             "self_attention.query_key_value": _FUSED_PER_HEAD,
             "self_attention.dense": O,
-            "mlp.dense_h_to_4h": UP,
-            "mlp.dense_4h_to_h": DOWN,
+            **_GPT_NEOX_MLP,
         },
     ),
     Architecture(
@@ -239,8 +227,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
                 roles=(Q, K, V), interleaved=True, key_value_heads=_falcon_key_value_heads
             ),
             "self_attention.dense": O,
-            "mlp.dense_h_to_4h": UP,
-            "mlp.dense_4h_to_h": DOWN,
+            **_GPT_NEOX_MLP,
         },
     ),
     Architecture(
@@ -252,15 +239,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "ffn.down_proj": DOWN,
         },
     ),
-    Architecture(
-        model_types=("opt",),
-        layers={
-            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
-            "fc1": UP,
-            "fc2": DOWN,
-        },
-        output_norm="final_layer_norm",
-    ),
+    Architecture(model_types=("opt",), layers=_BART_LAYERS, output_norm="final_layer_norm"),
     Architecture(
         model_types=(
             *("llama", "mistral", "ministral3", "smollm3", "stablelm", "seed_oss"),
@@ -271,16 +250,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
-        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # the latter in the layers without experts
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
         stacked_experts="mlp.experts",
     ),
     Architecture(
         model_types=("phi",),
-        layers={
-            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="dense"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        layers={**_attention("self_attn", o="dense"), "mlp.fc1": UP, "mlp.fc2": DOWN},
     ),
     Architecture(
         model_types=("phi3",),
@@ -290,10 +265,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
             "mlp.down_proj": DOWN,
         },
-        dropouts={
-            "self_attn.o_proj": "resid_attn_dropout",
-            "mlp.down_proj": "resid_mlp_dropout",
-        },
+        dropouts={"self_attn.o_proj": "resid_attn_dropout", "mlp.down_proj": "resid_mlp_dropout"},
     ),
     Architecture(
         model_types=("glm", "glm4"),
@@ -303,10 +275,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp.down_proj": DOWN,
         },
     ),
-    Architecture(
-        model_types=("starcoder2",),
-        layers={**_LLAMA_ATTENTION, "mlp.c_fc": UP, "mlp.c_proj": DOWN},
-    ),
+    Architecture(model_types=("starcoder2",), layers={**_LLAMA_ATTENTION, **_GPT2_MLP}),
     Architecture(
         model_types=("t5", "mt5", "umt5"),
         layers={
@@ -326,44 +295,23 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         model_types=("bart", "marian"),
-        layers={
-            **_attention(
-                *("self_attn", "encoder_attn"), q="q_proj", k="k_proj", v="v_proj", o="out_proj"
-            ),
-            "fc1": UP,
-            "fc2": DOWN,
-        },
+        layers=_BART_LAYERS,
         output_norm="final_layer_norm",
         input_embedding="embed_tokens",
         never_called=("shared",),
     ),
     Architecture(
         model_types=("mbart", "m2m_100", "pegasus"),
-        layers={
-            **_attention(
-                *("self_attn", "encoder_attn"), q="q_proj", k="k_proj", v="v_proj", o="out_proj"
-            ),
-            "fc1": UP,
-            "fc2": DOWN,
-        },
+        layers=_BART_LAYERS,
         input_embedding="embed_tokens",
         never_called=("shared",),
     ),
     Architecture(
-        model_types=("vit",),
-        layers={
-            **_attention("attention", q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        model_types=("vit",), layers={**_attention("attention"), "mlp.fc1": UP, "mlp.fc2": DOWN}
     ),
     Architecture(
         model_types=("clip_text_model", "clip_vision_model"),
-        layers={
-            **_attention("self_attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
-            "mlp.fc1": UP,
-            "mlp.fc2": DOWN,
-        },
+        layers={**_attention("self_attn", o="out_proj"), "mlp.fc1": UP, "mlp.fc2": DOWN},
     ),
 )
 """Every architecture whose roles are known."""
@@ -376,5 +324,5 @@ _BY_MODEL_TYPE = {
 
 
 def architecture_of(config: Any) -> Architecture | None:
-    """Return the architecture of the model that ``config`` describes, or None if not known."""
+    """Return the architecture of the model that ``config`` describes, or None if it is not known."""
     return _BY_MODEL_TYPE.get(getattr(config, "model_type", ""))

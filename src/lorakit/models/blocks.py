@@ -1,4 +1,4 @@
-"""The blocks of a model: the repeated layers that its hidden states pass one after the other."""
+"""The blocks of a model: the repeated layers that process its hidden states in sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.models.places import ATTENTION_ROLES, all_places, name_in_block
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A module of a block whose output can be changed, and how wide that is."""
+    """A module of a block whose output an adapter can change; `width` is its number of features."""
 
     path: str
     block: str
@@ -22,53 +22,56 @@ class Site:
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Return the paths of the model's blocks, in order, by the path of the list that they stand in.
+    """Return the block paths of each stack in order, keyed by the path of its `nn.ModuleList`.
 
-    An encoder or a decoder has one stack, an encoder-decoder two. On an architecture whose attention
-    is not known, the longest list of modules is taken for the stack. Empty for a model without one.
+    An encoder or a decoder has one stack, an encoder-decoder two. If the attention of the
+    architecture is not known, the longest list of modules counts as the stack. A model without
+    lists of modules has no stack.
     """
     modules = list(walk(model))
     attention = [p.path for p in all_places(model, modules) if p.role in ATTENTION_ROLES]
-    found = {
+    lists = {
         at.path: [f"{at.path}.{name}" for name, _ in at.module.named_children()]
         for at in _outermost(modules, nn.ModuleList)
     }
-    known = {path: blocks for path, blocks in found.items() if _any_inside(attention, path)}
-    if known or not found:
-        return known
-    longest = max(found, key=lambda path: len(found[path]))
-    return {longest: found[longest]}
+    with_attention = {
+        path: blocks for path, blocks in lists.items() if _any_inside(attention, path)
+    }
+    if with_attention or not lists:
+        return with_attention
+    longest = max(lists, key=lambda path: len(lists[path]))
+    return {longest: lists[longest]}
 
 
 def residual_branches(model: nn.Module) -> list[Site]:
-    """Return where the output of each attention and each MLP can be changed before its residual sum.
+    """Return the sites where an adapter can change the output of an attention or MLP before the residual sum.
 
-    That is after the dropout in between, where the block has one as a module, else after the
-    projection itself.
+    The site is the dropout before the sum if the block has one as a module, else the output
+    projection.
 
     Raises:
-        TargetError: The architecture's blocks are not known, or one has no such place.
+        TargetError: The architecture's blocks are not known, or one has no such site.
     """
     modules = {at.path: at for at in walk(model)}
     sites = []
     for block, projections in _projections_by_block(model).items():
-        for role, what in ((O, "attention"), (DOWN, "MLP")):
-            here = [path for path, found in projections.items() if found == role]
-            if not here or _is_read_directly(modules, here[0]):
+        for role, sublayer in ((O, "attention"), (DOWN, "MLP")):
+            outputs = [path for path, role_here in projections.items() if role_here == role]
+            if not outputs or _is_read_directly(modules, outputs[0]):
                 raise TargetError(
-                    f"'{block}' ({type(modules[block].module).__name__}) has no output projection of its {what} "
-                    "whose result an adapter could change. Choose a kind that acts on a block's output: lin or "
+                    f"'{block}' ({type(modules[block].module).__name__}) has no {sublayer} output projection "
+                    "whose output an adapter can change. Choose a kind that acts on the block's output: lin or "
                     "pfeiffer."
                 )
             sites += [
                 Site(_after_dropout(modules, path), block, weight_shape(modules[path].module)[0])
-                for path in here
+                for path in outputs
             ]
     return sites
 
 
 def block_outputs(model: nn.Module) -> list[Site]:
-    """Return where each block gives out its hidden states: the block itself, or the LayerNorm it ends with.
+    """Return the module that outputs each block's hidden states: the block, or the LayerNorm at its end.
 
     Raises:
         TargetError: The architecture's blocks are not known.
@@ -76,10 +79,9 @@ def block_outputs(model: nn.Module) -> list[Site]:
     modules = {at.path: at for at in walk(model)}
     sites = []
     for block, projections in _projections_by_block(model).items():
-        any_of_attention = next(path for path, role in projections.items() if role == O)
-        at = modules[any_of_attention]
+        at = modules[next(path for path, role in projections.items() if role == O)]
         architecture = architecture_of(at.config)
-        assert architecture is not None  # _projections_by_block refused the others
+        assert architecture is not None  # _projections_by_block rejects unknown ones
         norm = architecture.output_norm_of(at.config)
         width = weight_shape(at.module)[0]
         sites.append(Site(f"{block}.{norm}" if norm else block, block, width))
@@ -87,48 +89,48 @@ def block_outputs(model: nn.Module) -> list[Site]:
 
 
 def parts_by_token(model: nn.Module) -> tuple[str, list[str]] | None:
-    """Return the last block, and the largest modules of it that treat every token by itself.
+    """Return the last block, and its largest modules that process each token independently.
 
-    They hold its output projection and its MLP, and no projection of what tokens see of each other. None where the
-    blocks of the architecture are not known, or where another stack reads what this one gives out.
+    They contain its output projection and its MLP, but no query, key or value projection. None if the
+    architecture's blocks are not known, or if another stack consumes this output.
     """
     modules = list(walk(model))
-    (blocks,) = found.values() if len(found := stacks(model)) == 1 else ([],)
+    (blocks,) = by_list.values() if len(by_list := stacks(model)) == 1 else ([],)
     if not blocks:
         return None
-    here = [p for p in all_places(model, modules) if is_inside(p.path, blocks[-1])]
-    seen = [place.path for place in here if place.role in (Q, K, V)]
+    places = [p for p in all_places(model, modules) if is_inside(p.path, blocks[-1])]
+    qkv = [place.path for place in places if place.role in (Q, K, V)]
     parts: dict[str, None] = {}
-    for place in here:
+    for place in places:
         if place.role in (O, GATE, UP, DOWN):
             part = place.path
             while (parent := part.rpartition(".")[0]) != blocks[-1] and not _any_inside(
-                seen, parent
+                qkv, parent
             ):
                 part = parent
             parts[part] = None
-    roles = {place.role for place in here}
-    by_token = seen and {O, DOWN} <= roles and not _any_inside(seen, *parts)
+    roles = {place.role for place in places}
+    by_token = qkv and {O, DOWN} <= roles and not _any_inside(qkv, *parts)
     return (blocks[-1], list(parts)) if by_token else None
 
 
 def _projections_by_block(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Role by path of the projections in each block, in the model's order."""
+    """Return path -> role of the output projections of each block, in model order."""
     modules = list(walk(model))
     roles = {p.path: p.role for p in all_places(model, modules) if p.role in (O, DOWN)}
     known = {at.path for at in modules if architecture_of(at.config) is not None}
     blocks = [block for stack in stacks(model).values() for block in stack]
-    found = {
+    by_block = {
         block: {path: role for path, role in roles.items() if is_inside(path, block)}
         for block in blocks
     }
-    if not found or not all(block in known and O in found[block].values() for block in blocks):
+    if not blocks or not all(block in known and O in by_block[block].values() for block in blocks):
         kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise TargetError(
-            f"The blocks of the architecture {kind} are not known, so that nothing can be put between them. LoRA "
-            "and BitFit work by the names of modules and parameters."
+            f"The blocks of the architecture {kind} are not known, so no module can be inserted into them. Use LoRA "
+            "or BitFit, which select modules and parameters by name."
         )
-    return found
+    return by_block
 
 
 def _after_dropout(modules: dict[str, LocatedModule], path: str) -> str:
@@ -146,12 +148,12 @@ def _is_read_directly(modules: dict[str, LocatedModule], path: str) -> bool:
 
 
 def _outermost(modules: list[LocatedModule], kind: type[nn.Module]) -> list[LocatedModule]:
-    """The modules of a kind that lie in no other of that kind: a block may hold lists of its own."""
-    found: list[LocatedModule] = []
+    """Return the modules of a kind outside any other of that kind: a block may contain lists too."""
+    outermost: list[LocatedModule] = []
     for at in modules:  # parents come before their children
-        if isinstance(at.module, kind) and not _any_inside([at.path], *(o.path for o in found)):
-            found.append(at)
-    return found
+        if isinstance(at.module, kind) and not _any_inside([at.path], *(o.path for o in outermost)):
+            outermost.append(at)
+    return outermost
 
 
 def _any_inside(paths: list[str], *roots: str) -> bool:

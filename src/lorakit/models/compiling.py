@@ -1,4 +1,4 @@
-"""The blocks of a model compiled, each by itself, for training."""
+"""Compile each block of a model separately, for training."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lorakit.ops import allow_graphs
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Compile the blocks of `model` in place, for batches of any length; return how many there are.
+    """Compile the blocks of `model` in place for batches of any length; return their number.
 
-    A block is compiled rather than the model, since all blocks of a stack share one compilation. The model
-    keeps its classes and keys. What a compiler cannot look into (the attention of `lorakit.models.faster`)
-    runs as it is, between two compiled halves.
+    Blocks are compiled instead of the model, because all blocks of a stack share one compilation. The model
+    keeps its classes and keys. Functions that the compiler cannot trace (the attention of
+    `lorakit.models.faster`) run eagerly between two compiled halves.
 
     Args:
         model: Changed in place.
         backend: A backend of `torch.compile`.
 
     Raises:
-        ConfigurationError: The model has no blocks that are known, or there is nothing to compile with.
+        ConfigurationError: The model has no list of blocks, or no compiler is installed.
     """
     if backend == "inductor":
         _require_compiler(next(model.parameters()).device)
     paths = [path for stack in stacks(model).values() for path in stack]
     if not paths:
         raise ConfigurationError(
-            f"compile is set, and {type(model).__name__} has no list of blocks to compile. Set it to false."
+            f"compile is true, but {type(model).__name__} has no list of blocks to compile. Set it to false."
         )
-    # Graphs of one block: a length of 1, training with and without gradients of the input, each adapter choice.
+    # One block has several graphs: sequence length 1, with and without input gradients, each set of adapters.
     allow_graphs()
     for path in paths:
         model.get_submodule(path).compile(dynamic=True, backend=backend)
@@ -45,7 +45,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
 
 @contextmanager
 def compiled_blocks_idle(model: nn.Module) -> Iterator[None]:
-    """Run blocks that `compile_blocks` compiled as they were: generation has a new shape for every token."""
+    """Run compiled blocks eagerly: generation has a new shape for every token."""
     compiled = {
         module: call
         for module in model.modules()
@@ -66,6 +66,6 @@ def _require_compiler(device: torch.device) -> None:
     names = (os.environ.get("CXX") or "g++", "clang++")
     if not any(shutil.which(name) for name in names):
         raise ConfigurationError(
-            f"compile is set, and torch.compile needs a C++ compiler on a CPU; none of {', '.join(names)} is there. "
+            f"compile is true, but no C++ compiler was found ({', '.join(names)}); torch.compile needs one on a CPU. "
             "Install one (apt-get install g++), name it in the environment variable CXX, or set compile to false."
         )

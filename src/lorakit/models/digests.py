@@ -1,6 +1,6 @@
-"""Digests of weights: as they are, and rounded to bfloat16.
+"""SHA-256 digests of weights: exact, and rounded to bfloat16.
 
-The second recognises the same weights loaded in another dtype.
+The rounded digest recognises the same weights loaded in another dtype.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from lorakit.models.dtypes import dtype_name
 
 _CHUNK = 1 << 22
-"""Numbers hashed at a time: a large tensor is never copied whole."""
+"""Numbers hashed at a time, so that a large tensor is never copied whole."""
 
 
 class Digests(NamedTuple):
     """SHA-256 digests of one weight."""
 
     exact: bytes
-    """Of its numbers as they are."""
+    """Digest of the numbers in their own dtype."""
     bfloat16: bytes | None
-    """Of its numbers rounded to bfloat16; None where they are not known."""
+    """Digest of the numbers rounded to bfloat16; None if they are not known."""
 
 
 def digests(tensor: Tensor) -> Digests:
@@ -32,18 +32,18 @@ def digests(tensor: Tensor) -> Digests:
     name = dtype_name(tensor.dtype)
     shape = f"{tuple(tensor.shape)}\0"
     exact = hashlib.sha256(f"{name}{shape}".encode())
-    rounded = hashlib.sha256(f"bfloat16{shape}".encode())
+    rounded = (
+        exact if tensor.dtype == torch.bfloat16 else hashlib.sha256(f"bfloat16{shape}".encode())
+    )
     for chunk in _chunks(tensor.detach()):
         exact.update(_bytes(chunk))
-        if tensor.dtype != torch.bfloat16:
+        if rounded is not exact:
             rounded.update(_bytes(chunk.to(torch.bfloat16)))
-    if tensor.dtype == torch.bfloat16:
-        return Digests(exact.digest(), exact.digest())
     return Digests(exact.digest(), rounded.digest())
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The numbers in row-major order, some at a time, on the CPU."""
+    """Yield the numbers in row-major order, in chunks on the CPU."""
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         for start in range(0, flat.numel(), _CHUNK):

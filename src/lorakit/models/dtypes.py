@@ -1,4 +1,4 @@
-"""Which dtype a model's weights have and its products are computed in."""
+"""The dtypes of a model's weights and of its computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lorakit.errors import ConfigurationError, nearest
 
 Quantisation = Literal["nf4", "int8"]
-"""nf4: 4 bits a number, a scale for every 64 (QLoRA). int8: 8 bits, a scale for every output row."""
+"""nf4: 4 bits per number, one scale per 64 numbers (QLoRA). int8: 8 bits, one scale per output row."""
 
 QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 
@@ -24,19 +24,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def compute_dtype(
     dtype: str | torch.dtype = "auto", device: torch.device | None = None
 ) -> torch.dtype:
-    """Return the dtype to compute in; of a quantised base, that of ``auto``.
+    """Return the dtype to compute in; a quantised base computes in that of ``auto``.
 
     ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
-    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: elsewhere bfloat16 is
-    emulated, and slower than float32.
+    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: emulated bfloat16 is
+    slower than float32.
 
     Args:
-        dtype: A name, or a dtype, which is returned.
-        device: Where it is computed; None is a GPU if there is one, else the CPU. A GPU that is not
-            there, for which a run is only planned, is taken for one of today.
+        dtype: A name, or a dtype, which is returned unchanged.
+        device: The device to compute on; None is the GPU if this machine has one, else the CPU. A
+            GPU that this machine lacks (a planned run) counts as one that multiplies bfloat16.
 
     Raises:
-        ConfigurationError: the name is not known.
+        ConfigurationError: The name is not known.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -45,7 +45,7 @@ def compute_dtype(
     if dtype not in _DTYPES:
         names = ("auto", *_DTYPES, *QUANTISATIONS)
         raise ConfigurationError(
-            f"dtype '{dtype}' is none of {', '.join(names)}.{nearest(str(dtype), names)}"
+            f"dtype '{dtype}' is not one of {', '.join(names)}.{nearest(str(dtype), names)}"
         )
     return _DTYPES[dtype]
 
@@ -56,7 +56,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def resolved_dtype(dtype: str, device: torch.device | None = None) -> str:
-    """Return what a setting stands for on a device: ``auto`` as the dtype's name, others as they are.
+    """Return the name that a setting resolves to on a device: ``auto`` becomes a dtype, others stay.
 
     Raises:
         ConfigurationError: The name is not known.
@@ -69,8 +69,8 @@ def _multiplies_bfloat16(device: torch.device | None) -> bool:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
         return _cpu_multiplies_bfloat16()
-    there = (device.index or 0) < torch.cuda.device_count()
-    return not there or torch.cuda.get_device_capability(device)[0] >= 8
+    exists = (device.index or 0) < torch.cuda.device_count()
+    return not exists or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def _cpu_multiplies_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    try:  # torch before 2.10 does not say
+    try:  # torch before 2.10 does not report them
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return False

@@ -1,8 +1,8 @@
-"""A model's own layers, computed faster and in less memory while lorakit trains it.
+"""Compute a model's own layers faster and in less memory during training.
 
-The classes, tensors and results of the model stay what they are. Its attention goes through the place that
-`transformers` has for attentions of others; what that place cannot express goes to the stock function. On a CPU
-dropout, norms and activations get a forward of ours, each kind after a trial that it gives what the layer's own does.
+The classes, tensors and results of the model do not change. Our attention is registered with `transformers`; cases
+that it does not support fall back to the stock function. On a CPU, dropout, norms and activations get a forward of
+ours, each after a check that it computes the same as the layer's own.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lorakit.models.faster_layers import FasterForward, faster_forward
 from lorakit.ops import flex_masked_attention, flex_serves, masked_attention
 
 STOCK = "sdpa"
-"""The attention that ours stands in for."""
+"""The attention implementation that ours replaces."""
 
 ATTENTION = "lorakit"
-"""Name under which `transformers` knows our attention."""
+"""The name of our attention in `transformers`."""
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""Names under which configurations have the dropout of attention weights."""
+"""Configuration fields that hold the dropout of attention weights."""
 
-NOT_OURS = ("position_bias", "softcap", "s_aux")
-"""Arguments of some attentions that ours does not have."""
+UNSUPPORTED = ("position_bias", "softcap", "s_aux")
+"""Arguments of some models' attention that ours does not support."""
 
 
 def make_faster(model: PreTrainedModel) -> None:
-    """Compute `model` with our attention, dropout, norms and activations, until `make_stock`.
+    """Use our attention, dropout, norms and activations in `model`, until `make_stock`.
 
-    All are made for CPUs.
+    All are written for CPUs.
     """
     use_own_attention(model)
     for module in model.modules():
@@ -43,10 +43,10 @@ def make_faster(model: PreTrainedModel) -> None:
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
-    """Compute the attention of `model` by ours, until `make_stock`: on a CPU by blocks, elsewhere by FlexAttention.
+    """Use our attention in `model`, until `make_stock`: by blocks on a CPU, FlexAttention elsewhere.
 
-    A model whose attention is not torch's keeps its own, as does one with dropout inside it, which FlexAttention
-    does not have.
+    A model keeps its own attention if that is not torch's. On a GPU it also keeps it if it has attention dropout,
+    which FlexAttention lacks.
     """
     drops = any(getattr(model.config, name, 0) for name in ATTENTION_DROPOUT)
     if model.config._attn_implementation == STOCK and (model.device.type != "cuda" or not drops):
@@ -62,7 +62,7 @@ def make_stock(model: PreTrainedModel) -> None:
             del module.forward
 
 
-@torch.compiler.disable  # how it is computed depends on what stands in the mask
+@torch.compiler.disable  # the computation depends on the values in the mask
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -74,12 +74,12 @@ def _attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as `transformers` calls it: heads before tokens in, tokens before heads out."""
+    """Compute attention for `transformers`: (batch, heads, tokens, d) to (batch, tokens, heads, d)."""
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if (
         (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
-        or any(options.get(name) is not None for name in NOT_OURS)
+        or any(options.get(name) is not None for name in UNSUPPORTED)
         or (query.device.type != "cpu" and not flex_serves(query, dropout))
     ):
         return sdpa_attention_forward(
@@ -99,12 +99,12 @@ def _attention(
 
 
 def _is_plain(mask: Tensor) -> bool:
-    """Whether a mask says what is seen, the same for all heads."""
+    """Whether a mask is boolean and shared by all heads."""
     return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
-    """The mask of stock attention, also where that would leave it out: we have no causal kernel."""
+    """Return the stock mask, including a purely causal one: we have no causal kernel."""
     return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
 
 

@@ -1,7 +1,7 @@
-"""Norms, activations and dropout of a model's layers, computed faster or with less kept for the backward pass.
+"""Norms, activations and dropout that are faster or keep less for the backward pass.
 
-A layer is known by its class and tried: names alone do not tell what it computes. Some norms add one to their
-weights, some round elsewhere.
+A layer is recognised by its class and then checked on an example, since a name does not determine the formula: some
+norms add one to their weights, some round elsewhere.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from transformers.activations import FastGELUActivation, NewGELUActivation, SiLU
 from lorakit.ops import dropout, rms_norm, silu_product
 
 ROUNDINGS = 4
-"""Roundings of the dtype by which the results of the two forwards may differ, of the whole: with one rounding more or
-less on the way they differ by less than one; another formula shows at once."""
+"""Largest difference between the two outputs, in roundings of the dtype, relative to the norm of the output. One
+rounding more or less on the way changes it by less than one; another formula exceeds the limit."""
 
 
 class FasterForward(partial):  # type: ignore[type-arg]
-    """A layer's forward that is ours."""
+    """Our forward for a layer."""
 
 
 def faster_forward(module: nn.Module) -> FasterForward | None:
-    """Return a forward of ours for `module`; None where there is none for what it computes."""
-    if isinstance(module, nn.Dropout):  # random: there is nothing to compare
+    """Return our forward for `module`, or None if none computes the same."""
+    if isinstance(module, nn.Dropout):  # random, so the outputs cannot be compared
         plain = type(module) is nn.Dropout and module.p and not module.inplace
         return FasterForward(_dropout, module) if plain else None
-    for found in (_norm, _gate, _activation):
-        if known := found(module):
-            forward, example = known
+    for match in (_norm, _gate, _activation):
+        if candidate := match(module):
+            forward, example = candidate
             return forward if _agrees(forward, module, example) else None
     return None
 
 
 def _norm(module: Any) -> tuple[FasterForward, Tensor] | None:
-    """Llama's norm, and that of many models after it."""
+    """Match the norm of Llama, which many later models share."""
     if not type(module).__name__.endswith("RMSNorm"):
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -48,20 +48,22 @@ def _norm(module: Any) -> tuple[FasterForward, Tensor] | None:
 
 
 def _gate(module: Any) -> tuple[FasterForward, Tensor] | None:
-    """Llama's feed-forward network, and that of many models after it."""
+    """Match the gated MLP of Llama, which many later models share."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Linear) for part in parts):
         return None
     if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return None
     weight = module.gate_proj.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # or it is quantised
+    dtype = (
+        weight.dtype if weight.is_floating_point() else torch.float32
+    )  # quantised weights are integers
     example = weight.new_empty(2, module.gate_proj.in_features, dtype=dtype)
     return FasterForward(_gated, module), example
 
 
 def _activation(module: nn.Module) -> tuple[FasterForward, Tensor] | None:
-    """GPT-2's GELU: eight operations, which keep five tensors."""
+    """Match GPT-2's GELU, which runs eight operations and keeps five tensors."""
     if not isinstance(module, NewGELUActivation | FastGELUActivation):
         return None
     return FasterForward(F.gelu, approximate="tanh"), torch.empty(2, 8)
@@ -69,7 +71,7 @@ def _activation(module: nn.Module) -> tuple[FasterForward, Tensor] | None:
 
 def _agrees(forward: FasterForward, module: nn.Module, example: Tensor) -> bool:
     if example.is_meta or isinstance(example, torch._subclasses.FakeTensor):
-        return True  # the layer is only planned: there are no numbers
+        return True  # a planned layer has no numbers
     x = torch.linspace(-3, 5, example.numel(), device=example.device)
     x = x.to(example.dtype).view(example.shape)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Reads GGUF files (llama.cpp's format) by converting them once into a ``transformers`` folder."""
+"""Convert a GGUF file (llama.cpp's format) once into a cached ``transformers`` folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CONVERSION = 1
-"""Raised when a conversion comes out different, so that older ones in the cache are not used."""
+"""Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = "conversion.json"
 
 _GPT2_SPLIT = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
 _GPT2_SPLIT_AFTER_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
-"""llama.cpp's names of pre-tokenizers that cut every digit off before they split like GPT-2."""
+"""llama.cpp's names of pre-tokenizers that isolate every digit before they split like GPT-2."""
 
 
 def cache_folder() -> Path:
@@ -40,13 +40,13 @@ def converted_folder(gguf: Path) -> Path:
     """Return a folder with the model, tokenizer and chat template of a GGUF file.
 
     Weights are stored in the smallest dtype that holds them exactly: float32 for quantised ones.
-    The folder is in the cache, under the hash of the file, and is made on the first call, in some
-    20 seconds for 135 million weights. Processes that ask at the same time wait for the first.
+    The folder is cached under the hash of the file. The first call converts the file, in about 20
+    seconds for 135 million weights; concurrent processes wait for it.
 
     Raises:
-        BaseModelError: the file is damaged, of a kind that ``transformers`` cannot read, or needs
-            a package that is not installed.
-        RunFolderError: the cache cannot be written.
+        BaseModelError: the file is damaged, ``transformers`` cannot read its kind, or a required
+            package is not installed.
+        RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
     if not _is_complete(folder):
@@ -57,7 +57,7 @@ def converted_folder(gguf: Path) -> Path:
         except OSError as error:
             raise BaseModelError(
                 f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "
-                "LORAKIT_CACHE to a folder that can be written."
+                "LORAKIT_CACHE to a writable folder."
             ) from error
         try:
             if not _is_complete(folder):
@@ -68,13 +68,13 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def conversion_of(gguf: Path) -> Path | None:
-    """Return the folder that `converted_folder` made of a GGUF file before; None where it did not."""
+    """Return the cached conversion of a GGUF file, or None if it has not been converted."""
     folder = _folder_of(gguf)
     return folder if _is_complete(folder) else None
 
 
 def conversion_notices(folder: Path) -> list[str]:
-    """Return what the conversion had to leave inexact."""
+    """Return the notices of a conversion that is not exact."""
     return list(read_json(folder / _RECORD)["notices"])
 
 
@@ -83,7 +83,7 @@ def _folder_of(gguf: Path) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    # The folder appears in one step. A file may have been deleted since, by a cleaner of caches.
+    # The folder appears atomically, but a cache cleaner may have deleted files from it.
     names = ("config.json", "model.safetensors", "tokenizer.json", _RECORD)
     return all((folder / name).is_file() for name in names)
 
@@ -94,18 +94,21 @@ def _convert(gguf: Path, folder: Path) -> None:
             raise BaseModelError(
                 f"Reading '{gguf.name}' needs the package {package}: pip install 'lorakit[train]'"
             )
+    from transformers import AutoTokenizer
+
     try:
         metadata, dtype = _read_header(gguf)
         model = _read_model(gguf, dtype)
-        tokenizer = _read_tokenizer(gguf)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except LorakitError:
         raise
-    # The readers trust the file: a damaged one fails anywhere in them, with any exception.
+    # The readers do not validate the file: a damaged one can raise any exception.
     except Exception as error:
+        first_line = (str(error).strip().splitlines() or ["no message"])[0]
         raise BaseModelError(
             f"'{gguf}' is damaged, or of a kind that transformers cannot read "
-            f"({type(error).__name__}: {_first_line(error)}). If it was copied or downloaded, do "
-            "that again."
+            f"({type(error).__name__}: {first_line}). If it was copied or downloaded, copy or download "
+            "it again."
         ) from error
     notices = _restore_pre_tokenizer(tokenizer, metadata)
     tokenizer.model_max_length = getattr(
@@ -118,18 +121,18 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _read_header(gguf: Path) -> tuple[dict[str, Any], torch.dtype]:
-    """Return the settings that matter here, and the smallest dtype that holds every weight."""
+    """Return the tokenizer settings, and the smallest dtype that holds every weight exactly."""
     from gguf import GGMLQuantizationType as Kind
     from gguf import GGUFReader
 
-    reader = GGUFReader(gguf)  # refuses a file that ends before its last tensor does
+    reader = GGUFReader(gguf)  # rejects a truncated file
     names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
     metadata = {name: reader.fields[name].contents() for name in names if name in reader.fields}
 
     halves = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
     stored = {tensor.tensor_type for tensor in reader.tensors} - {Kind.F32}
     dtype = halves.get(next(iter(stored))) if len(stored) == 1 else None
-    if dtype is not None:  # the norms of such a file are in float32, mostly without need
+    if dtype is not None:  # such a file has norms in float32, though most fit in 16 bits
         full = (torch.tensor(t.data) for t in reader.tensors if t.tensor_type == Kind.F32)
         if not all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in full):
             dtype = None
@@ -139,18 +142,18 @@ def _read_header(gguf: Path) -> tuple[dict[str, Any], torch.dtype]:
 def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    config = transformers.AutoConfig.from_pretrained(**where)
+    source_file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    config = transformers.AutoConfig.from_pretrained(**source_file)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights in their blocks
+    if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights quantised
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
-        source, info = cast(Any, auto.from_pretrained(**where, **options))
+    with redirect_stderr(io.StringIO()):  # no setting disables its progress bar
+        source, info = cast(Any, auto.from_pretrained(**source_file, **options))
     if info["missing_keys"]:
         raise BaseModelError(
             f"'{gguf}' lacks weights that a {config.model_type} model needs: "
@@ -160,7 +163,7 @@ def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         settings.pop(key, None)
     config = type(source.config).from_dict(settings)
-    # transformers will not save a model that came from GGUF, so its tensors go into a fresh one.
+    # transformers refuses to save a model loaded from GGUF, so a new model gets its tensors.
     with torch.device("meta"):
         model = type(source)(config)
     model.load_state_dict(source.state_dict(), strict=True, assign=True)
@@ -169,19 +172,13 @@ def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-
-
 def _restore_pre_tokenizer(
     tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]
 ) -> list[str]:
-    """Split text as the model was trained to, where transformers does not; return notices.
+    """Restore the pre-tokenizer that the model was trained with; return notices.
 
-    GGUF names the rule, and transformers knows part of the names: for others it splits like GPT-2.
-    For SmolLM that puts a space before a digit into another token than in training.
+    GGUF names it, but transformers knows only some names and splits like GPT-2 for the others. For
+    SmolLM, a space before a digit would then be tokenized differently than in training.
     """
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return []
@@ -200,20 +197,14 @@ def _restore_pre_tokenizer(
     if rule in _GPT2_SPLIT or rule in _rules_of_transformers():
         return []
     return [
-        f"This GGUF file splits text by the rule '{rule}', which is not known here: some text may "
-        "become other tokens than in training. Load the original model if that matters."
+        f"This GGUF file names the pre-tokenizer '{rule}', which lorakit does not know: some text may "
+        "be tokenized differently than in training. Load the original model if that matters."
     ]
 
 
 def _rules_of_transformers() -> frozenset[str]:
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            GGUF_PRE_TOKENIZER_SPLITS,
-        )
-    except ImportError:  # a version that keeps them elsewhere
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # defined elsewhere in this version
         return frozenset()
     return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

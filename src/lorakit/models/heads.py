@@ -1,4 +1,4 @@
-"""The two ends of a model: its input embeddings, and its output or task head."""
+"""The input embeddings of a model, and its output or task head."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorakit.models.layers import LocatedModule, is_inside, why_not_adaptable
 def classification_head(model: nn.Module) -> list[str]:
     """Return the paths of the modules that a task head adds to the pre-trained model.
 
-    They are the root's children beside the base model: ``["classifier"]`` for RoBERTa,
-    ``["pooler", "classifier"]`` for DeBERTa-v2, ``["score"]`` for Llama. Empty for language models
-    and for models without a head.
+    They are the children of the root other than the base model: ``["classifier"]`` for RoBERTa,
+    ``["pooler", "classifier"]`` for DeBERTa-v2, ``["score"]`` for Llama. The list is empty for
+    language models and for models without a head.
     """
     base = getattr(model, "base_model", model)
     if base is model or output_embeddings(model) is not None:
@@ -26,16 +26,16 @@ def classification_head(model: nn.Module) -> list[str]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer that projects to the vocabulary, None if the model has none."""
+    """Return the layer that projects to the vocabulary, or None if the model has none."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter else None
 
 
 def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
-    """Return the paths of the adaptable layers that turn the model's input into vectors.
+    """Return the paths of the adaptable layers that embed the model's input.
 
-    T5 and BART keep an embedding that only lends its weight to those of encoder and decoder; these
-    two are the ones that are called, and returned.
+    T5 and BART share the weight of one embedding with those of encoder and decoder. The model calls
+    only these two, so they are returned.
     """
     called = {
         path
@@ -46,7 +46,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
     if not called:
         embeddings = _input_embeddings(model)
         called = {path for path, module, _ in modules if module is embeddings}
-    # ViT's input embedding is a module around the convolution that cuts the image into patches.
+    # ViT's input embedding is a module that contains the convolution over patches.
     return [
         path
         for path, module, _ in modules
@@ -77,5 +77,5 @@ def _input_embeddings(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_input_embeddings", None)
     try:
         return getter() if getter else None
-    except NotImplementedError:  # how transformers says that a model has none
+    except NotImplementedError:  # transformers raises it if the model has none
         return None

@@ -1,4 +1,4 @@
-"""The layers of a model that an adapter can sit on, and the row slices of fused projections."""
+"""The layers of a model that can have adapters, and the row slices of fused projections."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ADAPTERS = "adapters"
-"""Name of the child module in which a layer keeps its adapters (``<layer>.adapters.<name>``)."""
+"""Name of the child module that holds a layer's adapters (``<layer>.adapters.<name>``)."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def by_token(hook: F) -> F:
-    """Say of a hook that what it does to a token depends on no other token of the batch."""
-    setattr(hook, "by_token", True)  # noqa: B010, a function has no such attribute for a type checker
+    """Mark a hook that mixes no tokens: its output for a token depends on no other token."""
+    setattr(hook, "by_token", True)  # noqa: B010, type checkers reject new attributes of functions
     return hook
 
 
 class AdapterSlot(nn.ModuleDict):
-    """The child module in which a layer keeps its adapters, by name: no part of the base."""
+    """The child module that holds a layer's adapters by name; not part of the base."""
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a module path, parameter name or state-dict key is of an adapter, not of the base."""
+    """Whether a module path, parameter name or state-dict key belongs to an adapter, not to the base."""
     return f".{ADAPTERS}." in f".{name}."
 
 
@@ -47,7 +47,7 @@ class RowSlice:
     width: int
 
     def __post_init__(self) -> None:
-        """Refuse a slice that leaves its group, since its rows would belong to another."""
+        """Reject a slice that exceeds its group: its last rows would belong to the next group."""
         inside = self.offset >= 0 and self.offset + self.width <= self.stride
         if self.groups < 1 or self.width < 1 or not inside:
             raise ValueError(f"{self!r} does not lie within its stride")
@@ -70,13 +70,13 @@ class RowSlice:
 
 
 class LocatedModule(NamedTuple):
-    """A module of a model: where it is, and the configuration that governs it."""
+    """A module of a model with its path and its configuration."""
 
     path: str
     module: nn.Module
     config: Any
     """Configuration of the nearest enclosing ``transformers`` model, or None. In a composite model
-    (vision and text, encoder and decoder) it is the part's own."""
+    (vision and text, encoder and decoder) it is that of the part."""
 
 
 def walk(model: nn.Module) -> Iterator[LocatedModule]:
@@ -101,23 +101,23 @@ def _configuration(module: nn.Module) -> Any:
 
 
 def why_not_adaptable(layer: nn.Module) -> str | None:
-    """Return why no adapter can sit on ``layer``, or None if one can.
+    """Return why ``layer`` cannot have an adapter, or None if it can.
 
-    Adaptable are ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d/2d/3d`` (with
-    their subclasses) and ``nn.MultiheadAttention``.
+    Adaptable layers are ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d/2d/3d``
+    (with their subclasses) and ``nn.MultiheadAttention``.
     """
     if isinstance(layer, nn.MultiheadAttention):
         if layer.in_proj_weight is None:
             return "it keeps q, k and v in three weights because kdim or vdim differ from embed_dim"
         return None
     if isinstance(layer, nn.Embedding):
-        # A scaled embedding (Gemma, BART) is still a look-up of its input. Any other override, such
-        # as OPT's learned positions, makes its own indices: their rows are not the layer's input.
+        # A scaled embedding (Gemma, BART) still looks up its input. Other overrides, such as OPT's
+        # learned positions, compute their own indices, so the layer's input does not name the rows.
         overrides = type(layer).forward is not nn.Embedding.forward
         if overrides and not hasattr(layer, "embed_scale"):
-            return "it makes its own indices instead of looking up its input"
+            return "it computes its own indices instead of looking up its input"
         if layer.max_norm is not None:
-            return "it renormalises its rows (max_norm), so that no table holds what it and an adapter give"
+            return "it renormalises its rows (max_norm), so no table equals its output plus the adapter's"
         return None
     if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None
@@ -132,13 +132,13 @@ def is_linear(layer: nn.Module) -> bool:
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Return the shape of an adaptable layer's weight, output rows first.
 
-    (out, in) for linear layers whatever way they store it, (3 * embed, embed) for
+    (out, in) for linear layers, however they store it, (3 * embed, embed) for
     ``nn.MultiheadAttention``, (vocabulary, dim) for embeddings, (out, in / groups, *kernel) for
     convolutions.
     """
     if isinstance(layer, Conv1D):
         return (layer.nf, layer.nx)
-    if isinstance(layer, nn.Linear):  # a quantised weight's own shape is that of its storage
+    if isinstance(layer, nn.Linear):  # a quantised weight has the shape of its storage
         return (layer.out_features, layer.in_features)
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
     assert isinstance(weight, torch.Tensor)

@@ -1,4 +1,4 @@
-"""What can be adapted in a model, as a table to print and a list of roles to choose from."""
+"""The adaptable layers of a model, as a table to print and a list of roles to choose from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorakit.models.places import ROLES, Place, all_places
 
 @dataclass(frozen=True, slots=True)
 class TargetRow:
-    """Like layers of all blocks.
+    """Layers with the same role, name and shape, in all blocks.
 
     Attributes:
-        role: the role they play, "" if they are reached by name only.
-        modules: their paths, with numbers that differ written as ``{0..11}``.
-        count: how many they are.
-        shape: weight shape of the layer, output rows first.
-        slice: the output rows that play the role, None for all.
+        role: their role; "" if they can be selected only by name.
+        modules: their paths, with differing numbers written as ``{0..11}``.
+        count: number of layers.
+        shape: weight shape of one layer, output rows first.
+        slice: the output rows with this role; None for all.
     """
 
     role: str
@@ -60,7 +60,7 @@ class TargetList:
 
 
 def targets(model: nn.Module) -> TargetList:
-    """List what can be adapted in ``model``: every role with its modules, then layers by name."""
+    """List the adaptable layers of ``model``: every role with its modules, then layers by name."""
     modules = list(walk(model))
     shapes = {
         at.path: weight_shape(at.module)
@@ -68,8 +68,8 @@ def targets(model: nn.Module) -> TargetList:
         if why_not_adaptable(at.module) is None and not is_never_called(at)
     }
     places = [place for place in all_places(model, modules) if place.path in shapes]
-    taken = {place.path for place in places}
-    places += [Place(path, "") for path in shapes if path not in taken]
+    with_role = {place.path for place in places}
+    places += [Place(path, "") for path in shapes if path not in with_role]
 
     alike: dict[tuple[str, str, tuple[int, ...], RowSlice | None], list[str]] = {}
     for place in places:
@@ -88,7 +88,7 @@ def _skeleton(path: str) -> str:
 
 
 def _pattern(paths: list[str]) -> str:
-    """Return the one pattern of paths that differ in their numbers only."""
+    """Return one pattern for paths that differ only in their numbers."""
     columns = zip(*(path.split(".") for path in paths), strict=True)
     return ".".join(_numbers(set(column)) for column in columns)
 

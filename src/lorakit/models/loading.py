@@ -1,4 +1,4 @@
-"""Loads base models: model, tokenizer, and what a user should know about how they came to be."""
+"""Load base models: model, tokenizer, and notices for the user."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ModelHead = Literal[
     "image-classification",
     "base",
 ]
-"""What the model is to do; it decides on the head."""
+"""The model's task, which determines its head."""
 
 _MODEL_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -56,8 +56,8 @@ class Base:
     Attributes:
         model: in eval mode, on the CPU.
         tokenizer: with a padding token; None if the source has none.
-        source: where it came from; for the hub with the commit as its revision.
-        notices: what a user should know: newly made heads, a padding token that was missing.
+        source: where it was loaded from; for the hub, its revision is the commit.
+        notices: sentences for the user: newly initialised heads, a missing padding token.
     """
 
     model: PreTrainedModel
@@ -82,23 +82,21 @@ def load_base(
     Args:
         name: a short name (``smollm2-135m``, ``minilm-l6``), a hub id, a model folder, or a
             ``.gguf`` file.
-        task: what the model is to do.
-        num_labels: number of classes; None for as many as the checkpoint has. Only for
-            classification.
-        dtype: dtype of the weights; see :func:`compute_dtype`. ``nf4`` and ``int8`` keep those of the
-            projections in 4 or 8 bits, and the others in the dtype of ``auto``; see
+        task: the model's task, which determines its head.
+        num_labels: number of classes, for classification only; None for that of the checkpoint.
+        dtype: dtype of the weights; see :func:`compute_dtype`. ``nf4`` and ``int8`` quantise the
+            projections to 4 or 8 bits and keep the other weights in the dtype of ``auto``; see
             :func:`lorakit.models.quantising.quantise`.
-        trust_remote_code: run Python code that the hub or the folder brings with the model.
+        trust_remote_code: run the Python code that the hub or the folder has for the model.
         revision: branch, tag or commit on the hub.
-        device: where the model will compute, which decides on ``auto``; None is a GPU if there is
-            one, else the CPU.
-        seed: from which a head that the checkpoint lacks is initialised, so that it is the same
-            every time. The global random state is left alone.
+        device: the device that will run the model, which determines ``auto``; None is the GPU if
+            the machine has one, else the CPU.
+        seed: seed for a head that the checkpoint lacks. The global random state does not change.
 
     Raises:
-        BaseModelError: there is no such model, the hub cannot be reached, a file is damaged or
+        BaseModelError: the model does not exist, the hub is unreachable, a file is damaged or
             lacks weights, or the architecture has no head for ``task``.
-        ConfigurationError: the arguments do not fit each other.
+        ConfigurationError: the arguments contradict each other.
     """
     _check_arguments(task, num_labels)
     weights_dtype = compute_dtype(dtype, device)
@@ -116,12 +114,12 @@ def load_base(
     if quantisation:
         count = quantise(model, quantisation)
         notices.append(
-            f"The weights of {count} projections are kept in {quantisation} (by bitsandbytes), all others in "
+            f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
             f"{str(weights_dtype).removeprefix('torch.')}."
         )
     require_exact_layers(model)
     if source.packaged or source.kind == "gguf":
-        # Where this machine keeps or caches the weights says nothing to another one.
+        # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
     base = Base(model.eval(), tokenizer, source, notices)
     _settle_padding(base)
@@ -129,7 +127,7 @@ def load_base(
 
 
 def model_class(task: ModelHead) -> Any:
-    """Return the class of transformers that makes models with a head for `task`."""
+    """Return the auto class of transformers for `task`."""
     import transformers
 
     return getattr(transformers, _MODEL_CLASSES[task])
@@ -138,10 +136,10 @@ def model_class(task: ModelHead) -> Any:
 def load_tokenizer(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a base model's tokenizer alone; arguments as for :func:`load_base`.
+    """Load only the tokenizer of a base model; arguments as for :func:`load_base`.
 
     Raises:
-        BaseModelError: there is no such model, or it has no tokenizer.
+        BaseModelError: the model does not exist, or it has no tokenizer.
     """
     source = resolve(name, revision=revision)
     with _quiet():
@@ -156,7 +154,7 @@ def load_tokenizer(
 def _locate(
     source: ModelSource, trust_remote_code: bool
 ) -> tuple[ModelSource, str, dict[str, Any], list[str]]:
-    """Return what transformers needs to read a source: where it is, with which options; and notices."""
+    """Return the located source, its path or hub id, options for transformers, and notices."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
         commit, reachable = locate_on_hub(source)
@@ -176,24 +174,24 @@ def _check_arguments(task: str, num_labels: int | None) -> None:
     if task not in _MODEL_CLASSES:
         tasks = get_args(ModelHead)
         raise ConfigurationError(
-            f"task '{task}' is none of {', '.join(tasks)}.{nearest(str(task), tasks)}"
+            f"task '{task}' is not one of {', '.join(tasks)}.{nearest(str(task), tasks)}"
         )
     if num_labels is None:
         return
     if task not in _CLASSIFICATION:
         raise ConfigurationError(
-            f"num_labels is for classification, and the task is '{task}'. Leave it out."
+            f"num_labels is only for classification, but the task is '{task}'. Leave num_labels out."
         )
     if num_labels < 2:
         raise ConfigurationError(
-            f"num_labels is {num_labels}; classes are at least 2. For a score write "
-            "task='regression'."
+            f"num_labels is {num_labels}, but classification needs at least 2 classes. For a score, "
+            "set task='regression'."
         )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own reports and bars while loading: what matters becomes a notice."""
+    """Silence the reports and progress bars of transformers; important facts become notices."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -205,7 +203,7 @@ def _quiet() -> Iterator[None]:
     downloads = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if downloads:  # which transformers just switched off too, and which take minutes
+    if downloads:  # transformers has just disabled these too, but downloads can take minutes
         enable_progress_bars()
     try:
         yield
@@ -218,17 +216,17 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
-    """Turn what transformers raises into a BaseModelError."""
+    """Convert exceptions of transformers to BaseModelError."""
     try:
         yield
     except LorakitError:
         raise
-    # A checkpoint is an outside input, and its readers raise nearly every kind of exception.
+    # A checkpoint is untrusted input; its readers raise almost any exception.
     except Exception as error:
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
             reason = (
-                "it brings Python code of its own. Read that code, and if you trust it, set "
+                "it needs Python code of its own. Read that code, and if you trust it, set "
                 "trust_remote_code"
             )
         elif message.startswith("Unrecognized configuration class"):
@@ -264,8 +262,8 @@ def _load_model(
             path,
             dtype=dtype,
             output_loading_info=True,
-            # A head for another number of classes is replaced by a new one; _check_weights allows
-            # that for heads alone.
+            # Replaces a head with another number of classes by a new one; _check_weights rejects
+            # other replaced weights.
             ignore_mismatched_sizes=task in _WITH_NEW_HEADS,
             **settings,
         )
@@ -274,13 +272,13 @@ def _load_model(
 def _check_weights(
     source: ModelSource, model: PreTrainedModel, info: dict[str, Any], task: str, seed: int
 ) -> list[str]:
-    """Refuse a model with random weights where the checkpoint should have had some."""
+    """Reject a model with random weights that the checkpoint should contain; return notices."""
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     new = sorted({*info["missing_keys"], *mismatched})
     heads = classification_head(model) if task in _WITH_NEW_HEADS else []
 
     def may_be_new(name: str) -> bool:
-        # Encoders trained on masked tokens come without the pooler that classifiers put on them.
+        # Encoders trained on masked tokens have no pooler; classifiers add one.
         in_pooler = "pooler" in name.split(".") and name not in mismatched
         return in_pooler or any(is_inside(name, head) for head in heads)
 
@@ -288,14 +286,14 @@ def _check_weights(
     if wrong:
         raise BaseModelError(
             f"The checkpoint of '{source.name}' lacks {len(wrong)} of the weights that "
-            f"{type(model).__name__} needs ({_some(wrong)}), so that they would be random. It was "
-            f"made for another task than '{task}', or is incomplete."
+            f"{type(model).__name__} needs ({_some(wrong)}), so they would be random. It was saved for "
+            f"another task than '{task}', or is incomplete."
         )
     notices = []
     if new:
         replaced = " (the checkpoint's has another number of outputs)" if mismatched else ""
         notices.append(
-            f"New weights, random from seed {seed}, to be trained{replaced}: {_some(new)}."
+            f"Newly initialised weights (seed {seed}), to be trained{replaced}: {_some(new)}."
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
@@ -316,16 +314,16 @@ def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBa
     except (OSError, ValueError, KeyError) as error:
         folder = Path(path)
         if folder.is_dir() and any(folder.glob("tokenizer*")):
-            raise  # it has one, and that is damaged
+            raise  # its tokenizer is damaged
         if "trust_remote_code" in str(error):
             raise
         return None
-    # From a folder without tokenizer files transformers may make one that knows no words.
+    # For a folder without tokenizer files, transformers can return one without words.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _settle_padding(base: Base) -> None:
-    """Make sure that batches can be padded, and that the model knows with what."""
+    """Set the padding token of the tokenizer, and the same one in the model's configuration."""
     model, tokenizer = base.model, base.tokenizer
     if tokenizer is None:
         if model.main_input_name == "input_ids":
@@ -345,15 +343,15 @@ def _settle_padding(base: Base) -> None:
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", len(tokenizer))
     if len(tokenizer) > embeddings:
         base.notices.append(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {embeddings} embeddings: do "
-            "they belong together?"
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings. "
+            "Check that they belong together."
         )
-    # A classifier finds the last token of a row by what is padding: both must mean the same token.
-    if (looked_for := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
-        if looked_for is not None:
+    # A classifier skips padding to find the last token of a row, so both must use the same token.
+    if (configured := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
+        if configured is not None:
             base.notices.append(
-                f"The tokenizer pads with token {tokenizer.pad_token_id}, and the model's configuration says "
-                f"{looked_for}: the tokenizer's is taken."
+                f"The tokenizer pads with token {tokenizer.pad_token_id}, but the model's configuration says "
+                f"{configured}; the tokenizer's is used."
             )
         config.pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)

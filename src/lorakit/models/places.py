@@ -1,9 +1,9 @@
-"""Which layers of a model play which role.
+"""Find the layers of a model that have a role.
 
-A role names the same thing on every architecture: ``attention.q``, ``.k``, ``.v``, ``.o``,
-``mlp.gate``, ``.up``, ``.down``, ``embedding``, ``head``. ``attention.qv`` and the like name
-several, ``attention`` and ``mlp`` all of theirs, and ``all-linear`` every linear layer of the
-blocks. Which layer plays a role is a table, :mod:`lorakit.models.architectures`.
+A role names the same layer on every architecture: ``attention.q``, ``.k``, ``.v``, ``.o``,
+``mlp.gate``, ``.up``, ``.down``, ``embedding``, ``head``. ``attention.qv`` and the like combine
+several roles, ``attention`` and ``mlp`` all of their roles, and ``all-linear`` every linear layer of
+the blocks. The table of :mod:`lorakit.models.architectures` maps layers to roles.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ATTENTION_ROLES = (Q, K, V, O)
 MLP_ROLES = (GATE, UP, DOWN)
 EMBEDDING, HEAD, ALL_LINEAR = "embedding", "head", "all-linear"
 ROLES = (*ATTENTION_ROLES, *MLP_ROLES, EMBEDDING, HEAD)
-"""The roles that name one kind of layer each."""
+"""The single roles: each names one kind of layer."""
 
 _COMBINED = {
     "attention": ATTENTION_ROLES,
@@ -61,13 +61,13 @@ _COMBINED = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Somewhere an adapter can sit.
+    """A layer, or a slice of its output rows, that can have an adapter.
 
     Attributes:
         path: the layer's module path in the model. For the fused input projection of an
-            ``nn.MultiheadAttention`` it is that module's own.
-        role: one of :data:`ROLES`, or "" for a layer that plays none, or plays several.
-        slice: the layer's output rows that are meant; None for all of them.
+            ``nn.MultiheadAttention``, it is the path of that module.
+        role: one of :data:`ROLES`, or "" for a layer with no role or several.
+        slice: the adapted output rows of the layer; None for all of them.
     """
 
     path: str
@@ -81,33 +81,33 @@ def is_role(entry: str) -> bool:
 
 
 def find_places(model: nn.Module, entry: str) -> list[Place]:
-    """Return the places of a role, in model order. Shapes suffice: the meta device will do.
+    """Return the places of a role, in model order. The model may be on the meta device.
 
-    ``all-linear`` is all of ``attention`` and ``mlp`` and any further linear layer in a block, such
-    as DeBERTa's position projections. On an architecture whose roles are not known it is every
+    ``all-linear`` is all of ``attention`` and ``mlp``, and any other linear layer in a block, such
+    as DeBERTa's position projections. If the roles of the architecture are not known, it is every
     linear layer outside the output head and the classification head.
 
     Raises:
-        TargetError: ``entry`` is no role, the model has no layer that plays it, or a layer that
-            plays it cannot be adapted.
+        TargetError: ``entry`` is not a role, the model has no layer with it, or a layer with it
+            cannot be adapted.
     """
-    wanted = _expand(entry)
-    if not wanted:
+    roles = _expand(entry)
+    if not roles:
         choices = (*ROLES, *_COMBINED, "attention.qv")
         raise TargetError(f"'{entry}' is not a role.{nearest(entry, choices)}")
     modules = list(walk(model))
-    _refuse_unreachable(modules, entry, wanted)
-    places = [place for place in all_places(model, modules) if place.role in wanted]
+    _check_adaptable(modules, entry, set(roles))
+    places = [place for place in all_places(model, modules) if place.role in roles]
     if entry == ALL_LINEAR:
         places += _further_linear_places(model, modules, {place.path for place in places})
-    missing = set(wanted) - {place.role for place in places}
+    missing = set(roles) - {place.role for place in places}
     if not places or (missing and entry not in _COMBINED):
         _no_such_role(model, modules, entry)
     return in_model_order(places, modules)
 
 
 def all_places(model: nn.Module, modules: Iterable[LocatedModule]) -> Iterator[Place]:
-    """Yield the place of every single role that the model has."""
+    """Yield every place of the model that has a role."""
     modules = list(modules)
     for path, module, config in modules:
         architecture, name = architecture_of(config), name_in_block(path)
@@ -123,7 +123,7 @@ def all_places(model: nn.Module, modules: Iterable[LocatedModule]) -> Iterator[P
 
 
 def _expand(entry: str) -> tuple[str, ...]:
-    """Return the single roles that ``entry`` combines; empty if it is no role."""
+    """Return the single roles that ``entry`` combines; empty if it is not a role."""
     if entry in ROLES:
         return (entry,)
     if entry in _COMBINED:
@@ -134,7 +134,7 @@ def _expand(entry: str) -> tuple[str, ...]:
 
 
 def name_in_block(path: str) -> str | None:
-    """Return what follows the last number in ``path``, None if it is in no block."""
+    """Return the part of ``path`` after its last number, or None if it is in no block."""
     parts = path.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else None
@@ -145,7 +145,7 @@ def _projections(at: LocatedModule, architecture: Architecture, name: str) -> It
     if isinstance(content, str):
         yield Place(at.path, content)
     elif isinstance(content, Fused):
-        # A layer of another width than its kind has plays no role; find_places says why.
+        # A layer of unexpected width has no role; find_places raises an error that gives the reason.
         with suppress(ValueError):
             slices = content.slices(weight_shape(at.module)[0], at.config)
             yield from (Place(at.path, role, rows) for role, rows in slices.items())
@@ -176,27 +176,26 @@ def _further_linear_places(
     ]
 
 
-def _refuse_unreachable(modules: list[LocatedModule], entry: str, wanted: tuple[str, ...]) -> None:
-    """Refuse a role that some of its layers cannot take: silence would adapt a part."""
+def _check_adaptable(modules: list[LocatedModule], entry: str, roles: set[str]) -> None:
+    """Reject an entry that includes a layer without an adapter: a part would be skipped silently."""
     for path, module, config in modules:
         architecture, name = architecture_of(config), name_in_block(path)
-        if isinstance(module, nn.MultiheadAttention) and set(wanted) & {Q, K, V}:
+        if isinstance(module, nn.MultiheadAttention) and roles & {Q, K, V}:
             reason = why_not_adaptable(module)
             if reason is not None:
                 raise TargetError(
                     f"'{entry}' includes '{path}', an nn.MultiheadAttention that cannot be "
-                    f"adapted: {reason}. Its output projection can: write 'attention.o'."
+                    f"adapted: {reason}. To adapt only its output projection, write 'attention.o'."
                 )
         if architecture is None or name is None:
             continue
-        if name == architecture.stacked_experts and set(wanted) & set(MLP_ROLES):
+        if name == architecture.stacked_experts and roles & set(MLP_ROLES):
             raise TargetError(
-                f"'{entry}' includes the experts of {config.model_type}, and '{path}' "
-                f"({type(module).__name__}) keeps them in stacked tensors, not in layers, so that "
-                "they cannot be adapted. Write 'attention', or name other modules."
+                f"'{entry}' includes the experts of {config.model_type}, which cannot be adapted: '{path}' "
+                f"({type(module).__name__}) holds them as stacked tensors, not as layers. Write 'attention', "
+                "or name other modules."
             )
-        content = architecture.layers.get(name)
-        if not set(wanted) & set(architecture.roles_of(name)):
+        if not roles & set(architecture.roles_of(name)):
             continue
         reason = why_not_adaptable(module)
         if reason is not None:
@@ -204,13 +203,14 @@ def _refuse_unreachable(modules: list[LocatedModule], entry: str, wanted: tuple[
                 f"'{entry}' includes '{path}' ({type(module).__name__}), which cannot be adapted: "
                 f"{reason}."
             )
+        content = architecture.layers[name]
         if isinstance(content, Fused):
             try:
                 content.slices(weight_shape(module)[0], config)
             except ValueError as error:
                 raise TargetError(
                     f"'{path}' is not laid out as in other {config.model_type} models: {error}. "
-                    f"Name modules instead of roles; '{name}' is the whole layer."
+                    f"Name modules instead of roles; '{name}' adapts the whole layer."
                 ) from None
 
 
@@ -240,16 +240,16 @@ def _no_such_role(model: nn.Module, modules: list[LocatedModule], entry: str) ->
 
 
 def in_model_order(places: Iterable[Place], modules: Iterable[LocatedModule]) -> list[Place]:
-    """Drop repetitions, and slices of layers that are meant in full; sort by path, then rows."""
+    """Drop duplicates, and slices of layers that are also adapted in full; sort by path, then rows."""
     unique: dict[tuple[str, RowSlice | None], Place] = {}
     for place in places:
         known = unique.get((place.path, place.slice))
         if known is None or not known.role:
             unique[place.path, place.slice] = place
     order = {m.path: position for position, m in enumerate(modules)}
-    kept = [
+    unique_places = [
         place
         for place in unique.values()
         if place.slice is None or (place.path, None) not in unique
     ]
-    return sorted(kept, key=lambda p: (order[p.path], p.slice.offset if p.slice else 0))
+    return sorted(unique_places, key=lambda p: (order[p.path], p.slice.offset if p.slice else 0))

@@ -1,9 +1,9 @@
-"""What quantised weights stand for, and how a layer goes on without them.
+"""Read quantised weights, and replace them by dequantised ones.
 
-A quantised weight stands for a matrix ``W_q`` near the source's ``W``. It is never trained and never
-rounded anew: an adapter is trained beside it, and a merged weight, ``W_q`` plus the adapter's delta, is
-an ordinary one. bitsandbytes packs and unpacks; a model that it quantised by way of `transformers` is
-understood as well.
+A quantised weight represents a matrix ``W_q`` close to the original ``W``. It is never trained and never
+quantised again: an adapter is trained on top of it, and a merged weight, ``W_q`` plus the adapter's
+delta, is an ordinary tensor. bitsandbytes packs and unpacks. Models that `transformers` quantised with
+bitsandbytes work too.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lorakit.errors import AdapterStateError
 from lorakit.models.digests import Digests, digests
 
 KINDS = frozenset({"nf4", "fp4", "int8"})
-"""Kinds of quantisation that are understood; fp4 in models that were quantised elsewhere."""
+"""Supported kinds of quantisation; fp4 only in models that other tools quantised."""
 
 FLAGS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""What `transformers` sets on a model, and PEFT asks for."""
+"""The flag that `transformers` sets on a model and PEFT checks, for each kind."""
 
 
-# --- reading them ----------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """A quantised weight of a linear layer, and what it stands for."""
+    """A quantised weight of a linear layer, and the matrix it represents."""
 
     layer: nn.Module
     packed: nn.Parameter
@@ -49,33 +49,33 @@ class QuantisedWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """The whole weight's shape, in its own layout: (in, out) for a `Conv1D`."""
+        """Shape of the unquantised weight in its own layout: (in, out) for a `Conv1D`."""
         shape = torch.Size((self.layer.out_features, self.layer.in_features))  # type: ignore[arg-type]
         return torch.Size(reversed(shape)) if self.stored_transposed else shape
 
     def numel(self) -> int:
-        """How many numbers the whole weight has; packed ones can be half as many."""
+        """Number of elements of the unquantised weight; the packed tensor can have half as many."""
         return self.shape.numel()
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the whole weight was, and a merged one will be.
+        """Dtype of the unquantised weight, and of a merged one.
 
         Raises:
-            AdapterStateError: An int8 layer of another library's does not say it.
+            AdapterStateError: An int8 layer of another library does not record it.
         """
         state = getattr(self.packed, "quant_state", None)
         made_from = getattr(self.layer, "made_from", None)
         dtype = state.dtype if state is not None else made_from and made_from.dtype
         if dtype is None:
             raise AdapterStateError(
-                "This int8 layer does not say in which dtype its weight was, and so not what a merged one should be. "
-                "Load the base by lorakit.models.loading.load_base(name, dtype='int8'), or unquantised."
+                "This int8 layer does not record the dtype of its original weight, which a merged weight needs. "
+                "Load the base with lorakit.models.loading.load_base(name, dtype='int8'), or unquantised."
             )
         return dtype
 
     def matrix(self) -> Tensor:
-        """``W_q``, (out, in), in float32: every packed number times its scale."""
+        """Return ``W_q``, (out, in), in float32: every packed number times its scale."""
         from bitsandbytes import functional
 
         state = getattr(self.packed, "quant_state", None)
@@ -84,15 +84,15 @@ class QuantisedWeight:
         return expanded_4bit(self.packed.data, state, torch.float32)
 
     def whole(self) -> Tensor:
-        """``W_q`` rounded to the dtype and in the layout of the weight it was made from."""
+        """Return ``W_q`` in the dtype and layout of the original weight."""
         return self.in_layout(self.matrix().to(self.dtype))
 
     def in_layout(self, matrix: Tensor) -> Tensor:
-        """An (out, in) matrix in the layout of the weight that this one was made from."""
+        """Return an (out, in) matrix in the layout of the original weight."""
         return matrix.T.contiguous() if self.stored_transposed else matrix
 
     def digests(self) -> Digests:
-        """Of the packed numbers with their scales, and of the whole weight rounded to bfloat16."""
+        """Return the digests of the packed numbers with their scales, and of the original in bfloat16."""
         state = getattr(self.packed, "quant_state", None)
         parts = {"scales": self._row_scales} if state is None else state.as_dict(packed=True)
         exact = hashlib.sha256(f"{self.kind}{tuple(self.shape)}\0".encode())
@@ -103,15 +103,15 @@ class QuantisedWeight:
 
     @property
     def _row_scales(self) -> Tensor:
-        # bitsandbytes' own layer moves them from the weight to its state in its first forward pass.
+        # The layers of bitsandbytes move them from the weight to their state in the first forward pass.
         scales = getattr(self.packed, "SCB", None)
         return self.layer.state.SCB if scales is None else scales  # type: ignore[union-attr, return-value]
 
     @property
     def stored_transposed(self) -> bool:
-        """Whether the whole weight is a `Conv1D`'s, (in, out)."""
+        """Whether the original weight is that of a `Conv1D`, (in, out)."""
         made_from = getattr(self.layer, "made_from", None)
-        # transformers leaves a note of its own.
+        # transformers records the original class in `source_cls`.
         source = (
             made_from.layer_class if made_from else getattr(self.layer, "source_cls", nn.Linear)
         )
@@ -119,11 +119,11 @@ class QuantisedWeight:
 
 
 def expanded_4bit(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """``W_q``, (out, in), in `dtype`, of 4-bit numbers and bitsandbytes' `QuantState`."""
+    """Return ``W_q``, (out, in), in `dtype`, from 4-bit numbers and bitsandbytes' `QuantState`."""
     from bitsandbytes import functional
 
-    # As one row: bitsandbytes' CPU kernel (0.50) counts the blocks of 64 by rows, and where the width is no
-    # multiple of 64 it takes the scales of other blocks.
+    # As one row: bitsandbytes' CPU kernel (0.50) starts a new block of 64 in each row. If the width is not a
+    # multiple of 64, it applies the scales of the wrong blocks.
     flat = copy.copy(state)
     flat.shape, flat.dtype = torch.Size((1, state.shape.numel())), dtype
     return functional.dequantize_4bit(packed, flat).view(state.shape)
@@ -132,7 +132,7 @@ def expanded_4bit(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 def quantised_weight(
     layer: nn.Module, parameter: nn.Parameter | None = None
 ) -> QuantisedWeight | None:
-    """The layer's weight (or the one that stands aside, while another is in its place), if it is quantised."""
+    """Return the layer's weight, or `parameter` while another replaces it, if it is quantised; else None."""
     packed: Any = layer._parameters.get("weight") if parameter is None else parameter
     bnb = _loaded_library()
     if bnb is None or not isinstance(layer, nn.Linear):
@@ -143,7 +143,7 @@ def quantised_weight(
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
-    """Path and weight of every layer that is quantised now."""
+    """Yield the path and weight of every layer that is quantised now."""
     for path, module in model.named_modules():
         weight = quantised_weight(module)
         if weight is not None:
@@ -151,26 +151,26 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]
 
 
 def _loaded_library() -> ModuleType | None:
-    # Where nothing has imported it, no layer is its.
+    # If nothing has imported it, no layer can be quantised by it.
     return sys.modules.get("bitsandbytes")
 
 
-# --- leaving them ----------------------------------------------------------------------------------
+# --- dequantising ----------------------------------------------------------------------------------
 
 
 def compute_whole(layer: nn.Module) -> type[nn.Module]:
-    """Let a quantised layer compute as `nn.Linear`, which it derives from, for a plain weight to act in it.
+    """Turn a quantised layer into an `nn.Linear`, its base class, so that it can use a plain weight.
 
     Returns:
-        The layer's class, for `compute_quantised`.
+        The layer's class, which `compute_quantised` needs.
 
     Raises:
-        AdapterStateError: Something has wrapped the layer's `forward`, and would go on calling it.
+        AdapterStateError: The layer's `forward` is wrapped, and the wrapper would still call it.
     """
     if "forward" in layer.__dict__:
         raise AdapterStateError(
-            "A quantised layer's forward has been wrapped (by accelerate, where a model is spread over devices or "
-            "offloaded), so that a merged weight could not act in it. Load the base on one device, or unquantised."
+            "The forward of a quantised layer is wrapped (accelerate does so for a model that is spread over devices "
+            "or offloaded), so it would ignore a merged weight. Load the base on one device, or unquantised."
         )
     quantised_class = type(layer)
     layer.__class__ = nn.Linear
@@ -180,7 +180,7 @@ def compute_whole(layer: nn.Module) -> type[nn.Module]:
 def compute_quantised(
     layer: nn.Module, packed: nn.Parameter, quantised_class: type[nn.Module]
 ) -> None:
-    """Undo `compute_whole`: the packed weight is in its place again, bit for bit, where the layer is now."""
+    """Undo `compute_whole`: restore the packed weight unchanged, on the layer's current device."""
     device = layer._parameters["weight"].device  # type: ignore[union-attr]
     layer._parameters["weight"] = packed
     layer.__class__ = quantised_class
@@ -189,10 +189,10 @@ def compute_quantised(
 
 
 def make_whole(model: nn.Module) -> int:
-    """Turn every layer that is still quantised into an ordinary one with ``W_q`` as its weight.
+    """Dequantise every quantised layer: its weight becomes ``W_q``.
 
     Returns:
-        How many they were.
+        Number of dequantised layers.
     """
     weights = [weight for _, weight in quantised_weights(model)]
     for weight in weights:
@@ -203,7 +203,7 @@ def make_whole(model: nn.Module) -> int:
 
 
 def become_whole(weight: QuantisedWeight, matrix: Tensor) -> None:
-    """Turn a quantised layer into an ordinary one for good, an (out, in) `matrix` its weight."""
+    """Dequantise a layer permanently, with an (out, in) `matrix` as its weight."""
     layer: Any = weight.layer
     whole = weight.in_layout(matrix.to(weight.dtype))
     layer.__class__ = nn.Linear
@@ -212,7 +212,7 @@ def become_whole(weight: QuantisedWeight, matrix: Tensor) -> None:
         del layer.in_features, layer.out_features
     layer._parameters["weight"] = nn.Parameter(whole, requires_grad=False)
     for name in layer.__dict__.keys() & _OF_QUANTISED_LAYERS:
-        delattr(layer, name)  # one of them may hold the packed numbers
+        delattr(layer, name)  # `state` can hold the packed numbers
 
 
 _OF_QUANTISED_LAYERS = {
@@ -220,12 +220,12 @@ _OF_QUANTISED_LAYERS = {
     *("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage"),
     "support_avx512bf16_for_cpu",
 }
-"""Attributes that quantised layers have beyond those of `nn.Linear`."""
+"""Attributes of quantised layers that `nn.Linear` lacks."""
 
 
 @contextmanager
 def unmarked(model: nn.Module) -> Iterator[None]:
-    """Let a model say nothing of being quantised, while whole weights are written in its name."""
+    """Hide quantisation metadata of a model while its dequantised weights are saved."""
     marks = [(owner, name, getattr(owner, name)) for owner, name in _marks(model)]
     for owner, name, _ in marks:
         delattr(owner, name)
@@ -237,21 +237,20 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 
 
 def _marks(model: nn.Module) -> list[tuple[Any, str]]:
-    """Where a model says that it is quantised, whoever quantised it."""
+    """Return the owner and name of each attribute that marks a model as quantised."""
     of_model = (*FLAGS.values(), "is_quantized", "hf_quantizer", "quantization_method")
-    named: list[tuple[Any, str]] = [(model, name) for name in of_model]
-    named.append((getattr(model, "config", None), "quantization_config"))
-    return [(owner, name) for owner, name in named if owner is not None and name in vars(owner)]
+    marks: list[tuple[Any, str]] = [(model, name) for name in of_model]
+    marks.append((getattr(model, "config", None), "quantization_config"))
+    return [(owner, name) for owner, name in marks if owner is not None and name in vars(owner)]
 
 
 def require_exact_layers(model: nn.Module) -> None:
-    """Keep bitsandbytes' own 4-bit layers computing with their weights, and differentiable.
+    """Stop bitsandbytes' own 4-bit layers from repacking their weights, so that they stay differentiable.
 
-    In evaluation on some CPUs they repack their weight, which rounds its scales and leaves it without a
-    gradient; from now on they do not.
+    In evaluation on some CPUs they repack a weight, which rounds its scales and blocks gradients.
 
     Raises:
-        AdapterStateError: One is repacked already, or computes with other numbers than it holds.
+        AdapterStateError: A layer is repacked already, or applies the scales of the wrong blocks.
     """
     library = _loaded_library()
     if library is None:
@@ -263,9 +262,9 @@ def require_exact_layers(model: nn.Module) -> None:
         state = layer.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             raise AdapterStateError(
-                f"bitsandbytes has repacked the weight of '{path}' in an evaluation on the CPU, and no gradient "
-                "passes through it any more. Load the base anew and attach the adapter before the model is run, "
-                "or load it by lorakit.models.loading.load_base(name, dtype='nf4'), which keeps it from that."
+                f"bitsandbytes has repacked the weight of '{path}' in an evaluation on the CPU, so no gradient "
+                "passes through it. Load the base again and attach the adapter before running the model, or load "
+                "it with lorakit.models.loading.load_base(name, dtype='nf4'), which prevents repacking."
             )
         layer.support_avx512bf16_for_cpu = False
         own_product = type(layer).__module__.startswith("bitsandbytes.")
@@ -273,7 +272,7 @@ def require_exact_layers(model: nn.Module) -> None:
             computed = bnb.functional.dequantize_4bit(layer.weight.data, state)
             if not computed.equal(expanded_4bit(layer.weight.data, state, state.dtype)):
                 raise AdapterStateError(
-                    f"'{path}' has {layer.in_features} inputs, which is no multiple of {state.blocksize}, and this "
-                    "bitsandbytes computes it with the scales of other blocks. Load the whole weights by "
-                    "lorakit.models.loading.load_base(name, dtype='nf4'), whose layers do not."
+                    f"'{path}' has {layer.in_features} inputs, not a multiple of {state.blocksize}, and this "
+                    "bitsandbytes applies the scales of other blocks to it. Load the unquantised weights with "
+                    "lorakit.models.loading.load_base(name, dtype='nf4'), whose layers are correct."
                 )

@@ -1,11 +1,11 @@
-"""Linear layers that keep their weight in 4 or 8 bits, on bitsandbytes' formats.
+"""Linear layers with 4-bit or 8-bit weights in the formats of bitsandbytes.
 
 Each computes ``y = x W_q^T + b`` with the same ``W_q`` in training and evaluation, on every device, and
-has a gradient to ``x`` and ``b``. Their parents do not on a CPU: `Linear4bit` repacks its weight in
-evaluation, after which no gradient passes through it, and `Linear8bitLt` rounds ``x`` to 8 bits in
-evaluation but not in training. Both round a trained bias in place to the dtype of ``x``.
+is differentiable in ``x`` and ``b``. Their base classes are not on a CPU: `Linear4bit` repacks its weight
+in evaluation, which blocks gradients, and `Linear8bitLt` rounds ``x`` to 8 bits in evaluation but not
+in training. Both round a trained bias in place to the dtype of ``x``.
 
-Importing this module needs bitsandbytes; `lorakit.models.quantised` does it where it is asked for.
+Importing this module needs bitsandbytes, so `lorakit.models.quantising` imports it only when needed.
 """
 
 # bitsandbytes' annotations are older than its code.
@@ -29,18 +29,18 @@ from lorakit.models.quantised import expanded_4bit
 
 @dataclass(frozen=True)
 class WholeWeight:
-    """What a quantised weight was made from."""
+    """The properties of an original weight, recorded when it is quantised."""
 
     layer_class: type[nn.Module]
     """`nn.Linear`, or `Conv1D`, which stores its weight as (in, out)."""
     dtype: torch.dtype
-    """In which it was, and its layer computes."""
+    """Dtype of the original weight, and of the layer's computation."""
     bfloat16: bytes
-    """Digest of its numbers rounded to bfloat16."""
+    """Digest of the original weight rounded to bfloat16."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> WholeWeight:
-        """Describe a layer's weight before it is quantised."""
+        """Record a layer's weight before it is quantised."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
         rounded = digests(weight).bfloat16
@@ -49,10 +49,10 @@ class WholeWeight:
 
 
 class NF4Linear(bnb.nn.Linear4bit):
-    """``W_q`` in NF4 (Dettmers et al. 2023): 4 bits a number, a float32 scale for every 64.
+    """A linear layer in NF4 (Dettmers et al. 2023): 4 bits per number, a float32 scale per 64.
 
     Args:
-        layer: The `nn.Linear` or `Conv1D` that this one takes the place of; it is not changed.
+        layer: The `nn.Linear` or `Conv1D` to replace; it is not changed.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -62,16 +62,16 @@ class NF4Linear(bnb.nn.Linear4bit):
         super().__init__(
             in_features, out_features, bias=False, compute_dtype=W.dtype, device="meta", **options
         )
-        # `to` is what quantises.
+        # `to` quantises.
         self.weight = bnb.nn.Params4bit(W, requires_grad=False, **options).to(W.device)
         _take_over(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W_q^T + b``, computed in the dtype of the whole weight: (..., in) to (..., out)."""
+        """Return ``x W_q^T + b``, computed in the dtype of the original weight: (..., in) to (..., out)."""
         dtype, state = self.compute_dtype, self.weight.quant_state
         bias = None if self.bias is None else self.bias.to(dtype)
-        # bitsandbytes' product has kernels of its own. But on a CPU it takes the scales of other blocks, where
-        # blocks go on in the next row; and it sums a bias' gradient over the first dimension alone.
+        # bitsandbytes' product has faster kernels. But on a CPU it applies the wrong scales if a block continues
+        # in the next row, and it sums a bias' gradient over the first dimension only.
         exact = self.in_features % state.blocksize == 0
         if exact and (bias is None or not bias.requires_grad):
             product = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state, bias=bias)
@@ -81,10 +81,10 @@ class NF4Linear(bnb.nn.Linear4bit):
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
-    """``W_q`` in 8 bits a number, symmetric, with a float32 scale for every output row.
+    """A linear layer in int8: 8 bits per number, symmetric, a float32 scale per output row.
 
     Args:
-        layer: The `nn.Linear` or `Conv1D` that this one takes the place of; it is not changed.
+        layer: The `nn.Linear` or `Conv1D` to replace; it is not changed.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -98,19 +98,19 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         _take_over(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W_q^T + b``, computed in the dtype of `x`: (..., in) to (..., out)."""
+        """Return ``x W_q^T + b``, computed in the dtype of `x`: (..., in) to (..., out)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return _Product.apply(x, self.weight, self.weight.SCB, bias, _expanded_8bit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
-        # Moving a module gives a parameter new data; its attributes stay where they were.
+        # Moving a module moves the data of a parameter, but not its attributes.
         self.weight.SCB = self.weight.SCB.to(self.weight.device)
         return self
 
 
 class _Product(torch.autograd.Function):
-    """``x W_q^T + b``. The backward pass expands ``W_q`` anew: neither it nor `x` is kept."""
+    """``x W_q^T + b``. The backward pass dequantises again, so neither ``W_q`` nor `x` is saved."""
 
     @staticmethod
     def forward(ctx, x, packed, scales, bias, expand):
@@ -134,7 +134,7 @@ def _expanded_8bit(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _matrix(layer: nn.Module) -> Tensor:
-    """The layer's weight as (out, in)."""
+    """Return the layer's weight as (out, in)."""
     W = layer.weight.detach()  # type: ignore[union-attr, operator]
     return W.T.contiguous() if isinstance(layer, Conv1D) else W  # type: ignore[union-attr]
 

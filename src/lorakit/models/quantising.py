@@ -1,4 +1,4 @@
-"""Keeping the projections of a base model in 4 or 8 bits."""
+"""Quantise the projections of a base model to 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import FLAGS, quantised_weights
 
 _OLDEST = "0.50"
-"""The oldest bitsandbytes that was tested."""
+"""The oldest tested version of bitsandbytes."""
 
 
 @torch.no_grad()
 def quantise(model: nn.Module, kind: Quantisation) -> int:
-    """Keep the weights of a model's projections in 4 or 8 bits, from now on, each as it is reached.
+    """Quantise the weights of a model's projections in place to 4 or 8 bits, one layer at a time.
 
     The projections are the linear layers (GPT-2's `Conv1D` included) in the model's numbered blocks.
-    Embeddings, norms, biases, heads and what stands outside of the blocks stay as they are.
+    Embeddings, norms, biases, heads and layers outside the blocks do not change.
 
     Args:
-        model: A model with whole weights and no adapters. It computes in its dtype, before and after.
-        kind: What to keep them in.
+        model: A model with unquantised weights and no adapters. Its compute dtype does not change.
+        kind: The kind of quantisation.
 
     Returns:
-        How many layers are quantised.
+        Number of quantised layers.
 
     Raises:
         ConfigurationError: `kind` is not known, or bitsandbytes is not installed.
@@ -41,12 +41,12 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
     if any(True for _ in quantised_weights(model)):
         raise BaseModelError(
             f"The weights of this {type(model).__name__} are quantised in its checkpoint already. Leave the dtype "
-            "at auto to take them as they are."
+            "at auto to use them unchanged."
         )
     places = places_of_projections(model)
     if not places:
         raise BaseModelError(
-            f"{type(model).__name__} has no linear layer in numbered blocks, so there is nothing to keep in {kind}. "
+            f"{type(model).__name__} has no linear layer in numbered blocks, so {kind} has nothing to quantise. "
             "Set the dtype to auto, bfloat16 or float32."
         )
     for first, *others in places:
@@ -58,29 +58,29 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
 
 
 def check_available(kind: str) -> None:
-    """Refuse an unknown kind of quantisation, or one whose library is missing.
+    """Reject an unknown kind of quantisation, or a missing or outdated bitsandbytes.
 
     Raises:
-        ConfigurationError: Says what there is, or what to install.
+        ConfigurationError: `kind` is not known, or bitsandbytes is not installed.
     """
     from transformers.utils.import_utils import is_bitsandbytes_available
 
     if kind not in QUANTISATIONS:
         raise ConfigurationError(
-            f"'{kind}' is no quantisation; there are {', '.join(QUANTISATIONS)}."
+            f"'{kind}' is not a kind of quantisation; choose one of {', '.join(QUANTISATIONS)}."
             f"{nearest(str(kind), QUANTISATIONS)}"
         )
     if not is_bitsandbytes_available(_OLDEST):
         raise ConfigurationError(
-            f"To keep a base in {kind}, lorakit needs bitsandbytes {_OLDEST} or newer, which is not installed. "
+            f"To quantise a base to {kind}, lorakit needs bitsandbytes {_OLDEST} or newer, which is not installed. "
             "Install it with: pip install 'lorakit[quantised]'"
         )
 
 
 def _layer_class(kind: str) -> Any:
     check_available(kind)
-    # On some processors the import logs which kernel it would like to fetch from the hub: one that the
-    # layers here do not use, since it has no gradient.
+    # On some processors the import logs a kernel to download from the hub. Our layers do not use it,
+    # since it has no gradient.
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -92,12 +92,12 @@ def _layer_class(kind: str) -> Any:
 
 
 def places_of_projections(model: nn.Module) -> list[list[str]]:
-    """Return the paths of each layer that `quantise` takes; a layer that stands at several has them all."""
+    """Return the paths of each layer that `quantise` replaces; a shared layer has several."""
     heads = classification_head(model)
-    kept = {
+    excluded = {
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-        # T5 and its relatives cast the input of `wo` to its weight's dtype, which would be an integer's.
+        # T5 and related models cast the input of `wo` to its weight's dtype, which would be an integer.
         "wo",
     }
     places: dict[int, list[str]] = {}
@@ -106,9 +106,9 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
             continue
         parts = path.split(".")
         in_block = any(part.isdecimal() for part in parts[:-1])
-        if not in_block or kept & set(parts) or any(is_inside(path, head) for head in heads):
+        if not in_block or excluded & set(parts) or any(is_inside(path, head) for head in heads):
             continue
-        # torch's own layer reads its linear layers' weights in a fast path, without calling them.
+        # torch's own blocks read the weights of their linear layers in a fast path, without calling them.
         owner = model.get_submodule(path.rpartition(".")[0])
         if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             continue
@@ -125,21 +125,16 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
 
 
 def _mark(model: nn.Module, kind: str) -> None:
-    """Say what the model is to those who look: PEFT at the flag, `save_pretrained` at the configuration."""
+    """Mark the model as quantised: PEFT reads the flag, `save_pretrained` the configuration."""
     from transformers import BitsAndBytesConfig, PretrainedConfig
 
     setattr(model, FLAGS[kind], True)
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return
-    whole = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
-    options: dict[str, Any] = (
-        {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": config.dtype,
-        }
-        if kind == "nf4"
-        else {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-    )
-    config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=whole)
+    unquantised = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    if kind == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["bnb_4bit_compute_dtype"] = config.dtype
+    config.quantization_config = BitsAndBytesConfig(**options, llm_int8_skip_modules=unquantised)

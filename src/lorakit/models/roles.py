@@ -1,6 +1,6 @@
-"""Which layers a target means: a role, a module-name suffix, or a regular expression.
+"""Resolve targets (roles, module-name suffixes, regular expressions) to layers.
 
-The public face of what :mod:`lorakit.models.places` and its neighbours know about a model.
+This module re-exports the public names of :mod:`lorakit.models.places` and related modules.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ __all__ = [
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
-    """Return the places that ``targets`` mean, in model order, each once.
+    """Return the places that ``targets`` match, in model order, each once.
 
     Every entry is a role, else the end of a module path (``q_proj``, ``self_attn.q_proj``), else a
-    regular expression that the whole path must match. A layer that one entry means in part and
-    another in full is meant in full. An ``nn.MultiheadAttention`` stands for its fused input
+    regular expression that must match the whole path. A layer that one entry matches in part and
+    another in full is adapted in full. An ``nn.MultiheadAttention`` means its fused input
     projection and its ``out_proj``.
 
     Raises:
@@ -51,12 +51,12 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Plac
     """
     entries = [targets] if isinstance(targets, str) else list(targets)
     if not entries:
-        raise TargetError("No targets given: write at least one, such as 'attention.qv'.")
+        raise TargetError("No targets given. Write at least one, such as 'attention.qv'.")
     modules = list(walk(model))
     places: list[Place] = []
     for entry in entries:
         if not isinstance(entry, str) or not entry:
-            raise TargetError(f"A target is a non-empty string, found {entry!r}.")
+            raise TargetError(f"A target is {entry!r}; a non-empty string was expected.")
         places += find_places(model, entry) if is_role(entry) else _named(model, modules, entry)
     return in_model_order(places, modules)
 
@@ -66,15 +66,15 @@ def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[P
     hits = [m for m in modules if m.path == entry or m.path.endswith(f".{entry}")]
     if not hits:
         hits = _matching(model, modules, entry)
-    _refuse_unadaptable(modules, hits, entry)
-    _refuse_never_called(hits, entry)
+    _check_adaptable(modules, hits, entry)
+    _check_called(hits, entry)
     roles: dict[str, set[str]] = {}
     for place in all_places(model, modules):
         roles.setdefault(place.path, set()).add(place.role)
     places = []
     for path, module, _ in hits:
-        played = roles.get(path, set())
-        places.append(Place(path, next(iter(played)) if len(played) == 1 else ""))
+        layer_roles = roles.get(path, set())
+        places.append(Place(path, next(iter(layer_roles)) if len(layer_roles) == 1 else ""))
         if isinstance(module, nn.MultiheadAttention):
             places.append(Place(f"{path}.out_proj", O))
     return places
@@ -83,11 +83,11 @@ def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[P
 def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[LocatedModule]:
     """Return the layers whose whole path matches a regular expression, at least one."""
     try:
-        pattern, why = re.compile(entry), ""
+        pattern, syntax_error = re.compile(entry), ""
     except re.error as error:
-        pattern, why = None, f" (nor is it a regular expression: {error})"
-    # A pattern such as ".*attn.*" also matches containers and dropouts: they hold no weight of
-    # their own, so that nobody can have meant them.
+        pattern, syntax_error = None, f" (it is not a valid regular expression: {error})"
+    # A pattern such as ".*attn.*" also matches containers and dropouts. Skip them, since they have
+    # no weight of their own.
     hits = [
         m
         for m in modules
@@ -103,16 +103,14 @@ def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> lis
         present = {place.role for place in all_places(model, modules)}
         roles = [role for role in ROLES if role in present]
         raise TargetError(
-            f"Target '{entry}' matches no layer of {type(model).__name__}{why}."
-            f"{nearest(entry, [*roles, *names])} Roles here: {', '.join(roles) or 'none'}; "
+            f"Target '{entry}' matches no layer of {type(model).__name__}{syntax_error}."
+            f"{nearest(entry, [*roles, *names])} Roles of this model: {', '.join(roles) or 'none'}; "
             f"module names: {', '.join(n for n in names if '.' not in n)}."
         )
     return hits
 
 
-def _refuse_unadaptable(
-    modules: list[LocatedModule], hits: list[LocatedModule], entry: str
-) -> None:
+def _check_adaptable(modules: list[LocatedModule], hits: list[LocatedModule], entry: str) -> None:
     bad = [hit for hit in hits if why_not_adaptable(hit.module) is not None]
     if not bad:
         return
@@ -127,11 +125,11 @@ def _refuse_unadaptable(
     )
 
 
-def _refuse_never_called(hits: list[LocatedModule], entry: str) -> None:
+def _check_called(hits: list[LocatedModule], entry: str) -> None:
     for at in hits:
         if is_never_called(at):
             raise TargetError(
-                f"Target '{entry}' matches '{at.path}', which {at.config.model_type} never calls: "
-                "only its weight is used, so that an adapter on it would do nothing. Write "
-                "'embedding' for the embeddings that are called."
+                f"Target '{entry}' matches '{at.path}', which {at.config.model_type} never calls: it "
+                "uses only the weight, so an adapter would have no effect. Write 'embedding' for the "
+                "embeddings that it calls."
             )

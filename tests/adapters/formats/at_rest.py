@@ -1,4 +1,4 @@
-"""Adapters at rest of every kind, with random numbers, for the tests of the formats."""
+"""Stored adapters of every kind, with random numbers, for the tests of the formats."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def embedding(count: int = 10, dim: int = 6, rank: int = 2, **more) -> StoredLay
 
 
 def with_start(layer: StoredLayer) -> StoredLayer:
-    """The layer with a start of PiSSA's."""
+    """The layer with initial factors of PiSSA."""
     layer.initial_A = numbers(*layer.A.shape, seed=7)
     layer.initial_B = numbers(*layer.B.shape, seed=8)
     return layer
@@ -121,13 +121,13 @@ def with_dora(layer: StoredLayer) -> StoredLayer:
     layer.magnitude = numbers(layer.B.shape[0]).abs()
     if layer.slices:
         layer.base_norms = numbers(layer.slices[0].groups * layer.slices[0].stride).abs()
-        # What is read back for rows that no one needs.
+        # The values that reading returns for unused rows.
         layer.base_norms[torch.cat([s.rows() for s in layer.slices])] = 0
     return layer
 
 
 def adapter(layers: dict[str, StoredLayer], **more) -> StoredAdapter:
-    """An adapter of these layers; its method has what they show."""
+    """An adapter of these layers; its method matches them."""
     settings = {
         "rank": next(iter(layers.values())).rank,
         "alpha": next(iter(layers.values())).alpha,
@@ -139,7 +139,7 @@ def adapter(layers: dict[str, StoredLayer], **more) -> StoredAdapter:
 
 
 def assert_equal(found: StoredAdapter, expected: StoredAdapter) -> None:
-    """The same adapter, bit for bit."""
+    """Assert that two adapters are equal, bit for bit."""
     assert found.method == expected.method
     assert list(found.layers) == list(expected.layers)
     for path, layer in expected.layers.items():

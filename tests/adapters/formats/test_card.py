@@ -1,4 +1,4 @@
-"""The model card: what it says, and that nothing from outside can say more."""
+"""The content of the model card; untrusted text is escaped."""
 
 from __future__ import annotations
 

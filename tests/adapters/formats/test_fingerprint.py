@@ -1,4 +1,4 @@
-"""Which base an adapter was made for: what counts as the same, and what does not."""
+"""Fingerprints: which models count as the base of an adapter, and which do not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record(model: nn.Module, name: str | None = None, exclude=(), revision=None)
 
 
 def test_the_hash_is_over_names_shapes_dtypes_and_numbers():
-    """Written out once, so that a change of it, which orphans every adapter, does not go unseen."""
+    """A fixed value: a change of it would make every saved adapter unusable."""
     model = nn.Linear(2, 2)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 1 / 3]]))
@@ -59,7 +59,7 @@ def test_the_same_model_is_the_same(monkeypatch):
     first = record(llama())
     assert compare(first, record(llama())) == []
     assert record(llama()) == first
-    monkeypatch.setattr(digests, "_CHUNK", 7)  # a tensor is hashed in pieces
+    monkeypatch.setattr(digests, "_CHUNK", 7)  # hash a tensor in several chunks
     assert record(llama()) == first
 
 
@@ -81,7 +81,7 @@ def test_one_number_more_or_less_is_another_base(where):
     model = llama()
     with torch.no_grad():
         model.get_parameter(where).view(-1)[-1] += 2**-20
-    with pytest.raises(WrongBaseError, match="its float32 weights are others") as caught:
+    with pytest.raises(WrongBaseError, match="its float32 weights differ") as caught:
         compare(record(llama()), record(model))
     assert "allow_other_base" in str(caught.value)
 
@@ -96,27 +96,27 @@ def test_another_architecture():
     ):
         with pytest.raises(WrongBaseError, match=word) as caught:
             compare(trained, record(other))
-        assert "made for 'owner/llama'" in str(caught.value)
+        assert "trained on 'owner/llama'" in str(caught.value)
 
 
 def test_another_dtype_of_the_same_weights_is_reported():
     notices = compare(record(llama()), record(llama().bfloat16()))
     assert notices == [
-        "It was trained over float32 weights and runs over bfloat16 ones; rounded to bfloat16 they are "
-        "the same."
+        "The adapter was trained on float32 weights and runs on bfloat16 ones; rounded to bfloat16 they "
+        "are the same."
     ]
     assert compare(record(llama().bfloat16()), record(llama()))
     assert "float16" in compare(record(llama().half().float()), record(llama().half()))[0]
 
 
 def test_float16_of_float32_weights_needs_the_source_to_vouch():
-    """Rounded to float16 and then to bfloat16 is not always rounded to bfloat16."""
+    """Rounding to float16 and then to bfloat16 can differ from rounding to bfloat16."""
     then, now = record(llama()), record(llama().half())
     assert then.weights.bfloat16 != now.weights.bfloat16
-    with pytest.raises(WrongBaseError, match="float16 weights are others"):
+    with pytest.raises(WrongBaseError, match="float16 weights differ"):
         compare(then, now)
     then, now = record(llama(), "a/b", revision="1"), record(llama().half(), "a/b", revision="1")
-    assert "differ by their rounding" in compare(then, now)[0]
+    assert "differ by rounding" in compare(then, now)[0]
     with pytest.raises(WrongBaseError, match=r"'a/b' at revision 1"):
         compare(then, record(llama().half(), "a/b", revision="2"))
 
@@ -190,7 +190,7 @@ def test_weights_without_numbers():
 
 
 def quantised(model: nn.Module) -> nn.Module:
-    """As int8 quantisers leave a linear layer: integer numbers of another shape."""
+    """A linear layer after an int8 quantiser: integers of another shape."""
     layer = model.model.layers[0].self_attn.q_proj
     packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
     layer.weight = nn.Parameter(packed, requires_grad=False)
@@ -202,7 +202,7 @@ def test_quantised_weights_are_trusted_by_their_source():
     now = record(quantised(llama()), "a/b", revision="1")
     assert now.weights == fingerprint.Weights("quantised", None, None)
     (notice,) = compare(then, now)
-    assert "float32 weights and runs over quantised ones, both of 'a/b'" in notice
+    assert "float32 weights and runs on quantised ones, both of 'a/b'" in notice
     assert compare(now, then)
     with pytest.raises(WrongBaseError, match="cannot be compared"):
         compare(then, record(quantised(llama()), "c/d"))
@@ -211,7 +211,7 @@ def test_quantised_weights_are_trusted_by_their_source():
 
 
 class Subclass(torch.Tensor):
-    """As torchao's quantised weights: a tensor class of its own that claims to be float32."""
+    """Like torchao's quantised weights: a tensor subclass that reports float32."""
 
 
 def test_a_tensor_class_of_its_own_is_quantised():

@@ -1,4 +1,4 @@
-"""Files of tensors from anyone: damaged, lying about themselves, or carrying code."""
+"""Untrusted tensor files: damaged, with false headers, or with code."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_reading_does_not_hold_on_to_the_file(tmp_path):
     found = read_safetensors(path)["a"]
     with path.open(
         "r+b"
-    ) as file:  # a mapped file would change under the tensor, or crash the process
+    ) as file:  # with a memory map, this would change the tensor or crash the process
         file.truncate(0)
     assert torch.equal(found, numbers(1000))
 
@@ -108,7 +108,7 @@ def test_names_for_the_same_memory_are_written_apart(tmp_path):
 
 
 class Attack:
-    """Opened by an ordinary unpickler, it makes a folder."""
+    """A pickle that creates a folder when an ordinary unpickler opens it."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -132,7 +132,7 @@ def test_a_pickle_with_code_is_not_opened(tmp_path, as_zip, name):
     state = {"base_model.model.a.lora_A.weight": numbers(2, 6), "x": Attack(trace)}
     torch.save(state, folder / name, _use_new_zipfile_serialization=as_zip)
     path = folder if name == "adapter_model.bin" else folder / name
-    with pytest.raises(AdapterFileError, match=r"asks to run code \(\w+\.mkdir\)") as caught:
+    with pytest.raises(AdapterFileError, match=r"would run code \(\w+\.mkdir\)") as caught:
         formats.read(path, alpha=1)
     assert name in str(caught.value)
     assert ".safetensors" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Folders of lorakit: everything comes back bit for bit, and every damage is found."""
+"""lorakit folders: round trips are exact to the bit, and all damage is detected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ADAPTERS: dict[str, StoredAdapter] = {
         {"a": with_start(linear())}, trained={"a.bias": numbers(8, dtype=torch.float16)},
         settings={"bias": "lora_only"},
     ),
-    # What PEFT's format cannot say:
+    # PEFT's format cannot represent these:
     "attention-scalings": adapter(
         {"m": linear(4, 12, kind="attention", alpha=3.0), "m.out_proj": linear(4, 4, alpha=5.0)}
     ),
@@ -91,7 +91,7 @@ def test_everything_comes_back(tmp_path, name):
         assert notices == []
         peft_files = {"adapter_config.json", "adapter_model.safetensors"}
         assert set(os.listdir(tmp_path / "adapter")) == files | peft_files
-        formats.read_peft(tmp_path / "adapter")  # it stands without lorakit.json as well
+        formats.read_peft(tmp_path / "adapter")  # it can also be read without lorakit.json
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -177,14 +177,14 @@ def test_a_truncated_or_missing_file_is_found(folder):
         for length in (0, 1, len(data) // 2, len(data) - 1):
             (folder / name).write_bytes(data[:length])
             if name == "lorakit.json" and length == len(data) - 1:
-                assert_equal(formats.read(folder), ADAPTERS["plain"])  # but for a line's end
+                assert_equal(formats.read(folder), ADAPTERS["plain"])  # except for a line end
             elif name != "README.md":
                 with pytest.raises(AdapterFileError):
                     formats.read(folder)
         (folder / name).unlink()
         if name == "README.md":
             assert_equal(formats.read(folder), ADAPTERS["plain"])
-        elif name == "lorakit.json":  # then it is a PEFT folder, and read as one
+        elif name == "lorakit.json":  # then the folder is read as a PEFT folder
             assert formats.read(folder).peft_config is not None
         else:
             with pytest.raises(AdapterFileError, match="does not exist"):
@@ -201,7 +201,7 @@ def test_an_edited_card_is_no_damage(folder):
 
 
 def rewrite(folder: Path, change) -> None:
-    """Change lorakit.json as someone would who knows how the checksum is made."""
+    """Change lorakit.json and recompute its checksum."""
     path = folder / "lorakit.json"
     record = json.loads(path.read_text())
     change(record)
@@ -222,37 +222,37 @@ def set_in(*keys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in("format", "other"), "is not the record of a lorakit adapter"),
-        (set_in("format_version", "1"), "is not the record"),
+        (set_in("format", "other"), "does not describe a lorakit adapter"),
+        (set_in("format_version", "1"), "does not describe a lorakit adapter"),
         (set_in("format_version", 99), "format version 99.*Update lorakit"),
-        (set_in("tensors", "../adapter_model.safetensors"), "as the file of its tensors"),
-        (set_in("tensors", "README.md"), "as the file of its tensors"),
-        (set_in("tensors", "lorakit_model.safetensors"), "as the file of its tensors"),
-        (set_in("files", None), "lists no files"),
-        (set_in("files", "../outside", "0"), "'../outside', which may lie outside"),
-        (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which may lie outside"),
-        (set_in("files", "a\\..\\b", "0"), "which may lie outside"),
-        (set_in("files", "C:x", "0"), "which may lie outside"),
-        (set_in("files", "a\0b", "0"), "which may lie outside"),
+        (set_in("tensors", "../adapter_model.safetensors"), "as its tensor file"),
+        (set_in("tensors", "README.md"), "as its tensor file"),
+        (set_in("tensors", "lorakit_model.safetensors"), "as its tensor file"),
+        (set_in("files", None), "has no valid list of files"),
+        (set_in("files", "../outside", "0"), "'../outside', which can be outside"),
+        (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which can be outside"),
+        (set_in("files", "a\\..\\b", "0"), "which can be outside"),
+        (set_in("files", "C:x", "0"), "which can be outside"),
+        (set_in("files", "a\0b", "0"), "which can be outside"),
         (set_in("files", "tokenizer", "0"), "is not a file"),
         (set_in("files", "absent", "0"), "absent' does not exist"),
         (set_in("method", "name", "Prefix"), "its method is 'Prefix'"),
         (set_in("method", None), "its method is None"),
-        (set_in("method", "power", 3), r"settings that are not known here: \['power'\]"),
+        (set_in("method", "power", 3), r"settings that this lorakit does not know: \['power'\]"),
         (set_in("method", "rank", 0), "rank is 0"),
         (set_in("method", "targets", []), "targets is empty"),
-        (set_in("method", "rank_pattern", 5), "rank_pattern is 5|does not describe"),
+        (set_in("method", "rank_pattern", 5), "rank_pattern is 5|does not match"),
         (set_in("layers", {}), "that lorakit.json does not list"),
-        (set_in("layers", []), "does not describe"),
+        (set_in("layers", []), "does not match"),
         (set_in("layers", "a.0.q", "A", [2, 10**12]), "cannot have a A of shape"),
-        (set_in("layers", "a.0.q", "A", [-2, -6]), "does not describe"),
-        (set_in("layers", "a.0.q", "A", "wide"), "does not describe"),
+        (set_in("layers", "a.0.q", "A", [-2, -6]), "does not match"),
+        (set_in("layers", "a.0.q", "A", "wide"), "does not match"),
         (set_in("layers", "a.0.q", "kind", "attention-like"), "kind of layer is"),
         (set_in("layers", "a.0.q", "key", "a.2.q"), "has no 'base_model.model.a.2.q.lora_A.weight'"),
         (set_in("layers", "a.0.q", "key", None), "has no 'base_model.model.None"),
         (set_in("layers", "a.0.q", "scaling", 0), "scaling is 0"),
-        (set_in("layers", "a.0.q", "scaling", "1"), "does not describe"),
-        (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not describe|alpha is inf"),
+        (set_in("layers", "a.0.q", "scaling", "1"), "does not match"),
+        (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not match|alpha is inf"),
         (set_in("layers", "a.0.q", "dora", True), "lora_magnitude_vector"),
         (set_in("layers", "a.0.q", "pissa", True), "shape|form"),
         (
@@ -263,17 +263,17 @@ def set_in(*keys):
             set_in("layers", "a.0.q", "slices", [{"groups": 1, "stride": 8, "offset": 4, "width": 8}]),
             "does not lie within|needs",
         ),
-        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the file"),
-        (set_in("repeated", 7), "does not describe"),
+        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the tensor file"),
+        (set_in("repeated", 7), "does not match"),
         (set_in("base", {"architecture": {}}), "no valid 'architecture'"),
         (set_in("base", []), "no valid 'architecture'"),
-        (set_in("provenance", ["x"]), "does not describe"),
+        (set_in("provenance", ["x"]), "does not match"),
     ],
 )  # fmt: skip
 def test_a_record_that_lies(folder, change, message):
     try:
         rewrite(folder, change)
-    except ValueError:  # 1e400 is no number of JSON's
+    except ValueError:  # 1e400 is not valid JSON
         return
     with pytest.raises(AdapterFileError, match=message) as caught:
         formats.read(folder)
@@ -296,7 +296,7 @@ def test_tensors_beside_those_listed(folder):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     rewrite(folder, set_in("files", "adapter_model.safetensors", digest))
     with pytest.raises(
-        AdapterFileError, match=r"holds 1 that lorakit.json does not list, the first 'more'"
+        AdapterFileError, match=r"holds 1 tensors that lorakit.json does not list, the first 'more'"
     ):
         formats.read(folder)
 
@@ -379,7 +379,7 @@ def test_overwriting_what_is_no_adapter_is_refused(tmp_path):
     formats.check_replaceable(tmp_path / "adapter")
 
 
-# --- what is there? ------------------------------------------------------------------------------
+# --- which format? ------------------------------------------------------------------------------
 
 
 def test_paths_that_hold_no_adapter(tmp_path):
@@ -397,7 +397,9 @@ def test_paths_that_hold_no_adapter(tmp_path):
             formats.read(tmp_path / "run" / "adapter" / name)
     (tmp_path / "mnli.bin").write_bytes(b"")
     (tmp_path / "run").rename(tmp_path / ".run")
-    with pytest.raises(AdapterFileError, match=r"given by its own path, for example '.*mnli.bin'"):
+    with pytest.raises(
+        AdapterFileError, match=r"give the path of the file, for example '.*mnli.bin'"
+    ):
         formats.read(tmp_path)
     (tmp_path / ".run" / "adapter" / "adapter_model.safetensors").unlink()
     (tmp_path / ".run" / "adapter" / "lorakit.json").unlink()
@@ -410,12 +412,12 @@ def test_paths_that_hold_no_adapter(tmp_path):
 def test_an_alpha_beside_a_file_that_records_one(tmp_path):
     formats.write(ADAPTERS["plain"], tmp_path / "adapter")
     assert_equal(formats.read(tmp_path / "adapter", alpha=3), ADAPTERS["plain"])
-    with pytest.raises(ConfigurationError, match=r"alpha=16 was given, and .* records 3"):
+    with pytest.raises(ConfigurationError, match=r"alpha is 16, but .* records 3"):
         formats.read(tmp_path / "adapter", alpha=16)
 
 
 def test_a_folder_of_links_into_a_cache(tmp_path):
-    """How the hub's cache keeps a snapshot."""
+    """A snapshot in the hub's cache is a folder of links."""
     formats.write(ADAPTERS["plain"], tmp_path / "adapter")
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
@@ -438,7 +440,7 @@ def test_links_to_what_is_no_file(tmp_path, name, kind):
     if name == "adapter_config.json":
         (folder / "lorakit.json").unlink()
     (folder / name).unlink()
-    if kind == "pipe":  # reading one would wait for ever
+    if kind == "pipe":  # reading it would block forever
         os.mkfifo(folder / name)
     else:
         target = {"nowhere": "absent", "itself": name, "folder": "..", "device": "/dev/zero"}[kind]

@@ -1,4 +1,4 @@
-"""loralib's files: the published one, every layout of the official examples, and the way back."""
+"""loralib files: the published one, every layout of the official examples, and writing."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_deberta(tmp_path, names):
 
 
 def gpt2_delta(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
-    """What loralib itself adds to c_attn, (in, out) turned to (out, in)."""
+    """The delta that loralib adds to c_attn, transposed from (in, out) to (out, in)."""
     layer = loralib.MergedLinear(
         A.shape[1], 3 * A.shape[1], r=B.shape[1], lora_alpha=1, enable_lora=enabled
     )
@@ -140,7 +140,7 @@ def gpt2_delta(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
 
 @pytest.mark.parametrize("enabled", [[True, False, True], [True, True, True]], ids=["qv", "qkv"])
 def test_gpt2(tmp_path, enabled):
-    """As the official training script saves it: a dictionary around keys behind ``module.``."""
+    """The format of the official training script: a nested dictionary, keys with the prefix ``module.``."""
     count, d, rank = sum(enabled), 6, 2
     A, B = numbers(count * rank, d), numbers(count * d, rank)
     key = "module.transformer.h.0.attn.c_attn.lora_"
@@ -192,12 +192,12 @@ def test_fused_layers_that_the_file_does_not_explain(tmp_path):
     assert layer.slices == contiguous(5, 1, 3, of=4)
     with pytest.raises(ConfigurationError, match="enable_lora names 1 slices"):
         read_loralib(path, alpha=1, enable_lora={"a.qkv": [True, False]})
-    # With the base's weight beside it, a layer whose slices are all adapted explains itself.
+    # With the base's weight in the file, a layer with all slices adapted is unambiguous.
     whole = saved({**state, "a.qkv.weight": numbers(10, 6)}, tmp_path / "whole.bin")
     assert read_loralib(whole, alpha=1).layers["a.qkv"].slices == contiguous(5, 0, 1, of=2)
 
 
-# --- files of loralib's own making ------------------------------------------------------------------
+# --- files that loralib wrote ------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -236,7 +236,7 @@ def test_what_loralib_saves(tmp_path, bias, names):
     assert stored.trained.keys() == names
     assert isinstance(stored.method, lorakit.LoRA)
     assert stored.method.bias == bias
-    # Only the model tells an embedding and a convolution from a linear layer.
+    # Only the model distinguishes an embedding and a convolution from a linear layer.
     formats.check_targets(stored, tmp_path, random_net(lora=False))
     kinds = {path: layer.kind for path, layer in stored.layers.items()}
     assert kinds == {"table": "embedding", "fc": "linear", "conv": "conv-loralib"}
@@ -263,7 +263,7 @@ def test_a_file_of_a_whole_model(tmp_path):
     path = saved(state, tmp_path / "model.pt")
 
     stored = read_loralib(path, alpha=32)
-    assert not stored.trained  # lm_head is the embedding once more
+    assert not stored.trained  # lm_head is tied to the embedding
     formats.check_targets(stored, path, model)
     assert not stored.trained
     assert not stored.base_copies
@@ -353,7 +353,7 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
         ({"a": linear(4, 12, kind="attention")}, "no layer for nn.MultiheadAttention"),
         ({"a": convolution()}, "only pointwise ones"),
         ({"a": convolution(kernel=(1, 1), rank=4, groups=2)}, "only pointwise ones"),
-        ({"a": fused(*interleaved(2, 3, 0))}, "slices of equal width alone"),
+        ({"a": fused(*interleaved(2, 3, 0))}, "only slices of equal width"),
         ({"a": fused(*reversed(contiguous(4, 0, 2)))}, "in the order of their rows"),
         (
             {"a": linear(alpha=3.0), "b": linear(alpha=4.0)},
@@ -394,7 +394,7 @@ def test_a_pointwise_convolution_is_the_same_in_both(tmp_path):
         ({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(6)}, "'a': lora_A has shape"),
         ({"a.lora_A": numbers(2, 6), "a.lora_B": torch.empty(6, 0)}, "'a': lora_A has shape"),
         ({"a.lora_A": numbers(2, 6) * math.nan, "a.lora_B": numbers(6, 2)}, "'a': A holds 12 values"),
-        ({"a.lora_A.weight": numbers(2, 6)}, "'a.lora_A.weight' is no name of loralib's"),
+        ({"a.lora_A.weight": numbers(2, 6)}, "'a.lora_A.weight' is not a name of loralib"),
         ({"a.lora_A": numbers(2, 6).int(), "a.lora_B": numbers(6, 2)}, "'a': A holds int32"),
         ([numbers(2)], "holds a list; a dictionary"),
         ({"a.lora_A": 3}, "holds a int under 'a.lora_A'"),
@@ -402,7 +402,7 @@ def test_a_pointwise_convolution_is_the_same_in_both(tmp_path):
         (
             {"x_lora_a.weight": numbers(2, 6), "a.x_lora_a.weight": numbers(2, 6),
              "a.x_proj.lora_A": numbers(2, 6)},
-            "is no name of loralib's|under two names",
+            "is not a name of loralib|under two names",
         ),
     ],
 )  # fmt: skip

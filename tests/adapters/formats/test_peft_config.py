@@ -1,4 +1,4 @@
-"""adapter_config.json is read strictly, and its targets mean what they mean to PEFT."""
+"""adapter_config.json is validated strictly, and its targets select the same layers as in PEFT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LORA = {"peft_type": "LORA", "target_modules": ["q"]}
 
 
 def as_json(config: peft.LoraConfig) -> dict:
-    """What PEFT would write."""
+    """The options that PEFT would write."""
     found = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     return json.loads(json.dumps(found))
 
@@ -93,22 +93,22 @@ def test_an_initialisation_that_leaves_the_base(init):
     ("change", "message"),
     [
         ({"peft_type": None}, "has no peft_type"),
-        ({"peft_type": "IA3"}, "of type 'IA3'; lorakit reads LORA"),
+        ({"peft_type": "IA3"}, "of type 'IA3'; lorakit reads only LORA"),
         ({"peft_type": ["LORA"]}, r"of type \['LORA'\]"),
         ({"r": 0}, "r is 0; a whole number of 1 or more"),
         ({"r": -8}, "r is -8"),
         ({"r": 8.0}, "r is 8.0"),
         ({"r": True}, "r is True"),
         ({"r": "8"}, "r is '8'"),
-        ({"lora_alpha": 0}, "lora_alpha is 0; .*switch the adapter off"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; .*disable the adapter"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_alpha": False}, "lora_alpha is False"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
         ({"rank_pattern": ["q"]}, "rank_pattern is .*a mapping"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern holds .* no regular expression"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern holds .* not a valid regular expression"),
         ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] is 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; a number of"),
         ({"lora_dropout": "a lot"}, "lora_dropout is 'a lot'"),
         ({"bias": "some"}, "bias is 'some'; one of none, all, lora_only"),
         ({"use_dora": "yes"}, "use_dora is 'yes'; true or false"),
@@ -117,7 +117,7 @@ def test_an_initialisation_that_leaves_the_base(init):
         ({"target_modules": ["q", None]}, "target_modules is .*a list of names"),
         ({"modules_to_save": {"a": 1}}, "modules_to_save is"),
         ({"layers_to_transform": ["a"]}, "layers_to_transform is"),
-        ({"target_modules": "q", "layers_to_transform": [1]}, "is a pattern, and PEFT combines"),
+        ({"target_modules": "q", "layers_to_transform": [1]}, "is a pattern, but PEFT combines"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(change: dict, message: str):
@@ -158,7 +158,7 @@ def test_patterns_that_never_end_are_stopped(monkeypatch):
             ask(parse({**LORA, **options}), path)
 
 
-# --- which layers are meant ----------------------------------------------------------------------
+# --- which layers are selected ----------------------------------------------------------------------
 
 PATHS = (
     "q",

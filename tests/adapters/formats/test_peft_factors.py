@@ -1,4 +1,4 @@
-"""Our factors in PEFT's form: the same delta, and the same bits on the way back."""
+"""Factors in PEFT's form: the same delta, and an exact inverse."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 
 def peft_product(layer: StoredLayer, factors: Factors) -> Tensor:
-    """What PEFT computes from its factors: B on top of A, each as the layer it is there."""
+    """The delta that PEFT computes: B after A, each as the layer that PEFT creates."""
     A, B = factors.A.double(), factors.B.double()
     if A.ndim == 2:
         return B @ A
@@ -113,7 +113,7 @@ def check_way_back(layer: StoredLayer) -> None:
 
 
 def on_meta(layer: StoredLayer) -> StoredLayer:
-    """The layer's description without its numbers."""
+    """The layer with its tensors on the meta device."""
     shapes = {name: tensor.to("meta") for name, tensor in layer.tensors.items()}
     shapes.pop("base_norms", None)
     fields = ("kind", "scaling", "alpha", "slices", "grouped", "weight_shape")
@@ -157,7 +157,7 @@ def test_what_peft_cannot_say():
         to_peft(loralib_convolution(n_in=4, n_out=6, kernel=(1, 1), groups=2))
     unknown = loralib_convolution(kernel=(3, 3))
     unknown.weight_shape = None
-    with pytest.raises(NotExpressibleError, match="do not say its shape"):
+    with pytest.raises(NotExpressibleError, match="do not show its shape"):
         to_peft(unknown)
 
 

@@ -1,4 +1,4 @@
-"""PEFT folders: what PEFT writes is read to the bit, what is written PEFT loads without a word."""
+"""PEFT folders: lorakit reads PEFT's files exactly, and PEFT loads lorakit's without warnings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ IDS = torch.tensor([[1, 2, 3], [9, 0, 4]])
 
 @contextmanager
 def speaking_peft() -> Iterator[None]:
-    """Let PEFT give the warnings that it gives on correct use, and no other."""
+    """Ignore the warnings that PEFT emits on correct use, and no others."""
     with warnings.catch_warnings():
         for beginning in PEFT_SPEAKS:
             warnings.filterwarnings("ignore", message=beginning)
@@ -67,7 +67,7 @@ def speaking_peft() -> Iterator[None]:
 
 
 def by_peft(model: nn.Module, folder: Path, **options) -> tuple[peft.PeftModel, dict[str, Tensor]]:
-    """An adapter of PEFT's with random numbers, saved; and the file's tensors."""
+    """Save a PEFT adapter with random numbers; return it and the file's tensors."""
     with speaking_peft():
         config = peft.LoraConfig(r=2, lora_alpha=3, **options)
         adapted = peft.get_peft_model(model, config).eval()
@@ -198,7 +198,7 @@ def test_keys_without_pefts_prefix(tmp_path):
     assert list(read_peft(tmp_path).layers)
     both = {**tensors, "conv.lora_A.weight": bare["conv.lora_A.weight"].clone()}
     save_file(both, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFileError, match="with and without 'base_model"):
+    with pytest.raises(AdapterFileError, match="with and without the prefix 'base_model"):
         read_peft(tmp_path)
 
 
@@ -237,10 +237,10 @@ def test_an_adapted_layer_without_tensors_and_the_other_way_round(tmp_path):
 
     written = json.loads(config.read_text())
     config.write_text(json.dumps({**written, "target_modules": ["body.0", "body.1", "body.2"]}))
-    with pytest.raises(AdapterFileError, match=r"no tensors for 'body\.2', which they mean"):
+    with pytest.raises(AdapterFileError, match=r"no tensors for 'body\.2', which they select"):
         formats.check_targets(read_peft(tmp_path), tmp_path, Net())
     config.write_text(json.dumps({**written, "target_modules": ["body.0"]}))
-    with pytest.raises(AdapterFileError, match=r"tensors for 'body\.1', which they do not mean"):
+    with pytest.raises(AdapterFileError, match=r"tensors for 'body\.1', which they do not select"):
         formats.check_targets(read_peft(tmp_path), tmp_path, Net())
 
 
@@ -274,24 +274,24 @@ PREFIX = "base_model.model."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"body.0.lora_A.weight": None}, r"'body\.0' has lora_B, and lora_A and lora_B"),
-        ({"body.0.lora_B.weight": None}, r"'body\.0' has lora_A, and"),
+        ({"body.0.lora_A.weight": None}, r"'body\.0' has lora_B; lora_A and lora_B"),
+        ({"body.0.lora_B.weight": None}, r"'body\.0' has lora_A; lora_A and"),
         ({"body.2.lora_B.weight": numbers(8, 2)}, r"'body\.2' has lora_B"),
-        ({"body.0.lora_A.weight": numbers(3, 8)}, r"'body\.0': lora_A has shape \(3, 8\), and the rank"),
+        ({"body.0.lora_A.weight": numbers(3, 8)}, r"'body\.0': lora_A has shape \(3, 8\), but .* rank"),
         ({"body.0.lora_B.weight": numbers(8, 3)}, r"'body\.0': A has shape \(2, 8\) and B has"),
         ({"body.0.lora_A.weight": numbers(2, 8) * float("nan")}, r"'body\.0': A holds 16 values"),
         ({"body.0.lora_B.weight": torch.ones(8, 2).bool()}, r"'body\.0': B holds bool numbers"),
         ({"body.0.lora_A.default.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
-         r"'body\.0\.lora_A\.default\.weight'.*without a name between"),
+         r"'body\.0\.lora_A\.default\.weight'.*without an adapter name"),
         ({"body.0.lora_B.bias": numbers(8)}, r"'body\.0\.lora_B\.bias'"),
-        ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, and use_dora is false"),
+        ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, but use_dora is false"),
         ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
         ({"body.2.bias": numbers(8)}, r"the first 'body\.2\.bias'"),
         ({"surplus": numbers(8)}, "the first 'surplus'"),
         ({"head.weight": None, "head.bias": None}, "the trained head is missing"),
         ({"head.weight": numbers(4, 8) * float("inf")}, r"'head\.weight' holds 32 values"),
         ({"attn.lora_A.weight": None, "attn.lora_B.weight": None},
-         r"'attn\.base_layer\.out_proj' has factors, and 'attn' around it has none"),
+         r"'attn\.base_layer\.out_proj' has factors, but its parent 'attn' has none"),
         ({"body.0.lora_embedding_A": numbers(2, 8)}, r"'body\.0' has lora_A, lora_B, lora_embedding_A"),
     ],
 )  # fmt: skip
@@ -315,7 +315,9 @@ def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
     (folder / "adapter_config.json").write_text(
         json.dumps({**config, "rank_pattern": {"body.1": 4}})
     )
-    with pytest.raises(AdapterFileError, match=r"'body\.1': lora_A .* and the rank there is 4"):
+    with pytest.raises(
+        AdapterFileError, match=r"'body\.1': lora_A .* but adapter_config\.json gives it rank 4"
+    ):
         read_peft(folder)
 
 
@@ -340,7 +342,7 @@ def test_a_configuration_that_is_none(tmp_path, sound, text, message):
     assert "adapter_config.json" in str(caught.value)
 
 
-# --- what PEFT's format cannot say ----------------------------------------------------------------
+# --- what PEFT's format cannot represent ----------------------------------------------------------------
 
 
 def from_live(model: nn.Module, **settings) -> StoredAdapter:
@@ -453,7 +455,7 @@ def test_a_tied_weight_that_peft_trained_apart(tmp_path):
     modules = {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]}
     by_peft(tiny_models.build("gpt2"), tmp_path, **modules, fan_in_fan_out=True)
     stored = read_peft(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"apart, and they are one tensor .* untied"):
+    with pytest.raises(AdapterFileError, match=r"apart, but they are one tensor .* Untie"):
         formats.check_targets(stored, tmp_path, tiny_models.build("gpt2"))
     untied = tiny_models.build("gpt2")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
@@ -502,7 +504,7 @@ def test_modules_that_peft_would_confuse():
     stored = from_live(Heads(), **settings)
     assert stored.trained.keys() == {"head.weight", "head.bias"}
     form = peft_form(stored)
-    # PEFT takes `forehead` for `head`: it comes along as it is in the base.
+    # PEFT also matches `forehead` for `head`: the file holds its frozen weights.
     assert stored.base is not None
     assert stored.base.layout is not None
     base = stored.base.layout.parameters["forehead.weight"]

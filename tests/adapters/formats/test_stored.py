@@ -1,4 +1,4 @@
-"""What an adapter at rest refuses to be."""
+"""Invalid stored adapters are rejected."""
 
 from __future__ import annotations
 

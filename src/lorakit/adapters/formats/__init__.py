@@ -1,9 +1,9 @@
-"""Adapters in files: which format a path holds, and writing a folder that many tools read.
+"""Read adapters in any supported format; write folders that many tools can read.
 
 =============== =============================================== ======= =======
-format          what is there                                   read    written
+format          files                                           read    written
 =============== =============================================== ======= =======
-lorakit         lorakit.json beside one of the two below        yes     yes
+lorakit         lorakit.json, and PEFT's or its own tensors     yes     yes
 PEFT            adapter_config.json, adapter_model.safetensors  yes     yes
 loralib         one file of tensors                             yes     `loralib.write_loralib`
 =============== =============================================== ======= =======
@@ -54,23 +54,26 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
     *("additional_chat_templates", "vocab.*", "merges.txt", "*.model"),
 )
-"""Names under which transformers' tokenizers save themselves."""
+"""File names of a tokenizer saved by transformers."""
+
+_MARKS = (lorakit_json.NAME, peft.CONFIG_NAME)
+"""The files that mark a folder as an adapter."""
 
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
-    """Read an adapter, whatever its format.
+    """Read an adapter in any supported format.
 
     Args:
         path: A folder of lorakit or PEFT, or a loralib file.
-        alpha: The constant of a loralib file, which does not record it.
+        alpha: The `lora_alpha` of a loralib file, which does not record it.
 
     Raises:
-        AdapterFileError: Nothing readable is there, or it is damaged, incomplete or unsafe.
-        ConfigurationError: A loralib file without `alpha`, or an `alpha` that another file contradicts.
+        AdapterFileError: The path holds no adapter, or one that is damaged, incomplete or unsafe.
+        ConfigurationError: `alpha` is missing for a loralib file, or contradicts another file.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise AdapterFileError(
-            f"The path of an adapter is {path!r}; name a folder of lorakit or PEFT, or a loralib file."
+            f"The path of an adapter is {path!r}; a lorakit or PEFT folder or a loralib file was expected."
         )
     path = Path(path)
     with storage.reading(path, AdapterFileError):
@@ -81,13 +84,13 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
     if path.is_file():
         return _read_file(path, alpha)
     if path.exists() and not path.is_dir():
-        raise AdapterFileError(f"'{path}' is neither a folder nor a file, but a pipe or a device.")
+        raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
         raise AdapterFileError(
-            f"'{path}' does not exist. Check the path; for an adapter on the Hugging Face hub, fetch it "
-            "first: hf download OWNER/NAME --local-dir FOLDER."
+            f"'{path}' does not exist. Check the path. Download an adapter on the Hugging Face hub first: "
+            "hf download OWNER/NAME --local-dir FOLDER."
         )
-    if os.path.lexists(path / lorakit_json.NAME):  # a link to nowhere is no reason to do without
+    if os.path.lexists(path / lorakit_json.NAME):  # a broken link is an error, not a PEFT folder
         stored = lorakit_json.read(path)
     elif os.path.lexists(path / peft.CONFIG_NAME):
         stored = read_peft(path)
@@ -98,16 +101,16 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
 
 
 def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
-    """Write an adapter into a folder: PEFT's files where PEFT can load it, lorakit.json, the card.
+    """Write an adapter into a folder: lorakit.json, the model card, and PEFT's files if PEFT can load it.
 
-    What the folder holds already (a tokenizer) stays and gets its checksum too. The files appear one
-    after the other: give a folder from `storage.atomic_folder`.
+    Files that the folder already contains (a tokenizer) stay, and their checksums are recorded. The
+    write is not atomic: pass a folder from `storage.atomic_folder`.
 
     Returns:
-        What the user should know, in sentences: for one, why PEFT cannot load the folder.
+        Sentences for the user, such as the reason why PEFT cannot load the folder.
 
     Raises:
-        ConfigurationError: The provenance holds something that JSON has no form for.
+        ConfigurationError: The provenance holds a value that JSON cannot represent.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,16 +119,15 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     try:
         form = write_peft(stored, folder)
     except NotExpressibleError as error:
-        notices.append(f"Only lorakit can load this folder, PEFT cannot: {error}")
+        notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
         lorakit_json.write_tensors(stored, folder)
-    text = card.card(stored, form)
-    (folder / lorakit_json.CARD_NAME).write_bytes(text.encode())
+    (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy the tokenizer and chat template beside an adapter into the folder of another; call before `write`."""
+    """Copy the tokenizer and chat template of an adapter to another folder; call it before `write`."""
     if not Path(source).is_dir():
         return  # a loralib file
     for path in sorted(Path(source).iterdir()):
@@ -142,14 +144,13 @@ def check_replaceable(folder: str | Path) -> None:
     """Refuse to overwrite a folder that is not an adapter's.
 
     Raises:
-        RunFolderError: The folder holds files, and none that marks an adapter.
+        RunFolderError: The folder is not empty and contains no adapter.
     """
     folder = Path(folder)
-    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
     with storage.reading(folder, RunFolderError):
-        holds = folder.is_dir() and any(folder.iterdir())
-        is_own = any((folder / mark).exists() for mark in marks)
-    if holds and not is_own:
+        has_files = folder.is_dir() and any(folder.iterdir())
+        is_adapter = any((folder / mark).exists() for mark in _MARKS)
+    if has_files and not is_adapter:
         raise RunFolderError(
             f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
             "Choose another folder."
@@ -157,8 +158,8 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
-    own = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
-    if path.name in (*own, peft.CONFIG_NAME, lorakit_json.NAME):
+    tensors = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
+    if path.name in (*tensors, *_MARKS):
         raise AdapterFileError(
             f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
         )
@@ -169,22 +170,21 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
     recorded = {layer.alpha for layer in stored.layers.values()}
     if alpha is not None and recorded != {alpha}:
         raise ConfigurationError(
-            f"alpha={alpha:g} was given, and '{path}' records {', '.join(f'{a:g}' for a in recorded)}. "
-            "Leave alpha out; it is for loralib files, which record none."
+            f"alpha is {alpha:g}, but '{path}' records {', '.join(f'{a:g}' for a in recorded)}. Leave "
+            "alpha out; it is only for loralib files, which record none."
         )
 
 
 def _no_adapter_in(folder: Path) -> str:
-    here = sorted(p.name for p in folder.iterdir())
-    marks = (lorakit_json.NAME, peft.CONFIG_NAME)
-    below = [
-        p for p in sorted(folder.iterdir()) if p.is_dir() and any((p / m).exists() for m in marks)
-    ]
-    hint = f" Did you mean '{below[0]}'?" if below else ""
-    files = [name for name in here if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
-    if files and not below:
-        hint = f" A loralib file is given by its own path, for example '{folder / files[0]}'."
+    entries = sorted(folder.iterdir())
+    adapters = [p for p in entries if p.is_dir() and any((p / m).exists() for m in _MARKS)]
+    tensors = [p for p in entries if p.name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
+    hint = ""
+    if adapters:
+        hint = f" Did you mean '{adapters[0]}'?"
+    elif tensors:
+        hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
     return (
-        f"'{folder}' holds no adapter: there is neither {lorakit_json.NAME} nor {peft.CONFIG_NAME}, only "
-        f"{', '.join(here[:5]) or 'nothing'}.{hint}"
+        f"'{folder}' holds no adapter: it has neither {lorakit_json.NAME} nor {peft.CONFIG_NAME}, only "
+        f"{', '.join(p.name for p in entries[:5]) or 'nothing'}.{hint}"
     )

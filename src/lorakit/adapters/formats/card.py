@@ -1,4 +1,4 @@
-"""The model card: README.md beside an adapter's files, as the Hugging Face hub shows it."""
+"""The model card: README.md in an adapter's folder, in the format of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorakit.methods.method import describe
 from lorakit.models.sources import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank takes."""
+"""Valid values of vLLM's --max-lora-rank."""
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -39,17 +39,17 @@ _PACKAGED = {model.name for model in PACKAGED_MODELS}
 
 
 def card(stored: StoredAdapter, form: PeftForm | None) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
         stored: The adapter.
-        form: Its form in the folder as PEFT's, or None where PEFT cannot load the folder.
+        form: The adapter in PEFT's format, or None if PEFT cannot load the folder.
     """
     sections = [
         _front_matter(stored, form),
         f"# {_title(stored)}",
         _summary(stored),
-        _loading(stored, form),
+        *_loading(stored, form),
         _scores(stored.provenance),
         _data(stored.provenance),
         _settings(stored),
@@ -62,7 +62,7 @@ def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
     task = _task(form)
     base = _base_name(stored)
     data = ModelCardData(
-        # The hub takes a base_model of the form owner/name alone, and refuses the card otherwise.
+        # The hub rejects a card whose base_model is not of the form owner/name.
         base_model=base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None,
         library_name="peft" if form is not None else "lorakit",
         pipeline_tag=_AUTO_CLASSES[task][1] if task else None,
@@ -116,14 +116,14 @@ def _summary(stored: StoredAdapter) -> str:
     return _table(("", ""), rows.items())
 
 
-def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
+def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
     base = _base_name(stored) or "<the base model>"
     task = _task(form)
     auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
     packaged = base in _PACKAGED
     load = f"{auto}.from_pretrained({json.dumps(base)})"
     imports = f"from transformers import {auto}\n"
-    if packaged:  # a name of lorakit's, for weights that a Python package carries
+    if packaged:  # a short name of lorakit for weights in a Python package
         load, imports = f"lorakit.load_base({json.dumps(base)}).model", ""
     parts = [
         "## How to load it",
@@ -135,9 +135,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         ),
     ]
     if form is None:
-        return "\n\n".join(
-            [*parts, "PEFT and vLLM cannot load it: their format has no equal for it."]
-        )
+        return [*parts, "PEFT and vLLM cannot load it: PEFT's format cannot represent it."]
     parts += [
         "With PEFT:",
         _block(
@@ -149,7 +147,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
     ]
     obstacle = vllm_obstacle(form)
     if obstacle is not None:
-        return "\n\n".join([*parts, f"vLLM cannot load it as an adapter: {obstacle}"])
+        return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
     if packaged:
@@ -160,20 +158,20 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> str:
         f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {rank} \\\n"
         "    --lora-modules adapter=path/to/this/folder"
     )
-    return "\n\n".join([*parts, "With vLLM:", _block("sh", command)])
+    return [*parts, "With vLLM:", _block("sh", command)]
 
 
 def vllm_obstacle(form: PeftForm) -> str | None:
-    """Why vLLM cannot serve an adapter in this form, or None."""
+    """Return why vLLM cannot serve an adapter in this form, or None."""
     config = form.config
     ranks = {config["r"], *config["rank_pattern"].values()}
     merge = "Merge the adapter and serve the model."
     for applies, reason in (
-        (config["task_type"] != "CAUSAL_LM", "it adapts causal language models alone."),
+        (config["task_type"] != "CAUSAL_LM", "it adapts only causal language models."),
         (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
         (config["use_dora"], f"it uses DoRA. {merge}"),
         (config["bias"] != "none", f"biases are trained. {merge}"),
-        # vLLM gives every layer lora_alpha / r and does not read the patterns.
+        # vLLM scales every layer by lora_alpha / r and ignores the patterns.
         (config["alpha_pattern"] or len(ranks) > 1, f"ranks or scalings differ by layer. {merge}"),
         (any("lora_embedding" in key for key in form.tensors), f"it adapts an embedding. {merge}"),
         (any(t.ndim > 2 for t in form.tensors.values()), f"it adapts convolutions. {merge}"),
@@ -220,7 +218,7 @@ def _settings(stored: StoredAdapter) -> str:
     if not shown:
         return ""
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-    return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the rest."
+    return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the full record."
 
 
 def _notes(stored: StoredAdapter) -> str:
@@ -251,7 +249,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text from outside on one line, without a meaning in Markdown or HTML."""
+    """Return untrusted text on one line, escaped for Markdown and HTML."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
 

@@ -1,9 +1,9 @@
-"""Which base model an adapter was made for, and whether a live model is that one.
+"""Fingerprints of base models, to check that a live model is the base of an adapter.
 
-A fingerprint has three parts: the architecture, the source's name, and a hash over the weights. The
-weights are hashed twice, as they are and rounded to bfloat16, so that the same weights loaded in
-another dtype are recognised as the same. Of a quantised weight the second hash is that of the weight
-it was made from, so that a quantised base and the whole one are recognised as the same as well.
+A fingerprint has three parts: the architecture, the name of the source, and a hash of the weights.
+The weights are hashed twice, exactly and rounded to bfloat16, to recognise the same weights in
+another dtype. The second hash of a quantised weight is that of the original weight, to recognise a
+quantised base and the unquantised one as the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakit.models.quantised import KINDS, QuantisedWeight
 
 
 class NamedSource(Protocol):
-    """Where a base model came from (`lorakit.models.loading.Source`)."""
+    """The source of a base model (`lorakit.models.loading.Source`)."""
 
     @property
     def name(self) -> str: ...
@@ -37,17 +37,17 @@ class NamedSource(Protocol):
 
 @dataclass(frozen=True)
 class ArchitectureRecord:
-    """What a model is made of."""
+    """The class, type and parameter shapes of a model."""
 
     class_name: str
     model_type: str | None
     shapes: str
-    """SHA-256 over the names and shapes of the parameters."""
+    """SHA-256 of the names and shapes of the parameters."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, as far as it says."""
+    """The source of a model; None where it is not known."""
 
     name: str | None
     revision: str | None
@@ -55,15 +55,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Weights:
-    """A hash over a model's weights."""
+    """The hashes of a model's weights."""
 
     dtype: str
-    """Their dtype; "nf4" or "int8" where a part is quantised so; "mixed"; or why they have no hash: "meta",
-    "sharded", "quantised" (in a way that is not known here)."""
+    """The dtype; "nf4" or "int8" if some weights are quantised; "mixed"; or the reason for no hash: "meta",
+    "sharded", "quantised" (by an unknown method)."""
     exact: str | None
-    """SHA-256 over the weights as they are."""
+    """SHA-256 of the weights in their own dtype."""
     bfloat16: str | None
-    """SHA-256 over the weights rounded to bfloat16; None where those behind quantised ones are not known."""
+    """SHA-256 of the weights rounded to bfloat16; None if the originals of quantised weights are not known."""
 
 
 @dataclass(frozen=True)
@@ -74,37 +74,41 @@ class BaseRecord:
     source: Origin
     weights: Weights
     excluded: tuple[str, ...] = ()
-    """Names of the parameters left out because the adapter brings its own."""
+    """Names of the parameters that are not hashed, because the adapter replaces them."""
     layout: BaseLayout | None = field(default=None, compare=False, repr=False)
-    """What else the formats need to know of a live model; not part of a file."""
+    """Other facts about a live model that the formats need; not written to files."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values."""
+        """Return the record as JSON values."""
         parts = {name: vars(getattr(self, name)) for name in _PARTS}
         return {**parts, "excluded": list(self.excluded)}
 
     @classmethod
-    def from_json(cls, found: Any) -> BaseRecord:
-        """Read what `to_json` made.
+    def from_json(cls, values: Any) -> BaseRecord:
+        """Read the values that `to_json` returned.
 
         Raises:
             AdapterFileError: A part is missing or of another type.
         """
         parts: dict[str, Any] = {}
         for name, kind in _PARTS.items():
-            part = found.get(name) if isinstance(found, Mapping) else None
-            wanted = {f.name for f in fields(kind)}
-            if not isinstance(part, Mapping) or set(part) != wanted:
+            part = values.get(name) if isinstance(values, Mapping) else None
+            expected = {f.name for f in fields(kind)}
+            if not isinstance(part, Mapping) or set(part) != expected:
                 raise AdapterFileError(
-                    f"the record of the base model has no valid '{name}'; it holds {part!r}, and "
-                    f"{', '.join(sorted(wanted))} were expected."
+                    f"the record of the base model has no valid '{name}': it holds {part!r}, but "
+                    f"{', '.join(sorted(expected))} were expected."
                 )
             if not all(isinstance(value, str | None) for value in part.values()):
-                raise AdapterFileError(f"the record of the base model has a '{name}' of {part!r}.")
+                raise AdapterFileError(
+                    f"the record of the base model has the '{name}' {part!r}; texts or null were expected."
+                )
             parts[name] = kind(**part)
-        excluded = found.get("excluded", [])
+        excluded = values.get("excluded", [])
         if not isinstance(excluded, list) or not all(isinstance(n, str) for n in excluded):
-            raise AdapterFileError("the record of the base model has an invalid 'excluded' list.")
+            raise AdapterFileError(
+                "the record of the base model has an 'excluded' that is not a list of names."
+            )
         return cls(**parts, excluded=tuple(excluded))
 
 
@@ -114,73 +118,68 @@ _PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin,
 def base_record(
     model: nn.Module, source: NamedSource | None = None, exclude: Iterable[str] = ()
 ) -> BaseRecord:
-    """Take the fingerprint of a model's base, whatever adapters it carries, merged or not.
+    """Return the fingerprint of a model's base, without its adapters, merged or not.
 
     Args:
-        model: The model; its weights stay where they are and as they are.
-        source: Where it came from; by default what its configuration says.
-        exclude: Names of parameters to leave out, since an adapter replaces them (a head of its
+        model: The model; its weights are not moved or changed.
+        source: The source of the model; the default is the one in its configuration.
+        exclude: Names of parameters to skip, because an adapter replaces them (a head of its
             own, trained biases).
 
     Returns:
-        The record. A tied weight counts once. Weights on the meta device, sharded over processes or
-        quantised in a way that is not known have no hash, and `Weights.dtype` says which of these it was.
+        The record. A tied weight counts once. Weights have no hash if they are on the meta device,
+        sharded over processes, or quantised by an unknown method; `Weights.dtype` holds the reason.
     """
-    left_out = set(exclude)
-    weights = [(n, w) for n, w in base_weights(model) if n not in left_out]
+    excluded = set(exclude)
+    weights = [(n, w) for n, w in base_weights(model) if n not in excluded]
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
         shapes.update(f"{name}\0{tuple(weight.shape)}\0".encode())
     if source is None:
-        named = Origin(
+        origin = Origin(
             getattr(config, "_name_or_path", None) or None,
             getattr(config, "_commit_hash", None) or None,
         )
     else:
-        named = Origin(source.name, source.revision)
+        origin = Origin(source.name, source.revision)
     return BaseRecord(
         architecture=ArchitectureRecord(
             class_name=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds it
             model_type=getattr(config, "model_type", None) or None,
             shapes=shapes.hexdigest(),
         ),
-        source=named,
+        source=origin,
         weights=hash_weights(weights),
-        excluded=tuple(sorted(left_out)),
+        excluded=tuple(sorted(excluded)),
         layout=base_layout(model),
     )
 
 
 def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
-    """Whether a live model is the base that an adapter was made for.
+    """Check that a live model is the base that an adapter was trained on.
 
     Args:
-        recorded: From the adapter's file.
-        live: Of the model, with the same parameters excluded.
+        recorded: The record in the adapter's file.
+        live: The record of the model, with the same parameters excluded.
 
     Returns:
-        What differs without making it another base (dtype, quantisation, sharding), in sentences.
+        Sentences about harmless differences (dtype, quantisation, sharding).
 
     Raises:
-        WrongBaseError: The architecture or the weights are others.
+        WrongBaseError: The architecture or the weights differ.
     """
     then, now = recorded.architecture, live.architecture
-    for what, a, b in (
+    for attribute, a, b in (
         ("class", then.class_name, now.class_name),
         ("model type", then.model_type, now.model_type),
     ):
         if a != b:
-            raise WrongBaseError(_other_base(recorded, live, f"its {what} is {b}, not {a}"))
+            raise _wrong_base(recorded, live, f"its {attribute} is {b}, not {a}")
     packed = "quantised" in (recorded.weights.dtype, live.weights.dtype)
-    if then.shapes != now.shapes and not packed:  # packed weights have shapes of their own
-        raise WrongBaseError(
-            _other_base(
-                recorded,
-                live,
-                "it has other parameters or other shapes (another size or vocabulary)",
-            )
-        )
+    if then.shapes != now.shapes and not packed:  # packed weights have other shapes
+        reason = "it has other parameters or other shapes (another size or vocabulary)"
+        raise _wrong_base(recorded, live, reason)
     return _compare_weights(recorded, live)
 
 
@@ -188,14 +187,13 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     then, now = recorded.weights, live.weights
     if then.exact is not None and then.exact == now.exact:
         return []
-    change = f"It was trained over {then.dtype} weights and runs over {now.dtype} ones"
+    change = f"The adapter was trained on {then.dtype} weights and runs on {now.dtype} ones"
     rounded_alike = then.bfloat16 is not None and then.bfloat16 == now.bfloat16
     if rounded_alike and not KINDS.isdisjoint({then.dtype, now.dtype}):
-        return [f"{change}; before quantisation, rounded to bfloat16, they are the same."]
+        return [f"{change}; the original weights, rounded to bfloat16, are the same."]
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
-    named = recorded.source.name is not None and recorded.source.name == live.source.name
-    same_source = named and recorded.source.revision == live.source.revision
+    same_source = recorded.source.name is not None and recorded.source == live.source
     if then.bfloat16 is None or now.bfloat16 is None:
         unknown = then if then.bfloat16 is None and now.bfloat16 is not None else now
         if same_source:
@@ -207,16 +205,16 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
                 f"{change}, which cannot be compared: make sure that it is the same base model."
             ]
         reason = f"it is {_describe(live)}, and its weights cannot be compared"
-        raise WrongBaseError(_other_base(recorded, live, reason))
+        raise _wrong_base(recorded, live, reason)
     if then.dtype != now.dtype and same_source:
-        return [f"{change}, both of '{live.source.name}'; they differ by their rounding."]
-    raise WrongBaseError(_other_base(recorded, live, f"its {now.dtype} weights are others"))
+        return [f"{change}, both of '{live.source.name}'; they differ by rounding."]
+    raise _wrong_base(recorded, live, f"its {now.dtype} weights differ")
 
 
-def _other_base(recorded: BaseRecord, live: BaseRecord, reason: str) -> str:
-    return (
-        f"The adapter was made for {_describe(recorded)}, and this model ({_describe(live)}) is another "
-        f"base: {reason}. Load the adapter on its own base, or set allow_other_base if you mean it."
+def _wrong_base(recorded: BaseRecord, live: BaseRecord, reason: str) -> WrongBaseError:
+    return WrongBaseError(
+        f"The adapter was trained on {_describe(recorded)}, but this model ({_describe(live)}) is another "
+        f"base: {reason}. Load the adapter on its own base, or set allow_other_base to load it anyway."
     )
 
 
@@ -242,12 +240,12 @@ def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Wei
             return Weights(reason, None, None)
     exact: dict[str, bytes] = {}
     rounded: dict[str, bytes | None] = {}
-    # hashlib lets other threads run while it hashes; the largest go first to fill the threads evenly.
+    # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
     by_size = sorted(weights, key=lambda item: -item[1].numel())
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = pool.map(_digests, (w for _, w in by_size))
-        for (name, _), of_one in zip(by_size, found, strict=True):
-            exact[name], rounded[name] = of_one
+        hashed = pool.map(_digests, (w for _, w in by_size))
+        for (name, _), pair in zip(by_size, hashed, strict=True):
+            exact[name], rounded[name] = pair
     known = {name: digest for name, digest in rounded.items() if digest is not None}
     return Weights(
         _name_dtypes(w for _, w in weights),
@@ -261,11 +259,9 @@ def _digests(weight: Tensor | QuantisedWeight) -> Digests:
 
 
 def _name_dtypes(weights: Iterable[Tensor | QuantisedWeight]) -> str:
-    """The one dtype, or kind of quantisation, that says what the weights are; else "mixed"."""
+    """Return the kind of quantisation, else the one dtype of all weights, else "mixed"."""
     names = {dtype_name(w.dtype) if isinstance(w, Tensor) else w.kind for w in weights}
-    names = (
-        names & KINDS or names
-    )  # beside quantised weights, norms and embeddings are always whole
+    names = names & KINDS or names  # a quantised model still has norms and embeddings in a dtype
     return names.pop() if len(names) == 1 else "mixed"
 
 
@@ -286,6 +282,6 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def _is_packed(parameter: Tensor) -> bool:
-    # Quantised weights are integers, or subclasses that make their numbers up when asked.
+    # Quantised weights are integers, or subclasses of Tensor that dequantise on access.
     plain = type(parameter) in (Tensor, nn.Parameter)
     return not plain or (parameter.dtype not in FLOATS and not parameter.dtype.is_complex)

@@ -1,4 +1,4 @@
-"""An adapter from a file of PEFT's or loralib's, held against the live model it is loaded on."""
+"""Validate an adapter from a PEFT or loralib file against the live model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lorakit.methods.lora import LoRA
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
-    """Hold what a PEFT or loralib file says against the live model that it is loaded on.
+    """Validate an adapter from a PEFT or loralib file against the live model, and complete it.
 
-    Every layer that PEFT's options mean must have its tensors, and the other way round. loralib's
-    factors take the kind of the layer they find. Copies of base weights in the file that equal the
-    model's are dropped; others count as trained. A trained tied parameter is listed by all its names.
+    Every layer that PEFT's options select must have tensors, and every layer with tensors must be
+    selected. loralib's factors get the kind of the model's layer. Copies of base weights that equal
+    the model's are dropped; others count as trained. A trained tied parameter is listed under all
+    its names.
 
     Args:
-        stored: The adapter as read; it is brought up to date.
-        path: Where it was read, for messages.
-        model: Its base.
+        stored: The adapter from the file; changed in place.
+        path: Path of the file, for messages.
+        model: The base model.
 
     Raises:
         AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
@@ -38,18 +39,18 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
             if reason is not None:
                 raise AdapterFileError(
-                    f"'{path}' adapts '{layer_path}', and {reason}: what it was trained for is not "
-                    "what lorakit would compute. Load it with PEFT."
+                    f"'{path}' adapts '{layer_path}', but {reason}: lorakit would compute something else "
+                    "than the adapter was trained with. Load it with PEFT."
                 )
         expected = expected_layers(stored.peft_config, model)
         if expected is not None and expected != stored.layers.keys():
             without = sorted(expected - stored.layers.keys())
             beyond = sorted(stored.layers.keys() - expected)
-            parts = [f"no tensors for {_some(without)}, which they mean"] if without else []
-            parts += [f"tensors for {_some(beyond)}, which they do not mean"] if beyond else []
+            parts = [f"no tensors for {_some(without)}, which they select"] if without else []
+            parts += [f"tensors for {_some(beyond)}, which they do not select"] if beyond else []
             raise AdapterFileError(
-                f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. "
-                f"There are {' and '.join(parts)}. Load it on the model class it was trained with."
+                f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. The "
+                f"file has {' and '.join(parts)}. Load it on the model class it was trained with."
             )
     elif stored.base is None:
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
@@ -59,7 +60,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
-    """Loralib's names are the same for every kind of layer; only the model can tell them apart."""
+    """Return the layer with the kind of the live one, which loralib's names do not show."""
     if layer.kind == "linear" and isinstance(live, nn.Embedding):
         return replace(layer, kind="embedding", transposed=False)
     if layer.kind == "linear" and isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -78,49 +79,51 @@ def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> 
         base = live[name].detach()
         if base.shape != tensor.shape:
             raise AdapterFileError(
-                f"'{path}' brings '{name}' with shape {tuple(tensor.shape)}, and the model's has "
+                f"'{path}' has '{name}' with shape {tuple(tensor.shape)}, but the model's has shape "
                 f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
                 f"model.resize_token_embeddings({tensor.shape[0]})."
             )
         if not _same(tensor, base):
             if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
                 raise AdapterFileError(
-                    f"'{path}' brings '{name}', which differs from the model's: the file was saved with "
-                    "its adapter merged into the weights (in eval mode), or it is of another base."
+                    f"'{path}' has a '{name}' that differs from the model's: the file was saved with its "
+                    "adapter merged into the weights (in eval mode), or belongs to another base."
                 )
             changed.append(name)
     if unknown and stored.peft_config is not None:
         raise AdapterFileError(
-            f"'{path}' brings '{unknown[0]}', which the model does not have.{nearest(unknown[0], live)} "
+            f"'{path}' has '{unknown[0]}', but the model does not.{nearest(unknown[0], live)} "
             "Load it on the model class it was trained with."
         )
     stored.trained.update({name: stored.base_copies[name] for name in changed})
     stored.base_copies.clear()
     if changed:
         stored.notices.append(
-            f"The file brings {len(changed)} base weights that differ from the model's, the first "
+            f"The file has {len(changed)} base weights that differ from the model's, the first "
             f"'{changed[0]}'; they count as trained."
         )
     if unknown:
         stored.notices.append(
-            f"The file brings {len(unknown)} entries that the model does not have, the first "
-            f"'{unknown[0]}'; they are not used.{nearest(unknown[0], live)}"
+            f"The file has {len(unknown)} entries that the model does not have, the first "
+            f"'{unknown[0]}'; they are ignored.{nearest(unknown[0], live)}"
         )
 
 
 def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
-    """A trained parameter that the model ties stands at every place that the method means."""
+    """List a trained parameter that the model ties under every name that the method trains."""
     for first, others in base_layout(model).aliases.items():
         names = (first, *others)
-        given = [name for name in names if name in stored.trained]
-        for name in given[1:]:
-            if not stored.trained[name].equal(stored.trained[given[0]]):
+        in_file = [name for name in names if name in stored.trained]
+        if not in_file:
+            continue
+        tensor = stored.trained[in_file[0]]
+        for name in in_file[1:]:
+            if not stored.trained[name].equal(tensor):
                 raise AdapterFileError(
-                    f"'{path}' trains '{given[0]}' and '{name}' apart, and they are one tensor in this "
-                    "model. Load it on the model untied: tie_word_embeddings=False in its configuration."
+                    f"'{path}' trains '{in_file[0]}' and '{name}' apart, but they are one tensor in this "
+                    "model. Untie the model: set tie_word_embeddings=False in its configuration."
                 )
-        meant = [name for name in names if given and _trains(stored, name, model)]
-        stored.trained.update({name: stored.trained[given[0]] for name in meant})
+        stored.trained.update({name: tensor for name in names if _trains(stored, name, model)})
 
 
 def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:

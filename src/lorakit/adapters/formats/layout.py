@@ -1,4 +1,4 @@
-"""What a file format needs to know of a live base model beside the adapter's own tensors."""
+"""The facts about a live base model that the file formats need."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lorakit.models.layers import is_of_adapter
 
 @dataclass(frozen=True)
 class BaseLayout:
-    """Names and shapes of a base model, without its adapters. Never written to a file."""
+    """Names and shapes of a base model without its adapters; never written to a file."""
 
     modules: tuple[str, ...]
-    """Paths of all modules, each once, as `named_modules` gives them."""
+    """Paths of all modules, each once, in the order of `named_modules`."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of each entry of the state dict, by key."""
     aliases: dict[str, tuple[str, ...]]
-    """The further names of each tied parameter, by its first name."""
+    """The other names of each tied parameter, by its first name."""
     parameters: dict[str, Tensor]
-    """The base's own parameters, by each of their names (no copies)."""
+    """The base's parameters, by each of their names (not copied)."""
     beyond_peft: dict[str, str]
-    """Why PEFT computes something else on a layer, by the layer's path."""
+    """Layer path -> why PEFT computes something else on that layer."""
     transposed: frozenset[str]
     """Paths of the layers that store their weight as (in, out)."""
     output_head: str | None
-    """Path of the output embeddings, where the model says which they are."""
+    """Path of the output embeddings, or None if the model does not name them."""
 
     def describe(self, path: str, layer: StoredLayer) -> StoredLayer:
-        """The stored layer with what the model knows about it filled in."""
+        """Return the stored layer with the fields that only the model knows."""
         shape = self.shapes.get(f"{path}.weight", ())
         if layer.kind == "conv-loralib" and len(shape) > 2:
             return replace(layer, weight_shape=shape)
@@ -43,7 +43,7 @@ class BaseLayout:
         return layer
 
     def with_tied_head(self, layers: dict[str, StoredLayer]) -> dict[str, StoredLayer]:
-        """The layers, the embedding that shares its weight with the output head marked as tied."""
+        """Return the layers, with `tied_head` set on the embedding that shares its weight with the head."""
         head = self.output_head
         return {
             path: replace(layer, tied_head=head)
@@ -53,14 +53,14 @@ class BaseLayout:
         }
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """All names of the parameter that has this one."""
+        """Return all names of the parameter with this name."""
         for first, others in self.aliases.items():
             if name == first or name in others:
                 return (first, *others)
         return (name,)
 
     def below(self, path: str) -> list[str]:
-        """Keys of the state dict that belong to the module at `path`."""
+        """Return the state-dict keys of the module at `path`."""
         return [key for key in self.shapes if key.startswith(f"{path}.")]
 
     def is_attention(self, path: str) -> bool:
@@ -69,7 +69,7 @@ class BaseLayout:
 
 
 def base_layout(model: nn.Module) -> BaseLayout:
-    """Look at a live model; its adapters are left out."""
+    """Return the layout of a live model, without its adapters."""
     paths: dict[int, list[str]] = {}
     modules: dict[str, nn.Module] = {}
     names: dict[int, list[str]] = {}
@@ -80,18 +80,18 @@ def base_layout(model: nn.Module) -> BaseLayout:
         if id(module) not in paths:
             modules[path] = module
         paths.setdefault(id(module), []).append(path)
-        for attribute, present in module._parameters.items():
-            if present is not None:
+        for attribute, current in module._parameters.items():
+            if current is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                parameters[name] = base_parameter(module, attribute).detach()
-                names.setdefault(id(base_parameter(module, attribute)), []).append(name)
-    find_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = find_head()
+                parameter = base_parameter(module, attribute)
+                parameters[name] = parameter.detach()
+                names.setdefault(id(parameter), []).append(name)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     beyond = {path: reason for path, m in modules.items() if (reason := peft_differs_on(m))}
-    for several in paths.values():
-        if len(several) > 1:
-            reason = "it stands at several places of the model, and PEFT replaces it at one"
-            beyond.update(dict.fromkeys(several, reason))
+    for shared in paths.values():
+        if len(shared) > 1:
+            reason = "the model uses it at several paths, and PEFT replaces it at one of them"
+            beyond.update(dict.fromkeys(shared, reason))
     return BaseLayout(
         modules=tuple(path for path in modules if path),
         shapes={
@@ -108,13 +108,11 @@ def base_layout(model: nn.Module) -> BaseLayout:
 
 
 def peft_differs_on(layer: nn.Module) -> str | None:
-    """Why PEFT computes something else than ``W + scaling * B A`` on this layer, or None."""
+    """Return why PEFT does not compute ``W + scaling * B A`` on this layer, or None if it does."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     if layer.padding_mode != "zeros":
-        return (
-            f"PEFT's convolution pads with zeros, whatever the padding_mode ({layer.padding_mode})"
-        )
+        return f"PEFT's convolution always pads with zeros, but the padding_mode is {layer.padding_mode}"
     if any(step != 1 for step in layer.dilation):
-        return f"PEFT's convolution has no dilation, and the layer's is {layer.dilation}"
+        return f"PEFT's convolution has no dilation, but the layer's is {layer.dilation}"
     return None

@@ -1,8 +1,8 @@
-"""lorakit.json: what PEFT's files cannot say, and a checksum of every file beside it.
+"""lorakit.json: facts that PEFT's files cannot hold, and a checksum of every file in the folder.
 
-In a folder that PEFT can load the tensors are in PEFT's form (`peft.factors`), and lorakit.json says
-how each layer was. Where PEFT has no equal, they are in `lorakit_model.safetensors` as they are, and
-there is no adapter_config.json that would promise otherwise.
+In a folder that PEFT can load, the tensors are in PEFT's form (`peft.factors`), and lorakit.json
+describes the original form of each layer. If PEFT's format cannot represent the adapter, its tensors
+are in `lorakit_model.safetensors` unchanged, and the folder has no adapter_config.json.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
 
+_FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
+"""Fields of a `StoredLayer` that lorakit.json holds unchanged."""
+
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
-    """Write an adapter's tensors as they are, for a folder that PEFT cannot load."""
+    """Write an adapter's tensors unchanged, for a folder that PEFT cannot load."""
     tensors = {
         f"layers.{path}.{name}": tensor
         for path, layer in stored.layers.items()
@@ -48,16 +51,18 @@ def write_tensors(stored: StoredAdapter, folder: Path) -> None:
 
 
 def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> None:
-    """Write lorakit.json, last of all files, as it holds the checksums of the others.
+    """Write lorakit.json. Call it last, since it records the checksums of the other files.
 
     Args:
         stored: The adapter.
-        folder: Where its tensors and everything else have been written.
-        form: Its form as PEFT's, or None where the tensors are in `lorakit_model.safetensors`.
+        folder: The folder that contains its tensors and all other files.
+        form: The adapter in PEFT's format, or None if the tensors are in `lorakit_model.safetensors`.
 
     Raises:
-        ConfigurationError: The provenance holds something that JSON has no form for.
+        ConfigurationError: The provenance holds a value that JSON cannot represent.
     """
+    layer_keys = {} if form is None else form.layer_keys
+    trained_keys = {} if form is None else form.trained_keys
     record: dict[str, Any] = {
         "format": "lorakit",
         "format_version": FORMAT_VERSION,
@@ -65,13 +70,10 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "method": _method_record(stored.method),
         "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
         "layers": {
-            path: _describe(layer, None if form is None else form.layer_keys[path])
-            for path, layer in stored.layers.items()
+            path: _describe(layer, layer_keys.get(path)) for path, layer in stored.layers.items()
         },
-        "modules": {path: list(own) for path, own in stored.modules.items()},
-        "trained": {
-            name: None if form is None else form.trained_keys[name] for name in stored.trained
-        },
+        "modules": {path: list(tensors) for path, tensors in stored.modules.items()},
+        "trained": {name: trained_keys.get(name) for name in stored.trained},
         "repeated": [] if form is None else _repeated(form, stored),
         "base": None if stored.base is None else stored.base.to_json(),
         "provenance": stored.provenance,
@@ -94,7 +96,7 @@ def read(folder: Path) -> StoredAdapter:
     """Read a folder with a lorakit.json.
 
     Raises:
-        AdapterFileError: A file is missing or was changed, or the content is not as described.
+        AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json.
     """
     path = folder / NAME
     record = storage.read_json(storage.regular_file(path))
@@ -102,7 +104,9 @@ def read(folder: Path) -> StoredAdapter:
     notices = _check_files(record, folder)
     tensors_name = record.get("tensors")
     if tensors_name not in (TENSORS_NAME, peft.TENSORS_NAME) or tensors_name not in record["files"]:
-        raise AdapterFileError(f"'{path}' names {tensors_name!r} as the file of its tensors.")
+        raise AdapterFileError(
+            f"'{path}' names {tensors_name!r} as its tensor file; {TENSORS_NAME} or {peft.TENSORS_NAME} was expected."
+        )
     tensors = read_safetensors(folder / tensors_name)
     try:
         restore = _restore_own if tensors_name == TENSORS_NAME else _restore_from_peft
@@ -128,7 +132,7 @@ def read(folder: Path) -> StoredAdapter:
         ValueError,
     ) as error:
         raise AdapterFileError(
-            f"'{path}' does not describe '{folder / tensors_name}': {type(error).__name__}: {error}."
+            f"'{path}' does not match '{folder / tensors_name}': {type(error).__name__}: {error}."
         ) from error
 
 
@@ -136,7 +140,7 @@ def read(folder: Path) -> StoredAdapter:
 
 
 def _method_record(method: Method) -> dict[str, Any]:
-    """A method's settings; a combination's with those of its parts."""
+    """Return a method's settings; for a combination, with those of its parts."""
     settings = dataclasses.asdict(method)
     if isinstance(method, Combined):
         settings["methods"] = [_method_record(part) for part in method.methods]
@@ -144,26 +148,21 @@ def _method_record(method: Method) -> dict[str, Any]:
 
 
 def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "kind": layer.kind,
+    description: dict[str, Any] = {
+        **{name: getattr(layer, name) for name in _FIELDS},
         "rank": layer.rank,
-        "alpha": layer.alpha,
-        "scaling": layer.scaling,
         "A": list(layer.A.shape),
         "B": list(layer.B.shape),
         "slices": [dataclasses.asdict(s) for s in layer.slices],
         "pissa": layer.initial_A is not None,
         "dora": layer.magnitude is not None,
-        "grouped": layer.grouped,
-        "transposed": layer.transposed,
         "weight_shape": None if layer.weight_shape is None else list(layer.weight_shape),
-        "tied_head": layer.tied_head,
     }
-    return described if key is None else {**described, "key": key}
+    return description if key is None else {**description, "key": key}
 
 
 def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
-    """Keys that PEFT needs and that say nothing new: tied copies, zeros that fill up a module."""
+    """Return keys that only PEFT needs: tied copies, and zeros that pad a module."""
     read = set(form.trained_keys.values())
     for path, layer in stored.layers.items():
         dora = layer.magnitude is not None
@@ -176,15 +175,13 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
 
 def _check_record(record: Mapping[str, Any], path: Path) -> None:
     version = record.get("format_version")
-    if (
-        record.get("format") != "lorakit"
-        or isinstance(version, bool)
-        or not isinstance(version, int)
-    ):
-        raise AdapterFileError(f"'{path}' is not the record of a lorakit adapter.")
+    if record.get("format") != "lorakit" or type(version) is not int:
+        raise AdapterFileError(
+            f"'{path}' does not describe a lorakit adapter: its format or format_version is invalid."
+        )
     if version > FORMAT_VERSION:
         raise AdapterFileError(
-            f"'{path}' has format version {version}, and this lorakit reads up to {FORMAT_VERSION}. "
+            f"'{path}' has format version {version}, but this lorakit reads versions up to {FORMAT_VERSION}. "
             "Update lorakit."
         )
     storage.require_checksum(record, path, AdapterFileError)
@@ -193,19 +190,13 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     files = record.get("files")
     if not isinstance(files, Mapping):
-        raise AdapterFileError(f"'{folder / NAME}' lists no files.")
+        raise AdapterFileError(f"'{folder / NAME}' has no valid list of files.")
     notices = []
     for name, digest in files.items():
-        parts = PurePosixPath(name)
-        if (
-            parts.is_absolute()
-            or ".." in parts.parts
-            or "\\" in name
-            or "\0" in name
-            or ":" in name
-        ):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or any(char in name for char in "\\\0:"):
             raise AdapterFileError(
-                f"'{folder / NAME}' lists {name!r}, which may lie outside of its folder. It was not opened."
+                f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
         if name == CARD_NAME and not (folder / name).exists():
             continue
@@ -213,30 +204,30 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             continue
         if name != CARD_NAME:
             raise AdapterFileError(
-                f"'{folder / name}' has changed since the adapter was saved: it is damaged, or was edited. "
-                "Fetch or save the adapter again."
+                f"'{folder / name}' has changed since the adapter was saved: it was damaged or edited. "
+                "Download or save the adapter again."
             )
         notices.append(f"'{folder / name}' was edited after the adapter was saved.")
     return notices
 
 
-def _method(found: Any) -> Method:
-    name = found.get("name") if isinstance(found, Mapping) else found
+def _method(record: Any) -> Method:
+    name = record.get("name") if isinstance(record, Mapping) else record
     kind = recorded_method(name)
-    if kind is None or not isinstance(found, Mapping):
+    if kind is None or not isinstance(record, Mapping):
         raise AdapterFileError(
-            f"its method is {name!r}; this lorakit knows {', '.join(METHODS)}. Update lorakit, or, where the method is "
-            "one of your own, say where its class is: method path/to/file.py:Class (in Python lorakit.use_method)."
+            f"its method is {name!r}, but this lorakit knows only {', '.join(METHODS)}. Update lorakit. For a method "
+            "of your own, name its class: method path/to/file.py:Class (in Python, lorakit.use_method)."
         )
     settings = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "name"
+        key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key != "name"
     }
     if kind is Combined:
-        settings["methods"] = tuple(map(_method, found["methods"]))
+        settings["methods"] = tuple(map(_method, record["methods"]))
     unknown = settings.keys() - {f.name for f in dataclasses.fields(kind)}
     if unknown:
         raise AdapterFileError(
-            f"its method has settings that are not known here: {sorted(unknown)}."
+            f"its method has settings that this lorakit does not know: {sorted(unknown)}. Update lorakit."
         )
     return kind(**settings)
 
@@ -244,13 +235,13 @@ def _method(found: Any) -> Method:
 def _take_modules(
     record: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Take the tensors of other methods than LoRA out of `tensors`."""
+    """Remove the tensors of methods other than LoRA from `tensors`, and return them."""
     modules: dict[str, dict[str, Tensor]] = {}
     for path, names in record.get("modules", {}).items():
         for name in names:
             key = f"modules.{path}.{name}"
             if key not in tensors:
-                raise AdapterFileError(f"'{path}' has no '{name}' in the file of tensors.")
+                raise AdapterFileError(f"'{path}' has no '{name}' in the tensor file.")
             modules.setdefault(path, {})[name] = tensors.pop(key)
     return modules
 
@@ -258,45 +249,55 @@ def _take_modules(
 def _restore_own(
     record: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
-    left = dict(tensors)
+    unread = dict(tensors)
     layers = {}
-    for path, described in record["layers"].items():
+    for path, description in record["layers"].items():
         names = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
-        present = {name: left.pop(f"layers.{path}.{name}", None) for name in names}
-        if present["A"] is None or present["B"] is None:
-            raise AdapterFileError(f"'{path}' has no A or no B.")
+        parts = {name: unread.pop(f"layers.{path}.{name}", None) for name in names}
         for name in ("A", "B"):
-            _expect_shape(f"{name} of '{path}'", present[name], described[name])
-        layers[path] = _build(path, described, present)
-    trained = {name: left.pop(f"trained.{name}", None) for name in record["trained"]}
-    return layers, _complete(trained, left)
+            factor = parts[name]
+            if factor is None:
+                raise AdapterFileError(f"'{path}' has no {name}.")
+            if list(factor.shape) != description[name]:
+                raise AdapterFileError(
+                    f"{name} of '{path}' has shape {tuple(factor.shape)}, but {NAME} describes "
+                    f"{tuple(description[name])}."
+                )
+        layers[path] = _build(path, description, parts)
+    trained = {name: unread.pop(f"trained.{name}", None) for name in record["trained"]}
+    return layers, _complete(trained, unread)
 
 
 def _restore_from_peft(
     record: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
-    left = dict(tensors)
+    unread = dict(tensors)
     layers = {}
-    for path, described in record["layers"].items():
-        # The shapes said must be those of the tensors there, before anything of their size is made.
-        keys = factor_keys(described["key"], described["kind"], dora=described["dora"])
-        found = {name: left.pop(key, None) for name, key in keys.items()}
-        A, B, magnitude = (found.get(name) for name in ("A", "B", "magnitude"))
-        if A is None or B is None or (described["dora"] and magnitude is None):
-            missing = next(key for name, key in keys.items() if found[name] is None)
+    for path, description in record["layers"].items():
+        # Validate the described shapes against the tensors before allocating tensors of those shapes.
+        keys = factor_keys(description["key"], description["kind"], dora=description["dora"])
+        parts = {name: unread.pop(key, None) for name, key in keys.items()}
+        A, B, magnitude = (parts.get(name) for name in ("A", "B", "magnitude"))
+        if A is None or B is None or (description["dora"] and magnitude is None):
+            missing = next(key for name, key in keys.items() if parts[name] is None)
             raise AdapterFileError(f"'{path}' has no '{missing}'.")
         for factor, name in ((A, "A"), (B, "B")):
-            if torch.Size(described[name]).numel() > factor.numel():
-                raise AdapterFileError(f"'{path}' cannot have a {name} of shape {described[name]}.")
-        for piece in described["slices"]:
+            if torch.Size(description[name]).numel() > factor.numel():
+                raise AdapterFileError(
+                    f"'{path}' cannot have a {name} of shape {description[name]}: its tensor has only "
+                    f"{factor.numel()} elements."
+                )
+        for piece in description["slices"]:
             if piece["groups"] * piece["stride"] != B.shape[0]:
-                raise AdapterFileError(f"'{path}' cannot have the slice {piece}.")
-        A0, B0 = (torch.empty(described[name], device="meta") for name in ("A", "B"))
-        initial = (A0, B0) if described["pissa"] else (None, None)
+                raise AdapterFileError(
+                    f"'{path}' cannot have the slice {piece}: its layer has {B.shape[0]} rows."
+                )
+        A0, B0 = (torch.empty(description[name], device="meta") for name in ("A", "B"))
+        initial = (A0, B0) if description["pissa"] else (None, None)
         shapes = {"A": A0, "B": B0, "initial_A": initial[0], "initial_B": initial[1]}
         if magnitude is not None:
             shapes["magnitude"] = torch.empty(B0.shape[0], device="meta")
-        pattern = _build(path, described, shapes)
+        pattern = _build(path, description, shapes)
         rank = peft_rank(pattern)
         A, B = A[:rank], B[:, : rank // pattern.groups]
         magnitude = None if magnitude is None else magnitude.flatten()
@@ -304,44 +305,34 @@ def _restore_from_peft(
             layers[path] = from_peft(pattern, Factors(A, B, magnitude, pattern.rank))
         except AdapterFileError as error:
             raise at(f"'{path}'", error) from error
-    trained = {name: left.pop(key, None) for name, key in record["trained"].items()}
+    trained = {name: unread.pop(key, None) for name, key in record["trained"].items()}
     for key in record["repeated"]:
-        left.pop(key, None)
-    return layers, _complete(trained, left)
+        unread.pop(key, None)
+    return layers, _complete(trained, unread)
 
 
-def _build(path: str, described: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
-    shape = described["weight_shape"]
+def _build(path: str, description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
+    shape = description["weight_shape"]
     try:
         return StoredLayer(
-            kind=described["kind"],
-            alpha=described["alpha"],
-            scaling=described["scaling"],
-            slices=tuple(RowSlice(**piece) for piece in described["slices"]),
-            grouped=described["grouped"],
-            transposed=described["transposed"],
+            slices=tuple(RowSlice(**piece) for piece in description["slices"]),
             weight_shape=None if shape is None else tuple(shape),
-            tied_head=described["tied_head"],
+            **{name: description[name] for name in _FIELDS},
             **tensors,
         )
     except AdapterFileError as error:
         raise at(f"'{path}'", error) from error
 
 
-def _expect_shape(what: str, tensor: Tensor | None, shape: list[int]) -> None:
-    if tensor is not None and list(tensor.shape) != shape:
-        raise AdapterFileError(f"{what} has shape {tuple(tensor.shape)}, not {tuple(shape)}.")
-
-
 def _complete(
-    trained: Mapping[str, Tensor | None], left: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor | None], unread: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    found = {name: tensor for name, tensor in trained.items() if tensor is not None}
-    missing = trained.keys() - found.keys()
+    present = {name: tensor for name, tensor in trained.items() if tensor is not None}
+    missing = trained.keys() - present.keys()
     if missing:
-        raise AdapterFileError(f"the trained '{min(missing)}' is not in the file of tensors.")
-    if left:
+        raise AdapterFileError(f"the trained '{min(missing)}' is not in the tensor file.")
+    if unread:
         raise AdapterFileError(
-            f"the file of tensors holds {len(left)} that {NAME} does not list, the first '{min(left)}'."
+            f"the tensor file holds {len(unread)} tensors that {NAME} does not list, the first '{min(unread)}'."
         )
-    return found
+    return present

@@ -1,4 +1,4 @@
-"""Files of tensors from elsewhere: safetensors, and PyTorch's pickles, read without running their code."""
+"""Read untrusted tensor files, safetensors or PyTorch's pickles, without running their code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SAFETENSORS = ".safetensors"
 
 
 def _check_archive(path: Path) -> None:
-    """Hold each part of a zip file against its own checksum, which `torch.load` does not do.
+    """Verify the checksum of each part of a zip file, which `torch.load` does not do.
 
     Raises:
-        AdapterFileError: A part was changed.
+        AdapterFileError: A part is damaged.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -32,36 +32,38 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise AdapterFileError(f"'{path}' is damaged: {error}. Fetch or save it again.") from error
+        raise AdapterFileError(
+            f"'{path}' is damaged: {error}. Download or save it again."
+        ) from error
     if damaged is not None:
         raise AdapterFileError(
-            f"'{path}' is damaged: the checksum of '{damaged}' inside it is another. Fetch or save it again."
+            f"'{path}' is damaged: the checksum of '{damaged}' inside it does not match. Download or save it again."
         )
 
 
 def read_pickle(path: Path) -> Any:
-    """Read what `torch.save` wrote, tensors and plain containers only.
+    """Read a file of `torch.save` that contains only tensors and plain containers.
 
     Raises:
-        AdapterFileError: The file is missing or damaged, or asks to run code.
+        AdapterFileError: The file is missing or damaged, or would run code.
     """
     storage.regular_file(path)
     _check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kinds of files that are refused below
+            warnings.simplefilter("ignore")  # warnings about kinds of files that are rejected below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes are not ours: any part of the parser may trip over them
-        # Its message is not passed on: it advises to open the file with weights_only=False.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted is not None:
+    except Exception as error:  # untrusted bytes: any part of the parser can fail
+        # Its message is hidden, since it recommends weights_only=False.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code is not None:
             raise AdapterFileError(
-                f"'{path}' asks to run code ({wanted[1].rstrip('.')}) when it is opened. Files of tensors "
-                "need none, so it was not opened. Ask its author for a .safetensors file."
+                f"'{path}' would run code ({code[1].rstrip('.')}) when it is opened. Tensor files need no "
+                "code, so it was not opened. Ask its author for a .safetensors file."
             ) from error
         raise AdapterFileError(
-            f"'{path}' is no file of tensors, neither safetensors nor PyTorch's, or it is truncated or damaged. "
-            "Check the path, or fetch or save it again."
+            f"'{path}' is not a tensor file of safetensors or PyTorch, or it is truncated or damaged. Check "
+            "the path, or download or save it again."
         ) from error
 
 
@@ -69,27 +71,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of named tensors by its suffix.
 
     Raises:
-        AdapterFileError: The file cannot be read, or holds something else.
+        AdapterFileError: The file cannot be read, or holds anything but named tensors.
     """
     if path.suffix == SAFETENSORS:
         return read_safetensors(path)
     return as_tensors(read_pickle(path), path)
 
 
-def as_tensors(found: Any, path: Path) -> dict[str, Tensor]:
-    """Check that what a pickle held is a mapping of names to tensors.
+def as_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """Validate that the content of a pickle is a mapping of names to tensors.
 
     Raises:
-        AdapterFileError: It is something else.
+        AdapterFileError: It is not.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise AdapterFileError(
-            f"'{path}' holds a {type(found).__name__}; a dictionary of tensors was expected."
+            f"'{path}' holds a {type(content).__name__}; a dictionary of tensors was expected."
         )
-    for key, value in found.items():
+    for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise AdapterFileError(
                 f"'{path}' holds a {type(value).__name__} under {key!r}; a dictionary of names and "
                 "tensors was expected."
             )
-    return dict(found)
+    return dict(content)

@@ -1,4 +1,4 @@
-"""Files of loralib, read."""
+"""Read loralib files."""
 
 from __future__ import annotations
 
@@ -38,27 +38,29 @@ def read_loralib(
 
     Args:
         path: A ``.bin``, ``.pt``, ``.pth`` or ``.safetensors`` file.
-        alpha: The `lora_alpha` of the layers, which the file does not hold.
-        enable_lora: For fused layers, by the end of their path, which of their equal slices are
-            adapted, as loralib's MergedLinear takes it: ``{"c_attn": [True, False, True]}``.
-            Needed where the official GPT-2 layout (q and v, or all three) is not meant.
+        alpha: The `lora_alpha` of the layers, which the file does not record.
+        enable_lora: The adapted slices of fused layers, by the end of their path, in the form of
+            loralib's MergedLinear: ``{"c_attn": [True, False, True]}``. Needed for layouts other
+            than the official one of GPT-2 (q and v, or all three).
 
     Returns:
-        The adapter. Tensors beside the factors are `trained` (a head, biases); in a file of a whole
-        model those of its body are `base_copies`.
+        The adapter. Tensors other than factors are `trained` (a head, biases); in a file of a whole
+        model, those of its body are `base_copies`.
 
     Raises:
-        ConfigurationError: No alpha, or slices that cannot be told.
+        ConfigurationError: `alpha` is missing, or the adapted slices are ambiguous.
         AdapterFileError: The file is damaged or unsafe, or factors are missing.
     """
     path = Path(path)
     if alpha is None:
         raise ConfigurationError(
-            f"'{path}' is a loralib file, which does not record alpha. Give the lora_alpha it was trained "
-            "with; in the official scripts it is 16 for RoBERTa, 32 for DeBERTa and GPT-2."
+            f"'{path}' is a loralib file, which does not record alpha. Set alpha to the lora_alpha it was trained "
+            "with; the official scripts use 16 for RoBERTa, 32 for DeBERTa and GPT-2."
         )
     if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
-        raise ConfigurationError(f"alpha is {alpha!r}; with it the adapter would have no effect.")
+        raise ConfigurationError(
+            f"alpha is {alpha!r}; a finite number other than 0 was expected (0 would disable the adapter)."
+        )
     try:
         factors, others = _sort(_state_dict(path))
         layers = {
@@ -76,22 +78,20 @@ def read_loralib(
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix == SAFETENSORS:
-        found: Any = read_safetensors(path)
+        content: Any = read_safetensors(path)
     else:
-        found = read_pickle(path)
-        if isinstance(found, Mapping) and isinstance(found.get("model_state_dict"), Mapping):
-            found = found["model_state_dict"]
-    tensors = as_tensors(found, path)
-    # Data-parallel training puts "module." before every key.
+        content = read_pickle(path)
+        if isinstance(content, Mapping) and isinstance(content.get("model_state_dict"), Mapping):
+            content = content["model_state_dict"]
+    tensors = as_tensors(content, path)
+    # Data-parallel training adds the prefix "module." to every key.
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     return tensors
 
 
-def _sort(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Factors by layer, under one set of names, and the other tensors."""
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the factors by layer, with unified names, and the other tensors."""
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -104,13 +104,13 @@ def _sort(
             part = f"{'A' if match['factor'] == '1' else 'B'}_{match['letter']}"
         elif "lora_" in key or "_adapter" in key:
             raise AdapterFileError(
-                f"'{key}' is no name of loralib's, whose keys end in .lora_A and .lora_B."
+                f"'{key}' is not a name of loralib; names that end in .lora_A or .lora_B were expected."
             )
         else:
             others[key] = tensor
             continue
         if part in factors.setdefault(place, {}):
-            raise AdapterFileError(f"'{place}' has its factors under two names.")
+            raise AdapterFileError(f"'{place}' has factors under two names.")
         factors[place][part] = tensor
     return factors, others
 
@@ -143,7 +143,7 @@ def _layer(
         B.shape[0],
         A.shape[1],
     ):
-        # Stored (in, out): GPT-2's layout, or an embedding table, whose names say what they are.
+        # Stored as (in, out): GPT-2's layout, or an embedding table, which its name shows.
         is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", place) is not None
         options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
     else:
@@ -157,7 +157,7 @@ def _layer(
 
 
 def _rows_of(weight: Tensor, A: Tensor) -> int | None:
-    """Output rows of the layer, whichever way round its weight is stored."""
+    """Return the layer's number of output rows, for a weight stored as (out, in) or (in, out)."""
     sides = [
         weight.shape[1 - i] for i in (0, 1) if weight.ndim == 2 and weight.shape[i] == A.shape[1]
     ]
@@ -167,7 +167,7 @@ def _rows_of(weight: Tensor, A: Tensor) -> int | None:
 def _slices(
     place: str, A: Tensor, B: Tensor, n_out: int | None, enable_lora: EnableLora
 ) -> tuple[RowSlice, ...]:
-    """The slices of loralib's MergedLinear: rank rows of A for each, nothing for a plain layer."""
+    """Return the slices of loralib's MergedLinear, each with rank rows of A; none for a plain layer."""
     count = A.shape[0] // B.shape[1]
     enabled = next(
         (flags for end, flags in enable_lora.items() if f".{place}".endswith(f".{end}")), None
@@ -181,13 +181,13 @@ def _slices(
             enabled = (True,) * count
         else:
             raise ConfigurationError(
-                f"'{place}' is a fused layer with {count} adapted slices, and the file does not say which. "
-                f"Say it as for loralib's MergedLinear: enable_lora={{'{place.rpartition('.')[2]}': "
+                f"'{place}' is a fused layer with {count} adapted slices, but the file does not record which. "
+                f"Set them as in loralib's MergedLinear: enable_lora={{'{place.rpartition('.')[2]}': "
                 "[True, False, True]}."
             )
     if sum(map(bool, enabled)) != count or B.shape[0] % count:
         raise ConfigurationError(
-            f"enable_lora names {sum(map(bool, enabled))} slices for '{place}', and its factors are of {count}."
+            f"enable_lora names {sum(map(bool, enabled))} slices for '{place}', but its factors have {count}."
         )
     width = B.shape[0] // count
     stride = len(enabled) * width
@@ -199,11 +199,13 @@ def _slices(
 
 
 def _first_gpt2_layer(place: str, parts: Mapping[str, Tensor], alpha: float) -> StoredLayer:
-    """The first release's q_proj_adapter1 (A) and q_proj_adapter2 (B), on slices of c_attn."""
+    """Return a layer of the first release: q_proj_adapter1 (A), q_proj_adapter2 (B), slices of c_attn."""
     letters = [letter for letter in "qkv" if f"A_{letter}" in parts or f"B_{letter}" in parts]
     expected = {f"{factor}_{letter}" for factor in "AB" for letter in letters}
     if parts.keys() != expected:
-        raise AdapterFileError(f"'{place}' has factors {sorted(parts)}, not {sorted(expected)}.")
+        raise AdapterFileError(
+            f"'{place}' has factors {sorted(parts)}; {sorted(expected)} were expected."
+        )
     As, Bs = ([parts[f"{factor}_{letter}"] for letter in letters] for factor in "AB")
     if (
         any(t.ndim != 2 for t in (*As, *Bs))
@@ -227,20 +229,18 @@ def _adapter(
 ) -> StoredAdapter:
     trained, copies = _trained_and_copies(layers, others)
     biases = [name for name in trained if name.rpartition(".")[2] == "bias"]
-    modules = _outermost(
-        [name for name in trained if name not in biases],
-        layers,
-        [n for n in trained if n in biases],
-    )
+    modules = _outermost([name for name in trained if name not in biases], layers)
     biases = [name for name in biases if not name.startswith(tuple(f"{m}." for m in modules))]
     bias = "none"
     if biases:
-        only_ours = all(name.rpartition(".")[0] in layers for name in biases)
-        bias = "lora_only" if only_ours else "all"
+        of_adapted_layers = all(name.rpartition(".")[0] in layers for name in biases)
+        bias = "lora_only" if of_adapted_layers else "all"
     rank, _ = Counter(layer.rank for layer in layers.values()).most_common(1)[0]
     notices = rank_notices(layers)
     if copies:
-        notices.append("The file holds a whole model; its base weights are used for a check alone.")
+        notices.append(
+            "The file holds a whole model; its base weights are only compared with the model's."
+        )
     return StoredAdapter(
         method=LoRA(
             rank=rank,
@@ -260,56 +260,53 @@ def _adapter(
 def _trained_and_copies(
     layers: Mapping[str, StoredLayer], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A LoRA file holds what was trained; a whole model's, besides its head, the frozen body too."""
-    whole = any(
+    """Separate trained tensors from copies of frozen base weights, which only whole-model files have."""
+    is_whole_model = any(
         f"{place}.{w}" in others for place in layers for w in ("weight", "w", "conv.weight")
     )
-    if not whole:
+    if not is_whole_model:
         return {_base_name(name, layers): tensor for name, tensor in others.items()}, {}
     roots = {place.partition(".")[0] for place in layers}
     body = {name: tensor for name, tensor in others.items() if name.partition(".")[0] in roots}
     trained, copies = {}, {}
     for name, tensor in others.items():
         if not tensor.is_floating_point():
-            continue  # position numbers
+            continue  # position ids
         if name in body:
             copies[_base_name(name, layers)] = tensor
+        # A head that equals the embedding is tied to it, not trained.
         elif not any(tensor.shape == t.shape and tensor.equal(t) for t in body.values()):
-            trained[_base_name(name, layers)] = (
-                tensor  # and no head that is the embedding once more
-            )
+            trained[_base_name(name, layers)] = tensor
     return trained, copies
 
 
 def _base_name(name: str, layers: Mapping[str, StoredLayer]) -> str:
-    """Loralib keeps a convolution's own tensors one level down; GPT-2's original names are short."""
+    """Return the base's name of a tensor: without loralib's `conv` level, and with GPT-2's long names."""
     place, _, attribute = name.rpartition(".")
     if place.endswith(".conv") and place.removesuffix(".conv") in layers:
         place = place.removesuffix(".conv")
     return f"{place}.{_GPT2_BASE_NAMES.get(attribute, attribute)}" if place else name
 
 
-def _outermost(
-    names: Iterable[str], layers: Mapping[str, StoredLayer], biases: Iterable[str]
-) -> list[str]:
-    """The largest modules around trained tensors in which nothing is adapted: the heads."""
-    found: dict[str, None] = {}
+def _outermost(names: Iterable[str], layers: Mapping[str, StoredLayer]) -> list[str]:
+    """Return the largest modules that contain a trained tensor and no adapted layer: the heads."""
+    modules: dict[str, None] = {}
     for name in names:
         parts = name.split(".")[:-1]
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
         free = [p for p in prefixes if not any(f"{place}.".startswith(f"{p}.") for place in layers)]
         if free:
-            found[free[0]] = None
-    return list(found)
+            modules[free[0]] = None
+    return list(modules)
 
 
 def _targets(layers: Mapping[str, StoredLayer]) -> tuple[str, ...]:
-    """Names under which the same layers would be adapted anew."""
-    found: dict[str, None] = {}
+    """Return targets that select the same layers."""
+    targets: dict[str, None] = {}
     for place, layer in layers.items():
         for piece in layer.slices:
             if place.rpartition(".")[2] == _GPT2_FUSED and piece.stride == 3 * piece.width:
-                found[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
+                targets[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
         if not layer.slices:
-            found[place.rpartition(".")[2]] = None
-    return tuple(found) or tuple(layers)
+            targets[place.rpartition(".")[2]] = None
+    return tuple(targets) or tuple(layers)

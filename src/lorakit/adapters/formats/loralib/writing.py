@@ -1,4 +1,4 @@
-"""Files of loralib, written."""
+"""Write loralib files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from lorakit.storage.tensors import write_safetensors
 
 
 def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
-    """Write one file that loralib's ``model.load_state_dict(..., strict=False)`` takes.
+    """Write one file for loralib's ``model.load_state_dict(..., strict=False)``.
 
     Args:
-        stored: The adapter; one alpha must say the scaling of all its layers, as the file has none.
+        stored: The adapter; one alpha must give the scaling of all layers, since the file records none.
         path: A ``.safetensors`` file; or ``.bin``, ``.pt``, ``.pth`` for code that uses `torch.load`
-            (a pickle of plain tensors, which opens with ``weights_only=True``).
+            (a pickle of plain tensors, which loads with ``weights_only=True``).
 
     Raises:
-        AdapterFileError: loralib has no equal for a layer.
+        AdapterFileError: loralib cannot represent a layer.
+        ConfigurationError: The suffix of `path` is not one of these.
         RunFolderError: The file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (SAFETENSORS, ".bin", ".pt", ".pth"):
         raise ConfigurationError(
-            f"'{path}' must end in .safetensors, .bin, .pt or .pth to say which kind of file it is to be."
+            f"'{path}' must end in .safetensors, .bin, .pt or .pth, which determines the kind of file."
         )
     if not stored.layers:
         raise AdapterFileError(f"loralib has no method {type(stored.method).__name__}.")
@@ -46,7 +47,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
         state |= {f"{place}.lora_A": A, f"{place}.lora_B": B}
     if len(alphas) > 1:
         raise AdapterFileError(
-            "a loralib file has one alpha for all layers, and these layers need "
+            "a loralib file has one alpha for all layers, but these layers need "
             f"{', '.join(f'{alpha:g}' for alpha in sorted(alphas))}."
         )
     state.update(stored.trained)
@@ -59,14 +60,14 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
 
 
 def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
-    """A, B and the rank that loralib's layer must be built with."""
+    """Return A, B and the rank of the equivalent loralib layer."""
     if layer.magnitude is not None:
         raise AdapterFileError("loralib has no DoRA.")
     if layer.kind == "attention":
         raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
     if layer.kind == "conv" and (layer.groups > 1 or math.prod(layer.A.shape[2:]) > 1):
         raise AdapterFileError(
-            "loralib factorises convolutions otherwise; only pointwise ones without groups are the same."
+            "loralib factorises convolutions differently; it supports only pointwise ones without groups."
         )
     _check_slices(layer)
     A, B = layer.A, layer.B
@@ -74,7 +75,7 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
         A, B = A.flatten(1), B.flatten(1)
     if layer.initial_A is None or layer.initial_B is None:
         return A, B, layer.rank
-    # PiSSA's start goes along with a minus sign, slice by slice, at twice the rank.
+    # Subtract PiSSA's initial factors, slice by slice, at twice the rank.
     A0, B0 = layer.initial_A.reshape(A.shape), layer.initial_B.reshape(B.shape)
     slices = max(1, len(layer.slices))
     both = torch.cat([A.unflatten(0, (slices, -1)), A0.unflatten(0, (slices, -1))], dim=1)
@@ -88,8 +89,8 @@ def _check_slices(layer: StoredLayer) -> None:
         )
         if not equal or piece.width != layer.slices[0].width:
             raise AdapterFileError(
-                "loralib knows slices of equal width alone, one after the other."
+                "loralib supports only slices of equal width, one after the other."
             )
     offsets = [piece.offset for piece in layer.slices]
     if offsets != sorted(offsets):
-        raise AdapterFileError("loralib keeps slices in the order of their rows.")
+        raise AdapterFileError("loralib supports only slices in the order of their rows.")

@@ -1,4 +1,4 @@
-"""The format of Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors."""
+"""The format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.factors import NotExpressibleError

@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's options, read strictly, and its rule for which layers they mean."""
+"""Validate the options in adapter_config.json, and apply PEFT's rules to select layers."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lorakit.models.layers import is_of_adapter
 CONFIG_NAME = "adapter_config.json"
 
 _PATTERN_SECONDS = 1.0
-"""A pattern from a file may be written so as never to end."""
+"""Time limit for one match; a pattern from a file could run forever."""
 
 _NO_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",  # settings of an initialisation, judged by init_lora_weights
+    "corda_config",  # settings of an initialisation; init_lora_weights is checked instead
     "ensure_weight_tying",  # the tied copies are in the file
     "eva_config",
     "inference_mode",
     "lora_ga_config",
-    "megatron_core",  # the name of a package, used with megatron_config alone
+    "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
     "peft_version",
-    "qalora_group_size",  # used with use_qalora alone
+    "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
     "task_type",
 }
-"""Options that do not change what the tensors in the file mean."""
+"""Options that do not change the meaning of the tensors in the file."""
 
 _IMPLEMENTED = {
     "alpha_pattern",
@@ -59,15 +59,15 @@ _IMPLEMENTED = {
 
 _NOT_IMPLEMENTED = {
     "alora_invocation_tokens": "the adapter acts only after certain tokens (aLoRA)",
-    "arrow_config": "adapters are routed between (Arrow)",
-    "enable_lora": "slices of a fused layer in the form of PEFT's first releases",
+    "arrow_config": "a router chooses among adapters (Arrow)",
+    "enable_lora": "slices of a fused layer in the format of PEFT's first releases",
     "kasa_config": "the base weights are truncated (KaSA)",
     "layer_replication": "layers of the base are repeated",
     "loftq_config": "the base weights are replaced by quantised ones (LoftQ)",
-    "lora_bias": "lora_B has a bias of its own",
+    "lora_bias": "lora_B has a bias",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
-    "target_parameters": "parameters are adapted that belong to no layer (mixtures of experts)",
+    "target_parameters": "parameters outside layers are adapted (mixtures of experts)",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "factors are block-diagonal (BD-LoRA)",
     "use_qalora": "inputs are pooled in groups (QA-LoRA)",
@@ -75,12 +75,12 @@ _NOT_IMPLEMENTED = {
 }
 
 _INITS_ON_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations after which ``W + scaling * B A`` is about the base's own W."""
+"""Initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The options of a PEFT LoRA adapter that lorakit implements, checked."""
+    """The validated options of a PEFT LoRA adapter that lorakit implements."""
 
     rank: int
     alpha: float
@@ -100,28 +100,28 @@ class PeftConfig:
     task_type: str | None
 
     def rank_of(self, path: str) -> int:
-        """Rank of the layer that PEFT knows by this path."""
+        """Return the rank of the layer at PEFT's `path`."""
         return _first_match("rank_pattern", self.rank_pattern, path, self.rank)
 
     def alpha_of(self, path: str) -> float:
-        """Alpha of the layer that PEFT knows by this path."""
+        """Return the alpha of the layer at PEFT's `path`."""
         return _first_match("alpha_pattern", self.alpha_pattern, path, self.alpha)
 
     def scaling_of(self, path: str) -> float:
-        """The factor on ``B A`` at this path."""
+        """Return the factor on ``B A`` at `path`."""
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def is_target(self, path: str) -> bool:
-        """Whether PEFT would put an adapter on the module at `path` (its rule, to the letter)."""
+        """Whether PEFT would adapt the module at `path`, by exactly its rule."""
         if self._is_excluded(path) or self.target_modules is None:
             return False
         if isinstance(self.target_modules, str):
             return matches("target_modules", self.target_modules, path)
         if path in self.target_modules:
             return True
-        found = path.endswith(tuple(f".{target}" for target in self.target_modules))
-        return found and (not self.layers_to_transform or self._layer_index_fits(path))
+        is_listed = path.endswith(tuple(f".{target}" for target in self.target_modules))
+        return is_listed and (not self.layers_to_transform or self._layer_index_fits(path))
 
     def _is_excluded(self, path: str) -> bool:
         excluded = self.exclude_modules
@@ -138,29 +138,29 @@ class PeftConfig:
     def _layer_index_fits(self, path: str) -> bool:
         patterns = [rf"(?:^|.*?\.){name}" for name in self.layers_pattern] or [r".*?\.[^.]*"]
         for pattern in patterns:
-            found = _search("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
-            if found is not None:
-                return int(found["index"]) in (self.layers_to_transform or ())
+            match = _search("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
+            if match is not None:
+                return int(match["index"]) in (self.layers_to_transform or ())
         return False
 
 
-def parse(found: Mapping[str, Any]) -> PeftConfig:
-    """Read PEFT's options.
+def parse(options: Mapping[str, Any]) -> PeftConfig:
+    """Validate PEFT's options.
 
     Raises:
-        AdapterFileError: It is no LoRA adapter, a value has the wrong type, or an option is set that
-            lorakit does not implement.
+        AdapterFileError: The adapter is not LoRA, a value has the wrong type, or an option that
+            lorakit does not implement is set.
     """
-    _refuse_other_methods(found)
-    read = _Reader(found)
+    _check_supported(options)
+    read = _Reader(options)
     config = PeftConfig(
-        rank=read.whole("r", 8),
-        alpha=read.alpha("lora_alpha", 8),
+        rank=read.check_rank("r", read.get("r", 8)),
+        alpha=read.check_alpha("lora_alpha", read.get("lora_alpha", 8)),
         dropout=read.number("lora_dropout", 0.0),
         bias=read.choice("bias", ("none", "all", "lora_only")),
         rslora=read.flag("use_rslora"),
         dora=read.flag("use_dora"),
-        gaussian=found.get("init_lora_weights") == "gaussian",
+        gaussian=options.get("init_lora_weights") == "gaussian",
         fan_in_fan_out=read.flag("fan_in_fan_out"),
         rank_pattern={
             k: read.check_rank(f"rank_pattern[{k!r}]", v) for k, v in read.items("rank_pattern")
@@ -177,30 +177,30 @@ def parse(found: Mapping[str, Any]) -> PeftConfig:
     )
     if not 0 <= config.dropout < 1:
         raise AdapterFileError(
-            f"lora_dropout is {config.dropout}; it must be at least 0 and below 1."
+            f"lora_dropout is {config.dropout}; a number of at least 0 and below 1 was expected."
         )
     if isinstance(config.target_modules, str) and (
         config.layers_to_transform or config.layers_pattern
     ):
         raise AdapterFileError(
-            "target_modules is a pattern, and PEFT combines layers_to_transform with a list alone."
+            "target_modules is a pattern, but PEFT combines layers_to_transform only with a list."
         )
     return config
 
 
 def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | None:
-    """The layers of a live model that PEFT would adapt under these options.
+    """Return the layers of a live model that PEFT would adapt with these options.
 
     Args:
         config: The content of adapter_config.json.
-        model: The base model; adapters of lorakit's on it are left out.
+        model: The base model; lorakit's adapters on it are skipped.
 
     Returns:
-        Paths; an `nn.MultiheadAttention` stands with its `out_proj`, as PEFT adapts both. None where
+        The paths; for an `nn.MultiheadAttention` also its `out_proj`, since PEFT adapts both. None if
         the file names no target modules.
 
     Raises:
-        AdapterFileError: The options are not valid, or a pattern in them takes for ever.
+        AdapterFileError: The options are not valid, or a pattern takes too long.
     """
     options = parse(config)
     if options.target_modules is None:
@@ -210,28 +210,28 @@ def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | N
     }
     if isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear":
         options = replace(options, target_modules=tuple(_all_linear(options, model, modules)))
-    found = {path for path in modules if options.is_target(path)}
-    attention = {path for path in found if isinstance(modules[path], nn.MultiheadAttention)}
-    return found | {f"{path}.out_proj" for path in attention}
+    targets = {path for path in modules if options.is_target(path)}
+    attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
+    return targets | {f"{path}.out_proj" for path in attention}
 
 
 def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """PEFT's "all-linear": every linear layer but the output head, or the head of a classifier."""
-    found = {path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    """Return PEFT's "all-linear": every linear layer except the output head or the classifier."""
+    linear = {path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
         if head is None and config.task_type == "SEQ_CLS":
             heads = (getattr(model, name, None) for name in ("score", "classifier"))
             head = next((head for head in heads if head is not None), None)
-        found -= {path for path, module in modules.items() if module is head}
-    return found
+        linear -= {path for path, module in modules.items() if module is head}
+    return linear
 
 
 def matches(option: str, pattern: str, path: str) -> bool:
     """Whether a pattern of the file matches the whole path.
 
     Raises:
-        AdapterFileError: It is no regular expression, or takes too long.
+        AdapterFileError: It is not a valid regular expression, or takes too long.
     """
     return _search(option, pattern, path) is not None
 
@@ -241,7 +241,7 @@ def _search(option: str, pattern: str, path: str) -> regex.Match[str] | None:
         return regex.fullmatch(pattern, path, timeout=_PATTERN_SECONDS)
     except regex.error as error:
         raise AdapterFileError(
-            f"{option} holds {pattern!r}, which is no regular expression: {error}."
+            f"{option} holds {pattern!r}, which is not a valid regular expression: {error}."
         ) from error
     except TimeoutError as error:
         raise AdapterFileError(
@@ -259,30 +259,30 @@ def _first_match(option: str, patterns: Mapping[str, V], path: str, default: V) 
     return default
 
 
-def _refuse_other_methods(found: Mapping[str, Any]) -> None:
-    kind = found.get("peft_type")
+def _check_supported(options: Mapping[str, Any]) -> None:
+    kind = options.get("peft_type")
     if kind is None:
         raise AdapterFileError(
             "it has no peft_type, so it is not the configuration of a PEFT adapter."
         )
     if kind != "LORA":
-        raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads LORA.")
-    init = found.get("init_lora_weights", True)
-    # Compared by type as well: 1 == True, and JSON's 1 is not an initialisation.
+        raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")
+    init = options.get("init_lora_weights", True)
+    # Compare by identity, since 1 == True but JSON's 1 is not an initialisation.
     if not any(
         init is known or (isinstance(init, str) and init == known) for known in _INITS_ON_THE_BASE
     ):
-        cure = (
-            "Load it on the quantised base that LoftQ made for it, with PEFT."
+        fix = (
+            "Load it with PEFT on the quantised base that LoftQ made for it."
             if init == "loftq"
             else "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion="
-            "<the adapter as saved before training>), and load the folder that this writes."
+            "<the adapter as saved before training>), and load that folder."
         )
         raise AdapterFileError(
             f"init_lora_weights is {init!r}: the adapter belongs to a base whose weights PEFT changed "
-            f"when training began. {cure}"
+            f"before training. {fix}"
         )
-    for option, value in found.items():
+    for option, value in options.items():
         if not value or option in _NO_EFFECT or option in _IMPLEMENTED:
             continue
         reason = _NOT_IMPLEMENTED.get(option, "an option that lorakit does not know")
@@ -298,20 +298,17 @@ def _shortened(value: Any) -> str:
 
 
 class _Reader:
-    """Typed look-ups of JSON values; absent and null mean the default."""
+    """Typed look-ups of JSON values; a missing or null value means the default."""
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self.found = found
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
 
     def get(self, name: str, default: Any) -> Any:
-        value = self.found.get(name)
+        value = self.options.get(name)
         return default if value is None else value
 
     def wrong(self, name: str, value: Any, expected: str) -> AdapterFileError:
         return AdapterFileError(f"{name} is {_shortened(value)}; {expected} was expected.")
-
-    def whole(self, name: str, default: int) -> int:
-        return self.check_rank(name, self.get(name, default))
 
     def check_rank(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -328,9 +325,6 @@ class _Reader:
             raise self.wrong(name, value, "a number")
         return float(value)
 
-    def alpha(self, name: str, default: float) -> float:
-        return self.check_alpha(name, self.get(name, default))
-
     def check_alpha(self, name: str, value: Any) -> float:
         number = not isinstance(value, bool) and isinstance(value, int | float)
         try:
@@ -338,7 +332,9 @@ class _Reader:
         except OverflowError:
             fits = False
         if not fits:
-            raise self.wrong(name, value, "a number other than 0 (0 would switch the adapter off)")
+            raise self.wrong(
+                name, value, "a finite number other than 0 (0 would disable the adapter)"
+            )
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -368,7 +364,7 @@ class _Reader:
         return tuple(value)
 
     def names_or_pattern(self, name: str) -> str | tuple[str, ...] | None:
-        value = self.found.get(name)
+        value = self.options.get(name)
         return value if value is None or isinstance(value, str) else self.names(name)
 
     def indices(self, name: str) -> tuple[int, ...] | None:

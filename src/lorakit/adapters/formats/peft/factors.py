@@ -1,15 +1,15 @@
-"""Our factors in PEFT's form and back: one full-width pair for each layer, nothing lost.
+"""Convert factors to PEFT's form and back, without loss: one full-width pair for each layer.
 
-PEFT knows ``delta W = alpha / r * B A`` on a whole layer. What lorakit has beyond that is the same
+PEFT computes ``delta W = alpha / r * B A`` on a whole layer. lorakit's other deltas are the same
 product with more columns in B and rows in A, some of them zero:
 
-- slices of a fused projection: A as it is, B's blocks placed at the rows of their slice;
-- PiSSA's frozen start: ``[B, -B0] [A; A0]``;
+- slices of a fused projection: A unchanged, B's blocks at the rows of their slice;
+- PiSSA's frozen initial factors: ``[B, -B0] [A; A0]``;
 - a grouped convolution: A with zeros at the input channels of the other groups;
 - loralib's convolution, whose delta is ``[B_0 A | B_1 A | ...]`` over the K taps of the kernel's
-  height: ``[B_0, B_1, ...]`` times a block-diagonal matrix of K times A.
+  height: ``[B_0, B_1, ...]`` times a block-diagonal matrix with K copies of A.
 
-Every step moves numbers or changes their sign, so the way back gives the same bits.
+Every step only moves numbers or changes their sign, so the inverse is exact to the bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.errors import AdapterFileError
 
 
 class NotExpressibleError(AdapterFileError):
-    """An adapter has no equal in PEFT's format."""
+    """PEFT's format cannot represent an adapter."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Factors:
     B: Tensor
     magnitude: Tensor | None
     own_rank: int
-    """The layer's own rank."""
+    """Rank of the layer before the conversion."""
 
     @property
     def rank(self) -> int:
@@ -44,10 +44,10 @@ class Factors:
 
 
 def to_peft(layer: StoredLayer) -> Factors:
-    """The layer as one full-width pair of factors, and DoRA's magnitudes of all rows.
+    """Return the layer as one full-width pair of factors, with DoRA's magnitudes of all rows.
 
     Raises:
-        NotExpressibleError: PEFT's form cannot say it exactly.
+        NotExpressibleError: PEFT's form cannot represent it exactly.
     """
     A, B = _full_width(layer, layer.A, layer.B)
     if layer.initial_A is not None and layer.initial_B is not None:
@@ -60,7 +60,7 @@ def to_peft(layer: StoredLayer) -> Factors:
 
 
 def peft_rank(layer: StoredLayer) -> int:
-    """Rank of the layer in PEFT's form."""
+    """Return the rank of the layer in PEFT's form."""
     taps = layer.kernel_width if layer.kind == "conv-loralib" else 1
     return layer.A.shape[0] * taps * (1 if layer.initial_A is None else 2)
 
@@ -69,8 +69,8 @@ def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
     """Undo `to_peft`.
 
     Args:
-        layer: The layer as it was, its tensors on the meta device (they say the shapes).
-        factors: The tensors as `to_peft` made them.
+        layer: The original layer, with tensors on the meta device for their shapes.
+        factors: The tensors that `to_peft` returned.
 
     Raises:
         AdapterFileError: The tensors are not of that form.
@@ -85,7 +85,7 @@ def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
     if magnitude is not None and layer.slices:
         rows = _rows(layer)
         magnitude, norms = magnitude[rows], magnitude.clone()
-        # The base's norms of the adapted rows are not in PEFT's form, and nothing reads them.
+        # PEFT's form lacks the base's norms of the adapted rows, which are never read.
         norms[rows] = 0
     restored = replace(
         layer,
@@ -98,8 +98,8 @@ def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
-    same = torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)
-    if not (same_shapes and same):
+    same_factors = torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)
+    if not (same_shapes and same_factors):
         raise AdapterFileError(
             "its lora_A and lora_B are not of the form that lorakit.json describes."
         )
@@ -143,13 +143,13 @@ def _own_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor
 def _loralib_full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if layer.weight_shape is None:
         raise NotExpressibleError(
-            "loralib's factors of a convolution do not say its shape; write it from the live model."
+            "loralib's factors of a convolution do not show its shape. Save the adapter from a live model."
         )
     taps, (n_out, _, *kernel) = layer.kernel_width, layer.weight_shape
     rank, n_in = A.shape[0], A.shape[1] // taps
     if n_in != layer.weight_shape[1]:
         raise NotExpressibleError(
-            "loralib's factors of a grouped convolution mix its groups, which PEFT's cannot."
+            "loralib's factors of a grouped convolution mix its groups, but PEFT's cannot."
         )
     diagonal = torch.block_diag(*[A] * taps)
     wide = diagonal.view(taps * rank, n_in, *kernel)
@@ -158,7 +158,7 @@ def _loralib_full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tenso
 
 
 def _interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
-    """``[A; A0]`` within each group: a grouped B reads its own group's channels alone."""
+    """``[A; A0]`` within each group: a grouped B reads only the channels of its own group."""
     parts = [t.unflatten(0, (groups, -1)) for t in (A, A0)]
     return torch.cat(parts, dim=1).flatten(0, 1)
 
@@ -173,8 +173,8 @@ def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
         return layer.magnitude
     if layer.base_norms is None:
         raise NotExpressibleError(
-            "DoRA on slices of a fused projection needs the norms of the base's other rows in PEFT's "
-            "form; write it from the live model."
+            "PEFT's form of DoRA on slices of a fused projection needs the norms of the base's other rows. "
+            "Save the adapter from a live model."
         )
     return layer.base_norms.index_copy(0, _rows(layer), layer.magnitude)
 

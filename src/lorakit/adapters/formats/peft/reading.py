@@ -1,4 +1,4 @@
-"""PEFT folders, read: every tensor must find its meaning, and every layer its tensors."""
+"""Read PEFT folders: every tensor must be explained, and every layer complete."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PART = re.compile(
 )
 _OUT_PROJ = ".base_layer.out_proj"
 _TABLES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out")
-"""Last names of input and output embeddings: PEFT adds these to a file when they were resized."""
+"""Last names of input and output embeddings, which PEFT saves if they were resized."""
 
 
 def read_peft(folder: str | Path) -> StoredAdapter:
     """Read a PEFT LoRA folder.
 
-    The tensors decide: every pair of factors must be complete and fit its options, and nothing may
-    be left over. Whether the layers exist is for the model to say (`expected_layers`).
+    Every pair of factors must be complete and match the options, and no tensor may remain. Only a
+    live model can show whether the layers exist (`expected_layers`).
 
     Raises:
         AdapterFileError: The folder is damaged, incomplete or unsafe, or sets an option that lorakit
@@ -40,14 +40,14 @@ def read_peft(folder: str | Path) -> StoredAdapter:
     """
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
-    found = storage.read_json(storage.regular_file(config_path))
+    options = storage.read_json(storage.regular_file(config_path))
     try:
-        config = parse(found)
+        config = parse(options)
     except AdapterFileError as error:
         raise at(f"'{config_path}'", error) from error
     tensors_path = _tensors_path(folder)
     try:
-        return _adapter(found, config, _without_prefix(read_tensors(tensors_path)))
+        return _adapter(options, config, _without_prefix(read_tensors(tensors_path)))
     except AdapterFileError as error:
         if str(tensors_path) in str(error):
             raise
@@ -59,24 +59,24 @@ def _tensors_path(folder: Path) -> Path:
         if (folder / name).is_symlink() or (folder / name).exists():
             return folder / name
     raise AdapterFileError(
-        f"'{folder}' has a {CONFIG_NAME}, and neither {TENSORS_NAME} nor {PICKLE_NAME} beside it. "
-        "The download or the save was not finished; fetch or save it again."
+        f"'{folder}' has a {CONFIG_NAME}, but neither {TENSORS_NAME} nor {PICKLE_NAME}: the download "
+        "or save is incomplete. Download or save it again."
     )
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as paths in the base; transformers can write them without PEFT's prefix."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors by their name in the base; transformers may omit PEFT's prefix."""
+    named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if name in found:
-            raise AdapterFileError(f"'{name}' is there with and without '{PREFIX}' before it.")
-        found[name] = tensor
-    return found
+        if name in named:
+            raise AdapterFileError(f"it holds '{name}' with and without the prefix '{PREFIX}'.")
+        named[name] = tensor
+    return named
 
 
 def _adapter(
-    found: dict[str, Any], config: PeftConfig, tensors: Mapping[str, Tensor]
+    options: dict[str, Any], config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> StoredAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -88,36 +88,36 @@ def _adapter(
             part = match["part"].removesuffix(".weight")
             parts.setdefault(match["path"], {})[part] = tensor
     layers = {}
-    for key, here in parts.items():
+    for key, layer_parts in parts.items():
         attention = key.removesuffix(_OUT_PROJ)
         if key != attention and attention not in parts:
-            raise AdapterFileError(f"'{key}' has factors, and '{attention}' around it has none.")
+            raise AdapterFileError(f"'{key}' has factors, but its parent '{attention}' has none.")
         path = key if key == attention else f"{attention}.out_proj"
         if path in layers:
             raise AdapterFileError(f"'{path}' has factors under two names.")
         is_attention = key + _OUT_PROJ in parts
         # PEFT looks up the options of both projections under the attention module's path.
-        layers[path] = _layer(path, attention, here, config, is_attention=is_attention)
-    sorted_out = _Others(config, parts, others)
-    modules = sorted_out.modules
+        layers[path] = _layer(path, attention, layer_parts, config, is_attention=is_attention)
+    classified = _Others(config, parts, others)
+    modules = classified.modules
     if config.modules_to_save and not modules:
         raise AdapterFileError(
-            f"modules_to_save names {', '.join(config.modules_to_save)}, and no tensors are there for "
+            f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
     adapter = StoredAdapter(
         method=_method(config, layers, modules),
         layers=layers,
-        trained=sorted_out.trained,
-        base_copies=sorted_out.base_copies,
-        provenance={"peft": _about(found)},
+        trained=classified.trained,
+        base_copies=classified.base_copies,
+        provenance={"peft": _provenance(options)},
         notices=rank_notices(layers),
-        peft_config=found,
+        peft_config=options,
     )
-    if found.get("ensure_weight_tying"):
+    if options.get("ensure_weight_tying"):
         adapter.notices.append(
             "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
-            "lorakit would train them apart from each other."
+            "further training with lorakit would untie them."
         )
     return adapter
 
@@ -131,11 +131,11 @@ def _layer(
     surplus = parts.keys() - {*names, MAGNITUDE}
     if missing or surplus:
         raise AdapterFileError(
-            f"'{path}' has {', '.join(sorted(parts))}, and {' and '.join(names)} were expected."
+            f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )
     if config.dora != (MAGNITUDE in parts):
         raise AdapterFileError(
-            f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, and use_dora is "
+            f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
             f"{str(config.dora).lower()}."
         )
     A, B = (parts[name] for name in names)
@@ -144,13 +144,13 @@ def _layer(
         expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
         if tuple(magnitude.shape) != expected:
             raise AdapterFileError(
-                f"'{path}': {MAGNITUDE} has shape {tuple(magnitude.shape)}, not {expected}."
+                f"'{path}': {MAGNITUDE} has shape {tuple(magnitude.shape)}; {expected} was expected."
             )
         magnitude = magnitude.flatten()
     rank = config.rank_of(options)
     if A.shape[:1] != (rank,):
         raise AdapterFileError(
-            f"'{path}': {names[0]} has shape {tuple(A.shape)}, and the rank there is {rank}."
+            f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
         )
     kind: Kind = "conv" if A.ndim > 2 else "linear"
     if embedding or is_attention:
@@ -167,18 +167,18 @@ def _layer(
         )
     except AdapterFileError as error:
         raise at(f"'{path}'", error) from error
-    if layer.groups > 1:  # PEFT's A of a grouped convolution sees all input channels
+    if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
-                f"'{path}' has DoRA on a grouped convolution, where PEFT takes the norms of weights that "
-                "the layer does not compute with. Load it with PEFT."
+                f"'{path}' has DoRA on a grouped convolution, for which PEFT computes the norms of weights "
+                "that the layer does not use. Load it with PEFT."
             )
         layer.grouped = False
     return layer
 
 
 class _Others:
-    """The tensors that are no factors, sorted by what PEFT would do with them."""
+    """The tensors other than factors, classified as PEFT would use them."""
 
     def __init__(
         self, config: PeftConfig, layers: Iterable[str], tensors: Mapping[str, Tensor]
@@ -187,17 +187,18 @@ class _Others:
         self.trained: dict[str, Tensor] = {}
         self.base_copies: dict[str, Tensor] = {}
         self.modules: set[str] = set()
-        surplus = [key for key in tensors if not self._take(key)]
+        surplus = [key for key in tensors if not self._classify(key)]
         if surplus:
             hint = ""
             if any("lora_" in key for key in surplus):
-                hint = " Keys of factors end in lora_A.weight or lora_B.weight, without a name between."
+                hint = " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name."
             raise AdapterFileError(
                 f"it holds {len(surplus)} tensors that its options do not explain, the first "
-                f"'{surplus[0]}'.{hint} PEFT would leave them out silently."
+                f"'{surplus[0]}'.{hint} PEFT would skip them silently."
             )
 
-    def _take(self, key: str) -> bool:
+    def _classify(self, key: str) -> bool:
+        """Store a tensor as trained or as a base copy; return whether it is explained."""
         tensor, name = self.tensors[key], self._base_name(key)
         if "lora_" in key:
             return False
@@ -209,46 +210,46 @@ class _Others:
             self.trained[name] = tensor
             return True
         *_, owner, attribute = ("", *name.split("."))
-        of_layer = name != key
+        in_layer = name != key
         if (self.config.bias == "all" and "bias" in name) or (
-            self.config.bias == "lora_only" and of_layer and attribute.endswith("bias")
+            self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
         ):
             self.trained[name] = tensor
-        elif attribute == "weight" and (of_layer or owner in _TABLES):
+        elif attribute == "weight" and (in_layer or owner in _TABLES):
             self.base_copies[name] = tensor
         else:
             return False
         return True
 
     def _base_name(self, key: str) -> str:
-        """The key without the `base_layer` that PEFT puts between a layer and its own tensors."""
+        """Return the key without PEFT's `base_layer` between a layer and its own tensors."""
         name, rest = "", key
         while rest:
             step, _, rest = rest.partition(".")
-            around = name.removesuffix(".out_proj")
-            inside = name in self.layers or (around != name and around + _OUT_PROJ in self.layers)
-            if not (step == "base_layer" and inside):
+            parent = name.removesuffix(".out_proj")
+            adapted = name in self.layers or (parent != name and parent + _OUT_PROJ in self.layers)
+            if not (step == "base_layer" and adapted):
                 name = f"{name}.{step}" if name else step
         return name
 
     def _trained_module(self, name: str) -> str | None:
-        """The entry of modules_to_save under which PEFT stores this parameter, if any."""
+        """Return the entry of modules_to_save under which PEFT saves this parameter, or None."""
         parts = name.split(".")
         for i in range(1, len(parts)):
             path = ".".join(parts[:i])
             for entry in self.config.modules_to_save:
-                # PEFT's rule; it asks for no dot before the entry.
+                # PEFT's rule, which does not require a dot before the entry.
                 if path.endswith(entry):
                     return entry
         return None
 
     def _repeats_a_module(self, key: str) -> bool:
-        """With bias "all" PEFT writes the biases of its wrapped modules once more."""
+        """Whether the tensor is a duplicate: with bias "all" PEFT saves biases of wrapped modules twice."""
         match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save)\.(.+)", key)
         if match is None or self.config.bias != "all":
             return False
         module, wrapper, name = match.groups()
-        for inner in (name, name.partition(".")[2]):  # the adapter's name may stand before it
+        for inner in (name, name.partition(".")[2]):  # an adapter name may precede it
             plain = self.tensors.get(f"{module}.{inner}")
             if plain is not None:
                 return wrapper == "original_module" or plain.equal(self.tensors[key])
@@ -282,6 +283,6 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[
         raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error
 
 
-def _about(found: Mapping[str, Any]) -> dict[str, str]:
+def _provenance(options: Mapping[str, Any]) -> dict[str, str]:
     names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
-    return {name: found[name] for name in names if isinstance(found.get(name), str)}
+    return {name: options[name] for name in names if isinstance(options.get(name), str)}

@@ -1,4 +1,4 @@
-"""target_modules: names by which PEFT finds exactly the adapted layers."""
+"""Find target_modules with which PEFT selects exactly the adapted layers."""
 
 from __future__ import annotations
 
@@ -7,39 +7,36 @@ from collections.abc import Iterable, Sequence
 
 
 def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> list[str] | str:
-    """The shortest list of path endings that match the targets and nothing else of the model.
+    """Return the shortest list of path endings that match the targets and no other module.
 
     Args:
         targets: Paths of the adapted layers.
-        modules: Paths of all modules of the model; None where it is not at hand: then whole paths.
+        modules: Paths of all modules of the model; None if they are not known: then whole paths are
+            returned.
 
     Returns:
-        A list, which every reader of PEFT files understands, or a pattern where no list can tell a
-        target from another module (one whose path ends in the target's whole path).
+        A list, which every reader of PEFT files supports, or a pattern if no list separates a target
+        from another module (one whose path ends in the target's whole path).
     """
     targets = set(targets)
     others = set(modules or ()) - targets
-    taken = {ending for path in others for ending in _endings(path)}
-    found: set[str] = set()
+    ambiguous = {ending for path in others for ending in _endings(path)}
+    chosen: set[str] = set()
     for path in targets:
         endings = _endings(path) if modules is not None else [path]
-        ending = next((e for e in endings if e not in taken), None)
+        ending = next((e for e in endings if e not in ambiguous), None)
         if ending is None:
-            return _pattern(targets)
-        found.add(ending)
-    return sorted(found, key=_natural)
+            return "|".join(re.escape(path) for path in sorted(targets, key=_natural))
+        chosen.add(ending)
+    return sorted(chosen, key=_natural)
 
 
 def _endings(path: str) -> list[str]:
-    """What PEFT would match the path by: its last part, its last two, and so on."""
+    """Return the endings by which PEFT matches a path: its last part, its last two, and so on."""
     parts = path.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _pattern(targets: Iterable[str]) -> str:
-    return "|".join(re.escape(path) for path in sorted(targets, key=_natural))
-
-
 def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Sorts layers.2 before layers.10."""
+    """Return a sort key that orders layers.2 before layers.10."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split(".")]

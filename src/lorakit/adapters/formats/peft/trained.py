@@ -1,4 +1,4 @@
-"""Base parameters trained in full (biases, heads), under the names that PEFT gives them."""
+"""Map base parameters trained in full (biases, heads) to PEFT's keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Prefix of every key in a PEFT file."""
 
 
 @dataclass
@@ -23,38 +24,38 @@ class TrainedForm:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
-    """The key of each, by its name in the base."""
+    """The key of each parameter, by its name in the base."""
     modules: list[str] = field(default_factory=list)
-    """modules_to_save."""
+    """The entries of modules_to_save."""
 
 
 def place(
     stored: StoredAdapter, layout: BaseLayout | None, layer_keys: Mapping[str, str]
 ) -> TrainedForm:
-    """Decide how PEFT is to load each trained parameter: as a bias, or as part of a whole module.
+    """Assign PEFT's key to each trained parameter: as a bias, or as part of a whole module.
 
     Args:
         stored: The adapter.
-        layout: Of its base, where it is at hand.
-        layer_keys: Path of every layer that PEFT wraps, to the start of its keys.
+        layout: The layout of its base, if it is known.
+        layer_keys: Path of every layer that PEFT wraps -> prefix of its keys.
 
     Raises:
-        NotExpressibleError: A parameter is neither a bias nor in a module that is trained as a whole.
+        NotExpressibleError: A parameter is neither a bias nor in a module that is trained in full.
     """
     names = _with_aliases(stored, layout)
     modules = _modules_to_save(stored, layout, names, layer_keys)
-    along = {} if layout is None else _taken_along(modules, layout)
-    _refuse_adapted((*modules, *along), layer_keys)
+    frozen = {} if layout is None else _also_matched(modules, layout)
+    _check_not_adapted((*modules, *frozen), layer_keys)
     form = TrainedForm(modules=modules)
-    for tensors in along.values():
-        form.tensors.update({_PREFIX + name: tensor for name, tensor in tensors.items()})
+    for tensors in frozen.values():
+        form.tensors.update({PREFIX + name: tensor for name, tensor in tensors.items()})
     for name, first in names.items():
         whole = any(name.startswith(f"{module}.") for module in modules)
         if not whole and not _is_trained_bias(name, stored, layer_keys):
             raise NotExpressibleError(
-                f"'{name}' is trained, and PEFT stores whole modules and biases alone."
+                f"'{name}' is trained, but PEFT saves only biases and whole modules."
             )
-        key = _PREFIX + (name if whole else _bias_key(name, layer_keys))
+        key = PREFIX + (name if whole else _bias_key(name, layer_keys))
         form.tensors[key] = stored.trained[first]
         form.keys.setdefault(first, key)
     return form
@@ -63,13 +64,13 @@ def place(
 def task_type(
     stored: StoredAdapter, layout: BaseLayout | None, modules: Collection[str]
 ) -> str | None:
-    """PEFT's name for the task, where the base's class shows it."""
+    """Return PEFT's name of the task, or None if the base's class does not determine it."""
     if stored.base is None:
         return None
     class_name = stored.base.architecture.class_name
     for task, table in _TASKS.items():
         if class_name in getattr(modeling_auto, table).values():
-            # Under SEQ_CLS PEFT takes for granted that the classification head is in the file.
+            # With SEQ_CLS, PEFT assumes that the file contains the classification head.
             known = layout.modules if layout is not None else modules
             heads = [path for path in known if path.endswith(("classifier", "score"))]
             stored_heads = heads and all(path.endswith(tuple(modules)) for path in heads)
@@ -85,15 +86,15 @@ _TASKS = {
 
 
 def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str, str]:
-    """All names of the trained parameters, each with the name it is stored under.
+    """Map every name of a trained parameter to the name it is stored under.
 
-    Where the method means a tied parameter at several places, it is stored once; PEFT unties what it
-    wraps and needs each.
+    A tied parameter that the method trains under several names is stored once. PEFT unties the modules
+    that it wraps, so it needs one copy for each.
     """
     names = {name: name for name in stored.trained}
     if layout is not None:
         for name in stored.trained:
-            others = (n for n in layout.names_of(name) if _entries_around(n, stored))
+            others = (n for n in layout.names_of(name) if _trained_parents(n, stored))
             names.update({other: name for other in others if other not in names})
     return names
 
@@ -104,26 +105,26 @@ def _modules_to_save(
     names: Collection[str],
     layer_keys: Mapping[str, str],
 ) -> list[str]:
-    found: dict[str, None] = {}
+    outermost: dict[str, None] = {}
     for name in names:
-        wanted = _entries_around(name, stored)
-        if wanted:
-            found[wanted[0]] = None  # the outermost
+        parents = _trained_parents(name, stored)
+        if parents:
+            outermost[parents[0]] = None
         elif not _is_trained_bias(name, stored, layer_keys):
-            found[name.rpartition(".")[0]] = None
-    modules = list(found)
+            outermost[name.rpartition(".")[0]] = None
+    modules = list(outermost)
     if layout is not None:
         _check_whole(modules, layout, names)
     return modules
 
 
-def _refuse_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) -> None:
+def _check_not_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) -> None:
     for module in modules:
-        hit = next((path for path in layer_keys if _peft_excludes(module, path)), None)
-        if hit is not None:
-            raise NotExpressibleError(
-                f"'{hit}' is adapted, and PEFT trains '{module}' around it as a whole."
-            )
+        for path in layer_keys:
+            if re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path):  # PEFT's rule
+                raise NotExpressibleError(
+                    f"'{path}' is adapted, but PEFT trains its parent '{module}' in full."
+                )
 
 
 def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str]) -> None:
@@ -133,31 +134,31 @@ def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str])
         missing = [key for key in layout.below(module) if key not in names]
         if missing:
             raise NotExpressibleError(
-                f"'{module}' is trained in part, without '{missing[0]}'; PEFT stores whole modules."
+                f"'{module}' is trained in part, without '{missing[0]}', but PEFT saves whole modules."
             )
         if any(inner != module and inner.startswith(f"{module}.") for inner in modules):
             raise NotExpressibleError(
-                f"'{module}' is trained, and a module inside of it once more."
+                f"both '{module}' and a module inside it are trained, which PEFT does not support."
             )
 
 
-def _taken_along(modules: list[str], layout: BaseLayout) -> dict[str, dict[str, Tensor]]:
-    """The frozen modules that PEFT takes for trained ones, with the base's weights.
+def _also_matched(modules: list[str], layout: BaseLayout) -> dict[str, dict[str, Tensor]]:
+    """Return the frozen modules that PEFT also matches, with the base's weights.
 
-    It takes every module whose path ends in the letters of an entry, a dot before them or not:
-    DistilBERT's pre_classifier for its classifier.
+    PEFT matches every path that ends with an entry of modules_to_save, with or without a dot before
+    it: DistilBERT's pre_classifier for the entry classifier.
     """
-    found = {}
+    frozen = {}
     for path in layout.modules:
         if path in modules or not path.endswith(tuple(modules)):
             continue
         keys = layout.below(path)
         if path in layout.beyond_peft or not all(key in layout.parameters for key in keys):
             raise NotExpressibleError(
-                f"PEFT would take '{path}' for a trained module, whose name its own ends in."
+                f"PEFT would also train '{path}', because it ends with the name of a trained module."
             )
-        found[path] = {key: layout.parameters[key] for key in keys}
-    return found
+        frozen[path] = {key: layout.parameters[key] for key in keys}
+    return frozen
 
 
 def _is_trained_bias(name: str, stored: StoredAdapter, layer_keys: Mapping[str, str]) -> bool:
@@ -175,17 +176,13 @@ def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
     return f"{layer_keys[path]}.base_layer.{attribute}" if path in layer_keys else name
 
 
-def _peft_excludes(module: str, path: str) -> bool:
-    return re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path) is not None
-
-
 def is_in_trained_module(name: str, stored: StoredAdapter) -> bool:
-    """Whether a parameter lies in a module that the method trains as a whole."""
-    return isinstance(stored.method, LoRA) and bool(_entries_around(name, stored))
+    """Whether a parameter is in a module that the method trains in full."""
+    return isinstance(stored.method, LoRA) and bool(_trained_parents(name, stored))
 
 
-def _entries_around(name: str, stored: StoredAdapter) -> list[str]:
-    """The modules around a parameter that train_modules names, the outermost first."""
+def _trained_parents(name: str, stored: StoredAdapter) -> list[str]:
+    """Return the parents of a parameter that train_modules names, the outermost first."""
     assert isinstance(stored.method, LoRA)
     parts = name.split(".")[:-1]
     parents = [".".join(parts[: i + 1]) for i in range(len(parts))]

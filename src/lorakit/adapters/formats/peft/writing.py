@@ -1,11 +1,11 @@
-"""PEFT folders, written: adapter_config.json and adapter_model.safetensors."""
+"""Write PEFT folders: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -25,27 +25,26 @@ from lorakit.methods.lora import LoRA
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What stands before every key in a PEFT file."""
+PREFIX = trained.PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass
 class PeftForm:
-    """An adapter in PEFT's form, and where each part of it went."""
+    """An adapter in PEFT's form, with the key of each of its parts."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     layer_keys: dict[str, str] = field(default_factory=dict)
-    """Start of the keys of each of the adapter's own layers, by path."""
+    """Prefix of the keys of each layer of the adapter, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
 
 
 @dataclass
 class _Entry:
-    """One layer as PEFT will know it."""
+    """One layer in PEFT's form."""
 
     factors: Factors
     scaling: float
@@ -60,7 +59,7 @@ def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
         The form that was written.
 
     Raises:
-        NotExpressibleError: PEFT's format has no equal for this adapter; nothing is written.
+        NotExpressibleError: PEFT's format cannot represent this adapter; nothing is written.
     """
     form = peft_form(stored)
     write_safetensors(Path(folder, TENSORS_NAME), form.tensors)
@@ -69,24 +68,26 @@ def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
 
 
 def peft_form(stored: StoredAdapter) -> PeftForm:
-    """The adapter as PEFT would store it.
+    """Return the adapter as PEFT would save it.
 
     Raises:
-        NotExpressibleError: PEFT's format has no equal for it.
+        NotExpressibleError: PEFT's format cannot represent it.
     """
     method = stored.method
     if not isinstance(method, LoRA):
-        raise NotExpressibleError(f"PEFT has no method {type(method).__name__}.")
+        raise NotExpressibleError(f"PEFT's format has no method {type(method).__name__}.")
     layout = stored.base.layout if stored.base is not None else None
-    _refuse_beyond_peft(stored.layers, layout)
+    for path in stored.layers:
+        if layout is not None and path in layout.beyond_peft:
+            raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
     attention = _attention_paths(stored.layers, layout)
-    own = {path: _entry(path, layer) for path, layer in stored.layers.items()}
-    entries = {**own, **_tied_heads(stored.layers, own)}
+    adapted = {path: _entry(path, layer) for path, layer in stored.layers.items()}
+    entries = {**adapted, **_tied_heads(stored.layers, adapted)}
     for path in attention:
         entries.update(_both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
-    form = PeftForm({}, {}, {path: keys[path] for path in own})
+    form = PeftForm({}, {}, {path: keys[path] for path in adapted})
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
     whole = trained.place(stored, layout, keys)
@@ -100,7 +101,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "lora_dropout": method.dropout,
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
-        **_about_base(stored, trained.task_type(stored, layout, whole.modules)),
+        **_base_options(stored, trained.task_type(stored, layout, whole.modules)),
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -116,24 +117,18 @@ def _entry(path: str, layer: StoredLayer) -> _Entry:
     return _Entry(factors, layer.scaling, layer.alpha, layer.kind)
 
 
-def _refuse_beyond_peft(paths: Iterable[str], layout: BaseLayout | None) -> None:
-    for path in paths:
-        if layout is not None and path in layout.beyond_peft:
-            raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
-
-
 def _tied_heads(
     layers: Mapping[str, StoredLayer], entries: Mapping[str, _Entry]
 ) -> dict[str, _Entry]:
-    """An embedding's factors once more, transposed, on the head that shares its table."""
+    """Return the transposed factors of embeddings for the heads that share their table."""
     heads = {}
     for path, layer in layers.items():
         if layer.tied_head is not None:
             factors = entries[path].factors
             if factors.magnitude is not None:
                 raise NotExpressibleError(f"'{path}': PEFT cannot tie DoRA's magnitudes to a head.")
-            turned = Factors(factors.B.T, factors.A.T, None, factors.own_rank)
-            heads[layer.tied_head] = _Entry(turned, layer.scaling, layer.alpha)
+            transposed = Factors(factors.B.T, factors.A.T, None, factors.own_rank)
+            heads[layer.tied_head] = _Entry(transposed, layer.scaling, layer.alpha)
     return heads
 
 
@@ -141,36 +136,37 @@ def _tied_heads(
 
 
 def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
-    found = {path for path, layer in layers.items() if layer.kind == "attention"}
+    attention = {path for path, layer in layers.items() if layer.kind == "attention"}
     if layout is not None:
         parents = {path.rpartition(".")[0] for path in layers if path.endswith(".out_proj")}
-        found |= {path for path in parents if layout.is_attention(path)}
-    return found
+        attention |= {path for path in parents if layout.is_attention(path)}
+    return attention
 
 
 def _both_projections(path: str, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
-    """PEFT adapts the input and the output projection at one rank and scaling: zeros fill up."""
+    """Return both projections at one rank and scaling, as PEFT needs them, padded with zeros."""
     names = (path, f"{path}.out_proj")
     present = {name: entries[name] for name in names if name in entries}
     if any(entry.factors.magnitude is not None for entry in present.values()):
         raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
     if len({(entry.scaling, entry.factors.A.dtype) for entry in present.values()}) > 1:
         raise NotExpressibleError(
-            f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, and its input and output "
+            f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, but its input and output "
             "projections have different scalings."
         )
     rank = max(entry.factors.rank for entry in present.values())
-    alike = next(iter(present.values()))
-    width = alike.factors.A.shape[1]  # in_proj and out_proj both read embed_dim numbers
-    made = {}
+    first = next(iter(present.values()))
+    width = first.factors.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
+    padded = {}
     for name, rows in zip(names, (3 * width, width), strict=True):
-        A, B = alike.factors.A.new_zeros(rank, width), alike.factors.A.new_zeros(rows, rank)
+        A, B = first.factors.A.new_zeros(rank, width), first.factors.A.new_zeros(rows, rank)
         if name in present:
-            given = present[name].factors
-            A[: given.rank], B[:, : given.rank] = given.A, given.B
-        filled = Factors(A, B, None, alike.factors.own_rank)
-        made[name] = _Entry(filled, alike.scaling, alike.alpha)
-    return made
+            factors = present[name].factors
+            A[: factors.rank], B[:, : factors.rank] = factors.A, factors.B
+        padded[name] = _Entry(
+            Factors(A, B, None, first.factors.own_rank), first.scaling, first.alpha
+        )
+    return padded
 
 
 def _key_start(path: str, attention: set[str]) -> str:
@@ -182,19 +178,19 @@ def _key_start(path: str, attention: set[str]) -> str:
 
 
 def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
-    """The keys of a layer's A, B and magnitude, by the start of its keys."""
-    found = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    """Return the keys of a layer's A, B and magnitude, for the prefix `key` of the layer."""
+    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     if kind == "embedding":
-        found = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+        names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
     if dora:
-        found["magnitude"] = MAGNITUDE
-    return {part: f"{PREFIX}{key}.{name}" for part, name in found.items()}
+        names["magnitude"] = MAGNITUDE
+    return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}
 
 
 def _layer_tensors(key: str, entry: _Entry) -> dict[str, Tensor]:
     factors, magnitude = entry.factors, entry.factors.magnitude
     if magnitude is not None and factors.A.ndim > 2:
-        # A convolution's are shaped to multiply (batch, channels, *space).
+        # A convolution's magnitudes broadcast over (batch, channels, *space).
         magnitude = magnitude.view(1, -1, *(1 for _ in factors.A.shape[2:]))
     keys = factor_keys(key, entry.kind, dora=magnitude is not None)
     parts = {"A": factors.A, "B": factors.B, "magnitude": magnitude}
@@ -205,7 +201,7 @@ def _layer_tensors(key: str, entry: _Entry) -> dict[str, Tensor]:
 
 
 def _ranks(entries: Mapping[str, _Entry], targets: set[str], method: LoRA) -> dict[str, Any]:
-    """r, lora_alpha and what departs from them, such that every scaling comes out as ours."""
+    """Return r, lora_alpha and the patterns with which PEFT computes our scalings."""
     rslora = method.scaling == "rslora" and all(
         entry.alpha / math.sqrt(entry.factors.rank) == entry.scaling for entry in entries.values()
     )
@@ -225,9 +221,9 @@ def _ranks(entries: Mapping[str, _Entry], targets: set[str], method: LoRA) -> di
 
 
 def _alpha(entry: _Entry) -> float:
-    """The alpha that, over PEFT's rank, gives our scaling: to the bit where a number does."""
+    """Return the alpha that gives our scaling when divided by PEFT's rank, exactly if possible."""
     rank = entry.factors.rank
-    # Both scalings are correctly rounded quotients of one fraction where this product is exact.
+    # If this product is exact, both scalings are the correctly rounded value of one fraction.
     exact = float(Fraction(entry.alpha) * Fraction(rank, entry.factors.own_rank))
     product = entry.scaling * rank
     candidates = [exact, product, math.nextafter(product, 0), math.nextafter(product, 2 * product)]
@@ -235,27 +231,27 @@ def _alpha(entry: _Entry) -> float:
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The values that differ from the default, by a pattern that matches their layers alone."""
+    """Return the values that differ from the default, by patterns that match only their layers."""
     by_template: dict[str, set[Any]] = {}
     for path, value in values.items():
         by_template.setdefault(_template(path), set()).add(value)
-    found = {}
+    patterns = {}
     for path, value in values.items():
         if value != default:
-            alike = len(by_template[_template(path)]) == 1
-            found[_template(path) if alike else f"^{re.escape(path)}"] = value
-    return found
+            same_value = len(by_template[_template(path)]) == 1
+            patterns[_template(path) if same_value else f"^{re.escape(path)}"] = value
+    return patterns
 
 
 def _template(path: str) -> str:
-    """A pattern for the path with any number in the place of each of its numbers."""
+    """Return a pattern for the path in which each number matches any number."""
     return "^" + r"\.".join(r"\d+" if p.isdigit() else re.escape(p) for p in path.split("."))
 
 
 # --- the base ------------------------------------------------------------------------------------
 
 
-def _about_base(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
+def _base_options(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
     source = stored.base.source if stored.base is not None else None
     name = source.name if source is not None else None
     recorded = stored.provenance.get("peft", {})
