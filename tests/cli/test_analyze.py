@@ -141,7 +141,7 @@ def test_help(capsys):
         (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
         (["diff", "{one}", "{base}"], "holds no adapter"),
         (["drift", "{one}", "{one}"], "cannot be read"),
-        (["drift", "{one}", "x", "--base.dtype", "float32"], "say --base.name too"),
+        (["drift", "{one}", "x", "--base.dtype", "float32"], "Add --base.name"),
     ],
 )
 def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):
@@ -179,8 +179,8 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
     if measure != "drift":
         assert all(name in text for name in json.loads(facts)["layers"])
     else:  # what leads to the table is its caption, and no finding
-        assert "<caption>Where it changed most.</caption>" in text
-        assert "Where it changed most:" not in text
+        assert "<caption>Largest changes.</caption>" in text
+        assert "Largest changes:" not in text
     if measure in ("similarity", "amplification"):
         overall = json.loads(facts)["overall"]
         shown = overall["B"]["phi_whole"] if measure == "similarity" else overall["factor"]

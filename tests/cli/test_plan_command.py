@@ -112,4 +112,4 @@ def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     # A finished run does not fail for a prediction.
     monkeypatch.setattr("lorakit.planning.planner.simulate", lambda *_, **__: 1 / 0)
     assert main([*arguments, "--output", str(tmp_path / "second")]) == 0
-    assert "planned  nothing: division by zero" in capsys.readouterr().out
+    assert "planned  no prediction: division by zero" in capsys.readouterr().out
