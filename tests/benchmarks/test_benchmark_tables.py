@@ -69,7 +69,7 @@ def test_a_training_row(row: dict[str, Any]) -> None:
     assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
     assert cells(text, "PEFT, float32, plain (default)")[3:5] == ["1.00", "0.50"]
     assert cells(text, "PEFT, bf16 weights, bucketed (best)")[3:5] == ["2.00", "1.00"]
-    assert "Not run here, for time: loralib, full fine-tuning." in text
+    assert "Not run here, to save time: loralib, full fine-tuning." in text
     assert "Medians of 3 runs." in text
     assert "1 GFLOP/s, the median of the faster half of 9 samples (0 to 1)" in text
 
@@ -104,7 +104,7 @@ def test_inference_tables() -> None:
     process = {
         "prefill": times,
         "decode": times,
-        "operations": {kind: inference.beside_base(trace) for kind in ("prefill", "decode")},
+        "operations": {kind: inference.compare_to_base(trace) for kind in ("prefill", "decode")},
     }
     record = {"base": "tiny", "bfloat16": [process, process]}
     sections = list(inference.sections(record))
@@ -193,4 +193,4 @@ def test_the_profile_is_a_table_of_shares():
     rows = {"e2e": {"title": "E2E", "seconds": {profile.LINEAR: 3.0, profile.REST: 1.0}}}
     text = report.markdown(list(profile.sections({"rows": rows})))
     assert cells(text, profile.LINEAR)[1] == "75%"
-    assert cells(text, "seconds in all")[1] == "4.0"
+    assert cells(text, "total seconds")[1] == "4.0"

@@ -26,8 +26,8 @@ class Written:
         """Reject, before the computation, files that cannot be written after it.
 
         Raises:
-            ConfigurationError: A suffix does not fit, or what draws is not installed.
-            RunFolderError: A file is in the way.
+            ConfigurationError: A file has the wrong suffix, or the package that draws charts is not installed.
+            RunFolderError: A file exists, or cannot be written.
         """
         from lorakit import storage
         from lorakit.reporting import drawing
