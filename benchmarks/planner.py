@@ -31,12 +31,13 @@ TIME = 0.30
 CALIBRATED_TIME = 0.20
 """Accepted relative error of predicted time after calibration."""
 
-WORDS = (
+TEXT = (
     "time year people way day man thing woman life child world school state family student group country "
     "problem hand part place case week company system program question work number night point home water "
     "room mother area money story fact month lot right study book eye job word business issue side kind head "
     "house service friend father power hour game line end member law car city name"
-).split()
+)
+WORDS = TEXT.split(" ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ def _note(record: dict[str, Any]) -> str:
         memory = sum(LOW <= error <= HIGH for error, _ in errors)
         time = sum(abs(error) <= limit for _, error in errors)
         return (
-            f"memory within {LOW:+.0%} and {HIGH:+.0%} in {memory} of {len(errors)} cells, time within "
+            f"memory error from {LOW:+.0%} to {HIGH:+.0%} in {memory} of {len(errors)} cells, time error up to "
             f"{limit:.0%} in {time}"
         )
 
