@@ -2,28 +2,20 @@
 
 Both train on the same examples in the same batches, each in its fastest precision, once per seed. Both then label the
 same held-out examples in float32. The interval of the difference is a paired bootstrap over these examples.
-
-python -m benchmarks.accuracy SYSTEM FOLDER --settings JSON --result FILE    one process
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
-from torch import nn
 
 from benchmarks import report
 from benchmarks.examples import Prepared, prepare_whole
-from benchmarks.measure import held_out_logits, held_out_loss
 from benchmarks.runs import Runs, runs_of
 from benchmarks.training import OURS, System, peft
 from benchmarks.workloads import SEED, WORKLOADS
@@ -59,9 +51,8 @@ def main(*, quick: bool, rows: list[str]) -> None:
 
 
 def _run(runs: Runs, system: System, seed: int, folder: Path) -> dict[str, Any]:
-    settings = ["--settings", json.dumps(dict(system.settings))]
-    command = ("benchmarks.accuracy", system.module, str(folder), *settings)
-    scores = runs.run(f"{seed} {system.name}", *command)
+    run = runs.run(f"{seed} {system.name}", *system.command(folder, held_out=True), "--labels")
+    scores = {name: run[name] for name in ("right", "process_seconds")} | {"loss": run["held_out"]}
     report.say(f"  seed {seed}  {system.name:<28} accuracy {np.mean(scores['right']):.4f}")
     return scores
 
@@ -107,30 +98,3 @@ def interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return float(result.low), float(result.high)
-
-
-def right_labels(model: nn.Module, prepared: Prepared) -> list[bool]:
-    """Return whether the model predicts the label of each held-out example, sorted by length."""
-    right = []
-    for logits, labels in held_out_logits(model, prepared):
-        right += (logits.argmax(-1) == labels).tolist()
-    return right
-
-
-def main_of_process() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("system", help="a module of benchmarks.systems")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--settings", type=json.loads, default={})
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
-    prepared = Prepared.read(args.folder)
-    with TemporaryDirectory() as scratch:
-        system = import_module(f"benchmarks.systems.{args.system}")
-        model = system.train(prepared, args.settings, Path(scratch)).in_float32()
-    scores = {"loss": held_out_loss(model, prepared), "right": right_labels(model, prepared)}
-    args.result.write_text(json.dumps(scores), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main_of_process()

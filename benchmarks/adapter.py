@@ -102,8 +102,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
         f"Milliseconds of the first call in a process: median (range) of {len(figures['lorakit'])} processes per "
         "library, in alternating order.",
     )
-    report.write("adapter", {"machine": report.machine(), "runs": figures}, [section], quick)
-    report.show([section])
+    report.publish("adapter", {"machine": report.machine(), "runs": figures}, [section], quick)
 
 
 def durations(figures: dict[str, list[dict[str, float]]]) -> Table:

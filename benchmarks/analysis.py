@@ -30,7 +30,7 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_BLOCKS = 4
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Run the measures, and write the tables."""
     report.say("\nanalysis: run time of the measures")
     torch.manual_seed(0)
@@ -52,8 +52,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
         ),
     ]
     record = {"machine": report.machine(), "adapter": adapter, "layer": layer}
-    report.write("analysis", record, sections, quick)
-    report.show(sections)
+    report.publish("analysis", record, sections, quick)
 
 
 def whole_adapter(blocks: int, rounds: int) -> dict[str, Any]:
@@ -166,4 +165,4 @@ def layer_table(times: dict[str, dict[str, list[float]]]) -> Table:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="four blocks, two rounds")
-    main(quick=parser.parse_args().quick, rows=[])
+    main(quick=parser.parse_args().quick)

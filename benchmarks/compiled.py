@@ -45,9 +45,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
                     f"{run['process_seconds']:>6.0f} s"
                 )
         record["rows"][workload.name] = {"title": workload.title, "runs": figures}
-    tables = list(sections(record))
-    report.write("compiled", record, tables, quick)
-    report.show(tables)
+    report.publish("compiled", record, sections(record), quick)
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:

@@ -15,6 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -103,26 +104,15 @@ def _fill_lora_b(model: nn.Module) -> None:
 
 def prefill_call(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs the prompt through the model up to the logits of the next token."""
-
-    @torch.no_grad()
-    def call() -> object:
-        return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-
-    return call
+    return partial(model, input_ids=prompt, use_cache=True, logits_to_keep=1)
 
 
+@torch.no_grad()
 def decode_call(model: nn.Module, prompts: torch.Tensor) -> Callable[[], object]:
     """Return a function that decodes one token per row, with a cache that grows with each call."""
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    token = prompts[:, -1:]
-
-    @torch.no_grad()
-    def call() -> object:
-        return model(input_ids=token, past_key_values=cache, use_cache=True)
-
-    with torch.no_grad():
-        model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return call
+    model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return partial(model, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
 
 
 def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[str, Any]:
@@ -199,9 +189,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
             figures = runs.run(str(number), *command, *([] if number else ["--trace"]))
             record[dtype].append(figures)
             report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
-    tables = list(sections(record))
-    report.write("inference", record, tables, quick)
-    report.show(tables)
+    report.publish("inference", record, sections(record), quick)
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:

@@ -22,6 +22,7 @@ Times = dict[str, list[float]]
 """Seconds of each step, by model."""
 
 
+@torch.no_grad()
 def in_turn(
     calls: Mapping[str, Callable[[], object]], steps: int, *, warmup: int = 2, seed: int = 0
 ) -> Times:
@@ -69,6 +70,7 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
     return Ratio(*np.exp([np.median(logs), interval.low, interval.high]).tolist())
 
 
+@torch.no_grad()
 def operations(call: Callable[[], object]) -> list[str]:
     """Return the names of the operations of a call in order, from PyTorch's profiler."""
     activities = [ProfilerActivity.CPU]

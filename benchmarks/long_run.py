@@ -80,9 +80,7 @@ def main() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         train(configuration(args.data, folder, order, args.updates, args.resume))
         record["orders"][order] = course(folder)
-    tables = list(sections(record))
-    report.write("long_run", record, tables, quick=False)
-    report.show(tables)
+    report.publish("long_run", record, sections(record), quick=False)
 
 
 def course(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,13 +80,6 @@ class Meter:
         return self._loading - self._before
 
 
-def memory() -> int:
-    """Return the current memory of the process, or of its tensors on the GPU, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
 def peak_memory() -> int:
     """Return the peak memory since :func:`restart_peak`, of the process or of its tensors on the GPU, in bytes."""
     if torch.cuda.is_available():
@@ -129,3 +121,11 @@ def held_out_loss(model: nn.Module, prepared: Prepared) -> float:
         total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
         count += int((labels != IGNORED).sum())
     return total / count
+
+
+def right_labels(model: nn.Module, prepared: Prepared) -> list[bool]:
+    """Return whether the model predicts the label of each held-out example, sorted by length."""
+    right = []
+    for logits, labels in held_out_logits(model, prepared):
+        right += (logits.argmax(-1) == labels).tolist()
+    return right

@@ -157,8 +157,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
     section = report.Section(
         f"{cycles:,} merge and unmerge cycles over {ADAPTERS} adapters", drift(figures)
     )
-    report.write("merge", {"machine": report.machine(), "runs": figures}, [section], quick)
-    report.show([section])
+    report.publish("merge", {"machine": report.machine(), "runs": figures}, [section], quick)
 
 
 def drift(figures: dict[str, dict[str, list[dict[str, Any]]]]) -> Table:

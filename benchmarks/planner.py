@@ -162,9 +162,8 @@ def main(*, quick: bool, rows: list[str]) -> None:
             settings = json.dumps(dataclasses.asdict(cell))
             row["runs"].append(runs.run(f"{number} {cell.name}", "benchmarks.planner", settings))
             report.say(f"  {number + 1}  {_line(cell.name, row)}")
-    sections = [report.Section("Predicted and measured", _table(record), _note(record))]
-    report.write("planner", record, sections, quick)
-    report.show(sections)
+    section = report.Section("Predicted and measured", _table(record), _note(record))
+    report.publish("planner", record, [section], quick)
 
 
 def predict(cell: Cell, machine: Any) -> dict[str, Any]:

@@ -93,9 +93,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
         run = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
         record["rows"][workload.name] = {"title": workload.title, "seconds": run["seconds"]}
         report.say(f"  {workload.name}: {sum(run['seconds'].values()):.1f} s")
-    tables = list(sections(record))
-    report.write("profile", record, tables, quick)
-    report.show(tables)
+    report.publish("profile", record, sections(record), quick)
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:

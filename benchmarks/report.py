@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,15 @@ def write(
     text = json.dumps(record, indent=1, sort_keys=True)
     (target / f"{part}.json").write_text(text + "\n", encoding="utf-8")
     (target / f"{part}.md").write_text(markdown(sections), encoding="utf-8")
+
+
+def publish(
+    part: str, record: dict[str, Any], sections: Iterable[tuple[Any, ...]], quick: bool
+) -> None:
+    """Write the results of a part, and print its tables. See :func:`write`."""
+    tables = list(sections)
+    write(part, record, tables, quick)
+    show(tables)
 
 
 def markdown(sections: Sequence[tuple[Any, ...]]) -> str:

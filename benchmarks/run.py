@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.before import BEFORE
 from benchmarks.examples import Prepared
-from benchmarks.measure import Meter, held_out_loss
+from benchmarks.measure import Meter, held_out_loss, right_labels
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
         action="store_true",
         help="also compute the held-out loss of the trained model",
     )
+    parser.add_argument("--labels", action="store_true", help="also compare its labels")
     parser.add_argument("--result", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     system = import_module(f"benchmarks.systems.{args.system}")
@@ -46,7 +47,10 @@ def main() -> None:
                 f"{args.system} made {len(meter.seconds)} counted updates; expected {len(figures['tokens'])}"
             )
         if args.held_out:
-            figures["held_out"] = held_out_loss(trained.in_float32(), prepared)
+            model = trained.in_float32()
+            figures["held_out"] = held_out_loss(model, prepared)
+            if args.labels:
+                figures["right"] = right_labels(model, prepared)
     print(json.dumps(figures))
     if args.result:
         args.result.write_text(json.dumps(figures), encoding="utf-8")

@@ -13,8 +13,9 @@ import argparse
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -129,17 +130,13 @@ def measure(setting: Setting, models: dict[str, nn.Module], steps: int, seed: in
     shape = (setting.rows, setting.length)
     tokens = torch.randint(GPT2Config().vocab_size, shape, generator=generator).to(device)
 
-    def forward(model: nn.Module) -> Callable[[], object]:
-        @torch.no_grad()
-        def call() -> object:
-            return model(input_ids=tokens, use_cache=False)
-
-        return call
-
     with contextlib.ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(adapted(model, setting, name))
-        calls = {name: forward(model) for name, model in models.items()}
+        calls = {
+            name: partial(model, input_ids=tokens, use_cache=False)
+            for name, model in models.items()
+        }
         return in_turn(calls, steps, warmup=1, seed=seed)
 
 
@@ -181,8 +178,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
         "Milliseconds per forward pass, with the head and without a cache. In parentheses: slow-down against the "
         "fine-tuned model, with its 95 % interval. Paper: batches of 32, 16 and 1 on a Quadro RTX 8000.",
     )
-    report.write("table1", {"machine": report.machine(), "times": times}, [section], quick)
-    report.show([section])
+    report.publish("table1", {"machine": report.machine(), "times": times}, [section], quick)
 
 
 def latencies(times: dict[str, list[Times]]) -> Table:
