@@ -1,4 +1,4 @@
-"""Tables from figures, as pages show them."""
+"""Tables of the benchmarks from given results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks import (
 
 
 def cells(text: str, first: str) -> list[str]:
-    """The cells of the one line of a Markdown table that starts with `first`."""
+    """Return the cells of the only line of a Markdown table that starts with `first`."""
     lines = [line for line in text.splitlines() if re.match(rf"\| {re.escape(first)}\s*\|", line)]
     assert len(lines) == 1, text
     return [cell.strip() for cell in lines[0].strip("|").split("|")]
@@ -42,7 +42,7 @@ def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def row() -> dict[str, Any]:
-    """Three rounds; the machine is half as fast in the second, and busy while it is sampled there."""
+    """Return a row with three rounds. In the second, the machine is half as fast and its samples are slow."""
     return {
         "title": "A row",
         "source": "E2E NLG",
@@ -63,7 +63,7 @@ def row() -> dict[str, Any]:
 
 def test_a_training_row(row: dict[str, Any]) -> None:
     text = report.markdown(training_tables.sections({"e2e": row}))
-    # 500 million operations at a billion a second: 200 tokens/s are the limit.
+    # 100 tokens need 500 million operations. At a billion operations per second the limit is 200 tokens/s.
     of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
     assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
     assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
@@ -144,7 +144,7 @@ def test_adapter_and_merge_tables() -> None:
 
 
 def test_the_interval_of_a_difference_is_paired() -> None:
-    """Both wrong on the same hundred: the single example they differ in is all that there is to resample."""
+    """Both are wrong on the same hundred examples, so only the one example that differs adds variance."""
     ours = np.arange(1000) >= 100
     theirs = ours.copy()
     theirs[500] = False
@@ -154,7 +154,7 @@ def test_the_interval_of_a_difference_is_paired() -> None:
 
 
 def test_accuracies_beside_each_other() -> None:
-    """PEFT is wrong on half of the examples with one seed, and on none with the other."""
+    """PEFT is wrong on half of the examples with one seed, and on none with the other seed."""
 
     def found(loss: float, right: bool) -> dict[str, object]:
         return {"loss": loss, "right": [True, right] * 50}

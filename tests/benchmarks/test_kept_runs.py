@@ -1,4 +1,4 @@
-"""Figures of finished runs are kept, and never mixed with those of another machine."""
+"""Results of finished runs are cached, and never mixed with those of another machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.__main__ import PARTS, prepare_work
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would have run; each writes its number."""
+    """Record commands instead of running them; each writes its number as its result."""
     found: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""`lorakit analyze`: tables, JSON and figures of every measure; errors as one clear message."""
+"""`lorakit analyze`: tables, JSON, figures and reports of every measure, and its error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorakit.reporting.page import number
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny base with two adapters of it, and a text."""
+    """Write a tiny base, two adapters for it, and a text."""
     folder = tmp_path_factory.mktemp("analyze")
     tokenizer = tiny_tokenizer()
     model = tiny_models.build("llama", vocab_size=len(tokenizer))
@@ -158,7 +158,7 @@ def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
     for option in ("plot", "report"):
         target = tmp_path / f"x.{'png' if option == 'plot' else 'html'}"
         status, out, err = run(capsys, "spectrum", folder / "one", f"--{option}", target)
-        assert (status, out) == (1, "")  # said before the measure is taken
+        assert (status, out) == (1, "")  # rejected before the computation
         assert "pip install 'lorakit[report]'" in err
 
 
@@ -178,7 +178,7 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
             assert f'<td class="number">{number(layer["norm"])}</td>' in text
     if measure != "drift":
         assert all(name in text for name in json.loads(facts)["layers"])
-    else:  # what leads to the table is its caption, and no finding
+    else:  # the line that introduces the table is its caption, not a finding
         assert "<caption>Largest changes.</caption>" in text
         assert "Largest changes:" not in text
     if measure in ("similarity", "amplification"):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, misspellings, exit statuses."""
+"""The command line: help, misspelt names, exit statuses."""
 
 import subprocess
 import sys
