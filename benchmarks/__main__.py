@@ -66,14 +66,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parts = args.parts or [name for name in PARTS if name not in ASKED_FOR]
     if args.rows and parts != ["training"]:
-        parser.error(
-            "--rows selects rows of the training tables; add the part: training --rows ..."
-        )
+        parser.error("--rows selects rows of the training tables: use training --rows ROW")
     places = [f"training/{row}" for row in args.rows] or parts
     prepare_work(places, quick=args.quick, resume=args.resume)
     began = time.monotonic()
+    options = {"rows": args.rows} if args.rows else {}
     for name in parts:
-        import_module(PARTS[name]).main(quick=args.quick, rows=args.rows)
+        import_module(PARTS[name]).main(quick=args.quick, **options)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 

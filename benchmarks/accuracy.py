@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Train and score both systems, and write the table."""
     report.say("\naccuracy: lorakit and PEFT after whole epochs")
     workload = next(w for w in WORKLOADS if w.name == ROW)

@@ -85,7 +85,7 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure both libraries alternately, and write their table."""
     report.say("\nadapter: attach, save and load")
     runs = runs_of("adapter", "all-linear", quick)

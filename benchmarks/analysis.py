@@ -83,9 +83,8 @@ def whole_adapter(blocks: int, rounds: int) -> dict[str, Any]:
 def operations(n_in: int, n_out: int) -> float:
     """Return the floating-point operations of one spectrum: two Gram matrices, and rank x rank work."""
     gram = 2 * RANK**2 * (n_in + n_out)
-    small = (
-        2 * RANK**3 / 3 + 2 * RANK**3 + 8 * RANK**3 / 3
-    )  # Cholesky twice, a product, singular values
+    # Two Cholesky factors, a product, and singular values.
+    small = 2 * RANK**3 / 3 + 2 * RANK**3 + 8 * RANK**3 / 3
     return gram + small
 
 

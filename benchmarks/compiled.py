@@ -25,7 +25,7 @@ SYSTEMS = (
 )
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure both variants, and write the table."""
     report.say("\ncompiled: training with and without torch.compile")
     record: dict[str, Any] = {"machine": report.machine(), "rows": {}}

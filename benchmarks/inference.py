@@ -172,7 +172,7 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure latencies, and write their tables."""
     report.say("\ninference: base, merged and unmerged, interleaved")
     record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}

@@ -138,7 +138,7 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure both libraries in both dtypes, and write their table."""
     report.say("\nmerge: base weights after merging and unmerging")
     cycles = QUICK_CYCLES if quick else CYCLES

@@ -138,7 +138,7 @@ def main_of_process() -> None:
 # --- the benchmark -----------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Predict and measure every cell."""
     import torch
 
@@ -190,10 +190,8 @@ def _errors(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     memory, _, seconds = _measured(row)
-    memory_error, time_error = _errors(row)
-    return (
-        f"{name}: {memory / 1e6:,.0f} MB ({memory_error:+.1%}), {seconds:.2f} s ({time_error:+.0%})"
-    )
+    errors = _errors(row)
+    return f"{name}: {memory / 1e6:,.0f} MB ({errors[0]:+.1%}), {seconds:.2f} s ({errors[1]:+.0%})"
 
 
 def _table(record: dict[str, Any]) -> Any:

@@ -80,7 +80,7 @@ def measure(prepared: Prepared) -> dict[str, float]:
     return dict(seconds)
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure the rows, and write the table."""
     if torch.cuda.is_available():
         report.say("\nprofile: skipped, because it measures CPUs only and this machine has a GPU")

@@ -161,7 +161,7 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure the three settings, and write the table."""
     report.say("\ntable1: GPT-2 medium, one forward pass")
     times: dict[str, list[Times]] = {setting.name: [] for setting in SETTINGS}

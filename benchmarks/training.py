@@ -8,6 +8,7 @@ fastest setting. Each run starts with a sample of the matmul rate of the machine
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -74,7 +75,7 @@ def others(workload: Workload) -> list[System]:
     ]
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool, rows: Sequence[str] = ()) -> None:
     """Measure the given rows, or all."""
     report.say("training: lorakit, PEFT, loralib and full fine-tuning")
     chosen = [w for w in WORKLOADS if (w.name in rows if rows else w.quick_updates or not quick)]

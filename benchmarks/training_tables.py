@@ -92,9 +92,8 @@ def note(row: Row) -> str:
     rounds = len(row["runs"][row["systems"][0]])
     sentences.append(f"Medians of {rounds} runs." if rounds > 1 else "One run each.")
     if row["left_out"]:
-        sentences.append(
-            f"Not run here, to save time: {', '.join(dict.fromkeys(row['left_out']))}."
-        )
+        systems = ", ".join(dict.fromkeys(row["left_out"]))
+        sentences.append(f"Not run here, to save time: {systems}.")
     if row["machine"] != report.machine():
         sentences.append(f"Measured on {report.in_words(row['machine'])}")
     return " ".join(sentences)

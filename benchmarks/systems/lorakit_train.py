@@ -63,6 +63,4 @@ def _check_batches(run: Path, expected: list[int]) -> None:
     totals = [0, *(json.loads(line)["tokens"] for line in lines)]
     tokens = [after - before for before, after in pairwise(totals)]
     if tokens != expected:
-        raise RuntimeError(
-            f"lorakit.train used batches of {tokens} tokens; the file of examples has {expected}"
-        )
+        raise RuntimeError(f"lorakit.train used batches of {tokens} tokens; expected {expected}")

@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert sys.stdout is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (
-        OSError
-    ) as error:  # I/O errors that no command handles: a library's own file, a failing disk
+    except OSError as error:  # not handled by the command: a library's own file, a failing disk
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {name}{error.strerror or error}.", file=sys.stderr)
         return 1

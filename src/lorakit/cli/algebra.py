@@ -86,8 +86,8 @@ def finish(
             table.add_column(escape(name), justify="right", overflow="fold")
         for score in saved.scores["result"]:
             cells = [
-                f"{scores[score]:.4f}" if score in scores else "-"
-                for scores in saved.scores.values()
+                f"{column[score]:.4f}" if score in column else "-"
+                for column in saved.scores.values()
             ]
             table.add_row(escape(score), *cells)
         out.print(table)

@@ -46,9 +46,7 @@ def run(argv: Sequence[str]) -> None:
     stored = formats.read(config.adapter, alpha=config.alpha)
     if config.to == "loralib":
         formats.write_loralib(stored, config.output)
-        notices = [
-            "loralib files store neither alpha nor rank. Note both; you need alpha to load the file."
-        ]
+        notices = ["loralib files store neither alpha nor rank: record both elsewhere."]
     else:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             formats.copy_tokenizer(config.adapter, temporary)

@@ -24,7 +24,7 @@ MADE_UP = "made-up"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """Options of `lorakit plan`: those of `lorakit train`, with data and output optional, and how to plan."""
+    """Options of `lorakit plan`, including those of `lorakit train` (data and output are optional)."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The training data. Without data.train, the plan uses synthetic examples, see length."""
