@@ -4,10 +4,14 @@ A batch needs 4 operations per matmul weight and distinct token: a multiplicatio
 and in the backward pass. A prefix that examples of a batch share counts once. The head needs 4 operations per weight
 and token before a target. Attention adds its own products.
 
-Three things are not needed: the last token of an example, which has no target and which no token attends to; the
-gradient of the embeddings; and, for tokens whose last hidden state is not read, all of the last block except keys and
-values. The rate is that of products in the model's own shapes, forward and backward, with the same threads. No
-training can be faster.
+Three things are not needed:
+
+- the last token of an example, which has no target and which no token attends to;
+- the gradient of the embeddings;
+- the last block, except keys and values, for tokens whose last hidden state is not read.
+
+The rate is that of products in the model's own shapes, forward and backward, with the same threads. No training can
+be faster.
 """
 
 from __future__ import annotations
