@@ -165,7 +165,7 @@ def _task_prompt(task: NamedText, prompt: Prompt) -> str:
     except BadRow as error:
         raise DataError(
             f"{prompt.where}: {error}. A row needs the columns of task {task.name} "
-            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or its context as a string in 'prompt'."
+            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a string."
         ) from None
 
 

@@ -111,7 +111,7 @@ def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]
                 value = rest.pop(at)
             values.append(value)
     if len(values) > 1:
-        raise ConfigurationError(f"{option} occurs {len(values)} times; give it once.")
+        raise ConfigurationError(f"{option} is given {len(values)} times; give it once.")
     return (values[0] if values else None), rest
 
 
