@@ -1,25 +1,26 @@
-"""What lorakit costs, beside its peers and the machine's limit.
+"""Benchmarks of lorakit against its peers and the limit of the machine.
 
-``python -m benchmarks`` runs every part that fits into an hour, ``... training --rows e2e`` some rows of one. A part
-is a module: its ``main`` starts processes in turn, most of them of the same module, and makes the tables.
+``python -m benchmarks`` runs the parts that fit into an hour. ``python -m benchmarks training --rows e2e`` runs some
+rows of one part. Each part is a module. Its ``main`` starts processes one after the other, most of them of the same
+module, and writes the tables.
 
 ==================  ==================================================================================
-training.py         updates of lorakit, PEFT, loralib and full fine-tuning; training_tables.py shows them
-compiled.py         the same updates with and without torch.compile
+training.py         training speed of lorakit, PEFT, loralib and full fine-tuning; tables in training_tables.py
+compiled.py         training speed with and without torch.compile
 inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
-adapter.py          attach, save, load
-merge_drift.py      what merging leaves behind in the base
-planner.py          what `lorakit plan` predicts beside what is measured
-long_run.py         one long run in both orders of the data; not part of the command above
+adapter.py          time to attach, save and load an adapter
+merge_drift.py      changes in the base weights after merging and unmerging
+planner.py          predictions of `lorakit plan` against measurements
+long_run.py         one long run in both orders of the data; has its own command
 ------------------  ----------------------------------------------------------------------------------
-workloads.py        what is trained: the rows of the training tables
-examples.py         the one file of tokenised examples, in order, that every system of a row reads
-systems/            the systems: each trains on that file as its users would
-run.py              one run of one system; measure.py is its clock and scales, before.py its zero
-limit.py            the products that a batch needs, and how fast this machine multiplies
-latency.py          forward passes of several models in turn, and their ratios
-runs.py             processes whose figures are kept, so that an interrupted benchmark goes on
-report.py           JSON, Markdown, console
+workloads.py        the rows of the training tables
+examples.py         the tokenised, ordered examples that every system of a row reads
+systems/            one training script per system, written as its users would
+run.py              one run of one system; measure.py measures it, before.py sets the memory baseline
+limit.py            operations that a batch needs, and the matmul rate of this machine
+latency.py          interleaved forward passes of several models, and their ratios
+runs.py             processes with cached results, so that an interrupted benchmark can resume
+report.py           results as JSON, Markdown and console output
 ==================  ==================================================================================
 """

@@ -1,11 +1,11 @@
 """Run the benchmarks.
 
-python -m benchmarks                              every part but compiled, planner, accuracy, profile
-python -m benchmarks compiled planner             parts of those that run when asked for
+python -m benchmarks                              all parts except compiled, planner, accuracy, profile
+python -m benchmarks compiled planner             named parts only
 python -m benchmarks --quick                      a few rows, one round: results/quick/
-python -m benchmarks --resume                     go on with an interrupted one
+python -m benchmarks --resume                     resume an interrupted run
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
-python -m benchmarks --results results-here       the figures of this machine, and not into benchmarks/results
+python -m benchmarks --results results-here       write somewhere else than benchmarks/results
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARTS = {
 }
 
 ASKED_FOR = ("compiled", "planner", "accuracy", "profile")
-"""Parts that run where they are named: with them the others would not be done within an hour."""
+"""Parts that run only if named, so that the default fits into an hour."""
 
 
 def main() -> None:
@@ -46,55 +46,59 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(PARTS)}; if none is named all but {', '.join(ASKED_FOR)}",
+        help=f"{', '.join(PARTS)}; default: all except {', '.join(ASKED_FOR)}",
     )
     parser.add_argument("--quick", action="store_true", help="a few rows and updates, one round")
     parser.add_argument("--rows", nargs="*", default=[], choices=[w.name for w in WORKLOADS])
     parser.add_argument(
-        "--resume", action="store_true", help="keep the runs that an interrupted one has finished"
+        "--resume", action="store_true", help="keep the finished runs of an interrupted benchmark"
     )
     parser.add_argument(
-        "--results", type=Path, default=report.RESULTS, help="folder of tables and figures"
+        "--results", type=Path, default=report.RESULTS, help="folder to write results to"
     )
     args = parser.parse_args()
-    report.put_results_into(args.results)
+    report.write_results_to(args.results)
     for name in args.parts:
         if name not in PARTS:
-            parser.error(f"'{name}' is none of the parts {', '.join(PARTS)}")
-    # What is on this machine is measured, and nothing is asked of the network on the way.
+            parser.error(f"unknown part '{name}'; choose from {', '.join(PARTS)}")
+    # Use local files only, so that no network request affects a measurement.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parts = args.parts or [name for name in PARTS if name not in ASKED_FOR]
     if args.rows and parts != ["training"]:
-        parser.error("--rows chooses rows of the training tables: name the part, training")
+        parser.error("--rows selects rows of the training tables: use training --rows ROW")
     places = [f"training/{row}" for row in args.rows] or parts
     prepare_work(places, quick=args.quick, resume=args.resume)
     began = time.monotonic()
+    options = {"rows": args.rows} if args.rows else {}
     for name in parts:
-        import_module(PARTS[name]).main(quick=args.quick, rows=args.rows)
+        import_module(PARTS[name]).main(quick=args.quick, **options)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 
 def prepare_work(places: list[str], *, quick: bool, resume: bool) -> None:
-    """Empty these places in the work folder, or see to it that what is resumed was measured on this machine."""
+    """Delete the old runs of `places`, or check that the runs to resume come from this machine.
+
+    Exits with a message if they do not.
+    """
     work = report.work(quick)
-    here = {name: value for name, value in report.machine().items() if name != "date"}
-    witness = work / "machine.json"
-    if resume and witness.exists():
-        there = json.loads(witness.read_text(encoding="utf-8"))
-        changed = [name for name in here if here[name] != there.get(name)]
+    machine = {name: value for name, value in report.machine().items() if name != "date"}
+    record = work / "machine.json"
+    if resume and record.exists():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        changed = [name for name in machine if machine[name] != earlier.get(name)]
         if changed:
             sys.exit(
-                f"The runs in {work} are of another machine or software ({', '.join(changed)} differ), and "
-                "figures of two are not compared. Start anew, without --resume."
+                f"The runs in {work} come from another machine or software ({', '.join(changed)} differ), so "
+                "their results are not comparable. Start again without --resume."
             )
     elif not resume:
         for place in places:
             shutil.rmtree(work / place, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    witness.write_text(json.dumps(here), encoding="utf-8")
+    record.write_text(json.dumps(machine), encoding="utf-8")
     if any((work / place).exists() for place in places):
-        report.say(f"Runs that are finished in {work} are kept.")
+        report.say(f"Reusing the finished runs in {work}.")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,21 @@
-"""What the speed costs in quality: accuracy on MRPC after whole epochs, lorakit's and PEFT's, example by example.
+"""Accuracy on MRPC after whole epochs, lorakit against PEFT, to check that speed does not cost quality.
 
-Both train on the same examples in the same batches, each in its fastest precision, once for each of several seeds, and
-label the same held-out examples in float32. The interval of the difference is a paired bootstrap over those.
-
-python -m benchmarks.accuracy SYSTEM FOLDER --settings JSON --result FILE    one process
+Both train on the same examples in the same batches, each in its fastest precision, once per seed. Both then label the
+same held-out examples in float32. The interval of the difference is a paired bootstrap over these examples.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
-from torch import nn
 
 from benchmarks import report
 from benchmarks.examples import Prepared, prepare_whole
-from benchmarks.measure import held_out_logits, held_out_loss
 from benchmarks.runs import Runs, runs_of
 from benchmarks.training import OURS, System, peft
 from benchmarks.workloads import SEED, WORKLOADS
@@ -36,9 +28,9 @@ SEEDS = (0, 1, 2)
 RESAMPLES = 10_000
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
-    """Train, label, and write the table."""
-    report.say("\naccuracy: after whole epochs, with and without lorakit")
+def main(*, quick: bool) -> None:
+    """Train and score both systems, and write the table."""
+    report.say("\naccuracy: lorakit and PEFT after whole epochs")
     workload = next(w for w in WORKLOADS if w.name == ROW)
     workload = dataclasses.replace(workload, epochs=1 if quick else EPOCHS)
     runs = runs_of("accuracy", ROW, quick)
@@ -51,42 +43,41 @@ def main(*, quick: bool, rows: list[str]) -> None:
             else prepare_whole(dataclasses.replace(workload, seed=seed), folder)
         )
         record |= {"source": prepared.source, "updates": prepared.updates + workload.warmup}
-        found = {s.name: _run(runs, s, seed, folder) for s in (OURS, PEFT)}
-        record["seeds"][str(seed)] = found
-        made = list(sections(record))
-        report.write("accuracy", record, made, quick)
-    report.show(made)
+        scores = {s.name: _run(runs, s, seed, folder) for s in (OURS, PEFT)}
+        record["seeds"][str(seed)] = scores
+        tables = list(sections(record))
+        report.write("accuracy", record, tables, quick)
+    report.show(tables)
 
 
 def _run(runs: Runs, system: System, seed: int, folder: Path) -> dict[str, Any]:
-    settings = ["--settings", json.dumps(dict(system.settings))]
-    command = ("benchmarks.accuracy", system.module, str(folder), *settings)
-    found = runs.run(f"{seed} {system.name}", *command)
-    report.say(f"  seed {seed}  {system.name:<28} accuracy {np.mean(found['right']):.4f}")
-    return found
+    run = runs.run(f"{seed} {system.name}", *system.command(folder, held_out=True), "--labels")
+    scores = {name: run[name] for name in ("right", "process_seconds")} | {"loss": run["held_out"]}
+    report.say(f"  seed {seed}  {system.name:<28} accuracy {np.mean(scores['right']):.4f}")
+    return scores
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
-    """Yield the table: a row for each seed, and their mean."""
+    """Yield the table with one row per seed and their mean."""
     names = (OURS.name, PEFT.name)
-    made = report.table(
-        "seed", *(f"{name}: {what}" for what in ("loss", "accuracy") for name in names)
+    table = report.table(
+        "seed", *(f"{name}: {score}" for score in ("loss", "accuracy") for name in names)
     )
     seeds = record["seeds"]
-    losses = np.array([[found[name]["loss"] for name in names] for found in seeds.values()])
-    right = np.array([[found[name]["right"] for name in names] for found in seeds.values()])
+    losses = np.array([[scores[name]["loss"] for name in names] for scores in seeds.values()])
+    right = np.array([[scores[name]["right"] for name in names] for scores in seeds.values()])
     shares = right.mean(-1)
     for label, loss, share in (
         *zip(seeds, losses, shares, strict=True),
         ("mean", losses.mean(0), shares.mean(0)),
     ):
-        made.add_row(label, *(f"{x:.4f}" for x in loss), *(f"{x:.2%}" for x in share))
-    # Each example's share of seeds with which it was labelled right: what all seeds share is no accident of one.
+        table.add_row(label, *(f"{x:.4f}" for x in loss), *(f"{x:.2%}" for x in share))
+    # For each example, the fraction of seeds that label it correctly; averages out the noise of single seeds.
     ours, theirs = right.mean(0)
     low, high = interval(ours, theirs)
     yield report.Section(
         "Accuracy after whole epochs, in the same batches",
-        made,
+        table,
         f"{record['source']}: {record['updates']} updates ({record['epochs']} epochs), {len(ours):,} held-out "
         f"examples. lorakit minus PEFT, over {len(seeds)} seeds: {100 * (ours.mean() - theirs.mean()):+.2f} points, "
         f"95% interval {100 * low:+.2f} to {100 * high:+.2f} (paired bootstrap over the examples, {RESAMPLES:,} "
@@ -95,42 +86,15 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
 
 
 def interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of the difference of two means, over the same examples."""
+    """Return the 95% interval of the difference between two means over the same examples."""
     differences = ours.astype(float) - theirs.astype(float)
     if not differences.any():
-        return 0.0, 0.0  # no resample differs either
-    found = bootstrap(
+        return 0.0, 0.0  # every resample has difference 0
+    result = bootstrap(
         (differences,),
         np.mean,
         n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def right_labels(model: nn.Module, prepared: Prepared) -> list[bool]:
-    """Return whether the model labels each held-out example as the data does, from short ones to long ones."""
-    right = []
-    for logits, labels in held_out_logits(model, prepared):
-        right += (logits.argmax(-1) == labels).tolist()
-    return right
-
-
-def main_of_process() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("system", help="a module of benchmarks.systems")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--settings", type=json.loads, default={})
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
-    prepared = Prepared.read(args.folder)
-    with TemporaryDirectory() as scratch:
-        system = import_module(f"benchmarks.systems.{args.system}")
-        model = system.train(prepared, args.settings, Path(scratch)).in_float32()
-    found = {"loss": held_out_loss(model, prepared), "right": right_labels(model, prepared)}
-    args.result.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main_of_process()
+    return float(result.low), float(result.high)

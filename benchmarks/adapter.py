@@ -1,7 +1,7 @@
-"""The time it takes to attach an adapter, to save it and to load it: lorakit beside PEFT.
+"""Time to attach, save and load an adapter: lorakit and PEFT.
 
-Every process attaches one adapter to a fresh model, saves it, and loads it onto another fresh model. What a
-first call does that later ones are spared is in the figures, as it is for a user; imports are not.
+Every process attaches one adapter to a fresh model, saves it, and loads it onto another fresh model. The times
+include one-off work of a first call, as users see it, but not imports.
 
 python -m benchmarks.adapter lorakit --result FILE    one process
 """
@@ -38,8 +38,8 @@ STEPS = ("attach", "save", "load")
 
 
 def of_lorakit(model: nn.Module, fresh: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The three steps with lorakit, in their order."""
-    attach, load = lorakit.attach, lorakit.load  # imported here, outside of what is timed
+    """Return the three steps with lorakit, in order."""
+    attach, load = lorakit.attach, lorakit.load  # import outside the timed steps
     method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
     handles: list[lorakit.Adapters] = []
     return {
@@ -50,7 +50,7 @@ def of_lorakit(model: nn.Module, fresh: nn.Module, folder: Path) -> dict[str, Ca
 
 
 def of_peft(model: Any, fresh: Any, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The three steps with PEFT, in their order."""
+    """Return the three steps with PEFT, in order."""
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"
     )
@@ -85,37 +85,36 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
-    """Measure both libraries in turn, and write their table."""
+def main(*, quick: bool) -> None:
+    """Measure both libraries alternately, and write their table."""
     report.say("\nadapter: attach, save and load")
     runs = runs_of("adapter", "all-linear", quick)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in LIBRARIES}
     for number in range(QUICK_ROUNDS if quick else ROUNDS):
         for name in LIBRARIES:
-            found = runs.run(f"{number} {name}", "benchmarks.adapter", name)
-            figures[name].append(found)
-            told = ", ".join(f"{step} {1000 * found[step]:.0f} ms" for step in STEPS)
-            report.say(f"  {number + 1}  {name:<8} {told}")
+            seconds = runs.run(f"{number} {name}", "benchmarks.adapter", name)
+            figures[name].append(seconds)
+            times = ", ".join(f"{step} {1000 * seconds[step]:.0f} ms" for step in STEPS)
+            report.say(f"  {number + 1}  {name:<8} {times}")
     section = report.Section(
         f"An adapter on all linear layers of {BASE_MODEL}, {resolved_dtype('auto')}, rank {RANK}",
         durations(figures),
-        f"Milliseconds, the first call of a process; medians of {len(figures['lorakit'])} processes each, the two "
-        "libraries in turn, and their range.",
+        f"Milliseconds of the first call in a process: median (range) of {len(figures['lorakit'])} processes per "
+        "library, in alternating order.",
     )
-    report.write("adapter", {"machine": report.machine(), "runs": figures}, [section], quick)
-    report.show([section])
+    report.publish("adapter", {"machine": report.machine(), "runs": figures}, [section], quick)
 
 
 def durations(figures: dict[str, list[dict[str, float]]]) -> Table:
-    """The libraries' medians and ranges."""
-    made = report.table("library", *STEPS)
-    for name, found in figures.items():
+    """Return a table of medians and ranges."""
+    table = report.table("library", *STEPS)
+    for name, processes in figures.items():
         cells = []
         for step in STEPS:
-            times = [1000 * run[step] for run in found]
+            times = [1000 * seconds[step] for seconds in processes]
             cells.append(f"{median(times):,.0f} ({min(times):,.0f} to {max(times):,.0f})")
-        made.add_row(name, *cells)
-    return made
+        table.add_row(name, *cells)
+    return table
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the measures of adapters cost: beside the dense way, and beside what their operations need.
+"""Run time of the adapter measures against dense computation and against the limit of the machine.
 
-The spectrum of an adapter shaped like one of Llama 7B (rank 64 on all linear layers, random factors), and
-one layer of 4096 x 4096: its spectrum, amplification and intruders, by lorakit and by full decompositions.
+Measures the spectrum of an adapter shaped like one of Llama 7B (rank 64 on all linear layers, random factors).
+Then measures one layer of 4096 x 4096: spectrum, amplification and intruders, with lorakit and with full
+decompositions.
 
 python -m benchmarks.analysis [--quick]
 """
@@ -29,9 +30,9 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_BLOCKS = 4
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
-    """Measure, and write the tables."""
-    report.say("\nanalysis: what the measures cost")
+def main(*, quick: bool) -> None:
+    """Run the measures, and write the tables."""
+    report.say("\nanalysis: run time of the measures")
     torch.manual_seed(0)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     adapter = whole_adapter(QUICK_BLOCKS if quick else BLOCKS, rounds)
@@ -40,19 +41,18 @@ def main(*, quick: bool, rows: list[str]) -> None:
         report.Section(
             f"Spectrum of an adapter on all {adapter['matrices']} linear layers of a 7B model, rank {RANK}",
             adapter_table(adapter),
-            "The limit is the time that the operations (Gram matrices and their Cholesky factors, products, "
-            "decompositions of rank x rank) take at the rate of 2048 x 2048 products in float64.",
+            "The limit is the time of the required operations (Gram matrices and their Cholesky factors, products, "
+            "decompositions of rank x rank) at the rate of 2048 x 2048 products in float64.",
         ),
         report.Section(
             f"One layer of {WIDTH} x {WIDTH}",
             layer_table(layer),
-            "Dense: full decompositions of the product, of the base's weight and of the adapted weight, in "
-            "float32, on the same threads.",
+            "Dense: full decompositions of the product, the base weight and the adapted weight, in float32, with "
+            "the same number of threads.",
         ),
     ]
     record = {"machine": report.machine(), "adapter": adapter, "layer": layer}
-    report.write("analysis", record, sections, quick)
-    report.show(sections)
+    report.publish("analysis", record, sections, quick)
 
 
 def whole_adapter(blocks: int, rounds: int) -> dict[str, Any]:
@@ -81,16 +81,15 @@ def whole_adapter(blocks: int, rounds: int) -> dict[str, Any]:
 
 
 def operations(n_in: int, n_out: int) -> float:
-    """Floating-point operations of one spectrum: two Gram matrices, and the rest in rank x rank."""
+    """Return the floating-point operations of one spectrum: two Gram matrices, and rank x rank work."""
     gram = 2 * RANK**2 * (n_in + n_out)
-    small = (
-        2 * RANK**3 / 3 + 2 * RANK**3 + 8 * RANK**3 / 3
-    )  # Cholesky twice, a product, singular values
+    # Two Cholesky factors, a product, and singular values.
+    small = 2 * RANK**3 / 3 + 2 * RANK**3 + 8 * RANK**3 / 3
     return gram + small
 
 
 def one_layer(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Time each measure of one layer by lorakit, and once by full decompositions."""
+    """Time each measure of one layer with lorakit, and once with full decompositions."""
     W = torch.randn(WIDTH, WIDTH) / WIDTH**0.5
     A, B = torch.randn(8, WIDTH) / WIDTH**0.5, 4 * torch.randn(WIDTH, 8) / WIDTH**0.5
     wide_A, wide_B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
@@ -103,34 +102,34 @@ def one_layer(rounds: int) -> dict[str, dict[str, list[float]]]:
             lambda: amplification(W, A, B),
             lambda: dense_amplification(W, A, B),
         ),
-        "intruders among 10, 8 of them there": (
+        "intruders among 10, 8 present": (
             lambda: intruders(W, W + B @ A),
             lambda: dense_intruders(W, W + B @ A),
         ),
-        "intruders among 10, none there": (
+        "intruders among 10, none present": (
             lambda: intruders(W, W + 0.05 * B @ A),
             lambda: dense_intruders(W, W + 0.05 * B @ A),
         ),
     }
-    found: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, list[float]]] = {}
     for name, (ours, dense) in ways.items():
-        ours()  # warm
-        # The dense way takes long enough to be timed once.
+        ours()  # warm up
+        # One timing of the dense computation is enough, because it takes long.
         row = {"lorakit": [seconds_of(ours) for _ in range(rounds)], "dense": [seconds_of(dense)]}
-        found[name] = row
+        times[name] = row
         report.say(f"  {name}: {median(row['lorakit']):.3g} s, dense {median(row['dense']):.3g} s")
-    return found
+    return times
 
 
 def dense_amplification(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection on the change's directions, and on W's own, by full decompositions."""
+    """Return the norms of W projected on the directions of B A, and on its own, by full decompositions."""
     U, _, Vh = torch.linalg.svd(B @ A)
     own = torch.linalg.svdvals(W)[: len(A)].norm()
     return (U[:, : len(A)].T @ W @ Vh[: len(A)].T).norm(), own
 
 
 def dense_intruders(W: Tensor, adapted: Tensor) -> Tensor:
-    """Which of ten vectors match none, by algorithm 1 of Shuttleworth et al."""
+    """Return which of ten singular vectors are intruders, by algorithm 1 of Shuttleworth et al."""
     base, own = (torch.linalg.svd(M).U for M in (W, adapted))
     return (base.T @ own[:, :10]).abs().amax(0) < 0.5
 
@@ -141,28 +140,28 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def adapter_table(found: dict[str, Any]) -> Table:
-    made = report.table("", "operations", "rate", "limit", "lorakit", "times the limit")
-    made.add_row(
-        f"{found['matrices']} matrices",
-        f"{found['operations'] / 1e9:.1f} G",
-        f"{found['rate'] / 1e9:.0f} G/s",
-        f"{found['limit']:.2f} s",
-        f"{found['seconds']:.2f} s",
-        f"{found['seconds'] / found['limit']:.2f}",
+def adapter_table(figures: dict[str, Any]) -> Table:
+    table = report.table("", "operations", "rate", "limit", "lorakit", "times the limit")
+    table.add_row(
+        f"{figures['matrices']} matrices",
+        f"{figures['operations'] / 1e9:.1f} G",
+        f"{figures['rate'] / 1e9:.0f} G/s",
+        f"{figures['limit']:.2f} s",
+        f"{figures['seconds']:.2f} s",
+        f"{figures['seconds'] / figures['limit']:.2f}",
     )
-    return made
+    return table
 
 
-def layer_table(found: dict[str, dict[str, list[float]]]) -> Table:
-    made = report.table("measure", "lorakit", "dense", "dense over lorakit")
-    for name, row in found.items():
+def layer_table(times: dict[str, dict[str, list[float]]]) -> Table:
+    table = report.table("measure", "lorakit", "dense", "dense over lorakit")
+    for name, row in times.items():
         ours, dense = median(row["lorakit"]), median(row["dense"])
-        made.add_row(name, f"{ours:.4f} s", f"{dense:.2f} s", f"{dense / ours:.0f}")
-    return made
+        table.add_row(name, f"{ours:.4f} s", f"{dense:.2f} s", f"{dense / ours:.0f}")
+    return table
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="four blocks, two rounds")
-    main(quick=parser.parse_args().quick, rows=[])
+    main(quick=parser.parse_args().quick)

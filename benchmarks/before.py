@@ -1,4 +1,4 @@
-"""What a process holds with torch imported and nothing else: the first import of one that is measured."""
+"""Memory baseline: a process with only torch imported. Import this module first in a measured process."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import psutil
 import torch
 
 BEFORE = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-"""Bytes; on a GPU none is allocated yet."""
+"""Bytes. 0 on a GPU, where nothing is allocated yet."""

@@ -1,11 +1,11 @@
-"""The examples of a workload: drawn once, tokenised once, and put in order once, for every system.
+"""The examples of a workload, sampled, tokenised and ordered once for all systems.
 
 A folder holds ``train.jsonl`` and ``held_out.jsonl``, the rows as text, and ``examples.json``, the same
-rows as tokens with the batches of each order. The orders are those of the full data set in small: a batch
-drawn at random, or one of like lengths out of fifty (lorakit's default, and "group by length" elsewhere).
-Every order holds the same examples.
+rows as tokens with the batches of each order. The orders imitate those of the full data set: random batches, or
+batches of similar length out of every fifty (lorakit's default, "group by length" in Trainer). Every order
+holds the same examples.
 
-python -m benchmarks.examples e2e FOLDER    prepares a row for single runs (benchmarks.run)
+python -m benchmarks.examples e2e FOLDER    prepare a row for single runs (benchmarks.run)
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from lorakit.tasks import Example, LabelledExample, LanguageExample
 
 IGNORED = -100
 MAX_LENGTH = 512
-"""Tokens of an example at most; of longer ones the prompt loses its beginning, for every system."""
+"""Maximum tokens of an example. Longer prompts are truncated at the start, for every system."""
 MRPC = ("sentence1", "sentence2", "label")
-"""Columns of MRPC that are read."""
+"""Columns to read from MRPC."""
 HELD_OUT = {"completion": 32, "classification": 256}
 
 INSTRUCTION = """\
@@ -57,22 +57,22 @@ class Prepared:
     folder: Path
     base: str
     source: str
-    """Where the rows come from, in words."""
+    """Name of the data set, for the tables."""
     examples: list[dict[str, Any]]
-    """Each with input_ids, labels (as many, -100 where there is no target; or a class), token_type_ids."""
+    """Each with input_ids, labels (one per token, -100 without a target; or one class), and token_type_ids."""
     held_out: list[dict[str, Any]]
     batches: dict[Order, list[list[int]]]
     pad_id: int
 
     @classmethod
     def read(cls, folder: Path) -> Prepared:
-        """Return what :func:`prepare` wrote."""
+        """Read the files that :func:`prepare` wrote."""
         record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
         return cls(**{**record, "workload": Workload(**record["workload"]), "folder": folder})
 
     @property
     def data(self) -> DataConfig:
-        """The rows as text, for a system that tokenises them itself."""
+        """Configuration of the rows as text, for a system that tokenises them itself."""
         return DataConfig(
             train=str(self.folder / "train.jsonl"),
             test=str(self.folder / "held_out.jsonl"),
@@ -83,7 +83,7 @@ class Prepared:
 
     @property
     def updates(self) -> int:
-        """Updates that are counted."""
+        """Number of counted updates."""
         return len(next(iter(self.batches.values()))) - self.workload.warmup
 
     def in_order(self, order: Order) -> list[list[dict[str, Any]]]:
@@ -91,7 +91,7 @@ class Prepared:
         return [[self.examples[i] for i in batch] for batch in self.batches[order]]
 
     def tokens(self, order: Order) -> list[int]:
-        """Return the tokens of each batch of an order, each example's in full, without padding."""
+        """Return the number of tokens in each batch of an order, without padding."""
         return [sum(len(e["input_ids"]) for e in batch) for batch in self.in_order(order)]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -115,13 +115,15 @@ class Prepared:
 
 
 def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Prepared:
-    """Draw the examples of `updates` counted updates and the held-out ones, and write them into `folder`."""
+    """Sample the examples for `updates` counted updates and the held-out examples, and write them to `folder`."""
     generator = random.Random(SEED)
     rows, held_out, source = _rows(workload, generator)
     folder.mkdir(parents=True)
     count = workload.warmup + updates
-    draw = _grouped if workload.grouped else _bucketed
-    rows = draw(rows, workload, base, count, generator, folder)
+    if workload.grouped:
+        rows = _grouped(rows, count * workload.batch_size, generator)
+    else:
+        rows = _bucketed(rows, workload, base, count, generator, folder)
     _write(folder / "train.jsonl", rows)
     _write(folder / "held_out.jsonl", generator.sample(held_out, HELD_OUT[workload.task]))
     prepared = Prepared(workload, folder, base, source, [], [], {}, 0)
@@ -138,10 +140,10 @@ def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Pre
 
 
 def prepare_whole(workload: Workload, folder: Path) -> Prepared:
-    """Write the whole of a row's data into `folder`, in the batches of its epochs; a last short batch is left out."""
+    """Write all examples of a row to `folder`, in the batches of its epochs, without a last short batch."""
     rows, held_out, source = _rows(workload, random.Random(SEED))
     root = shared_data()
-    if root is not None and workload.data == "mrpc":  # whose tests have public labels
+    if root is not None and workload.data == "mrpc":  # the test labels of MRPC are public
         tests = _read(root / "mrpc" / "test.jsonl")
         held_out = [*held_out, *({name: row[name] for name in MRPC} for row in tests)]
         source = f"{source}, validation and test together"
@@ -158,23 +160,23 @@ def prepare_whole(workload: Workload, folder: Path) -> Prepared:
 
 
 def _tokenised(
-    drawn: Prepared,
+    prepared: Prepared,
     examples: Sequence[Example],
     batches: dict[Order, list[list[int]]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Prepared:
-    """Write down the tokens of what was drawn, and return it as it is read."""
+    """Write the tokens of the sampled rows, and return them read back."""
     record = {
-        "workload": dataclasses.asdict(drawn.workload),
-        "base": drawn.base,
-        "source": drawn.source,
+        "workload": dataclasses.asdict(prepared.workload),
+        "base": prepared.base,
+        "source": prepared.source,
         "examples": [_plain(example) for example in examples],
-        "held_out": [_plain(e) for e in load_examples(drawn.data, "test", tokenizer).examples],
+        "held_out": [_plain(e) for e in load_examples(prepared.data, "test", tokenizer).examples],
         "batches": batches,
         "pad_id": tokenizer.pad_token_id,
     }
-    (drawn.folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
-    return Prepared.read(drawn.folder)
+    (prepared.folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
+    return Prepared.read(prepared.folder)
 
 
 def _plain(example: Example) -> dict[str, Any]:
@@ -195,9 +197,9 @@ def _bucketed(
     generator: random.Random,
     folder: Path,
 ) -> list[Row]:
-    """Draw the rows of `count` batches at equal distances out of a whole stretch, sorted by length.
+    """Sample `count` batches at equal distances from a megabatch sorted by length.
 
-    So few examples have the lengths, and the padding when bucketed, of the whole data set.
+    This gives few examples the length distribution, and the padding of buckets, of the whole data set.
     """
     size = workload.batch_size
     pool = generator.sample(rows, min(MEGABATCH * size, len(rows)))
@@ -220,26 +222,19 @@ def _bucketed(
     return chosen
 
 
-def _grouped(
-    rows: list[Row],
-    workload: Workload,
-    base: str,
-    count: int,
-    generator: random.Random,
-    folder: Path,
-) -> list[Row]:
-    """Draw prompts, with all their completions, until there are the examples of `count` batches."""
+def _grouped(rows: list[Row], count: int, generator: random.Random) -> list[Row]:
+    """Sample prompts with all their completions, until they give `count` examples."""
     by_prompt: dict[str, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row)
     prompts = list(by_prompt)
     generator.shuffle(prompts)
     chosen = [row for prompt in prompts for row in by_prompt[prompt]]
-    return chosen[: count * workload.batch_size]
+    return chosen[:count]
 
 
 def _rows(workload: Workload, generator: random.Random) -> tuple[list[Row], list[Row], str]:
-    """Return training rows, held-out rows, and where they come from."""
+    """Return training rows, held-out rows, and the name of the data set."""
     folder = shared_data()
     if folder is None:
         return _docstring_rows(workload, generator)
@@ -257,10 +252,10 @@ def _rows(workload: Workload, generator: random.Random) -> tuple[list[Row], list
 
     else:
         files, title = ("e2e_nlg/train.jsonl.gz", "e2e_nlg/validation.jsonl"), "E2E NLG"
-        before = INSTRUCTION if workload.data == "instruction" else ""
+        instruction = INSTRUCTION if workload.data == "instruction" else ""
 
         def as_row(row: Row) -> Row:
-            prompt = f"{before}{row['meaning_representation']}\n"
+            prompt = f"{instruction}{row['meaning_representation']}\n"
             return {"prompt": prompt, "completion": row["human_reference"]}
 
     train, held_out = ([as_row(row) for row in _read(folder / name)] for name in files)
@@ -270,13 +265,13 @@ def _rows(workload: Workload, generator: random.Random) -> tuple[list[Row], list
 def _docstring_rows(
     workload: Workload, generator: random.Random
 ) -> tuple[list[Row], list[Row], str]:
-    """The built-in data set, in the form of the one that is absent."""
+    """Return the built-in data set, in the format of the missing one."""
     source = f"the standard library's docstrings ({workload.data} is not on this machine)"
-    before = INSTRUCTION if workload.data == "instruction" else ""
+    instruction = INSTRUCTION if workload.data == "instruction" else ""
     sets = []
     for split in ("train", "validation"):
         rows = docstrings.load(split)
-        if workload.task == "classification":  # does the text describe the function?
+        if workload.task == "classification":  # label: the text describes the function
             others = generator.sample(rows, len(rows))
             pairs = [(row, row, 1) for row in rows]
             pairs += [(row, other, 0) for row, other in zip(rows, others, strict=True)]
@@ -288,13 +283,13 @@ def _docstring_rows(
             )
         else:
             sets.append(
-                [{"prompt": before + r["prompt"], "completion": r["completion"]} for r in rows]
+                [{"prompt": instruction + r["prompt"], "completion": r["completion"]} for r in rows]
             )
     return sets[0], sets[1], source
 
 
 def shared_data() -> Path | None:
-    """The folder of real data sets: data/ in $LORAKIT_SHARED, else in ../shared; None where there is none."""
+    """Return the folder of data sets: data/ in $LORAKIT_SHARED or ../shared, or None if it does not exist."""
     root = Path(os.environ.get("LORAKIT_SHARED") or Path(__file__).parents[2] / "shared")
     return root / "data" if (root / "data").is_dir() else None
 
@@ -314,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("row", choices=rows)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--updates", type=int, help="counted updates; by default those of the row")
+    parser.add_argument("--updates", type=int, help="counted updates; default: those of the row")
     args = parser.parse_args()
     workload = rows[args.row]
     prepare(workload, args.folder, base=workload.base, updates=args.updates or workload.updates)

@@ -1,10 +1,10 @@
-"""What an adapter costs when the model is used: base, merged, unmerged, and PEFT unmerged.
+"""Inference latency with an adapter: base, lorakit merged and unmerged, PEFT unmerged.
 
-Every process loads the models in another order and lets them compute in turn: the prefill of one prompt, and
-decode steps, a token for each row of a batch, all as `model.generate` does them. Ratios are those of single
-steps (benchmarks.latency), over the steps of all processes.
+Every process loads the models in a different order and interleaves their steps: the prefill of one prompt, and
+decode steps of a batch, as in `model.generate`. Ratios compare single steps (benchmarks.latency), over the steps
+of all processes.
 
-python -m benchmarks.inference --dtype bfloat16    one process; prints nothing, writes --result
+python -m benchmarks.inference --dtype bfloat16 --result FILE    one process
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,9 +37,9 @@ from lorakit.models.loading import load_base
 BASE_MODEL = "smollm2-135m"
 RANK, ALPHA = 8, 16
 PROMPT = 512
-"""Tokens of the prompt whose prefill is timed."""
+"""Prompt tokens in a prefill."""
 BATCH, CONTEXT = 8, 128
-"""Rows that are decoded together, and the tokens before the first decoded one."""
+"""Batch size of decode steps, and the tokens before the first decoded one."""
 ROUNDS = 3
 STEPS = {"prefill": 8, "decode": 40}
 QUICK_STEPS = {"prefill": 4, "decode": 20}
@@ -50,33 +51,35 @@ LIMITS = {
     "lorakit unmerged, q and v": {"prefill": 1.05, "decode": 1.10},
     "lorakit unmerged, all linear layers": {"prefill": 1.15, "decode": 1.30},
 }
-"""What the ratio is meant to be at most."""
+"""Target: the largest acceptable ratio to the base."""
 
 
 # --- one process -------------------------------------------------------------------------------------
 
 
 def variants(base: PreTrainedModel) -> dict[str, Callable[[], nn.Module]]:
-    """What makes each of the compared models, by its name in the tables."""
-    made: dict[str, Callable[[], nn.Module]] = {BASE: lambda: copy.deepcopy(base)}
-    made["lorakit merged, all linear layers"] = lambda: _lorakit(base, "all-linear", merged=True)
+    """Return a function that builds each model, by its name in the tables."""
+    builders: dict[str, Callable[[], nn.Module]] = {BASE: lambda: copy.deepcopy(base)}
+    builders["lorakit merged, all linear layers"] = lambda: _lorakit(
+        base, "all-linear", merged=True
+    )
     for targets, name in TARGET_NAMES.items():
-        made[f"lorakit unmerged, {name}"] = lambda t=targets: _lorakit(base, t)
+        builders[f"lorakit unmerged, {name}"] = lambda t=targets: _lorakit(base, t)
     for targets, name in TARGET_NAMES.items():
-        made[f"PEFT unmerged, {name}"] = lambda t=targets: _peft(base, t)
+        builders[f"PEFT unmerged, {name}"] = lambda t=targets: _peft(base, t)
         if base.dtype != torch.float32:
-            of = dtype_name(base.dtype)
-            made[f"PEFT unmerged, {name}, adapter in {of}"] = lambda t=targets: _peft(
+            dtype = dtype_name(base.dtype)
+            builders[f"PEFT unmerged, {name}, adapter in {dtype}"] = lambda t=targets: _peft(
                 base, t, autocast_adapter_dtype=False
             )
-    return made
+    return builders
 
 
 def _lorakit(base: PreTrainedModel, targets: str, *, merged: bool = False) -> nn.Module:
     model = copy.deepcopy(base)
     method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets=targets)
     handle = lorakit.attach(model, method, seed=SEED)
-    _fill(model, "lora_B")
+    _fill_lora_b(model)
     if merged:
         handle.merge()
     return model.eval()
@@ -87,51 +90,40 @@ def _peft(base: PreTrainedModel, targets: str, **options: Any) -> nn.Module:
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[targets]
     )
     model = get_peft_model(copy.deepcopy(base), config, **options)
-    _fill(model, "lora_B")
+    _fill_lora_b(model)
     return model.eval()
 
 
-def _fill(model: nn.Module, name: str) -> None:
-    """Give the factor that starts at zero the values of a trained one."""
+def _fill_lora_b(model: nn.Module) -> None:
+    """Fill lora_B, which starts at zero, with random values like those of a trained adapter."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
     for path, parameter in model.named_parameters():
-        if name in path:
+        if "lora_B" in path:
             parameter.data.normal_(std=0.02, generator=generator)
 
 
 def prefill_call(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
-    """Return what runs the prompt through the model, to the logits of the token that comes next."""
-
-    @torch.no_grad()
-    def call() -> object:
-        return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-
-    return call
+    """Return a function that runs the prompt through the model up to the logits of the next token."""
+    return partial(model, input_ids=prompt, use_cache=True, logits_to_keep=1)
 
 
+@torch.no_grad()
 def decode_call(model: nn.Module, prompts: torch.Tensor) -> Callable[[], object]:
-    """Return what decodes a token for each row, each time one further on."""
+    """Return a function that decodes one token per row, with a cache that grows with each call."""
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    token = prompts[:, -1:]
-
-    @torch.no_grad()
-    def call() -> object:
-        return model(input_ids=token, past_key_values=cache, use_cache=True)
-
-    with torch.no_grad():
-        model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return call
+    model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return partial(model, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
 
 
 def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[str, Any]:
-    """Build the models in an order of their own, and let them compute in turn."""
+    """Build the models in random order, and time their interleaved steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(BASE_MODEL, dtype=dtype).model.to(device)  # type: ignore[arg-type]
-    # As in every model with an adapter: PyTorch multiplies by a weight that trains in another shape.
+    # Freeze the base as an adapter does: PyTorch computes products with trainable weights in another shape.
     base.requires_grad_(False)
-    makers = list(variants(base).items())
-    random.Random(seed).shuffle(makers)
-    models = {name: make() for name, make in makers}
+    builders = list(variants(base).items())
+    random.Random(seed).shuffle(builders)
+    models = {name: build() for name, build in builders}
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(rows: int, length: int) -> torch.Tensor:
@@ -148,14 +140,14 @@ def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[s
     }
     if trace:
         figures["operations"] = {
-            kind: beside_base({name: operations(call) for name, call in calls[kind].items()})
+            kind: compare_to_base({name: operations(call) for name, call in calls[kind].items()})
             for kind in calls
         }
     return figures
 
 
-def beside_base(traces: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """Return of each model's operations how many there are of each, and whether they are the base's, one for one."""
+def compare_to_base(traces: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Return the count of each operation of each model, and whether its sequence equals that of the base."""
     return {
         name: {"same": trace == traces[BASE], "counts": dict(sorted(Counter(trace).items()))}
         for name, trace in traces.items()
@@ -169,7 +161,7 @@ def run() -> None:
     parser.add_argument("--prefill", type=int, default=STEPS["prefill"], help="steps")
     parser.add_argument("--decode", type=int, default=STEPS["decode"], help="steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trace", action="store_true", help="list the operations too")
+    parser.add_argument("--trace", action="store_true", help="also count the operations")
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     steps = {"prefill": args.prefill, "decode": args.decode}
@@ -180,12 +172,12 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure latencies, and write their tables."""
-    report.say("\ninference: base, merged and unmerged, in turn")
+    report.say("\ninference: base, merged and unmerged, interleaved")
     record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
     best = resolved_dtype("auto")
-    # In float32 one process, to see the difference; the figures are those in the dtype of `auto`.
+    # One process in float32 for comparison; the main results use the dtype of `auto`.
     rounds = {best: 1} if quick else {"float32": 1, best: ROUNDS}
     for dtype in sorted(rounds):
         runs = runs_of("inference", dtype, quick)
@@ -197,9 +189,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
             figures = runs.run(str(number), *command, *([] if number else ["--trace"]))
             record[dtype].append(figures)
             report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
-    made = list(sections(record))
-    report.write("inference", record, made, quick)
-    report.show(made)
+    report.publish("inference", record, sections(record), quick)
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
@@ -207,7 +197,7 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
     dtypes = [name for name in record if name in ("bfloat16", "float32")]
     titles = {
         "prefill": f"Prefill of {PROMPT} tokens",
-        "decode": f"A decode step, {BATCH} rows after {CONTEXT} tokens",
+        "decode": f"Decode step, {BATCH} rows after {CONTEXT} tokens",
     }
     for dtype in dtypes:
         for kind, title in titles.items():
@@ -215,46 +205,46 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
                 f"{title}: {record['base']}, {dtype}",
                 latencies([run[kind] for run in record[dtype]], kind),
             )
-    found = record[dtypes[0]][0]["operations"]
-    yield report.Section("Operations that the profiler sees", operation_counts(found))
+    counts = operation_counts(record[dtypes[0]][0]["operations"])
+    yield report.Section("Operations counted by the profiler", counts)
 
 
 def latencies(processes: list[Times], kind: str) -> Any:
-    """The models of one kind of step: their times, and the ratios to the base."""
-    made = report.table(
-        "model", "ms", "x base (95 % interval)", "range over the processes", "meant to be at most"
+    """Return a table of the times of one kind of step, with ratios to the base."""
+    table = report.table(
+        "model", "ms", "x base (95 % interval)", "range across processes", "target, at most"
     )
     pooled = {name: [t for times in processes for t in times[name]] for name in processes[0]}
-    for name in sorted(pooled, key=_place):
-        each = [
+    for name in sorted(pooled, key=_sort_key):
+        ratios = [
             median(a / b for a, b in zip(times[name], times[BASE], strict=True))
             for times in processes
         ]
         limit = LIMITS.get(name)
-        made.add_row(
+        table.add_row(
             name,
             f"{1000 * median(pooled[name]):.1f}",
             "1" if name == BASE else str(ratio(pooled[name], pooled[BASE])),
-            "" if name == BASE else f"{min(each):.3f} to {max(each):.3f}",
+            "" if name == BASE else f"{min(ratios):.3f} to {max(ratios):.3f}",
             f"{limit[kind]:.2f}" if limit else "",
         )
-    return made
+    return table
 
 
-def _place(name: str) -> tuple[bool, bool, str]:
-    """Where a model stands in a table: the base first, then ours."""
+def _sort_key(name: str) -> tuple[bool, bool, str]:
+    """Return the sort key of a model in a table: the base first, then lorakit."""
     return name != BASE, not name.startswith("lorakit"), name
 
 
-def operation_counts(found: dict[str, dict[str, dict[str, Any]]]) -> Any:
-    """How many operations each model runs, and whether they are those of the base, one for one."""
-    made = report.table("model", "in a prefill", "in a decode step", "the base's, in its order")
-    for name in sorted(found["prefill"], key=_place):
-        each = [found[kind][name] for kind in ("prefill", "decode")]
-        counts = (f"{sum(of_kind['counts'].values()):,}" for of_kind in each)
-        same = all(of_kind["same"] for of_kind in each)
-        made.add_row(name, *counts, "yes" if same else "no")
-    return made
+def operation_counts(traces: dict[str, dict[str, dict[str, Any]]]) -> Any:
+    """Return a table of each model's operations, and whether their sequence equals that of the base."""
+    table = report.table("model", "prefill", "decode step", "same as the base")
+    for name in sorted(traces["prefill"], key=_sort_key):
+        both = [traces[kind][name] for kind in ("prefill", "decode")]
+        counts = (f"{sum(trace['counts'].values()):,}" for trace in both)
+        same = all(trace["same"] for trace in both)
+        table.add_row(name, *counts, "yes" if same else "no")
+    return table
 
 
 if __name__ == "__main__":

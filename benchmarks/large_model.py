@@ -1,4 +1,4 @@
-"""A model of the 1B class with random weights: what a GPU is measured on."""
+"""A 1B model with random weights, for measurements on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakit.models.loading import load_tokenizer
 
 
 def large_llama(folder: Path) -> str:
-    """Write a Llama of 1.2 billion random weights, in bfloat16, with SmolLM2's tokenizer; return its path."""
+    """Write a bfloat16 Llama with 1.2 billion random weights and SmolLM2's tokenizer; return its path."""
     tokenizer = load_tokenizer("smollm2-135m")
     config = LlamaConfig(
         vocab_size=len(tokenizer),

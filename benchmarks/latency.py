@@ -1,8 +1,8 @@
-"""Forward passes of several models in turn, and by how much one is slower than another.
+"""Latency ratios of models from interleaved forward passes.
 
-In every step each model computes the same, in a new order, so that a machine that slows down for a moment
-does so in all of them. What is compared are the times of one step: the ratio of two models is the median of
-their ratios step by step, and its interval is that of a bootstrap over the steps.
+In every step each model runs the same forward pass, in a new random order, so that a slow moment of the machine
+affects all models alike. The ratio of two models is the median of their ratios per step. Its interval is a
+bootstrap over the steps.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ Times = dict[str, list[float]]
 """Seconds of each step, by model."""
 
 
+@torch.no_grad()
 def in_turn(
     calls: Mapping[str, Callable[[], object]], steps: int, *, warmup: int = 2, seed: int = 0
 ) -> Times:
-    """Time every call once in each of `steps` steps, after `warmup` steps that do not count."""
+    """Time every call once in each of `steps` steps, after `warmup` untimed steps."""
     generator = random.Random(seed)
     names = list(calls)
     times: Times = {name: [] for name in names}
     gc.collect()
-    gc.disable()  # a collection would fall upon whoever is at work
+    gc.disable()  # a collection would slow down a random model
     try:
         for step in range(warmup + steps):
             generator.shuffle(names)
@@ -48,12 +49,12 @@ def in_turn(
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one model takes as another."""
+    """The ratio of the times of two models."""
 
     middle: float
     low: float
     high: float
-    """Ends of the 95 % interval."""
+    """Bounds of the 95 % interval."""
 
     def __str__(self) -> str:
         return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
@@ -62,15 +63,16 @@ class Ratio:
 def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
     """Return the median ratio of two models' times in the same steps."""
     logs = np.log(np.asarray(times) / np.asarray(base))
-    # BCa's correction is no help here: it needs the jackknife, which a median has not.
+    # Not BCa, which needs the jackknife: that is degenerate for a median.
     interval = bootstrap(
         (logs,), np.median, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return Ratio(*np.exp([np.median(logs), interval.low, interval.high]).tolist())
 
 
+@torch.no_grad()
 def operations(call: Callable[[], object]) -> list[str]:
-    """Return the names of the operations that a call runs, in their order, as PyTorch's profiler saw them."""
+    """Return the names of the operations of a call in order, from PyTorch's profiler."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

@@ -1,12 +1,17 @@
-"""The products that a batch cannot do without, and how fast this machine multiplies.
+"""The limit of training speed: the operations that a batch needs, and the matmul rate of this machine.
 
-Needed are 4 operations per matmul weight for each distinct token: a product in its forward pass and one for its
-gradient, a multiplication and an addition each. A prefix that examples of a batch share is one set of
-distinct tokens. Not needed are the last token of an example, which predicts nothing and is seen by nothing, the
-gradient of the embeddings, and in the last block all but keys and values of the tokens whose hidden states nothing
-reads. To that come 4 per weight of the head for each token before a target, and
-attention. The rate is that of products in the model's own shapes, forward and backward, on the same threads. No
-training is faster.
+A batch needs 4 operations per matmul weight and distinct token: a multiplication and an addition, in the forward
+and in the backward pass. A prefix that examples of a batch share counts once. The head needs 4 operations per weight
+and token before a target. Attention adds its own products.
+
+Three things are not needed:
+
+- the last token of an example, which has no target and which no token attends to;
+- the gradient of the embeddings;
+- the last block, except keys and values, for tokens whose last hidden state is not read.
+
+The rate is that of products in the model's own shapes, forward and backward, with the same threads. No training can
+be faster.
 """
 
 from __future__ import annotations
@@ -32,14 +37,14 @@ SECONDS_PER_PRODUCT = 0.05
 
 @dataclass(frozen=True)
 class Shapes:
-    """The products of a model."""
+    """Shapes of the matrix products of a model."""
 
     linear: dict[tuple[int, int], int]
-    """(in, out) of the linear layers of the blocks -> how many there are."""
+    """(in, out) of the linear layers of the blocks -> number of such layers."""
     first: int
-    """Weights of the first block's projections to queries, keys and values, below which nothing needs a gradient."""
+    """Weights of the query, key and value projections of the first block, whose input needs no gradient."""
     last: int
-    """Weights of the last block's other linear layers than those to keys and values."""
+    """Weights of the linear layers of the last block, without the key and value projections."""
     head: tuple[int, int] | None
     """(in, vocabulary) of a language model's head."""
     attention_width: int
@@ -48,27 +53,27 @@ class Shapes:
 
     @property
     def weights(self) -> int:
-        """Weights of the linear layers."""
+        """Total weights of the linear layers."""
         return sum(i * o * count for (i, o), count in self.linear.items())
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What of a batch has to be computed."""
+    """Numbers of tokens and attention pairs that a batch needs."""
 
     tokens: int
-    """Distinct tokens with a target behind them: those with the same prefix are one."""
+    """Distinct tokens before a target. Equal tokens with the same prefix count once."""
     read: int
-    """Those of them whose last hidden states are read: of several targets behind one token the logits are one row."""
+    """Tokens among them whose last hidden state is read. Several targets after one token need one row of logits."""
     pairs: int
-    """Pairs of a distinct token and one that it attends to."""
+    """Pairs of a distinct token and a token that it attends to."""
     read_pairs: int
-    """Those of them whose first token is read."""
+    """Pairs among them whose first token is read."""
 
 
 def shapes_of(model: Any, task: Task) -> Shapes:
-    """Read the shapes off a model."""
-    # A classifier's pooler and head see one token of an example, and are nothing beside the blocks.
+    """Return the shapes of a model."""
+    # Ignore the pooler and the head of a classifier: they process one token per example.
     layers = {
         path: layer
         for path, layer in model.named_modules()
@@ -98,7 +103,7 @@ def shapes_of(model: Any, task: Task) -> Shapes:
 
 
 def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
-    """Count what a batch needs; where tokens see their prefix alone, those that share it are one."""
+    """Count the tokens and pairs of a batch. In a causal model, tokens with a common prefix count once."""
     lengths = [len(example["input_ids"]) for example in batch]
     if task == "classification":
         return Counts(
@@ -107,8 +112,8 @@ def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
             pairs=sum(length**2 for length in lengths),
             read_pairs=sum(lengths),
         )
-    nodes: dict[tuple[int, int], int] = {}  # (node of the token before, token) -> its node
-    seen: dict[int, int] = {}  # node with a target behind it -> tokens that it sees
+    nodes: dict[tuple[int, int], int] = {}  # (node of the previous token, token) -> its node
+    attended: dict[int, int] = {}  # node before a target -> number of tokens that it attends to
     read: set[int] = set()
     for example in batch:
         path = [-1]
@@ -117,13 +122,13 @@ def counts_of(batch: list[dict[str, Any]], task: Task) -> Counts:
             node = nodes.setdefault((path[-1], token), len(nodes))
             if label != IGNORED and len(path) > 1:
                 read.add(path[-1])
-                seen |= {above: number for number, above in enumerate(path[1:], start=1)}
+                attended |= {above: number for number, above in enumerate(path[1:], start=1)}
             path.append(node)
     return Counts(
-        tokens=len(seen),
+        tokens=len(attended),
         read=len(read),
-        pairs=sum(seen.values()),
-        read_pairs=sum(seen[node] for node in read),
+        pairs=sum(attended.values()),
+        read_pairs=sum(attended[node] for node in read),
     )
 
 
@@ -131,7 +136,7 @@ def operations(shapes: Shapes, counts: Counts) -> int:
     """Return the floating-point operations that a batch needs."""
     head = shapes.head[0] * shapes.head[1] * counts.read if shapes.head else 0
     pairs = (shapes.blocks - 1) * counts.pairs + counts.read_pairs
-    # Scores and values forward; the gradients of values, weights, queries and keys backward.
+    # Forward: scores and weighted values. Backward: gradients of values, weights, queries and keys.
     attention = 6 * 2 * shapes.attention_width * pairs
     linear = 4 * shapes.weights * counts.tokens
     linear -= 2 * shapes.first * counts.tokens
@@ -140,9 +145,9 @@ def operations(shapes: Shapes, counts: Counts) -> int:
 
 
 def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
-    """Return the operations per second of `dtype` products in the model's shapes, as often as they occur.
+    """Return the operations per second of `dtype` products in the model's shapes, weighted by their number.
 
-    One sample, of about a second; :func:`settled` makes one figure of several.
+    Takes one sample of about a second. :func:`settled` combines several samples.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [(shape, count, counts.tokens) for shape, count in shapes.linear.items()]
@@ -165,10 +170,10 @@ def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
 
 
 def settled(rates: Sequence[float]) -> float:
-    """Return the median of the faster half of samples.
+    """Return the median of the faster half of the samples.
 
-    Whatever else runs on the machine makes a sample slower, never faster: the slower half may say more about
-    that than about the machine. The fastest alone may be a moment at a clock that no training holds.
+    Other processes make a sample slower, never faster, so the slower half is unreliable. The fastest sample
+    may come from a boost clock that no training sustains.
     """
     faster = sorted(rates, reverse=True)[: (len(rates) + 1) // 2]
     return median(faster)

@@ -1,11 +1,11 @@
-"""One long run in both orders of the data: held-out loss and BLEU against updates and against time.
+"""One long run per order of the data: held-out loss and BLEU against updates and against time.
 
     python -m benchmarks.long_run --data E2E                 3,000 updates each, over an hour on two cores
     python -m benchmarks.long_run --data E2E --updates 800   a shorter one
-    python -m benchmarks.long_run --data E2E --resume        go on where it was interrupted
+    python -m benchmarks.long_run --data E2E --resume        resume an interrupted run
 
 E2E is a folder with train.jsonl.gz and validation.jsonl (columns meaning_representation, human_reference).
-Everything but the order is the same: SmolLM2-135M, LoRA of rank 8 on q and v, batches of 16, one seed.
+Only the order differs: SmolLM2-135M, LoRA of rank 8 on q and v, batches of 16, one seed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lorakit.training.loop import train
 ORDERS: tuple[Sampling, ...] = ("random", "grouped")
 EVALUATIONS = 8
 SAMPLES, HELD_OUT = 100, 300
-"""Distinct inputs whose outputs are scored, and validation pairs of the held-out loss, each time."""
+"""Per evaluation: distinct inputs to generate text for, and validation pairs for the held-out loss."""
 
 
 def configuration(
     data: Path, output: Path, order: Literal["random", "grouped"], updates: int, resume: bool
 ) -> TrainConfig:
-    """Return the run of one order."""
+    """Return the configuration of the run with one order."""
     return TrainConfig(
         base=BaseConfig(name="smollm2-135m"),
         data=lorakit.DataConfig(
@@ -80,21 +80,19 @@ def main() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         train(configuration(args.data, folder, order, args.updates, args.resume))
         record["orders"][order] = course(folder)
-    made = list(sections(record))
-    report.write("long_run", record, made, quick=False)
-    report.show(made)
+    report.publish("long_run", record, sections(record), quick=False)
 
 
 def course(folder: Path) -> list[dict[str, Any]]:
-    """Return the scores of each evaluation, with the seconds and tokens of the updates before it."""
+    """Return the scores of each evaluation, with the seconds and tokens of training before it."""
     points = []
     last: dict[str, Any] = {"seconds": 0.0, "tokens": 0, "computed_tokens": 0}
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
-        if found["split"] == "train":
-            last = found
+        row = json.loads(line)
+        if row["split"] == "train":
+            last = row
             continue
-        scores = {name: found[name] for name in ("step", "loss", "bleu", "rouge_l")}
+        scores = {name: row[name] for name in ("step", "loss", "bleu", "rouge_l")}
         points.append(
             scores | {name: last[name] for name in ("seconds", "tokens", "computed_tokens")}
         )
@@ -103,7 +101,7 @@ def course(folder: Path) -> list[dict[str, Any]]:
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
     """Yield the tables: against updates, and against time."""
-    made = report.table(
+    table = report.table(
         "updates",
         *(
             f"{order}: {name}"
@@ -122,19 +120,19 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
                 f"{p['rouge_l']:.1f}",
             )
         ]
-        made.add_row(f"{points[0]['step']:,}", *cells)
+        table.add_row(f"{points[0]['step']:,}", *cells)
     note = (
-        f"Loss over {HELD_OUT} validation pairs; BLEU and ROUGE-L of greedy outputs for {SAMPLES} distinct "
-        "validation inputs against all their references. Minutes are those of the updates alone."
+        f"Loss over {HELD_OUT} validation pairs. BLEU and ROUGE-L of greedy outputs for {SAMPLES} distinct "
+        "validation inputs against all their references. Minutes exclude evaluation."
     )
-    yield report.Section("E2E NLG, SmolLM2-135M, q and v, batches of 16", made, note)
-    yield report.Section("The same at equal times", at_equal_times(record["orders"]))
+    yield report.Section("E2E NLG, SmolLM2-135M, q and v, batches of 16", table, note)
+    yield report.Section("Held-out loss after equal time", at_equal_times(record["orders"]))
 
 
 def at_equal_times(orders: dict[str, list[dict[str, Any]]]) -> Any:
-    """The held-out loss that each order has reached after the same minutes: its last evaluation until then."""
-    made = report.table(
-        "minutes", *(f"{order}: {what}" for order in ORDERS for what in ("updates", "loss"))
+    """Return a table of the last evaluation of each order before the same time."""
+    table = report.table(
+        "minutes", *(f"{order}: {name}" for order in ORDERS for name in ("updates", "loss"))
     )
     shortest = min(points[-1]["seconds"] for points in orders.values())
     for share in (0.25, 0.5, 0.75, 1.0):
@@ -143,8 +141,8 @@ def at_equal_times(orders: dict[str, list[dict[str, Any]]]) -> Any:
         for order in ORDERS:
             reached = [p for p in orders[order] if p["seconds"] <= until][-1]
             cells += [f"{reached['step']:,}", f"{reached['loss']:.4f}"]
-        made.add_row(f"{until / 60:.1f}", *cells)
-    return made
+        table.add_row(f"{until / 60:.1f}", *cells)
+    return table
 
 
 if __name__ == "__main__":

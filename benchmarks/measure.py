@@ -1,4 +1,4 @@
-"""Clock and scales, the same for every system."""
+"""Time, memory and loss, measured the same way for every system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,15 +18,15 @@ from benchmarks.examples import IGNORED, Prepared
 
 
 class Meter:
-    """Times updates and watches memory from the end of the warm-up to the end of the last update.
+    """Measures time and memory from the end of the warm-up to the end of the last update.
 
-    An update ends where its optimizer has made its step, in whatever library that happens: torch tells.
-    So all that a system does between two steps counts, the making of batches and its book-keeping too.
-    Loading ends where the first module computes.
+    An update ends after its optimizer step, which a global hook of torch reports for every library. So everything
+    between two steps counts, including the construction of batches. Loading ends at the first forward call of a
+    module.
 
     Args:
-        warmup: Updates that do not count.
-        before: Bytes that are no part of the memory: those of the interpreter with torch imported.
+        warmup: Updates before the measurement.
+        before: Bytes to subtract: those of the interpreter with torch imported.
     """
 
     def __init__(self, warmup: int, before: int) -> None:
@@ -53,7 +52,7 @@ class Meter:
 
     def _before_forward(self, *_: Any) -> None:
         self._loading = peak_memory()
-        self._hooks.pop().remove()  # the first call says it all, and later ones are timed
+        self._hooks.pop().remove()  # only the first call matters, and a hook would slow down timed calls
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.cuda.is_available():
@@ -72,24 +71,17 @@ class Meter:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak of the counted updates, above what was there before."""
+        """Peak bytes during the counted updates, minus `before`."""
         return self._peak - self._before
 
     @property
     def loading_memory(self) -> int:
-        """The same until the first module computed."""
+        """Peak bytes until the first forward call of a module, minus `before`."""
         return self._loading - self._before
 
 
-def memory() -> int:
-    """Bytes that the process holds now; on a GPU, those allocated there."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
 def peak_memory() -> int:
-    """The most bytes that the process held since :func:`restart_peak`; on a GPU, those allocated there."""
+    """Return the peak memory since :func:`restart_peak`, of the process or of its tensors on the GPU, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -98,7 +90,7 @@ def peak_memory() -> int:
 
 
 def restart_peak() -> None:
-    """Forget the peak so far."""
+    """Reset the peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -109,7 +101,7 @@ def restart_peak() -> None:
 def held_out_logits(
     model: nn.Module, prepared: Prepared, batch_size: int = 8
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits and labels of the held-out examples, batch by batch, from short ones to long ones."""
+    """Yield logits and labels of the held-out examples, batch by batch, sorted by length."""
     model.eval()
     device = next(model.parameters()).device
     examples = sorted(prepared.held_out, key=lambda example: len(example["input_ids"]))
@@ -121,7 +113,7 @@ def held_out_logits(
 
 
 def held_out_loss(model: nn.Module, prepared: Prepared) -> float:
-    """Return the mean cross-entropy of the held-out targets, from a float32 model's plain logits."""
+    """Return the mean cross-entropy of the held-out targets, from the logits of a float32 model."""
     total, count = 0.0, 0
     for logits, labels in held_out_logits(model, prepared):
         if prepared.workload.task == "completion":
@@ -129,3 +121,11 @@ def held_out_loss(model: nn.Module, prepared: Prepared) -> float:
         total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
         count += int((labels != IGNORED).sum())
     return total / count
+
+
+def right_labels(model: nn.Module, prepared: Prepared) -> list[bool]:
+    """Return whether the model predicts the label of each held-out example, sorted by length."""
+    right = []
+    for logits, labels in held_out_logits(model, prepared):
+        right += (logits.argmax(-1) == labels).tolist()
+    return right

@@ -1,7 +1,7 @@
-"""What merging and unmerging leaves behind in the base weights: lorakit beside PEFT.
+"""Changes in the base weights after merging and unmerging: lorakit and PEFT.
 
-Merges and unmerges eight adapters in turn, many times, on a small Llama, and tells how far the base has
-moved, and whether a merged weight is ``round(float32(W) + delta)``.
+Merges and unmerges eight adapters one after the other, many times, on a small Llama. Reports how much the base
+weights changed, and whether every merged weight equals ``round(float32(W) + delta)``.
 
 python -m benchmarks.merge_drift lorakit --dtype bfloat16 --cycles 1000 --result FILE    one process
 """
@@ -59,8 +59,8 @@ def with_adapters(model: LlamaForCausalLM) -> lorakit.Adapters:
     return handle
 
 
-def moved(base: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, float]:
-    """Number of base values that are no longer bit for bit the same, and the largest change."""
+def changed_values(base: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, float]:
+    """Return the number of base values that are no longer bit-identical, and the largest change."""
     count, largest = 0, 0.0
     for name, now in model.state_dict().items():
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -72,7 +72,7 @@ def moved(base: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, f
 
 
 def exact_merges(handle: lorakit.Adapters) -> bool:
-    """Whether every merged weight is round(float32(W) + delta)."""
+    """Return whether every merged weight is round(float32(W) + delta)."""
     modules = handle.modules(next(iter(handle.merged)))
     for path, module in modules.items():
         layer = handle.model.get_submodule(path)
@@ -95,12 +95,12 @@ def of_lorakit(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
             exact &= exact_merges(handle)
         handle.unmerge()
     seconds = time.perf_counter() - began
-    changed, largest = moved(base, model)
+    changed, largest = changed_values(base, model)
     return {"changed": changed, "largest": largest, "exact": exact, "seconds": seconds / cycles}
 
 
 def of_peft(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
-    """Merge and unmerge with PEFT, the same adapters."""
+    """Merge and unmerge the same adapters with PEFT."""
     model = small_llama(dtype)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def of_peft(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
         peft.merge_adapter([f"a{i % ADAPTERS}"])
         peft.unmerge_adapter()
     seconds = time.perf_counter() - began
-    changed, largest = moved(base, peft)
+    changed, largest = changed_values(base, peft)
     return {"changed": changed, "largest": largest, "exact": None, "seconds": seconds / cycles}
 
 
@@ -138,44 +138,43 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure both libraries in both dtypes, and write their table."""
-    report.say("\nmerge: what merging and unmerging leaves behind")
+    report.say("\nmerge: base weights after merging and unmerging")
     cycles = QUICK_CYCLES if quick else CYCLES
     figures: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for number in range(1 if quick else ROUNDS):
         for dtype in DTYPES:
             for name in LIBRARIES:
-                found = runs_of("merge", dtype, quick).run(
+                figure = runs_of("merge", dtype, quick).run(
                     f"{number} {name}",
                     *("benchmarks.merge_drift", name, "--dtype", dtype, "--cycles", str(cycles)),
                 )
-                figures.setdefault(dtype, {}).setdefault(name, []).append(found)
+                figures.setdefault(dtype, {}).setdefault(name, []).append(figure)
                 report.say(
-                    f"  {number + 1}  {dtype:<9} {name:<8} {1000 * found['seconds']:.2f} ms a cycle"
+                    f"  {number + 1}  {dtype:<9} {name:<8} {1000 * figure['seconds']:.2f} ms per cycle"
                 )
     section = report.Section(
         f"{cycles:,} merge and unmerge cycles over {ADAPTERS} adapters", drift(figures)
     )
-    report.write("merge", {"machine": report.machine(), "runs": figures}, [section], quick)
-    report.show([section])
+    report.publish("merge", {"machine": report.machine(), "runs": figures}, [section], quick)
 
 
 def drift(figures: dict[str, dict[str, list[dict[str, Any]]]]) -> Table:
-    """What is left behind, which is the same in every run, and the median time of a cycle."""
-    made = report.table(
-        "dtype, library", "base values changed", "largest change", "merges exact", "ms a cycle"
+    """Return a table of the changes, which are the same in every run, and the median time per cycle."""
+    table = report.table(
+        "dtype, library", "base values changed", "largest change", "merges exact", "ms per cycle"
     )
     for dtype, libraries in figures.items():
         for name, runs in libraries.items():
-            made.add_row(
+            table.add_row(
                 f"{dtype}, {name}",
                 f"{runs[0]['changed']:,}",
                 f"{runs[0]['largest']:.3g}",
                 {True: "yes", False: "no", None: "-"}[runs[0]["exact"]],
                 f"{1000 * median(run['seconds'] for run in runs):.2f}",
             )
-    return made
+    return table
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How far the scores computed without Java are from the official ones, on golden outputs and on people's texts.
+"""Differences between the scores without Java and the official scores, on golden outputs and on human texts.
 
 python -m benchmarks.metrics_without_java [--shared ../shared]
 
-The outputs of E2E and WebNLG are each input's first reference, scored against its others.
+For E2E and WebNLG the output is the first reference of an input, scored against its other references.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def main() -> None:
     ):
         official, ours = family(*texts, java=True), family(*texts, java=False)
         for score in (score for score in official if score + WITHOUT_JAVA in ours):
-            there, here = official[score], ours[score + WITHOUT_JAVA]
-            cells = (f"{value:.4f}" for value in (there, here))
-            table.add_row(name, family.__name__, score, *cells, f"{here - there:+.4f}")
+            java, python = official[score], ours[score + WITHOUT_JAVA]
+            cells = (f"{java:.4f}", f"{python:.4f}", f"{python - java:+.4f}")
+            table.add_row(name, family.__name__, score, *cells)
     Console().print(table)
 
 

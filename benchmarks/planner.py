@@ -1,8 +1,8 @@
-"""What `lorakit plan` predicts beside what is measured, over models, lengths, batches, ranks, targets and dtypes.
+"""Predictions of `lorakit plan` against measurements, over models, lengths, batches, ranks, targets and dtypes.
 
-Every cell trains for a few updates in a process of its own, as often as there are rounds; the median counts. Memory
-is that above the interpreter with torch imported, after the first update. Each is predicted twice: from what a moment's
-measurement tells of the machine, and from a calibration, whose two runs are of another model than any cell.
+Every cell trains for a few updates in its own process, once per round; the table shows medians. Memory is the peak
+after the first update, minus that of the interpreter with torch imported. Each cell has two predictions: from a short
+measurement of the machine, and from a calibration with two runs of a model that is in no cell.
 
 python -m benchmarks.planner CELL --result FILE    one process
 """
@@ -25,11 +25,11 @@ from benchmarks.measure import Meter
 ROUNDS = 3
 WARMUP, UPDATES = 1, 2
 LOW, HIGH = -0.05, 0.15
-"""How far under and over the measured peak a prediction may be."""
+"""Accepted relative error of predicted memory."""
 TIME = 0.30
-"""How far from the measured time."""
+"""Accepted relative error of predicted time."""
 CALIBRATED_TIME = 0.20
-"""The same of a calibrated machine."""
+"""Accepted relative error of predicted time after calibration."""
 
 TEXT = (
     "time year people way day man thing woman life child world school state family student group country "
@@ -42,12 +42,12 @@ WORDS = TEXT.split(" ")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A training run, all of whose examples have one length."""
+    """A training run whose examples all have the same length."""
 
     base: str
     length: int
     targets: int = 1
-    """Target tokens of an example; a classifier has none, and takes no notice."""
+    """Target tokens per example. Classifiers ignore it."""
     batch_size: int
     rank: int = 8
     where: str = "attention.qv"
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell in a row of the table."""
+        """Name of the cell in the table."""
         extra = ", checkpointing" if self.checkpointing else ""
         return (
             f"{self.base}, {self.batch_size} x {self.length}, r {self.rank} on {self.where}, "
@@ -83,7 +83,7 @@ CELLS = (
 
 
 def config_of(cell: Cell, folder: Path) -> Any:
-    """Write the cell's data and return its run."""
+    """Write the data of the cell and return its configuration."""
     import lorakit
     from lorakit.data import DataConfig
     from lorakit.models.base_config import BaseConfig
@@ -98,7 +98,7 @@ def config_of(cell: Cell, folder: Path) -> Any:
     for number in range(cell.batch_size * (WARMUP + UPDATES)):
         if cell.base == MINI:
             rows.append({"text": text(cell.length + 20), "label": number % 2})
-        else:  # too long, so that it is cut to the length
+        else:  # longer than max_length, so that truncation gives the exact length
             prompt = text(cell.length + 20 - cell.targets)
             rows.append({"prompt": prompt, "completion": f" {text(cell.targets - 1)}"})
     data = folder / "train.jsonl"
@@ -138,7 +138,7 @@ def main_of_process() -> None:
 # --- the benchmark -----------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Predict and measure every cell."""
     import torch
 
@@ -147,7 +147,7 @@ def main(*, quick: bool, rows: list[str]) -> None:
     from lorakit.planning.calibration import calibrate
     from lorakit.planning.machine import measure as measure_machine
 
-    report.say("planner: predicted beside measured")
+    report.say("planner: predictions and measurements")
     record: dict[str, Any] = {"machine": report.machine(), "cells": {}}
     runs = runs_of("planner", "cells", quick)
     cells = [cell for cell in CELLS if cell.quick or not quick]
@@ -162,9 +162,8 @@ def main(*, quick: bool, rows: list[str]) -> None:
             settings = json.dumps(dataclasses.asdict(cell))
             row["runs"].append(runs.run(f"{number} {cell.name}", "benchmarks.planner", settings))
             report.say(f"  {number + 1}  {_line(cell.name, row)}")
-    sections = [report.Section("Predicted and measured", _table(record), _note(record))]
-    report.write("planner", record, sections, quick)
-    report.show(sections)
+    section = report.Section("Predicted and measured", _table(record), _note(record))
+    report.publish("planner", record, [section], quick)
 
 
 def predict(cell: Cell, machine: Any) -> dict[str, Any]:
@@ -176,14 +175,14 @@ def predict(cell: Cell, machine: Any) -> dict[str, Any]:
 
 
 def _measured(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Median memory, its spread, and median time."""
+    """Return median memory, its relative range, and median time."""
     memory = [run["memory"] for run in row["runs"]]
     spread = (max(memory) - min(memory)) / median(memory)
     return median(memory), spread, median(run["seconds"] for run in row["runs"])
 
 
-def _off(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
-    """How far memory and time are predicted from what was measured, as shares of that."""
+def _errors(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
+    """Return the relative errors of the predicted memory and time."""
     memory, _, seconds = _measured(row)
     chosen = row[how]["chosen"]
     return chosen["memory"]["total"] / memory - 1, chosen["seconds"] / seconds - 1
@@ -191,8 +190,8 @@ def _off(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     memory, _, seconds = _measured(row)
-    off_memory, off_time = _off(row)
-    return f"{name}: {memory / 1e6:,.0f} MB ({off_memory:+.1%}), {seconds:.2f} s ({off_time:+.0%})"
+    errors = _errors(row)
+    return f"{name}: {memory / 1e6:,.0f} MB ({errors[0]:+.1%}), {seconds:.2f} s ({errors[1]:+.0%})"
 
 
 def _table(record: dict[str, Any]) -> Any:
@@ -205,25 +204,25 @@ def _table(record: dict[str, Any]) -> Any:
     )
     for name, row in record["cells"].items():
         memory, spread, seconds = _measured(row)
-        of_memory, of_time = zip(_off(row), _off(row, "calibrated"), strict=True)
+        memory_errors, time_errors = zip(_errors(row), _errors(row, "calibrated"), strict=True)
         table.add_row(
             name,
             f"{memory / 1e6:,.0f}",
             f"{spread:.1%}",
-            *(f"{off:+.1%}" for off in of_memory),
+            *(f"{error:+.1%}" for error in memory_errors),
             f"{seconds:.2f}",
-            *(f"{off:+.0%}" for off in of_time),
+            *(f"{error:+.0%}" for error in time_errors),
         )
     return table
 
 
 def _note(record: dict[str, Any]) -> str:
     def inside(how: str, limit: float) -> str:
-        offs = [_off(row, how) for row in record["cells"].values()]
-        memory = sum(LOW <= off <= HIGH for off, _ in offs)
-        time = sum(abs(off) <= limit for _, off in offs)
+        errors = [_errors(row, how) for row in record["cells"].values()]
+        memory = sum(LOW <= error <= HIGH for error, _ in errors)
+        time = sum(abs(error) <= limit for _, error in errors)
         return (
-            f"memory within {-LOW:.0%} under and {HIGH:.0%} over in {memory} of {len(offs)} cells, time within "
+            f"memory error from {LOW:+.0%} to {HIGH:+.0%} in {memory} of {len(errors)} cells, time error up to "
             f"{limit:.0%} in {time}"
         )
 

@@ -1,10 +1,10 @@
-"""Where the time of training goes: the counted updates of a row under PyTorch's profiler, by kind of operation.
+"""Training time by kind of operation: the counted updates of a row under PyTorch's profiler.
 
     python -m benchmarks profile
-    python -m benchmarks.profile FOLDER --result FILE    one row, whose examples lie in the folder
+    python -m benchmarks.profile FOLDER --result FILE    one row, with its examples in FOLDER
 
-The time of an operation is its own, without that of the operations inside it. Which product an operation belongs
-to is told by its shapes: the vocabulary's size for the head, the adapter's rank for the low-rank products.
+The time of an operation excludes the operations that it calls. The shapes identify a product: the size of the
+vocabulary for the head, the rank of the adapter for the low-rank products.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _BY_NAME = {
 
 
 def kind(name: str, shapes: Sequence[Any], vocabulary: int, rank: int) -> str:
-    """Return which of :data:`KINDS` an operation is, from its name and the shapes of its inputs."""
+    """Return the element of :data:`KINDS` for an operation, from its name and the shapes of its inputs."""
     sizes = {size for shape in shapes if isinstance(shape, list | tuple) for size in shape}
-    found = _BY_NAME.get(name.removeprefix("aten::"), REST)
+    by_name = _BY_NAME.get(name.removeprefix("aten::"), REST)
     if vocabulary in sizes:
-        return HEAD if found == LINEAR else LOSS
-    return LOW_RANK if found == LINEAR and rank in sizes else found
+        return HEAD if by_name == LINEAR else LOSS
+    return LOW_RANK if by_name == LINEAR and rank in sizes else by_name
 
 
 def measure(prepared: Prepared) -> dict[str, float]:
@@ -75,41 +75,39 @@ def measure(prepared: Prepared) -> dict[str, float]:
     vocabulary = load_model(prepared, "float32").config.vocab_size
     seconds: Counter[str] = Counter()
     for event in profiler.key_averages(group_by_input_shape=True):
-        found = kind(event.key, event.input_shapes, vocabulary, workload.rank)
-        seconds[found] += event.self_cpu_time_total / 1e6
+        event_kind = kind(event.key, event.input_shapes, vocabulary, workload.rank)
+        seconds[event_kind] += event.self_cpu_time_total / 1e6
     return dict(seconds)
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure the rows, and write the table."""
     if torch.cuda.is_available():
-        report.say("\nprofile: of a CPU alone; this machine has a GPU, and is left out")
+        report.say("\nprofile: skipped, because it measures CPUs only and this machine has a GPU")
         return
-    report.say("\nprofile: where the time of training goes")
+    report.say("\nprofile: training time by kind of operation")
     record: dict[str, Any] = {"machine": report.machine(), "rows": {}}
     for workload in (w for w in WORKLOADS if w.name in ROWS[: 1 if quick else None]):
         runs = runs_of("profile", workload.name, quick)
         prepared = prepare_once(workload, runs.folder / "examples", workload.base, workload.updates)
-        found = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
-        record["rows"][workload.name] = {"title": workload.title, "seconds": found["seconds"]}
-        report.say(f"  {workload.name}: {sum(found['seconds'].values()):.1f} s")
-    made = list(sections(record))
-    report.write("profile", record, made, quick)
-    report.show(made)
+        run = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
+        record["rows"][workload.name] = {"title": workload.title, "seconds": run["seconds"]}
+        report.say(f"  {workload.name}: {sum(run['seconds'].values()):.1f} s")
+    report.publish("profile", record, sections(record), quick)
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:
-    """Yield the table: shares of the time, a row for each kind."""
+    """Yield the table of time fractions, with one row per kind."""
     rows = record["rows"].values()
-    made = report.table("of the time of training", *(row["title"] for row in rows))
+    table = report.table("fraction of training time", *(row["title"] for row in rows))
     totals = [sum(row["seconds"].values()) for row in rows]
     for name in KINDS:
         shares = [
             row["seconds"].get(name, 0.0) / total for row, total in zip(rows, totals, strict=True)
         ]
-        made.add_row(name, *(f"{share:.0%}" for share in shares))
-    made.add_row("seconds in all", *(f"{total:.1f}" for total in totals))
-    yield report.Section("Where the time of lorakit's training goes", made)
+        table.add_row(name, *(f"{share:.0%}" for share in shares))
+    table.add_row("total seconds", *(f"{total:.1f}" for total in totals))
+    yield report.Section("Training time of lorakit by kind of operation", table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where figures go: JSON for programs, Markdown for pages, the same tables on the console."""
+"""Output of results: JSON, Markdown for the documentation, and the same tables on the console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +21,16 @@ from rich.table import Table
 from lorakit.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-"""Where results go, unless `put_results_into` says otherwise."""
+"""Folder of the results; `write_results_to` replaces it."""
 PACKAGES = ("torch", "transformers", "peft", "loralib", "accelerate")
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=190)  # a log has room for whole tables
+    console = Console(highlight=False, width=190)  # wide enough for whole tables in a log
 
 
 class Section(NamedTuple):
-    """A table with its title, and what a reader has to know beside it."""
+    """A table with its title and a note."""
 
     title: str
     table: Table
@@ -38,15 +38,15 @@ class Section(NamedTuple):
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine and the software that the figures are of."""
+    """Return a description of this machine and its software."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = environment(device)
+    current = environment(device)
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": found["processor"],
+        "processor": current["processor"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": found["device"],
+        "device": current["device"],
         "instructions": _instructions(),
         "platform": platform.platform(),
         "versions": {
@@ -57,50 +57,50 @@ def machine() -> dict[str, Any]:
 
 
 def _instructions() -> str:
-    """The widest vectors, and AMX where there is a unit for the products of matrices."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not tell
+    """Return the widest vector instructions, and AMX if the CPU has it."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
     matrices = ["AMX"] if capabilities.get("amx_tile") else []
     return " and ".join([torch.backends.cpu.get_cpu_capability(), *matrices])
 
 
-def in_words(found: dict[str, Any]) -> str:
+def in_words(machine: dict[str, Any]) -> str:
     """Describe a machine in a sentence."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    where = "no GPU" if found["device"] == "cpu" else found["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    gpu = "no GPU" if machine["device"] == "cpu" else machine["device"]
     return (
-        f"{found['date']}: {found['processor']}, {found['cores']} cores, {found['threads']} threads, "
-        f"{found['instructions']}, {where}; {versions}."
+        f"{machine['date']}: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instructions']}, {gpu}; {versions}."
     )
 
 
-def put_results_into(path: Path) -> None:
-    """Put the results of this process into another folder: those of another machine, beside those that pages quote."""
+def write_results_to(path: Path) -> None:
+    """Write the results of this process to another folder, for example those of a second machine."""
     global RESULTS
     RESULTS = path.resolve()
 
 
 def folder(quick: bool) -> Path:
-    """Where results go: a quick run's do not replace those that pages quote."""
+    """Return the folder for results. Quick runs have their own, because the documentation includes the others."""
     path = RESULTS / "quick" if quick else RESULTS
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def work(quick: bool) -> Path:
-    """Where the figures of single runs are kept, for an interrupted benchmark to go on from."""
+    """Return the folder that caches the results of single runs, for `--resume`."""
     return RESULTS / "work" / ("quick" if quick else "full")
 
 
 def write(
     part: str, record: dict[str, Any], sections: Sequence[tuple[Any, ...]], quick: bool
 ) -> None:
-    """Write a part's figures as JSON and its tables as Markdown.
+    """Write the results of a part as JSON and its tables as Markdown.
 
     Args:
         part: Name of the files.
-        record: All figures.
-        sections: A :class:`Section` for each table.
-        quick: Whether they are those of a quick run.
+        record: All results.
+        sections: One :class:`Section` per table.
+        quick: Whether this is a quick run.
     """
     target = folder(quick)
     text = json.dumps(record, indent=1, sort_keys=True)
@@ -108,13 +108,22 @@ def write(
     (target / f"{part}.md").write_text(markdown(sections), encoding="utf-8")
 
 
+def publish(
+    part: str, record: dict[str, Any], sections: Iterable[tuple[Any, ...]], quick: bool
+) -> None:
+    """Write the results of a part, and print its tables. See :func:`write`."""
+    tables = list(sections)
+    write(part, record, tables, quick)
+    show(tables)
+
+
 def markdown(sections: Sequence[tuple[Any, ...]]) -> str:
-    """Return sections in Markdown, under headings of the third level, the machine before them."""
+    """Return sections in Markdown, with headings of level 3, after a line about the machine."""
     blocks = [f"*{in_words(machine())}*"]
     for title, content, *notes in sections:
         file = io.StringIO()
         Console(file=file, width=1000, color_system=None).print(content)
-        # rich pads every line to the table's width, and puts empty ones around it.
+        # rich pads every line to the width of the table, and adds empty lines.
         lines = [line.strip() for line in file.getvalue().splitlines()]
         blocks += [f"### {title}", "\n".join(line for line in lines if line), *filter(None, notes)]
     return "\n\n".join(blocks) + "\n"
@@ -130,15 +139,15 @@ def show(sections: Sequence[tuple[Any, ...]]) -> None:
 
 
 def table(first: str, *others: str) -> Table:
-    """Return a table that prints as Markdown: the first column is text, the others are figures."""
-    made = Table(box=box.MARKDOWN)
-    made.add_column(first)
+    """Return an empty table that prints as Markdown, with a text column and right-aligned columns."""
+    empty = Table(box=box.MARKDOWN)
+    empty.add_column(first)
     for heading in others:
-        made.add_column(heading, justify="right")
-    return made
+        empty.add_column(heading, justify="right")
+    return empty
 
 
 def say(text: str) -> None:
-    """Print a line of progress at once."""
+    """Print a line and flush it."""
     console.print(text, markup=False, soft_wrap=True)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""One run of one system on the examples in a folder, in a process of its own: prints its figures as JSON.
+"""Run one system on the examples in a folder, in a separate process, and print the results as JSON.
 
 python -m benchmarks.run peft_trainer FOLDER --settings '{"precision": "float32", "order": "plain"}'
 """
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.before import BEFORE
 from benchmarks.examples import Prepared
-from benchmarks.measure import Meter, held_out_loss
+from benchmarks.measure import Meter, held_out_loss, right_labels
 
 
 def main() -> None:
@@ -21,8 +21,13 @@ def main() -> None:
     parser.add_argument("system", help="a module of benchmarks.systems")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--settings", type=json.loads, default={})
-    parser.add_argument("--held-out", action="store_true", help="score the trained model too")
-    parser.add_argument("--result", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="also compute the held-out loss of the trained model",
+    )
+    parser.add_argument("--labels", action="store_true", help="also compare its labels")
+    parser.add_argument("--result", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     system = import_module(f"benchmarks.systems.{args.system}")
     prepared = Prepared.read(args.folder)
@@ -39,10 +44,13 @@ def main() -> None:
         }
         if len(figures["seconds"]) != len(figures["tokens"]):
             raise RuntimeError(
-                f"{args.system} made {len(meter.seconds)} counted updates; the row has {len(figures['tokens'])}"
+                f"{args.system} made {len(meter.seconds)} counted updates; expected {len(figures['tokens'])}"
             )
         if args.held_out:
-            figures["held_out"] = held_out_loss(trained.in_float32(), prepared)
+            model = trained.in_float32()
+            figures["held_out"] = held_out_loss(model, prepared)
+            if args.labels:
+                figures["right"] = right_labels(model, prepared)
     print(json.dumps(figures))
     if args.result:
         args.result.write_text(json.dumps(figures), encoding="utf-8")

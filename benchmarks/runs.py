@@ -1,4 +1,4 @@
-"""Processes of a benchmark, one at a time, whose figures are kept: what was measured is not measured again."""
+"""Run the processes of a benchmark one at a time, and cache their results."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from benchmarks import report
 
 
 class Runs:
-    """The runs of one row of a benchmark, each a file of figures in the row's folder.
+    """The runs of one row of a benchmark, each a JSON file in the folder of the row.
 
-    A benchmark that was interrupted goes on where it stopped, since the folder is emptied at the start of the
-    next one alone, and not with ``--resume``.
+    ``--resume`` continues an interrupted benchmark, because only a new benchmark without it empties the folder.
 
     Args:
-        folder: The row's folder inside :func:`benchmarks.report.work`.
+        folder: Folder of the row inside :func:`benchmarks.report.work`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def kept(self, key: str) -> dict[str, Any] | None:
-        """Return the figures of a finished run, None where it has not finished yet."""
+    def cached(self, key: str) -> dict[str, Any] | None:
+        """Return the results of a finished run, or None if it has not finished."""
         path = self._path(key)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def run(self, key: str, *command: str, **beside: Any) -> dict[str, Any]:
-        """Run ``python -m COMMAND --result FILE`` in a process of its own, unless it has been run.
+    def run(self, key: str, *command: str, **extra: Any) -> dict[str, Any]:
+        """Run ``python -m COMMAND --result FILE`` in a separate process, unless its results are cached.
 
         Args:
             key: Name of the run within its row.
-            command: A module that writes its figures as JSON into the file of ``--result``, and its arguments.
-            beside: Figures that are kept beside those of the process.
+            command: A module that writes its results as JSON to the file of ``--result``, and its arguments.
+            extra: Values to add to the results of the process.
 
         Raises:
-            RuntimeError: The process failed; the message ends with what it wrote.
+            RuntimeError: The process failed. The message ends with its stderr.
         """
-        figures = self.kept(key)
+        figures = self.cached(key)
         if figures is not None:
             return figures
         result = self.folder / "unfinished.json"
@@ -60,10 +59,10 @@ class Runs:
         )
         if done.returncode:
             raise RuntimeError(
-                f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+                f"{' '.join(command)} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}"
             )
         figures = json.loads(result.read_text(encoding="utf-8"))
-        figures |= {**beside, "process_seconds": time.perf_counter() - began}
+        figures |= {**extra, "process_seconds": time.perf_counter() - began}
         result.write_text(json.dumps(figures), encoding="utf-8")
         os.replace(result, self._path(key))
         return figures
@@ -73,5 +72,5 @@ class Runs:
 
 
 def runs_of(part: str, row: str, quick: bool) -> Runs:
-    """Return the runs of a part's row."""
+    """Return the runs of a row of a part."""
     return Runs(report.work(quick) / part / row)

@@ -1,8 +1,8 @@
-"""The paper's Table 1: the latency of one forward pass of GPT-2 medium, with adapters and without.
+"""The paper's Table 1: latency of one forward pass of GPT-2 medium, with and without adapters.
 
-LoRA is merged, and computes what the fine-tuned model computes. Adapters of Houlsby et al. 2019 (AdapterH) and
-of Lin et al. 2020 (AdapterL) are layers of their own, which every token passes one after the other. The weights
-are random, of which a latency does not depend. Without a GPU the paper's batches are divided by 16.
+Merged LoRA runs the same operations as the fine-tuned model. The adapters of Houlsby et al. 2019 (AdapterH) and
+Lin et al. 2020 (AdapterL) add layers that run in sequence. The weights are random, because latency does not depend
+on them. Without a GPU, batches are 16 times smaller than in the paper.
 
 python -m benchmarks.table1 --result FILE    one process
 """
@@ -13,8 +13,9 @@ import argparse
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +34,7 @@ from lorakit.models.dtypes import compute_dtype, resolved_dtype
 ROUNDS = 3
 BASE, MERGED = "fine-tuned model", "LoRA, merged"
 ADAPTERS = {"AdapterL": "lin", "AdapterH": "houlsby"}
-"""The paper's names, and those of `lorakit.BottleneckAdapter`."""
+"""The paper's name -> kind of `lorakit.BottleneckAdapter`."""
 METHODS = (BASE, MERGED, *ADAPTERS)
 
 
@@ -42,24 +43,24 @@ class Setting:
     """A column of the table."""
 
     batch: int
-    """The paper's."""
+    """Batch size in the paper."""
     length: int
     sizes: dict[str, int]
-    """Width of each adapter's bottleneck, from which its number of parameters comes (inferred)."""
+    """Bottleneck width of each adapter, inferred from the paper's number of parameters."""
     parameters: str
     paper: dict[str, str]
-    """The slow-down that the paper prints."""
+    """Slow-down in the paper."""
     steps: int
     quick_steps: int
 
     @property
     def name(self) -> str:
-        """Batch and length as they are run here."""
+        """Batch size and length of this benchmark."""
         return f"b{self.rows} s{self.length}"
 
     @property
     def rows(self) -> int:
-        """The batch that is run here."""
+        """Batch size of this benchmark."""
         return self.batch if torch.cuda.is_available() else max(1, self.batch // 16)
 
 
@@ -98,7 +99,7 @@ SETTINGS = (
 
 
 def gpt2_medium() -> GPT2LMHeadModel:
-    """Return GPT-2 medium with random weights, in the dtype that this machine computes fastest in."""
+    """Return GPT-2 medium with random weights, in the fastest dtype of this machine."""
     torch.manual_seed(SEED)
     config = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
     model = GPT2LMHeadModel(config).to(compute_dtype("auto")).eval().requires_grad_(False)
@@ -107,7 +108,7 @@ def gpt2_medium() -> GPT2LMHeadModel:
 
 @contextlib.contextmanager
 def adapted(model: nn.Module, setting: Setting, name: str) -> Iterator[None]:
-    """Let `model` be what the row `name` means in a setting."""
+    """Attach the adapter of the row `name` to `model`, and detach it at the end."""
     if name == BASE:
         yield
         return
@@ -123,23 +124,19 @@ def adapted(model: nn.Module, setting: Setting, name: str) -> Iterator[None]:
 
 
 def measure(setting: Setting, models: dict[str, nn.Module], steps: int, seed: int) -> Times:
-    """Let the models compute in turn."""
+    """Time interleaved forward passes of the models."""
     device = next(models[BASE].parameters()).device
     generator = torch.Generator().manual_seed(seed)
     shape = (setting.rows, setting.length)
     tokens = torch.randint(GPT2Config().vocab_size, shape, generator=generator).to(device)
 
-    def forward(model: nn.Module) -> Callable[[], object]:
-        @torch.no_grad()
-        def call() -> object:
-            return model(input_ids=tokens, use_cache=False)
-
-        return call
-
     with contextlib.ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(adapted(model, setting, name))
-        calls = {name: forward(model) for name, model in models.items()}
+        calls = {
+            name: partial(model, input_ids=tokens, use_cache=False)
+            for name, model in models.items()
+        }
         return in_turn(calls, steps, warmup=1, seed=seed)
 
 
@@ -164,33 +161,32 @@ def run() -> None:
 # --- the part ----------------------------------------------------------------------------------------
 
 
-def main(*, quick: bool, rows: list[str]) -> None:
+def main(*, quick: bool) -> None:
     """Measure the three settings, and write the table."""
     report.say("\ntable1: GPT-2 medium, one forward pass")
     times: dict[str, list[Times]] = {setting.name: [] for setting in SETTINGS}
     for number in range(1 if quick else ROUNDS):
-        found = runs_of("table1", "gpt2-medium", quick).run(
+        process = runs_of("table1", "gpt2-medium", quick).run(
             str(number), "benchmarks.table1", "--seed", str(number), *(["--quick"] if quick else [])
         )
         for setting in SETTINGS:
-            times[setting.name].append(found[setting.name])
-        report.say(f"  process {number + 1}: {found['process_seconds']:.0f} s")
+            times[setting.name].append(process[setting.name])
+        report.say(f"  process {number + 1}: {process['process_seconds']:.0f} s")
     section = report.Section(
         f"Table 1 of the paper: GPT-2 medium, random weights, {resolved_dtype('auto')}",
         latencies(times),
-        "Milliseconds of a forward pass, with the head and without a cache; in brackets what it takes more than the "
-        "fine-tuned model and the 95 % interval of that. The paper's: batches of 32, 16 and 1 on a Quadro RTX 8000.",
+        "Milliseconds per forward pass, with the head and without a cache. In parentheses: slow-down against the "
+        "fine-tuned model, with its 95 % interval. Paper: batches of 32, 16 and 1 on a Quadro RTX 8000.",
     )
-    report.write("table1", {"machine": report.machine(), "times": times}, [section], quick)
-    report.show([section])
+    report.publish("table1", {"machine": report.machine(), "times": times}, [section], quick)
 
 
 def latencies(times: dict[str, list[Times]]) -> Table:
-    """A row for each method, and in each setting its time, its slow-down, and the paper's slow-down."""
+    """Return a table with the time, the slow-down and the paper's slow-down of each method in each setting."""
     headings = []
     for setting in SETTINGS:
         headings += [f"{setting.name}, adapters of {setting.parameters}", "paper"]
-    made = report.table("method", *headings)
+    table = report.table("method", *headings)
     for name in METHODS:
         cells = []
         for setting in SETTINGS:
@@ -201,11 +197,13 @@ def latencies(times: dict[str, list[Times]]) -> Table:
             cell = f"{1000 * median(pooled[name]):,.1f}"
             if name != BASE:
                 slower = ratio(pooled[name], pooled[BASE])
-                more = [f"{100 * (r - 1):+.1f}" for r in (slower.middle, slower.low, slower.high)]
-                cell += f" ({more[0]} %; {more[1]} to {more[2]})"
+                percent = [
+                    f"{100 * (r - 1):+.1f}" for r in (slower.middle, slower.low, slower.high)
+                ]
+                cell += f" ({percent[0]} %; {percent[1]} to {percent[2]})"
             cells += [cell, setting.paper.get(name, "")]
-        made.add_row(name, *cells)
-    return made
+        table.add_row(name, *cells)
+    return table
 
 
 if __name__ == "__main__":

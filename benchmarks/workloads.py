@@ -1,4 +1,4 @@
-"""What is trained: one workload for each row of the training tables."""
+"""Workloads: one per row of the training tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Order = Literal["plain", "bucketed", "grouped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model, an adapter, data, and how many updates of which size are made on it."""
+    """A model, an adapter, data, and the number and size of updates."""
 
     name: str
     title: str
@@ -27,38 +27,38 @@ class Workload:
     dropout: float = 0.0
     learning_rate: float = 1e-3
     full_learning_rate: float = 5e-5
-    """For full fine-tuning, which takes about a tenth."""
+    """Learning rate of full fine-tuning, which needs a smaller one."""
     batch_size: int = 16
     grouped: bool = False
-    """Batches of examples with one prompt, for every system, instead of batches drawn at random."""
+    """Batch examples by prompt instead of at random, for every system."""
     checkpointing: bool = False
-    """Activations are computed anew in the backward pass, in every system."""
+    """Use gradient checkpointing in every system."""
     warmup: int = 1
-    """First updates, which neither clock nor scales count."""
+    """Updates before the measurement."""
     updates: int = 2
-    """Updates that are counted in a run."""
+    """Counted updates per run."""
     epochs: int = 1
-    """Passes over the examples: several where the outcome is measured and not the speed."""
+    """Passes over the examples; more than one to measure accuracy instead of speed."""
     quick_updates: int = 2
-    """The same for a quick run; 0 leaves the row out."""
+    """Counted updates of a quick run. 0 omits the row."""
     seed: int = SEED
-    """Of the adapter, of dropout, and of the order in which the examples come; which they are it does not decide."""
+    """Seed for the adapter, dropout and the order of the examples, but not for their selection."""
     compares_all: bool = False
-    """Whether loralib and full fine-tuning run beside PEFT, and PEFT in all of its settings; else in its default
-    and in those that win where all are compared."""
+    """Also run loralib, full fine-tuning and all of PEFT's settings. Otherwise PEFT runs in its default setting and in
+    those that win where all are compared."""
 
     def on_gpu(self) -> Workload:
-        """The same with as many updates as a GPU needs to show its speed."""
+        """Return the workload with enough updates to measure a GPU."""
         return dataclasses.replace(self, warmup=5, updates=40, quick_updates=self.quick_updates * 5)
 
     @property
     def task(self) -> Task:
-        """What an example is."""
+        """Task of the examples."""
         return "classification" if self.data == "mrpc" else "completion"
 
     @property
     def orders(self) -> tuple[Order, ...]:
-        """The orders in which a system may take the examples; lorakit's own is the last."""
+        """The possible orders of the examples; lorakit's default is the last."""
         return ("grouped",) if self.grouped else ("plain", "bucketed")
 
 

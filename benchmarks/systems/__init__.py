@@ -1,8 +1,7 @@
-"""The systems that train. Each module has ``train(prepared, settings, scratch) -> Trained``.
+"""The systems to compare. Each module has ``train(prepared, settings, scratch) -> Trained``.
 
-All of them use AdamW with the same constant learning rate, no weight decay, and the gradient clipped to
-norm 1; the head of a classifier is trained beside the adapter. Loading, and what comes after the last
-update, is not timed.
+All use AdamW with the same constant learning rate, no weight decay, and gradients clipped to norm 1. Classifiers
+also train their head. The time of loading, and of work after the last update, does not count.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from lorakit.models.loading import load_base
 
 @dataclass(frozen=True)
 class Trained:
-    """What a system has trained."""
+    """The result of training with a system."""
 
     order: Order
-    """The order in which it took the examples."""
+    """The order of the examples."""
     in_float32: Callable[[], nn.Module]
-    """Returns the trained model for scoring: what was trained, over the base in float32."""
+    """Returns the trained model for scoring, with the base in float32."""
 
 
 def load_model(prepared: Prepared, dtype: str) -> nn.Module:
-    """Return the row's base model, with the same new head each time where the task needs one."""
+    """Return the base model of the row, with the same new head each time if the task needs one."""
     task, labels = ("causal-lm", None)
     if prepared.workload.task == "classification":
         task, labels = "sequence-classification", 2

@@ -1,4 +1,4 @@
-"""Full fine-tuning with `transformers.Trainer`, in bfloat16 autocast over float32 weights where that is fast.
+"""Full fine-tuning with `transformers.Trainer`, in bfloat16 autocast with float32 weights if bfloat16 is fast.
 
 Settings: order.
 """

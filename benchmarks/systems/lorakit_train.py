@@ -1,6 +1,6 @@
-"""lorakit as its users have it: `lorakit.train` on the file of rows, every setting at its default.
+"""lorakit with default settings: `lorakit.train` on the file of rows.
 
-Settings: method, lora (default) or full; compile, whether the blocks are compiled.
+Settings: method, lora (default) or full; compile, whether to compile the blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.training.loop import train as run_training
 
 
 def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:
-    """Train in a run folder in `scratch`."""
+    """Train, with the run folder in `scratch`."""
     workload = prepared.workload
     full = settings.get("method") == "full"
     lora = lorakit.LoRA(
@@ -58,9 +58,9 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
 
 
 def _check_batches(run: Path, expected: list[int]) -> None:
-    """Make sure that `lorakit.train` drew the batches that the other systems are given."""
+    """Check that `lorakit.train` used the same batches as the other systems."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     totals = [0, *(json.loads(line)["tokens"] for line in lines)]
-    found = [after - before for before, after in pairwise(totals)]
-    if found != expected:
-        raise RuntimeError(f"batches have {found} tokens, and {expected} in the file of examples")
+    tokens = [after - before for before, after in pairwise(totals)]
+    if tokens != expected:
+        raise RuntimeError(f"lorakit.train used batches of {tokens} tokens; expected {expected}")

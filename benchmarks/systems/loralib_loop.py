@@ -1,6 +1,6 @@
-"""loralib in a plain PyTorch loop, its layers put in by hand as its README says.
+"""loralib in a plain PyTorch loop, with its layers inserted by hand as in its README.
 
-In bfloat16 autocast over float32 weights where that is fast. Settings: order.
+Uses bfloat16 autocast with float32 weights if bfloat16 is fast. Settings: order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lorakit.models.heads import classification_head
 
 
 def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:
-    """Train as loralib's users do."""
+    """Train the layers of loralib, and the head of a classifier."""
     workload = prepared.workload
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(workload.seed)
     model = load_model(prepared, "float32")
-    put_in_layers(model, workload)
+    insert_layers(model, workload)
     loralib.mark_only_lora_as_trainable(model)
     if workload.task == "classification":
         for path in classification_head(model):  # type: ignore[arg-type]
@@ -48,8 +48,8 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
     return Trained(settings["order"], lambda: model)
 
 
-def put_in_layers(model: nn.Module, workload: Workload) -> None:
-    """Replace the targets by `loralib.Linear` over the same weights."""
+def insert_layers(model: nn.Module, workload: Workload) -> None:
+    """Replace the targets with `loralib.Linear` layers that share their weights."""
     names = TARGETS[workload.targets]
     for path, layer in list(model.base_model.named_modules()):  # type: ignore[operator]
         if not isinstance(layer, nn.Linear):

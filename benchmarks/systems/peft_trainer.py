@@ -1,7 +1,7 @@
 """PEFT with `transformers.Trainer`.
 
-Settings: precision, float32 (the default), autocast (bfloat16 over float32 weights) or bfloat16 (the base's
-weights; PEFT keeps the adapter's in float32); order, plain (the default), bucketed (by length) or grouped.
+Settings: precision, float32 (PEFT's default), autocast (bfloat16 with float32 weights) or bfloat16 (weights of the
+base; PEFT keeps the adapter in float32); order, plain (PEFT's default), bucketed (by length) or grouped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TARGETS = {
     "all-linear": "all-linear",
     "attention": ["query", "key", "value", "attention.output.dense"],
 }
-"""Our names of targets in PEFT's terms, for the models of the workloads."""
+"""lorakit's target names -> PEFT's target modules, for the models of the workloads."""
 
 
 def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:
-    """Train as `settings` say."""
+    """Train in the precision and order of `settings`."""
     workload = prepared.workload
     precision = settings["precision"]
     base = load_model(prepared, "bfloat16" if precision == "bfloat16" else "float32")
@@ -49,11 +49,11 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
 
 
 def lora_config(prepared: Prepared) -> LoraConfig:
-    """The row's adapter in PEFT's terms."""
+    """Return PEFT's configuration of the adapter of the row."""
     workload = prepared.workload
     classifies = workload.task == "classification"
     return LoraConfig(
-        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # which trains a classifier's head too
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # SEQ_CLS also trains the head
         r=workload.rank,
         lora_alpha=workload.alpha,  # type: ignore[arg-type]
         lora_dropout=workload.dropout,

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` over the batches of a row, as a user sets it up who wants speed and no extras."""
+"""`transformers.Trainer` on the batches of a row, set up for speed, without evaluation or logging."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_trainer(
     learning_rate: float,
     scratch: Path,
 ) -> None:
-    """Train `model` in place on the batches of `order`, in bfloat16 autocast or in its own precision."""
+    """Train `model` in place on the batches of `order`, in bfloat16 autocast or in the dtype of its weights."""
     logging.set_verbosity_error()
     workload = prepared.workload
     checkpointing: dict[str, Any] = {}
@@ -37,9 +37,9 @@ def run_trainer(
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         bf16=autocast,
-        use_cpu=not torch.cuda.is_available(),  # without which Trainer refuses bf16 on a CPU
+        use_cpu=not torch.cuda.is_available(),  # Trainer rejects bf16 on a CPU without it
         **checkpointing,
-        train_sampling_strategy="sequential",  # the examples are handed over in their order
+        train_sampling_strategy="sequential",  # keep the order of the examples
         remove_unused_columns=False,
         eval_strategy="no",
         save_strategy="no",

@@ -1,4 +1,4 @@
-"""The benchmarks are a package beside the tests, not one that is installed."""
+"""Add the repository root to sys.path, because the benchmarks package is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables from figures, as pages show them."""
+"""Tables of the benchmarks from given results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks import (
 
 
 def cells(text: str, first: str) -> list[str]:
-    """The cells of the one line of a Markdown table that starts with `first`."""
+    """Return the cells of the only line of a Markdown table that starts with `first`."""
     lines = [line for line in text.splitlines() if re.match(rf"\| {re.escape(first)}\s*\|", line)]
     assert len(lines) == 1, text
     return [cell.strip() for cell in lines[0].strip("|").split("|")]
@@ -42,7 +42,7 @@ def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def row() -> dict[str, Any]:
-    """Three rounds; the machine is half as fast in the second, and busy while it is sampled there."""
+    """Return a row with three rounds. In the second, the machine is half as fast and its samples are slow."""
     return {
         "title": "A row",
         "source": "E2E NLG",
@@ -63,13 +63,13 @@ def row() -> dict[str, Any]:
 
 def test_a_training_row(row: dict[str, Any]) -> None:
     text = report.markdown(training_tables.sections({"e2e": row}))
-    # 500 million operations at a billion a second: 200 tokens/s are the limit.
+    # 100 tokens need 500 million operations. At a billion operations per second the limit is 200 tokens/s.
     of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
     assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
     assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
     assert cells(text, "PEFT, float32, plain (default)")[3:5] == ["1.00", "0.50"]
     assert cells(text, "PEFT, bf16 weights, bucketed (best)")[3:5] == ["2.00", "1.00"]
-    assert "Not run here, for time: loralib, full fine-tuning." in text
+    assert "Not run here, to save time: loralib, full fine-tuning." in text
     assert "Medians of 3 runs." in text
     assert "1 GFLOP/s, the median of the faster half of 9 samples (0 to 1)" in text
 
@@ -104,7 +104,7 @@ def test_inference_tables() -> None:
     process = {
         "prefill": times,
         "decode": times,
-        "operations": {kind: inference.beside_base(trace) for kind in ("prefill", "decode")},
+        "operations": {kind: inference.compare_to_base(trace) for kind in ("prefill", "decode")},
     }
     record = {"base": "tiny", "bfloat16": [process, process]}
     sections = list(inference.sections(record))
@@ -144,7 +144,7 @@ def test_adapter_and_merge_tables() -> None:
 
 
 def test_the_interval_of_a_difference_is_paired() -> None:
-    """Both wrong on the same hundred: the single example they differ in is all that there is to resample."""
+    """Both are wrong on the same hundred examples, so only the one example that differs adds variance."""
     ours = np.arange(1000) >= 100
     theirs = ours.copy()
     theirs[500] = False
@@ -154,7 +154,7 @@ def test_the_interval_of_a_difference_is_paired() -> None:
 
 
 def test_accuracies_beside_each_other() -> None:
-    """PEFT is wrong on half of the examples with one seed, and on none with the other."""
+    """PEFT is wrong on half of the examples with one seed, and on none with the other seed."""
 
     def found(loss: float, right: bool) -> dict[str, object]:
         return {"loss": loss, "right": [True, right] * 50}
@@ -193,4 +193,4 @@ def test_the_profile_is_a_table_of_shares():
     rows = {"e2e": {"title": "E2E", "seconds": {profile.LINEAR: 3.0, profile.REST: 1.0}}}
     text = report.markdown(list(profile.sections({"rows": rows})))
     assert cells(text, profile.LINEAR)[1] == "75%"
-    assert cells(text, "seconds in all")[1] == "4.0"
+    assert cells(text, "total seconds")[1] == "4.0"

@@ -1,4 +1,4 @@
-"""Figures of finished runs are kept, and never mixed with those of another machine."""
+"""Results of finished runs are cached, and never mixed with those of another machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.__main__ import PARTS, prepare_work
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would have run; each writes its number."""
+    """Record commands instead of running them; each writes its number as its result."""
     found: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
@@ -33,7 +33,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, commands: list[list[str]
     assert first["rate"] == 3.0
     assert commands[0][1:5] == ["-m", "benchmarks.run", "peft", "--result"]
     assert runs.Runs(tmp_path).run("0 PEFT, float32", "benchmarks.run", "peft") == first
-    assert runs.Runs(tmp_path).kept("0 PEFT, float32") == first
+    assert runs.Runs(tmp_path).cached("0 PEFT, float32") == first
     assert runs.Runs(tmp_path).run("1 PEFT, float32", "benchmarks.run", "peft")["number"] == 2
 
 
@@ -42,7 +42,7 @@ def test_a_failed_run_is_told_and_not_kept(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="MemoryError"):
         runs.Runs(tmp_path).run("0 PEFT", "benchmarks.run")
-    assert runs.Runs(tmp_path).kept("0 PEFT") is None
+    assert runs.Runs(tmp_path).cached("0 PEFT") is None
 
 
 def test_a_new_benchmark_forgets_the_runs_of_its_parts_alone(
@@ -52,10 +52,10 @@ def test_a_new_benchmark_forgets_the_runs_of_its_parts_alone(
     for part in ("training", "merge"):
         runs.runs_of(part, "row", False).run("0", "module")
     prepare_work(["training", "merge"], quick=False, resume=True)
-    assert runs.runs_of("training", "row", False).kept("0")
+    assert runs.runs_of("training", "row", False).cached("0")
     prepare_work(["training"], quick=False, resume=False)
-    assert runs.runs_of("training", "row", False).kept("0") is None
-    assert runs.runs_of("merge", "row", False).kept("0")
+    assert runs.runs_of("training", "row", False).cached("0") is None
+    assert runs.runs_of("merge", "row", False).cached("0")
 
 
 def test_runs_of_another_machine_are_not_gone_on_with(

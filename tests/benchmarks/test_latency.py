@@ -1,4 +1,4 @@
-"""Models in turn: who computes when, what a ratio is, and which operations a call runs."""
+"""Interleaved timing: the order of models, their ratios, and the operations of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_model_computes_once_in_each_step_and_in_changing_order() -> None:
 
 def test_a_ratio_is_that_of_the_steps() -> None:
     generator = np.random.default_rng(0)
-    # The machine's speed changes twentyfold from step to step, and in a step for both alike.
+    # The speed of the machine changes up to twentyfold between steps, but is the same for both models in a step.
     speeds = np.exp(generator.uniform(0, 3, 60))
     found = ratio(
         (1.1 * speeds * generator.normal(1, 0.01, 60)).tolist(),

@@ -1,4 +1,4 @@
-"""The limit: operations counted by hand and by PyTorch, and a rate that a busy moment does not move."""
+"""The limit: operations counted by hand and by PyTorch, and a rate that slow samples do not change."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lorakit.compute.last_block import last_block
 
 
 def example(tokens: list[int], targets: int) -> dict[str, list[int]]:
-    """An example whose last tokens are its targets."""
+    """Return an example whose last tokens are targets."""
     labels = [-100] * (len(tokens) - targets) + tokens[-targets:]
     return {"input_ids": tokens, "labels": labels}
 
 
 def test_a_shared_prefix_is_counted_once() -> None:
     batch = [example([5, 6, 7, 8], 2), example([5, 6, 9], 1), example([4, 6, 7], 1)]
-    # 5 6 7 (8), then (9) behind 5 6, then 4 6 (7): a token is the same only behind the same ones, and those in
-    # brackets are targets behind which nothing comes.
+    # 5 6 7 (8), then 5 6 (9), then 4 6 (7). Tokens are shared only with the same prefix. The targets in parentheses
+    # end their example, so they do not count.
     assert counts_of(batch, "completion") == Counts(
         tokens=3 + 2,
-        read=2 + 1,  # 7 of the first and 9 are both predicted behind 5 6
+        read=2 + 1,  # 5 6 predicts both 7 and 9
         pairs=(1 + 2 + 3) + (1 + 2),
         read_pairs=2 + 3 + 2,
     )
@@ -48,9 +48,9 @@ def test_operations_by_hand() -> None:
     linear = {(2, 3): 4, (3, 2): 1}
     shapes = Shapes(linear=linear, first=6, last=9, head=(2, 7), attention_width=5, blocks=2)
     counts = Counts(tokens=5, read=3, pairs=15, read_pairs=8)
-    # 4 x 30 weights x 5 tokens; less 2 x 6 x 5, and 4 x 9 x 2 tokens that are not read
+    # 4 x 30 weights x 5 tokens, minus 2 x 6 x 5, minus 4 x 9 x 2 tokens that are not read
     linear = 600 - 60 - 72
-    # 4 x 14 weights of the head x 3 tokens; 12 x 5 x the pairs of the first block and of the last
+    # 4 x 14 weights of the head x 3 tokens, plus 12 x 5 x the pairs of the first and the last block
     assert operations(shapes, counts) == linear + 168 + 12 * 5 * (15 + 8)
 
 
@@ -60,7 +60,7 @@ def llama():
 
 
 def counted(model, read: torch.Tensor | None = None) -> int:
-    """What PyTorch counts, forward and backward, of a row of tokens whose embeddings take a gradient."""
+    """Return PyTorch's count, forward and backward, for a row of tokens whose embeddings need a gradient."""
     inputs = torch.randn(1, LENGTH, model.config.hidden_size, requires_grad=True)
     at = torch.arange(LENGTH) if read is None else read
     with (
@@ -76,16 +76,16 @@ LENGTH = 7
 
 
 def test_operations_are_those_that_pytorch_counts(llama) -> None:
-    """Every token is a target that attends to all, and its embedding takes a gradient."""
+    """Every token is read and attends to all tokens, and its embedding needs a gradient."""
     shapes = dataclasses.replace(shapes_of(llama, "completion"), first=0)
     pairs = LENGTH**2
     counts = Counts(tokens=LENGTH, read=LENGTH, pairs=pairs, read_pairs=pairs)
-    # Rotary embeddings are a product too, of two numbers a position: less than one in a hundred.
+    # PyTorch also counts the small product of rotary embeddings, which is below 1 %.
     assert operations(shapes, counts) == pytest.approx(counted(llama), rel=0.01)
 
 
 def test_what_is_not_read_is_not_computed(llama) -> None:
-    """lorakit leaves out what the limit does, but for the last block's queries."""
+    """lorakit skips the same operations as the limit, except the queries of the last block."""
     shapes = dataclasses.replace(shapes_of(llama, "completion"), first=0)
     pairs = LENGTH**2
     counts = Counts(tokens=LENGTH, read=2, pairs=pairs, read_pairs=pairs)
@@ -112,4 +112,4 @@ def test_busy_moments_do_not_move_the_rate() -> None:
     quiet = [random.Random(0).uniform(99, 101) for _ in range(12)]
     assert settled([*quiet, *[20.0] * 10]) == pytest.approx(100, abs=2)
     assert settled([7.0]) == 7
-    assert settled([3.0, 9.0, 5.0]) == 7  # of three the faster two
+    assert settled([3.0, 9.0, 5.0]) == 7  # the median of the two faster samples

@@ -1,4 +1,4 @@
-"""Every system of a row is given the same examples, in whatever order it takes them."""
+"""Every system of a row gets the same examples, in any order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = {workload.name: workload for workload in WORKLOADS}
 
 @pytest.fixture
 def data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small data sets in the layout of the real ones; three completions for each of E2E's prompts."""
+    """Write small data sets in the layout of the real ones, with three completions per E2E prompt."""
     e2e, mrpc = tmp_path / "data/e2e_nlg", tmp_path / "data/mrpc"
     e2e.mkdir(parents=True)
     mrpc.mkdir()
@@ -63,7 +63,7 @@ def prepared_row(tmp_path: Path, name: str, updates: int = 5) -> Prepared:
     encodes = workload.task == "classification"
     base = tmp_path / "tokenizer"
     (tiny_encoder_tokenizer() if encodes else tiny_tokenizer()).save_pretrained(base)
-    (base / "config.json").write_text("{}")  # what makes a folder one of a model
+    (base / "config.json").write_text("{}")  # marks the folder as a model folder
     return prepare(workload, tmp_path / "examples", base=str(base), updates=updates)
 
 
@@ -102,7 +102,7 @@ def test_grouped_batches_share_prompts(tmp_path: Path) -> None:
             tuple(t for t, label in zip(e["input_ids"], e["labels"], strict=True) if label < 0)
             for e in batch
         }
-        assert len(prompts) <= 2  # four examples, and three completions for a prompt
+        assert len(prompts) <= 2  # four examples per batch, three completions per prompt
 
 
 @pytest.mark.usefixtures("data_sets")

@@ -27,7 +27,7 @@ from lorakit.training.loop import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Save a tiny base, two adapters for it, a merged model, and data to score on."""
+    """Write a tiny base, two adapters for it, a merged model, and data to score on."""
     folder = tmp_path_factory.mktemp("algebra")
     tokenizer = tiny_tokenizer()
     model = tiny_models.build("llama", vocab_size=len(tokenizer))
@@ -174,7 +174,7 @@ def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
         *("--data.test", folder / "test.jsonl", "--base.name", folder / "base"),
     )
     assert status == 0
-    assert "[red]one" in "".join(out.split())  # long lines wrap
+    assert "[red]one" in "".join(out.split())  # long names fold
 
 
 def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
@@ -189,7 +189,9 @@ def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
     assert status == 0
     scores = json.loads(out)["scores"]
     expected = json.loads((run_folder / "result.json").read_text())["scores"]["loss"]
-    assert scores[str(step)]["loss"] == pytest.approx(expected, rel=0.05)  # computed in float32
+    assert scores[str(step)]["loss"] == pytest.approx(
+        expected, rel=0.05
+    )  # result.json is from float32
     assert "result" in scores
     (made_from,) = formats.read(tmp_path / "small").provenance["made_from"]
     assert made_from == {

@@ -1,4 +1,4 @@
-"""`lorakit analyze` writes tables, JSON and figures of every measure, and reports errors in one message."""
+"""`lorakit analyze`: tables, JSON, figures and reports of every measure, and its error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorakit.reporting.page import number
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Save a tiny base with two adapters for it, and a text."""
+    """Write a tiny base, two adapters for it, and a text."""
     folder = tmp_path_factory.mktemp("analyze")
     tokenizer = tiny_tokenizer()
     model = tiny_models.build("llama", vocab_size=len(tokenizer))
@@ -141,7 +141,7 @@ def test_help(capsys):
         (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
         (["diff", "{one}", "{base}"], "holds no adapter"),
         (["drift", "{one}", "{one}"], "cannot be read"),
-        (["drift", "{one}", "x", "--base.dtype", "float32"], "say --base.name too"),
+        (["drift", "{one}", "x", "--base.dtype", "float32"], "Add --base.name"),
     ],
 )
 def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):
@@ -158,7 +158,7 @@ def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
     for option in ("plot", "report"):
         target = tmp_path / f"x.{'png' if option == 'plot' else 'html'}"
         status, out, err = run(capsys, "spectrum", folder / "one", f"--{option}", target)
-        assert (status, out) == (1, "")  # fails before measuring
+        assert (status, out) == (1, "")  # rejected before the computation
         assert "pip install 'lorakit[report]'" in err
 
 
@@ -178,9 +178,9 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
             assert f'<td class="number">{number(layer["norm"])}</td>' in text
     if measure != "drift":
         assert all(name in text for name in json.loads(facts)["layers"])
-    else:  # the line above the table becomes its caption
-        assert "<caption>Where it changed most.</caption>" in text
-        assert "Where it changed most:" not in text
+    else:  # the line that introduces the table is its caption, not a finding
+        assert "<caption>Largest changes.</caption>" in text
+        assert "Largest changes:" not in text
     if measure in ("similarity", "amplification"):
         overall = json.loads(facts)["overall"]
         shown = overall["B"]["phi_whole"] if measure == "similarity" else overall["factor"]

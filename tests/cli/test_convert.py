@@ -1,4 +1,4 @@
-"""`lorakit convert`: the tensors, and what lies beside them."""
+"""`lorakit convert`: the tensors and the tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSORS = "adapter_model.safetensors"
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter folder with a tokenizer that has a template of its own."""
+    """Write an adapter folder with a tokenizer that has a custom chat template."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_tokens(["<|tool|>"])
@@ -37,7 +37,7 @@ def test_the_tokenizer_comes_along(adapter: Path, tmp_path: Path) -> None:
     found = AutoTokenizer.from_pretrained(tmp_path / "converted")
     assert found.chat_template == TEMPLATE
     assert found.tokenize("<|tool|>") == ["<|tool|>"]
-    assert formats.read(tmp_path / "converted").notices == []  # its checksums cover all of it
+    assert formats.read(tmp_path / "converted").notices == []  # the checksums cover all files
 
 
 def test_nothing_else_comes_along(adapter: Path, tmp_path: Path) -> None:

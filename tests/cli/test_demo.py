@@ -1,4 +1,4 @@
-"""`lorakit demo`: what it prints of functions that it did not write."""
+"""`lorakit demo` prints the text of other people's functions literally."""
 
 from __future__ import annotations
 

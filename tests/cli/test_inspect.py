@@ -1,4 +1,4 @@
-"""`lorakit inspect`: the norms of every kind of layer, and names as they stand in the file."""
+"""`lorakit inspect`: the norms of every kind of layer, and names printed literally."""
 
 from __future__ import annotations
 

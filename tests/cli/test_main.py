@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, misspellings, exit statuses."""
+"""The command line: help, misspelt names, exit statuses."""
 
 import subprocess
 import sys
@@ -85,8 +85,8 @@ def test_the_option_that_no_yaml_file_can_set(capsys, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("recipe: roberta-base/mrpc/lora\n")
     status, _, err = run(capsys, "train", "--config", str(config), "--output", str(tmp_path))
-    assert (status, "--recipe is given on the command line" in err) == (1, True)
-    assert "Every option of a command but --recipe" in run(capsys, "--help")[1]
+    assert (status, "--recipe works only on the command line" in err) == (1, True)
+    assert "A YAML file can set every option except --recipe" in run(capsys, "--help")[1]
 
 
 def test_version_and_module_entry_point_do_not_wait_for_pytorch():

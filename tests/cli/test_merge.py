@@ -1,4 +1,4 @@
-"""`lorakit merge` on models with one side and with two."""
+"""`lorakit merge` on decoder-only and encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_the_merged_model_says_what_the_adapted_one_said(arch, auto, tmp_path, c
     merged = auto.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         found, expected = merged(**batch).logits, model(**batch).logits
-        # One product where there were two: float32 rounding, against logits of order 10.
+        # One product instead of two: float32 rounding, for logits of order 10.
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

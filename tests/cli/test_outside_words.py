@@ -1,4 +1,4 @@
-"""Words of data and models are printed as they are, whatever brackets mean to the terminal."""
+"""Text from data and models is printed literally, even if it looks like rich markup."""
 
 from __future__ import annotations
 

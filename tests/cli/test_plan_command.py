@@ -1,4 +1,4 @@
-"""`lorakit plan`: options of `lorakit train`, and what it prints."""
+"""`lorakit plan`: options and output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.planning import machine
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
-    """A machine of round numbers: nothing is measured, and no calibration of this one is read."""
+    """Use a machine with round numbers instead of measuring this one or reading its calibration."""
     made = machine.Machine(
         products=1e9, traffic=1e9, draws=1e9, software=10**6, origin="a machine of tests"
     )
@@ -75,7 +75,7 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
     for part in ("A LoRA adapter of rank 4", "Full fine-tuning", "a machine of tests", "rank: 4"):
         assert part in text
     assert "Peak memory by its parts" in figure.read_text()
-    # A page is not written over unasked, nor is anything planned for it.
+    # An existing report is an error before planning, unless overwrite is set.
     page.write_text("mine")
     assert main([*arguments, *written]) == 1
     assert "set overwrite to replace it" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     arguments = ["train", "--base.name", base, "--data.train", data, "--max_steps", "1"]
     assert main([*arguments, "--output", str(tmp_path / "first")]) == 0
     assert "planned" in capsys.readouterr().out
-    # A finished run does not fail for a prediction.
+    # A failed prediction does not fail a finished run.
     monkeypatch.setattr("lorakit.planning.planner.simulate", lambda *_, **__: 1 / 0)
     assert main([*arguments, "--output", str(tmp_path / "second")]) == 0
-    assert "planned  nothing: division by zero" in capsys.readouterr().out
+    assert "planned  no prediction: division by zero" in capsys.readouterr().out

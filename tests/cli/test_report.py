@@ -1,4 +1,4 @@
-"""`lorakit report`, and the reports that train and evaluate end in."""
+"""`lorakit report`, and the reports that train and evaluate write at their end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import tiny_runs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base and data."""
+    """Write a base and data."""
     folder = tmp_path_factory.mktemp("report")
     tiny_runs.save_base(folder / "base")
     tiny_runs.write_rows(folder / "train.jsonl", tiny_runs.pairs(16))
@@ -64,7 +64,7 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     predicted = json.loads((tmp_path / "run" / "prediction.json").read_text())
     assert {"seconds", "tokens_per_second", "peak_memory", "adapter_bytes"} < predicted.keys()
     assert "Measured / predicted" in page
-    # A new run in its place takes the old report away with the rest.
+    # A new run in the same folder replaces the old report.
     assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
 
@@ -169,7 +169,7 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
-    status, _, err = call(capsys, *argv)  # before any work, as for the output itself
+    status, _, err = call(capsys, *argv)  # rejected before evaluation, like the output itself
     assert (status, "scores.html' already exists" in err) == (1, True)
 
 

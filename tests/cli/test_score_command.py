@@ -1,4 +1,4 @@
-"""`lorakit score` as a user meets it."""
+"""`lorakit score`: output and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accelerate's own checkpoints, `save_state` and `load_state`, hold the adapter and leave the base alone."""
+"""Accelerate's `save_state` and `load_state` restore the adapter and leave the base unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, and do what they say."""
+"""The scripts in examples/ run unchanged and give the promised results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "accelerate_loop")
 
 pytestmark = [
-    # transformers' Trainer asks PyTorch to pin memory where there is no accelerator to pin it for.
+    # transformers' Trainer requests pinned memory even without an accelerator.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-    # PEFT and TRL use a name that transformers is giving up.
+    # PEFT and TRL use a name that transformers deprecates.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
-    # TRL ends a completion with the end token; so does the byte tokenizer of the examples.
+    # TRL appends the end token to a completion, and so does the byte tokenizer of the examples.
     pytest.mark.filterwarnings("ignore:This sequence already has </s>:UserWarning"),
 ]
 
@@ -82,7 +82,7 @@ def test_training(name: str, run: Callable[..., dict[str, Any]], tmp_path: Path)
     assert losses[-1] < losses[0] - 0.05
     model, adapters, base = names["model"], names["adapters"], fresh_base(names)
 
-    # Exactly the adapter moved.
+    # Only the adapter changed.
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {n.split(".adapters.")[1].split(".")[0] for n in trained} == {"mine"}
     start = fresh_base(names)
@@ -92,7 +92,7 @@ def test_training(name: str, run: Callable[..., dict[str, Any]], tmp_path: Path)
     }
     assert moved == trained.keys()
 
-    # The folder holds it, and the base is as it was.
+    # The saved folder gives the same logits, and the base is unchanged.
     adapted = logits(model, names)
     assert (adapted - logits(base, names)).abs().max() > 1e-2
     folder = next((tmp_path / "out").rglob("adapter_config.json")).parent
@@ -147,20 +147,20 @@ def test_own_task(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     names = run("own_task")
     scores = names["scored"].scores
     assert set(scores) == {"loss", "perplexity", "exact"}
-    assert scores["exact"] > 0  # of numbers that training has not seen
+    assert scores["exact"] > 0  # on numbers that are not in the training data
     records = names["scored"].outputs
     assert [r["references"] for r in records[:2]] == [["zero three"], ["one zero"]]
     assert records[0]["prompt"] == "Write the number 03 in words:"
     start = json.loads((tmp_path / "out/run/metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert scores["loss"] < start / 2
-    # The adapter says what it was trained for, and that is read without running the file.
+    # The adapter records its task, and reading it does not run the file.
     adapter = str(tmp_path / "out" / "run" / "adapter")
     assert recorded_task(adapter) == DataTask(name="completion")
     assert recorded_task(adapter, names["data"].task) == DataTask(name=names["data"].task)
 
 
 def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """--model takes any folder; here the tiny model itself, saved with its tokenizer."""
+    """--model accepts any folder; here a saved copy of the tiny model and its tokenizer."""
     names = run("many_adapters")
     model, tokenizer = names["load_base"](None)
     model.save_pretrained(tmp_path / "base")

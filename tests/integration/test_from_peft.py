@@ -1,4 +1,4 @@
-"""A live PEFT model is taken over: same logits, the base's own modules and keys, training goes on."""
+"""`from_peft` converts a live PEFT model: same logits, the base's modules and keys, and training continues."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import lorakit
 from lorakit.errors import AdapterStateError, LorakitError
 
 pytestmark = [
-    # PEFT uses a name that transformers is giving up.
+    # PEFT uses a name that transformers deprecates.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # It saves the frozen table beside an adapter on an embedding, and says so.
+    # PEFT warns that it saves the frozen embedding together with an adapter on it.
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
@@ -136,7 +136,7 @@ def test_a_merged_one_is_refused_or_given_its_base_back() -> None:
     try:
         adapters = lorakit.from_peft(model)
     except AdapterStateError:
-        return  # refusing is right as well
+        return  # rejecting the model is correct too
     torch.testing.assert_close(logits(adapters.model), expected, atol=1e-4, rtol=0)
     adapters.detach()
     torch.testing.assert_close(logits(adapters.model), base, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer hold the adapted model, and resume to the same adapter bit for bit."""
+"""Checkpoints of transformers' Trainer contain the adapted model, and resume to a bit-identical adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, Method]] = {
 }
 
 pytestmark = [
-    # transformers' Trainer asks PyTorch to pin memory where there is no accelerator to pin it for.
+    # transformers' Trainer requests pinned memory even without an accelerator.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
 ]
 
@@ -79,7 +79,7 @@ def assert_bit_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 class StopAt(TrainerCallback):
-    """A run that ends early, as one that is killed after its checkpoint."""
+    """Ends a run early, as if it were killed after its checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -134,7 +134,7 @@ def test_the_best_checkpoint_is_put_back(case: str, tmp_path: Path) -> None:
         tmp_path,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
-        greater_is_better=True,  # the worst, so that it is not the last one anyway
+        greater_is_better=True,  # select the worst checkpoint, so that it is not the last one
         eval_strategy="steps",
         eval_steps=2,
     )
@@ -149,7 +149,7 @@ def test_the_best_checkpoint_is_put_back(case: str, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
-    """The base is frozen: a reentrant block would see no input that requires a gradient."""
+    """With a frozen base, reentrant checkpointing would see no input that requires a gradient."""
     results = []
     fields = TrainingArguments.__dataclass_fields__  # renamed within transformers 5
     field = next(f for f in ("activation_checkpointing", "gradient_checkpointing") if f in fields)
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
 
 
 def test_vision_model_resumes(tmp_path: Path) -> None:
-    """Its file has other names than the model (an older layout): the adapter must not restart."""
+    """The checkpoint has other tensor names than the model (an older layout), but the adapter must resume."""
     generator = torch.Generator().manual_seed(0)
     images = [
         {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 3}

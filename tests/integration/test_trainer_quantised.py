@@ -1,4 +1,4 @@
-"""transformers' Trainer over a quantised base: its checkpoints hold the adapted model and resume to the same one."""
+"""Checkpoints of transformers' Trainer on a quantised base contain the adapted model and resume to the same one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorakit.models.quantised import quantised_weights
 from lorakit.models.quantising import quantise
 
 pytestmark = pytest.mark.filterwarnings(
-    # transformers' Trainer asks PyTorch to pin memory where there is no accelerator to pin it for.
+    # transformers' Trainer requests pinned memory even without an accelerator.
     "ignore:'pin_memory' argument is set as true:UserWarning"
 )
 
@@ -60,7 +60,7 @@ def test_checkpoints_over_a_quantised_base(kind, tmp_path: Path) -> None:
     model = adapted(kind)
     trainer(model, tmp_path).train()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    # The file's merged weights are rounded once, to float32.
+    # The merged weights in the file are rounded once, to float32.
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
     resumed = adapted(kind)
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

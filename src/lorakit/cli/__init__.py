@@ -1,4 +1,4 @@
-"""The command line: one file for each command, which parses, calls one function and prints."""
+"""The command line. Each command has one file, which parses options, calls one function and prints."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from lorakit.version import __version__
 
 COMMANDS = {
     "demo": "Adapt a real language model in a few minutes and see what changed",
-    "data": "Preview a data set as the model will see it",
-    "plan": "Predict the memory, time and size of a training run, without weights",
+    "data": "Preview a data set: tokens, loss mask, lengths and duplicates",
+    "plan": "Predict the memory, time and size of a training run without loading weights",
     "train": "Train an adapter (or the whole model) and save it",
-    "recipes": "List the paper's hyper-parameters, which lorakit train --recipe NAME takes",
-    "paper": "Run a table of the paper on your model and print your rows beside the published ones",
+    "recipes": "List the paper's hyper-parameters for lorakit train --recipe NAME",
+    "paper": "Reproduce a table of the paper on your model, next to the published rows",
     "evaluate": "Score a base model or an adapter on held-out data",
-    "report": "Write the page of a run, or one that compares runs",
-    "score": "Score a file of outputs with the paper's metrics",
+    "report": "Write the HTML report of a run, or compare several runs",
+    "score": "Score a file of generated texts with the paper's metrics",
     "generate": "Generate text for a prompt or a file of prompts",
-    "merge": "Fold an adapter into its base and save the whole model",
-    "inspect": "Show what an adapter holds, without loading its base",
-    "analyze": "Look into adapters: spectrum, similarity, amplification, intruders, diff, drift",
-    "compress": "Bring an adapter to a smaller rank, as exactly as that can be",
-    "combine": "Put several adapters together: their exact weighted sum, TIES or DARE",
-    "extract": "Make an adapter of the difference between a fine-tuned model and its base",
-    "convert": "Turn a PEFT adapter into a loralib file, or the other way round",
+    "merge": "Merge an adapter into its base and save the whole model",
+    "inspect": "Show the contents of an adapter without loading its base",
+    "analyze": "Analyze adapters: spectrum, similarity, amplification, intruders, diff, drift",
+    "compress": "Reduce the rank of an adapter with the smallest possible error",
+    "combine": "Combine adapters: exact weighted sum, TIES or DARE",
+    "extract": "Extract an adapter from the difference between a fine-tuned model and its base",
+    "convert": "Convert a PEFT adapter to a loralib file, or back",
 }
 
 EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C, by the shells' convention 128 + SIGINT."""
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells use it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for an error of the user's, 2 for a wrong call."""
+    """Run one command and return its exit status: 0, 1 for a user error, 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -47,20 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         print(
-            f"lorakit: there is no command '{command}'.{nearest(command, COMMANDS)} "
+            f"lorakit: unknown command '{command}'.{nearest(command, COMMANDS)} "
             f"Commands: {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
         return 2
     for stream in (sys.stdout, sys.stderr):
-        # What a terminal's encoding cannot show is written as escapes: no reason to lose hours of work.
+        # Escape characters that the terminal cannot encode, so that a print never ends a long run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Imported only now: most commands need PyTorch, and --help should not wait for it.
+    # Import late: most commands import PyTorch, which would slow down --help.
     module = import_module(f"lorakit.cli.{command}")
     try:
         status = module.run(rest) or 0
-        if sys.stdout is not None:  # as it is where a command was started with it closed
+        if sys.stdout is not None:  # None if the process started with stdout closed
             sys.stdout.flush()
         return status
     except LorakitError as error:
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        # What is left in the buffer goes nowhere, or Python would complain about it at its end.
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
+        # Discard the buffered output; otherwise Python reports an error when it flushes at exit.
         assert sys.stdout is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # the last net: a library's own file, a disk that fails
+    except OSError as error:  # not handled by the command: a library's own file, a failing disk
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {name}{error.strerror or error}.", file=sys.stderr)
         return 1
@@ -89,5 +89,5 @@ usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]
 
 {commands}
 
-Every option of a command but --recipe can stand in its YAML file under the same name.
+A YAML file can set every option except --recipe, under the same name.
 'lorakit COMMAND --help' lists the options. Start with 'lorakit demo'."""

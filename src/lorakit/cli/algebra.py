@@ -1,4 +1,4 @@
-"""What `lorakit compress`, `combine` and `extract` have in common: their options, and how they end."""
+"""Options and output that `lorakit compress`, `combine` and `extract` share."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultConfig(ScoringConfig):
-    """Where a calculated adapter goes, and how it is scored."""
+    """Where to save a computed adapter, and how to score it."""
 
     output: str
-    """Folder for the adapter; must not exist unless overwrite is set."""
+    """Folder for the adapter. Must not exist unless overwrite is set."""
     overwrite: bool = False
     """Replace an existing adapter folder."""
     layers: bool = False
-    """One line for each layer instead of one for each kind of layer."""
+    """Print one line per layer instead of one per kind of layer."""
     json: bool = False
-    """Print JSON for programs."""
+    """Print JSON."""
 
 
 def check_before(config: ResultConfig) -> None:
-    """Refuse, before long work, what `finish` would refuse after it.
+    """Reject, before the long computation, settings that `finish` would reject after it.
 
     Raises:
         RunFolderError: The output cannot be written.
-        ConfigurationError: There is data, and none of it to score on.
+        ConfigurationError: Data is set, but not the split to score on.
     """
     from lorakit.analysis.saving import check_output
 
@@ -41,13 +41,13 @@ def check_before(config: ResultConfig) -> None:
 
 
 def finish(
-    made: Derived,
+    derived: Derived,
     config: ResultConfig,
     inputs: Sequence[str],
     settings: dict[str, Any],
     **saving: Any,
 ) -> None:
-    """Score, save, and print what was made."""
+    """Score, save and print the computed adapter."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -55,7 +55,7 @@ def finish(
     from lorakit.cli.layer_table import console, layer_table
 
     saved = save(
-        made,
+        derived,
         config.output,
         inputs=inputs,
         settings=settings,
@@ -63,20 +63,20 @@ def finish(
         overwrite=config.overwrite,
         **saving,
     )
-    notices = [*made.notices, *saved.notices]
+    notices = [*derived.notices, *saved.notices]
     if config.json:
-        facts = {**made.to_json(), "scores": saved.scores, "notices": notices}
+        facts = {**derived.to_json(), "scores": saved.scores, "notices": notices}
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     out = console()
     rows = {
         path: {"rank": layer.rank, "norm": layer.norm, "error": layer.error}
-        for path, layer in made.layers.items()
+        for path, layer in derived.layers.items()
     }
     out.print(layer_table(rows, each=config.layers, what="layer"))
     out.print(
-        f"{made.adapter.parameters:,} parameters in {config.output}. It leaves out {made.error:.2%} of the change "
-        "(Frobenius norms).",
+        f"{derived.adapter.parameters:,} parameters in {config.output}. Relative error {derived.error:.2%} "
+        "(Frobenius norm).",
         markup=False,
     )
     if saved.scores:
@@ -86,7 +86,8 @@ def finish(
             table.add_column(escape(name), justify="right", overflow="fold")
         for score in saved.scores["result"]:
             cells = [
-                f"{found[score]:.4f}" if score in found else "-" for found in saved.scores.values()
+                f"{column[score]:.4f}" if score in column else "-"
+                for column in saved.scores.values()
             ]
             table.add_row(escape(score), *cells)
         out.print(table)

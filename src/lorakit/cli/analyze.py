@@ -1,4 +1,4 @@
-"""`lorakit analyze`: measures of adapters, as tables, JSON and figures."""
+"""`lorakit analyze`: measures of adapters, as tables, JSON, figures and reports."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from lorakit.analysis.base_weights import Weights
 
 MEASURES = {
-    "spectrum": "Singular values of the change: effective rank, energy by rank, a rank that would do",
-    "similarity": "How much of one adapter's directions lies in another's (ranks, seeds, tasks)",
-    "amplification": "What the adapter amplifies in its base (the paper's Table 7 and figure 8)",
+    "spectrum": "Singular values of the weight update: effective rank, energy by rank, suggested rank",
+    "similarity": "Overlap between the singular directions of two adapters (ranks, seeds, tasks)",
+    "amplification": "How much the adapter amplifies directions of its base (the paper's Table 7 and figure 8)",
     "intruders": "Singular vectors of the adapted weights that match none of the base's",
-    "diff": "Distance and angle of two adapters or checkpoints, and which layers moved",
-    "drift": "How far the model's predictions on a text have moved from the base's",
+    "diff": "Distance and angle between two adapters or checkpoints, and the layers that differ most",
+    "drift": "KL divergence of the adapted model's predictions from the base's on a text",
 }
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse the measure and its options, measure, and print."""
+    """Parse the measure and its options, compute it, and print it."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
     name, *rest = argv
     if name not in MEASURES:
         raise ConfigurationError(
-            f"There is no measure '{name}'.{nearest(name, MEASURES)} Measures: {', '.join(MEASURES)}."
+            f"Unknown measure '{name}'.{nearest(name, MEASURES)} Measures: {', '.join(MEASURES)}."
         )
     _RUN[name](rest)
 
@@ -52,7 +52,7 @@ def _overview() -> str:
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in MEASURES.items())
     return (
         "usage: lorakit analyze MEASURE ADAPTER [OTHER] [--option VALUE ...]\n\n"
-        f"Look into adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."
+        f"Analyze adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."
     )
 
 
@@ -79,8 +79,8 @@ def _spectrum(argv: Sequence[str]) -> None:
         f"{rank}: {found.energy[rank - 1]:.1%}" for rank in _ranks(len(found.energy))
     )
     lines = [
-        f"Share of the whole squared norm kept at rank {shares}.",
-        f"Rank {facts['overall']['suggested_rank']} for all keeps {config.energy:.4g} of it.",
+        f"Fraction of the total squared norm kept at rank {shares}.",
+        f"Rank {facts['overall']['suggested_rank']} in every layer keeps {config.energy:.4g} of it.",
     ]
     if not found.norm:
         lines = [UNTRAINED]
@@ -119,7 +119,7 @@ def _similarity(argv: Sequence[str]) -> None:
         _shared(space, found.overall[side]) for side, space in (("A", "Input"), ("B", "Output"))
     ]
     lines.append(
-        "Medians over the matrices; 1: one span contains the other, 0: they are orthogonal."
+        "Medians over the matrices. 1: one span contains the other. 0: the spans are orthogonal."
     )
     _show(
         "similarity",
@@ -133,9 +133,9 @@ def _similarity(argv: Sequence[str]) -> None:
 
 def _shared(space: str, medians: dict[str, float]) -> str:
     return (
-        f"{space} directions: the first of both agree by {medians['phi_1_1']:.3g} "
-        f"(at random {medians['random_1_1']:.2g}), the spans as wholes by {medians['phi_whole']:.3g} "
-        f"(at random {medians['random_whole']:.3g})."
+        f"{space} directions: the first directions overlap by {medians['phi_1_1']:.3g} "
+        f"(random: {medians['random_1_1']:.2g}), the full spans by {medians['phi_whole']:.3g} "
+        f"(random: {medians['random_whole']:.3g})."
     )
 
 
@@ -169,10 +169,10 @@ def _amplification(argv: Sequence[str]) -> None:
     lines = []
     if (overall := found.overall) is not None:
         lines.append(
-            f"In the change's directions lies {overall['over_random']:.3g} times what random ones hold of W, and "
-            f"{overall['of_own']:.3g} of what W's own leading ones hold (medians over the matrices)."
+            f"W on dW is {overall['over_random']:.3g} times W on random directions, and {overall['of_own']:.3g} times "
+            "W on its own leading directions (medians over the matrices)."
         )
-        lines.append(f"The change is {overall['factor']:.3g} times what W had there (median).")
+        lines.append(f"dW is {overall['factor']:.3g} times as large as W on dW (median).")
     lines.append("Frobenius norms; factor = |dW| / (W on dW).")
     draw = figures.base_similarity_figure if found.phi else figures.amplification_figure
     _show("amplification", config, facts, rows, lines, lambda: draw(found))
@@ -231,10 +231,10 @@ def _diff(argv: Sequence[str]) -> None:
         overall = found.overall
         angle = "-" if overall.angle is None else f"{overall.angle:.3g}"
         lines.append(
-            f"All together: norms {overall.first:.3g} and {overall.second:.3g}, distance {overall.distance:.3g} "
-            f"({overall.relative:.3g} of the first), angle {angle} degrees."
+            f"Overall: norms {overall.first:.3g} and {overall.second:.3g}, distance {overall.distance:.3g} "
+            f"({overall.relative:.3g} of the first norm), angle {angle} degrees."
         )
-        lines.append(f"Moved most: {', '.join(found.most_moved()[:3])}.")
+        lines.append(f"Largest distance: {', '.join(found.most_moved()[:3])}.")
     _show("diff", config, found.to_json(), rows, lines, lambda: figures.diff_figure(found))
 
 
@@ -264,9 +264,9 @@ def _drift(argv: Sequence[str]) -> None:
     }
     lines = [
         f"{found.positions:,} predictions on {len(found.texts):,} texts: KL(base || adapted) {found.kl:.4g} nats on "
-        f"average, the likeliest token changed in {found.changed:.2%}.",
-        f"Loss of the texts: {found.loss_base:.4f} with the base, {found.loss_adapted:.4f} with the adapter.",
-        "Where it changed most:",
+        f"average, the most likely token changed in {found.changed:.2%}.",
+        f"Loss on the texts: {found.loss_base:.4f} with the base, {found.loss_adapted:.4f} with the adapter.",
+        "Largest changes:",
     ]
     _show(
         "drift",
@@ -324,13 +324,13 @@ def _show(
     each: bool | None = None,
     lines_first: bool = False,
 ) -> None:
-    """Print what was found as a table or as JSON, and draw the figure and the page that were asked for."""
+    """Print the results as a table or as JSON, and write the figure and the report if set."""
     from lorakit.analysis.report import measure_page
     from lorakit.cli.layer_table import console, layer_table
     from lorakit.reporting import drawing
     from lorakit.training.environment import command
 
-    # A line that leads to the table is its heading on the page.
+    # In the report, the line that introduces the table becomes its heading.
     heading = lines[-1].rstrip(":") + "." if lines_first else None
     if config.plot is not None:
         drawing.save(draw(), config.plot)
@@ -368,11 +368,11 @@ def _show(
 
 
 def _progress(what: str) -> None:
-    """Say on a terminal what is being worked on."""
+    """Print the current item, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def _ranks(count: int) -> list[int]:
-    """1, 2, 4, ... up to `count`."""
+    """Return the powers of two below `count`, then `count`."""
     return [rank for rank in (2**i for i in range(20)) if rank < count] + [count]

@@ -1,4 +1,4 @@
-"""The options of `lorakit analyze`'s measures."""
+"""Options of the measures of `lorakit analyze`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lorakit.models.base_config import BaseConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Where a measure goes beside the screen."""
+    """Output files and formats of a measure."""
 
     json: bool = False
-    """Print JSON for programs."""
+    """Print JSON."""
     plot: str | None = None
-    """Draw a figure into this file (.png, .svg or .pdf)."""
+    """Write a figure to this file (.png, .svg or .pdf)."""
     report: str | None = None
-    """Write figure, numbers and findings into this page (.html)."""
+    """Write an HTML report with figure, numbers and findings to this file (.html)."""
     overwrite: bool = False
-    """Replace an existing page."""
+    """Replace an existing report."""
 
     def require_writable(self) -> None:
-        """Refuse, before the work, files that could not be written after it.
+        """Reject, before the computation, files that cannot be written after it.
 
         Raises:
-            ConfigurationError: A suffix does not fit, or what draws is not installed.
-            RunFolderError: A file is in the way.
+            ConfigurationError: A file has the wrong suffix, or the package that draws charts is not installed.
+            RunFolderError: A file exists, or cannot be written.
         """
         from lorakit import storage
         from lorakit.reporting import drawing
@@ -37,7 +37,9 @@ class Written:
             storage.require_free_file(self.plot, overwrite=True)
         if self.report is not None:
             if not self.report.endswith(".html"):
-                raise ConfigurationError(f"report is '{self.report}'; a page's name ends in .html.")
+                raise ConfigurationError(
+                    f"report is '{self.report}'; it must be a file name that ends in .html."
+                )
             storage.require_free_file(self.report, overwrite=self.overwrite)
         if self.plot is not None or self.report is not None:
             drawing.require_drawing()
@@ -45,98 +47,98 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown(Written):
-    """How a measure is shown."""
+    """Options of measures that read adapter files."""
 
     alpha: float | None = None
-    """The constant of a loralib file, which does not record it."""
+    """alpha of a loralib file, which does not store it."""
     method: str | None = None
-    """A method of your own that an adapter was trained with: path/to/file.py:Class."""
+    """Custom method of an adapter: path/to/file.py:Class."""
     layers: bool = False
-    """One line for each matrix instead of one for each kind of layer."""
+    """Print one line per matrix instead of one per kind of layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnBase(Shown):
-    """What a measure that reads the base's weights looks at."""
+    """Options of measures that also read the weights of the base."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
+    """The base model. Default: the base recorded in the adapter."""
     allow_other_base: bool = False
-    """Accept a base other than the one the adapter records, knowing what that means."""
+    """Allow a base other than the one recorded in the adapter."""
     only: str | None = None
-    """Look at the matrices in whose names this regular expression is found."""
+    """Analyze only the matrices whose names match this regular expression."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumConfig(Shown):
-    """What `lorakit analyze spectrum` shows."""
+    """Options of `lorakit analyze spectrum`."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     energy: float = 0.9
-    """Share of the squared norm that the suggested rank keeps."""
+    """Fraction of the squared norm that the suggested rank keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(Shown):
-    """What `lorakit analyze diff` compares."""
+    """Options of `lorakit analyze diff`."""
 
     first: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     second: str
-    """What it is compared with: another adapter, or a later checkpoint (RUN/checkpoints/step-000100)."""
+    """The other side of the comparison: another adapter, or a later checkpoint (RUN/checkpoints/step-000100)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityConfig(PairConfig):
-    """What `lorakit analyze similarity` compares."""
+    """Options of `lorakit analyze similarity`."""
 
     only: str | None = None
-    """Look at the matrices in whose names this regular expression is found."""
+    """Analyze only the matrices whose names match this regular expression."""
     side: Literal["A", "B"] = "A"
-    """Which directions the figure shows: A, of the input, or B, of the output."""
+    """Directions in the figure: A (input) or B (output)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AmplificationConfig(OnBase):
-    """What `lorakit analyze amplification` looks at."""
+    """Options of `lorakit analyze amplification`."""
 
     base_directions: float | None = None
-    """Also compare the change's directions with this share of the base's leading ones, for example 0.1; the
-    figure then shows them, as the paper's figure 8."""
+    """Also compare the directions of the weight update with this fraction of the leading directions of the base, for
+    example 0.1. The figure then shows this comparison, as the paper's figure 8."""
     seed: int = 0
-    """Seed of the random directions."""
+    """Seed for the random directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntrudersConfig(OnBase):
-    """What `lorakit analyze intruders` looks at."""
+    """Options of `lorakit analyze intruders`."""
 
     top: int = 10
     """Number of leading singular vectors to examine in each matrix."""
     threshold: float = 0.5
-    """A vector whose cosines with all of the base's are below this is an intruder."""
+    """A singular vector is an intruder if its cosines with all those of the base are below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DriftConfig(Written):
-    """What `lorakit analyze drift` compares."""
+    """Options of `lorakit analyze drift`."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's)."""
+    """Adapter folder (lorakit or PEFT)."""
     text: str
-    """UTF-8 text file; each line that is not blank is one text."""
+    """UTF-8 text file. Each non-blank line is one text."""
     base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
+    """The base model. Default: the base recorded in the adapter."""
     allow_other_base: bool = False
-    """Accept a base other than the one the adapter records, knowing what that means."""
+    """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
-    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     limit: int | None = None
-    """Read the first texts only; none reads all."""
+    """Number of texts to read, from the start. null reads all."""
     max_length: int = 512
-    """Longer texts are cut into pieces of this many tokens."""
+    """Longer texts are split into pieces of this many tokens."""
     batch_size: int = 4
-    """Texts computed together."""
+    """Texts per forward pass."""

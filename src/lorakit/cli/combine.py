@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,55 +12,53 @@ from lorakit.models.base_config import BaseConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CombineConfig(ResultConfig):
-    """What `lorakit combine` puts together."""
+    """Options of `lorakit combine`."""
 
     adapters: list[str]
-    """Adapter folders (lorakit's or PEFT's), loralib files, or checkpoint folders of runs."""
+    """Adapter folders (lorakit or PEFT), loralib files, or checkpoint folders of runs."""
     weights: list[float] | None = None
-    """A factor for each adapter, as [0.7, 0.3]; by default 1 for all."""
+    """One factor per adapter, for example [0.7, 0.3]. Default: 1 for all."""
     how: Literal["sum", "ties", "dare"] = "sum"
-    """sum adds the changes exactly; ties and dare work on their entries, and approximate the result."""
+    """sum adds the weight updates exactly. ties and dare edit their entries, then approximate the result."""
     density: float = 1.0
-    """For ties and dare: the share of entries to keep."""
+    """For ties and dare: the fraction of entries to keep."""
     seed: int = 0
-    """Seed of the entries that dare drops."""
+    """Seed for the entries that dare drops."""
     rank: int | None = None
     """Compress the result to this rank."""
     energy: float | None = None
-    """Compress the result to the rank that keeps this share of each layer's squared norm."""
+    """Compress each layer to the rank that keeps this fraction of its squared norm."""
     alpha: float | None = None
-    """The constant of loralib files, which do not record it."""
+    """alpha of loralib files, which do not store it."""
     base: BaseConfig | None = None
-    """The base model to score on; by default the one that the adapters record."""
+    """The base model to score on. Default: the base recorded in the adapters."""
     allow_other_base: bool = False
-    """Combine adapters of different bases, or score on another base, knowing what that means."""
+    """Allow adapters of different bases, and scoring on a base that they do not record."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Combine, score, save."""
+    """Combine, score and save."""
     from lorakit.analysis import combine_adapters
-    from lorakit.cli.parsing import parse
+    from lorakit.cli.parsing import name_list, parse
 
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    named = ["--adapters", json.dumps(folders)] if folders else []
     config = parse(
         CombineConfig,
         "combine",
-        "Put adapters of one base together: their weighted sum, exactly, or TIES or DARE; alone, with weight 1, "
-        "any adapter stays what it is. Usage: lorakit combine ADAPTER ADAPTER ... --output OUTPUT "
+        "Combine adapters of one base: their exact weighted sum, TIES or DARE. A single adapter with weight 1 "
+        "stays unchanged, whatever its method. Usage: lorakit combine ADAPTER ADAPTER ... --output OUTPUT "
         "--weights '[0.7, 0.3]'.",
-        [*named, *argv[len(folders) :]],
+        name_list(argv, "--adapters"),
     )
     check_before(config)
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")
     }
-    made = combine_adapters(
+    combined = combine_adapters(
         config.adapters, **settings, alpha=config.alpha, allow_other_base=config.allow_other_base
     )
     finish(
-        made,
+        combined,
         config,
         config.adapters,
         {"command": "combine", **settings},

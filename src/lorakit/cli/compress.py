@@ -11,42 +11,42 @@ from lorakit.models.base_config import BaseConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig(ResultConfig):
-    """What `lorakit compress` makes smaller."""
+    """Options of `lorakit compress`."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), a loralib file, or a run's checkpoint folder."""
+    """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     rank: int | None = None
-    """Cut every layer to this rank. Give rank or energy."""
+    """Truncate every layer to this rank. Set rank or energy."""
     energy: float | None = None
-    """Cut every layer to the rank that keeps this share of its squared norm, for example 0.95."""
+    """Truncate every layer to the rank that keeps this fraction of its squared norm, for example 0.95."""
     alpha: float | None = None
-    """The constant of a loralib file, which does not record it."""
+    """alpha of a loralib file, which does not store it."""
     base: BaseConfig | None = None
-    """The base model to score on; by default the one that the adapter records."""
+    """The base model to score on. Default: the base recorded in the adapter."""
     allow_other_base: bool = False
-    """Score on a base other than the one the adapter records, knowing what that means."""
+    """Allow scoring on a base other than the one recorded in the adapter."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Compress, score, save."""
+    """Compress, score and save."""
     from lorakit.analysis import compress_adapter
     from lorakit.cli.parsing import parse
 
     config = parse(
         CompressConfig,
         "compress",
-        "Bring an adapter to a smaller rank: the best approximation of each layer's change, with the error of "
-        "each. Usage: lorakit compress ADAPTER OUTPUT --rank 4.",
+        "Reduce the rank of an adapter: the best approximation of each layer's weight update, with its error. "
+        "Usage: lorakit compress ADAPTER OUTPUT --rank 4.",
         argv,
         "adapter",
         "output",
     )
     check_before(config)
-    made = compress_adapter(
+    compressed = compress_adapter(
         config.adapter, rank=config.rank, energy=config.energy, alpha=config.alpha
     )
     finish(
-        made,
+        compressed,
         config,
         [config.adapter],
         {"command": "compress", "rank": config.rank, "energy": config.energy},

@@ -1,16 +1,29 @@
-"""Where a command prints tables and colours."""
+"""The console that commands print tables and colours to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
+from rich.table import Table
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with status 1; whoever reads has seen enough, see `main`
+        raise BrokenPipeError  # rich would exit with status 1; `main` exits with 0
 
 
 def console() -> Console:
-    """Return the standard output; where it is no terminal, it has no width of its own."""
-    made = _Console(highlight=False)
-    return made if made.is_terminal else _Console(highlight=False, width=160)
+    """Return a console on standard output, 160 columns wide where that is not a terminal."""
+    output = _Console(highlight=False)
+    return output if output.is_terminal else _Console(highlight=False, width=160)
+
+
+def print_scores(scores: Mapping[str, float]) -> None:
+    """Print one line per score."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.4f}")
+    console().print(table)

@@ -9,22 +9,22 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What `lorakit convert` turns into what."""
+    """Options of `lorakit convert`."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), or a loralib file."""
+    """Adapter folder (lorakit or PEFT), or a loralib file."""
     output: str
-    """What to write: a folder for peft, a file for loralib."""
+    """Where to write: a folder for peft, a file for loralib."""
     to: Literal["peft", "loralib"] = "peft"
     """The format to write."""
     alpha: float | None = None
-    """The constant of a loralib file that is read, which does not record it."""
+    """alpha of a loralib file to read, which does not store it."""
     overwrite: bool = False
     """Replace an existing output."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Read one format, write the other."""
+    """Read one format and write the other."""
     from lorakit import storage
     from lorakit.adapters import formats
     from lorakit.cli.parsing import parse
@@ -32,8 +32,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         ConvertConfig,
         "convert",
-        "Turn a loralib file into a PEFT folder, or an adapter folder into a loralib file; the tensors are "
-        "taken over bit for bit, and a tokenizer beside them comes along. Usage: lorakit convert ADAPTER OUTPUT.",
+        "Convert a loralib file to a PEFT folder, or an adapter folder to a loralib file. Copies the tensors bit "
+        "for bit, and the tokenizer if the folder has one. Usage: lorakit convert ADAPTER OUTPUT.",
         argv,
         "adapter",
         "output",
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     stored = formats.read(config.adapter, alpha=config.alpha)
     if config.to == "loralib":
         formats.write_loralib(stored, config.output)
-        notices = ["loralib files record neither alpha nor rank: keep them beside the file."]
+        notices = ["loralib files store neither alpha nor rank: record both elsewhere."]
     else:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             formats.copy_tokenizer(config.adapter, temporary)

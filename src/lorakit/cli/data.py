@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from lorakit.data.preview import Preview, SplitPreview
 
 BAR = 40
-"""Width of the longest bar of the length histogram."""
+"""Width of the longest bar of the length histogram, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCommandConfig:
-    """What `lorakit data` previews."""
+    """Options of `lorakit data`."""
 
     base: BaseConfig
-    """The base model, whose tokenizer reads the data."""
+    """The base model, whose tokenizer encodes the data."""
     data: DataConfig
-    """The data."""
+    """The data set to preview."""
     examples: int = 3
-    """Examples shown token by token."""
+    """Number of examples to show token by token."""
     json: bool = False
-    """Print JSON for programs."""
+    """Print JSON."""
 
     def __post_init__(self) -> None:
         require_at_least("examples", self.examples, 0)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Show examples, lengths, labels and duplicates."""
+    """Print examples, lengths, labels and duplicates."""
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
     from lorakit.data import preview
@@ -49,8 +49,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         DataCommandConfig,
         "data",
-        "Preview a data set as the model will see it: tokens, which of them carry loss, truncation, lengths, "
-        "labels, and duplicates between training and evaluation.",
+        "Preview a data set as the model reads it: tokens, loss mask, truncation, lengths, labels, and "
+        "duplicates between training and evaluation.",
         argv,
     )
     tokenizer = load_tokenizer(
@@ -58,31 +58,31 @@ def run(argv: Sequence[str]) -> None:
         revision=config.base.revision,
         trust_remote_code=config.base.trust_remote_code,
     )
-    found = preview(config.data, tokenizer, config.examples)
+    summary = preview(config.data, tokenizer, config.examples)
     if config.json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
     else:
-        _print(console(), found)
+        _print(console(), summary)
 
 
-def _print(console: Console, found: Preview) -> None:
-    labels = f", labels {', '.join(found.labels)}" if found.labels else ""
-    console.print(f"[bold]task[/bold] {found.task}{escape(labels)}")
-    for example in found.examples:
+def _print(console: Console, preview: Preview) -> None:
+    labels = f", labels {', '.join(preview.labels)}" if preview.labels else ""
+    console.print(f"[bold]task[/bold] {preview.task}{escape(labels)}")
+    for example in preview.examples:
         console.print(f"\n[dim]{escape(example.origin)}, {len(example.tokens)} tokens[/dim]")
         console.print(_marked(example))
         if example.label is not None:
             console.print(f"label: {example.label}", markup=False)
-    if found.examples and found.examples[0].label is None:
-        console.print("\n[dim]Tokens on green carry loss; a dot parts two tokens.[/dim]")
-    for name, split in found.splits.items():
+    if preview.examples and preview.examples[0].label is None:
+        console.print("\n[dim]Green tokens contribute to the loss; dots separate tokens.[/dim]")
+    for name, split in preview.splits.items():
         _print_split(console, name, split)
-    for overlap in found.overlaps:
+    for overlap in preview.overlaps:
         console.print(
-            f"\n{overlap.prompts:,} examples of {overlap.second} have a prompt that stands in {overlap.first}, "
+            f"\n{overlap.prompts:,} examples of {overlap.second} share their prompt with {overlap.first}, "
             f"{overlap.examples:,} of them with the same completion."
         )
-    for note in found.notes:
+    for note in preview.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
@@ -101,9 +101,9 @@ def _print_split(console: Console, name: str, split: SplitPreview) -> None:
     console.print(f"\n[bold]{name}[/bold]  {escape(str(split.report))}")
     lengths = split.lengths
     console.print(
-        f"tokens: {lengths.total:,} in all, half of the examples up to {lengths.p50}, nine in ten up to "
-        f"{lengths.p90}, the longest {lengths.max}"
-        + ("" if split.targets is None else f"; {split.targets:,} carry loss")
+        f"tokens: {lengths.total:,} in total; per example median {lengths.p50}, 90th percentile {lengths.p90}, "
+        f"maximum {lengths.max}"
+        + ("" if split.targets is None else f"; {split.targets:,} contribute to the loss")
     )
     most = max((count for *_, count in lengths.histogram), default=1)
     for low, high, count in lengths.histogram:
@@ -111,9 +111,9 @@ def _print_split(console: Console, name: str, split: SplitPreview) -> None:
     for label, count in split.labels.items():
         console.print(f"  label {label}: {count:,}", markup=False)
     if split.scores is not None:
-        console.print("  score: least {:g}, mean {:.3g}, greatest {:g}".format(*split.scores))
+        console.print("  score: minimum {:g}, mean {:.3g}, maximum {:g}".format(*split.scores))
     if split.repeated_examples or split.repeated_prompts:
         console.print(
             f"repeated: {split.repeated_prompts:,} prompts, {split.repeated_examples:,} whole examples; "
-            f"{split.shared_prompts:.0%} of the examples share their prompt with another"
+            f"{split.shared_prompts:.0%} of the examples share their prompt with another example"
         )

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from lorakit.training.config import TrainConfig
 
 SHOWN = 3
-"""Test examples printed side by side."""
+"""Number of test examples to print side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """How long the demo takes, and where it leaves its files."""
+    """Options of `lorakit demo`."""
 
     base: str = "smollm2-135m"
     """The base model."""
     output: str = "out/demo"
-    """Run folder; an earlier demo there is replaced."""
+    """Run folder. Replaces an earlier demo in it."""
     steps: int = 120
-    """Optimizer steps of 16 examples."""
+    """Optimizer steps, 16 examples each."""
     rank: int = 8
     """Rank of the adapter."""
     test_loss: int = 200
-    """Test examples for the held-out loss."""
+    """Number of test examples for the held-out loss."""
     test_texts: int = 48
-    """Test prompts for which text is generated and scored."""
+    """Number of test prompts to generate and score text for."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank", "test_loss"):
@@ -48,7 +48,7 @@ class DemoConfig:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Score a base, adapt it, score it again, merge, and say what to try next."""
+    """Score a base, adapt it, score it again, merge it, and print the next commands to try."""
     from lorakit.adapters.loading import load
     from lorakit.cli.console import console as standard_output
     from lorakit.cli.parsing import parse
@@ -63,8 +63,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         DemoConfig,
         "demo",
-        "Teach a real language model to summarise Python functions by their signatures, with LoRA, from the "
-        "standard library that runs it. Shows scores and texts before and after, and merges the result.",
+        "Train a LoRA adapter that turns the signature of a Python function into a one-line summary. The data are "
+        "the docstrings of the standard library. Prints scores and texts before and after, then merges the adapter.",
         argv,
     )
     _require_demo_folder(Path(config.output))
@@ -82,8 +82,8 @@ def run(argv: Sequence[str]) -> None:
     console.print("[bold]1. The base[/bold]", end="  ")
     console.print(f"{base.source.name}. {base.source.note}", markup=False)
     console.print(
-        f"Task: from a function's signature in the standard library to its one-line summary, on "
-        f"{len(test):,} functions of modules that training does not see."
+        f"Task: summarise a function of the standard library from its signature. The test set has "
+        f"{len(test):,} functions from modules that are not in the training set."
     )
     before = _score(base, test, config)
 
@@ -101,15 +101,15 @@ def run(argv: Sequence[str]) -> None:
     console.print("\n[bold]4. Merging[/bold]")
     _verify_merge(console, config, result.adapter, test)
     page = write_run_report(result.folder)
-    console.print(f"\nThe run to look at: {page}", soft_wrap=True, markup=False)
+    console.print(f"\nReport of the run: {page}", soft_wrap=True, markup=False)
     console.print(f"Done in {duration(time.monotonic() - began)}. Next:")
-    for command, what in _next_commands(config, result.adapter):
+    for command, purpose in _next_commands(config, result.adapter):
         console.print(f"  {command}", soft_wrap=True, markup=False)
-        console.print(f"      {what}", style="dim", soft_wrap=True)
+        console.print(f"      {purpose}", style="dim", soft_wrap=True)
 
 
 def _require_demo_folder(output: Path) -> None:
-    """The demo replaces an earlier demo's folder, and no other run's."""
+    """Reject a folder that holds a run other than a demo."""
     config = output / "config.yaml"
     if not config.exists():
         return
@@ -119,7 +119,7 @@ def _require_demo_folder(output: Path) -> None:
         trained_on = None
     if trained_on != "docstrings":
         raise RunFolderError(
-            f"'{output}' holds a run that is not a demo's. Choose another --output."
+            f"'{output}' contains a run that is not a demo. Choose another --output."
         )
 
 
@@ -141,7 +141,7 @@ def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
 
 
 def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
-    """Held-out loss, and scores and texts of greedy generation."""
+    """Return the held-out loss, and the texts of greedy generation with their scores."""
     from lorakit.compute.adapted import TEXT
     from lorakit.compute.batching import collator
     from lorakit.compute.computation import objective_for
@@ -194,13 +194,12 @@ def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
     small = (adapter / "adapter_model.safetensors").stat().st_size
     large = sum(p.numel() * p.element_size() for _, p in base_parameters(model))
     console.print(
-        f"\nThe adapter is {size(small)}; the base is {size(large)}, {large / small:.0f} times "
-        f"as large, and untouched."
+        f"\nThe adapter is {size(small)}; the base is {size(large)}, {large / small:.0f} times as large, and unchanged."
     )
 
 
 def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: ExampleSet) -> None:
-    """Compare texts and logits in float32, where merging rounds least."""
+    """Compare texts and logits before and after merging, in float32, where rounding is smallest."""
     import torch
 
     from lorakit.adapters.loading import load
@@ -214,26 +213,26 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     prompts = [e.prompt_ids for e in test.examples[:8] if isinstance(e, LanguageExample)]
     decoding = Decoding(max_new_tokens=24, batch_size=8)
 
-    def say() -> tuple[list[str], torch.Tensor]:
+    def run_model() -> tuple[list[str], torch.Tensor]:
         with torch.no_grad():
             logits = base.model(torch.tensor([prompts[0]])).logits
         return generate(base.model, base.tokenizer, prompts, decoding), logits  # type: ignore[arg-type]
 
-    texts, logits = say()
+    texts, logits = run_model()
     adapters.merge()
-    merged_texts, merged_logits = say()
+    merged_texts, merged_logits = run_model()
     same = sum(a == b for a, b in zip(texts, merged_texts, strict=True))
     difference = (logits - merged_logits).abs().max().item()
     console.print(
-        f"Merged into the weights (float32), it says the same on {same} of {len(texts)} prompts; the largest "
-        f"difference of a logit is {difference:.1e}."
+        f"Merged in float32: same text for {same} of {len(texts)} prompts, largest logit difference "
+        f"{difference:.1e}."
     )
     adapters.detach()
     fresh = load_base(config.base, dtype="float32").model.state_dict()
     identical = all(
         torch.equal(fresh[key], value) for key, value in base.model.state_dict().items()
     )
-    console.print(f"Detached again, the base is bit for bit what it was: {identical}.")
+    console.print(f"After detach, the base weights are bit-identical to the original: {identical}.")
 
 
 def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
@@ -241,19 +240,19 @@ def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
     return [
         (
             f"lorakit generate --adapter {adapter} --prompt {prompt}",
-            "ask the adapter about a function of yours",
+            "summarise one of your own functions",
         ),
-        (f"lorakit inspect {adapter}", "what is in the file"),
+        (f"lorakit inspect {adapter}", "show the contents of the adapter"),
         (
             f"lorakit merge {adapter} {config.output}/merged",
-            "one ordinary model folder, for any tool",
+            "save an ordinary model folder that any tool loads",
         ),
         (
             f"lorakit data --base.name {config.base} --data.train docstrings",
-            "what the model saw, token by token",
+            "show the training examples, token by token",
         ),
         (
             f"lorakit train --base.name {config.base} --data.train yours.jsonl --output out/mine",
-            "your own data: rows with prompt and completion, or chat messages",
+            "train on your own data: rows with prompt and completion, or chat messages",
         ),
     ]

@@ -11,39 +11,39 @@ from lorakit.models.base_config import BaseConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ResultConfig):
-    """What `lorakit extract` makes an adapter of."""
+    """Options of `lorakit extract`."""
 
     tuned: str
-    """The fine-tuned model: a folder, a hub id, or a folder of lorakit's full fine-tuning."""
+    """The fine-tuned model: a folder, a hub id, or the output of full fine-tuning with lorakit."""
     base: BaseConfig
     """The base model it was fine-tuned from."""
     targets: list[str] | str = "all-linear"
-    """Layers whose difference becomes factors: roles (attention.qv, all-linear), names or regular expressions."""
+    """Layers to factorise: roles (attention.qv, all-linear), names or regular expressions."""
     train_modules: list[str] = field(default_factory=list)
-    """Modules to store whole, as they are in the fine-tuned model (name suffixes), such as a new head."""
+    """Modules to copy in full from the fine-tuned model (name suffixes), such as a new head."""
     rank: int | None = None
-    """Rank of the factors. Give rank or energy."""
+    """Rank of the factors. Set rank or energy."""
     energy: float | None = None
-    """Take for every layer the rank that keeps this share of its squared difference, for example 0.95."""
+    """Choose for every layer the rank that keeps this fraction of its squared difference, for example 0.95."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Extract, score, save."""
+    """Extract, score and save."""
     from lorakit.analysis import extract_adapter
     from lorakit.cli.parsing import parse
 
     config = parse(
         ExtractConfig,
         "extract",
-        "Make an adapter of the difference between a fine-tuned model and its base, with the error of each layer "
-        "and what else differs. Usage: lorakit extract TUNED OUTPUT --base.name BASE --rank 16.",
+        "Extract an adapter from the difference between a fine-tuned model and its base. Reports the error of each "
+        "layer and the other tensors that differ. Usage: lorakit extract TUNED OUTPUT --base.name BASE --rank 16.",
         argv,
         "tuned",
         "output",
     )
     check_before(config)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
-    made = extract_adapter(
+    extracted = extract_adapter(
         config.base,
         config.tuned,
         targets=tuple(targets),
@@ -59,4 +59,4 @@ def run(argv: Sequence[str]) -> None:
         "rank": config.rank,
         "energy": config.energy,
     }
-    finish(made, config, [config.tuned], settings, base=config.base)
+    finish(extracted, config, [config.tuned], settings, base=config.base)

@@ -26,48 +26,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What `lorakit generate` continues, and how."""
+    """Options of `lorakit generate`."""
 
     base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
+    """The base model. Default: the base recorded in the adapter."""
     adapter: str | None = None
-    """Adapter folder; none lets the base speak."""
+    """Adapter folder. Omit to use the base model."""
     allow_other_base: bool = False
-    """Use an adapter on a base other than the one it records, knowing what that means."""
+    """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
-    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     prompt: str | None = None
-    """The text to continue."""
+    """The prompt."""
     file: str | None = None
-    """A file of prompts: one a line, or .jsonl with a `prompt` or `messages` in each row. `-` reads standard
+    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. `-` reads standard
     input."""
     task: str | None = None
-    """The named task whose contexts the prompts are: they are written as in its training, and rows of a file may have
-    its columns instead of `prompt`. By default the adapter's; completion takes prompts as they are."""
+    """Named task of the prompts. Formats them as in training; rows of a file may have the task's columns instead of
+    `prompt`. Default: the adapter's task. completion leaves prompts unchanged."""
     encoding: str | None = None
-    """The task's encoding, paper or prompt; by default the adapter's, else the task's first."""
+    """The task's encoding, paper or prompt. Default: the adapter's, else the task's first."""
     chat: bool = False
-    """Put each prompt into the tokenizer's chat template as a user's turn."""
+    """Format each prompt as a user message with the tokenizer's chat template."""
     output: str | None = None
     """Write prompts and outputs to this .jsonl file instead of printing them."""
     overwrite: bool = False
-    """Replace an existing output."""
+    """Replace an existing output file."""
     decoding: Decoding = field(default_factory=Decoding)
-    """Greedy, sampling or beam search; what is not set is as a named task has it (E2E: 10 beams)."""
+    """Greedy, sampling or beam search. Unset fields take the named task's values (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
         if self.chat and (self.task or self.encoding):
             raise ConfigurationError(
-                "chat and task exclude each other: each says how a prompt is written."
+                "chat and task exclude each other: both set the prompt format. Remove one of them."
             )
         if (self.prompt is None) == (self.file is None):
-            raise ConfigurationError(
-                "Give either a prompt (--prompt TEXT) or a file of them (--file PATH)."
-            )
+            raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Generate and print, or write, the continuations."""
+    """Generate text, then print it or write it to the output file."""
     from lorakit.cli.parsing import parse
     from lorakit.compute.adapted import Prompting, open_adapted, prompting
     from lorakit.evaluation.generate import generate
@@ -80,18 +78,18 @@ def run(argv: Sequence[str]) -> None:
         use_method(config.method)
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    writing = Prompting()
+    style = Prompting()
     if not config.chat:
-        writing = prompting(config.adapter, config.task, config.encoding)
-    prompts = _prompts(config, writing.task)
-    if writing.note:
-        print(f"note: {writing.note}", file=sys.stderr)
+        style = prompting(config.adapter, config.task, config.encoding)
+    prompts = _prompts(config, style.task)
+    if style.note:
+        print(f"note: {style.note}", file=sys.stderr)
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
     tokenizer = base.tokenizer
-    assert tokenizer is not None  # open_adapted refuses a base without
-    if writing.task is not None:
-        task = writing.task(tokenizer, max_length=sys.maxsize, encoding=writing.encoding)
-        prompts = [_written(task, prompt) for prompt in prompts]
+    assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
+    if style.task is not None:
+        task = style.task(tokenizer, max_length=sys.maxsize, encoding=style.encoding)
+        prompts = [_task_prompt(task, prompt) for prompt in prompts]
         ids = [task.prompt_ids(str(prompt)) for prompt in prompts]
         decoding = config.decoding.over(task.decoding)
         texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, decoding)]
@@ -115,7 +113,7 @@ def run(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _TaskRow:
-    """A row with a task's own columns, and where it stands."""
+    """A row with the columns of a task, and its file and line for error messages."""
 
     fields: dict[str, Any]
     where: str
@@ -132,7 +130,7 @@ def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Promp
         text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
     lines = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
     if not lines:
-        raise DataError(f"'{config.file}' holds no prompt.")
+        raise DataError(f"'{config.file}' contains no prompt. Write one prompt per line.")
     if not config.file.endswith(".jsonl"):
         return [line for _, line in lines]
     return [_row_prompt(line, f"{config.file}:{n}", task) for n, line in lines]
@@ -142,7 +140,9 @@ def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}).") from None
+        raise DataError(
+            f"{where}: not JSON ({error.msg}). Write one JSON object per line."
+        ) from None
     row = row if isinstance(row, dict) else {}
     try:
         if isinstance(row.get("prompt"), str):
@@ -152,12 +152,12 @@ def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
         return checked_messages(row)
     except BadRow as error:
         raise DataError(
-            f"{where}: {error}. A row holds 'prompt' (a text) or 'messages' (a list of role and content)."
+            f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."
         ) from None
 
 
-def _written(task: NamedText, prompt: Prompt) -> str:
-    """A prompt as the task's training has it."""
+def _task_prompt(task: NamedText, prompt: Prompt) -> str:
+    """Format a prompt as the task does in training."""
     if isinstance(prompt, str):
         return task.around(prompt)
     assert isinstance(prompt, _TaskRow)
@@ -165,8 +165,8 @@ def _written(task: NamedText, prompt: Prompt) -> str:
         return task.prompt(prompt.fields)
     except BadRow as error:
         raise DataError(
-            f"{prompt.where}: {error}. A row holds what task {task.name} writes from "
-            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a text."
+            f"{prompt.where}: {error}. A row needs the columns of task {task.name} "
+            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a string."
         ) from None
 
 

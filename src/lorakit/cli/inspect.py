@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What `lorakit inspect` shows."""
+    """Options of `lorakit inspect`."""
 
     adapter: str
-    """Adapter folder (lorakit's or PEFT's), or a loralib file."""
+    """Adapter folder (lorakit or PEFT), or a loralib file."""
     alpha: float | None = None
-    """The constant of a loralib file, which does not record it; by default the scaling is shown for 1."""
+    """alpha of a loralib file, which does not store it. Default: 1."""
     method: str | None = None
-    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     layers: bool = False
-    """One line for each layer instead of one for each kind of layer."""
+    """Print one line per layer instead of one per kind of layer."""
     json: bool = False
-    """Print JSON for programs."""
+    """Print JSON."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Read the adapter's files alone and print what they hold."""
+    """Read the adapter's files and print their contents, without the base."""
     from lorakit.adapters import formats
     from lorakit.cli.console import console
     from lorakit.cli.parsing import parse
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         InspectConfig,
         "inspect",
-        "Show what an adapter holds, without loading its base: method, layers, ranks, norms, base, "
+        "Show the contents of an adapter without loading its base: method, layers, ranks, norms, base, "
         "provenance. Usage: lorakit inspect ADAPTER.",
         argv,
         "adapter",
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
-    """The adapter's facts as JSON-able values; `norm` is the Frobenius norm of the change ``scaling * B A``."""
+    """Return the adapter's contents as JSON values; `norm` is the Frobenius norm of ``scaling * B A``."""
     from lorakit.analysis.deltas import parts_of
     from lorakit.analysis.spectrum import spectrum
 
@@ -99,7 +99,7 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
     from lorakit.analysis.deltas import family
     from lorakit.formatting import size
 
-    # Names and texts of a downloaded file are shown as they are, never as markup.
+    # Print names and texts of a downloaded file literally, never as rich markup.
     console.print(facts["method"], style="bold", markup=False, highlight=False)
     console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -108,7 +108,7 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         groups.setdefault(key, []).append(layer)
     if groups:
         table = Table(box=None, pad_edge=False)
-        for heading in ("layer", "count", "kind", "rank", "scaling", "norm of the change"):
+        for heading in ("layer", "count", "kind", "rank", "scaling", "norm"):
             left = heading in ("layer", "kind")
             table.add_column(heading, justify="left" if left else "right", overflow="fold")
         for key, layers in groups.items():
@@ -116,17 +116,17 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
             table.add_row(
                 escape(key),
                 str(len(layers)),
-                _one(layer["kind"] + (" (DoRA)" if layer["dora"] else "") for layer in layers),
-                _one(layer["rank"] for layer in layers),
-                _one(f"{layer['scaling']:g}" for layer in layers),
+                _distinct(layer["kind"] + (" (DoRA)" if layer["dora"] else "") for layer in layers),
+                _distinct(layer["rank"] for layer in layers),
+                _distinct(f"{layer['scaling']:g}" for layer in layers),
                 f"{min(norms):.3g} to {max(norms):.3g}",
             )
         console.print(table)
-    alike: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, shape in facts["modules"].items():
         key = f"{name if each_layer else family(name)} {tuple(shape)}"
-        alike[key] = alike.get(key, 0) + 1
-    for key, count in alike.items():
+        counts[key] = counts.get(key, 0) + 1
+    for key, count in counts.items():
         console.print(f"{count} x {key}", markup=False, highlight=False)
     for name, shape in facts["trained"].items():
         console.print(f"trained in full: {name} {tuple(shape)}", markup=False)
@@ -147,5 +147,5 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         console.print(f"note: {notice}", markup=False, highlight=False)
 
 
-def _one(values: Any) -> str:
+def _distinct(values: Any) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))

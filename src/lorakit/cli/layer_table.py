@@ -1,4 +1,4 @@
-"""Tables of numbers by layer, with one line for each layer or for each kind of layer."""
+"""Tables of numbers by layer, with one line per layer or per kind of layer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Cell = float | int | str | None
 def layer_table(
     rows: Mapping[str, Mapping[str, Cell]], *, each: bool, what: str = "matrix"
 ) -> Table:
-    """A table of `rows`: the name of a layer, and its numbers by heading.
+    """Return a table with the name and the numbers of each layer.
 
     Args:
-        rows: By name; all have the same headings.
-        each: A line for each layer; otherwise those that differ by their number alone share one, with the
-            least and the greatest value.
+        rows: For each name, its numbers by heading. All names have the same headings.
+        each: Print one line per layer. Otherwise layers that differ only in their block number share a line with
+            the smallest and largest value.
         what: Heading of the names.
     """
     groups: dict[str, list[Mapping[str, Cell]]] = {}
@@ -31,7 +31,7 @@ def layer_table(
         key = name if each else family(name)
         groups.setdefault(key, []).append(cells)
     table = Table(box=None, pad_edge=False)
-    # The names are what a row is read by: numbers fold before they do.
+    # Keep names in one piece: numbers fold first.
     longest = max(map(len, groups), default=0)
     table.add_column(what, overflow="fold", min_width=min(longest, 60))
     if not each:
@@ -49,10 +49,9 @@ def _spread(cells: Sequence[Cell]) -> str:
     numbers = sorted(cell for cell in cells if isinstance(cell, (int, float)))
     if not numbers:
         return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))
-    least, greatest = number(numbers[0]), number(numbers[-1])
-    return least if least == greatest else f"{least} to {greatest}"
+    smallest, largest = _number(numbers[0]), _number(numbers[-1])
+    return smallest if smallest == largest else f"{smallest} to {largest}"
 
 
-def number(value: float) -> str:
-    """A number as a table shows it."""
+def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"

@@ -10,29 +10,29 @@ from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
 
 SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model")
-"""Suffixes of the files of a model and its tokenizer."""
+"""File suffixes of a saved model and its tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What `lorakit merge` folds together."""
+    """Options of `lorakit merge`."""
 
     adapter: str
     """Adapter folder."""
     output: str
-    """Folder for the merged model; must not exist unless overwrite is set."""
+    """Folder for the merged model. Must not exist unless overwrite is set."""
     base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records, in the precision of its weights."""
+    """The base model. Default: the base recorded in the adapter, in the dtype of its weights."""
     allow_other_base: bool = False
-    """Merge into a base other than the one the adapter records, knowing what that means."""
+    """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
-    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     overwrite: bool = False
     """Replace an existing output folder."""
 
 
 def run(argv: Sequence[str]) -> None:
-    """Merge, save, and compare what the two models say."""
+    """Merge, save, and compare the logits of both models."""
     import torch
     from transformers.utils import logging
 
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         MergeConfig,
         "merge",
-        "Fold an adapter into its base and save an ordinary model, which needs neither lorakit nor PEFT. "
+        "Merge an adapter into its base and save an ordinary model, which needs neither lorakit nor PEFT. "
         "Usage: lorakit merge ADAPTER OUTPUT.",
         argv,
         "adapter",
@@ -58,13 +58,13 @@ def run(argv: Sequence[str]) -> None:
     base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
     _require_apart(output, config.adapter, base.source.path_or_id)
     model, tokenizer = base.model, base.tokenizer
-    assert tokenizer is not None  # open_adapted refuses a base without
+    assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
     handle = handle_of(model)
     assert handle is not None
     handle.require_mergeable()
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = probe.to(model.device)
-    if model.config.is_encoder_decoder:  # what it says depends on both sides
+    if model.config.is_encoder_decoder:  # the logits depend on both inputs
         probe["decoder_input_ids"] = probe["input_ids"]
     with torch.no_grad():
         before = model(**probe).logits.float()
@@ -77,30 +77,29 @@ def run(argv: Sequence[str]) -> None:
     difference, scale = (after - before).abs().max(), before.abs().max()
     print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
     print(
-        f"Largest difference of its logits from the unmerged model's: {difference:.2g} of {scale:.3g}."
+        f"Largest difference from the unmerged logits: {difference:.2g}; largest logit: {scale:.3g}."
     )
     print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')
 
 
 def _require_replaceable(output: Path) -> None:
-    """Refuse to overwrite what is no merged model: a folder with anything that `save_pretrained` does not write."""
-    others = (
-        sorted(p.name for p in output.iterdir() if p.suffix not in SAVED) if output.is_dir() else []
-    )
-    if others or (
-        output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists()
-    ):
+    """Reject overwriting a folder with files that `save_pretrained` does not write."""
+    if not output.is_dir():
+        return
+    others = sorted(p.name for p in output.iterdir() if p.suffix not in SAVED)
+    if others or (any(output.iterdir()) and not (output / "config.json").exists()):
         raise RunFolderError(
-            f"'{output}' is no merged model's folder, and overwriting would delete what it holds"
+            f"'{output}' is not the folder of a merged model, and overwriting would delete its files"
             f"{': ' if others else ''}{', '.join(others[:3])}. Choose another folder."
         )
 
 
 def _require_apart(output: Path, *inputs: str) -> None:
-    """Refuse to overwrite what is merged, or a folder around it."""
+    """Reject overwriting an input of the merge, or a folder that contains one."""
     for name in inputs:
         path = Path(name).resolve()
         if path.exists() and (path == output or output in path.parents):
             raise RunFolderError(
-                f"'{output}' holds what is merged ({name}); it would be replaced. Choose another folder."
+                f"'{output}' contains an input of the merge ({name}), and overwriting would delete it. "
+                "Choose another folder."
             )

@@ -1,8 +1,10 @@
-"""From arguments and YAML to one typed configuration, with the same strictness for both."""
+"""Parse arguments and YAML into one typed configuration, with the same checks for both."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +27,13 @@ Config = TypeVar("Config")
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Help that leaves room for the names of nested options."""
+    """Help with columns wide enough for nested option names."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        """Name the required options alone: a usage line with every option says nothing."""
+        """List only the required options, because a usage line with every option is unreadable."""
         needed = [a for a in actions if a.required]
         super().add_usage(usage, needed, [], prefix)
 
@@ -45,19 +47,19 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     typed_only: str | None = None,
 ) -> Config:
-    """Fill a configuration dataclass from `argv`, where `--config FILE.yaml` may set any field too.
+    """Return a configuration parsed from `argv` and from the YAML files of `--config`.
 
     Args:
         config_class: Dataclass whose fields are the options; the string under a field is its help.
         command: Name of the command.
-        text: What the command does.
+        text: Description of the command.
         argv: Arguments after the command's name.
-        positional: Fields that may be given first and without their names, in this order.
-        defaults: Values by dotted name that take the place of the class's own defaults.
-        typed_only: An option of the command line that no file can set, since it has been taken out of `argv`.
+        positional: Fields that the first arguments may set without option names, in this order.
+        defaults: Values by dotted name that replace the defaults of the class.
+        typed_only: An option that the caller already removed from `argv`, so that no YAML file can set it.
 
     Raises:
-        ConfigurationError: An option is unknown or has a wrong value; names the nearest option.
+        ConfigurationError: An option is unknown or has an invalid value. Names the nearest option.
     """
     parser = ArgumentParser(
         prog=f"lorakit {command}",
@@ -77,26 +79,26 @@ def parse(
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise ConfigurationError(_explain(str(error), options, typed_only)) from None
-    except ValueError as error:  # a setting was refused inside an optional section
+    except ValueError as error:  # a setting was rejected inside an optional section
         raise _refusal(error) or ConfigurationError(
             _explain(str(error), options, typed_only)
         ) from None
     except TypeError:  # a list where a section of options belongs
         raise ConfigurationError(
-            "A section of options has to be a mapping: 'name: value', a line each."
+            "A section of options must be a mapping: one 'name: value' per line."
         ) from None
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     return config_class(**{name: getattr(parsed, name) for name in names})
 
 
 def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """Take an option that is no field of a configuration out of `argv`.
+    """Remove an option that is not a configuration field from `argv`.
 
     Returns:
-        Its value, None where it is not given, and the other arguments.
+        Its value, or None if it is absent, and the other arguments.
 
     Raises:
-        ConfigurationError: It has no value, or is given twice.
+        ConfigurationError: It has no value, or occurs twice.
     """
     rest, values = list(argv), []
     for word in argv:
@@ -113,8 +115,14 @@ def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]
     return (values[0] if values else None), rest
 
 
+def name_list(argv: Sequence[str], option: str) -> list[str]:
+    """Pass all arguments before the first option to `option`, as one list."""
+    values = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    return [*([option, json.dumps(values)] if values else []), *argv[len(values) :]]
+
+
 def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:
-    """Give leading values without an option's name the names of `positional`."""
+    """Insert the option names of `positional` before the leading values."""
     named = []
     for field in positional:
         if not argv or argv[0].startswith("-"):
@@ -124,7 +132,7 @@ def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:
 
 
 def _refusal(error: BaseException | None) -> ConfigurationError | None:
-    """The ConfigurationError that led to `error`, if one did."""
+    """Return the ConfigurationError that caused `error`, or None."""
     while error is not None:
         if isinstance(error, ConfigurationError):
             return error
@@ -133,24 +141,24 @@ def _refusal(error: BaseException | None) -> ConfigurationError | None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML readers silently take the last."""
+    """Rejects duplicate keys, of which YAML readers silently use the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"'{key.value}' stands twice", problem_mark=key.start_mark
+                    problem=f"'{key.value}' occurs twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _check_files(arguments: list[str]) -> None:
-    """Read the YAML files once for what the parser would not mind or not explain.
+    """Check the YAML files for errors that the parser ignores or does not explain.
 
     Raises:
-        ConfigurationError: One is missing, is not UTF-8, is no YAML, or has a key twice.
+        ConfigurationError: A file is missing, is not UTF-8, is not YAML, or has a duplicate key.
     """
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name = value if flag == "--config" else flag.removeprefix("--config=")
@@ -167,25 +175,25 @@ def _check_files(arguments: list[str]) -> None:
 
 
 def _explain(message: str, options: list[str], typed_only: str | None) -> str:
-    """The parser's message, with the nearest option where one is unknown."""
+    """Return the parser's message, with the nearest option if one is unknown."""
     section = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
     if section:
         first = next((o for o in options if o.startswith(f"--{section[1]}.")), f"--{section[1]}")
         value = section[2].rsplit("/", 1)[-1]
-        return f"--{section[1]} is a section of several options. Write {first} {value}, or give a YAML file."
+        return f"--{section[1]} is a group of options. Write {first} {value}, or set --{section[1]} to a YAML file."
     missing = re.search(
         r'Parser key "([\w.]+)":.*the following arguments are required: (\w+)', message, re.DOTALL
     )
     if missing:
         name = f"{missing[1]}.{missing[2]}"
-        return f"Options of {missing[1]} need {name} beside them; say --{name} too, or leave them all out."
+        return f"Options of {missing[1]} require {name}. Add --{name}, or remove all --{missing[1]} options."
     found = next((m for pattern in _UNKNOWN if (m := re.search(pattern, message))), None)
     hint = ""
     if found:
         name = ".".join(part for part in found.groups() if part)
         wrong = name if name.startswith("--") else f"--{name}"
         if wrong == typed_only:
-            return f"{wrong} is given on the command line, and a YAML file cannot set it."
+            return f"{wrong} works only on the command line; a YAML file cannot set it."
         hint = nearest(wrong.split("=")[0], options) or nearest(wrong.split(".")[0], options)
     return f"{message.strip().rstrip('.')}.{hint} --help lists the options."
 
@@ -197,4 +205,4 @@ _UNKNOWN = (
     r"Key '([\w.-]+)' is not expected",
     r"does not accept option '([\w.-]+)'",
 )
-"""How the parser says that it does not know an option."""
+"""Patterns of the parser's messages about an unknown option."""

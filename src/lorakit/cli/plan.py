@@ -19,53 +19,53 @@ if TYPE_CHECKING:
     from lorakit.planning import Plan, Prediction
 
 MADE_UP = "made-up"
-"""Stands for the data of a plan that is given lengths alone."""
+"""Placeholder for data.train in a plan without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """The settings of `lorakit train`, of which data and output may be left out, and how to plan."""
+    """Options of `lorakit plan`, including those of `lorakit train` (data and output are optional)."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The data and how an example is read from it; without data.train examples are made up, see length."""
+    """The training data. Without data.train, the plan uses synthetic examples, see length."""
     output: str = "out"
-    """Run folder; a plan writes nothing into it."""
+    """Run folder. A plan does not write to it."""
     length: int | None = None
-    """Tokens of an example, instead of reading the data; without either data.max_length, the most there can be."""
+    """Tokens per example, instead of reading the data. Default without data: data.max_length, the upper bound."""
     targets: int | None = None
-    """With length: how many of them are target tokens; by default half."""
+    """Target tokens per example; requires length. Default: half of length."""
     calibrate: bool = False
-    """First train a small shape with random weights for two short runs, to fit how fast this machine computes and
-    what it holds beyond tensors. Kept in the user's cache folder, and used from then on."""
+    """First train a small random model in two short runs to measure the speed of this machine and its memory beyond
+    tensors. Caches the result in the user's cache folder for later plans."""
     json: bool = False
-    """Print JSON for programs, sizes in bytes."""
+    """Print JSON, with sizes in bytes."""
     plot: str | None = None
-    """Draw the memory by its parts and the time of a step into this file (.png, .svg or .pdf)."""
+    """Plot the memory by part and the time per step to this file (.png, .svg or .pdf)."""
     report: str | None = None
-    """Write the plan as a page (.html)."""
+    """Write an HTML report of the plan to this file (.html)."""
     overwrite: bool = False
-    """Replace an existing page."""
+    """Replace an existing report."""
 
     def __post_init__(self) -> None:
         if not self.data.has("train"):
             named = dataclasses.replace(self.data, train=MADE_UP)
             object.__setattr__(self, "data", named)
         super().__post_init__()
-        for name in ("length", "targets"):
-            value = getattr(self, name)
-            if value is not None:
-                require_at_least(name, value, 2 if name == "length" else 1)
-        if self.targets is not None and self.length is None:
-            raise ConfigurationError(
-                "targets is how many tokens of length are targets; set length too, for example --length 512."
-            )
+        if self.length is not None:
+            require_at_least("length", self.length, 2)
+        if self.targets is not None:
+            require_at_least("targets", self.targets, 1)
+            if self.length is None:
+                raise ConfigurationError(
+                    "targets counts the target tokens of length; set length too, for example --length 512."
+                )
 
     @property
     def run(self) -> TrainConfig:
-        """The settings of the run itself."""
+        """The settings of the training run."""
         names = [f.name for f in dataclasses.fields(TrainConfig)]
         settings = {name: getattr(self, name) for name in names}
-        # Here it is about the page.
+        # In a plan, overwrite applies to the report.
         return TrainConfig(**{**settings, "overwrite": False})
 
 
@@ -81,8 +81,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         PlanConfig,
         "plan",
-        "Predict what a training run takes, from its configuration alone and without weights: trained parameters, "
-        "size on disk, peak memory by its parts, time per step, with full fine-tuning beside it. Options are those "
+        "Predict the cost of a training run from its configuration, without loading weights: trained parameters, "
+        "size on disk, peak memory by part and time per step, compared with full fine-tuning. Takes the options "
         "of lorakit train; --base.name gpt3-175b plans the paper's largest model.",
         argv,
     )
@@ -99,23 +99,23 @@ def run(argv: Sequence[str]) -> None:
         keep_calibration(calibrate(device, dtype), device, dtype)
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
-    found = plan(config.run, length=length, targets=config.targets)
+    prediction = plan(config.run, length=length, targets=config.targets)
     if config.plot is not None:
-        drawing.save(memory_figure(found), config.plot)
+        drawing.save(memory_figure(prediction), config.plot)
     if config.report is not None:
-        plan_page(found, config.run, command=command()).write(config.report)
+        plan_page(prediction, config.run, command=command()).write(config.report)
     if config.json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(prediction.as_dict(), indent=2, ensure_ascii=False))
         return
     out = console()
-    _print(out, found)
+    _print(out, prediction)
     if config.plot is not None:
         out.print(f"Figure in {config.plot}.", markup=False)
     if config.report is not None:
         out.print(f"Report in {config.report}.", markup=False)
 
 
-def _print(out: Console, found: Plan) -> None:
+def _print(out: Console, plan: Plan) -> None:
     from rich.table import Table
 
     from lorakit.formatting import duration, size
@@ -124,14 +124,14 @@ def _print(out: Console, found: Plan) -> None:
     def say(text: str) -> None:
         out.print(text, markup=False, soft_wrap=True)
 
-    say(f"base     {found.base}, {found.parameters:,} parameters, {found.dtype} on {found.device}")
-    if found.note:
-        say(f"         {found.note}")
-    say(f"lengths  {found.lengths}")
-    packed = ", shared prefixes computed once" if found.packed else ""
-    say(f"batch    at its fullest {found.rows:,} x {found.width:,} tokens{packed}")
-    say(f"machine  {found.machine.origin}")
-    columns = [found.chosen, *([found.full] if found.full else [])]
+    say(f"base     {plan.base}, {plan.parameters:,} parameters, {plan.dtype} on {plan.device}")
+    if plan.note:
+        say(f"         {plan.note}")
+    say(f"lengths  {plan.lengths}")
+    packed = ", shared prefixes computed once" if plan.packed else ""
+    say(f"batch    at most {plan.rows:,} x {plan.width:,} tokens{packed}")
+    say(f"machine  {plan.machine.origin}")
+    columns = [plan.chosen, *([plan.full] if plan.full else [])]
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for prediction in columns:
@@ -140,18 +140,18 @@ def _print(out: Console, found: Plan) -> None:
         table.add_row(name, *values)
     out.print()
     out.print(table)
-    if found.why_no_full:
-        say(f"full fine-tuning: {found.why_no_full}")
+    if plan.why_no_full:
+        say(f"full fine-tuning: {plan.why_no_full}")
     out.print()
-    if found.device == "cpu":
+    if plan.device == "cpu":
         say(
-            f"Memory is that above the interpreter with torch imported, about {size(INTERPRETER)}. Loading the base "
-            f"takes {size(found.loading)} for a moment."
+            f"Memory excludes the Python interpreter with torch imported, about {size(INTERPRETER)}. Loading the base "
+            f"briefly needs {size(plan.loading)}."
         )
-    if found.steps:
-        total = found.steps * found.chosen.seconds
-        say(f"The run: {found.steps:,} steps, about {duration(total)} without evaluation.")
-    for line in found.paper:
+    if plan.steps:
+        total = plan.steps * plan.chosen.seconds
+        say(f"The run: {plan.steps:,} steps, about {duration(total)} without evaluation.")
+    for line in plan.paper:
         say(f"paper    {line}")
 
 

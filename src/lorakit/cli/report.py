@@ -1,8 +1,7 @@
-"""`lorakit report`, and the reports that other commands end in."""
+"""`lorakit report`, and the reports that other commands write at their end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +18,31 @@ COMPARISON = "comparison.html"
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What `lorakit report` shows."""
+    """Options of `lorakit report`."""
 
     runs: tuple[str, ...]
-    """Run folders: the page of one, or one page that compares several."""
+    """Run folders. Several runs are compared in one report."""
     output: str | None = None
-    """The page; by default report.html in the run's folder, or comparison.html here for several."""
+    """The report. Default: report.html in the run folder, or ./comparison.html for several runs."""
     method: str | None = None
-    """A method of your own that the adapters were trained with: path/to/file.py:Class."""
+    """Custom method of the adapters: path/to/file.py:Class."""
     figures: str | None = None
-    """Write every figure of the page into this folder too, as PNG and SVG."""
+    """Also write every figure to this folder, as PNG and SVG."""
     overwrite: bool = False
-    """Replace an existing output. The run's own report.html is always replaced."""
+    """Replace an existing output. Always replaces report.html in the run folder."""
 
     def __post_init__(self) -> None:
         conform(self)
         if not self.runs:
-            raise ConfigurationError("runs is empty; name a run's folder: lorakit report RUN.")
+            raise ConfigurationError("runs is empty; give a run folder: lorakit report RUN.")
         if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
-            raise ConfigurationError("runs names a folder twice; name each run once.")
+            raise ConfigurationError("runs names a folder twice; give each run folder once.")
 
 
 def run(argv: Sequence[str]) -> None:
-    """Read the runs' folders and write the page."""
+    """Read the run folders and write the report."""
     from lorakit import storage
-    from lorakit.cli.parsing import parse
+    from lorakit.cli.parsing import name_list, parse
     from lorakit.methods.registry import use_method
     from lorakit.reporting.drawing import require_drawing
     from lorakit.training.run_folder import REPORT
@@ -51,9 +50,9 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         ReportConfig,
         "report",
-        "Write the page of a run, finished or not, or one that compares runs. "
+        "Write the HTML report of a run, finished or not, or compare several runs. "
         "Usage: lorakit report RUN [RUN ...].",
-        _named(argv),
+        name_list(argv, "--runs"),
     )
     if config.method is not None:
         use_method(config.method)
@@ -70,10 +69,10 @@ def run(argv: Sequence[str]) -> None:
 
 
 def page_of(runs: Sequence[str | Path]) -> Page:
-    """The page of one run or of several.
+    """Return the report of one run, or the comparison of several.
 
     Raises:
-        RunFolderError: A folder is not that of a run, or is damaged.
+        RunFolderError: A folder is not a run folder, or is damaged.
     """
     from lorakit.analysis.report import comparison_sections, run_sections
     from lorakit.reporting.comparison import comparison_page
@@ -82,7 +81,7 @@ def page_of(runs: Sequence[str | Path]) -> Page:
     from lorakit.training.run_folder import ADAPTER
 
     records = [read_run(folder) for folder in runs]
-    # The adapter after the last step; a run that is not finished may have none.
+    # The adapter after the last step, which exists only in finished runs.
     adapters = [r.folder / ADAPTER for r in records if r.result is not None]
     if len(records) == 1:
         analysis = run_sections(adapters[0]) if adapters else []
@@ -92,12 +91,12 @@ def page_of(runs: Sequence[str | Path]) -> Page:
 
 
 def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = None) -> str:
-    """Write a finished run's report into its folder; return its path, or why there is none.
+    """Write the report of a finished run to its folder; return its path, or the reason for its absence.
 
     Args:
         folder: The run's folder.
-        predicted: What was expected of the run, by the keys of `lorakit.reporting.run_report.PREDICTED`; it is kept
-            beside the run, for reports to come.
+        predicted: Predictions for the run, by the keys of `lorakit.reporting.run_report.PREDICTED`. They are saved
+            in the run folder for later reports.
     """
     from lorakit import storage
     from lorakit.training.run_folder import PREDICTION, REPORT
@@ -108,24 +107,15 @@ def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = No
                 storage.write_record(temporary, dict(predicted))
         return page_of([folder]).write(folder / REPORT)
 
-    return written(write)
+    return try_to_write(write)
 
 
-def written(write: Callable[[], Path]) -> str:
-    """Write a report after the work it tells of; return its path, or why there is none.
+def try_to_write(write: Callable[[], Path]) -> str:
+    """Write a report; return its path, or the reason for its absence.
 
-    The work is done and kept: what hinders its report is said, and is no error of the command.
+    A failed report is not an error of the command, because the results of its work are already saved.
     """
     try:
         return str(write())
     except (LorakitError, OSError) as error:
         return f"none. {error}"
-
-
-def _named(argv: Sequence[str]) -> list[str]:
-    """Give the leading values the option's name, as one list."""
-    rest = list(argv)
-    runs = []
-    while rest and not rest[0].startswith("-"):
-        runs.append(rest.pop(0))
-    return [*(["--runs", json.dumps(runs)] if runs else []), *rest]

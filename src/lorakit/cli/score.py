@@ -11,33 +11,32 @@ from lorakit.evaluation.score_files import Family
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What `lorakit score` scores, and how."""
+    """Options of `lorakit score`."""
 
     outputs: str
-    """File of outputs: plain text, one a line, or rows (.jsonl, .csv, ...) with a column output."""
+    """File of generated texts: plain text, one per line, or rows (.jsonl, .csv, ...) with a column output."""
     references: str | None = None
-    """File of references: one a line, an empty line between groups; or rows with references, label or WikiSQL's
-    columns. Without it, the rows of outputs have them."""
+    """File of references: one per line, with an empty line between groups, or rows with references, label or
+    WikiSQL's columns. Default: the rows of outputs contain them."""
     metrics: Family
-    """Which metrics: those of a data set of the paper (rouge is SAMSum's), or of any classification or regression."""
+    """Metrics to compute: those of a data set of the paper (rouge is SAMSum's), classification or regression."""
     java: bool | None = None
-    """Run METEOR and the PTB tokenizer in Java: true, false, or, by default, where Java is installed."""
+    """Run METEOR and the PTB tokenizer in Java. Default: true if Java is installed."""
     json: bool = False
-    """Print JSON for programs."""
+    """Print JSON."""
 
 
 def run(argv: Sequence[str]) -> None:
     """Score the files and print the scores."""
-    from rich.table import Table
-
-    from lorakit.cli.console import console
+    from lorakit.cli.console import print_scores
     from lorakit.cli.parsing import parse
     from lorakit.evaluation.score_files import score_files
 
     config = parse(
         ScoreConfig,
         "score",
-        "Score outputs in a file with the metrics of a data set of the paper, on the scale of its official scorer. "
+        "Score a file of generated texts with the metrics of a data set of the paper, on the scale of its official "
+        "scorer. "
         "Usage: lorakit score OUTPUTS [REFERENCES] --metrics e2e.",
         argv,
         "outputs",
@@ -46,10 +45,5 @@ def run(argv: Sequence[str]) -> None:
     scores = score_files(config.outputs, config.references, config.metrics, java=config.java)
     if config.json:
         print(json.dumps(scores, indent=2))
-        return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4f}")
-    console().print(table)
+    else:
+        print_scores(scores)

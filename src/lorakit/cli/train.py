@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train as the configuration says and print where the result lies."""
+    """Train, then print the scores and the path of the adapter."""
     from lorakit.cli.parsing import parse, take_option
     from lorakit.cli.report import write_run_report
     from lorakit.formatting import duration, gigabytes
@@ -23,10 +23,10 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         TrainConfig,
         "train",
-        "Train an adapter on your data: base, data, method and schedule in one configuration. "
-        "The run folder holds the resolved configuration, metrics, checkpoints and the adapter. "
-        "--recipe NAME starts from the paper's settings ('lorakit recipes' lists them), which the other options "
-        "override.",
+        "Train an adapter on your data, with base, data, method and schedule in one configuration. "
+        "Writes the resolved configuration, metrics, checkpoints and the adapter to the run folder. "
+        "--recipe NAME starts from the paper's settings ('lorakit recipes' lists them); other options override "
+        "them.",
         rest,
         defaults=_recipe(recipe, rest) if recipe else None,
         typed_only="--recipe",
@@ -51,40 +51,40 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _next(config: TrainConfig, result: RunResult) -> str:
-    """The command that shows the adapter; it has to be told where the class of one's own method is."""
+    """Return the command that shows the adapter, with the file of a custom method."""
     from lorakit.methods.registry import is_own
 
-    own = [name for name in config.method_names if is_own(name)]
-    option = ["--method", own[0]] if own else []
+    custom = [name for name in config.method_names if is_own(name)]
+    option = ["--method", custom[0]] if custom else []
     return shlex.join(["lorakit", "inspect", str(result.adapter), *option])
 
 
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
-    """What `lorakit plan` says of the run, to be printed and for its report; None where it says nothing."""
+    """Return the line that prints the plan of the run, and its numbers for the report; None if planning failed."""
     from lorakit.formatting import gigabytes
     from lorakit.planning import plan
 
     try:
-        found = plan(config, compare=False)
-    except Exception as error:  # a run that is finished does not fail for a prediction
-        return f"planned  nothing: {' '.join(str(error).split())}", None
-    tokens = found.tokens / found.chosen.seconds
+        prediction = plan(config, compare=False)
+    except Exception as error:  # a failed prediction must not fail a finished run
+        return f"planned  no prediction: {' '.join(str(error).split())}", None
+    tokens = prediction.tokens / prediction.chosen.seconds
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {gigabytes(found.process_peak)} "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {gigabytes(prediction.process_peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {
-        "seconds": found.chosen.seconds * result.steps,
+        "seconds": prediction.chosen.seconds * result.steps,
         "tokens_per_second": tokens,
-        "peak_memory": found.process_peak,
-        "adapter_bytes": found.chosen.file_bytes,
+        "peak_memory": prediction.process_peak,
+        "adapter_bytes": prediction.chosen.file_bytes,
     }
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of a recipe; an adapter to start from brings its own method."""
+    """Return the settings of a recipe, without its method if --from_adapter sets the method."""
     from lorakit.paper.recipes import recipe
 
-    found = recipe(name)
+    chosen = recipe(name)
     from_adapter = any(word.split("=")[0] == "--from_adapter" for word in argv)
-    return found.starting_from_adapter() if from_adapter else found.settings
+    return chosen.starting_from_adapter() if from_adapter else chosen.settings
