@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.compute.adapted import recorded_task
+from lorakit.compute.adapted import AdapterFile, recorded_task
 from lorakit.data import DataTask
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -155,8 +155,10 @@ def test_own_task(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert scores["loss"] < start / 2
     # The adapter records its task, and reading it does not run the file.
     adapter = str(tmp_path / "out" / "run" / "adapter")
-    assert recorded_task(adapter) == DataTask(name="completion")
-    assert recorded_task(adapter, names["data"].task) == DataTask(name=names["data"].task)
+    assert recorded_task(AdapterFile.read(adapter)) == DataTask(name="completion")
+    assert recorded_task(AdapterFile.read(adapter), names["data"].task) == DataTask(
+        name=names["data"].task
+    )
 
 
 def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lorakit import (
     PrefixLayer,
 )
 from lorakit.cli import main
-from lorakit.compute.adapted import open_adapted
+from lorakit.compute.adapted import AdapterFile, open_adapted
 from lorakit.compute.model_input import place_in_prompt, virtual_tokens_of
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
@@ -130,7 +130,9 @@ def train_by_command(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> in
 
 def greedy_without_cache(base: str, adapter: Path, prompt: str) -> str:
     """The definition of greedy decoding: a whole forward pass for every token."""
-    opened = open_adapted(BaseConfig(name=base, dtype="float32", device="cpu"), str(adapter))
+    opened = open_adapted(
+        BaseConfig(name=base, dtype="float32", device="cpu"), AdapterFile.read(adapter)
+    )
     model, tokenizer = opened.model, opened.tokenizer
     assert tokenizer is not None
     ids = prompt_ids(tokenizer, prompt)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lorakit.adapters import export, merging, saving
 from lorakit.adapters.activation import Activation, Active
+from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
     InstalledAdapter,
@@ -231,6 +232,10 @@ class Adapters:
         """The adapter as it is written to a file: settings, tensors, base record, provenance."""
         return saving.store(self.model, self._get(name))
 
+    def base_record(self, name: str | None = None) -> BaseRecord:
+        """Return the fingerprint of the base, without the parameters that the adapter trains in full."""
+        return base_record(self.model, exclude=tuple(self._get(name).trained))
+
     def save(
         self,
         folder: str | Path,
@@ -238,6 +243,7 @@ class Adapters:
         *,
         tokenizer: Any = None,
         provenance: dict[str, Any] | None = None,
+        base: BaseRecord | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Write an adapter as a folder that PEFT, transformers and vLLM load, with lorakit.json and a card.
@@ -249,6 +255,7 @@ class Adapters:
             name: Which adapter; may be left out when there is one.
             tokenizer: Saved beside the adapter, chat template included.
             provenance: What to record about its making (configuration, data, scores), JSON values only.
+            base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
 
         Raises:
@@ -258,7 +265,12 @@ class Adapters:
         if provenance:
             adapter.provenance = {**adapter.provenance, **provenance}
         return saving.save(
-            self.model, adapter, Path(folder), tokenizer=tokenizer, overwrite=overwrite
+            self.model,
+            adapter,
+            Path(folder),
+            tokenizer=tokenizer,
+            base=base,
+            overwrite=overwrite,
         )
 
     # --- adding, for `attach` and `load` -------------------------------------------------------------

@@ -19,7 +19,9 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 
 
-def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
+def store(
+    model: nn.Module, adapter: InstalledAdapter, base: formats.BaseRecord | None = None
+) -> StoredAdapter:
     """A live adapter at rest: its settings, its tensors on the CPU, the record of its base."""
     layers = {
         path: _store_layer(model.get_submodule(path), module)
@@ -33,7 +35,7 @@ def store(model: nn.Module, adapter: InstalledAdapter) -> StoredAdapter:
         layers=layers,
         modules={path: own for path, own in modules.items() if own},
         trained=trained,
-        base=formats.base_record(model, exclude=tuple(trained)),
+        base=base or formats.base_record(model, exclude=tuple(trained)),
         provenance=dict(adapter.provenance),
     )
 
@@ -44,12 +46,13 @@ def save(
     folder: Path,
     *,
     tokenizer: Any = None,
+    base: formats.BaseRecord | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder, whole or not at all (see `Adapters.save`)."""
     if overwrite:
         formats.check_replaceable(folder)
-    stored = store(model, adapter)
+    stored = store(model, adapter, base)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

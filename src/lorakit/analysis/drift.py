@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.adapters import handle_of
-from lorakit.compute.adapted import ADAPTER, open_adapted
+from lorakit.compute.adapted import ADAPTER, AdapterFile, open_adapted
 from lorakit.compute.batching import collator, context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data.batches import IGNORED
@@ -142,7 +142,7 @@ def adapter_drift(
         require_at_least(name, value, 1)
     require_at_least("max_length", max_length, 2)
     texts = read_texts(text_file, limit)
-    opened = open_adapted(base, str(adapter), allow_other_base=allow_other_base)
+    opened = open_adapted(base, AdapterFile.read(adapter), allow_other_base=allow_other_base)
     if opened.model.config.is_encoder_decoder or not opened.model.can_generate():
         raise BaseModelError(
             f"Drift needs a decoder-only model that generates text, but with this adapter '{opened.source.name}' is a "

@@ -67,7 +67,7 @@ class GenerateConfig:
 def run(argv: Sequence[str]) -> None:
     """Generate text, then print it or write it to the output file."""
     from lorakit.cli.parsing import parse
-    from lorakit.compute.adapted import Prompting, open_adapted, prompting
+    from lorakit.compute.adapted import AdapterFile, PromptFormat, open_adapted, prompt_format
     from lorakit.evaluation.generate import generate
     from lorakit.methods.registry import use_method
 
@@ -78,13 +78,14 @@ def run(argv: Sequence[str]) -> None:
         use_method(config.method)
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    style = Prompting()
+    adapter = AdapterFile.read(config.adapter)
+    style = PromptFormat()
     if not config.chat:
-        style = prompting(config.adapter, config.task, config.encoding)
+        style = prompt_format(adapter, config.task, config.encoding)
     prompts = _prompts(config, style.task)
     if style.note:
         print(f"note: {style.note}", file=sys.stderr)
-    base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
+    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
     tokenizer = base.tokenizer
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
     if style.task is not None:

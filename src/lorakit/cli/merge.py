@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit import storage
     from lorakit.adapters import handle_of
     from lorakit.cli.parsing import parse
-    from lorakit.compute.adapted import open_adapted
+    from lorakit.compute.adapted import AdapterFile, open_adapted
     from lorakit.methods.registry import use_method
 
     config = parse(
@@ -55,7 +55,9 @@ def run(argv: Sequence[str]) -> None:
         use_method(config.method)
     output = storage.require_free_folder(config.output, overwrite=config.overwrite)
     _require_replaceable(output)
-    base = open_adapted(config.base, config.adapter, allow_other_base=config.allow_other_base)
+    base = open_adapted(
+        config.base, AdapterFile.read(config.adapter), allow_other_base=config.allow_other_base
+    )
     _require_apart(output, config.adapter, base.source.path_or_id)
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer

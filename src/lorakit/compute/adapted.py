@@ -1,9 +1,10 @@
-"""A base model with an adapter on it, from the adapter's own record."""
+"""Open a base model with an adapter, by what the adapter's file records about its training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -18,65 +19,83 @@ from lorakit.models.loading import Base
 from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
 
 TEXT = DataTask(name="completion", labels=())
-"""What a model is for when nothing says otherwise: to write text."""
+"""The task of a model without a recorded or configured one: text generation."""
 
 ADAPTER = "adapter"
 """Name of the adapter on its model."""
 
 
-def recorded_task(adapter: str, asked: str | None = None) -> DataTask | None:
-    """Return what an adapter says it was trained for; None where its file does not say (PEFT's own).
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that has been read once, for its record and for its tensors."""
+
+    path: str
+    stored: StoredAdapter
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> AdapterFile | None:
+        """Read the adapter at `path`; None without a path.
+
+        Raises:
+            AdapterFileError: There is no adapter, or it is damaged or unsafe.
+        """
+        return None if path is None else cls(str(path), formats.read(path))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the file records about its training; empty for a file of PEFT."""
+        return self.stored.provenance
+
+
+def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:
+    """Return the task that an adapter records; None for a file without a record, as PEFT's are.
 
     Args:
-        adapter: Its folder.
-        asked: The task that the configuration names. A task of the user's own is code, which is run where the user
-            names it and never because a file does: without it, such an adapter counts as one of the generic task.
+        adapter: The adapter.
+        configured: The task that the configuration names. A custom task is code: it runs if the user names it, never
+            because a file does. Otherwise such an adapter counts as one of the generic task.
     """
-    return _recorded_task(formats.read(adapter), adapter, asked)
-
-
-def _recorded_task(
-    stored: StoredAdapter, adapter: str, asked: str | None = None
-) -> DataTask | None:
-    made = stored.provenance
-    if "task" not in made:
+    record = adapter.provenance
+    if "task" not in record:
         return None
-    name, labels = made["task"], made.get("labels")
-    if name not in TASKS and made.get("generic_task") in GENERIC:
-        name = asked if asked and task_type(asked).name == name else made["generic_task"]
-    known = isinstance(name, str) and (name in TASKS or name == asked)
+    name, labels = record["task"], record.get("labels")
+    if name not in TASKS and record.get("generic_task") in GENERIC:
+        is_configured = configured is not None and task_type(configured).name == name
+        name = str(configured) if is_configured else record["generic_task"]
+    known = isinstance(name, str) and (name in TASKS or name == configured)
     if not known or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
         raise AdapterFileError(
-            f"The adapter {adapter} records the task {name!r} with the labels {labels!r}; a task is one of "
+            f"The adapter {adapter.path} records the task {name!r} with the labels {labels!r}; a task is one of "
             f"{', '.join(TASKS)}, with a list of names as labels."
         )
     return DataTask(name=name, labels=tuple(labels))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompting:
-    """How an adapter's prompts were written in training."""
+class PromptFormat:
+    """The format of an adapter's prompts in training."""
 
     task: type[NamedText] | None = None
-    """The named task that wrote them; None where they are plain text."""
+    """The named task that formats them; None for plain text."""
     encoding: str | None = None
     note: str = ""
-    """What the user should know of it."""
+    """A note for the user."""
 
 
-def prompting(adapter: str | None, task: str | None, encoding: str | None) -> Prompting:
-    """Return how prompts are written: as `task` and `encoding` say, else as the adapter records.
+def prompt_format(
+    adapter: AdapterFile | None, task: str | None, encoding: str | None
+) -> PromptFormat:
+    """Return the prompt format that `task` and `encoding` set, else the one that the adapter records.
 
     Raises:
-        LorakitError: The adapter cannot be read, there is no such task or encoding, or prompts were made by a template
-            of the run's own.
+        LorakitError: There is no such task or encoding, or training used a custom prompt template.
     """
-    made = formats.read(adapter).provenance if adapter else {}
-    recorded, about = made.get("task"), f"the adapter {adapter}"
-    if task is None and recorded not in TASKS and made.get("encoding"):
-        return Prompting(
-            note=f"{about} was trained for the task '{recorded}' of a file of its own, and prompts are taken as they "
-            f"are; name it, --task path/to/file.py:Class, to have them written as in training."
+    record = adapter.provenance if adapter else {}
+    recorded, path = record.get("task"), adapter.path if adapter else ""
+    if task is None and recorded not in TASKS and record.get("encoding"):
+        return PromptFormat(
+            note=f"the adapter {path} was trained for the custom task '{recorded}', and prompts are used unchanged. "
+            "Name its file, --task path/to/file.py:Class, to format them as in training."
         )
     chosen = task_type(task) if task else TASKS.get(str(recorded))
     if chosen is None or not issubclass(chosen, NamedText):
@@ -85,43 +104,43 @@ def prompting(adapter: str | None, task: str | None, encoding: str | None) -> Pr
                 f"encoding is {encoding!r}, and there is no named task of texts; name one with --task, for example "
                 "e2e_nlg."
             )
-        return Prompting()
+        return PromptFormat()
     if encoding is None and recorded == chosen.name:
-        encoding = made.get("encoding")
-        settings = made.get("config", {}).get("data", {})
+        encoding = record.get("encoding")
+        settings = record.get("config", {}).get("data", {})
         if encoding == "prompt" and settings.get("prompt_template"):
             raise ConfigurationError(
-                f"{about} was trained with a prompt_template of its own, {settings['prompt_template']!r}. Write whole "
-                "prompts like it, and take them as they are: --task completion."
+                f"The adapter {path} was trained with the prompt_template {settings['prompt_template']!r}. Write whole "
+                "prompts in this form, and use them unchanged: --task completion."
             )
     encoding = encoding or chosen.encodings[0]
     require_choice("encoding", encoding, chosen.encodings)
-    return Prompting(
+    return PromptFormat(
         task=chosen,
         encoding=encoding,
-        note=f"prompts are contexts of task {chosen.name}, put into its encoding '{encoding}'; --task completion takes "
-        "them as they are.",
+        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --task completion "
+        "uses them unchanged.",
     )
 
 
 def open_adapted(
     base: BaseConfig | None,
-    adapter: str | None,
+    adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
     allow_other_base: bool = False,
 ) -> Base:
-    """Load a base and let an adapter act on it.
+    """Load a base and activate an adapter on it.
 
     Args:
-        base: The base model; None takes the one that the adapter records.
-        adapter: Adapter folder; None leaves the base as it is.
-        task: What the model's head is for; None takes what the adapter records, else text generation.
+        base: The base model; None is the one that the adapter records.
+        adapter: The adapter; None leaves the base as it is.
+        task: What the model's head is for; None is the task that the adapter records, else text generation.
         allow_other_base: Accept a base other than the one the adapter records.
 
     Returns:
-        The base, its tokenizer that of the adapter's folder where it has one (it may have been given new
-        tokens or another chat template).
+        The base, with the tokenizer of the adapter's folder if it has one: training may have added tokens or a chat
+        template.
 
     Raises:
         LorakitError: The base or the adapter cannot be read, or do not fit each other.
@@ -130,16 +149,17 @@ def open_adapted(
         if base is None:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
         return open_base(base, task or TEXT)
-    stored = formats.read(adapter)
     if base is None:
-        name = stored.base.source.name if stored.base else None
-        if name is None:
+        record = adapter.stored.base
+        if record is None or record.source.name is None:
             raise ConfigurationError(
-                f"The adapter {adapter} does not say which base it was made for. Name it: --base.name MODEL."
+                f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
             )
-        base = BaseConfig(name=name)
-    opened = open_base(base, task or _recorded_task(stored, adapter) or TEXT)
-    load_stored(opened.model, stored, adapter, name=ADAPTER, allow_other_base=allow_other_base)
-    if (Path(adapter) / "tokenizer_config.json").exists():
-        opened.tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+        base = BaseConfig(name=record.source.name)
+    opened = open_base(base, task or recorded_task(adapter) or TEXT)
+    load_stored(
+        opened.model, adapter.stored, adapter.path, name=ADAPTER, allow_other_base=allow_other_base
+    )
+    if (Path(adapter.path) / "tokenizer_config.json").exists():
+        opened.tokenizer = AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
     return opened

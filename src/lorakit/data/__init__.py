@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorakit.data.data_config import DataConfig, Split
-from lorakit.data.examples import DataTask, ExampleSet, Report, load_examples, task_of
+from lorakit.data.examples import DataTask, ExampleSet, Report, RowReader, load_examples, task_of
 from lorakit.data.preview import Preview, preview
 from lorakit.data.readers import Problem
 from lorakit.data.templates import Template
@@ -15,6 +15,7 @@ __all__ = [
     "Preview",
     "Problem",
     "Report",
+    "RowReader",
     "Split",
     "Template",
     "load_examples",

@@ -125,12 +125,37 @@ class ExampleSet(Sequence[Example]):
         return [len(example) for example in self.examples]
 
 
+class RowReader:
+    """Reads each source once, although the task, the labels and several splits may need its rows."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[Any, ...], DataRows] = {}
+
+    def read(self, config: DataConfig, split: Split) -> DataRows:
+        """Return the rows of a split.
+
+        Raises:
+            DataError: The configuration has no such split, or it cannot be read.
+        """
+        where = config.source(split)
+        if where is None:
+            if config.own is not None:
+                raise DataError(config.own.why_not(split))
+            raise DataError(f"the configuration has no {split} data; set data.{split}")
+        files = (where,) if isinstance(where, str) else tuple(where)
+        key = (files, config.hub_split(split), config.limit)
+        if key not in self._sources:
+            self._sources[key] = read_source(where, config.hub_split(split), config.limit)
+        return self._sources[key]
+
+
 def load_examples(
     config: DataConfig,
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
     *,
     labels: Sequence[str] | None = None,
+    rows: RowReader | None = None,
 ) -> ExampleSet:
     """Return the examples of a split.
 
@@ -141,7 +166,8 @@ def load_examples(
         DataError: The data is missing or empty, its columns fit no task, a label is unknown, or a row is bad or too
             long and the configuration says stop. The message names files and lines.
     """
-    source, where = _read(config, split), config.source(split)
+    rows = rows or RowReader()
+    source, where = rows.read(config, split), config.source(split)
     columns = ColumnMap(config, source.columns, source.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
@@ -150,7 +176,7 @@ def load_examples(
     ):
         resolved = _task_of(config, source, columns)
     else:
-        resolved = task_of(config)
+        resolved = task_of(config, rows=rows)
     task_type = columns.task(resolved.name, [])  # checks the columns of this split
     task = task_type(
         tokenizer,
@@ -180,7 +206,9 @@ def load_examples(
     )
 
 
-def task_of(config: DataConfig, split: Split = "train") -> DataTask:
+def task_of(
+    config: DataConfig, split: Split = "train", *, rows: RowReader | None = None
+) -> DataTask:
     """Return task and labels of the training set, or of `split` without a training set. Needs no tokenizer.
 
     The model's head depends on them.
@@ -191,17 +219,8 @@ def task_of(config: DataConfig, split: Split = "train") -> DataTask:
     if config.own is not None and config.own.settles_labels:
         return DataTask(name=config.task, labels=config.own.task.classes)
     split = "train" if config.has("train") else split
-    source = _read(config, split)
+    source = (rows or RowReader()).read(config, split)
     return _task_of(config, source, ColumnMap(config, source.columns, source.name))
-
-
-def _read(config: DataConfig, split: Split) -> DataRows:
-    where = config.source(split)
-    if where is None:
-        if config.own is not None:
-            raise DataError(config.own.why_not(split))
-        raise DataError(f"the configuration has no {split} data; set data.{split}")
-    return read_source(where, config.hub_split(split), config.limit)
 
 
 def _task_of(config: DataConfig, source: DataRows, columns: ColumnMap) -> DataTask:

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.data_config import DataConfig, Split
-from lorakit.data.examples import ExampleSet, Report, load_examples
+from lorakit.data.examples import ExampleSet, Report, RowReader, load_examples
 from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 
@@ -117,8 +117,9 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
     lenient = dataclasses.replace(
         config, bad_rows="skip", too_long="skip" if config.too_long == "stop" else config.too_long
     )
+    rows = RowReader()
     sets: dict[Split, ExampleSet] = {
-        split: load_examples(lenient, split, tokenizer)
+        split: load_examples(lenient, split, tokenizer, rows=rows)
         for split in SPLITS
         if config.source(split) is not None
     }

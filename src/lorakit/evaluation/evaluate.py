@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from lorakit import storage
-from lorakit.compute.adapted import open_adapted, recorded_task
+from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
-from lorakit.data import DataTask, load_examples, task_of
+from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -67,15 +67,14 @@ def evaluate(
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    task = _task(config)
+    adapter, rows = AdapterFile.read(config.adapter), RowReader()
+    task = _task(config, adapter, rows)
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
-    base = open_adapted(
-        config.base, config.adapter, task=task, allow_other_base=config.allow_other_base
-    )
+    base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted refuses a base without
     data = dataclasses.replace(config.data, task=task.name)
     split = config.split or task.type.scored_split
-    examples = load_examples(data, split, base.tokenizer, labels=task.labels).examples
+    examples = load_examples(data, split, base.tokenizer, labels=task.labels, rows=rows).examples
     check_context(base, examples)
     if task.generates:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
@@ -211,22 +210,22 @@ def by_prompt(
     return dict(list(groups.items())[:limit])
 
 
-def _task(config: EvaluateConfig) -> DataTask:
-    """Return the task an adapter was trained for, since its head means the labels of then; else the data's."""
-    asked = config.data.task_type
+def _task(config: EvaluateConfig, adapter: AdapterFile | None, rows: RowReader) -> DataTask:
+    """Return the task that the adapter was trained for, whose labels its head has; else the task of the data."""
+    configured = config.data.task_type
     recorded = None
-    if config.adapter:
-        recorded = recorded_task(config.adapter, None if asked is None else config.data.task)
+    if adapter is not None:
+        recorded = recorded_task(adapter, None if configured is None else config.data.task)
     if recorded is None:
-        split = config.split or ("test" if asked is None else asked.scored_split)
-        return task_of(config.data, split)
-    if asked is None or config.data.task == recorded.name:
+        split = config.split or ("test" if configured is None else configured.scored_split)
+        return task_of(config.data, split, rows=rows)
+    if configured is None or config.data.task == recorded.name:
         return recorded
-    # A named task reads its data as the generic one that it inherits from: an adapter for either answers both.
-    labels = asked.classes or recorded.labels
-    if generic_task(asked) is not generic_task(recorded.type) or labels != recorded.labels:
+    # A named task inherits the format of its generic task, so that one adapter serves both.
+    labels = configured.classes or recorded.labels
+    if generic_task(configured) is not generic_task(recorded.type) or labels != recorded.labels:
         trained = recorded.name + (f" ({', '.join(recorded.labels)})" if recorded.labels else "")
-        of = f" ({', '.join(asked.classes)})" if asked.classes else ""
+        of = f" ({', '.join(configured.classes)})" if configured.classes else ""
         raise ConfigurationError(
             f"data.task is {config.data.task}{of}, but the adapter {config.adapter} was trained for {trained}. "
             "Leave data.task out, or name data of that task."

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data import DataTask, load_examples, task_of
+from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
@@ -45,14 +45,15 @@ def from_data(config: TrainConfig) -> Batches:
         LorakitError: The data or the tokenizer cannot be read.
     """
     limit = min(config.data.limit or ROWS, ROWS)
-    task = task_of(dataclasses.replace(config.data, limit=limit))
+    rows = RowReader()
+    task = task_of(dataclasses.replace(config.data, limit=limit), rows=rows)
     tokenizer = load_tokenizer(
         config.base.name,
         revision=config.base.revision,
         trust_remote_code=config.base.trust_remote_code,
     )
     data = dataclasses.replace(config.data, task=task.name, limit=limit)
-    train = load_examples(data, "train", tokenizer, labels=task.labels)
+    train = load_examples(data, "train", tokenizer, labels=task.labels, rows=rows)
     sampler = BatchSampler(
         train.lengths, config.batch_size, config.seed, groups=groups_of(config, train.examples)
     )

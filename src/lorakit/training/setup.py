@@ -1,4 +1,4 @@
-"""From a configuration to everything the loop works with: data, base, adapter, loss, step plan."""
+"""Prepare a run from its configuration: data, base, adapter, loss, step plan."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,12 @@ from transformers import PreTrainedModel
 
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.formats import base_record
+from lorakit.adapters.formats import BaseRecord, base_record
 from lorakit.compute.base import check_context, open_base
 from lorakit.compute.batching import Collate, collator
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
 from lorakit.compute.objective import Objective, RegressionLoss
-from lorakit.data import DataTask, ExampleSet, load_examples, task_of
+from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
@@ -46,7 +47,7 @@ ADAPTER = "default"
 
 @dataclass(kw_only=True)
 class Job:
-    """What a run works with, once its settings have become objects."""
+    """The objects that a run works with."""
 
     config: TrainConfig
     base: Base
@@ -55,7 +56,7 @@ class Job:
     train: ExampleSet
     validation: ExampleSet | None
     scored: Sequence[Example]
-    """The validation examples that evaluations during training score."""
+    """The validation examples scored during training."""
     computation: Computation
     plan: StepPlan
 
@@ -71,27 +72,27 @@ class Job:
 
     @property
     def task(self) -> type[Task]:
-        """What is trained and scored."""
+        """The task of the training data."""
         return task_type(self.train.task)
 
     @property
     def device(self) -> torch.device:
-        """Where it is computed."""
+        """The compute device."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is computed in."""
+        """The compute dtype."""
         return compute_dtype(self.config.base.dtype, self.device)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer updates, by name."""
+        """The parameters that the optimizer updates, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the trained tensors, and the frozen start that PiSSA subtracts."""
+        """The tensors of a checkpoint: the trained ones, and the frozen factors that PiSSA subtracts."""
         buffers = {
             name: buffer
             for name, buffer in self.model.named_buffers()
@@ -100,10 +101,7 @@ class Job:
         return {**self.parameters, **buffers}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the run's precision where trained tensors are float32 masters of base weights.
-
-        Thin matrices need no autocast, since their product casts them itself.
-        """
+        """Return the autocast context of a forward pass (see `autocast_of`)."""
         return autocast_of(self.dtype, self.adapters, self.device)
 
     def rate_factor(self, step: int) -> float:
@@ -114,24 +112,30 @@ class Job:
         )
 
     def is_over(self, state: State) -> bool:
-        """Return whether the last step is done, or early stopping has made it so."""
+        """Return whether the run has made its last step or was stopped early."""
         return state.stopped_early or state.step >= self.plan.total
 
     def evaluates_after(self, step: int) -> bool:
-        """Return whether the validation data is scored after `step` finished steps."""
+        """Return whether an evaluation is due after `step` finished steps."""
         every = self.config.evaluation.every or self.plan.steps_per_epoch
         return step % every == 0 or step == self.plan.total
 
     def saves_after(self, step: int) -> bool:
-        """Return whether a checkpoint is due after `step` finished steps; the last is written anyway."""
+        """Return whether a checkpoint is due after `step` finished steps; the last one is always written."""
         every = self.config.checkpoints.every or self.plan.steps_per_epoch
         return step % every == 0 and step < self.plan.total
 
+    @cached_property
+    def base_record(self) -> BaseRecord:
+        """The fingerprint of the base, taken once: training leaves the base unchanged."""
+        return self.adapters.base_record(ADAPTER)
+
     @property
     def inputs(self) -> Inputs:
-        """The base, the data and a task's own file as they were read, by which a resumed run knows them again."""
+        """Digests of the base, the data and a custom task's file, which a resumed run must match."""
         sets = {"train data": self.train, "validation data": self.validation}
-        weights = base_record(self.model).weights
+        record = base_record(self.model) if self.base_record.excluded else self.base_record
+        weights = record.weights
         file = file_of(self.train.task)
         return {
             "base model": {
@@ -147,7 +151,7 @@ class Job:
         }
 
     def save_adapter(self, folder: Path, state: State) -> None:
-        """Write the adapter as it is now, with how it was made."""
+        """Write the current adapter and the record of its training."""
         sets = {"train": self.train, "validation": self.validation}
         provenance = {
             "config": self.config.as_dict(),
@@ -168,11 +172,16 @@ class Job:
             "scores_before": state.scores_before,
         }
         self.adapters.save(
-            folder, ADAPTER, tokenizer=self.base.tokenizer, provenance=provenance, overwrite=True
+            folder,
+            ADAPTER,
+            tokenizer=self.base.tokenizer,
+            provenance=provenance,
+            base=self.base_record,
+            overwrite=True,
         )
 
     def describe(self) -> list[str]:
-        """Return what the user should know at the start, line by line."""
+        """Return the lines printed at the start of a run."""
         lines = [f"base      {self.base.source.name}", f"train     {self.train.report}"]
         lines[1:1] = [
             f"          {note}" for note in (self.base.source.note, *self.base.notices) if note
@@ -198,7 +207,7 @@ class Job:
         return lines
 
     def held_out_objective(self) -> Objective:
-        """The loss that evaluation reports: that of training, without label smoothing."""
+        """Return the training loss without label smoothing."""
         if isinstance(self.objective, RegressionLoss):
             return self.objective
         return dataclasses.replace(self.objective, label_smoothing=0.0)  # type: ignore[type-var]
@@ -208,15 +217,16 @@ def prepare(config: TrainConfig) -> Job:
     """Load data, base and adapter.
 
     Raises:
-        LorakitError: A setting does not fit the data or the model, or one of these cannot be read.
+        LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
     """
-    task = task_of(config.data)
+    rows = RowReader()
+    task = task_of(config.data, rows=rows)
     _check_task(config, task)
     base = open_base(config.base, task, seed=config.seed)
-    assert base.tokenizer is not None  # open_base refuses a base without
+    assert base.tokenizer is not None  # open_base rejects a base without one
     data = dataclasses.replace(config.data, task=task.name)
     sets = {
-        split: load_examples(data, split, base.tokenizer, labels=task.labels)
+        split: load_examples(data, split, base.tokenizer, labels=task.labels, rows=rows)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
@@ -230,7 +240,7 @@ def assemble(
     train: ExampleSet,
     validation: ExampleSet | None = None,
 ) -> Job:
-    """Put the adapter on a loaded `base` and settle how batches and the loss are computed.
+    """Attach the adapter to a loaded `base`, and choose how batches and the loss are computed.
 
     Raises:
         LorakitError: A setting does not fit the data or the model.
@@ -255,7 +265,7 @@ def assemble(
     if config.compile:
         compile_blocks(model)
     model.train()
-    # From here on the global generator serves dropout alone.
+    # From here on only dropout draws from the global generator.
     torch.manual_seed(config.seed)
     return Job(
         config=config,
@@ -280,7 +290,10 @@ def assemble(
 def autocast_of(
     dtype: torch.dtype, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
-    """Compute in `dtype` where trained tensors are float32 masters of base weights."""
+    """Return autocast to `dtype` if copies of base weights are trained, which are kept in float32.
+
+    Low-rank factors need no autocast: their product casts them.
+    """
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
@@ -288,24 +301,31 @@ def autocast_of(
 
 
 def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None:
-    """What examples are grouped by in batches; None where their order is random."""
+    """Return the prompt of each example, by which batches are grouped; None for random order."""
     return [example.prompt for example in train] if config.sampling == "grouped" else None
 
 
 def attach_method(
     base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
 ) -> Adapters:
-    """Put what the run trains on its base, in float32: `method`, or by default what `config` says."""
+    """Attach the method that a run trains, with float32 parameters.
+
+    Args:
+        base: The base, changed in place.
+        config: The run.
+        task: The task of the training data.
+        method: Overrides the method of `config`.
+    """
     model = base.model
     if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=ADAPTER)
     else:
-        # The head is new and random: frozen, it would leave nothing to learn from.
+        # The head is new and random, so it is trained as well.
         head = [] if task.generates else classification_head(model)
         method = with_head(method or config.chosen_method, head)
         adapters = attach(model, method, name=ADAPTER, seed=config.seed)
     for parameter in adapters.trainable_parameters(ADAPTER):
-        # Copies of base tensors come in the base's precision, in which small updates would be rounded away.
+        # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
         parameter.data = parameter.data.float()
     let_norms_compute(model)
     return adapters
@@ -331,8 +351,8 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the model's blocks be computed anew in the backward pass, instead of keeping what they computed."""
-    # Non-reentrant: the reentrant kind gives no gradient where a block's input needs none, as below a frozen base.
+    """Recompute the model's blocks in the backward pass instead of keeping their activations."""
+    # Reentrant checkpoints give no gradient where a block's input requires none, as above a frozen embedding.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:  # its earlier name
@@ -340,7 +360,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """Take `limit` items at equal distances: neighbours in a file are often alike."""
+    """Return `limit` evenly spaced items, since neighbours in a file are often similar."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
