@@ -1,4 +1,4 @@
-"""Held-out scores of a model: its loss, the text it writes, the labels it predicts."""
+"""Score a model on held-out data: its loss, its generated text, its predicted labels."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from lorakit.tasks import (
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores by name, and what each example contributed to them."""
+    """Scores by name, and a record of each example."""
 
     scores: dict[str, float] = field(default_factory=dict)
-    """See `lorakit.evaluation.score.DIRECTIONS` for the names."""
+    """Scores by the names in `lorakit.evaluation.score.DIRECTIONS`, or those of a named task."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
-    """One record per prompt or example: prompt, output, references or label; of classes the names too."""
+    """One record per prompt or example: prompt, output, references or label, and the names of classes."""
 
     def write_outputs(self, path: str | Path) -> None:
         """Write the records to a .jsonl file, whole or not at all."""
@@ -62,8 +62,8 @@ def evaluate(
         progress: Called with the number of prompts for which text has been generated.
 
     Raises:
-        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other; the output is in
-            the way.
+        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other, or the output file
+            exists.
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
@@ -71,7 +71,7 @@ def evaluate(
     task = _task(config, adapter, rows)
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    assert base.tokenizer is not None  # open_adapted refuses a base without
+    assert base.tokenizer is not None  # open_adapted rejects a base without one
     data = dataclasses.replace(config.data, task=task.name)
     split = config.split or task.type.scored_split
     examples = load_examples(data, split, base.tokenizer, labels=task.labels, rows=rows).examples
@@ -120,14 +120,13 @@ def held_out(
     task: type[Task] | None = None,
     labels: Sequence[str] = (),
 ) -> Evaluation:
-    """Return the mean loss over all targets of `examples`, and what else one forward pass tells.
+    """Return the mean loss over all targets of `examples`, and the scores that need no generation.
 
-    For language modelling that is the perplexity; for labels the scores of `task`, without it those of classification
-    (accuracy, F1 and the Matthews correlation) or regression (the correlations and the mean squared error). The
-    records have the names of classes where `labels` has them, in index order.
+    Language modelling adds the perplexity. Labels add the scores of `task`; without a task, those of classification
+    (accuracy, F1, Matthews correlation) or regression (correlations, mean squared error). Records name the classes if
+    `labels` gives their names, in index order.
     """
-    # By length, so that batches hold little padding; the sum does not depend on the order of batches in exact
-    # arithmetic, and the order is the same each time, so neither does it in floating point.
+    # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     total, count = 0.0, 0
     predictions: dict[int, float] = {}
@@ -184,7 +183,7 @@ def generated(
         encoder_input(base, group[0]) if encodes else group[0].prompt_ids
         for group in groups.values()
     ]
-    assert base.tokenizer is not None  # open_base refuses a base without
+    assert base.tokenizer is not None  # open_base rejects a base without one
     texts = generate(base.model, base.tokenizer, prompts, decoding, progress=progress)
     outputs = [
         {
@@ -203,7 +202,7 @@ def generated(
 def by_prompt(
     examples: Sequence[LanguageExample], limit: int | None = None
 ) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group examples by the tokens of their prompt, in order of appearance; the first `limit` groups."""
+    """Group examples by the tokens of their prompt, in order of appearance, and return the first `limit` groups."""
     groups: dict[tuple[int, ...], list[LanguageExample]] = {}
     for example in examples:
         groups.setdefault(tuple(example.prompt_ids), []).append(example)
