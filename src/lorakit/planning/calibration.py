@@ -95,12 +95,11 @@ def fit(
     step, run = steps[-1], measured[-1]
     tensors = sum(step.peak.values())
     beyond = run["peak"] - run["ready"] - tensors - machine.packed * step.widest
-    today = datetime.date.today().isoformat()
     return dataclasses.replace(
         machine,
         traffic=traffic / rest,
         slack=float(min(max(MARGIN * beyond / tensors, 0.05), 1.0)),
-        origin=f"calibrated on {today} with two short runs",
+        origin=f"calibrated on {datetime.date.today()} with two short runs",
     )
 
 

@@ -33,8 +33,8 @@ def arithmetic() -> tuple[str, ...]:
         f"fewer trained parameters: {PRINTED / 1e6:,.1f} / {counts.trainable / 1e6:.2f} million = "
         f"{PRINTED / counts.trainable:,.0f} times (10,000 times)",
         f"memory, full fine-tuning: weights {weights / 1e9:,.1f} + two moments {moments / 1e9:,.1f} GB at the same "
-        f"precision = {(weights + moments) / 1e9:,.0f} GB; gradients and activations, which the paper "
-        "does not itemise, add up to 1.2 TB",
+        f"precision = {(weights + moments) / 1e9:,.0f} GB; 1.2 TB with gradients and activations, "
+        "which the paper does not itemise",
         f"memory, LoRA, without moments and gradients of frozen weights: {weights / 1e9:,.1f} GB (350 GB), "
         f"{1200 / (weights / 1e9):.2f} times less than 1.2 TB (3 times)",
     )

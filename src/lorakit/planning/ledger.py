@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,17 +121,15 @@ class Ledger(TorchDispatchMode):
         self._alive[before] -= storage.nbytes()
         self._alive[kind] += storage.nbytes()
 
-    @contextmanager
-    def saved_tensors(self) -> Iterator[None]:
-        """Count tensors that autograd saves inside this block as activations."""
+    def saved_tensors(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Return a context that counts the tensors that autograd saves inside as activations."""
 
         def pack(tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor):
                 self.set_kind(tensor, "activations")
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     # --- called by PyTorch -----------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Machine:
     call: float = CALL_SECONDS
     """Overhead of an operation in PyTorch and Python, in seconds."""
     software: int | None = None
-    """Bytes of imported libraries besides torch, the tokenizer and data loading; None means the default."""
+    """Bytes of the tokenizer, data loading and imported libraries except torch; None means the default."""
     slack: float = HALF_SLACK
     """Freed memory that the allocator keeps, as a share of the step's tensors."""
     packed: float = HALF_PACKED

@@ -50,7 +50,7 @@ class Memory:
     """Freed memory between live tensors that the C library (on a GPU: torch) keeps, and reordered copies of matrices
     that products make."""
     software: int
-    """Imported libraries besides torch, and the tokenizer; 0 on a GPU."""
+    """The tokenizer and imported libraries except torch; 0 on a GPU."""
 
     @property
     def total(self) -> int:

@@ -68,7 +68,9 @@ def plan_page(plan: Plan, config: TrainConfig, *, command: str) -> Page:
                 Code(text=settings_text(record), label="All settings with defaults", folded=True),
             ],
         ),
-        Section(title="Origin", blocks=[Code(text=command, label="Command")]),
+        Section(
+            title="Origin", blocks=[Code(text=command, label="Command that created this page")]
+        ),
     ]
     return Page(
         kind="Plan of a training run",

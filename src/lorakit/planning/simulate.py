@@ -15,7 +15,7 @@ from lorakit.compute.base import check_context
 from lorakit.compute.batching import collator
 from lorakit.compute.computation import choose_computation
 from lorakit.data import DataTask
-from lorakit.methods import METHODS, Method
+from lorakit.methods import METHODS
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.faster import make_faster
 from lorakit.models.loading import Base, ModelHead
@@ -66,7 +66,8 @@ def simulate(
         LorakitError: A setting does not fit the model or the data, with the message of training.
     """
     task = batches.task
-    fake, method = new_mode(), _method(config)
+    start, fake = config.from_adapter, new_mode()
+    method = config.chosen_method if start is None else formats.read(start).method
     with planning(fake):
         model = build(shape, config.base, _task(shape, task), len(task.labels), device=device)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
@@ -76,7 +77,6 @@ def simulate(
         trained = adapters.trainable_parameters(ADAPTER)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        method = adapters.method(ADAPTER)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         model.train()
         computation = choose_computation(
@@ -108,7 +108,7 @@ def simulate(
             middle_step = step(middle)
     rows, width = fullest["input_ids"].shape
     return SimulatedRun(
-        method=type(method).__name__,
+        method=type(adapters.method(ADAPTER)).__name__,
         trained=sum(p.numel() for p in trained),
         total=total,
         base=size,
@@ -139,13 +139,6 @@ def as_full(config: TrainConfig) -> TrainConfig:
         optimizer=optimizer,
         **sections,
     )
-
-
-def _method(config: TrainConfig) -> Method:
-    """Return the method of the run, or of the adapter that it starts from."""
-    if config.from_adapter is None:
-        return config.chosen_method
-    return formats.read(config.from_adapter).method
 
 
 def _task(shape: Shape, task: DataTask) -> ModelHead:
