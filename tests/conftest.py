@@ -1,4 +1,4 @@
-"""What every test shares: no network, fixed seeds, and the folder of real data sets."""
+"""Shared setup of all tests: no network, fixed seeds, and the folder of real data sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import sys
 from pathlib import Path
 
-# Set before anything imports huggingface_hub, which reads it once: a test never reaches the network.
+# No network access. huggingface_hub reads this once, so set it before any import of it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -17,14 +17,14 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 
-# `import tiny_models` and `import tiny_tokenizer` work from any test, however pytest was started.
+# Every test can import tiny_models and tiny_tokenizer, independent of the working directory.
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
 
 @pytest.fixture(autouse=True)
 def deterministic_seeds() -> None:
-    """Start every test from the same random state, whichever tests ran before it."""
+    """Seed every test, independent of the tests before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -32,8 +32,8 @@ def deterministic_seeds() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data sets and checkpoints: $LORAKIT_SHARED, else `../shared`."""
+    """Return the folder of real data sets and checkpoints: $LORAKIT_SHARED, else `../shared`."""
     folder = Path(os.environ.get("LORAKIT_SHARED") or TESTS.parents[1] / "shared")
     if not folder.is_dir():
-        pytest.skip(f"real data sets are not at {folder}; set LORAKIT_SHARED to their folder")
+        pytest.skip(f"no real data sets in {folder}; set LORAKIT_SHARED to their folder")
     return folder

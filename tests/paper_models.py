@@ -1,4 +1,4 @@
-"""The models of the paper's tables, as shapes alone: on the meta device, without a number of weight."""
+"""The models of the paper's tables on the meta device, without weights."""
 
 from functools import cache
 
@@ -67,5 +67,5 @@ _MODELS = {
 
 @cache
 def paper_model(name: str) -> PreTrainedModel:
-    """Return a model of the paper by name; it is shared, so leave it as it is."""
+    """Return a model of the paper by name. It is cached, so do not change it."""
     return _MODELS[name]()

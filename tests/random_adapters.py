@@ -1,4 +1,4 @@
-"""Adapters whose effect shows: a fresh one has B = 0 and would hide a missing or doubled effect."""
+"""Randomise adapters: a new one has B = 0, which hides a missing or doubled effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorakit.adapters import Adapters
 
 
 def randomise(adapters: Adapters, *names: str, scale: float = 0.3, seed: int = 0) -> None:
-    """Add noise to every trained tensor of the named adapters (all, if none is named)."""
+    """Add noise to every trained tensor of the named adapters (default: all)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in names or adapters.names:

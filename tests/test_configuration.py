@@ -51,7 +51,7 @@ class Settings:
         conform(self)
 
 
-TAKEN = {
+ACCEPTED = {
     "whole for a number": ("alpha", 16, 16.0),
     "numpy's whole number": ("rank", np.int64(4), 4),
     "numpy's number": ("alpha", np.float32(0.5), 0.5),
@@ -69,19 +69,19 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), TAKEN.values(), ids=TAKEN)
-def test_what_means_the_same_is_taken(name: str, value: Any, expected: Any) -> None:
-    found = getattr(Settings(**{name: value}), name)
-    assert found == expected
-    assert type(found) is type(expected)
+@pytest.mark.parametrize(("name", "value", "expected"), ACCEPTED.values(), ids=ACCEPTED)
+def test_equivalent_values_are_converted(name: str, value: Any, expected: Any) -> None:
+    converted = getattr(Settings(**{name: value}), name)
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
-def test_what_is_as_annotated_stays_the_very_object() -> None:
+def test_a_value_of_the_annotated_type_keeps_its_identity() -> None:
     inner = Inner()
     assert Settings(inner=inner).inner is inner
 
 
-REFUSED = {
+REJECTED = {
     "string for a whole number": ("rank", "8", "rank is '8'; it must be a whole number."),
     "number for a whole one": ("rank", 2.5, "rank is 2.5; it must be a whole number."),
     "True for a whole number": ("rank", True, "rank is True; it must be a whole number."),
@@ -138,8 +138,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("name", "value", "message"), REFUSED.values(), ids=REFUSED)
-def test_everything_else_is_refused(name: str, value: Any, message: str) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), REJECTED.values(), ids=REJECTED)
+def test_other_values_are_rejected(name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
         Settings(**{name: value})
     assert message in str(raised.value)

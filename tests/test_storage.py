@@ -289,7 +289,7 @@ def test_an_existing_folder_needs_overwrite(tmp_path):
     assert read_tree(tmp_path) == {"a.txt": b"mine"}
 
 
-def test_an_empty_folder_is_as_good_as_none(tmp_path):
+def test_an_empty_folder_is_replaced(tmp_path):
     target = tmp_path / "target"
     target.mkdir(mode=0o750)
     with storage.atomic_folder(target) as temporary:
@@ -298,7 +298,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o750
 
 
-def test_a_folder_that_fills_up_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_that_fills_up_during_the_save_is_not_replaced(tmp_path):
     target = tmp_path / "target"
 
     def save_while_another_does() -> None:
@@ -359,7 +359,7 @@ def test_links_inside_an_overwritten_folder_are_not_followed(tmp_path):
     assert (tmp_path / "precious" / "file").read_bytes() == b"keep"
 
 
-def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
+def test_a_full_disk_is_recognised_in_an_error_of_safetensors(tmp_path):
     class LibraryError(Exception):  # like SafetensorError: neither an OSError nor caused by one
         pass
 
@@ -373,7 +373,7 @@ def test_a_full_disk_is_recognised_in_the_words_of_safetensors(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_other_errors_of_the_caller_pass_unchanged(tmp_path):
+def test_other_errors_of_the_caller_are_not_converted(tmp_path):
     with pytest.raises(PermissionError, match="mine"), storage.atomic_folder(tmp_path / "target"):
         raise PermissionError("mine")
     assert os.listdir(tmp_path) == []
@@ -390,7 +390,7 @@ def test_json_is_sorted_indented_and_ends_in_a_newline(tmp_path):
     assert storage.read_json(tmp_path / "x.json") == {"a": "é\n", "b": [1, 2.5, None]}
 
 
-def test_json_has_no_form_for_nan(tmp_path):
+def test_nan_is_rejected_in_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         storage.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not (tmp_path / "x.json").exists()
@@ -411,7 +411,7 @@ def test_json_has_no_form_for_nan(tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
 )
-def test_json_that_is_none_is_named_with_its_position(tmp_path, data, message):
+def test_invalid_json_is_an_error_with_its_position(tmp_path, data, message):
     path = tmp_path / "broken.json"
     path.write_bytes(data)
     with pytest.raises(AdapterFileError, match=message) as caught:
@@ -430,13 +430,13 @@ def test_json_that_is_missing_or_huge(tmp_path, monkeypatch):
         storage.read_json(tmp_path / "huge.json")
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path):
+def test_a_record_round_trip(tmp_path):
     record = {"b": [1, 2.5, None], "a": {"text": "Schrödinger"}}
     storage.write_record(tmp_path / "record.json", record)
     assert storage.read_record(tmp_path / "record.json", RunFolderError) == record
 
 
-def test_no_bit_of_a_record_changes_unseen(tmp_path):
+def test_every_changed_bit_of_a_record_is_detected(tmp_path):
     path = tmp_path / "record.json"
     record = {"step": 6, "tokens": 1_000, "loss": 2.25}
     storage.write_record(path, record)
@@ -450,7 +450,7 @@ def test_no_bit_of_a_record_changes_unseen(tmp_path):
                 assert storage.read_record(path, RunFolderError) == record
 
 
-def test_a_record_without_a_checksum_is_refused(tmp_path):
+def test_a_record_without_a_checksum_is_rejected(tmp_path):
     storage.write_json(tmp_path / "record.json", {"step": 6})
     with pytest.raises(RunFolderError, match="checksum"):
         storage.read_record(tmp_path / "record.json", RunFolderError)
@@ -465,7 +465,7 @@ def test_sha256(tmp_path):
 # --- locks ---------------------------------------------------------------------------------------
 
 
-def test_a_locked_folder_is_refused_and_names_the_holder(tmp_path):
+def test_a_locked_folder_is_an_error_that_names_the_holder(tmp_path):
     with storage.lock_folder(tmp_path / "run"):
         with (
             pytest.raises(RunFolderError, match=rf"in use by another run \(pid {os.getpid()}\)"),
@@ -506,7 +506,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         pass
 
 
-def test_a_lock_in_a_place_that_is_no_folder(tmp_path):
+def test_a_lock_in_an_invalid_location(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with (
         pytest.raises(RunFolderError, match="Cannot create the folder"),
@@ -532,7 +532,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     ],
     ids=["missing", "a folder", "a link to nowhere", "another encoding"],
 )
-def test_what_cannot_be_read_is_named(tmp_path, make, reason):
+def test_read_errors_name_the_path(tmp_path, make, reason):
     path = tmp_path / "notes.txt"
     make(path)
     with (
@@ -542,7 +542,7 @@ def test_what_cannot_be_read_is_named(tmp_path, make, reason):
         path.read_text(encoding="utf-8")
 
 
-def test_what_may_not_be_read_or_written_is_named(tmp_path, monkeypatch):
+def test_permission_errors_name_the_path(tmp_path, monkeypatch):
     path = tmp_path / "notes.txt"
     monkeypatch.setattr(Path, "read_text", refuse)
     monkeypatch.setattr(Path, "write_text", refuse)
@@ -558,11 +558,11 @@ def test_what_may_not_be_read_or_written_is_named(tmp_path, monkeypatch):
         path.write_text("", encoding="utf-8")
 
 
-# --- before long work ----------------------------------------------------------------------------
+# --- checks before long work ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
-def test_where_something_can_be_written_the_real_path_comes_back(tmp_path, check):
+def test_a_writable_target_returns_its_real_path(tmp_path, check):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
     assert check(tmp_path / "link" / "a" / "b") == tmp_path / "folder" / "a" / "b"
@@ -575,14 +575,14 @@ def test_where_something_can_be_written_the_real_path_comes_back(tmp_path, check
     [("file/below", "is a file"), ("a\0b", "null"), ("x" * 300, "too long")],
     ids=["below a file", "a null byte", "a long name"],
 )
-def test_where_nothing_can_be_written_is_said_at_once(tmp_path, check, name, reason):
+def test_an_unwritable_target_is_an_immediate_error(tmp_path, check, name, reason):
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match=reason):
         check(tmp_path / name, overwrite=True)
 
 
 @pytest.mark.parametrize("check", [storage.require_free_file, storage.require_free_folder])
-def test_a_folder_that_may_not_be_written_to(tmp_path, check, monkeypatch):
+def test_a_read_only_folder(tmp_path, check, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(RunFolderError, match="no permission to write to"):
         check(tmp_path / "new")
@@ -599,7 +599,7 @@ def test_an_existing_file_or_folder_needs_overwrite(tmp_path):
     assert storage.require_free_folder(tmp_path / "sub", overwrite=True)
 
 
-def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
+def test_only_a_regular_file_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunFolderError, match="is a folder"):
         storage.require_free_file(tmp_path / "folder", overwrite=True)

@@ -1,9 +1,9 @@
-"""A tiny, deterministic random model of every architecture whose roles lorakit knows.
+"""A tiny, deterministic random model of every architecture with known roles.
 
-``build("llama")`` gives a float32 model in eval mode with its natural head: hidden size 32, two
-layers, four attention heads (two key/value heads where the architecture shares them), a vocabulary
-of 99. The same call gives the same weights. Every tensor is random, biases and norms too, so that
-losing one shows in the output.
+``build("llama")`` returns a float32 model in eval mode with its natural head: hidden size 32, two
+layers, four attention heads (two key/value heads if the architecture shares them), a vocabulary
+of 99. The same call returns the same weights. Every tensor is random, biases and norms too, so
+that a lost one changes the output.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
         patch_size=4,
     ),
 }
-"""Architecture name -> the configuration of its tiny model."""
+"""Functions that create the configuration of a tiny model, by architecture."""
 
 _GROUPED_HEADS: dict[str, Any] = {**_DECODER, "head_dim": 8}
 _EXPERTS: dict[str, Any] = {
@@ -224,14 +224,14 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "Phi3 with a wide head": _config("Phi3Config", **_DECODER, head_dim=16),
 }
-"""Further models whose roles are known, and variants of those above, for the tests of roles."""
+"""More models with known roles, and variants of those above, for the tests of roles."""
 
 ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert")
 ENCODER_DECODERS = ("t5", "bart")
 IMAGE_MODELS = ("vit",)
 DECODERS = tuple(a for a in ARCHITECTURES if a not in (*ENCODERS, *ENCODER_DECODERS, *IMAGE_MODELS))
 CLASSIFIERS = tuple(a for a in ARCHITECTURES if a != "granite")
-"""The architectures for which transformers has a classification head."""
+"""The architectures with a classification head in transformers."""
 
 _MODEL_CLASSES = {
     "base": "AutoModel",
@@ -244,7 +244,7 @@ _MODEL_CLASSES = {
 
 
 def natural_head(arch: str) -> str:
-    """Return the head an architecture is mostly used with, the default of :func:`build`."""
+    """Return the usual head of an architecture, the default of :func:`build`."""
     if arch in RELATIVES:
         return "base"
     if arch in IMAGE_MODELS:
@@ -258,8 +258,8 @@ def build(arch: str, head: str | None = None, *, seed: int = 0, **settings: Any)
     """Build the tiny model of ``arch``; ``settings`` override fields of its configuration.
 
     ``head`` is one of "base", "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification"
-    (for "vit" the same as "image-classification"), or None for the natural one. Under
-    ``with torch.device("meta")`` only the shapes are built.
+    (for "vit" the same as "image-classification"), or None for the natural one. Inside
+    ``with torch.device("meta")`` the model has no weights.
     """
     head = head or natural_head(arch)
     if arch in IMAGE_MODELS and head == "sequence-classification":
@@ -286,7 +286,7 @@ def example_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a two-row batch for ``model``.
 
-    The first row of text is left-padded, and both end in EOS, from which BART and T5 classify.
+    The first row of text is left-padded. Both rows end in EOS, which BART and T5 need to classify.
     """
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":

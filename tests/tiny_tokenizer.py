@@ -1,7 +1,7 @@
 """Small tokenizers that need no download and encode any text.
 
-Byte-level BPE with a few merges, so that words are several tokens and boundaries matter. Ids are the
-same in every call. `len(tiny_tokenizer())` is the vocabulary that a model for it needs.
+Byte-level BPE with a few merges, so words have several tokens and boundaries matter. Ids are the same
+in every call. A model for it needs a vocabulary of `len(tiny_tokenizer())`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SENTENCES = (
 def tiny_tokenizer(
     *, adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
 ) -> PreTrainedTokenizerFast:
-    """A causal language model's tokenizer: pad, bos and eos set, a chat template of ChatML style."""
+    """Return a causal language model's tokenizer with pad, bos and eos tokens and a ChatML template."""
     backend = _byte_level([PAD, BOS, TURN, EOS])
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
@@ -47,7 +47,7 @@ def tiny_tokenizer(
 
 
 def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
-    """A BERT-like model's tokenizer: [CLS] a [SEP] b [SEP], with token types."""
+    """Return a BERT-like tokenizer with token types: [CLS] a [SEP] b [SEP]."""
     backend = _byte_level([PAD, CLS, SEP])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}",

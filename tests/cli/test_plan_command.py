@@ -40,7 +40,7 @@ def test_prints_every_part(base, capsys):
     for part in (
         *("trained parameters", "saved file", "time per step", "peak memory"),
         *("base", "adapter", "gradients", "optimizer", "activations", "logits", "temporary"),
-        *("FullFineTuning", "a machine of tests", "32 tokens an example, 16 of them targets"),
+        *("FullFineTuning", "a machine of tests", "32 tokens per example, 16 of them targets"),
     ):
         assert part in shown
 
@@ -74,7 +74,7 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
     text = page.read_text()
     for part in ("A LoRA adapter of rank 4", "Full fine-tuning", "a machine of tests", "rank: 4"):
         assert part in text
-    assert "Peak memory by its parts" in figure.read_text()
+    assert "Peak memory by part" in figure.read_text()
     # An existing report is an error before planning, unless overwrite is set.
     page.write_text("mine")
     assert main([*arguments, *written]) == 1

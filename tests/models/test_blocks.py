@@ -20,7 +20,7 @@ NOT_IN_THE_TABLE = ("StableLm", "Mpt")
 
 
 @pytest.mark.parametrize("arch", KNOWN)
-def test_the_stacks_are_those_of_the_forward_pass(arch: str) -> None:
+def test_stacks_match_the_forward_pass(arch: str) -> None:
     model = tiny_models.build(arch)
     called: list[str] = []
     for blocks in stacks(model).values():
@@ -35,23 +35,23 @@ def test_the_stacks_are_those_of_the_forward_pass(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", KNOWN)
-def test_outputs_are_what_the_next_module_gets(arch: str) -> None:
+def test_outputs_are_the_inputs_of_the_next_module(arch: str) -> None:
     """A branch ends with its last dropout; a block's output is that of its LayerNorm."""
     model = tiny_models.build(arch).train()
-    made: dict[int, str] = {}
+    producer: dict[int, str] = {}
     after: dict[str, set[str]] = {}
-    kept = []
+    outputs = []
 
     def watch(path: str):
         def hook(module: nn.Module, args: tuple, output) -> None:
             output = output[0] if isinstance(output, tuple) else output
-            if isinstance(module, nn.Dropout) and id(args[0]) in made:
-                after.setdefault(made[id(args[0])], set()).add(path)
-            if not (path in blocks and id(output) in made):
-                made[id(output)] = path
+            if isinstance(module, nn.Dropout) and id(args[0]) in producer:
+                after.setdefault(producer[id(args[0])], set()).add(path)
+            if not (path in blocks and id(output) in producer):
+                producer[id(output)] = path
             else:
-                after.setdefault(path, set()).add(made[id(output)])
-            kept.append(output)  # so that no other tensor gets its id
+                after.setdefault(path, set()).add(producer[id(output)])
+            outputs.append(output)  # keep it alive, so that no other tensor gets its id
 
         return hook
 
@@ -78,7 +78,7 @@ def test_outputs_are_what_the_next_module_gets(arch: str) -> None:
     assert {site.width for site in block_outputs(model)} == {32}
 
 
-def test_opt_that_normalises_after_the_sum() -> None:
+def test_opt_with_post_layer_norm() -> None:
     model = tiny_models.build("opt", do_layer_norm_before=False)
     assert [site.path.rpartition(".")[2] for site in block_outputs(model)] == 2 * [
         "final_layer_norm"
@@ -92,21 +92,21 @@ class Unknown(nn.Module):
         self.deep = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)] * 5) for _ in range(3)])
 
 
-def test_an_unknown_architecture_has_its_longest_list() -> None:
+def test_the_longest_list_is_the_stack_of_an_unknown_architecture() -> None:
     assert stacks(Unknown()) == {"deep": ["deep.0", "deep.1", "deep.2"]}
     assert stacks(nn.Linear(2, 2)) == {}
 
 
 @pytest.mark.parametrize("find", [residual_branches, block_outputs])
 @pytest.mark.parametrize("generic", [False, True])
-def test_unknown_blocks_are_refused(find, generic: bool) -> None:
+def test_unknown_blocks_are_rejected(find, generic: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     model = nn.TransformerEncoder(layer, 2) if generic else Unknown()
     with pytest.raises(TargetError, match=r"blocks of the architecture \w+ are not known"):
         find(model)
 
 
-def test_shapes_suffice() -> None:
+def test_weights_are_not_needed() -> None:
     with torch.device("meta"):
         model = tiny_models.build("t5")
     assert len(residual_branches(model)) == 2 * 2 + 2 * 3

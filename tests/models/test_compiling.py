@@ -38,7 +38,7 @@ def batches() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert"])
-def test_losses_and_gradients_are_those_of_the_blocks_as_they_were(arch: str) -> None:
+def test_compiled_blocks_compute_the_same_gradients(arch: str) -> None:
     results = []
     for compiled in (False, True):
         model = tiny_models.build(arch)
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_of_the_blocks_as_they_were(arch: str) ->
         adapters = attach(model, LoRA(rank=2, alpha=3, targets="attention.qv"), seed=0)
         randomise(adapters)
         faster.make_faster(model)
-        model.eval()  # without dropout, whose bits would differ
+        model.eval()  # no dropout: its random bits differ
         for ids in batches():
             mask = torch.ones_like(ids)
             mask[-1, -2:] = 0
@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_those_of_the_blocks_as_they_were(arch: str) ->
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_runs_the_blocks_as_they_were() -> None:
+def test_evaluation_runs_the_uncompiled_blocks() -> None:
     model = tiny_models.build("llama")
     compiled = []
 
@@ -79,7 +79,7 @@ def test_evaluation_runs_the_blocks_as_they_were() -> None:
     assert compiled
 
 
-def test_a_model_without_blocks_is_refused() -> None:
+def test_a_model_without_blocks_is_rejected() -> None:
     with pytest.raises(ConfigurationError, match="no list of blocks"):
         compile_blocks(nn.Sequential(nn.Linear(2, 2)), backend="eager")
 

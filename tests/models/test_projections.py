@@ -52,12 +52,12 @@ class AttentionOperands(TorchFunctionMode):
             left, right = factors
             if right.ndim == 2:  # Falcon's linear layers are matrix products
                 return func(*args, **kwargs)
-            found = self.seen[self.inside]
+            recorded = self.seen[self.inside]
             if self.after_softmax:
-                found.setdefault("v", right.detach().clone())
+                recorded.setdefault("v", right.detach().clone())
             else:
-                found.setdefault("q", left.detach().clone())
-                found.setdefault("k", right.detach().clone())
+                recorded.setdefault("q", left.detach().clone())
+                recorded.setdefault("k", right.detach().clone())
         return func(*args, **kwargs)
 
 
@@ -92,7 +92,7 @@ def noise_on(model: nn.Module, place: Place) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("arch", EVERY_MODEL)
-def test_noise_on_one_projection_changes_that_projection_alone(arch: str) -> None:
+def test_noise_on_one_projection_changes_only_that_projection(arch: str) -> None:
     model = tiny_models.build(arch)
     places = find_places(model, "attention.qkv")
     attentions = {
@@ -107,14 +107,14 @@ def test_noise_on_one_projection_changes_that_projection_alone(arch: str) -> Non
         changed = {
             name: (noisy[name] != plain[place.path][name]).float().mean().item() for name in "qkv"
         }
-        meant = place.role.removeprefix("attention.")
+        target = place.role.removeprefix("attention.")
         # Every row changes. Rotation may round a single value back.
-        assert changed.pop(meant) > 0.99, place
+        assert changed.pop(target) > 0.99, place
         assert set(changed.values()) == {0.0}, place
 
 
 @pytest.mark.parametrize("arch", ["phi3", "Glm", "ModernBert"])
-def test_gate_is_the_half_that_the_activation_acts_on(arch: str) -> None:
+def test_gate_is_the_input_of_the_activation(arch: str) -> None:
     model = tiny_models.build(arch)
     activation = next(
         module.activation_fn if hasattr(module, "activation_fn") else module.act

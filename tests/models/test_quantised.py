@@ -1,4 +1,4 @@
-"""Quantised projections hold the numbers of their format, and compute with them everywhere."""
+"""Quantised projections store the values of their format and compute with them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_int8_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128,), (5, 128), (2, 5, 128), (2, 5, 96)], ids=str)
-def test_a_layer_computes_what_its_whole_twin_does(kind, dtype, shape) -> None:
+def test_a_layer_equals_its_dequantised_twin(kind, dtype, shape) -> None:
     layer = LAYERS[kind](linear(dtype, width=shape[-1]))
     twin = whole_twin(layer)
     upstream = torch.randn(*shape[:-1], 64).to(dtype)
@@ -155,13 +155,13 @@ def test_a_trained_bias_keeps_its_precision(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_input_nor_whole_weight_is_kept_for_the_backward_pass(kind) -> None:
+def test_neither_input_nor_dequantised_weight_is_saved_for_the_backward_pass(kind) -> None:
     layer = LAYERS[kind](linear(bias=False))
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     x = torch.randn(4, 96, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert all(tensor.dtype in (torch.uint8, torch.int8) or tensor.ndim == 1 for tensor in kept)
+    assert all(tensor.dtype in (torch.uint8, torch.int8) or tensor.ndim == 1 for tensor in saved)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,7 +185,7 @@ def test_scales_follow_their_weight_to_another_device() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, "M2M100", "ModernBert", "UMT5"])
-def test_a_model_computes_what_its_whole_twin_does(arch: str, kind) -> None:
+def test_a_model_equals_its_dequantised_twin(arch: str, kind) -> None:
     model, twin = tiny_models.build(arch), tiny_models.build(arch)
     batch = tiny_models.example_batch(arch, model)
     count = quantise(model, kind)
@@ -194,7 +194,7 @@ def test_a_model_computes_what_its_whole_twin_does(arch: str, kind) -> None:
     with torch.no_grad():
         for path, weight in weights.items():
             twin.get_submodule(path).weight.copy_(weight.whole())
-        # float32; two layers of width 32 do not gather more than this.
+        # float32: the maximum error of two layers of width 32.
         torch.testing.assert_close(model(**batch)[0], twin(**batch)[0], rtol=1e-4, atol=1e-4)
     kept = {n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights}
     assert all(p.equal(twin.get_parameter(n)) for n, p in kept.items())
@@ -212,7 +212,7 @@ def test_which_layers_are_quantised() -> None:
     assert names == {*("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
 
 
-def test_layers_whose_weight_others_read_stay_whole() -> None:
+def test_layers_whose_weight_other_modules_read_are_not_quantised() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,13 +231,13 @@ def test_layers_whose_weight_others_read_stay_whole() -> None:
     assert type(block.down) is type(block.tied) is type(block.encoder.linear1) is nn.Linear
 
 
-def test_what_t5_reads_the_dtype_of_stays_whole() -> None:
+def test_the_layer_whose_dtype_t5_reads_is_not_quantised() -> None:
     model = tiny_models.build("t5")
     quantise(model, "nf4")
     assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear
 
 
-def test_conv1d_is_told_apart_by_its_layout() -> None:
+def test_conv1d_keeps_its_layout() -> None:
     model = tiny_models.build("gpt2")
     shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, Conv1D)}
     quantise(model, "nf4")
@@ -245,7 +245,7 @@ def test_conv1d_is_told_apart_by_its_layout() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_and_a_quarter_of_the_memory(kind) -> None:
+def test_memory_is_a_half_or_a_quarter(kind) -> None:
     layer = linear(torch.bfloat16, bias=False)
     stored = weight_of(LAYERS[kind](layer)).packed.nbytes
     assert stored == layer.weight.nbytes // (4 if kind == "nf4" else 2)
@@ -287,7 +287,7 @@ def test_transformers_loads_a_quantised_base_that_was_saved(folder, tmp_path, ki
         assert theirs[path].matrix().equal(weight.matrix())
 
 
-def test_a_checkpoint_that_is_quantised_already(folder, tmp_path) -> None:
+def test_a_checkpoint_that_is_already_quantised(folder, tmp_path) -> None:
     load_base(folder, dtype="nf4").model.save_pretrained(tmp_path / "saved")
     with pytest.raises(BaseModelError, match=r"quantised in its checkpoint already.*at auto"):
         load_base(tmp_path / "saved", dtype="nf4")
@@ -337,7 +337,7 @@ def own_layers(**settings: int) -> PreTrainedModel:
     return model
 
 
-def test_nested_scales_are_understood() -> None:
+def test_nested_scales_are_dequantised() -> None:
     layer = own_layers(**WIDE).model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.nested
     x = torch.randn(3, 64)
@@ -345,7 +345,7 @@ def test_nested_scales_are_understood() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, whole), rtol=1e-5, atol=1e-5)
 
 
-def test_they_are_kept_from_repacking_or_refused() -> None:
+def test_repacking_is_disabled_and_a_repacked_layer_rejected() -> None:
     model = own_layers(**WIDE)
     layer = model.model.layers[1].mlp.up_proj
     layer.support_avx512bf16_for_cpu = True
@@ -356,7 +356,7 @@ def test_they_are_kept_from_repacking_or_refused() -> None:
         require_exact_layers(model)
 
 
-def test_they_are_refused_where_they_take_the_scales_of_other_blocks() -> None:
+def test_layers_that_use_the_scales_of_other_blocks_are_rejected() -> None:
     model = own_layers()
     layer = model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, 32)
@@ -369,7 +369,7 @@ def test_they_are_refused_where_they_take_the_scales_of_other_blocks() -> None:
             require_exact_layers(model)
 
 
-def test_nothing_is_quantised_where_the_library_was_never_imported(monkeypatch) -> None:
+def test_no_layer_is_quantised_without_an_import_of_bitsandbytes(monkeypatch) -> None:
     layer = NF4Linear(linear())
     assert quantised_weight(layer) is not None
     monkeypatch.delitem(sys.modules, "bitsandbytes")

@@ -1,4 +1,4 @@
-"""Roles name the right layers and rows, on every architecture of the table."""
+"""Roles select the right layers and rows in every known architecture."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", EVERY_MODEL)
-def test_slices_of_a_fused_layer_are_all_its_rows_once(arch: str) -> None:
+def test_slices_of_a_fused_layer_cover_each_row_once(arch: str) -> None:
     model = tiny_models.build(arch)
     rows: dict[str, list[torch.Tensor]] = {}
     entries = ["attention"] if arch in WITH_EXPERTS else ["attention", "mlp"]
@@ -89,7 +89,7 @@ def test_slices_of_a_fused_layer_are_all_its_rows_once(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, "MT5", "MBart", "CLIPTextModel"])
-def test_embedding_is_what_the_forward_pass_looks_up(arch: str) -> None:
+def test_embeddings_are_called_in_the_forward_pass(arch: str) -> None:
     model = tiny_models.build(arch)
     called = []
     for place in find_places(model, "embedding"):
@@ -125,7 +125,9 @@ def test_head_of_a_language_model_is_its_output_projection(arch: str) -> None:
         ("vit", ["classifier"]),
     ],
 )
-def test_head_of_a_classifier_is_what_it_adds_to_the_base(arch: str, paths: list[str]) -> None:
+def test_the_head_of_a_classifier_has_all_layers_outside_the_base(
+    arch: str, paths: list[str]
+) -> None:
     model = tiny_models.build(arch, "sequence-classification")
     assert [place.path for place in find_places(model, "head")] == paths
 
@@ -150,7 +152,7 @@ def test_not_roles(entry: str) -> None:
     assert not is_role(entry)
 
 
-def test_find_places_takes_roles_only() -> None:
+def test_find_places_accepts_only_roles() -> None:
     with pytest.raises(TargetError, match=r"'atention' is not a role\. Did you mean 'attention'\?"):
         find_places(tiny_models.build("llama"), "atention")
 
@@ -170,7 +172,7 @@ def test_suffix() -> None:
     assert paths(model, "lm_head") == ["lm_head"]
 
 
-def test_a_suffix_is_made_of_whole_names() -> None:
+def test_a_suffix_consists_of_whole_names() -> None:
     with pytest.raises(TargetError, match=r"'proj' matches no layer of LlamaForCausalLM"):
         resolve_targets(tiny_models.build("llama"), "proj")
 
@@ -186,7 +188,7 @@ def test_regular_expression_matches_the_whole_path() -> None:
         resolve_targets(model, r"layers\.0\..*q_proj")
 
 
-def test_entries_come_in_model_order_and_once() -> None:
+def test_targets_are_unique_and_in_model_order() -> None:
     model = tiny_models.build("llama")
     assert paths(model, "v_proj", "attention.qv", "q_proj") == paths(model, "attention.qv")
     assert paths(model, "attention.qv")[:2] == [
@@ -234,12 +236,12 @@ def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
         ("roberta", "classifier", r"layers inside: dense, out_proj"),
     ],
 )
-def test_targets_that_do_not_work(arch: str, target: str, message: str) -> None:
+def test_invalid_targets(arch: str, target: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         resolve_targets(tiny_models.build(arch), [target])
 
 
-def test_an_embedding_that_renormalises_its_rows_is_no_target() -> None:
+def test_an_embedding_that_renormalises_its_rows_is_rejected() -> None:
     model = tiny_models.build("llama")
     model.get_input_embeddings().max_norm = 1.0
     with pytest.raises(TargetError, match=r"renormalises its rows \(max_norm\)"):
@@ -313,7 +315,7 @@ def test_unknown_architecture_works_by_name() -> None:
     assert paths(model, "fc") == ["fc"]
 
 
-def test_unknown_architecture_leaves_its_heads_out_of_all_linear() -> None:
+def test_all_linear_excludes_heads_of_an_unknown_architecture() -> None:
     language, classifier = tiny_models.build("llama"), tiny_models.build("roberta")
     for model in (language, classifier):
         blocks = set(paths(model, "all-linear"))
@@ -349,7 +351,7 @@ def test_row_slice_outside_its_stride(groups: int, stride: int, offset: int, wid
         RowSlice(groups=groups, stride=stride, offset=offset, width=width)
 
 
-def test_a_fused_layer_of_unexpected_width_is_refused() -> None:
+def test_a_fused_layer_of_unexpected_width_is_rejected() -> None:
     model = tiny_models.build("phi3")
     attention = model.get_submodule("model.layers.0.self_attn")
     attention.qkv_proj = nn.Linear(32, 63)
@@ -358,7 +360,7 @@ def test_a_fused_layer_of_unexpected_width_is_refused() -> None:
     assert paths(model, "qkv_proj")[0] == "model.layers.0.self_attn.qkv_proj"
 
 
-def test_a_projection_of_a_foreign_kind_is_refused_rather_than_left_out() -> None:
+def test_a_projection_of_an_unsupported_type_is_rejected() -> None:
     model = tiny_models.build("llama")
     model.get_submodule("model.layers.1.self_attn").q_proj = nn.Bilinear(4, 4, 4)
     with pytest.raises(TargetError, match=r"'model\.layers\.1\.self_attn\.q_proj' \(Bilinear\)"):
@@ -367,7 +369,7 @@ def test_a_projection_of_a_foreign_kind_is_refused_rather_than_left_out() -> Non
 
 
 def test_published_shapes_of_fused_layers() -> None:
-    """32 query heads over 8 key/value heads: in runs as in Phi-3, in groups as in Falcon."""
+    """32 query and 8 key/value heads: contiguous as in Phi-3, interleaved as in Falcon."""
 
     class Sizes:
         num_attention_heads, num_key_value_heads = 32, 8

@@ -1,4 +1,4 @@
-"""LoRA's formulas in float64, written from the papers, without lorakit: an oracle for weights.
+"""Reference implementation of LoRA's formulas in float64, written from the papers, without lorakit.
 
 ``W' = W + s B A`` (Hu et al. 2021), ``m W' / ||W'||`` row by row (DoRA, Liu et al. 2024), and
 ``W - W_r + s B A`` with W_r the best approximation of rank r (PiSSA, Meng et al. 2024).
@@ -13,17 +13,17 @@ from layouts import Rows
 from torch import Tensor, nn
 
 TIGHT = 1e-6
-"""Tolerance of logits in float64: transformers keeps some norms and softmaxes in float32."""
+"""Tolerance of float64 logits: transformers computes some norms and softmaxes in float32."""
 
 
 def float64_model(arch: str, head: str | None = None) -> nn.Module:
     model = fresh_model(arch, head or tiny_models.natural_head(arch)).double()
-    model.config._experts_implementation = "eager"  # grouped products know no float64
+    model.config._experts_implementation = "eager"  # grouped products do not support float64
     return model
 
 
 def inputs(arch: str, model: nn.Module) -> dict[str, Tensor]:
-    """A batch without padding, whose fully masked rows are NaN where a softmax leaves float64."""
+    """Return a batch without padding: some float64 softmaxes return NaN for fully masked rows."""
     batch = tiny_models.example_batch(arch, model)
     if "input_ids" in batch:
         batch["input_ids"][batch["input_ids"] == tiny_models.PAD] = 5
@@ -36,19 +36,19 @@ def inputs(arch: str, model: nn.Module) -> dict[str, Tensor]:
 def low_rank(
     A: Tensor, B: Tensor, scaling: float, out: int, slices: tuple[Rows, ...] = ()
 ) -> Tensor:
-    """``s B A`` as an (out, in) matrix; by slices, the i-th has the i-th rows of A and of B."""
+    """Return ``s B A`` as an (out, in) matrix. The i-th slice uses the i-th group of rows of A and of B."""
     delta = torch.zeros(out, A.shape[1], dtype=torch.float64)
     slices = slices or (tuple(range(out)),)
     rank, start = A.shape[0] // len(slices), 0
     for i, rows in enumerate(slices):
-        own_A, own_B = A[i * rank : (i + 1) * rank], B[start : start + len(rows)]
-        delta[list(rows)] = scaling * (own_B.double() @ own_A.double())
+        slice_A, slice_B = A[i * rank : (i + 1) * rank], B[start : start + len(rows)]
+        delta[list(rows)] = scaling * (slice_B.double() @ slice_A.double())
         start += len(rows)
     return delta
 
 
 def convolution(A: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
-    """``dW[o] = s sum_r B[o, r] A[r]``, where an output channel sees its own group's r alone."""
+    """Return ``dW[o] = s sum_r B[o, r] A[r]``, where an output channel uses only the r of its group."""
     out, per_group = B.shape[:2]
     delta = torch.zeros(out, *A.shape[1:], dtype=torch.float64)
     for o in range(out):
@@ -59,7 +59,7 @@ def convolution(A: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
 
 
 def rescaled(weight: Tensor, magnitude: Tensor, slices: tuple[Rows, ...] = ()) -> Tensor:
-    """DoRA: each adapted row of ``W + dW`` brought to the length of its magnitude."""
+    """Return ``W + dW`` with the norm of each adapted row set to its magnitude (DoRA)."""
     weight = weight.clone()
     rows = [row for indices in slices for row in indices] or range(len(weight))
     for row, length in zip(rows, magnitude.double(), strict=True):
@@ -68,7 +68,7 @@ def rescaled(weight: Tensor, magnitude: Tensor, slices: tuple[Rows, ...] = ()) -
 
 
 def principal(W: Tensor, rank: int, slices: tuple[Rows, ...] = ()) -> Tensor:
-    """The best approximation of rank r to the matrix, or to each slice of its rows."""
+    """Return the best approximation of rank r to the matrix, or to each slice of its rows."""
     best = torch.zeros_like(W)
     for rows in slices or (tuple(range(len(W))),):
         U, S, Vh = torch.linalg.svd(W[list(rows)], full_matrices=False)
@@ -77,7 +77,7 @@ def principal(W: Tensor, rank: int, slices: tuple[Rows, ...] = ()) -> Tensor:
 
 
 def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
-    """Give the layer a weight of its own from an (out, in) matrix, whichever way it stores it."""
+    """Set the layer's weight to a new parameter from an (out, in) matrix, in the layer's layout."""
     transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
     name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
     matrix = matrix.T if transposed else matrix
@@ -85,7 +85,7 @@ def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The layer's weight as an (out, in) matrix."""
+    """Return the layer's weight as an (out, in) matrix."""
     if isinstance(layer, nn.MultiheadAttention):
         return layer.in_proj_weight.detach().clone()
     transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"

@@ -1,4 +1,4 @@
-"""Every architecture with every target, and every pair of option values at least once."""
+"""Cases that cover every architecture with every target, and every pair of option values."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ OPTIONS: dict[str, tuple] = {
     "dropout": (0.0, 0.5),
     "task": ("natural", "classification"),
 }
-"""What varies beside architecture and target; the model's own head counts as an option."""
+"""Options that vary besides architecture and target. The task decides on the model's head."""
 
 NOT_COMBINED = {
-    "dora with init pissa": "both redefine what the base weight means, so lorakit refuses the pair",
-    "bias without a bias": "bias='all' or 'lora_only' where no (adapted) layer has one is an error",
+    "dora with init pissa": "both redefine the base weight, so lorakit rejects the pair",
+    "bias without a bias": "bias='all' or 'lora_only' is an error if no (adapted) layer has a bias",
     "head trained and adapted": "a module is either trained in full or adapted, never both",
-    "mlp of mixtral": "its experts are stacked tensors, on which lorakit refuses to sit",
+    "mlp of mixtral": "its experts are stacked tensors, which lorakit does not adapt",
     "classification head of granite": "transformers has none",
 }
-"""Pairs that no case holds, by name; `test_refused_pairs` of test_attach_detach has the errors."""
+"""Pairs that no case contains, with the reason; `test_rejected_pairs` of test_attach_detach checks the errors."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The target in the words of lorakit's configuration."""
+        """Targets as in lorakit's configuration."""
         query, other = LAYOUTS[self.arch].names
         return {
             "q": ("attention.q",),
@@ -76,19 +76,19 @@ class Case:
 
     @property
     def expected(self) -> dict[str, Target]:
-        """The layers it adapts, by path."""
+        """Adapted layers by path."""
         return expected_targets(self.arch, self.head, self.entries)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """One layer by its path as a regular expression."""
+        """Rank of one layer, named by its path as a regular expression."""
         if self.rank != "pattern":
             return {}
         return {re.escape(min(self.expected)): 3}
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """All layers of one name by that suffix."""
+        """Alpha of all layers with one name, named by that suffix."""
         if self.alpha != "pattern":
             return {}
         return {max(self.expected).rpartition(".")[2]: 5.0}
@@ -117,15 +117,15 @@ class Case:
         )
 
     def model(self) -> PreTrainedModel:
-        """A fresh copy of the tiny model."""
+        """Return a new copy of the tiny model."""
         return fresh_model(self.arch, self.head)
 
     def batch(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """Two rows, the first padded on the left."""
+        """Return two rows, the first padded on the left."""
         return tiny_models.example_batch(self.arch, model)
 
     def __str__(self) -> str:
-        """A readable test id: only what differs from the first value of each option."""
+        """Return a test id with the options that differ from their first value."""
         changed = [
             name if value is True else f"{name}={value}"
             for name, values in OPTIONS.items()
@@ -140,12 +140,12 @@ def _pristine(arch: str, head: str) -> PreTrainedModel:
 
 
 def fresh_model(arch: str, head: str) -> PreTrainedModel:
-    """A copy of a tiny model that a test may change."""
+    """Return a copy of a tiny model that a test may change."""
     return copy.deepcopy(_pristine(arch, head))
 
 
 def is_allowed(case: Case) -> bool:
-    """Whether a case keeps clear of NOT_COMBINED."""
+    """Return whether a case avoids NOT_COMBINED."""
     if case.arch == "granite" and case.task == "classification":
         return False
     if case.arch == "mixtral" and case.targets in ("mlp", "all-linear"):
@@ -163,13 +163,13 @@ def is_allowed(case: Case) -> bool:
 
 
 def pairs(case: Case) -> frozenset[tuple]:
-    """Every pair of settings that a case holds."""
+    """Return every pair of settings of a case."""
     settings = [(name, getattr(case, name)) for name in ("arch", "targets", *OPTIONS)]
     return frozenset(itertools.combinations(settings, 2))
 
 
 def all_pairs() -> set[tuple]:
-    """Every pair of settings there is."""
+    """Return every possible pair of settings."""
     values = {"arch": tuple(LAYOUTS), "targets": TARGETS, **OPTIONS}
     return {
         ((one, a), (other, b))
@@ -180,10 +180,10 @@ def all_pairs() -> set[tuple]:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    """A covering array of strength two: one case for each architecture and target, then the rest.
+    """Return a covering array of strength two: a case per architecture and target, then the missing pairs.
 
-    Greedy, as in AETG (Cohen et al. 1997): of some random candidates, the one that covers most
-    pairs that are still missing. The seed is fixed, so that the cases are always the same.
+    Greedy, as in AETG (Cohen et al. 1997): add the random candidate that covers the most missing
+    pairs. The seed is fixed, so the cases are always the same.
     """
     draw = random.Random(0)
     missing = all_pairs()
@@ -194,8 +194,8 @@ def cases() -> tuple[Case, ...]:
         for _ in range(candidates):
             options = {name: draw.choice(values) for name, values in OPTIONS.items()} | fixed
             case = Case(arch, targets, **options)
-            if is_allowed(case) and (found := len(pairs(case) & missing)) > gain:
-                best, gain = case, found
+            if is_allowed(case) and (covered := len(pairs(case) & missing)) > gain:
+                best, gain = case, covered
         if best is not None:
             chosen.append(best)
             missing.difference_update(pairs(best))

@@ -1,8 +1,8 @@
-"""Where each role lives in every tiny model, written out by hand.
+"""The layers of each role in every tiny model, written by hand.
 
-The tests hold lorakit's own tables against this one, so nothing here is derived from lorakit.
-Numbers are those of ``tiny_models``: hidden size 32, two blocks, four heads of width 8, two
-key/value heads where the architecture shares them.
+Tests compare lorakit's tables with this one, so nothing here is derived from lorakit.
+The sizes are those of ``tiny_models``: hidden size 32, two blocks, four heads of width 8, two
+key/value heads if the architecture shares them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rows = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer of every block, or some of its output rows."""
+    """A projection of every block: a layer, or some of its output rows."""
 
     path: str
     """Path below the base model, with {} for the number of the block."""
@@ -31,9 +31,9 @@ class Layout:
     """The layers of one tiny model."""
 
     base: str
-    """Path of the base model inside the model with a head, with its dot."""
+    """Path of the base model inside the model with a head, with a trailing dot."""
     roles: Mapping[str, tuple[Projection, ...]]
-    """q, k, v, o, gate, up, down -> where they are; several places with cross-attention."""
+    """Projections of q, k, v, o, gate, up, down; several per role with cross-attention."""
     embedding: tuple[str, ...]
     """Paths below the base model."""
     language_head: tuple[str, ...] = ("lm_head",)
@@ -48,11 +48,11 @@ class Layout:
 
 
 def _roles(**paths: str | tuple[str, ...] | Projection) -> dict[str, tuple[Projection, ...]]:
-    found = {}
+    roles = {}
     for role, value in paths.items():
         values = value if isinstance(value, tuple) else (value,)
-        found[role] = tuple(v if isinstance(v, Projection) else Projection(v) for v in values)
-    return found
+        roles[role] = tuple(v if isinstance(v, Projection) else Projection(v) for v in values)
+    return roles
 
 
 def _fused(path: str, **rows: range | list[int]) -> dict[str, tuple[Projection, ...]]:
@@ -60,7 +60,7 @@ def _fused(path: str, **rows: range | list[int]) -> dict[str, tuple[Projection, 
 
 
 def _interleaved(path: str) -> dict[str, tuple[Projection, ...]]:
-    """Rows of q, k, v that repeat for each of four heads of width 8 (GPT-NeoX, BLOOM)."""
+    """Return the rows of q, k, v that repeat for each of four heads of width 8 (GPT-NeoX, BLOOM)."""
     rows = {
         role: [24 * head + 8 * position + j for head in range(4) for j in range(8)]
         for position, role in enumerate(("q", "k", "v"))
@@ -136,7 +136,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         embedding=("embeddings.word_embeddings",),
         class_head=("pre_classifier", "classifier"),
-        # PEFT's modules_to_save=["classifier"] takes pre_classifier too: it compares ends of names.
+        # PEFT's modules_to_save=["classifier"] includes pre_classifier: it compares suffixes.
         class_module="classifier",
         norm="output_layer_norm",
         names=("q_lin", "lin1"),
@@ -196,7 +196,7 @@ LAYOUTS: dict[str, Layout] = {
             *("smollm3", "granite", "olmo2"),
         )
     },
-    # The experts are stacked tensors, on which no adapter can sit; only attention is left.
+    # The experts are stacked tensors, which cannot have adapters; only attention remains.
     "mixtral": _llama(
         roles=_roles(**{x: f"layers.{{}}.self_attn.{x}_proj" for x in "qkvo"}),
         names=("q_proj", "o_proj"),
@@ -285,19 +285,19 @@ LAYOUTS: dict[str, Layout] = {
 
 WITHOUT_BIAS = ("llama", "mistral", "mixtral", "qwen3", "gemma", "gemma2", "gemma3", "smollm3")
 WITHOUT_BIAS += ("phi3", "granite", "olmo2")
-"""Architectures of which no layer has a bias (nor has T5, its classification head apart)."""
+"""Architectures without any bias. T5 has biases only in its classification head."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that is adapted: whole, or by one or more slices of its rows."""
+    """An adapted layer: the whole layer, or slices of its rows."""
 
     path: str
     slices: tuple[Rows, ...] = ()
 
 
 def base_prefix(arch: str, head: str) -> str:
-    """Path of the base model, with its dot; T5 has one only below its classification head."""
+    """Return the path of the base model with a trailing dot; in T5 it is nested only under a classification head."""
     if arch == "t5" and head == "sequence-classification":
         return "transformer."
     return LAYOUTS[arch].base
@@ -317,7 +317,7 @@ def head_module(arch: str, head: str) -> str:
 
 
 def expected_targets(arch: str, head: str, targets: tuple[str, ...]) -> dict[str, Target]:
-    """The layers that `targets` mean on a tiny model, by path."""
+    """Return the layers that `targets` select in a tiny model, by path."""
     slices: dict[str, set[Rows] | None] = {}
     for entry in targets:
         for path, rows in _places(arch, head, entry):
@@ -325,7 +325,7 @@ def expected_targets(arch: str, head: str, targets: tuple[str, ...]) -> dict[str
                 slices[path] = None
             elif (known := slices.setdefault(path, set())) is not None:
                 known.add(rows)
-    return {path: Target(path, tuple(sorted(found or ()))) for path, found in slices.items()}
+    return {path: Target(path, tuple(sorted(rows or ()))) for path, rows in slices.items()}
 
 
 def _places(arch: str, head: str, entry: str) -> list[tuple[str, Rows | None]]:

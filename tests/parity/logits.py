@@ -1,4 +1,4 @@
-"""Comparing logits, and the random tensors that make the comparison mean something."""
+"""Compare logits, and randomise tensors so that the comparison is meaningful."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5
-"""Largest difference of two float32 computations of the same logits."""
+"""Maximum difference of two float32 computations of the same logits."""
 ACTS = 1e-2
-"""A smaller difference from the base's logits could hide that an adapter does nothing."""
+"""Minimum difference from the base's logits, to show that an adapter has an effect."""
 
 
 def assert_same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> None:
     largest = (a - b).abs().max().item()
-    assert largest <= tolerance, f"they differ by {largest:.3g}"  # also where it is NaN
+    assert largest <= tolerance, f"they differ by {largest:.3g}"  # also fails for NaN
 
 
 def assert_differ(a: Tensor, b: Tensor) -> None:
@@ -25,9 +25,9 @@ def assert_differ(a: Tensor, b: Tensor) -> None:
 
 @torch.no_grad()
 def randomise(parameters: Iterable[Tensor], seed: int) -> None:
-    """Move every tensor by random numbers, so that none is zero or lost unnoticed.
+    """Add noise to every tensor, so that none is zero and a lost one changes the output.
 
-    Vectors (biases, norms, magnitudes) move less: a norm of opposite sign would be another model.
+    Vectors (biases, norms, magnitudes) get less noise: a norm with the opposite sign changes the model too much.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""PEFT's side of a case: the configuration that says the same, and live models of PEFT."""
+"""Create, save and load the PEFT model of a case, with the equivalent configuration."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from logits import randomise
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 
-PEFT_SPEAKS = (
-    # PEFT saves the frozen table beside an adapter on an embedding or a head, and says so.
+EXPECTED_WARNINGS = (
+    # PEFT saves the frozen table with an adapter on an embedding or a head, and warns.
     "Setting `save_embedding_layers` to `True`",
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
-    "fan_in_fan_out is set to ",  # PEFT corrects itself, layer by layer
+    "fan_in_fan_out is set to ",  # PEFT corrects the setting for each layer
     "`is_gradient_checkpointing` is deprecated",
     "LoRA adapter added to ConvNd layer with groups > 1",
 )
-"""Beginnings of warnings that PEFT gives on correct use; any other one fails a test."""
+"""Beginnings of warnings that PEFT raises on correct use. Any other warning fails a test."""
 
 
 @contextmanager
-def speaking_peft() -> Iterator[None]:
+def expected_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        for beginning in PEFT_SPEAKS:
+        for beginning in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=re.escape(beginning))
         yield
 
@@ -51,16 +51,16 @@ def _counts_out_proj_twice() -> bool:
 
 @functools.cache
 def counts_out_proj_twice() -> bool:
-    """Whether this PEFT computes ``W + 2 dW`` in the output projection of an attention module.
+    """Return whether the installed PEFT computes ``W + 2 dW`` in the output projection of nn.MultiheadAttention.
 
-    It does up to 0.21.2 at least (https://github.com/huggingface/peft/pull/3774).
+    It does at least up to 0.21.2 (https://github.com/huggingface/peft/pull/3774).
     """
-    with speaking_peft(), torch.random.fork_rng(devices=[]):
+    with expected_peft_warnings(), torch.random.fork_rng(devices=[]):
         return _counts_out_proj_twice()
 
 
 def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
-    """Halve PEFT's live scaling there, which no file holds: it then computes what the file says."""
+    """Halve PEFT's scaling of that projection. It then computes ``W + dW``; files do not store the scaling."""
     for module in adapted.modules():
         if isinstance(module, MultiheadAttention) and counts_out_proj_twice():
             scaling = module.base_layer.out_proj.scaling
@@ -69,8 +69,8 @@ def _count_out_proj_once(adapted: peft.PeftModel) -> peft.PeftModel:
 
 
 def target_modules(case: Case) -> str | list[str]:
-    """PEFT has no roles: paths, names, its own "all-linear" or a regular expression."""
-    # PEFT's "all-linear" takes DistilBERT's pre_classifier, as its trained modules do: an error.
+    """Return the targets for PEFT, which has no roles: paths, names, "all-linear" or a regular expression."""
+    # PEFT's "all-linear" and its trained modules both include DistilBERT's pre_classifier: an error.
     if case.targets == "all-linear" and case.train != "head":
         return "all-linear"
     if case.targets == "names":
@@ -81,7 +81,7 @@ def target_modules(case: Case) -> str | list[str]:
 
 
 def configuration(case: Case) -> peft.LoraConfig:
-    # With this task type PEFT trains the classification head without being asked.
+    # With this task type PEFT trains the classification head by default.
     trains_classifier = is_classifier(case.head) and case.train == "head"
     return peft.LoraConfig(
         task_type="SEQ_CLS" if trains_classifier else None,
@@ -100,20 +100,20 @@ def configuration(case: Case) -> peft.LoraConfig:
 
 
 def adapt(model: nn.Module, config: peft.LoraConfig, *, seed: int = 1) -> peft.PeftModel:
-    """PEFT's adapter on the model, every tensor that it trains random."""
-    with speaking_peft():
+    """Add a PEFT adapter to the model and randomise every trained tensor."""
+    with expected_peft_warnings():
         adapted = _count_out_proj_once(peft.get_peft_model(model, config).eval())
     randomise((p for p in adapted.parameters() if p.requires_grad), seed)
     return adapted
 
 
 def save(adapted: peft.PeftModel, folder: Path) -> Path:
-    with speaking_peft():
+    with expected_peft_warnings():
         adapted.save_pretrained(folder)
     return folder
 
 
 def load(model: nn.Module, folder: Path) -> peft.PeftModel:
-    """PEFT's model of a folder; a missing or surplus key is a warning, and so an error."""
-    with speaking_peft():
+    """Load a PEFT model from a folder. A missing or unexpected key raises a warning, which is an error in tests."""
+    with expected_peft_warnings():
         return _count_out_proj_once(peft.PeftModel.from_pretrained(model, folder).eval())

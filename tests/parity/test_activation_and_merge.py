@@ -1,4 +1,4 @@
-"""What acts: one adapter, none, several by weight, one for each row; and the same merged."""
+"""Activate one adapter, none, a weighted sum, or one per row; merging computes the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _without_gradients():
 
 
 @every_case
-def test_merged_model_says_the_same(case: Case):
+def test_a_merged_model_computes_the_same(case: Case):
     model = float64_model(case.arch, case.head)
     batch = inputs(case.arch, model)
     base = model(**batch).logits
@@ -48,8 +48,8 @@ def test_merged_model_says_the_same(case: Case):
 
 
 @every_architecture
-def test_export_without_the_base(arch: str):
-    """merge(keep_base=False) gives a plain model of the same class and keys that says the same."""
+def test_merge_without_keeping_the_base(arch: str):
+    """merge(keep_base=False) returns a plain model with the same class, keys and output."""
     model = float64_model(arch)
     batch = inputs(arch, model)
     base, keys = model(**batch).logits, list(model.state_dict())
@@ -67,7 +67,7 @@ def test_export_without_the_base(arch: str):
 
 
 def with_two(arch: str, **settings) -> tuple[nn.Module, dict[str, torch.Tensor], Adapters]:
-    """A model with adapter `a` on q and v and adapter `b` on everything that is a linear layer."""
+    """Return a model with adapter `a` on q and v and adapter `b` on all linear layers."""
     model = float64_model(arch)
     wide = "attention" if arch == "mixtral" else "all-linear"
     handle = attach_float64(model, LoRA(rank=2, alpha=3.0, targets="attention.qv"), name="a")
@@ -85,8 +85,8 @@ def merged_weights(model: nn.Module, handle: Adapters, choice) -> dict[str, torc
 
 
 @every_architecture
-def test_each_of_two_adapters_acts_alone(arch: str):
-    """With another adapter on the same layers, an adapter does what it does without it."""
+def test_an_inactive_adapter_has_no_effect(arch: str):
+    """An adapter computes the same with and without another adapter on the same layers."""
     model, batch, handle = with_two(arch)
     logits = {}
     for name in ("a", "b"):
@@ -101,7 +101,7 @@ def test_each_of_two_adapters_acts_alone(arch: str):
 
 @every_architecture
 def test_weighted_activation_adds_the_scaled_deltas(arch: str):
-    """{a: 0.7, b: -0.3} is W + 0.7 dW_a - 0.3 dW_b, with each delta taken from its own merge."""
+    """{a: 0.7, b: -0.3} computes W + 0.7 dW_a - 0.3 dW_b, where each delta comes from a merge."""
     model, batch, handle = with_two(arch)
     handle.activate(None)
     base_weights = {n: p.clone() for n, p in model.named_parameters() if ".adapters." not in n}
@@ -152,8 +152,8 @@ def test_per_sample_equals_the_separate_runs(arch: str, dora: bool):
     assert torch.equal(model(**batch).logits, separate["a"])
 
 
-def test_per_sample_needs_a_row_of_its_own():
-    """DeBERTa projects its relative positions once for all rows: an error, never a wrong row."""
+def test_per_sample_rejects_layers_without_batch_rows():
+    """DeBERTa projects its relative positions once for all rows: an error instead of wrong results."""
     model, batch, handle = with_two("deberta-v2")
     with handle.per_sample(["a", "b"]), pytest.raises(AdapterStateError, match="batch of 1"):
         model(**batch)
@@ -161,7 +161,7 @@ def test_per_sample_needs_a_row_of_its_own():
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "vit"])
 def test_per_sample_in_the_embedding_and_the_head(arch: str):
-    """Layers that see token ids, an image or single positions rather than a batch of vectors."""
+    """These layers take token ids, an image or single positions instead of a batch of vectors."""
     model = float64_model(arch)
     batch = inputs(arch, model)
     handle = attach_float64(model, LoRA(rank=2, alpha=3.0, targets="embedding"), name="a")
@@ -181,7 +181,7 @@ def test_per_sample_in_the_embedding_and_the_head(arch: str):
 
 
 def test_per_sample_with_trained_modules_and_biases():
-    """Rows of an adapter that trains base parameters see its copies, the other rows the base's."""
+    """Rows of an adapter that trains base parameters use its copies, the other rows use the base's."""
     model = float64_model("roberta", "sequence-classification")
     batch = inputs("roberta", model)
     handle = attach_float64(model, LoRA(rank=2, alpha=3.0, bias="lora_only"), name="a")
@@ -201,7 +201,7 @@ def test_per_sample_with_trained_modules_and_biases():
         assert_differ(model(**batch).logits, together)
 
 
-# --- what cannot be scaled -----------------------------------------------------------------------
+# --- adapters without weights --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_parts_that_are_not_linear_cannot_be_weighted(settings: dict, call: str)
     assert torch.equal(model(**batch).logits, logits)
 
 
-def test_states_that_exclude_each_other():
+def test_operations_that_the_state_forbids():
     model, batch, handle = with_two("llama")
     handle.merge("a")
     merged = model(**batch).logits

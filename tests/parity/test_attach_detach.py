@@ -1,4 +1,4 @@
-"""`attach` adds tensors beside the model's own, `detach` leaves the model as it was, bit by bit."""
+"""`attach` adds tensors to the model; `detach` restores the model bit by bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_pair_of_settings_has_a_case():
 
 
 def trained_in_full(case: Case, model: nn.Module) -> set[str]:
-    """Names of the base parameters that a case trains, from the option's definition."""
+    """Return the names of the base parameters that a case trains, from the definition of its options."""
     names = set()
     for path, module in model.named_modules():
         if any(f".{path}".endswith(f".{entry}") for entry in case.train_modules):
@@ -54,7 +54,7 @@ def trained_in_full(case: Case, model: nn.Module) -> set[str]:
 
 
 @every_case
-def test_trainable_names_are_the_adapters_alone(case: Case):
+def test_only_the_adapter_is_trainable(case: Case):
     model = case.model()
     expected = trained_in_full(case, model)
     for path in case.expected:
@@ -69,8 +69,8 @@ def test_trainable_names_are_the_adapters_alone(case: Case):
 
 
 @every_case
-def test_shapes_and_scaling_of_the_formula(case: Case):
-    """r (in + out) numbers for each projection or slice of one; the scaling of the case."""
+def test_shapes_and_scaling_match_the_formula(case: Case):
+    """Each projection, or slice of one, has r (in + out) parameters and the case's scaling."""
     model = case.model()
     handle = attach(model, case.method())
     for path, target in case.expected.items():
@@ -92,23 +92,29 @@ def test_shapes_and_scaling_of_the_formula(case: Case):
 
 
 def snapshot(model: nn.Module) -> dict:
-    """Everything of a model that another library, or the user, could notice."""
-    kept = {}
+    """Return all state of a model that another library or the user could observe."""
+    state = {}
     for path, module in model.named_modules():
         attributes = {key: value for key, value in vars(module).items() if "hooks" not in key}
         hooks = {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
-        kept[path] = (type(module), list(attributes), list(module._modules), hooks, module.training)
-    return kept
+        state[path] = (
+            type(module),
+            list(attributes),
+            list(module._modules),
+            hooks,
+            module.training,
+        )
+    return state
 
 
 def tensors(model: nn.Module) -> dict[str, tuple]:
-    """Name -> the very tensor, where its memory is, and whether it wants a gradient."""
-    found = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name: (id(t), t.data_ptr(), t.requires_grad, t.dtype) for name, t in found}
+    """Return identity, address, requires_grad and dtype of each tensor by name."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: (id(t), t.data_ptr(), t.requires_grad, t.dtype) for name, t in named}
 
 
 def half_frozen(case: Case) -> nn.Module:
-    """The case's model with every other parameter frozen, so that the flags are worth keeping."""
+    """Return the case's model with every second parameter frozen, to check that the flags are restored."""
     model = case.model()
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 2 == 0)
@@ -151,8 +157,8 @@ def test_base_and_detached_model_are_bit_identical(case: Case):
 
 @pytest.mark.parametrize("arch", LAYOUTS)
 @torch.no_grad()
-def test_detach_also_after_full_fine_tuning_and_a_merge(arch: str):
-    """Also where every base tensor had a trained or merged one in its place."""
+def test_detach_after_full_fine_tuning_and_a_merge(arch: str):
+    """A trained or a merged tensor has replaced every base tensor."""
     model = fresh_model(arch, tiny_models.natural_head(arch))
     batch = tiny_models.example_batch(arch, model)
     logits, seen, known = model(**batch).logits, snapshot(model), tensors(model)
@@ -183,7 +189,7 @@ def test_a_failed_attach_leaves_nothing_behind():
     assert snapshot(model) == seen
 
 
-# --- pairs that are refused ----------------------------------------------------------------------
+# --- rejected pairs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +208,7 @@ def test_a_failed_attach_leaves_nothing_behind():
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
-def test_refused_pairs(arch: str, settings: dict, error: type[Exception], says: str):
+def test_rejected_pairs(arch: str, settings: dict, error: type[Exception], says: str):
     model = fresh_model(arch, tiny_models.natural_head(arch))
     with pytest.raises(error, match=says):
         attach(model, LoRA(rank=2, **settings))

@@ -1,6 +1,6 @@
-"""What PEFT cannot express, by name, against the formulas in float64.
+"""Features that PEFT cannot express, compared with the formulas in float64.
 
-The reason of each entry is shown on PEFT itself where PEFT can be asked.
+If possible, a test also shows the limitation in PEFT itself.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 RANK, ALPHA = 2, 3.0
 SCALING = ALPHA / RANK
 EXACT = 1e-12
-"""Tolerance where everything computes in float64."""
+"""Tolerance if everything computes in float64."""
 
 NOT_IN_PEFT = {
-    "dora on nn.MultiheadAttention": "PEFT raises when the adapter is made",
-    "dora on a grouped convolution": "PEFT divides by the norm of another weight",
-    "merging a grouped convolution": "PEFT's A sees all input channels: it refuses to merge",
-    "dilated convolution": "PEFT's A is not dilated: its output has another size",
-    "padding mode of a convolution": "PEFT's A pads with zeros: its output differs at the borders",
+    "dora on nn.MultiheadAttention": "PEFT raises an error when it creates the adapter",
+    "dora on a grouped convolution": "PEFT divides by the norm of a different weight",
+    "merging a grouped convolution": "PEFT's A uses all input channels, and PEFT rejects the merge",
+    "dilated convolution": "PEFT's A is not dilated, so its output has a different size",
+    "padding mode of a convolution": "PEFT's A pads with zeros, so its output differs at the borders",
     "two scalings in one nn.MultiheadAttention": "PEFT has one alpha for both projections",
-    "one layer at two places": "PEFT replaces the layer at one of them",
-    "slices of a fused projection": "PEFT has none; the file holds the equal full-width adapter",
-    "pissa over the untouched base": "PEFT changes the base; the file holds the equal rank 2r",
-    "tie_head": "PEFT's file holds the head's adapter as a second one",
+    "one layer at two places": "PEFT replaces the layer at one of the places",
+    "slices of a fused projection": "PEFT has no slices; the file contains the equivalent full-width adapter",
+    "pissa over the untouched base": "PEFT changes the base; the file contains the equivalent adapter of rank 2r",
+    "tie_head": "PEFT's file contains a second adapter for the head",
 }
-"""Each has its tests in a section below, or in test_pissa. The last three have an equal in PEFT's
-format, which test_peft_files and test_layer_kinds load there; here they meet the formula."""
+"""Each has tests in a section below, or in test_pissa. The last three have an equivalent in PEFT's
+format, which test_peft_files and test_layer_kinds load with PEFT; here they are compared with the formula."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +56,13 @@ def random_adapter(model: nn.Module, **settings) -> Adapters:
 
 
 def effective(W: Tensor, module: nn.Module, slices: tuple = (), scaling: float = SCALING) -> Tensor:
-    """What an adapter's tensors make of the matrix W, by the formula."""
+    """Return the adapted matrix W by the formula."""
     W = W + arithmetic.low_rank(module.lora_A, module.lora_B, scaling, len(W), slices)
     return W if module.magnitude is None else arithmetic.rescaled(W, module.magnitude, slices)
 
 
 def check_own_folder(handle: Adapters, fresh: nn.Module, x: Tensor, folder: Path) -> None:
-    """The folder is lorakit's alone (PEFT would compute something else) and comes back whole."""
+    """Check that the folder is in lorakit's format only (PEFT would compute something else) and loads exactly."""
     expected = handle.model(x)
     handle.save(folder)
     assert not (folder / "adapter_config.json").exists()
@@ -82,7 +82,7 @@ FUSED = [
 @pytest.mark.parametrize("option", ["plain", "dora", "pissa"])
 @pytest.mark.parametrize(("arch", "role"), FUSED, ids=lambda value: value)
 def test_slices_of_a_fused_projection(arch: str, role: str, option: str):
-    """One by one and together, in one piece and interleaved, equal and (Phi-3) unequal."""
+    """Single and combined slices, contiguous and interleaved, of equal and (Phi-3) unequal widths."""
     model, oracle = float64_model(arch), float64_model(arch)
     batch = inputs(arch, model)
     base = model(**batch).logits
@@ -108,7 +108,7 @@ def test_slices_of_a_fused_projection(arch: str, role: str, option: str):
 
 @pytest.mark.parametrize("role", ["q", "k", "v"])
 @pytest.mark.parametrize("arch", ["gpt2", "gpt-neox", "bloom", "phi3"])
-def test_a_slice_leaves_the_other_rows_alone(arch: str, role: str):
+def test_a_slice_changes_no_other_rows(arch: str, role: str):
     model = float64_model(arch)
     head = tiny_models.natural_head(arch)
     (path, own), *_ = expected_targets(arch, head, (f"attention.{role}",)).items()
@@ -130,7 +130,7 @@ TIED = ("gpt2", "opt", "bloom", "gemma", "gemma2", "gemma3", "smollm3")
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa"])
 @pytest.mark.parametrize("arch", TIED)
-def test_tied_head_follows_the_embedding(arch: str, init: str):
+def test_a_tied_head_uses_the_adapter_of_the_embedding(arch: str, init: str):
     model, oracle, untied = (float64_model(arch) for _ in range(3))
     batch = inputs(arch, model)
     base = model(**batch).logits
@@ -140,7 +140,7 @@ def test_tied_head_follows_the_embedding(arch: str, init: str):
     if init == "pissa":
         W = W - arithmetic.principal(W, RANK)
     W = effective(W, next(iter(handle.modules().values())))
-    table.weight.copy_(W.T)  # in place, so that the head keeps sharing it
+    table.weight.copy_(W.T)  # in place: the head shares this tensor
     adapted = model(**batch).logits
     assert_differ(adapted, base)
     assert_same(adapted, oracle(**batch).logits, TIGHT)
@@ -153,8 +153,8 @@ def test_tied_head_follows_the_embedding(arch: str, init: str):
     assert_same(model(**batch).logits, adapted, TIGHT)
 
 
-def test_tied_head_cannot_follow_dora():
-    """A head with the table's delta but without its magnitudes would be tied to nothing."""
+def test_a_tied_head_cannot_use_dora():
+    """A head with the table's delta but without its magnitudes is no longer tied to it."""
     model = fresh_model("gpt2", "causal-lm")
     with pytest.raises(ConfigurationError, match=r"dora.*tie_head|tie_head.*dora"):
         attach(model, LoRA(rank=RANK, targets="embedding", tie_head=True, dora=True))
@@ -180,7 +180,7 @@ def test_tied_head_in_peft(arch: str, tmp_path: Path):
 
 
 class SelfAttention(nn.Module):
-    """One attention layer that looks at its own input."""
+    """One self-attention layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def peft_convolution(*, dora: bool = False, **settings) -> peft.PeftModel:
 
 
 def check_convolution(model: nn.Module, handle: Adapters, x: Tensor) -> Tensor:
-    """An adapted convolution equals the plain one with the formula's kernel, merged or not."""
+    """Check that an adapted convolution equals a plain one with the formula's kernel, merged or not."""
     handle.activate(None)
     base = model(x)
     handle.activate("default")
@@ -298,7 +298,7 @@ def test_dilated_convolution(dora: bool, tmp_path: Path):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_padding_mode_of_a_convolution(settings: dict, tmp_path: Path):
-    """PEFT runs these with another function: lorakit neither writes nor reads them as its own."""
+    """PEFT computes a different function here, so lorakit neither writes nor reads PEFT's format."""
     model, x = convolution(**settings), image()
     handle = random_adapter(model, targets="0")
     adapted = check_convolution(model, handle, x)
@@ -313,7 +313,10 @@ def test_padding_mode_of_a_convolution(settings: dict, tmp_path: Path):
 
 
 def test_merging_a_grouped_convolution():
-    with peft_models.speaking_peft(), pytest.raises(NotImplementedError, match="groups > 1"):
+    with (
+        peft_models.expected_peft_warnings(),
+        pytest.raises(NotImplementedError, match="groups > 1"),
+    ):
         peft_convolution(groups=2).merge_adapter()
     model = convolution(groups=2)
     check_convolution(model, random_adapter(model, targets="0"), image())

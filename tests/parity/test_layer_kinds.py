@@ -1,4 +1,4 @@
-"""Kinds of layers that the tiny models lack, in small networks, against PEFT in float64."""
+"""Layer types that the tiny models lack, in small networks, compared with PEFT in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIGHT = 1e-10
 
 @dataclass(frozen=True)
 class Net:
-    """A network of one adapted layer (named `adapted`) and what turns its input and output."""
+    """A network with an adapted layer (`adapted`) and another one, and the shape of its input."""
 
     layer: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -33,9 +33,8 @@ class Net:
             net = nn.ModuleDict({"adapted": self.layer(), "other": nn.Linear(3, 3)})
             net = net.double().eval()
             with torch.no_grad():
-                for (
-                    parameter
-                ) in net.parameters():  # biases too, which MultiheadAttention starts at 0
+                # Biases too: MultiheadAttention initialises them with 0.
+                for parameter in net.parameters():
                     parameter.normal_(std=0.5)
             return net
 
@@ -80,7 +79,7 @@ NOT_COMBINED = {
     (
         "conv2d grouped",
         "pissa",
-    ): "lorakit refuses it: no kernel of the layer is its best low-rank part",
+    ): "lorakit rejects it: the best low-rank part is not a kernel of the layer",
     ("conv2d grouped", "dora"): "PEFT cannot: see test_beyond_peft",
     ("transformer layer", "dora"): "PEFT cannot: see test_beyond_peft",
     ("causal transformer layer", "dora"): "PEFT cannot: see test_beyond_peft",
@@ -91,7 +90,7 @@ every_pair = pytest.mark.parametrize(("net", "option"), PAIRS, ids=lambda value:
 
 def run(net: nn.Module, x: Tensor) -> Tensor:
     if isinstance(net, peft.PeftModel):
-        # PyTorch's fused encoder layer reads the base's weights past PEFT's wrappers.
+        # PyTorch's fused encoder layer reads the base's weights and ignores PEFT's wrappers.
         with fused_attention(False):
             return run(net.base_model.model, x)
     layer = net["adapted"]
@@ -112,7 +111,7 @@ def fused_attention(enabled: bool) -> Iterator[None]:
 
 
 def targets(net: nn.Module) -> tuple[str, ...]:
-    """The layer itself, or every attention and linear layer inside it."""
+    """Return the layer itself, or every attention and linear layer inside it."""
     if isinstance(net["adapted"], nn.TransformerDecoderLayer):
         return ("self_attn", "multihead_attn", "linear1")
     if isinstance(net["adapted"], nn.TransformerEncoderLayer):
@@ -177,7 +176,7 @@ def test_peft_reads_what_lorakit_wrote(net: str, option: str, tmp_path):
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o", "qv", "attention"])
 def test_slices_of_multihead_attention(role: str, tmp_path):
-    """PEFT always adapts both projections, and whole: zeros stand for the rest."""
+    """PEFT always adapts both projections completely; the other rows are zero in the file."""
     net = NETS["causal transformer layer"]
     ours, theirs, x = net.build(), net.build(), net.x()
     base = run(ours, x)

@@ -1,4 +1,4 @@
-"""Adapters that change hands otherwise than by `PeftModel.from_pretrained` and `lorakit.load`."""
+"""Adapters pass between libraries by `transformers`' load_adapter and by `lorakit.from_peft`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = {
     "gpt2": LoRA(rank=2, alpha=3.0, targets="attention.qv", init="pissa"),
     "roberta": LoRA(rank=2, alpha=3.0, bias="lora_only", train_modules="classifier"),
 }
-"""Without DoRA, whose magnitudes transformers 5.24 loses, from PEFT's own folders as well."""
+"""Without DoRA: transformers 5.24 loses its magnitudes, also from PEFT's own folders."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _without_gradients():
 
 
 @pytest.mark.parametrize("arch", FOLDERS)
-def test_transformers_load_adapter_takes_our_folder(arch: str, tmp_path: Path):
+def test_transformers_load_adapter_loads_our_folder(arch: str, tmp_path: Path):
     head = tiny_models.natural_head(arch)
     model, theirs = fresh_model(arch, head), fresh_model(arch, head)
     batch = tiny_models.example_batch(arch, model)
@@ -40,7 +40,7 @@ def test_transformers_load_adapter_takes_our_folder(arch: str, tmp_path: Path):
     expected = model(**batch).logits
     assert_differ(expected, base)
     folder = handle.save(tmp_path / "adapter")
-    with peft_models.speaking_peft():
+    with peft_models.expected_peft_warnings():
         theirs.load_adapter(str(folder))
     assert_same(theirs.eval()(**batch).logits, expected)
 
@@ -49,27 +49,27 @@ EVERY_TENTH = covering_array.cases()[::10]
 
 
 @pytest.mark.parametrize("case", EVERY_TENTH, ids=str)
-def test_from_peft_takes_over_a_live_model(case: Case):
+def test_from_peft_converts_a_live_model(case: Case):
     model = case.model()
     batch = case.batch(model)
     base, keys = model(**batch).logits, list(model.state_dict())
     adapted = peft_models.adapt(case.model(), peft_models.configuration(case))
     expected = adapted(**batch).logits
     assert_differ(expected, base)
-    with peft_models.speaking_peft():
+    with peft_models.expected_peft_warnings():
         handle = from_peft(adapted)
-    taken = handle.model
-    assert type(taken) is type(model)
-    assert_same(taken(**batch).logits, expected)
-    assert [key for key in taken.state_dict() if ".adapters." not in key] == keys
+    converted = handle.model
+    assert type(converted) is type(model)
+    assert_same(converted(**batch).logits, expected)
+    assert [key for key in converted.state_dict() if ".adapters." not in key] == keys
     handle.detach()
-    if case.bias == "none":  # PEFT trains biases in place: what they were is nowhere kept
-        assert torch.equal(taken(**batch).logits, base)
+    if case.bias == "none":  # PEFT trains biases in place and loses the original ones
+        assert torch.equal(converted(**batch).logits, base)
 
 
 @pytest.mark.parametrize("arch", ["gemma", "smollm3"])
 def test_from_peft_with_tied_adapters(arch: str):
-    """PEFT's ensure_weight_tying: one pair of factors, on the table and the head that shares it."""
+    """PEFT's ensure_weight_tying uses one pair of factors for the table and the tied head."""
     model = fresh_model(arch, "causal-lm")
     batch = tiny_models.example_batch(arch, model)
     base = model(**batch).logits
@@ -79,6 +79,6 @@ def test_from_peft_with_tied_adapters(arch: str):
     adapted = peft_models.adapt(fresh_model(arch, "causal-lm"), config)
     expected = adapted(**batch).logits
     assert_differ(expected, base)
-    with peft_models.speaking_peft():
+    with peft_models.expected_peft_warnings():
         handle = from_peft(adapted)
     assert_same(handle.model(**batch).logits, expected)

@@ -1,4 +1,4 @@
-"""loralib's own layers as oracle: the same A and B, the same outputs and merged weights."""
+"""loralib's layers as reference: the same A and B give the same outputs and merged weights."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def image(dimensions: int) -> Tensor:
 
 
 def oracle(build: type[nn.Module], *args, **settings) -> nn.Module:
-    """A layer of loralib with random base weights and random A and B, not merged."""
+    """Return an unmerged loralib layer with random base weights and random A and B."""
     layer = build(*args, r=RANK, lora_alpha=ALPHA, **settings).double()
-    nn.Module.train(layer)  # loralib merges in eval mode, and its own train() looks at that
+    nn.Module.train(layer)  # bypasses loralib's train(), which merges and unmerges
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -48,7 +48,7 @@ def base_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def twin(of: nn.Module, plain: nn.Module) -> nn.Module:
-    """The plain layer with the base weights of loralib's, inside a model."""
+    """Return a model of the plain layer with the base weights of loralib's layer."""
     weight, bias = base_weights(of)
     plain = plain.double()
     with torch.no_grad():
@@ -110,10 +110,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callab
         lambda: image(2),
     ),
 }
-"""What loralib 0.1.2 can compute: of convolutions, those with width * width taps."""
+"""The layers that loralib 0.1.2 supports. Its convolutions need square kernels."""
 
 FROM_ATTACH = [name for name in LAYERS if not name.startswith("Conv")]
-"""Convolutions are made in PEFT's factorisation; loralib's is read from its files."""
+"""Attached convolutions use PEFT's factorisation; loralib's is only loaded from its files."""
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def _without_gradients():
 
 
 def check(theirs: nn.Module, model: nn.Module, handle: Adapters, x: Tensor) -> None:
-    """Outputs and merged weights of one layer in both libraries."""
+    """Compare outputs and merged weights of a layer in both libraries."""
     handle.activate(None)
     base = model(x)
     handle.activate(*handle.names)
@@ -168,7 +168,7 @@ FUSED = {
     "gpt2": ("transformer.h.0.attn.c_attn", {"fan_in_fan_out": True}),
     "ModernBert": ("layers.0.attn.Wqkv", {"bias": False}),
 }
-"""A tiny model with q, k, v as thirds of one layer, stored transposed and not."""
+"""Tiny models whose fused layer has q, k, v as thirds, transposed or not."""
 
 
 @pytest.mark.parametrize("letters", SLICES)

@@ -1,4 +1,4 @@
-"""One file, two libraries, the same logits: every architecture, every pair of LoRA's options."""
+"""PEFT and lorakit compute the same logits from the same file, for every architecture and pair of options."""
 
 from __future__ import annotations
 

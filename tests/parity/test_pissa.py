@@ -1,4 +1,4 @@
-"""PiSSA over the untouched base, against its formula in float64 and against PEFT's."""
+"""PiSSA without a change of the base, compared with its formula in float64 and with PEFT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError
 RANK, ALPHA = 2, 3.0
 SCALING = ALPHA / RANK
 EXACT = 1e-12
-"""Tolerance where everything computes in float64."""
+"""Tolerance if everything computes in float64."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_pissa_starts_as_the_base_and_trains_its_principal_part(arch: str, role:
         A, B = module.lora_A.flatten(1), module.lora_B.flatten(1)
         W = W - arithmetic.principal(W, RANK) + arithmetic.low_rank(A, B, SCALING, len(W))
         arithmetic.set_matrix(layer, W)
-        if arch == "gemma":  # an adapter on the table does not act on the head that shares it
+        if arch == "gemma":  # the adapter of the table does not apply to the tied head
             oracle.lm_head.weight = nn.Parameter(state["lm_head.weight"])
     assert_differ(model(**batch).logits, base)
     assert_same(model(**batch).logits, oracle(**batch).logits, TIGHT)
@@ -66,12 +66,12 @@ def peft_pissa(model: nn.Module) -> peft.PeftModel:
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="pissa"
     )
-    with peft_models.speaking_peft():
+    with peft_models.expected_peft_warnings():
         return peft.get_peft_model(model, config).eval()
 
 
-def test_pissa_computes_what_pefts_does():
-    """The same A and B: over PEFT's changed base, and over ours, which is as it was."""
+def test_pissa_computes_the_same_as_pefts():
+    """The same A and B, with PEFT's changed base and with our unchanged one."""
     model = fresh_model("llama", "causal-lm")
     batch = tiny_models.example_batch("llama", model)
     base = model(**batch).logits
@@ -87,19 +87,22 @@ def test_pissa_computes_what_pefts_does():
     assert_same(model(**batch).logits, theirs(**batch).logits)
 
 
-def test_pissa_of_peft_is_read_once_it_is_converted(tmp_path: Path):
-    """The file alone does not say what base it belongs to: an error, with the way out."""
+def test_pissa_of_peft_is_loaded_after_conversion(tmp_path: Path):
+    """The unconverted file does not identify its base, so loading it is an error that names the conversion."""
     model = fresh_model("llama", "causal-lm")
     batch = tiny_models.example_batch("llama", model)
     start, theirs = (peft_pissa(fresh_model("llama", "causal-lm")) for _ in range(2))
-    start.peft_config["default"].init_lora_weights = True  # so PEFT's guide to the conversion
+    start.peft_config["default"].init_lora_weights = True  # as PEFT's conversion guide does
     start.save_pretrained(tmp_path / "start")
     randomise((p for p in theirs.parameters() if p.requires_grad), seed=2)
     expected = theirs(**batch).logits
     theirs.save_pretrained(tmp_path / "raw")
     with pytest.raises(AdapterFileError, match="path_initial_model_for_weight_conversion"):
         load(model, tmp_path / "raw")
-    with peft_models.speaking_peft(), pytest.warns(UserWarning, match="PiSSA changes the base"):
+    with (
+        peft_models.expected_peft_warnings(),
+        pytest.warns(UserWarning, match="PiSSA changes the base"),
+    ):
         theirs.save_pretrained(
             tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
         )

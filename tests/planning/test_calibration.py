@@ -1,4 +1,4 @@
-"""Constants of a machine, from what two runs took."""
+"""Machine constants are fitted to two runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from lorakit.errors import ConfigurationError
-from lorakit.planning.calibration import MARGIN, MOST, _try, calibrate, fit
+from lorakit.planning.calibration import MARGIN, MOST, _run_trial, calibrate, fit
 from lorakit.planning.ledger import Work
 from lorakit.planning.machine import (
     Machine,
@@ -56,52 +55,54 @@ def runs(steps: list[Step]) -> list[dict[str, float]]:
 STEPS = [step(3e10, 9e8, 5_000_000), step(1.3e11, 2e9, 20_000_000)]
 
 
-def test_the_true_constants_are_found():
+def test_the_true_constants_are_fitted():
     start = dataclasses.replace(TRUE, traffic=1e10, slack=0.9)
-    found = fit(start, STEPS, runs(STEPS), {})
-    assert found.traffic == pytest.approx(TRUE.traffic)
-    assert found.slack == pytest.approx(MARGIN * TRUE.slack)
-    assert "calibrated" in found.origin
+    fitted = fit(start, STEPS, runs(STEPS), {})
+    assert fitted.traffic == pytest.approx(TRUE.traffic)
+    assert fitted.slack == pytest.approx(MARGIN * TRUE.slack)
+    assert "calibrated" in fitted.origin
 
 
-def test_passes_take_what_products_leave():
-    """Products that were tried are known to take three times as long as their rate tells."""
-    tried = {p: 3 * TRUE.estimate(p) for s in STEPS for p in s.work.products}
+def test_memory_passes_account_for_the_time_beyond_products():
+    """The measured products take three times as long as their rate predicts."""
+    timings = {p: 3 * TRUE.estimate(p) for s in STEPS for p in s.work.products}
     measured = runs(STEPS)
     for run, s in zip(measured, STEPS, strict=True):
-        run["seconds"] = TRUE.seconds(s.work, tried)
+        run["seconds"] = TRUE.seconds(s.work, timings)
     start = dataclasses.replace(TRUE, traffic=1e10)
-    found = fit(start, STEPS, measured, tried)
-    assert found.traffic == pytest.approx(TRUE.traffic)
+    fitted = fit(start, STEPS, measured, timings)
+    assert fitted.traffic == pytest.approx(TRUE.traffic)
     for s, run in zip(STEPS, measured, strict=True):
-        assert found.seconds(s.work, tried) == pytest.approx(run["seconds"])
+        assert fitted.seconds(s.work, timings) == pytest.approx(run["seconds"])
 
 
 @pytest.mark.parametrize(("seconds", "factor"), [(1e-3, MOST), (1e3, 1 / MOST)])
-def test_runs_on_a_machine_that_is_busy_change_its_rate_within_bounds(seconds, factor):
-    """Nothing is left for the passes, or all of a quarter of an hour."""
+def test_the_fitted_rate_is_bounded_on_a_busy_machine(seconds, factor):
+    """The runs are faster than their products alone, or take a quarter of an hour."""
     measured = [run | {"seconds": seconds} for run in runs(STEPS)]
-    found = fit(TRUE, STEPS, measured, {})
-    assert found.traffic == pytest.approx(factor * TRUE.traffic)
+    fitted = fit(TRUE, STEPS, measured, {})
+    assert fitted.traffic == pytest.approx(factor * TRUE.traffic)
 
 
-def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
+def test_a_calibration_is_cached_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     assert read_calibration(CPU, torch.float32) is None
     path = keep_calibration(TRUE, CPU, torch.float32)
     assert path == calibration_file(CPU, torch.float32)
     assert find_machine(CPU, torch.float32, here=True) == TRUE
-    assert read_calibration(CPU, torch.bfloat16) is None  # another dtype is another machine
+    assert read_calibration(CPU, torch.bfloat16) is None  # each dtype has its own
     path.write_text(path.read_text().replace("400000000000.0", "500000000000.0"))
-    assert read_calibration(CPU, torch.float32) is None  # damaged: measured anew
+    assert read_calibration(CPU, torch.float32) is None  # damaged: ignored
 
 
 def test_a_trial_reports_its_own_memory():
-    """What its parent holds counts for a child in the usage of resources that the system reports."""
+    """getrusage in a child process includes the memory of its parent."""
     held = torch.ones(2**28)
     shape = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(**shape, num_attention_heads=4)
-    figures = _try(config, torch.float32, {"count": 1, "length": 8, "targets": 4})
+    config = {"model_type": "llama", **shape, "num_attention_heads": 4}
+    figures = _run_trial(
+        {"config": config, "dtype": "float32", "count": 1, "length": 8, "targets": 4}
+    )
     assert 0 < figures["ready"] < figures["peak"] < figures["ready"] + held.nbytes // 4
     assert figures["seconds"] > 0
 

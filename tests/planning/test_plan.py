@@ -1,4 +1,4 @@
-"""`lorakit.planning.plan`: from a configuration alone, without weights."""
+"""`lorakit.planning.plan` predicts a run from its configuration, without weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MACHINE = Machine(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A folder with a configuration and a tokenizer, and no weights."""
+    """Return a folder with a configuration and a tokenizer, but no weights."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     config = tiny_models.ARCHITECTURES["llama"]()
@@ -51,93 +51,93 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_counts_are_those_of_the_trained_run(tmp_path):
+def test_counts_match_the_trained_run(tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, max_steps=1, epochs=1)
-    found = plan(config, machine=MACHINE)
+    planned = plan(config, machine=MACHINE)
     run = lorakit.train(config)
     (file,) = (run.folder / "adapter").glob("*.safetensors")
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert found.chosen.file_bytes == file.stat().st_size - header
-    assert found.chosen.memory.adapter == found.chosen.file_bytes
-    assert found.chosen.memory.optimizer == 2 * found.chosen.file_bytes
-    assert found.steps == 1
+    assert planned.chosen.file_bytes == file.stat().st_size - header
+    assert planned.chosen.memory.adapter == planned.chosen.file_bytes
+    assert planned.chosen.memory.optimizer == 2 * planned.chosen.file_bytes
+    assert planned.steps == 1
 
 
-def test_on_this_machine_the_products_of_the_step_are_tried(base, tmp_path, monkeypatch):
-    """A million seconds each, where the machine's rate would tell none."""
+def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
+    """Each product takes a million seconds; the rates alone predict almost none."""
     config = tiny_runs.config(tmp_path, base, accumulation=1)
-    known = dataclasses.replace(MACHINE, products=1e15, traffic=1e15, draws=1e15)
-    asked = []
+    fast = dataclasses.replace(MACHINE, products=1e15, traffic=1e15, draws=1e15)
+    timed = []
 
-    def tried(products, device, estimate):
-        asked.append((sum(products.values()), device))
+    def time_products(products, device, estimate):
+        timed.append((sum(products.values()), device))
         return dict.fromkeys(products, 1e6)
 
-    monkeypatch.setattr("lorakit.planning.planner.time_products", tried)
-    assert plan(config, length=64, compare=False, machine=known).chosen.seconds < 1
-    assert not asked
-    here = dataclasses.replace(known, here=True)
-    found = plan(config, length=64, compare=False, machine=here)
-    ((count, device),) = asked
-    assert found.chosen.seconds == pytest.approx(1e6 * count)
+    monkeypatch.setattr("lorakit.planning.planner.time_products", time_products)
+    assert plan(config, length=64, compare=False, machine=fast).chosen.seconds < 1
+    assert not timed
+    here = dataclasses.replace(fast, here=True)
+    planned = plan(config, length=64, compare=False, machine=here)
+    ((count, device),) = timed
+    assert planned.chosen.seconds == pytest.approx(1e6 * count)
     assert device == torch.device("cpu")
 
 
 def test_any_number_of_targets_is_planned(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, batch_size=7)
-    found = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
-    assert found[0].seconds < found[1].seconds < found[2].seconds
+    planned = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
+    assert planned[0].seconds < planned[1].seconds < planned[2].seconds
 
 
-def test_the_optimizer_takes_time(base, tmp_path):
+def test_the_optimizer_update_takes_time(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, accumulation=1)
     slow = dataclasses.replace(MACHINE, products=1e15, traffic=1.0)
-    few = plan(config, length=64, compare=False, machine=slow).chosen
-    trained = dataclasses.replace(MACHINE, products=1e15, traffic=1e30)
-    none = plan(config, length=64, compare=False, machine=trained).chosen
-    assert few.seconds > UPDATE_BYTES * few.trained > none.seconds
+    slow_update = plan(config, length=64, compare=False, machine=slow).chosen
+    fast = dataclasses.replace(MACHINE, products=1e15, traffic=1e30)
+    fast_update = plan(config, length=64, compare=False, machine=fast).chosen
+    assert slow_update.seconds > UPDATE_BYTES * slow_update.trained > fast_update.seconds
 
 
 def test_no_weights_are_needed(base, tmp_path):
-    found = plan(tiny_runs.config(tmp_path, base), machine=MACHINE)
+    planned = plan(tiny_runs.config(tmp_path, base), machine=MACHINE)
     vocabulary = len(tiny_tokenizer())
     model = tiny_models.build("llama", vocab_size=vocabulary, num_hidden_layers=5)
-    assert found.parameters == model.num_parameters()
-    # Beside the parameters there are the frequencies of the positions.
-    assert 0 <= found.chosen.memory.base - 4 * found.parameters < 100
-    assert "train.jsonl" in found.lengths
-    assert found.steps == 18
+    assert planned.parameters == model.num_parameters()
+    # The base also has the rotary frequencies.
+    assert 0 <= planned.chosen.memory.base - 4 * planned.parameters < 100
+    assert "train.jsonl" in planned.lengths
+    assert planned.steps == 18
 
 
-def test_the_parts_make_the_total(base, tmp_path):
-    found = plan(tiny_runs.config(tmp_path, base), length=64, machine=MACHINE)
-    record = found.as_dict()
+def test_the_parts_add_up_to_the_total(base, tmp_path):
+    planned = plan(tiny_runs.config(tmp_path, base), length=64, machine=MACHINE)
+    record = planned.as_dict()
     json.dumps(record)
     for name in ("chosen", "full"):
         parts = dict(record[name]["memory"])
         assert parts.pop("total") == sum(parts.values())
         assert parts["software"] == 1000
-    of_step = ("activations", "gradients", "logits", "temporary")
-    memory = found.chosen.memory
+    step_parts = ("activations", "gradients", "logits", "temporary")
+    memory = planned.chosen.memory
     assert memory.allocator == pytest.approx(
-        0.5 * sum(getattr(memory, name) for name in of_step), abs=1
+        0.5 * sum(getattr(memory, name) for name in step_parts), abs=1
     )
 
 
-def test_full_fine_tuning_stands_beside(base, tmp_path):
+def test_full_fine_tuning_is_predicted_for_comparison(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, lora=lorakit.LoRA(rank=2))
-    found = plan(config, length=64, machine=MACHINE)
-    assert found.full is not None
-    assert found.full.trained == found.parameters
-    assert found.full.memory.optimizer == 8 * found.parameters
-    assert found.full.memory.gradients >= 0.9 * 4 * found.parameters
-    assert found.full.memory.total > found.chosen.memory.total
+    planned = plan(config, length=64, machine=MACHINE)
+    assert planned.full is not None
+    assert planned.full.trained == planned.parameters
+    assert planned.full.memory.optimizer == 8 * planned.parameters
+    assert planned.full.memory.gradients >= 0.9 * 4 * planned.parameters
+    assert planned.full.memory.total > planned.chosen.memory.total
     alone = plan(
         dataclasses.replace(config, method="full", lora=lorakit.LoRA()), length=64, machine=MACHINE
     )
     assert alone.full is None
-    assert alone.chosen == found.full
+    assert alone.chosen == planned.full
 
 
 @pytest.mark.parametrize(
@@ -156,22 +156,22 @@ def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
     adapters = lorakit.attach(model, method())
     adapters.save(tmp_path / "adapter")
     config = tiny_runs.config(tmp_path, base, from_adapter=str(tmp_path / "adapter"))
-    found = plan(config, length=32, machine=MACHINE)
-    assert found.chosen.trained == adapters.summary().counts.trainable
-    assert found.full is not None
+    planned = plan(config, length=32, machine=MACHINE)
+    assert planned.chosen.trained == adapters.summary().counts.trainable
+    assert planned.full is not None
 
 
-def test_a_method_of_ones_own_beside_full_fine_tuning(base, tmp_path, monkeypatch):
+def test_a_custom_method_is_compared_with_full_fine_tuning(base, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_OWN", {})
     settings = {"targets": ["mlp.up"]}
     config = tiny_runs.config(tmp_path, base, method=OWN_METHOD, method_settings=settings)
-    found = plan(config, length=32, machine=MACHINE)
-    assert found.chosen.trained == 5 * 64
-    assert found.full is not None
-    assert found.full.trained == found.parameters
+    planned = plan(config, length=32, machine=MACHINE)
+    assert planned.chosen.trained == 5 * 64
+    assert planned.full is not None
+    assert planned.full.trained == planned.parameters
 
 
-def test_more_of_anything_takes_more(base, tmp_path):
+def test_longer_larger_and_wider_runs_need_more(base, tmp_path):
     def total(**changes):
         config = tiny_runs.config(tmp_path, base, accumulation=1)
         length = changes.pop("length", 64)
@@ -210,13 +210,13 @@ def test_an_encoder_is_planned_as_a_classifier(tmp_path):
     config = tiny_models.ARCHITECTURES["bert"]()
     config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path)
-    found = plan(tiny_runs.config(tmp_path, str(tmp_path)), length=32, machine=MACHINE)
+    planned = plan(tiny_runs.config(tmp_path, str(tmp_path)), length=32, machine=MACHINE)
     head = 32 * 2 + 2 + 32 * 32 + 32  # classifier and pooler
-    assert found.chosen.trained > head
-    assert not found.packed
+    assert planned.chosen.trained > head
+    assert not planned.packed
 
 
-def test_mistakes_are_named(base, tmp_path):
+def test_errors_name_the_setting(base, tmp_path):
     config = tiny_runs.config(tmp_path, base)
     with pytest.raises(DataError, match="context"):
         plan(config, length=4096, machine=MACHINE)
@@ -232,14 +232,14 @@ def test_mistakes_are_named(base, tmp_path):
         )
 
 
-def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path, monkeypatch):
+def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
     config = tiny_runs.config(tmp_path, base)
     config = dataclasses.replace(config, base=BaseConfig(name=base, device="cuda"))
-    found = plan(config, length=64)
-    assert (found.device, found.dtype) == ("cuda", "bfloat16")
-    assert found.chosen.memory.software == 0
-    assert found.chosen.seconds > 0
+    planned = plan(config, length=64)
+    assert (planned.device, planned.dtype) == ("cuda", "bfloat16")
+    assert planned.chosen.memory.software == 0
+    assert planned.chosen.seconds > 0
 
 
 def test_the_papers_arithmetic():
@@ -248,14 +248,14 @@ def test_the_papers_arithmetic():
         assert figure in text
 
 
-def test_gpt3_is_planned_as_a_shape(tmp_path):
+def test_gpt3_is_planned_without_a_checkpoint(tmp_path):
     config = tiny_runs.config(
         tmp_path, "gpt3-175b", lora=lorakit.LoRA(rank=4), accumulation=1, batch_size=1
     )
     config = dataclasses.replace(config, base=BaseConfig(name="gpt3-175b", dtype="bfloat16"))
-    found = plan(config, length=64, compare=False, machine=MACHINE)
-    assert found.parameters == 174_604_259_328
-    assert found.chosen.trained == 18_874_368
-    assert found.chosen.memory.base == pytest.approx(349.2e9, rel=0.001)
-    assert found.paper
+    planned = plan(config, length=64, compare=False, machine=MACHINE)
+    assert planned.parameters == 174_604_259_328
+    assert planned.chosen.trained == 18_874_368
+    assert planned.chosen.memory.base == pytest.approx(349.2e9, rel=0.001)
+    assert planned.paper
     assert not Path("gpt3-175b").exists()

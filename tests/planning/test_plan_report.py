@@ -1,4 +1,4 @@
-"""The page of a plan holds what was planned, whatever was planned."""
+"""The page of a plan shows the numbers of the plan."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def config(tmp_path_factory) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def found(config) -> Plan:
+def planned(config) -> Plan:
     return plan(config, length=64, machine=MACHINE)
 
 
 def tables(page: Page) -> dict[str, dict[str, list]]:
-    """The rows of each table by their first cell, by the heading of that cell."""
+    """Return the rows of each table by first cell, keyed by the heading of the first column."""
     return {
         block.columns[0]: {str(row[0]): list(row[1:]) for row in block.rows}
         for section in page.sections
@@ -52,11 +52,11 @@ def test_every_part_is_named_and_drawn_once():
     assert [part for parts in DRAWN.values() for part in parts] == fields
 
 
-def test_its_numbers_are_those_of_the_plan(found, config):
+def test_the_page_shows_the_numbers_of_the_plan(planned, config):
     made = dataclasses.replace(
-        found,
+        planned,
         chosen=dataclasses.replace(
-            found.chosen,
+            planned.chosen,
             trained=1234,
             share=0.5,
             file_bytes=4936,
@@ -76,19 +76,20 @@ def test_its_numbers_are_those_of_the_plan(found, config):
         "100 steps": ["25s", shown["Time"]["100 steps"][1]],
     }
     assert [row[0] for row in shown["Quantity"].values()] == ["1,234", "50.0000%", "4,936"]
-    assert page.summary[1] == (
-        "At its fullest moment it holds 450 bytes, and a step of 500 tokens takes 250 ms: 25s for the run's 100 "
-        "steps, evaluation not counted."
-    )
+    assert page.summary[1:3] == [
+        "Its peak memory is 450 bytes. A step of 500 tokens takes 250 ms.",
+        "The run's 100 steps take 25s without evaluation.",
+    ]
     full = made.full.memory.total / 450
-    assert f"{full:.1f} times as much" in page.summary[2]
-    assert "LoRA 450 bytes (base 10 bytes, what is trained 20 bytes, gradients, optimizer 70" in (
-        memory_figure(made).charts[0].alt
+    assert f"{full:.1f} times as much" in page.summary[3]
+    assert (
+        "LoRA 450 bytes (base 10 bytes, trained parameters 20 bytes, gradients, optimizer 70"
+        in (memory_figure(made).charts[0].alt)
     )
 
 
-def test_it_holds_configuration_and_command(found, config):
-    page = plan_page(found, config, command="lorakit plan --length 64")
+def test_the_page_has_configuration_and_command(planned, config):
+    page = plan_page(planned, config, command="lorakit plan --length 64")
     codes = [b for section in page.sections for b in section.blocks if isinstance(b, Code)]
     assert any("max_steps: 20" in code.text for code in codes)
     assert codes[-1].text == "lorakit plan --length 64"
@@ -99,20 +100,22 @@ def test_it_holds_configuration_and_command(found, config):
     assert "Quantity" in shown
 
 
-def test_full_fine_tuning_stands_alone(config):
+def test_a_plan_of_full_fine_tuning_has_one_column(config):
     full = dataclasses.replace(config, method="full")
-    found = plan(full, length=64, machine=MACHINE)
-    assert found.full is None
-    page = plan_page(found, full, command="")
+    planned = plan(full, length=64, machine=MACHINE)
+    assert planned.full is None
+    page = plan_page(planned, full, command="")
     assert tables(page)["Part"].keys() == {*(f"{k}: {v}" for k, v in PARTS.items()), "total"}
     assert all(len(row) == 1 for row in tables(page)["Part"].values())
-    assert memory_figure(found).charts[0].alt.count("Full fine-tuning") == 1
+    assert memory_figure(planned).charts[0].alt.count("Full fine-tuning") == 1
     assert page.summary[0].startswith("The whole model on ")
     assert not any("times as much" in sentence for sentence in page.summary)
 
 
-def test_it_says_why_full_fine_tuning_is_missing(found, config):
-    alone = dataclasses.replace(found, full=None, why_no_full="The base is in 4 bits.", steps=None)
+def test_the_page_says_why_full_fine_tuning_is_missing(planned, config):
+    alone = dataclasses.replace(
+        planned, full=None, why_no_full="The base is in 4 bits.", steps=None
+    )
     page = plan_page(alone, config, command="")
     texts = [b.text for section in page.sections for b in section.blocks if isinstance(b, Prose)]
     assert "Full fine-tuning is not shown. The base is in 4 bits." in texts
@@ -121,19 +124,17 @@ def test_it_says_why_full_fine_tuning_is_missing(found, config):
     assert not any("full fine-tuning" in figure.note for figure in keys.figures)
 
 
-def test_loading_that_takes_more_is_in_the_summary(found, config):
-    page = plan_page(dataclasses.replace(found, loading=10**12), config, command="")
-    assert page.summary[-1] == (
-        "Loading the base takes more for a moment than training does: 1 TB."
-    )
+def test_the_summary_warns_if_loading_needs_more_memory(planned, config):
+    page = plan_page(dataclasses.replace(planned, loading=10**12), config, command="")
+    assert page.summary[-1] == ("Loading the base briefly needs more memory than training: 1 TB.")
 
 
-def test_the_papers_arithmetic_is_there_where_it_was_planned(found, config):
+def test_the_papers_arithmetic_is_shown_for_gpt3_only(planned, config):
     assert "The paper's arithmetic" not in [
-        s.title for s in plan_page(found, config, command="").sections
+        s.title for s in plan_page(planned, config, command="").sections
     ]
     lines = arithmetic()
-    page = plan_page(dataclasses.replace(found, paper=lines), config, command="")
+    page = plan_page(dataclasses.replace(planned, paper=lines), config, command="")
     (section,) = (s for s in page.sections if s.title == "The paper's arithmetic")
     (table,) = section.blocks
     assert [": ".join(row) for row in table.rows] == list(lines)

@@ -1,4 +1,4 @@
-"""The products of a step: which they are, and how long they take."""
+"""The matrix products of a step are recorded and timed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MACHINE = Machine(products=1e9, traffic=1e8, draws=1e6, call=0.0, origin="made u
 
 
 def square(width: int, count: int = 2) -> Product:
-    """Of `count` square matrices of float32."""
+    """Return a product of `count` square float32 matrices."""
     operand = Operand((width, width), (width, 1), torch.float32)
     return Product("mm", (operand,) * count, 2 * width**3, 3 * 4 * width**2)
 
 
-def noted(compute) -> Work:
+def recorded(compute) -> Work:
     with new_mode():
-        given = [torch.empty(2, 24, 16), torch.empty(32, 16), torch.empty(24, 32)]
-        ledger = Ledger(given)
+        inputs = [torch.empty(2, 24, 16), torch.empty(32, 16), torch.empty(24, 32)]
+        ledger = Ledger(inputs)
         with ledger:
-            compute(*given)
+            compute(*inputs)
     return ledger.segments[-1].work
 
 
@@ -47,8 +47,8 @@ def noted(compute) -> Work:
         ),
     ],
 )
-def test_a_product_is_noted_as_it_lies_in_memory(compute, name, shapes, operations):
-    work = noted(compute)
+def test_a_product_is_recorded_with_its_layout(compute, name, shapes, operations):
+    work = recorded(compute)
     ((product, count),) = work.products.items()
     assert (product.name, count, product.operations) == (name, 1, operations)
     assert [operand.shape for operand in product.operands] == shapes
@@ -60,7 +60,7 @@ def test_a_product_is_noted_as_it_lies_in_memory(compute, name, shapes, operatio
 
 
 def test_work_repeats():
-    work = noted(lambda x, W, y: x[0] @ W.T)
+    work = recorded(lambda x, W, y: x[0] @ W.T)
     work += work.times(3)
     assert list(work.products.values()) == [4]
     assert work.operations == 4 * 2 * 24 * 16 * 32
@@ -71,11 +71,11 @@ def test_work_repeats():
     [
         ((8, 4), (4, 1), 8 * 4 * 4),
         ((4, 8), (1, 4), 8 * 4 * 4),
-        ((8, 4), (0, 1), 4 * 4),  # one row, shown eight times
+        ((8, 4), (0, 1), 4 * 4),  # one row, expanded to eight
         ((8, 4), (400, 1), (7 * 400 + 4) * 4),  # some columns of a wider matrix
     ],
 )
-def test_an_operand_is_made_as_it_lies_in_memory(shape, stride, nbytes):
+def test_an_operand_is_created_with_its_layout(shape, stride, nbytes):
     operand = Operand(shape, stride, torch.float32)
     made = operand.make(CPU)
     assert (tuple(made.shape), made.stride()) == (shape, stride)
@@ -83,21 +83,21 @@ def test_an_operand_is_made_as_it_lies_in_memory(shape, stride, nbytes):
     assert (made == 0.5).all()
 
 
-def test_those_that_take_most_of_the_time_are_tried():
+def test_the_slowest_products_are_timed():
     counts = {square(128): 10, square(64): 1, square(8): 1, square(256): 1}
-    found = time_products(counts, CPU, lambda p: p.operations * 1e-12)
-    assert set(found) == {square(128), square(256)}
-    assert all(0 < seconds < 1 for seconds in found.values())
+    timings = time_products(counts, CPU, lambda p: p.operations * 1e-12)
+    assert set(timings) == {square(128), square(256)}
+    assert all(0 < seconds < 1 for seconds in timings.values())
 
 
-def test_no_more_than_a_few_are_tried(monkeypatch):
+def test_the_number_of_timed_products_is_limited(monkeypatch):
     monkeypatch.setattr(products, "MOST", 2)
     counts = {square(width): 1 for width in (32, 33, 34)}
     assert set(time_products(counts, CPU, lambda p: 0.01)) <= set(counts)
     assert len(time_products(counts, CPU, lambda p: 0.01)) == 2
 
 
-def test_what_cannot_be_tried_is_left_out(monkeypatch):
+def test_unknown_long_and_large_products_are_not_timed(monkeypatch):
     other = Product("convolution", (), 1e9, 0)
     assert time_products({other: 1}, CPU, lambda p: 0.01) == {}
     assert time_products({square(64): 1}, CPU, lambda p: 2 * products.LONGEST) == {}
@@ -106,7 +106,7 @@ def test_what_cannot_be_tried_is_left_out(monkeypatch):
     assert time_products({}, CPU, lambda p: 0.01) == {}
 
 
-def test_a_product_that_was_not_tried_multiplies_or_reads():
+def test_an_estimate_is_limited_by_arithmetic_or_memory():
     wide, thin = square(1000), Product("mm", (), 1e6, 10**9)
     assert MACHINE.estimate(wide) == pytest.approx(2.0)
     assert MACHINE.estimate(thin) == pytest.approx(10.0)
@@ -118,4 +118,4 @@ def test_the_seconds_of_a_step():
     work.products.update({wide: 2, thin: 1})
     assert MACHINE.seconds(work) == pytest.approx(2 * 2 + 10 + 1 + 3)
     assert MACHINE.seconds(work, {wide: 0.5}) == pytest.approx(2 * 0.5 + 10 + 1 + 3)
-    assert math.isclose(MACHINE.seconds_of_products(work, {wide: 0.5, thin: 0.0}), 1.0)
+    assert math.isclose(MACHINE.seconds(work, {wide: 0.5, thin: 0.0}), 2 * 0.5 + 1 + 3)

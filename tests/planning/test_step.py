@@ -1,4 +1,4 @@
-"""What a step without numbers is said to hold, beside what PyTorch allocates in the same step with numbers."""
+"""The predicted memory of a step is compared with PyTorch's allocations in the real step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
 from lorakit.planning.shape import new_mode, planning
-from lorakit.planning.step import Shortened, run_step, shorten
+from lorakit.planning.step import run_step, shorten
 from lorakit.tasks import LabelledExample, LanguageExample
 from lorakit.training.setup import checkpoint_activations
 
@@ -60,10 +60,10 @@ def planned(make, method, objective, batch, *, whole: bool = False, checkpointin
             checkpoint_activations(model)
         model.train()
         make_faster(model)
-        short = Shortened(blocks=[]) if whole else shorten(model)
+        blocks = [] if whole else shorten(model)
         return run_step(
             model,
-            short,
+            blocks,
             objective,
             batch,
             autocast=contextlib.nullcontext(),
@@ -72,17 +72,17 @@ def planned(make, method, objective, batch, *, whole: bool = False, checkpointin
 
 
 def allocated(make, method, objective, batch) -> int:
-    """The most that PyTorch's own allocator had given out during the same step, by its profiler."""
+    """Return the peak memory that PyTorch's allocator allocates in the same step, measured by the profiler."""
     model = make()
     lorakit.attach(model, method)
     model.train()
     make_faster(model)
-    objective.loss_sum(model, batch).backward()  # what is made once and kept
+    objective.loss_sum(model, batch).backward()  # fill caches
     for parameter in model.parameters():
         parameter.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         objective.loss_sum(model, batch).backward()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
@@ -119,11 +119,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_is_that_of_the_allocator(name):
+def test_the_predicted_peak_matches_the_allocator(name):
     make, method, objective, batch = CASES[name]
     peak = sum(planned(make, method, objective, batch()).peak.values())
     measured = allocated(make, method, objective, batch())
-    # The allocator sees what single operations take inside; it does not see dropout's masks, which NumPy draws.
+    # The allocator includes the workspace of operations, but not the dropout masks that NumPy draws.
     assert (
         0.9 * measured
         < peak
@@ -133,7 +133,7 @@ def test_the_peak_is_that_of_the_allocator(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_left_out_blocks_are_made_up_for(name, checkpointing):
+def test_a_shortened_model_equals_the_whole_one(name, checkpointing):
     make, method, objective, batch = CASES[name]
     short = planned(make, method, objective, batch(), checkpointing=checkpointing)
     whole = planned(make, method, objective, batch(), whole=True, checkpointing=checkpointing)
@@ -143,7 +143,7 @@ def test_left_out_blocks_are_made_up_for(name, checkpointing):
     assert short.work.calls == pytest.approx(whole.work.calls, rel=0.02)
 
 
-def test_products_are_those_of_the_formula():
+def test_products_match_the_formula():
     width, inner, layers, vocabulary = 256, 1024, 6, 99
     batch = packed_batch()
     rows = batch["input_ids"].numel()
@@ -156,11 +156,11 @@ def test_products_are_those_of_the_formula():
     # q, o: width squared; k, v: half; gate, up, down.
     weights = layers * (3 * width * width + 3 * width * inner)
     needed = 4 * weights * rows + 4 * vocabulary * width * len(batch["targets"])
-    # On top come attention and the thin matrices; the first block has nobody to give a gradient to.
+    # Attention and LoRA add to this; the first block needs no gradient of its input.
     assert 0.9 * needed < step.work.operations < 1.2 * needed
 
 
-def test_dropout_draws_for_each_element_once():
+def test_dropout_draws_once_per_element():
     layers, width, batch = 6, 256, packed_batch()
     step = planned(
         lambda: decoder("llama", hidden_size=width, head_dim=64),
@@ -171,22 +171,22 @@ def test_dropout_draws_for_each_element_once():
     assert step.work.drawn == layers * 2 * batch["input_ids"].numel() * width
 
 
-def test_checkpointing_keeps_less():
+def test_checkpointing_saves_fewer_activations():
     make, method, objective, batch = CASES["llama, q and v"]
-    kept = planned(make, method, objective, batch())
-    anew = planned(make, method, objective, batch(), checkpointing=True)
-    assert anew.peak["activations"] < 0.5 * kept.peak["activations"]
-    assert anew.work.operations > 1.2 * kept.work.operations
+    usual = planned(make, method, objective, batch())
+    checkpointed = planned(make, method, objective, batch(), checkpointing=True)
+    assert checkpointed.peak["activations"] < 0.5 * usual.peak["activations"]
+    assert checkpointed.work.operations > 1.2 * usual.work.operations
 
 
 def test_shared_prefixes_count_once():
     make, method, objective, _ = CASES["llama, q and v"]
     shared = planned(make, method, objective, packed_batch(shared=40))
-    apart = planned(make, method, objective, packed_batch(shared=1))
-    assert sum(shared.peak.values()) < 0.6 * sum(apart.peak.values())
+    separate = planned(make, method, objective, packed_batch(shared=1))
+    assert sum(shared.peak.values()) < 0.6 * sum(separate.peak.values())
 
 
-def test_no_number_is_computed():
+def test_parameters_are_fake_tensors():
     with planning(new_mode()):
         model = decoder("llama")
     assert isinstance(next(model.parameters()), torch._subclasses.FakeTensor)

@@ -1,4 +1,4 @@
-"""What a run will take, from its configuration alone."""
+"""Predict the memory and time of a training run from its configuration."""
 
 from lorakit.planning.planner import Memory, Plan, Prediction, plan
 

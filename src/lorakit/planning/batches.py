@@ -1,4 +1,4 @@
-"""The batches of a run, from its data or from lengths alone: the fullest, and one of middle size."""
+"""The largest and the median batch of a run, from its data or from lengths alone."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 2000
-"""Rows of the data that are read: enough for the lengths, and soon read."""
+"""Number of rows to read: enough for the distribution of lengths, and quick to read."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What a run computes on."""
+    """The batches that a plan simulates."""
 
     task: DataTask
     fullest: list[Example]
-    """The examples of the batch with the most tokens."""
+    """Examples of the batch with the most tokens."""
     middle: list[Example]
-    """The examples of a batch of middle size."""
+    """Examples of the batch of median size."""
     source: str
-    """Where the lengths come from, in words."""
+    """Where the lengths come from, as a phrase."""
     steps: int | None
-    """Optimizer steps of the run; None where the number of examples is not known."""
+    """Optimizer steps of the run; None if the number of examples is unknown."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def from_data(config: TrainConfig) -> Batches:
-    """Read the first rows of the run's training data, and put them into batches as training would.
+    """Read the first rows of the training data and batch them as training does.
 
     Raises:
         LorakitError: The data or the tokenizer cannot be read.
@@ -63,16 +63,16 @@ def from_data(config: TrainConfig) -> Batches:
         epochs=config.epochs,
         max_steps=config.max_steps,
     )
-    drawn = [batch for step in plan.steps() for batch in step][: len(sampler)]
+    first_epoch = [batch for step in plan.steps() for batch in step][: len(sampler)]
     batches = sorted(
-        ([train.examples[i] for i in batch] for batch in drawn),
+        ([train.examples[i] for i in batch] for batch in first_epoch),
         key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),
     )
     whole = train.report.read < limit or config.data.limit == limit
     lengths = sorted(train.lengths)
     source = (
-        f"{train.report.source}, {len(train):,} examples{'' if whole else ' (the first rows)'}: "
-        f"{lengths[0]:,} to {lengths[-1]:,} tokens, {lengths[len(lengths) // 2]:,} in the middle"
+        f"{train.report.source}, {len(train):,} examples{'' if whole else ' (from the first rows)'}: "
+        f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
     )
     steps = plan.total if whole or config.max_steps else None
     return Batches(task, batches[-1], batches[len(batches) // 2], source, steps, tokenizer)
@@ -81,16 +81,16 @@ def from_data(config: TrainConfig) -> Batches:
 def from_lengths(
     config: TrainConfig, length: int | None, targets: int | None, *, encoder: bool
 ) -> Batches:
-    """Make up examples of one length, which share nothing.
+    """Make synthetic examples of one length that share no prefix.
 
     Args:
         config: The run.
-        length: Tokens of an example; None takes data.max_length, the most there can be.
-        targets: Target tokens of an example; None takes half of them.
-        encoder: Whether the base reads text and writes none, which makes its task a classification.
+        length: Tokens per example; None means data.max_length, the upper bound.
+        targets: Target tokens per example; None means half of the tokens.
+        encoder: Whether the base is an encoder; task "auto" is then a classification.
 
     Raises:
-        ConfigurationError: There are more targets than tokens.
+        ConfigurationError: `targets` is not between 1 and `length` - 1.
     """
     size = length or config.data.max_length
     name = config.data.task
@@ -100,32 +100,37 @@ def from_lengths(
     if task.kind == "classification":
         task = dataclasses.replace(task, labels=("0", "1"))
     examples: list[Example]
-    if not task.generates:
-        label = 0.5 if task.kind == "regression" else 0
-        examples = [_labelled(size, label) for _ in range(config.batch_size)]
-        source = f"{size:,} tokens an example"
+    source = f"{size:,} tokens per example"
+    if task.generates:
+        if targets is None:
+            targets = size // 2
+        examples = [*language_examples(config.batch_size, size, targets)]
+        source += f", {targets:,} of them targets"
     else:
-        wanted = size // 2 if targets is None else targets
-        if not 0 < wanted < size:
-            raise ConfigurationError(
-                f"targets is {wanted}, and an example has {size} tokens; it must be at least 1 and below that."
-            )
-        examples = [language_example(number, size, wanted) for number in range(config.batch_size)]
-        source = f"{size:,} tokens an example, {wanted:,} of them targets"
-    source += " (as given)" if length else " (data.max_length, the most there can be)"
+        label = 0.5 if task.kind == "regression" else 0
+        example = LabelledExample(input_ids=[0] * size, prompt="", completion="", label=label)
+        examples = [example] * config.batch_size
+    source += " (as configured)" if length else " (data.max_length, the upper bound)"
     return Batches(task, examples, examples, source, config.max_steps)
 
 
-def language_example(number: int, length: int, targets: int) -> LanguageExample:
-    """Make up an example that shares nothing with one of another number; its last `targets` tokens are targets."""
-    return LanguageExample(
-        input_ids=[number, *[0] * (length - 1)],
-        prompt=str(number),
-        completion="",
-        loss_mask=[position >= length - targets for position in range(length)],
-        prompt_length=length - targets,
-    )
+def language_examples(count: int, length: int, targets: int) -> list[LanguageExample]:
+    """Return `count` examples that share no prefix; the last `targets` of their `length` tokens are targets.
 
-
-def _labelled(length: int, label: int | float) -> LabelledExample:
-    return LabelledExample(input_ids=[0] * length, prompt="", completion="", label=label)
+    Raises:
+        ConfigurationError: `targets` is not between 1 and `length` - 1.
+    """
+    if not 0 < targets < length:
+        raise ConfigurationError(
+            f"targets is {targets}, but an example has {length} tokens; set it between 1 and {length - 1}."
+        )
+    return [
+        LanguageExample(
+            input_ids=[number, *[0] * (length - 1)],
+            prompt=str(number),
+            completion="",
+            loss_mask=[position >= length - targets for position in range(length)],
+            prompt_length=length - targets,
+        )
+        for number in range(count)
+    ]

@@ -1,4 +1,4 @@
-"""The paper's figures for GPT-3 175B (Hu et al. 2021, sections 1, 4.2 and 6), with their arithmetic."""
+"""The paper's figures for GPT-3 175B (Hu et al. 2021, sections 1, 4.2 and 6), and how they are calculated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PRINTED = 175_255.8e6
 """Parameters of full fine-tuning in the paper's Table 4."""
 
 HALF = 2
-"""Bytes of a number in float16."""
+"""Bytes per float16 number."""
 
 
 def arithmetic() -> tuple[str, ...]:
-    """Return how the paper's figures come about, a line each; what it counts is counted on the shape here."""
+    """Return one line per figure of the paper with its calculation. Counts come from the model's shape."""
     base = BaseConfig(name=GPT3, dtype="bfloat16")
     with planning(new_mode()):
         model = build(shape_of(base), base, "causal-lm", 0, device=torch.device("cuda"))
@@ -33,8 +33,8 @@ def arithmetic() -> tuple[str, ...]:
         f"fewer trained parameters: {PRINTED / 1e6:,.1f} / {counts.trainable / 1e6:.2f} million = "
         f"{PRINTED / counts.trainable:,.0f} times (10,000 times)",
         f"memory, full fine-tuning: weights {weights / 1e9:,.1f} + two moments {moments / 1e9:,.1f} GB at the same "
-        f"precision = {(weights + moments) / 1e9:,.0f} GB; gradients and activations, which the paper does not "
-        "itemise, make it 1.2 TB",
-        f"memory, LoRA: no moments and no gradients of frozen weights: {weights / 1e9:,.1f} GB (350 GB), "
+        f"precision = {(weights + moments) / 1e9:,.0f} GB; 1.2 TB with gradients and activations, "
+        "which the paper does not itemise",
+        f"memory, LoRA, without moments and gradients of frozen weights: {weights / 1e9:,.1f} GB (350 GB), "
         f"{1200 / (weights / 1e9):.2f} times less than 1.2 TB (3 times)",
     )

@@ -1,15 +1,14 @@
-"""What a step allocates, frees and multiplies, noted operation by operation on tensors without numbers.
+"""Record the allocations, products and memory traffic of a training step, operation by operation.
 
-A training step runs as it is, on PyTorch's fake tensors: they have shapes, dtypes and a device, and no memory.
-Every operation passes through here, so what is alive at each moment is counted and not guessed from formulas.
+The step runs on PyTorch's fake tensors, which have a shape, a dtype and a device but no memory. A dispatch mode
+intercepts every operation, so live memory is counted instead of estimated by formulas.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,29 +19,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lorakit.planning.products import CALLS, Operand, Product
+from lorakit.planning.products import Operand, Product
 
 Kind = Literal["activations", "gradients", "logits", "temporary"]
-"""What a tensor is there for: the backward pass, the optimizer, the vocabulary, or the operation in hand."""
+"""Purpose of a tensor: saved for the backward pass, gradient, as wide as the vocabulary, or anything else."""
 
 KINDS: tuple[Kind, ...] = ("activations", "gradients", "logits", "temporary")
 
 _DEVICE = torch.ops.prim.device.default
 _DRAWS = ("bernoulli", "bernoulli_", "native_dropout")
+_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+"""Functions that count the floating-point operations of a product."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What operations cost time for."""
+    """Work of a sequence of operations."""
 
     products: Counter[Product] = field(default_factory=Counter)
-    """Matrix products (and convolutions): how many there are of each."""
+    """Matrix products (and convolutions), with the number of times that each is computed."""
     traffic: float = 0.0
     """Bytes that all other operations read and write."""
     drawn: float = 0.0
-    """Random decisions of dropout."""
+    """Random numbers of dropout."""
     calls: int = 0
-    """Operations."""
+    """Number of operations."""
 
     @property
     def operations(self) -> float:
@@ -57,41 +58,37 @@ class Work:
         return self
 
     def times(self, factor: int) -> Work:
-        """The same `factor` times over."""
+        """Return the work of `factor` repetitions."""
         products = Counter({p: count * factor for p, count in self.products.items()})
         return Work(products, self.traffic * factor, self.drawn * factor, self.calls * factor)
 
 
 @dataclass(slots=True)
 class Segment:
-    """A stretch of a step, from one mark to the next."""
+    """The part of a step between two marks."""
 
-    name: str
+    block: int | None
+    """Index of the block that runs, in the forward or backward pass; None outside of blocks."""
     start: dict[Kind, int]
     """Bytes alive at its start."""
     peak: dict[Kind, int]
-    """Bytes alive at its fullest moment."""
+    """Bytes alive at its peak."""
     end: dict[Kind, int] = field(default_factory=dict)
     """Bytes alive at its end."""
     work: Work = field(default_factory=Work)
     widest: int = 0
-    """Bytes of the largest matrix that a product of it reads."""
-
-    @property
-    def growth(self) -> dict[Kind, int]:
-        """Bytes that it leaves behind, or has freed."""
-        return {kind: self.end[kind] - self.start[kind] for kind in KINDS}
+    """Bytes of the largest matrix that one of its products reads."""
 
 
 class Ledger(TorchDispatchMode):
-    """Notes every operation inside the block ``with ledger:``, in segments.
+    """Record every operation inside the block ``with ledger:``, in segments.
 
-    Operations on ordinary tensors alone (token ids, masks) are carried out for real, so that whatever a step
-    decides by its batch's content is decided as in training.
+    Operations on ordinary tensors only (token ids, masks) are computed, so a step that branches on the content of its
+    batch takes the same branch as in training.
 
     Args:
-        known: Tensors that were there before, and are not counted.
-        vocabulary: Width by which logits are told from other tensors; 0 for none.
+        known: Existing tensors, which are not counted.
+        vocabulary: Width of the logits, to recognise them; 0 for none.
     """
 
     def __init__(self, known: Iterable[Tensor], vocabulary: int = 0) -> None:
@@ -100,22 +97,22 @@ class Ledger(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._kind: dict[int, Kind | None] = {t.untyped_storage()._cdata: None for t in known}
         self._alive: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        self.mark("start")
+        self.mark(None)
 
-    # --- what the step tells ---------------------------------------------------------------------
+    # --- called by the step ----------------------------------------------------------------------
 
-    def mark(self, name: str) -> None:
-        """End the segment in hand and begin another."""
+    def mark(self, block: int | None) -> None:
+        """End the current segment and begin another."""
         self.close()
-        self.segments.append(Segment(name, dict(self._alive), dict(self._alive)))
+        self.segments.append(Segment(block, dict(self._alive), dict(self._alive)))
 
     def close(self) -> None:
         """End the last segment."""
         if self.segments:
             self.segments[-1].end = dict(self._alive)
 
-    def note(self, tensor: Tensor, kind: Kind) -> None:
-        """Say what a tensor is there for, once that is known."""
+    def set_kind(self, tensor: Tensor, kind: Kind) -> None:
+        """Set the kind of a temporary tensor. Logits keep theirs."""
         storage = tensor.untyped_storage()
         before = self._kind.get(storage._cdata)
         if before is None or before == kind or before == "logits":
@@ -124,35 +121,34 @@ class Ledger(TorchDispatchMode):
         self._alive[before] -= storage.nbytes()
         self._alive[kind] += storage.nbytes()
 
-    @contextmanager
-    def saved_tensors(self) -> Iterator[None]:
-        """Note what is saved for the backward pass inside this block."""
+    def saved_tensors(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Return a context that counts the tensors that autograd saves inside as activations."""
 
         def pack(tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor):
-                self.note(tensor, "activations")
+                self.set_kind(tensor, "activations")
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
-    # --- what PyTorch tells ----------------------------------------------------------------------
+    # --- called by PyTorch -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE:  # asked for thousands of times
+        if func is _DEVICE:  # a short cut for thousands of calls
             return args[0].fake_device
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if given and not any(isinstance(x, FakeTensor) for x in given):
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if inputs and not any(isinstance(x, FakeTensor) for x in inputs):
             with unset_fake_temporarily():
-                return func(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
-        fresh = [self._count(x) for x in made]
-        self._note_work(func, args, kwargs or {}, given, made, out, any(fresh))
-        return out
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, FakeTensor)]
+        allocated = [self._count(x) for x in outputs]
+        self._record_work(func, args, kwargs, inputs, outputs, result, any(allocated))
+        return result
 
     def _count(self, tensor: FakeTensor) -> bool:
-        """Count a tensor's memory until it is freed; return whether it is new."""
+        """Count a tensor's memory until it is freed. Return whether its storage is new."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._kind:
@@ -164,9 +160,9 @@ class Ledger(TorchDispatchMode):
         self._alive[kind] += size
 
         def freed() -> None:
-            now = self._kind.pop(key, None)
-            if now is not None:
-                self._alive[now] -= size
+            last_kind = self._kind.pop(key, None)
+            if last_kind is not None:
+                self._alive[last_kind] -= size
 
         weakref.finalize(storage, freed)
         segment = self.segments[-1]
@@ -174,41 +170,30 @@ class Ledger(TorchDispatchMode):
             segment.peak = dict(self._alive)
         return True
 
-    def _note_work(
+    def _record_work(
         self,
         func: Any,
         args: Any,
         kwargs: Any,
-        given: list[Tensor],
-        made: list[Any],
-        out: Any,
-        fresh: bool,
+        inputs: list[Tensor],
+        outputs: list[FakeTensor],
+        result: Any,
+        allocates: bool,
     ) -> None:
         segment = self.segments[-1]
         segment.work.calls += 1
         packet = func._overloadpacket
         name = packet.__name__
-        if name in CALLS or packet in flop_registry:
-            # Not from `kwargs`: what is written into there is the result once more.
-            factors = [x for x in args if isinstance(x, Tensor)]
-            operations = _operations(packet, args, kwargs, out)
-            moved = sum(map(_bytes, factors)) + sum(map(_bytes, made))
-            product = Product(name, tuple(map(Operand.of, factors)), operations, moved)
+        moved = sum(x.nbytes for x in outputs)
+        if packet in _FLOPS:
+            # Without `kwargs`: its `out` is the result again.
+            operands = [x for x in args if isinstance(x, Tensor)]
+            operations = _FLOPS[packet](*args, **kwargs, out_val=result)
+            moved += sum(x.nbytes for x in operands)
+            product = Product(name, tuple(map(Operand.of, operands)), operations, moved)
             segment.work.products[product] += 1
-            segment.widest = max(segment.widest, *(_bytes(x) for x in given))
+            segment.widest = max(segment.widest, *(x.nbytes for x in inputs))
         elif name in _DRAWS:
-            segment.work.drawn += max(x.numel() for x in made)
-        elif fresh or name.endswith("_") or name in ("copy_", "fill_"):
-            # A view moves nothing.
-            segment.work.traffic += sum(map(_bytes, given)) + sum(map(_bytes, made))
-
-
-def _operations(packet: Any, args: Any, kwargs: Any, out: Any) -> float:
-    if packet in flop_registry:
-        return flop_registry[packet](*args, **kwargs, out_val=out)
-    rows, inner = args[1].shape  # addmm_
-    return 2 * rows * inner * args[2].shape[-1]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+            segment.work.drawn += max(x.numel() for x in outputs)
+        elif allocates or name.endswith("_"):  # a view moves no bytes
+            segment.work.traffic += sum(x.nbytes for x in inputs) + moved

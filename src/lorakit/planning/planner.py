@@ -1,4 +1,4 @@
-"""What a run will take: parameters, size on disk, memory and time, with full fine-tuning beside it."""
+"""Predict the parameters, file size, memory and time of a run, and compare them with full fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,53 +30,53 @@ from lorakit.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes at the fullest moment of training, above those of the interpreter with torch imported."""
+    """Bytes at the peak of training, excluding the Python interpreter with torch imported."""
 
     base: int
-    """The base's weights, as they are kept."""
+    """The base's weights in their storage dtype."""
     adapter: int
-    """What is trained, in float32: thin matrices, or copies of base tensors."""
+    """Trained parameters, in float32: low-rank matrices, or copies of base tensors."""
     gradients: int
-    """Gradients of what is trained that are there at that moment."""
+    """Gradients that exist at the peak."""
     optimizer: int
     """The two running means of AdamW."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Tensors saved for the backward pass."""
     logits: int
-    """Tensors as wide as the vocabulary."""
+    """Tensors of vocabulary width."""
     temporary: int
-    """What single operations need."""
+    """Working memory of single operations."""
     allocator: int
-    """Freed memory between tensors, which the C library (on a GPU: torch) does not give back, and copies of
-    matrices in the order in which products read them."""
+    """Freed memory between live tensors that the C library (on a GPU: torch) keeps, and reordered copies of matrices
+    that products make."""
     software: int
-    """Libraries beyond torch, the tokenizer; none on a GPU, whose memory has no part in them."""
+    """The tokenizer and imported libraries except torch; 0 on a GPU."""
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """Sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What training by one method takes."""
+    """Predicted cost of training with one method."""
 
     method: str
     trained: int
     """Trained parameters."""
     share: float
-    """The same as a share of the base's."""
+    """Trained parameters as a share of the base's."""
     file_bytes: int
-    """Size of what is saved."""
+    """Size of the saved file."""
     memory: Memory
     seconds: float
-    """Time of an optimizer step."""
+    """Seconds of an optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `lorakit plan` prints."""
+    """Predicted cost of a run, with the assumptions of the prediction."""
 
     base: str
     note: str
@@ -87,37 +87,37 @@ class Plan:
     lengths: str
     """Where the lengths of examples come from."""
     rows: int
-    """Rows of the fullest batch, as it is computed."""
+    """Rows of the largest batch, after packing."""
     width: int
-    """Tokens of each of them."""
+    """Tokens per row."""
     packed: bool
-    """Whether what examples share is computed once."""
+    """Whether shared prefixes are computed once."""
     tokens: int
-    """Tokens of an optimizer step, each example's counted in full."""
+    """Tokens of the examples of an optimizer step, without sharing prefixes."""
     steps: int | None
-    """Optimizer steps of the run; None where the number of examples is not known."""
+    """Optimizer steps of the run; None if the number of examples is unknown."""
     machine: Machine
     loading: int
-    """Bytes at the fullest moment of loading the base, above those of the interpreter with torch imported: where
-    its file has another dtype, both are there for a moment."""
+    """Peak bytes while loading the base, excluding the Python interpreter with torch imported. If the file has another
+    dtype, both copies exist briefly."""
     chosen: Prediction
     """The run as configured."""
     full: Prediction | None
-    """The same with full fine-tuning; None where the run is one, or it cannot be."""
+    """The run with full fine-tuning; None if the run already is one, or it was not predicted."""
     why_no_full: str = ""
-    """Why full fine-tuning cannot stand beside it."""
+    """Reason why full fine-tuning cannot be predicted."""
     paper: tuple[str, ...] = ()
-    """For GPT-3: the paper's arithmetic, line by line."""
+    """For GPT-3: the paper's figures with their calculation, one per line."""
 
     @property
     def process_peak(self) -> int:
-        """Bytes that the process holds at most, or on a GPU what is allocated there."""
+        """Peak bytes of the process, or on a GPU of its allocations."""
         if self.device != "cpu":
             return self.chosen.memory.total
         return INTERPRETER + max(self.loading, self.chosen.memory.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, sizes in bytes, with the sum of each memory beside its parts."""
+        """Return a dict for JSON, with sizes in bytes and the total of each memory."""
         record = dataclasses.asdict(self)
         for name in ("chosen", "full"):
             prediction: Prediction | None = getattr(self, name)
@@ -134,14 +134,14 @@ def plan(
     compare: bool = True,
     machine: Machine | None = None,
 ) -> Plan:
-    """Predict what a run takes, from its configuration alone: no weight is read or made.
+    """Predict the cost of a run from its configuration, without reading or creating weights.
 
     Args:
         config: The run.
-        length: Tokens of an example; None reads the configured data.
-        targets: Of them target tokens; None takes half.
+        length: Tokens per example; None reads the configured data.
+        targets: Target tokens per example; None means half of `length`.
         compare: Predict full fine-tuning as well.
-        machine: What to reckon with; None takes this machine's calibration, or measures it for a moment.
+        machine: Speed to assume; None uses the calibration of this machine, or measures it briefly.
 
     Raises:
         LorakitError: The base's configuration or the data cannot be read, or a setting does not fit them.
@@ -152,7 +152,7 @@ def plan(
     batches = _batches(config, shape, length, targets)
     dtype = compute_dtype(config.base.dtype, device)
     machine = machine or find_machine(device, dtype, here=here)
-    tries = here and machine.here
+    measures = here and machine.here
     run = simulate(config, shape, batches, device=device)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
@@ -160,7 +160,6 @@ def plan(
             full = simulate(as_full(config), shape, batches, device=device)
         except LorakitError as error:
             why = str(error)
-    rows, width = run.computed
     return Plan(
         base=shape.name,
         note=shape.note,
@@ -168,15 +167,15 @@ def plan(
         dtype=resolved_dtype(config.base.dtype, device),
         device=str(device),
         lengths=batches.source,
-        rows=rows,
-        width=width,
+        rows=run.rows,
+        width=run.width,
         packed=run.packed,
         tokens=run.tokens * config.accumulation,
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, config, machine, device, tries=tries),
-        full=full and _predict(full, config, machine, device, tries=tries),
+        chosen=_predict(run, config, machine, device, measures=measures),
+        full=full and _predict(full, config, machine, device, measures=measures),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -190,7 +189,7 @@ def _loading(shape: Shape, run: SimulatedRun, dtype: torch.dtype) -> int:
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """The run's device, and whether this machine has it: a run can be planned for another."""
+    """Return the device of the run, and whether this machine has it."""
     try:
         return pick_device(config.base.device), True
     except ConfigurationError:
@@ -201,32 +200,35 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
     if length is None and shape.name != GPT3:
         return from_data(config)
     names = getattr(shape.config, "architectures", None) or []
-    encoder = not any("LM" in name and "Masked" not in name for name in names) and bool(names)
-    return from_lengths(config, length, targets, encoder=encoder)
+    generates = any("LM" in name and "Masked" not in name for name in names)
+    return from_lengths(config, length, targets, encoder=bool(names) and not generates)
 
 
 def _predict(
-    run: SimulatedRun, config: TrainConfig, machine: Machine, device: torch.device, *, tries: bool
+    run: SimulatedRun,
+    config: TrainConfig,
+    machine: Machine,
+    device: torch.device,
+    *,
+    measures: bool,
 ) -> Prediction:
-    gpu = device.type != "cpu"
-    tried = time_products(run.middle.work.products, device, machine.estimate) if tries else {}
+    products = run.middle.work.products
+    timings = time_products(products, device, machine.estimate) if measures else {}
     peak = run.fullest.peak
-    # Gradients that earlier batches of a step have left are there from its second batch on.
+    # From the second batch of a step on, the gradients of the earlier ones exist.
     gradients = 4 * run.trained if config.accumulation > 1 else peak["gradients"]
-    software = machine.software
-    if software is None:
-        software = SOFTWARE
-    of_step = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
+    software = SOFTWARE if machine.software is None else machine.software
+    step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
     memory = Memory(
         base=run.base,
         adapter=run.adapter,
         gradients=gradients,
-        optimizer=run.optimizer,
+        optimizer=8 * run.trained,
         activations=peak["activations"],
         logits=peak["logits"],
         temporary=peak["temporary"],
-        allocator=round(machine.slack * of_step + machine.packed * run.fullest.widest),
-        software=0 if gpu else software,
+        allocator=round(machine.slack * step_bytes + machine.packed * run.fullest.widest),
+        software=software if device.type == "cpu" else 0,
     )
     return Prediction(
         method=run.method,
@@ -234,6 +236,6 @@ def _predict(
         share=run.trained / run.total,
         file_bytes=4 * run.trained,
         memory=memory,
-        seconds=config.accumulation * machine.seconds(run.middle.work, tried)
+        seconds=config.accumulation * machine.seconds(run.middle.work, timings)
         + run.trained * UPDATE_BYTES / machine.traffic,
     )

@@ -1,7 +1,7 @@
-"""The matrix products of a step, and how long they take on this machine.
+"""Time the matrix products of a step on this machine.
 
-A rate for all of them would be wrong by half: how fast a processor multiplies depends on the shapes, on how a library
-divides them among threads, and on whether the weights lie in the cache. So those that make up most of a step are tried.
+A single rate for all products is wrong by half: the speed depends on the shapes, on how a library divides them among
+threads, and on whether the weights are in the cache. The products that dominate a step are therefore timed.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 SHARE = 0.97
-"""Of the time of all products, what those take that are tried: the rest are many and short."""
+"""Share of the estimated time of all products to time; the rest are many and short."""
 
 MOST = 24
-"""Products that are tried at most."""
+"""Maximum number of products to time."""
 
 LONGEST = 0.1
-"""Seconds of a product that is not tried: it is large enough to go at the rate of a large one."""
+"""Maximum estimated seconds of a product to time; a longer one runs at the rate of large products."""
 
 COLD_BYTES = 64 * 2**20
-"""Operands that take turns, since each layer has weights of its own: more than a core's cache holds."""
+"""Bytes of operands to cycle through, more than a core's cache: in a model every layer has different weights."""
 
 LARGEST_BYTES = 256 * 2**20
-"""Operands of a product that is tried."""
+"""Maximum bytes of the operands of a product to time."""
 
 SECONDS = 0.02
-"""Time that each is tried for."""
+"""Seconds to time each product for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A matrix, or a batch of them, as it lies in memory."""
+    """Layout of a matrix, or of a batch of matrices, in memory."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -44,7 +44,7 @@ class Operand:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Operand:
-        """Return what `tensor` is."""
+        """Return the layout of `tensor`."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     @property
@@ -53,7 +53,7 @@ class Operand:
         return self._extent * self.dtype.itemsize
 
     def make(self, device: torch.device) -> Tensor:
-        """Return such a tensor. What is in it makes no difference to the time."""
+        """Return a tensor with this layout. Its values do not affect the time."""
         elements = torch.full((self._extent,), 0.5, dtype=self.dtype, device=device)
         return elements.as_strided(self.shape, self.stride)
 
@@ -64,15 +64,20 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product as an operation of PyTorch computes it."""
+    """A matrix product, or a convolution, as one PyTorch operation."""
 
     name: str
-    """Of the operation: mm, addmm, addmm_, bmm and others."""
+    """Name of the operation: mm, addmm, addmm_, bmm and others."""
     operands: tuple[Operand, ...]
     operations: float
-    """Multiplications and additions."""
+    """Number of multiplications and additions."""
     moved: int
-    """Bytes of the operands and of what comes of them."""
+    """Bytes of the operands and the result."""
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of the operands."""
+        return sum(operand.nbytes for operand in self.operands)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -82,43 +87,39 @@ CALLS: dict[str, Callable[..., Any]] = {
     "bmm": torch.bmm,
     "baddbmm": torch.baddbmm,
 }
-"""The operations whose products can be tried."""
+"""The operations that can be timed."""
 
 
 def time_products(
     products: Mapping[Product, int], device: torch.device, estimate: Callable[[Product], float]
 ) -> dict[Product, float]:
-    """Return the seconds of the products that make up most of the time, each tried on its own for a moment.
+    """Return the seconds of the products that take most of the time, each timed on its own.
 
     Args:
-        products: How many there are of each.
-        device: Where they are computed.
-        estimate: Seconds of one, roughly: it decides which are tried.
+        products: Number of times that each product is computed.
+        device: Device to time them on.
+        estimate: Rough seconds of a product, to select the products to time.
     """
-    rough = {p: estimate(p) * n for p, n in products.items()}
-    ranked = sorted(rough, key=lambda p: rough[p], reverse=True)
-    before = [0.0, *accumulate(rough[p] for p in ranked)]
-    enough = SHARE * before[-1]
-    chosen = [p for p, until in zip(ranked, before, strict=False) if until < enough][:MOST]
-    return {p: _seconds(p, device) for p in chosen if _tried(p) and estimate(p) <= LONGEST}
+    estimates = {p: estimate(p) * n for p, n in products.items()}
+    slowest_first = sorted(estimates, key=lambda p: estimates[p], reverse=True)
+    before = [0.0, *accumulate(estimates[p] for p in slowest_first)]
+    limit = SHARE * before[-1]
+    dominant = [p for p, until in zip(slowest_first, before, strict=False) if until < limit]
+    return {
+        p: _time_product(p, device)
+        for p in dominant[:MOST]
+        if p.name in CALLS and p.operand_bytes <= LARGEST_BYTES and estimate(p) <= LONGEST
+    }
 
 
-def _tried(product: Product) -> bool:
-    return product.name in CALLS and _size(product) <= LARGEST_BYTES
-
-
-def _size(product: Product) -> int:
-    return sum(operand.nbytes for operand in product.operands)
-
-
-def _seconds(product: Product, device: torch.device) -> float:
-    turns = max(2, min(16, COLD_BYTES // _size(product)))
-    sets = [[operand.make(device) for operand in product.operands] for _ in range(turns)]
+def _time_product(product: Product, device: torch.device) -> float:
+    count = max(2, min(16, COLD_BYTES // product.operand_bytes))
+    sets = [[operand.make(device) for operand in product.operands] for _ in range(count)]
     call = CALLS[product.name]
-    return timed("call(*next(turns))", SECONDS, call=call, turns=cycle(sets))
+    return timed("call(*next(operands))", SECONDS, call=call, operands=cycle(sets))
 
 
 def timed(statement: str, seconds: float, **names: Any) -> float:
-    """Return the seconds of a statement, the median of what it takes while it is repeated for `seconds`."""
+    """Return the median seconds of a statement, repeated for `seconds`. `names` are its variables."""
     timer = Timer(statement, globals={**names, "torch": torch}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median

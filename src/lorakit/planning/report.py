@@ -1,8 +1,8 @@
-"""The page of a plan: what a run will take, with full fine-tuning beside it."""
+"""The HTML page of a plan: predicted cost of a run, compared with full fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lorakit.formatting import duration, percentage, rounded_count, short_duration, size
@@ -19,187 +19,196 @@ from lorakit.training.config import TrainConfig
 FULL = "Full fine-tuning"
 
 PARTS = {
-    "base": "its weights, as they are kept",
-    "adapter": "what is trained, in float32",
-    "gradients": "those that are there at the fullest moment",
-    "optimizer": "the two running means of AdamW",
-    "activations": "what the forward pass keeps for the backward pass",
-    "logits": "tensors as wide as the vocabulary",
-    "temporary": "what single operations need at that moment",
-    "allocator": "freed memory between tensors in use",
-    "software": "libraries beyond torch, the tokenizer, the reading of data",
+    "base": "the base's weights in their storage dtype",
+    "adapter": "trained parameters in float32",
+    "gradients": "gradients that exist at the peak",
+    "optimizer": "AdamW's two running means",
+    "activations": "tensors saved for the backward pass",
+    "logits": "tensors of vocabulary width",
+    "temporary": "working memory of single operations at the peak",
+    "allocator": "freed memory fragmented between live tensors",
+    "software": "libraries besides torch, the tokenizer, data loading",
 }
-"""The parts of the memory, each in a few words."""
+"""The parts of the memory, each with a description."""
 
 DRAWN = {
     "base": ("base",),
-    "what is trained": ("adapter",),
+    "trained parameters": ("adapter",),
     "gradients, optimizer": ("gradients", "optimizer"),
     "activations": ("activations",),
     "logits, temporary": ("logits", "temporary"),
     "allocator, software": ("allocator", "software"),
 }
-"""The parts as the figure shows them: as many as colours that can be told apart."""
+"""The parts that each colour of the figure shows: more colours would look alike."""
 
 
-def plan_page(found: Plan, config: TrainConfig, *, command: str) -> Page:
-    """The page of a plan.
+def plan_page(plan: Plan, config: TrainConfig, *, command: str) -> Page:
+    """Return the page of a plan.
 
     Args:
-        found: The plan.
+        plan: The plan.
         config: The run that was planned.
-        command: The command that made it.
+        command: Command that reproduces the page.
     """
     record = RunRecord(folder=Path(config.output), config=config.as_dict())
     sections = [
-        Section(title="Overview", blocks=[_key_figures(found)]),
-        Section(title="Memory and time", blocks=_memory(found)),
-        Section(title="Sizes", blocks=_sizes(found)),
-        Section(title="The paper's arithmetic", blocks=_paper(found)),
-        Section(title="What it rests on", blocks=_grounds(found)),
-        Section(title="Configuration", blocks=_configuration(record)),
-        Section(title="Origin", blocks=[Code(text=command, label="The command that made it")]),
+        Section(title="Overview", blocks=[_key_figures(plan)]),
+        Section(title="Memory and time", blocks=_memory(plan)),
+        Section(title="Sizes", blocks=_sizes(plan)),
+        Section(title="The paper's arithmetic", blocks=_paper(plan)),
+        Section(title="Assumptions", blocks=_assumptions(plan)),
+        Section(
+            title="Configuration",
+            blocks=[
+                Table(
+                    caption="The main settings.",
+                    columns=("Setting", "Value"),
+                    rows=main_settings(record),
+                ),
+                Code(text=settings_text(record), label="All settings with defaults", folded=True),
+            ],
+        ),
+        Section(
+            title="Origin", blocks=[Code(text=command, label="Command that created this page")]
+        ),
     ]
     return Page(
         kind="Plan of a training run",
-        title=found.base,
-        subtitle=f"{found.chosen.method} · {found.lengths}",
-        summary=_summary(found, describe_method(record)),
+        title=plan.base,
+        subtitle=f"{plan.chosen.method} · {plan.lengths}",
+        summary=_summary(plan, describe_method(record)),
         sections=[section for section in sections if section.blocks],
     )
 
 
-def memory_figure(found: Plan) -> Figure:
-    """The memory by its parts at the fullest moment of training, and the time of a step, a bar for each method."""
+def memory_figure(plan: Plan) -> Figure:
+    """Return bars of the peak memory by part and of the time of a step for each method."""
     bars = {
         name: {
             label: float(sum(getattr(prediction.memory, part) for part in parts))
             for label, parts in DRAWN.items()
         }
-        for name, prediction in _columns(found)
+        for name, prediction in _columns(plan)
     }
-    memory = stacked_bar_chart("Peak memory by its parts", bars, shown=size)
+    memory = stacked_bar_chart("Peak memory by part", bars, shown=size)
     caption = (
-        "Memory at the fullest moment of a step, its parts in the order of the legend. Point at one to read its "
-        "numbers; the table has them all."
+        "Memory at the peak of a step; the parts follow the order of the legend. Hover over a part for its size; the "
+        "table lists all parts."
     )
-    time = _bars(found, "Time per step", "seconds", short_duration)
+    time = _bars(plan, "Time per step", "seconds", short_duration)
     return Figure(caption=caption, charts=(memory, time), name="memory-and-time")
 
 
-def sizes_figure(found: Plan) -> Figure:
-    """What is trained and what is saved, a bar for each method."""
+def sizes_figure(plan: Plan) -> Figure:
+    """Return bars of the trained parameters and the saved file for each method."""
     charts = (
-        _bars(found, "Trained parameters", "trained", rounded_count),
-        _bars(found, "Saved file", "file_bytes", size),
+        _bars(plan, "Trained parameters", "trained", rounded_count),
+        _bars(plan, "Saved file", "file_bytes", size),
     )
-    return Figure(caption="Each chart has a scale of its own, from 0.", charts=charts, name="sizes")
+    return Figure(caption="Each chart has its own scale from 0.", charts=charts, name="sizes")
 
 
-def _bars(found: Plan, title: str, field: str, shown: Callable[[float], str]) -> Chart:
-    numbers = {name: float(getattr(prediction, field)) for name, prediction in _columns(found)}
+def _bars(plan: Plan, title: str, field: str, shown: Callable[[float], str]) -> Chart:
+    numbers = {name: float(getattr(prediction, field)) for name, prediction in _columns(plan)}
     texts = {name: shown(value) for name, value in numbers.items()}
     return bar_chart(title, numbers, x="", texts=texts)
 
 
-def _columns(found: Plan) -> list[tuple[str, Prediction]]:
-    """What stands beside each other: the run, and full fine-tuning where that is another."""
-    own = FULL if found.chosen.method == "FullFineTuning" else found.chosen.method
-    return [(own, found.chosen), *([(FULL, found.full)] if found.full else [])]
+def _columns(plan: Plan) -> list[tuple[str, Prediction]]:
+    """Return the predictions to compare by name: the run, and full fine-tuning if predicted."""
+    own = FULL if plan.chosen.method == "FullFineTuning" else plan.chosen.method
+    return [(own, plan.chosen), *([(FULL, plan.full)] if plan.full else [])]
 
 
-def _summary(found: Plan, what: str) -> list[str]:
-    chosen, full = found.chosen, found.full
+def _summary(plan: Plan, method: str) -> list[str]:
+    chosen, full = plan.chosen, plan.full
     count = rounded_count(chosen.trained)
-    share = percentage(chosen.trained, found.parameters)
+    share = percentage(chosen.trained, plan.parameters)
     sentences = [
-        f"{what} on {found.base} trains {count} parameters, {share} of the base's "
-        f"{rounded_count(found.parameters)}, and saves {size(chosen.file_bytes)}.",
-        f"At its fullest moment it holds {size(chosen.memory.total)}, and a step of {found.tokens:,} tokens "
-        f"takes {short_duration(chosen.seconds)}.",
+        f"{method} on {plan.base} trains {count} parameters, {share} of the base's "
+        f"{rounded_count(plan.parameters)}, and saves {size(chosen.file_bytes)}.",
+        f"Its peak memory is {size(chosen.memory.total)}. A step of {plan.tokens:,} tokens takes "
+        f"{short_duration(chosen.seconds)}.",
     ]
-    if found.steps:
-        sentences[1] = (
-            sentences[1][:-1]
-            + f": {duration(found.steps * chosen.seconds)} for the run's {found.steps:,} steps, "
-            "evaluation not counted."
+    if plan.steps:
+        sentences.append(
+            f"The run's {plan.steps:,} steps take {duration(plan.steps * chosen.seconds)} without evaluation."
         )
     if full:
         memory = full.memory.total / chosen.memory.total
         sentences.append(
-            f"Full fine-tuning would hold {size(full.memory.total)}, {memory:.1f} times as much, save "
-            f"{size(full.file_bytes)}, and take {short_duration(full.seconds)} for a step, "
-            f"{full.seconds / chosen.seconds:.1f} times as long."
+            f"Full fine-tuning needs {size(full.memory.total)} ({memory:.1f} times as much), saves "
+            f"{size(full.file_bytes)} and takes {short_duration(full.seconds)} per step "
+            f"({full.seconds / chosen.seconds:.1f} times as long)."
         )
-    if found.loading > chosen.memory.total:
+    if plan.loading > chosen.memory.total:
         sentences.append(
-            f"Loading the base takes more for a moment than training does: {size(found.loading)}."
+            f"Loading the base briefly needs more memory than training: {size(plan.loading)}."
         )
     return sentences
 
 
-def _key_figures(found: Plan) -> KeyFigures:
-    chosen, full = found.chosen, found.full
+def _key_figures(plan: Plan) -> KeyFigures:
+    chosen, full = plan.chosen, plan.full
 
-    def beside(value: str | None) -> str:
-        return f"full fine-tuning: {value}" if value else ""
+    def compared(label: str, text: Callable[[Prediction], str]) -> KeyFigure:
+        note = f"full fine-tuning: {text(full)}" if full else ""
+        return KeyFigure(label=label, value=text(chosen), note=note)
 
-    count = rounded_count(chosen.trained)
-    figures = [
-        KeyFigure(
-            label="Peak memory",
-            value=size(chosen.memory.total),
-            note=beside(full and size(full.memory.total)),
-        ),
-        KeyFigure(
-            label="Time per step",
-            value=short_duration(chosen.seconds),
-            note=beside(full and short_duration(full.seconds)),
-        ),
-        KeyFigure(
-            label="Trained parameters",
-            value=f"{chosen.trained:,}" if chosen.trained < 1e9 else count,
-            note=f"{percentage(chosen.trained, found.parameters)} of the base's",
-        ),
-        KeyFigure(
-            label="Saved file",
-            value=size(chosen.file_bytes),
-            note=beside(full and size(full.file_bytes)),
-        ),
-    ]
-    return KeyFigures(figures=tuple(figures))
+    count = chosen.trained
+    trained = KeyFigure(
+        label="Trained parameters",
+        value=f"{count:,}" if count < 1e9 else rounded_count(count),
+        note=f"{percentage(count, plan.parameters)} of the base's",
+    )
+    return KeyFigures(
+        figures=(
+            compared("Peak memory", lambda p: size(p.memory.total)),
+            compared("Time per step", lambda p: short_duration(p.seconds)),
+            trained,
+            compared("Saved file", lambda p: size(p.file_bytes)),
+        )
+    )
 
 
-def _memory(found: Plan) -> list[Block]:
-    columns = _columns(found)
-    names = tuple(name for name, _ in columns)
-    parts: list[tuple[Cell, ...]] = [
-        (f"{name}: {what}", *(size(getattr(p.memory, name)) for _, p in columns))
-        for name, what in PARTS.items()
-    ]
-    parts.append(("total", *(size(p.memory.total) for _, p in columns)))
-    times: list[tuple[Cell, ...]] = [
-        ("A step", *(short_duration(p.seconds) for _, p in columns)),
-        ("Tokens a second", *(_rate(found.tokens / p.seconds) for _, p in columns)),
-    ]
-    if found.steps:
-        run = (duration(found.steps * p.seconds) for _, p in columns)
-        times.append((f"{found.steps:,} steps", *run))
-    caption = "Every part of the memory. They are those of one moment, so that they add up."
+def _table(
+    plan: Plan, caption: str, name: str, rows: Mapping[str, Callable[[Prediction], Cell]]
+) -> Table:
+    """Return a table with a column for each prediction. `rows` has the text of a cell by row heading."""
+    columns = _columns(plan)
+    return Table(
+        caption=caption,
+        columns=(name, *(method for method, _ in columns)),
+        rows=[(heading, *(cell(p) for _, p in columns)) for heading, cell in rows.items()],
+    )
+
+
+def _memory(plan: Plan) -> list[Block]:
+    def part_size(part: str) -> Callable[[Prediction], str]:
+        return lambda p: size(getattr(p.memory, part))
+
+    parts = {f"{part}: {about}": part_size(part) for part, about in PARTS.items()}
+    times: dict[str, Callable[[Prediction], Cell]] = {
+        "A step": lambda p: short_duration(p.seconds),
+        "Tokens a second": lambda p: _rate(plan.tokens / p.seconds),
+    }
+    if steps := plan.steps:
+        times[f"{steps:,} steps"] = lambda p: duration(steps * p.seconds)
+    caption = "All parts of the memory, at the same moment, so they add up."
     blocks: list[Block] = [
-        memory_figure(found),
-        Table(caption=caption, columns=("Part", *names), rows=parts),
+        memory_figure(plan),
+        _table(plan, caption, "Part", {**parts, "total": part_size("total")}),
     ]
-    if found.device == "cpu":
+    if plan.device == "cpu":
         blocks.append(
             Prose(
-                text="That is above what an interpreter holds with torch imported, about "
-                f"{size(INTERPRETER)}. Loading the base takes {size(found.loading)} for a moment."
+                text="Memory excludes the Python interpreter with torch imported, about "
+                f"{size(INTERPRETER)}. Loading the base briefly needs {size(plan.loading)}."
             )
         )
-    blocks.append(Table(caption="The time.", columns=("Time", *names), rows=times))
-    if found.why_no_full:
-        blocks.append(Prose(text=f"Full fine-tuning is not shown. {found.why_no_full}"))
+    blocks.append(_table(plan, "The time.", "Time", times))
+    if plan.why_no_full:
+        blocks.append(Prose(text=f"Full fine-tuning is not shown. {plan.why_no_full}"))
     return blocks
 
 
@@ -207,59 +216,40 @@ def _rate(value: float) -> Cell:
     return round(value) if value >= 10 else value
 
 
-def _sizes(found: Plan) -> list[Block]:
-    columns = _columns(found)
-    rows: list[tuple[Cell, ...]] = [
-        ("Trained parameters", *(f"{p.trained:,}" for _, p in columns)),
-        ("Share of the base", *(f"{p.share:.4%}" for _, p in columns)),
-        ("Saved file, bytes", *(f"{p.file_bytes:,}" for _, p in columns)),
-    ]
-    heads = ("Quantity", *(name for name, _ in columns))
-    return [
-        sizes_figure(found),
-        Table(caption="The same in full.", columns=heads, rows=rows),
-    ]
+def _sizes(plan: Plan) -> list[Block]:
+    rows: dict[str, Callable[[Prediction], Cell]] = {
+        "Trained parameters": lambda p: f"{p.trained:,}",
+        "Share of the base": lambda p: f"{p.share:.4%}",
+        "Saved file, bytes": lambda p: f"{p.file_bytes:,}",
+    }
+    return [sizes_figure(plan), _table(plan, "The exact numbers.", "Quantity", rows)]
 
 
-def _paper(found: Plan) -> list[Block]:
-    if not found.paper:
+def _paper(plan: Plan) -> list[Block]:
+    if not plan.paper:
         return []
-    rows: Sequence[Sequence[Cell]] = [line.split(": ", 1) for line in found.paper]
-    caption = (
-        "How the figures of Hu et al. 2021 for GPT-3 175B come about; theirs stand in parentheses."
-    )
+    rows: Sequence[Sequence[Cell]] = [line.split(": ", 1) for line in plan.paper]
+    caption = "Calculation of the figures of Hu et al. 2021 for GPT-3 175B; the paper's values are in parentheses."
     return [Table(caption=caption, columns=("Quantity", "Arithmetic"), rows=rows)]
 
 
-def _grounds(found: Plan) -> list[Block]:
-    shared = "computed once" if found.packed else "computed for each"
+def _assumptions(plan: Plan) -> list[Block]:
+    prefixes = "computed once" if plan.packed else "computed per example"
     facts: list[tuple[Cell, ...]] = [
-        ("Base", f"{found.base}, {found.parameters:,} parameters"),
-        ("About it", found.note),
-        ("Computed", f"in {found.dtype} on {found.device}"),
-        ("Lengths", found.lengths),
-        ("Fullest batch", f"{found.rows:,} x {found.width:,} tokens; shared prefixes {shared}"),
-        ("Machine", found.machine.origin),
+        ("Base", f"{plan.base}, {plan.parameters:,} parameters"),
+        ("Note", plan.note),
+        ("Computed", f"in {plan.dtype} on {plan.device}"),
+        ("Lengths", plan.lengths),
+        ("Largest batch", f"{plan.rows:,} x {plan.width:,} tokens; shared prefixes {prefixes}"),
+        ("Machine", plan.machine.origin),
     ]
     text = (
-        "A prediction: the run's model was built without weights, and its operations counted. After the run its own "
-        "report shows what was measured beside this."
+        "lorakit built the run's model without weights and counted its operations. After the run, its report "
+        "compares this prediction with measurements."
     )
     table = Table(
-        caption="What was counted, and how fast it is taken to be.",
+        caption="The simulated run and the assumed machine.",
         columns=("Fact", "Value"),
         rows=[fact for fact in facts if fact[1]],
     )
     return [Prose(text=text), table]
-
-
-def _configuration(record: RunRecord) -> list[Block]:
-    settings = Table(
-        caption="The settings that say most.",
-        columns=("Setting", "Value"),
-        rows=main_settings(record),
-    )
-    return [
-        settings,
-        Code(text=settings_text(record), label="Every setting, defaults too", folded=True),
-    ]

@@ -1,4 +1,4 @@
-"""A base model without its weights: from a configuration file, a GGUF header, or a description we bring."""
+"""Base models without weights, from a configuration file, a GGUF header, or the built-in GPT-3 175B."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lorakit.models.quantising import places_of_projections
 from lorakit.models.sources import ModelSource, resolve
 
 GPT3 = "gpt3-175b"
-"""GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public: as a shape it can be planned."""
+"""GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is known of a base model without its weights."""
+    """Name and configuration of a base model."""
 
     name: str
     note: str
@@ -38,65 +38,57 @@ class Shape:
 
 
 def shape_of(base: BaseConfig) -> Shape:
-    """Read a base model's configuration, and nothing of its weights.
+    """Read the configuration of a base model, without its weights.
 
     Raises:
-        BaseModelError: There is no such model, or its configuration cannot be read.
+        BaseModelError: The model does not exist, or its configuration cannot be read.
     """
     if base.name.lower() == GPT3:
         note = (
-            "GPT-3 175B, described in lorakit: 96 layers of width 12,288, 96 heads, 2,048 positions"
+            "GPT-3 175B, built into lorakit: 96 layers of width 12,288, 96 heads, 2,048 positions"
         )
-        return Shape(GPT3, note, _gpt3())
+        config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
+        return Shape(GPT3, note, config)
     source = resolve(base.name, revision=base.revision)
     options: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
-    where = source.path_or_id
+    location = source.path_or_id
     if source.kind == "hub":
         commit, reachable = locate_on_hub(source)
         options |= {"revision": commit, "local_files_only": not reachable}
     elif source.kind == "gguf":
-        where, options = _gguf(Path(where))
+        file = Path(location)
+        folder = conversion_of(file)
+        location = str(folder or file.parent)
+        options = {} if folder else {"gguf_file": file.name}
     try:
-        config = AutoConfig.from_pretrained(where, **options)
-    # A configuration is an outside input, and its readers raise nearly every kind of exception.
+        config = AutoConfig.from_pretrained(location, **options)
+    # A configuration is untrusted input; its readers raise almost any exception.
     except Exception as error:
         raise BaseModelError(_refusal(source, error)) from error
     return Shape(source.name, source.note, config, base.trust_remote_code)
-
-
-def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
-    """Where the configuration of a GGUF file is: in what was converted before, else in its header."""
-    folder = conversion_of(file)
-    if folder is not None:
-        return str(folder), {}
-    return str(file.parent), {"gguf_file": file.name}
 
 
 def _refusal(source: ModelSource, error: Exception) -> str:
     message = " ".join(str(error).split())
     if "trust_remote_code" in message:
         return (
-            f"'{source.name}' brings Python code of its own. Read that code, and if you trust it, set "
+            f"'{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
             "base.trust_remote_code."
         )
     return f"The configuration of '{source.name}' cannot be read ({type(error).__name__}: {message[:300]})."
-
-
-def _gpt3() -> GPT2Config:
-    return GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
 
 
 # --- the model ---------------------------------------------------------------------------------------
 
 
 def new_mode() -> FakeTensorMode:
-    """Return what makes tensors without memory; those of one model are made by one."""
+    """Return a mode that creates fake tensors. Use a single one per model."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def planning(fake: FakeTensorMode) -> Iterator[None]:
-    """Let every tensor made inside be one without memory."""
+    """Create fake tensors, and run attention with the fused kernel, inside this block."""
     with fake, _FusedAttention():
         yield
 
@@ -104,7 +96,7 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
 def build(
     shape: Shape, base: BaseConfig, task: ModelHead, labels: int, *, device: torch.device
 ) -> PreTrainedModel:
-    """Return the model with a head for `task`, as `load_base` would for `device`, inside :func:`planning`.
+    """Return the model with a head for `task`, as `load_base` does for `device`. Call it inside :func:`planning`.
 
     Raises:
         BaseModelError: The architecture has no head for the task.
@@ -118,16 +110,14 @@ def build(
     dtype = compute_dtype(base.dtype, device)
     try:
         model = model_class(task).from_config(config, dtype=dtype, **options)
-    except (
-        Exception
-    ) as error:  # an architecture may raise anything for a head or a size that it has not
+    # Architectures raise almost any exception for an unsupported head or size.
+    except Exception as error:
         message = " ".join(str(error).split())
         if message.startswith("Unrecognized configuration class"):
             message = f"transformers has no head for the task '{task}' on this architecture"
         raise BaseModelError(f"'{shape.name}' cannot be planned: {message[:300]}.") from error
-    if (
-        config.get_text_config().pad_token_id is None
-    ):  # classifiers look for the last token before padding
+    # Classifiers search for the last token before the padding.
+    if config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = 0
     if base.dtype in QUANTISATIONS:
         for path, *_ in places_of_projections(model):
@@ -136,57 +126,55 @@ def build(
 
 
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-"""nf4: half a byte, and a float32 scale for every 64. int8: a byte; the scale of a row is next to nothing."""
+"""nf4: half a byte, and a float32 scale per 64 weights. int8: a byte; the scales of rows are negligible."""
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model that carries no adapter yet, each once."""
+    """Return the bytes of the parameters and buffers of a model without adapters, each counted once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     modules: list[Any] = list(model.modules())
-    kept = {id(m.weight): m.planned_dtype for m in modules if hasattr(m, "planned_dtype")}
+    quantised = {id(m.weight): m.planned_dtype for m in modules if hasattr(m, "planned_dtype")}
     return sum(
-        round(t.numel() * BYTES_PER_WEIGHT[kept[key]])
-        if key in kept
-        else t.numel() * t.element_size()
+        round(t.numel() * BYTES_PER_WEIGHT[quantised[key]]) if key in quantised else t.nbytes
         for key, t in tensors.items()
     )
 
 
 def _quantise(layer: Any, kind: str) -> None:
-    """Let a layer compute as a quantised one: its weight is expanded for each product."""
+    """Make a layer allocate memory like a quantised one, which dequantises its weight for each product."""
     layer.planned_dtype = kind
-    layer.register_forward_pre_hook(_Expanded.begin)
-    layer.register_forward_hook(_Expanded.end)
+    layer.register_forward_pre_hook(_DequantisedWeight.allocate)
+    layer.register_forward_hook(_DequantisedWeight.free)
 
 
-class _Expanded:
-    """The whole weight that a quantised layer holds for the length of its product."""
+class _DequantisedWeight:
+    """The weight that a quantised layer dequantises and holds during its product."""
 
-    held: Tensor | None = None
-
-    @classmethod
-    def begin(cls, layer: Any, _: Any) -> None:
-        cls.held = torch.empty_like(layer.weight)
+    weight: Tensor | None = None
 
     @classmethod
-    def end(cls, layer: Any, _: Any, output: Tensor) -> None:
-        cls.held = None
+    def allocate(cls, layer: Any, _: Any) -> None:
+        cls.weight = torch.empty_like(layer.weight)
+
+    @classmethod
+    def free(cls, layer: Any, _: Any, output: Tensor) -> None:
+        cls.weight = None
         if output.requires_grad and output.grad_fn is not None:
-            output.grad_fn.register_prehook(lambda _: cls.begin(layer, None))
-            output.grad_fn.register_hook(lambda *_: setattr(cls, "held", None))
+            output.grad_fn.register_prehook(lambda _: cls.allocate(layer, None))
+            output.grad_fn.register_hook(lambda *_: setattr(cls, "weight", None))
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention by the kernel that never holds a row's pairs, as on a GPU and in long rows."""
+    """Run attention with the flash kernel, which allocates no score matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value = given["query"], given["key"], given["value"]
-        if shared := query.shape[-3] // key.shape[-3] - 1:
-            key = key.repeat_interleave(shared + 1, -3)
-            value = value.repeat_interleave(shared + 1, -3)
+        names = ("query", "key", "value")
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        group = query.shape[-3] // key.shape[-3]
+        if group > 1:
+            key, value = (x.repeat_interleave(group, -3) for x in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

@@ -1,9 +1,10 @@
-"""From a configuration and its batches to what a run of it holds and computes, without weights."""
+"""Simulate the steps of a run on a model without weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from lorakit.compute.base import check_context
 from lorakit.compute.batching import collator
 from lorakit.compute.computation import choose_computation
 from lorakit.data import DataTask
-from lorakit.methods import METHODS, Method
+from lorakit.methods import METHODS
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.faster import make_faster
 from lorakit.models.loading import Base, ModelHead
@@ -33,7 +34,7 @@ from lorakit.training.setup import (
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What a run holds, in bytes, and computes, as far as its tensors tell."""
+    """Memory of a run's tensors, in bytes, and work of its steps."""
 
     method: str
     trained: int
@@ -42,44 +43,41 @@ class SimulatedRun:
     """Parameters of the base."""
     base: int
     adapter: int
-    """Tensors that are trained, float32 masters."""
-    optimizer: int
-    """The two running means of AdamW."""
+    """Trained tensors, in float32, and buffers of adapter modules."""
     fullest: Step
-    """A forward and backward pass of the batch with the most tokens."""
+    """Step of the batch with the most tokens."""
     middle: Step
-    """The same of a batch of middle size."""
+    """Step of the batch of median size."""
     tokens: int
-    """Tokens of the middle batch's examples, each counted in full."""
-    computed: tuple[int, int]
-    """Rows and width of the fullest batch, as it is computed."""
+    """Tokens of the examples in the median batch, without sharing prefixes."""
+    rows: int
+    """Rows of the fullest batch, after packing."""
+    width: int
+    """Tokens per row of the fullest batch, after packing and padding."""
     packed: bool
 
 
 def simulate(
     config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device
 ) -> SimulatedRun:
-    """Set a run up as training does, on a model without weights, and run its steps.
+    """Set up a run as training does, on a model without weights, and run a step of each batch.
 
     Raises:
-        LorakitError: A setting does not fit the model or the data, as training would say.
+        LorakitError: A setting does not fit the model or the data, with the message of training.
     """
     task = batches.task
-    fake, chosen = new_mode(), _method(config)
+    start, fake = config.from_adapter, new_mode()
+    method = config.chosen_method if start is None else formats.read(start).method
     with planning(fake):
         model = build(shape, config.base, _task(shape, task), len(task.labels), device=device)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
-        base = Base(model, batches.tokenizer or _NO_TOKENIZER, _source(shape))
-        adapters = attach_method(base, config, task, chosen)
+        source = ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
+        base = Base(model, batches.tokenizer or _NO_TOKENIZER, source)
+        adapters = attach_method(base, config, task, method)
         trained = adapters.trainable_parameters(ADAPTER)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        method = adapters.method(ADAPTER)
-        buffers = sum(
-            b.numel() * b.element_size()
-            for m in adapters.modules(ADAPTER).values()
-            for b in m.buffers()
-        )
+        buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         model.train()
         computation = choose_computation(
             model,
@@ -97,40 +95,35 @@ def simulate(
     make = collator(base, packed=computation.packed)
     fullest, middle = make(batches.fullest), make(batches.middle)
     with planning(fake):
-        short = shorten(model)
-        accumulates = config.accumulation > 1
-        step = run_step(
-            model, short, computation.objective, fullest, autocast=autocast, accumulates=accumulates
+        step = partial(
+            run_step,
+            model,
+            shorten(model),
+            computation.objective,
+            autocast=autocast,
+            accumulates=config.accumulation > 1,
         )
-        typical = step
+        fullest_step = middle_step = step(fullest)
         if middle["input_ids"].shape != fullest["input_ids"].shape:
-            typical = run_step(
-                model,
-                short,
-                computation.objective,
-                middle,
-                autocast=autocast,
-                accumulates=accumulates,
-            )
-    count = sum(p.numel() for p in trained)
+            middle_step = step(middle)
     rows, width = fullest["input_ids"].shape
     return SimulatedRun(
-        method=type(method).__name__,
-        trained=count,
+        method=type(adapters.method(ADAPTER)).__name__,
+        trained=sum(p.numel() for p in trained),
         total=total,
         base=size,
-        adapter=sum(p.numel() * p.element_size() for p in trained) + buffers,
-        optimizer=8 * count,
-        fullest=step,
-        middle=typical,
+        adapter=sum(tensor.nbytes for tensor in (*trained, *buffers)),
+        fullest=fullest_step,
+        middle=middle_step,
         tokens=sum(map(len, batches.middle)),
-        computed=(rows, width),
+        rows=rows,
+        width=width,
         packed=computation.packed,
     )
 
 
 def as_full(config: TrainConfig) -> TrainConfig:
-    """The same run with full fine-tuning in its method's place."""
+    """Return the configuration with full fine-tuning as its method."""
     methods = tuple(METHODS.values())
     sections = {
         f.name: type(value)()
@@ -148,13 +141,6 @@ def as_full(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _method(config: TrainConfig) -> Method:
-    """What the run trains; of the adapter that it starts from, the weights are not needed."""
-    if config.from_adapter is None:
-        return config.chosen_method
-    return formats.read(config.from_adapter).method
-
-
 def _task(shape: Shape, task: DataTask) -> ModelHead:
     if task.kind == "classification":
         return "sequence-classification"
@@ -163,11 +149,7 @@ def _task(shape: Shape, task: DataTask) -> ModelHead:
     return "seq2seq-lm" if getattr(shape.config, "is_encoder_decoder", False) else "causal-lm"
 
 
-def _source(shape: Shape) -> ModelSource:
-    return ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
-
-
 _NO_TOKENIZER: Any = SimpleNamespace(
     pad_token_id=0, eos_token_id=0, encode=lambda text, **options: []
 )
-"""What batches need of a tokenizer: it puts no token before a text."""
+"""The parts of a tokenizer that batches use. It adds no special tokens."""

@@ -1,11 +1,10 @@
-"""One training step of a model without weights: what it holds at its fullest moment, and what it computes."""
+"""Peak memory and work of one training step of a model without weights."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,8 @@ from lorakit.models.blocks import stacks
 from lorakit.models.layers import by_token
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work
 
-FORWARD, BACKWARD, HEAD = "forward", "backward", "head"
+Blocks = list[tuple[nn.Module, int]]
+"""The remaining blocks of a shortened model in order, each with the number of blocks that it represents."""
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,31 @@ class Step:
     """A forward and backward pass."""
 
     peak: dict[Kind, int]
-    """Bytes alive at its fullest moment, beside weights and optimizer."""
+    """Bytes alive at the peak, without weights and optimizer state."""
     work: Work
     widest: int
     """Bytes of the largest matrix that a product reads."""
 
 
-@dataclass
-class Shortened:
-    """A model of which a stretch of equal blocks is left out, for their first three say it all."""
+def shorten(model: nn.Module) -> Blocks:
+    """Delete the blocks of `model` that equal both of their neighbours, and return the remaining ones.
 
-    repeats: dict[nn.Module, int] = field(default_factory=dict)
-    """A kept block that stands for several -> for how many."""
-    blocks: list[nn.Module] = field(default_factory=list)
-    """The kept blocks, in order."""
-
-
-def shorten(model: nn.Module) -> Shortened:
-    """Leave out of `model`, for good, the blocks that are like their neighbours on both sides.
-
-    Blocks are alike that have parameters (an adapter's included) of the same names, shapes and dtypes, trained or
-    not. Of a stretch of them the first, the second and the last are kept; the second stands for all in between.
+    Blocks are equal if their parameters, including an adapter's, have the same names, shapes and dtypes and are
+    trained or not. Of a run of equal blocks the first, the second and the last remain; the second represents all
+    between the first and the last.
     """
-    kept = Shortened()
-    for path, blocks in stacks(model).items():
-        container = model.get_submodule(path)
-        assert isinstance(container, nn.ModuleList)
-        chosen: list[nn.Module] = []
-        for _, run in groupby((model.get_submodule(block) for block in blocks), key=_signature):
-            alike = list(run)
-            if len(alike) > 3:
-                kept.repeats[alike[1]] = len(alike) - 2
-                alike = [alike[0], alike[1], alike[-1]]
-            chosen += alike
-        parent = model.get_submodule(path.rpartition(".")[0])
-        setattr(parent, path.rpartition(".")[2], nn.ModuleList(chosen))
-        kept.blocks += chosen
-    return kept
+    remaining: Blocks = []
+    for path, names in stacks(model).items():
+        stack: Blocks = []
+        for _, run in groupby(map(model.get_submodule, names), key=_signature):
+            equal = list(run)
+            if len(equal) > 3:
+                stack += [(equal[0], 1), (equal[1], len(equal) - 2), (equal[-1], 1)]
+            else:
+                stack += [(block, 1) for block in equal]
+        model.set_submodule(path, nn.ModuleList(block for block, _ in stack))
+        remaining += stack
+    return remaining
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
@@ -74,22 +62,22 @@ def _signature(block: nn.Module) -> tuple[Any, ...]:
 
 def run_step(
     model: nn.Module,
-    short: Shortened,
+    blocks: Blocks,
     objective: Objective,
     batch: Batch,
     *,
     autocast: AbstractContextManager[Any],
     accumulates: bool,
 ) -> Step:
-    """Run a step of `model`, whose parameters are fake tensors, inside their `FakeTensorMode`.
+    """Run a step of `model`, whose parameters are fake tensors, in their `FakeTensorMode`.
 
     Args:
         model: A model after `shorten`.
-        short: What that left out.
-        objective: Its loss.
+        blocks: Its blocks, as `shorten` returned them.
+        objective: The loss.
         batch: A batch of ordinary tensors.
-        autocast: The context of the forward pass.
-        accumulates: Whether gradients of an earlier batch of the step are there already, which are not counted.
+        autocast: Context of the forward pass.
+        accumulates: Whether gradients of an earlier batch of the step exist. They are not counted.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -98,13 +86,18 @@ def run_step(
     known = [*model.parameters(), *model.buffers(), *batch.values(), *gradients]
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0) or 0
     ledger = Ledger(known, vocabulary)
-    handles = _marks(ledger, short.blocks)
-    handles += [p.register_post_accumulate_grad_hook(_note_gradient(ledger)) for p in trained]
+    handles = _mark_blocks(ledger, [block for block, _ in blocks])
+
+    def count_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.set_kind(parameter.grad, "gradients")
+
+    handles += [p.register_post_accumulate_grad_hook(count_gradient) for p in trained]
     try:
         with ledger:
             with autocast, ledger.saved_tensors():
                 loss = objective.loss_sum(model, batch)
-            ledger.mark(f"{BACKWARD} {HEAD}")
+            ledger.mark(None)
             loss.backward()
             ledger.close()
     finally:
@@ -112,69 +105,55 @@ def run_step(
             handle.remove()
         for parameter in trained:
             parameter.grad = None
-    positions = {f"{n}": short.repeats[b] for n, b in enumerate(short.blocks) if b in short.repeats}
-    return _whole(ledger.segments, positions)
+    return _whole_step(ledger.segments, [times for _, times in blocks])
 
 
-def _marks(ledger: Ledger, blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
-    """Let the ledger know where each block begins and ends, on the way forward and on the way back."""
-    going_back = False
+def _mark_blocks(ledger: Ledger, blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
+    """Mark in the ledger where the forward and the backward pass of each block begin and end."""
+    in_backward = False
 
-    def before(number: int) -> Callable[..., None]:
+    def mark_block(number: int, block: nn.Module) -> list[RemovableHandle]:
         @by_token
-        def hook(*_: Any) -> None:
-            if not going_back:  # a block that is checkpointed is called again
-                ledger.mark(f"{FORWARD} {number}")
-
-        return hook
-
-    def after(number: int) -> Callable[..., None]:
-        def reached(_: Tensor) -> None:
-            nonlocal going_back
-            going_back = True
-            ledger.mark(f"{BACKWARD} {number}")
+        def begin_forward(*_: Any) -> None:
+            if not in_backward:  # checkpointing calls the block again in the backward pass
+                ledger.mark(number)
 
         @by_token
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if going_back:
+        def end_forward(_: nn.Module, __: Any, output: Any) -> None:
+            if in_backward:
                 return
-            ledger.mark(HEAD)
+            ledger.mark(None)
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
-                hidden.register_hook(reached)
+                hidden.register_hook(begin_backward)
 
-        return hook
+        def begin_backward(_: Tensor) -> None:
+            nonlocal in_backward
+            in_backward = True
+            ledger.mark(number)
 
-    handles = []
-    for number, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(before(number)))
-        handles.append(block.register_forward_hook(after(number)))
-    return handles
+        return [
+            block.register_forward_pre_hook(begin_forward),
+            block.register_forward_hook(end_forward),
+        ]
 
-
-def _note_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        ledger.note(parameter.grad, "gradients")
-
-    return hook
+    return [handle for n, block in enumerate(blocks) for handle in mark_block(n, block)]
 
 
-def _whole(segments: list[Segment], repeats: dict[str, int]) -> Step:
-    """The step of the whole model: segments of a block that stands for several come as often."""
-    missing: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+def _whole_step(segments: list[Segment], repeats: list[int]) -> Step:
+    """Return the step of the whole model: repeat the segments of the i-th block `repeats[i]` times."""
+    missing: dict[Kind, int] = dict.fromkeys(KINDS, 0)  # bytes of earlier repetitions
     peak, total, widest = dict(missing), Work(), 0
     for segment in segments:
-        found = re.search(r"\d+$", segment.name)
-        times = repeats.get(found[0], 1) if found else 1
-        grows = segment.growth
-        # What a repetition adds or takes away is the same each time: the fullest is the first or the last.
-        for _ in range(times):
-            reached = {kind: missing[kind] + segment.peak[kind] for kind in KINDS}
-            if sum(reached.values()) > sum(peak.values()):
-                peak = reached
-            missing = {kind: missing[kind] + grows[kind] for kind in KINDS}
-        missing = {kind: missing[kind] - grows[kind] for kind in KINDS}
+        times = 1 if segment.block is None else repeats[segment.block]
+        growth = {kind: segment.end[kind] - segment.start[kind] for kind in KINDS}
+        # Every repetition adds or frees the same memory, so the peak is in the first or the last one.
+        for repetition in range(times):
+            if repetition:
+                missing = {kind: missing[kind] + growth[kind] for kind in KINDS}
+            alive = {kind: missing[kind] + segment.peak[kind] for kind in KINDS}
+            if sum(alive.values()) > sum(peak.values()):
+                peak = alive
         total += segment.work.times(times)
         widest = max(widest, segment.widest)
     return Step({kind: max(0, peak[kind]) for kind in KINDS}, total, widest)

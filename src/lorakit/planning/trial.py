@@ -1,6 +1,9 @@
-"""One short run of a shape with random weights, in a process of its own: what a calibration measures.
+"""One short training run of a model with random weights, which a calibration measures in a separate process.
 
-python -m lorakit.planning.trial    reads its settings as JSON from standard input, prints its figures as JSON
+python -m lorakit.planning.trial    reads a trial as JSON from standard input and prints its measurements as JSON
+
+A trial has ``config``, the model's configuration with its ``model_type``; ``dtype``; and the batch: ``count``
+examples of ``length`` tokens with ``targets`` targets.
 """
 
 from __future__ import annotations
@@ -13,35 +16,44 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lorakit
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
-from lorakit.planning.batches import language_example
+from lorakit.planning.batches import language_examples
 from lorakit.training.memory import peak_memory
 
 STEPS = 6
 
 
-def main() -> None:
-    """Train for a few steps, and print the process's memory and the middle step's time."""
-    given: dict[str, Any] = json.load(sys.stdin)
-    config = AutoConfig.for_model(**given["config"])
-    dtype = getattr(torch, given["dtype"])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def build_model(trial: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of a trial with a LoRA adapter, ready to train."""
+    config = AutoConfig.for_model(**trial["config"])
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, trial["dtype"]))
     lorakit.attach(model, lorakit.LoRA())
     model.train()
     make_faster(model)
+    return model
+
+
+def build_batch(trial: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the packed batch of a trial."""
+    examples = language_examples(trial["count"], trial["length"], trial["targets"])
+    return pack(examples, 0, step=PACKED_STEP)
+
+
+def main() -> None:
+    """Train for a few steps and print the process's memory and the median time of a step."""
+    trial = json.load(sys.stdin)
+    torch.manual_seed(0)
+    model = build_model(trial)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    examples = [
-        language_example(n, given["length"], given["targets"]) for n in range(given["count"])
-    ]
-    batch = pack(examples, 0, step=PACKED_STEP)
+    batch = build_batch(trial)
     objective = LanguageModellingLoss(path="fused")
     ready = psutil.Process().memory_info().rss
     seconds = []
@@ -51,11 +63,10 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    # The first steps make what later ones keep.
     figures = {
         "ready": ready,
         "peak": peak_memory(torch.device("cpu")),
-        "seconds": median(seconds[2:]),
+        "seconds": median(seconds[2:]),  # without the first steps, which fill caches
     }
     print(json.dumps(figures))
 
