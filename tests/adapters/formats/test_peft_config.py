@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorakit.adapters.formats.peft import config as config_module
+from lorakit.adapters.formats.peft import adapter_config as config_module
 from lorakit.adapters.formats.peft.adapter_config import (
     _IMPLEMENTED,
     _NO_EFFECT,
