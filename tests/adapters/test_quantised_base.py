@@ -278,7 +278,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
     adapters.unmerge()
     with caplog.at_level(logging.WARNING, "lorakit"):
         adapters.merge(keep_base=False)
-    assert "The base was quantised: the merged model holds its quantised weights" in caplog.text
+    assert "The base was quantised: the merged model holds the dequantised weights" in caplog.text
     assert {n: type(m) for n, m in model.named_modules()} == {
         n: type(m) for n, m in ordinary.named_modules()
     }
@@ -331,7 +331,7 @@ def test_what_was_written_loads_into_the_adapted_model(kind: str) -> None:
     written = adapted_state_dict(model, model.state_dict())
     key = "model.layers.0.mlp.up_proj.weight"
     written[key] = written[key] + 1
-    with pytest.raises(AdapterStateError, match=rf"{key}' is not what this model's {kind} weight"):
+    with pytest.raises(AdapterStateError, match=rf"{key}' of the file differs from this model's dequantised {kind} weight"):
         model.load_state_dict(written, strict=False)
 
 
