@@ -1,4 +1,4 @@
-"""Adapters on a quantised base: beside weights that are never rounded anew, merged into whole ones."""
+"""Adapters on a quantised base: unmerged next to quantised weights, merged into dequantised ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(arch: str = "llama", kind: str = "nf4", dtype=torch.float32, **settings
 
 
 def expand(model: PreTrainedModel, arch: str = "llama", **settings: Any) -> Any:
-    """The ordinary model with the weights that a quantised one stands for."""
+    """The same model with dequantised weights."""
     whole = tiny_models.build(arch, **settings).to(model.dtype)
     with torch.no_grad():
         for path, weight in quantised_weights(model):
@@ -74,7 +74,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# --- beside the weights ---------------------------------------------------------------------------
+# --- unmerged -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3"])
@@ -183,7 +183,7 @@ def test_quantised_weights_are_not_trained_in_full(method, kind: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         attach(model, method)
     assert_same_state(model, before)
-    attach(model, LoRA(train_modules="lm_head"))  # which is whole
+    attach(model, LoRA(train_modules="lm_head"))  # which is not quantised
 
 
 def test_a_tied_head_and_its_embedding_stay_whole(kind: str) -> None:
@@ -351,7 +351,7 @@ def test_an_adapter_says_what_it_was_trained_over(arch, kind, dtype, tmp_path, c
     load(base(arch, kind, dtype), folder)
     assert not caplog.records
     plain = tiny_models.build(arch)
-    plain.config._name_or_path = "another name"  # the weights say that it is the same
+    plain.config._name_or_path = "another name"  # the fingerprint of the weights still matches
     load(plain, folder)
     assert (
         f"The adapter was trained on {kind} weights and runs on float32 ones; the original weights, rounded "

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Compile with PyTorch's own default, whatever an earlier test's `attach` has set."""
+    """Compile with PyTorch's default, which `attach` in an earlier test may have changed."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
         yield
@@ -39,7 +39,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def compiled_llama(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
     """The model, its compiled twin after a first call, and the base's logits."""
-    # Frozen already, so that `attach` changes nothing else that a compiled graph looks at.
+    # Frozen already, so that `attach` changes nothing else that Dynamo guards on.
     model = tiny_models.build("llama", num_hidden_layers=1).requires_grad_(False)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     base = logits(compiled).detach()
@@ -140,7 +140,7 @@ def test_attach_to_the_compiled_model_adapts_the_model(tmp_path) -> None:
     assert (adapted - base).abs().max() > 1e-2
     assert handle_of(model) is adapters
     assert not any("_orig_mod" in path for path in adapters.modules())
-    model.save_pretrained(tmp_path)  # what Trainer calls, after it has unwrapped the model
+    model.save_pretrained(tmp_path)  # as Trainer does with the unwrapped model
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""A copy of an adapted model is whole, and independent of the original."""
+"""A copy of an adapted model is complete and independent of the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2 and DDP take an adapted model: a group of one process shows whether the pieces fit."""
+"""FSDP2 and DDP accept an adapted model, tested in a group of one process."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_fsdp2_trains_float32_adapters_in_a_frozen_base(
 
 
 def test_fsdp2_with_mixed_precision(process_group: None) -> None:
-    """All float32 at rest, computed in bfloat16: the usual policy."""
+    """Parameters in float32, computation in bfloat16: the usual policy."""
     model, _ = adapted(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.model.layers:

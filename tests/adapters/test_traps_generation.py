@@ -1,4 +1,4 @@
-"""generate and pipeline on a model whose adapters are attached, merged, and taken off."""
+"""generate and pipeline on a model whose adapters are attached, merged and detached."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_attached_merged_detached(way: dict) -> None:
     model, adapters = adapted("a")
     found = generate(model, way)
     assert not torch.equal(found, base)
-    # The adapter in its merged form, in a model without lorakit: what generation has to give.
+    # Expected output: the merged adapter, in a model without lorakit.
     plain, exported = adapted("a")
     exported.merge(keep_base=False)
     assert torch.equal(found, generate(plain, way))
@@ -70,7 +70,7 @@ def test_attached_merged_detached(way: dict) -> None:
 
 @pytest.mark.parametrize("name", ["greedy", "without cache", "beam", "several beams"])
 def test_each_row_by_its_own_adapter(name: str) -> None:
-    """Beams and returned sequences repeat a row in place: its adapter has to follow it."""
+    """Beams and returned sequences repeat a row in place, and the copies need the same adapter."""
     way = WAYS[name]
     model, adapters = adapted("a", "b")
     rows: list[str | None] = ["b", None, "a"]
@@ -98,7 +98,7 @@ def test_rows_that_do_not_fit_the_batch() -> None:
 
 
 def test_encoder_decoder_beams_by_row() -> None:
-    """The encoder runs on the rows, the decoder on their beams."""
+    """The encoder's batch has the rows, the decoder's batch their beams."""
     model = tiny_models.build("t5")
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
     randomise(adapters)

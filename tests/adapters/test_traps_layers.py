@@ -1,4 +1,4 @@
-"""Layers with a trap of their own: PiSSA's base, grouped convolutions, unequal slices, outputs that are views."""
+"""Difficult layers: PiSSA's base, grouped convolutions, unequal slices, outputs that are views."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_pissa_keeps_the_base(arch: str, dtype: torch.dtype) -> None:
     adapters = attach(model, LoRA(rank=4, targets="attention.qv", init="pissa"))
     for module in adapters.modules().values():
         A, B = module.lora_A, module.lora_B
-        assert A.abs().max() > 1e-2  # the start is W's own main directions, not zero
+        assert A.abs().max() > 1e-2  # initialised from W's main directions, not zero
         assert B.abs().max() > 1e-2
         assert module.delta_matrix().abs().max() < 1e-6
     assert_same_tensors(base_tensors(model), before)
@@ -170,7 +170,7 @@ def test_two_unequal_slices_have_a_rank_each() -> None:
 
 
 class PackedProduct(torch.autograd.Function):
-    """As quantised kernels do: multiply in a padded buffer, hand out a view of it."""
+    """Multiplies in a padded buffer and returns a view of it, like quantised kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PackedLinear(nn.Linear):
 
 
 class CachedLinear(nn.Linear):
-    """Keeps its last output, and needs it unchanged."""
+    """Stores its last output, which must not change."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = super().forward(x)
@@ -198,7 +198,7 @@ class CachedLinear(nn.Linear):
 
 
 class ChunkLinear(nn.Linear):
-    """Returns a view of a larger result, as a projection computed together with its neighbour."""
+    """Returns a view of a larger result, like two projections computed in one product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super().forward(x), x], dim=-1)[..., : self.out_features]
@@ -240,7 +240,7 @@ def test_outputs_that_are_views(
 
 
 def test_a_hook_of_the_user_keeps_what_it_saw() -> None:
-    """An output captured by an earlier hook is the base layer's own, before the adapter's effect."""
+    """An earlier hook captures the base layer's output, without the adapter's effect."""
     model = nn.Sequential(nn.Linear(8, 4))
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))

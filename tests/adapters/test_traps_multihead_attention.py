@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention reads its weights without calling a layer, so that no hook inside it fires."""
+"""nn.MultiheadAttention reads its weights without calling a layer, so no hook inside it runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def example(batch: int = 2) -> Tensor:
 
 
 def effective_weights(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
-    """W + weight * scaling * B A by parameter name, from the adapters' tensors alone, in the graph."""
+    """W + weight * scaling * B A by parameter name, differentiable, from the adapters' tensors only."""
     handle = handle_of(model)
     assert handle is not None
     found: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def effective_weights(model: nn.Module, weights: dict[str, float]) -> dict[str, 
 
 
 def without_adapters(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-    """The same module class with these weights as its parameters: no lorakit in it."""
+    """The same module class with these weights as parameters, without lorakit."""
     plain = Model()
     state = {
         name: tensor for name, tensor in model.state_dict().items() if ".adapters." not in name
@@ -167,7 +167,7 @@ def test_the_fast_path_of_inference_sees_the_adapter(monkeypatch: pytest.MonkeyP
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("target", ["attention", "mlp", "all-linear"])
 def test_transformer_encoder_in_inference(target: str) -> None:
-    """The encoder has a fast path of its own, and packs a padded batch into a nested tensor."""
+    """The encoder has a fast path, which packs a padded batch into a nested tensor."""
     layer = nn.TransformerEncoderLayer(EMBED, 4, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     x = example()

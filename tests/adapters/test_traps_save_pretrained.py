@@ -1,4 +1,4 @@
-"""save_pretrained and state_dict of a model that carries an adapter never give the bare base."""
+"""save_pretrained and state_dict of an adapted model never contain the base without the adapter."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_state_dict_round_trip(
 def test_saved_tensors_load_into_an_adapted_model(
     case: tuple[PreTrainedModel, Method], loaded_into: str, tmp_path: Path
 ) -> None:
-    """As Trainer resumes: the file's base keys contain the adapter, which must not act twice."""
+    """As Trainer resumes: the file's base keys contain the adapter, which must not be applied twice."""
     model, method = case
     twin, base, handle = adapted_twin(model, method)
     adapters = attach(model, method)
@@ -209,7 +209,7 @@ def test_saved_tensors_load_into_an_adapted_model(
 
 
 def test_load_state_dict_into_a_merged_model_is_refused() -> None:
-    """New factors would stand beside merged weights of the old ones."""
+    """New factors would not match the merged weights of the old ones."""
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2))
     randomise(adapters)

@@ -119,7 +119,7 @@ def test_each_activation() -> None:
 
 
 def test_it_acts_after_the_dropout_of_the_base() -> None:
-    """What a dropout drops is the sub-layer's output, not the adapter's."""
+    """Dropout applies to the sub-layer's output, not to the adapter's."""
     model = tiny_models.build("gpt2", resid_pdrop=0.5).train()
     adapters = attach(model, BottleneckAdapter(size=4))
     randomise(adapters)
@@ -143,7 +143,7 @@ def test_narrow_bases_keep_wide_masters() -> None:
     assert all(p.grad.dtype == torch.float32 for p in adapters.trainable_parameters())
 
 
-# --- where they stand -----------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_dropped_layers_have_none() -> None:

@@ -1,4 +1,4 @@
-"""Several methods as one adapter, beside what the parts do alone."""
+"""Several methods as one adapter, compared with each method alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The face that every method shares with LoRA: attach, count, save, load, activate, copy, detach."""
+"""The interface that all methods share: attach, count, save, load, activate, copy, detach."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def adapted(case: Case, **settings) -> tuple[PreTrainedModel, Adapters]:
-    """The case's model with its method on it, away from where it started."""
+    """The case's model with its method attached and its tensors randomised."""
     model = case.model(**settings)
     adapters = attach(model, case.method, seed=1)
     randomise(adapters, scale=0.1)
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)  # dropout of the base
         loss = model(**case.batch(model)).logits.tanh().sum()
-        # Another pass, with virtual tokens in other places, before the blocks run again.
+        # Another pass, with virtual tokens at other positions, before the blocks are recomputed.
         seen(model, {k: torch.cat([x[:, :2], x], 1) for k, x in case.batch(model).items()})
         return list(torch.autograd.grad(loss, adapters.trainable_parameters()))
 

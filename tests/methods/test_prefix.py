@@ -1,4 +1,4 @@
-"""Prefix methods against PEFT's prefix tuning, against float64 arithmetic, and where they must say no."""
+"""Prefix methods compared with PEFT's prefix tuning and with float64 arithmetic, and inputs that they reject."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits(model, ids: Tensor, **inputs) -> Tensor:
         return model(input_ids=ids, **inputs).logits
 
 
-# --- against others ------------------------------------------------------------------------------
+# --- references ----------------------------------------------------------------------------------
 
 
 def gpt2_in_float64(state: dict[str, Tensor], entering: list[Tensor], ids: Tensor, at: Tensor):
@@ -101,7 +101,7 @@ def test_against_float64_arithmetic(kind) -> None:
 
 def test_prefix_layer_is_peft_prefix_tuning_with_the_keys_and_values_of_its_vectors() -> None:
     model = tiny_models.build("gpt2")
-    with warnings.catch_warnings():  # PEFT asks transformers under names that are on their way out
+    with warnings.catch_warnings():  # PEFT uses deprecated names of transformers
         warnings.simplefilter("ignore", FutureWarning)
         config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
         other = get_peft_model(copy.deepcopy(model), config).eval()
@@ -143,7 +143,7 @@ def test_what_the_cache_holds_is_what_whole_passes_compute(arch: str) -> None:
 
 
 def test_an_encoder_reads_the_vectors_wherever_they_stand() -> None:
-    """With a DeBERTa whose convolution follows the first block: the vectors enter the second untouched by it."""
+    """DeBERTa has a convolution after the first block, which must not change the second block's vectors."""
     model = tiny_models.build("deberta-v2")
     adapters = attach(model, PrefixLayer(prefix_length=3, infix_length=1), seed=1)
     entered: list[Tensor] = []
@@ -198,7 +198,7 @@ def test_one_leaves_and_the_others_stay() -> None:
     assert not hooks
 
 
-# --- where they must say no ------------------------------------------------------------------------
+# --- rejected inputs -------------------------------------------------------------------------------
 
 
 @pytest.fixture

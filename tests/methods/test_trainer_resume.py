@@ -1,4 +1,4 @@
-"""transformers' Trainer resumes a method that no weight can hold, and nobody loads the bare base in its place."""
+"""transformers' Trainer resumes a method that cannot be merged, and from_pretrained rejects its checkpoint."""
 
 from __future__ import annotations
 

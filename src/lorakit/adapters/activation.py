@@ -62,7 +62,7 @@ class Activation:
     """The active adapters of one model, shared by all of its adapted layers.
 
     Gradient checkpointing runs a block again in the backward pass. Until then the active adapters may have
-    changed (a `per_sample` block has ended, another adapter is active). `current` then returns those of the
+    changed (a `per_sample` block has ended, another adapter is active). `moment` then returns those of the
     first run. It raises an error if their tensors have left the model, because the gradients would silently
     be those of another adapter.
     """
@@ -87,10 +87,6 @@ class Activation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _records=WeakKeyDictionary())
-
-    def current(self) -> Active:
-        """Return the active adapters of the current forward pass, first run or recomputation."""
-        return self.moment().active
 
     def moment(self) -> Moment:
         """Return the active adapters and the pass state of the current forward pass, first run or recomputation."""

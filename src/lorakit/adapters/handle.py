@@ -19,16 +19,11 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
     InstalledAdapter,
     adapted_layers,
-    backbone_of,
     base_parameters,
     install,
+    uninstall,
 )
-from lorakit.adapters.layer_adapters import (
-    LayerAdapters,
-    remove_adapter,
-    remove_hooks,
-    remove_idle_hooks,
-)
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
@@ -203,8 +198,7 @@ class Adapters:
             return  # already detached; the model may have a new handle
         self._refuse_inside_per_sample("detach")
         if self._merged is not None:
-            merging.unmerge(self.model)
-            self._merged = None
+            self.unmerge()
         self._set(Active())
         self._remove_all()
 
@@ -309,15 +303,10 @@ class Adapters:
         self.model.register_load_state_dict_pre_hook(export.keep_base_weights)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
-        """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
         del self._installed[adapter.name]
         self._activation.names.discard(adapter.name)
         self._activation.swapping.discard(adapter.name)
-        for path in adapter.modules:
-            remove_adapter(self.model.get_submodule(path), adapter.name)
-        needed = [hook for other in self._installed.values() for hook in other.backbone_hooks]
-        remove_hooks(backbone_of(self.model), adapter.backbone_hooks, needed)
-        remove_idle_hooks(self.model)
+        uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
         for adapter in list(self._installed.values()):

@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.layer_adapters import LayerAdapters, add_hooks, add_module, check_free
+from lorakit.adapters.layer_adapters import (
+    LayerAdapters,
+    add_hooks,
+    add_module,
+    check_free,
+    remove_adapter,
+    remove_hooks,
+    remove_idle_hooks,
+)
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
@@ -41,12 +49,8 @@ class InstalledAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's tensors, each once."""
-        seen: set[int] = set()
-        for module in self.modules.values():
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        unique = {id(p): p for module in self.modules.values() for p in module.parameters()}
+        yield from unique.values()
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
         """Return the trained copies of base parameters, by the base parameter's first name."""
@@ -92,6 +96,17 @@ def install(
         add_module(model.get_submodule(path), owner, name, module, activation)
     add_hooks(backbone_of(model), installed.backbone_hooks)
     return installed
+
+
+def uninstall(
+    model: nn.Module, adapter: InstalledAdapter, others: Iterable[InstalledAdapter]
+) -> None:
+    """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
+    for path in adapter.modules:
+        remove_adapter(model.get_submodule(path), adapter.name)
+    needed = [hook for other in others for hook in other.backbone_hooks]
+    remove_hooks(backbone_of(model), adapter.backbone_hooks, needed)
+    remove_idle_hooks(model)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

@@ -89,7 +89,7 @@ class LayerAdapters(AdapterSlot):
         return not (active.rows is not None and modules) and all(map(condition, modules))
 
     def _active_here(self) -> Active:
-        active = self.activation.current()
+        active = self.activation.moment().active
         if self.merged and active.names:
             raise AdapterStateError(
                 "An adapter was merged between the forward and the backward pass of a checkpointed block. "

@@ -82,19 +82,19 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
         TargetError: A target names no layer, or one that cannot be adapted.
         ConfigurationError: A setting does not fit the model.
     """
-    by_layer: dict[str, int] = {}
-    for path, module in method.modules(model).items():
-        by_layer[path] = sum(p.numel() for p in module.parameters())
+    modules = method.modules(model)
+    by_layer = Counter(
+        {path: sum(p.numel() for p in m.parameters()) for path, m in modules.items()}
+    )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = method.trained_parameters(model)
     refuse_quantised(model, trained)
-    seen: set[int] = set()
+    first_names: dict[int, str] = {}
     for name in trained:
-        if id(parameters[name]) not in seen:
-            seen.add(id(parameters[name]))
-            path = name.rpartition(".")[0]
-            by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
-    return _counts(model, by_layer)
+        first_names.setdefault(id(parameters[name]), name)
+    for name in first_names.values():
+        by_layer[name.rpartition(".")[0]] += parameters[name].numel()
+    return _counts(model, dict(by_layer))
 
 
 def _counts(model: nn.Module, by_layer: dict[str, int]) -> Counts:

@@ -24,7 +24,10 @@ from lorakit.models.layers import ADAPTERS, by_token
 INIT_STD = 0.02
 """Standard deviation of the initial vectors, as in the first release of the paper's code."""
 
-HOW_TO_PLACE = "Insert them into the ids with adapters.virtual_tokens.place; lorakit's training, evaluation and generation do so."
+HOW_TO_PLACE = (
+    "Insert them into the ids with adapters.virtual_tokens.place. lorakit's own training, evaluation and generation "
+    "do so."
+)
 
 
 # --- positions ------------------------------------------------------------------------------------------
@@ -274,30 +277,6 @@ def embedding_vectors(
     Raises:
         TargetError: The model has no table of token embeddings, or reads two sequences.
     """
-    path, table = _embedding(model, method)
-    options = {"device": table.weight.device, "dtype": dtype or torch.float32}
-    return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
-
-
-def block_vectors(
-    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None
-) -> dict[str, AdapterModule]:
-    """Return the vectors on every block but the first, by path.
-
-    Raises:
-        TargetError: The model has no single list of blocks.
-    """
-    width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-    modules: dict[str, AdapterModule] = {}
-    for block in _blocks(model)[1:]:
-        device = next(model.get_submodule(block).parameters()).device
-        options = {"device": device, "dtype": dtype or torch.float32}
-        modules[block] = BlockVectors(tokens, width, options)
-    return modules
-
-
-def _embedding(model: nn.Module, method: str) -> tuple[str, nn.Embedding]:
-    """Return path and module of the input embedding; reject models with more than one sequence."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TargetError(
@@ -318,16 +297,30 @@ def _embedding(model: nn.Module, method: str) -> tuple[str, nn.Embedding]:
             f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens start at "
             f"{PREFIX_START:,}. Use another method."
         )
-    return next(path for path, module in model.named_modules() if module is table), table
+    path = next(path for path, module in model.named_modules() if module is table)
+    options = {"device": table.weight.device, "dtype": dtype or torch.float32}
+    return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the model's blocks, in order."""
+def block_vectors(
+    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None
+) -> dict[str, AdapterModule]:
+    """Return the vectors on every block but the first, by path.
+
+    Raises:
+        TargetError: The model has no single list of blocks.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     lists = list(stacks(model).values())
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr]
+    expected = getattr(config, "num_hidden_layers", None)
     if len(lists) != 1 or len(lists[0]) != expected:
         raise TargetError(
             f"{type(model).__name__} has no single list of its {expected} blocks, which PrefixLayer needs. Use "
             "PrefixEmbedding, which needs the embedding only."
         )
-    return lists[0]
+    modules: dict[str, AdapterModule] = {}
+    for block in lists[0][1:]:
+        device = next(model.get_submodule(block).parameters()).device
+        options = {"device": device, "dtype": dtype or torch.float32}
+        modules[block] = BlockVectors(tokens, config.hidden_size, options)
+    return modules

@@ -1,10 +1,7 @@
-"""Choose the LoRA class of a layer, and build its module."""
+"""The LoRA class of each layer type, and the module of a tied output head."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,33 +9,9 @@ from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.lora.attention import AttentionLoRA, OutProjectionLoRA
 from lorakit.methods.lora.convolution import ConvLoRA
 from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
-from lorakit.methods.lora.layer import LoRALayer, check_rank
+from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import RowSlice
-
-
-def lora_module(
-    model: nn.Module,
-    path: str,
-    slices: tuple[RowSlice, ...],
-    *,
-    rank: int,
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> LoRALayer:
-    """Build A and B for the layer at `path`, whole or by `slices` of its rows; `options` as for `LoRALayer`.
-
-    Raises:
-        TargetError: LoRA does not support the layer's type.
-        ConfigurationError: The rank exceeds the layer's width, or an option cannot be used on it.
-    """
-    layer = model.get_submodule(path)
-    kind = kind_of(layer, model, path)
-    n_in, n_out = kind.dimensions(layer)
-    for width in [s.total for s in slices] or [n_out]:
-        check_rank(path, rank, n_in, width)
-    return kind(layer, rank=rank, slices=slices, dtype=dtype or torch.float32, **options)
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:

@@ -75,6 +75,21 @@ class LoRALayer(AdapterModule):
         """Return (in, out) of the layer's weight as one matrix."""
         raise NotImplementedError
 
+    @classmethod
+    def check_rank(
+        cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
+    ) -> None:
+        """Reject a rank above the width of the layer at `path`: a full matrix has the same rank."""
+        n_in, n_out = cls.dimensions(layer)
+        n_out = min((s.total for s in slices), default=n_out)
+        largest = min(n_in, n_out)
+        if rank > largest:
+            raise ConfigurationError(
+                f"Rank {rank} exceeds the width of '{path}', which maps {n_in} to {n_out} features. "
+                f"Use a rank of at most {largest} for it, for example "
+                f"rank_pattern={{'{path.rsplit('.', 1)[-1]}': {largest}}}."
+            )
+
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes in which A and B are stored; by default those of the matrices."""
         n_in, n_out = self.dimensions(layer)
@@ -222,16 +237,6 @@ class LoRALayer(AdapterModule):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.kind}"
-
-
-def check_rank(path: str, rank: int, n_in: int, n_out: int) -> None:
-    """Reject a rank above the layer's width: a full matrix has the same rank."""
-    if rank > min(n_in, n_out):
-        raise ConfigurationError(
-            f"Rank {rank} exceeds the width of '{path}', which maps {n_in} to {n_out} features. "
-            f"Use a rank of at most {min(n_in, n_out)} for it, for example "
-            f"rank_pattern={{'{path.rsplit('.', 1)[-1]}': {min(n_in, n_out)}}}."
-        )
 
 
 def unsupported(layer: nn.Module, option: str) -> ConfigurationError:

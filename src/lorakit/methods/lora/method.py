@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, TargetError, nearest
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,9 @@ class LoRA:
             TargetError: A target names no layer or one that cannot be adapted.
             ConfigurationError: A rank, option or pattern does not fit a layer.
         """
-        from lorakit.methods.lora.kinds import lora_module, tied_head
+        import torch
+
+        from lorakit.methods.lora.kinds import kind_of, tied_head
         from lorakit.models.roles import resolve_targets
 
         by_path: dict[str, list[Place]] = {}
@@ -120,19 +120,22 @@ class LoRA:
         self._check_patterns(list(by_path))
         modules: dict[str, AdapterModule] = {}
         for path, places in by_path.items():
+            layer = model.get_submodule(path)
+            kind = kind_of(layer, model, path)
+            slices = tuple(place.slice for place in places if place.slice is not None)
             rank, alpha = self.rank_of(path), self.alpha_of(path)
-            module = lora_module(
-                model,
-                path,
-                tuple(place.slice for place in places if place.slice is not None),
+            kind.check_rank(path, layer, rank, slices)
+            module = kind(
+                layer,
                 rank=rank,
                 scaling=self.scaling_for(rank, alpha),
                 alpha=alpha,
                 dropout=self.dropout,
+                slices=slices,
                 dora=self.dora,
-                dtype=dtype,
+                dtype=dtype or torch.float32,
             )
-            module.initialise(model.get_submodule(path), self.init)
+            module.initialise(layer, self.init)
             modules[path] = module
         if self.tie_head:
             path, module = tied_head(model, modules)
@@ -207,7 +210,7 @@ def _lookup(patterns: dict, path: str, default):
     return next((value for key, value in patterns.items() if _matches(key, path)), default)
 
 
-def _entries(name: str, patterns: dict[str, T]) -> list[tuple[str, T]]:
+def _entries(name: str, patterns: dict) -> list[tuple[str, Any]]:
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
 
 
