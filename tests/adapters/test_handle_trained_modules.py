@@ -51,9 +51,9 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_values(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
@@ -120,9 +120,9 @@ def test_a_tied_tensor_gets_the_gradients_of_all_its_places(arch: str) -> None:
     )
     adapters = attach(model, FullFineTuning())
     model(**batch).logits.tanh().sum().backward()
-    found = model.get_input_embeddings().weight
-    assert any(found is p for p in adapters.trainable_parameters())
-    torch.testing.assert_close(found.grad, expected)
+    table = model.get_input_embeddings().weight
+    assert any(table is p for p in adapters.trainable_parameters())
+    torch.testing.assert_close(table.grad, expected)
 
 
 def test_file_round_trip(case: tuple[PreTrainedModel, Method], tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_rows_with_heads_of_their_own(tmp_path: Path) -> None:
     model, adapters, alone = two_classifiers(tmp_path)
     for rows in (["topic", "tone"], ["tone", None], [None, "topic"], ["tone", "tone"]):
         with adapters.per_sample(rows):
-            found = logits(model)
+            actual = logits(model)
         expected = torch.stack([alone[row][i] for i, row in enumerate(rows)])
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
@@ -228,15 +228,17 @@ def test_rows_of_a_module_that_holds_adapted_layers(
         every = [row for row in rows for _ in range(4 // len(rows))]
         expected = torch.stack([separate[row][i] for i, row in enumerate(every)])
         with adapters.per_sample(rows):
-            found = (
+            actual = (
                 checkpoint(lambda: model(**batch).logits, use_reentrant=False)
                 if checkpointing
                 else model(**batch).logits
             )
-            gradients = torch.autograd.grad(found.tanh().sum(), parameters)
-        torch.testing.assert_close(found, expected)
-        wanted = torch.autograd.grad(expected.tanh().sum(), parameters, retain_graph=True)
-        torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
+            gradients = torch.autograd.grad(actual.tanh().sum(), parameters)
+        torch.testing.assert_close(actual, expected)
+        expected_gradients = torch.autograd.grad(
+            expected.tanh().sum(), parameters, retain_graph=True
+        )
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
 
 
 def test_copies_over_a_bfloat16_base() -> None:

@@ -295,7 +295,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("merged", [False, True], ids=["beside", "merged"])
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_save_pretrained_writes_the_adapted_model_whole(arch, kind, merged, tmp_path) -> None:
     model = base(arch, kind)
     adapters = attach(model, LoRA(targets="attention.qv"))
@@ -331,7 +331,10 @@ def test_what_was_written_loads_into_the_adapted_model(kind: str) -> None:
     written = adapted_state_dict(model, model.state_dict())
     key = "model.layers.0.mlp.up_proj.weight"
     written[key] = written[key] + 1
-    with pytest.raises(AdapterStateError, match=rf"{key}' of the file differs from this model's dequantised {kind} weight"):
+    with pytest.raises(
+        AdapterStateError,
+        match=rf"{key}' differs from this model's dequantised {kind} weight",
+    ):
         model.load_state_dict(written, strict=False)
 
 
@@ -444,10 +447,10 @@ def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
 
     def gradients() -> list[Tensor]:
         foreign.train()(**batch, labels=batch["input_ids"]).loss.backward()
-        found = [p.grad for p in adapters.trainable_parameters()]
+        gradients = [p.grad for p in adapters.trainable_parameters()]
         for parameter in adapters.trainable_parameters():
             parameter.grad = None
-        return found  # type: ignore[return-value]
+        return gradients  # type: ignore[return-value]
 
     first = gradients()
     foreign.eval()

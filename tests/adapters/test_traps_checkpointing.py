@@ -54,9 +54,9 @@ def gradients(adapters: Adapters) -> Gradients:
     return [p.grad for name in adapters.names for p in adapters.trainable_parameters(name)]
 
 
-def assert_same(found: Gradients, expected: Gradients) -> None:
+def assert_same(actual: Gradients, expected: Gradients) -> None:
     assert any(gradient is not None for gradient in expected)
-    for left, right in zip(found, expected, strict=True):
+    for left, right in zip(actual, expected, strict=True):
         assert (left is None) == (right is None)
         if left is not None:
             torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-4)
@@ -217,10 +217,10 @@ def test_a_pass_without_a_backward_leaves_no_trace(choice: str | None, gradients
             loss(model)
         model.zero_grad()
         unchanged(model, adapters)
-    found = gradients(adapters)
+    actual = gradients(adapters)
     model, adapters = build()
     unchanged(model, adapters)
-    assert_same(found, gradients(adapters))
+    assert_same(actual, gradients(adapters))
 
 
 def test_a_copy_made_before_the_backward_pass() -> None:

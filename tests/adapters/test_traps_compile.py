@@ -97,9 +97,9 @@ def test_gradients_of_a_compiled_model() -> None:
     randomise(adapters)
     parameters = adapters.trainable_parameters()
     expected = torch.autograd.grad(model(IDS, labels=IDS, use_cache=False).loss, parameters)
-    found = torch.autograd.grad(compiled(IDS, labels=IDS, use_cache=False).loss, parameters)
+    actual = torch.autograd.grad(compiled(IDS, labels=IDS, use_cache=False).loss, parameters)
     assert min(gradient.abs().max() for gradient in expected) > 1e-4
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_trained_modules_under_compilation() -> None:
@@ -159,11 +159,11 @@ def test_inductor() -> None:
     randomise(adapters)
     adapted = model(x)
     assert (adapted - base).abs().max() > 1e-2
-    found = compiled(x)
-    torch.testing.assert_close(found, adapted)
+    actual = compiled(x)
+    torch.testing.assert_close(actual, adapted)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.tanh().sum(), parameters),
+        torch.autograd.grad(actual.tanh().sum(), parameters),
         torch.autograd.grad(adapted.tanh().sum(), parameters),
         atol=1e-4,
         rtol=1e-4,

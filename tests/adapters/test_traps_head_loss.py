@@ -71,14 +71,14 @@ def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
         objective = language_modelling(model, examples)
     expected = whole(model, examples)
     assert abs(expected.item() - base) > 1e-2
-    found = objective.loss_sum(model, examples)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    actual = objective.loss_sum(model, examples)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
     parameters = adapters.trainable_parameters()
-    wanted = torch.autograd.grad(expected, parameters, materialize_grads=True)
-    got = torch.autograd.grad(found, parameters, materialize_grads=True)
-    assert max(gradient.abs().max() for gradient in wanted) > 1e-4
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    expected_gradients = torch.autograd.grad(expected, parameters, materialize_grads=True)
+    gradients = torch.autograd.grad(actual, parameters, materialize_grads=True)
+    assert max(gradient.abs().max() for gradient in expected_gradients) > 1e-4
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-4, rtol=1e-4)
 
 
 CHANGES: dict[str, Callable] = {

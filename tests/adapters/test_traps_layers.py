@@ -22,9 +22,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 # --- PiSSA changes no base weight -----------------------------------------------------------------
@@ -98,12 +98,12 @@ def test_grouped_convolution_in_float64(kind: type[nn.Conv1d], options: dict) ->
         x_g = x[:, g * 8 // groups : (g + 1) * 8 // groups]
         outputs.append(torch.func.functional_call(one, state, (x_g,)))
     expected = torch.cat(outputs, dim=1)
-    found = model(x)
-    assert (found - base).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected)
+    actual = model(x)
+    assert (actual - base).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.tanh().sum(), parameters),
+        torch.autograd.grad(actual.tanh().sum(), parameters),
         torch.autograd.grad(expected.tanh().sum(), parameters),
     )
     adapters.merge()
@@ -223,14 +223,14 @@ def test_outputs_that_are_views(
     hidden = model[0](x)
     base = F.linear(hidden, layer.weight, layer.bias)
     expected = (base + 1.5 * hidden @ module.lora_A.T @ module.lora_B.T).tanh()
-    found = model(x)
-    assert (found - base.tanh()).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected)
+    actual = model(x)
+    assert (actual - base.tanh()).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected)
     if kind is CachedLinear:
         torch.testing.assert_close(layer.last, base)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.sum(), parameters),
+        torch.autograd.grad(actual.sum(), parameters),
         torch.autograd.grad(expected.sum(), parameters),
     )
     with torch.no_grad():

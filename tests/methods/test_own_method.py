@@ -133,7 +133,7 @@ def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, method="ia3", max_steps=1)
     result = train(config)
     monkeypatch.setattr(registry, "_OWN", {})
-    assert main(["inspect", str(result.adapter)]) == 0  # found by its class's name
+    assert main(["inspect", str(result.adapter)]) == 0  # by the name of its class
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         prefix = f"{path}." if path else ""
         names = [name for name, _ in active.weights]
         for attribute in adapters.weights_changed_by(path, layer, names):
-            result[prefix + attribute] = adapters.effective_weight(
-                layer, attribute, list(active.weights)
-            )
+            result[prefix + attribute] = adapters.effective_weight(layer, attribute, active.weights)
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
             replaced.add(prefix + attribute)
         replaced.update(prefix + attribute for attribute in adapters.replaced)
@@ -185,8 +183,8 @@ def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
             continue
         if not (in_file.shape == weight.shape and in_file.to(packed.device).equal(weight.whole())):
             raise AdapterStateError(
-                f"'{key}' of the file differs from this model's dequantised {weight.kind} weight: the file was saved "
-                "from another base, or from another quantisation of the same one. Load the base that it was saved from."
+                f"'{key}' differs from this model's dequantised {weight.kind} weight: the file was saved from another "
+                "base, or from another quantisation of the same one. Load the base that it was saved from."
             )
         state_dict[key] = packed.detach()
 

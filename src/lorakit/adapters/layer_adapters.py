@@ -130,7 +130,7 @@ class LayerAdapters(AdapterSlot):
     # --- effective weights -------------------------------------------------------------------------
 
     def effective_weight(
-        self, layer: nn.Module, attribute: str, weights: list[tuple[str, float]]
+        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
     ) -> Tensor:
         """``W + sum of weight * delta`` in float32 (or wider), rounded once to the dtype of W.
 
@@ -231,12 +231,12 @@ class LayerAdapters(AdapterSlot):
     @contextlib.contextmanager
     def base_weights_in_place(self, layer: nn.Module) -> Iterator[None]:
         """Restore the base's parameters for the length of a `with` block."""
-        own = dict(layer._parameters)
+        current = dict(layer._parameters)
         layer._parameters.update(self.replaced)
         try:
             yield
         finally:
-            layer._parameters.update(own)
+            layer._parameters.update(current)
 
 
 # The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.

@@ -40,7 +40,7 @@ def merge(model: nn.Module, active: Active) -> None:
                     f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
                     "can be added to it. Merge into a base loaded in bfloat16 or float32."
                 )
-            weight = adapters.effective_weight(layer, attribute, list(active.weights))
+            weight = adapters.effective_weight(layer, attribute, active.weights)
             merged.append((layer, adapters, attribute, weight))
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))

@@ -163,8 +163,8 @@ def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
     for name, rows in active.rows_by_adapter(len(hidden)):
         module = _vectors_of(adapters, name)
         if module is not None:
-            at = positions if rows is None else positions.among(rows)
-            hidden = at.put(hidden, module.vectors, module.tokens.prefix)
+            in_rows = positions if rows is None else positions.among(rows)
+            hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
     return hidden
 
 

@@ -66,7 +66,12 @@ class ConvLoRA(_ConvolutionLoRA):
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         assert isinstance(layer, Convolution)
-        h = convolve(layer, x, A.to(x.dtype), groups=self.groups if self.grouped_A else 1)
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        convolve, groups = _CONVOLVE[A.ndim], self.groups if self.grouped_A else 1
+        h = convolve(x, A.to(x.dtype), None, layer.stride, padding, layer.dilation, groups)
         return _CONVOLVE[B.ndim](h, B.to(x.dtype), groups=self.groups)
 
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
@@ -104,12 +109,3 @@ class LoralibConvLoRA(_ConvolutionLoRA):
         width = layer.kernel_size[0]
         rows = layer.weight.numel() // (layer.in_channels * width)
         return (self.rank * width, layer.in_channels * width), (rows, self.rank * width)
-
-
-def convolve(layer: Convolution, x: Tensor, kernel: Tensor, *, groups: int) -> Tensor:
-    """Apply the layer's convolution with another kernel: same stride, padding (of any mode) and dilation."""
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    return _CONVOLVE[kernel.ndim](x, kernel, None, layer.stride, padding, layer.dilation, groups)

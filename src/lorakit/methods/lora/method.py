@@ -181,11 +181,8 @@ class LoRA:
         return names
 
     def _check_patterns(self, paths: list[str]) -> None:
-        for name, patterns in (
-            ("rank_pattern", self.rank_pattern),
-            ("alpha_pattern", self.alpha_pattern),
-        ):
-            for key in patterns:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
                 if not any(_matches(key, path) for path in paths):
                     raise ConfigurationError(
                         f"{name} has an entry '{key}' that matches none of the {len(paths)} adapted layers "
