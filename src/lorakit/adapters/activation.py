@@ -168,7 +168,7 @@ def _reentrant_checkpoints() -> list[tuple[Any, bool]]:
     """Return the running reentrant checkpoints, as `_checkpoints` does.
 
     The autograd function's forward is the first run, and its backward the recomputation. Both have the
-    function's context in their stack frame. It lives as long as the graph. The search fails if the block itself
+    function's context in their stack frame. It lives as long as the graph. A checkpoint is not found if its block
     switches inference mode or forward-mode gradients.
     """
     if torch.is_inference_mode_enabled():

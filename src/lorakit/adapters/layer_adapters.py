@@ -46,7 +46,7 @@ class LayerAdapters(AdapterSlot):
     # --- effect on the forward pass ----------------------------------------------------------------
 
     def shadow(self, layer: nn.Module) -> None:
-        """Hide weights that are read without a call of the layer behind the effective weights."""
+        """Shadow weights that are read directly, without a call of the layer, with the effective weights."""
         self.unshadow(layer)
         active = self._active_here()
         if active.rows is not None and any(

@@ -100,7 +100,7 @@ class BottleneckAdapter(TrainsModules):
 
         if self.size > site.width:
             raise ConfigurationError(
-                f"size {self.size} exceeds the width {site.width} of '{site.path}': so it is not a bottleneck. "
+                f"size {self.size} exceeds the width {site.width} of '{site.path}', so it is not a bottleneck. "
                 f"Use at most {site.width}."
             )
         layer = model.get_submodule(site.path)

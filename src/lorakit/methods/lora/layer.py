@@ -79,7 +79,7 @@ class LoRALayer(AdapterModule):
     def check_rank(
         cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
     ) -> None:
-        """Reject a rank above the width of the layer at `path`: a full matrix has the same rank."""
+        """Reject a rank above the width of the layer at `path`, which no weight change can have."""
         n_in, n_out = cls.dimensions(layer)
         n_out = min((s.total for s in slices), default=n_out)
         largest = min(n_in, n_out)

@@ -66,18 +66,15 @@ class LoRA:
             raise ConfigurationError(
                 "targets is empty. Name at least one, for example 'attention.qv'."
             )
-        for setting, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
+        for name, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
             if rank < 1:
                 raise ConfigurationError(
-                    f"{setting} is {rank!r}; it must be a whole number of 1 or more."
+                    f"{name} is {rank!r}; it must be a whole number of 1 or more."
                 )
-        for setting, alpha in [
-            ("alpha", self.alpha),
-            *_entries("alpha_pattern", self.alpha_pattern),
-        ]:
+        for name, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
             if not math.isfinite(alpha) or alpha == 0:
                 raise ConfigurationError(
-                    f"{setting} is {alpha!r}, so the adapter would have no (or no finite) effect. "
+                    f"{name} is {alpha!r}, so the adapter would have no (or no finite) effect. "
                     "Use a number other than 0; alpha = 2 * rank is a common start."
                 )
         for key in (*self.rank_pattern, *self.alpha_pattern):
