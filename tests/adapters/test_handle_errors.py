@@ -1,4 +1,4 @@
-"""What the handle refuses: with an error that says what to do, and nothing changed or left behind."""
+"""Inputs that the handle rejects: the error names the fix, and the model does not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trace(model: nn.Module) -> tuple:
-    """All that attach and its like may change on a model."""
+    """Everything on a model that attach, load or merge may change."""
     modules = dict(model.named_modules())
     return (
         {name: type(module) for name, module in modules.items()},
@@ -100,7 +100,7 @@ REFUSED = {
 @pytest.mark.parametrize("first", [True, False], ids=["bare model", "adapted model"])
 def test_refused_attach_leaves_nothing(case: str, first: bool, model: PreTrainedModel) -> None:
     method, error, message = REFUSED[case]
-    model.lm_head.requires_grad_(False)  # a flag that has to come back as well
+    model.lm_head.requires_grad_(False)  # this flag must be restored too
     if not first:
         randomise(attach(model, LoRA(rank=2, targets="mlp", train_modules="lm_head")))
     before, expected = trace(model), logits(model)
@@ -111,7 +111,7 @@ def test_refused_attach_leaves_nothing(case: str, first: bool, model: PreTrained
 
 
 def test_attach_that_fails_while_it_installs() -> None:
-    """The second layer has something of its own where adapters go: the first must not keep one."""
+    """The second layer has an attribute named `adapters`: the first must not keep its adapter."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -130,7 +130,7 @@ def test_attach_that_fails_while_it_installs() -> None:
 
 
 def test_a_part_and_the_whole_cannot_both_be_adapted(model: PreTrainedModel) -> None:
-    """Two handles on one layer: neither would know what acts there."""
+    """With two handles on one layer, neither would know all its adapters."""
     adapters = attach(model.model, LoRA(rank=2), name="part")
     randomise(adapters)
     expected = logits(model)
@@ -195,7 +195,7 @@ def test_a_name_that_is_taken(adapters: Adapters, model: PreTrainedModel, seed: 
     assert_unchanged(model, before)
 
 
-# --- choosing -------------------------------------------------------------------------------------
+# --- activating -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_while_merged(call, adapters: Adapters, model: PreTrainedModel) -> None:
 
 
 def test_a_merge_that_fails_midway(adapters: Adapters, model: PreTrainedModel) -> None:
-    """The last layer's weight is quantised: no layer before it may stay merged."""
+    """The last layer's weight is quantised: no earlier layer may stay merged."""
     layer = model.model.layers[1].self_attn.v_proj
     layer.weight = nn.Parameter(layer.weight.data.mul(10).to(torch.int8), requires_grad=False)
     before = trace(model)
@@ -358,7 +358,7 @@ def test_parts_that_do_not_scale(method, adapters: Adapters, model: PreTrainedMo
     assert_unchanged(model, before)
 
 
-# --- leaving --------------------------------------------------------------------------------------
+# --- removing -------------------------------------------------------------------------------------
 
 
 def test_a_handle_that_has_ended(adapters: Adapters, model: PreTrainedModel) -> None:
@@ -377,7 +377,7 @@ def test_a_handle_that_has_ended(adapters: Adapters, model: PreTrainedModel) -> 
     again = attach(model, LoRA(rank=2), name="sql")
     assert again is not adapters
     assert adapters.names == ()
-    adapters.detach()  # of an ended handle: nothing of the new one may go
+    adapters.detach()  # on a detached handle: the new handle keeps its adapters
     assert handle_of(model) is again
     assert again.names == ("sql",)
     randomise(again)
@@ -465,7 +465,7 @@ def test_a_file_does_not_depend_on_what_acts(
 def test_loading_beside_what_acts_compares_with_the_base(
     state: str, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """The fingerprint is the base's own, also while other tensors have its place."""
+    """The fingerprint is that of the base, also while other tensors replace its weights."""
     source = attach(tiny_models.build("llama"), LoRA(rank=2))
     source.save(tmp_path / "adapter")
     method = FullFineTuning() if state == "full" else LoRA(rank=2, targets="mlp")

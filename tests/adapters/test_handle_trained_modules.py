@@ -1,4 +1,4 @@
-"""Base tensors that are trained: as copies that take the base's place, and give it back bit for bit."""
+"""Trained base tensors: copies replace the base's tensors, and detach restores these bit for bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def objects(model: nn.Module) -> dict[str, int]:
-    """Which tensor stands at which name: ties show as one id at several."""
+    """Tensor id by name; tied names share an id."""
     return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
@@ -51,9 +51,9 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_values(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
@@ -99,7 +99,7 @@ def test_exactly_the_copies_are_trained(case: tuple[PreTrainedModel, Method]) ->
     adapters = attach(model, method)
     in_place = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert {n for n in in_place if ".adapters." not in n} >= expected_names
-    # Names of one tied tensor that are both trained stand for one copy: the tie holds in training.
+    # Trained names of one tied tensor share one copy, so they stay tied in training.
     now = objects(model)
     for name in expected_names:
         assert now[name] != identities[name]
@@ -120,9 +120,9 @@ def test_a_tied_tensor_gets_the_gradients_of_all_its_places(arch: str) -> None:
     )
     adapters = attach(model, FullFineTuning())
     model(**batch).logits.tanh().sum().backward()
-    found = model.get_input_embeddings().weight
-    assert any(found is p for p in adapters.trainable_parameters())
-    torch.testing.assert_close(found.grad, expected)
+    table = model.get_input_embeddings().weight
+    assert any(table is p for p in adapters.trainable_parameters())
+    torch.testing.assert_close(table.grad, expected)
 
 
 def test_file_round_trip(case: tuple[PreTrainedModel, Method], tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_file_round_trip(case: tuple[PreTrainedModel, Method], tmp_path: Path) -
 
 
 def two_classifiers(tmp_path: Path) -> tuple[PreTrainedModel, Adapters, dict[str | None, Tensor]]:
-    """Two adapters with heads of their own, loaded onto one model, and what each says alone."""
+    """Two adapters with different heads, loaded onto one model, and the output of each alone."""
     alone: dict[str | None, Tensor] = {}
     for seed, name in enumerate(("topic", "tone")):
         model = tiny_models.build("roberta", head="sequence-classification")
@@ -179,9 +179,9 @@ def test_rows_with_heads_of_their_own(tmp_path: Path) -> None:
     model, adapters, alone = two_classifiers(tmp_path)
     for rows in (["topic", "tone"], ["tone", None], [None, "topic"], ["tone", "tone"]):
         with adapters.per_sample(rows):
-            found = logits(model)
+            actual = logits(model)
         expected = torch.stack([alone[row][i] for i, row in enumerate(rows)])
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_gradients_reach_each_rows_head(tmp_path: Path) -> None:
 def test_rows_of_a_module_that_holds_adapted_layers(
     arch: str, head: str | None, method: Method, checkpointing: bool
 ) -> None:
-    """It has trained parameters of its own, and layers inside it have others."""
+    """It has trained parameters itself, and so have layers inside it."""
     model = tiny_models.build(arch, head)
     adapters = attach(model, method, name="a")
     randomise(adapters)
@@ -228,15 +228,17 @@ def test_rows_of_a_module_that_holds_adapted_layers(
         every = [row for row in rows for _ in range(4 // len(rows))]
         expected = torch.stack([separate[row][i] for i, row in enumerate(every)])
         with adapters.per_sample(rows):
-            found = (
+            actual = (
                 checkpoint(lambda: model(**batch).logits, use_reentrant=False)
                 if checkpointing
                 else model(**batch).logits
             )
-            gradients = torch.autograd.grad(found.tanh().sum(), parameters)
-        torch.testing.assert_close(found, expected)
-        wanted = torch.autograd.grad(expected.tanh().sum(), parameters, retain_graph=True)
-        torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
+            gradients = torch.autograd.grad(actual.tanh().sum(), parameters)
+        torch.testing.assert_close(actual, expected)
+        expected_gradients = torch.autograd.grad(
+            expected.tanh().sum(), parameters, retain_graph=True
+        )
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
 
 
 def test_copies_over_a_bfloat16_base() -> None:
@@ -261,7 +263,7 @@ def test_copies_over_a_bfloat16_base() -> None:
 
 
 def test_full_fine_tuning_beside_lora() -> None:
-    """One trains the weights, the other adds to them: each sees the base, never the other."""
+    """One adapter trains the weights, the other adds a delta: each uses the base, never the other adapter."""
     model = tiny_models.build("gpt2")
     base = logits(model)
     adapters = attach(model, FullFineTuning(), name="full")

@@ -1,4 +1,4 @@
-"""What load has to say without refusing is said: nothing is silent."""
+"""`load` logs a warning for each difference that is not an error."""
 
 import logging
 

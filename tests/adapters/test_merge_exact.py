@@ -1,4 +1,4 @@
-"""Merging is exact and reversible: one rounding, and the base's own bits back, a thousand times."""
+"""Merging is exact and reversible: it rounds once, and a thousand merges restore the base's bits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def merged_state(base: dict[str, Tensor], model: nn.Module, handle: Adapters, na
 
 
 def bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same memory as integers: unlike numbers, NaN equals NaN, and -0 differs from 0."""
+    """The bits as integers: NaN equals NaN, and -0 differs from 0."""
     integer = {2: torch.int16, 4: torch.int32}
     return {key: t.view(integer[t.element_size()]) for key, t in state.items()}
 
@@ -89,7 +89,7 @@ def test_a_thousand_cycles_over_eight_adapters(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_merging_rounds_once(dtype: torch.dtype):
-    """Increments far below the weight's resolution survive together, as they cannot one by one."""
+    """Increments far below the weight's resolution are rounded as a sum, not one by one."""
     layer = nn.Sequential(nn.Linear(8, 8, bias=False)).to(dtype)
     nn.init.ones_(layer[0].weight)
     handle = attach(layer, LoRA(rank=8, alpha=8.0, targets="0"))
@@ -105,7 +105,7 @@ def test_merging_rounds_once(dtype: torch.dtype):
 
 
 def test_merged_parameter_is_a_tensor_of_its_own():
-    """Nobody who holds the base's tensor sees it change, and the merged one is not trained."""
+    """The base's tensors do not change, and the merged tensors require no gradient."""
     model = tiny_models.build("gpt2")
     held = {key: (t, t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
     handle = attach(model, LoRA(rank=2, alpha=3.0, targets=("all-linear", "embedding")))
@@ -123,7 +123,7 @@ def test_merged_parameter_is_a_tensor_of_its_own():
 
 
 def test_a_merged_model_is_called_as_the_base_is():
-    """No hook is left that would have nothing to do; the one of another's stays, and ours come back."""
+    """A merge in eval mode removes the adapters' hooks but no others; unmerge adds them again."""
     model = tiny_models.build("llama").eval()
     layer = model.model.layers[0].self_attn.q_proj
     seen = []
@@ -141,7 +141,7 @@ def test_a_merged_model_is_called_as_the_base_is():
         for m in child.adapters.modules()
     }
     assert [len(m._forward_hooks) for m in model.modules() if id(m) not in ours] == hooks
-    # Sums in another order: what they round is as large as the largest numbers.
+    # Another order of summation: the rounding error is relative to the largest numbers.
     rounding = 3e-5 * float(adapted.detach().abs().max())
     torch.testing.assert_close(model(ids).logits, adapted, rtol=0, atol=rounding)
     handle.unmerge()
@@ -160,7 +160,7 @@ def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method
     randomise(handle, "other")
     handle.merge("other")
     merged = handle.stored("dora")
-    handle.unmerge()  # full fine-tuning's copies go on standing in the base's places
+    handle.unmerge()  # the copies of full fine-tuning still replace the base's tensors
     for after in (merged, handle.stored("dora")):
         for path, layer in before.layers.items():
             assert torch.equal(after.layers[path].base_norms, layer.base_norms)
@@ -213,7 +213,7 @@ def test_each_product_is_computed_once(monkeypatch: pytest.MonkeyPatch, dora: bo
 
 
 class Doubling(AdapterModule):
-    """A module of one's own, which only says what it adds to the weights."""
+    """A user's module that only defines its change of the weights."""
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         return output + weight * x @ layer.weight.T

@@ -1,4 +1,4 @@
-"""Adapters on a quantised base: beside weights that are never rounded anew, merged into whole ones."""
+"""Adapters on a quantised base: unmerged next to quantised weights, merged into dequantised ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(arch: str = "llama", kind: str = "nf4", dtype=torch.float32, **settings
 
 
 def expand(model: PreTrainedModel, arch: str = "llama", **settings: Any) -> Any:
-    """The ordinary model with the weights that a quantised one stands for."""
+    """The same model with dequantised weights."""
     whole = tiny_models.build(arch, **settings).to(model.dtype)
     with torch.no_grad():
         for path, weight in quantised_weights(model):
@@ -74,7 +74,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# --- beside the weights ---------------------------------------------------------------------------
+# --- unmerged -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3"])
@@ -183,7 +183,7 @@ def test_quantised_weights_are_not_trained_in_full(method, kind: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         attach(model, method)
     assert_same_state(model, before)
-    attach(model, LoRA(train_modules="lm_head"))  # which is whole
+    attach(model, LoRA(train_modules="lm_head"))  # which is not quantised
 
 
 def test_a_tied_head_and_its_embedding_stay_whole(kind: str) -> None:
@@ -278,7 +278,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
     adapters.unmerge()
     with caplog.at_level(logging.WARNING, "lorakit"):
         adapters.merge(keep_base=False)
-    assert "The base was quantised: the merged model holds its quantised weights" in caplog.text
+    assert "The base was quantised: the merged model holds the dequantised weights" in caplog.text
     assert {n: type(m) for n, m in model.named_modules()} == {
         n: type(m) for n, m in ordinary.named_modules()
     }
@@ -295,7 +295,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("merged", [False, True], ids=["beside", "merged"])
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_save_pretrained_writes_the_adapted_model_whole(arch, kind, merged, tmp_path) -> None:
     model = base(arch, kind)
     adapters = attach(model, LoRA(targets="attention.qv"))
@@ -331,7 +331,10 @@ def test_what_was_written_loads_into_the_adapted_model(kind: str) -> None:
     written = adapted_state_dict(model, model.state_dict())
     key = "model.layers.0.mlp.up_proj.weight"
     written[key] = written[key] + 1
-    with pytest.raises(AdapterStateError, match=rf"{key}' is not what this model's {kind} weight"):
+    with pytest.raises(
+        AdapterStateError,
+        match=rf"{key}' differs from this model's dequantised {kind} weight",
+    ):
         model.load_state_dict(written, strict=False)
 
 
@@ -351,7 +354,7 @@ def test_an_adapter_says_what_it_was_trained_over(arch, kind, dtype, tmp_path, c
     load(base(arch, kind, dtype), folder)
     assert not caplog.records
     plain = tiny_models.build(arch)
-    plain.config._name_or_path = "another name"  # the weights say that it is the same
+    plain.config._name_or_path = "another name"  # the fingerprint of the weights still matches
     load(plain, folder)
     assert (
         f"The adapter was trained on {kind} weights and runs on float32 ones; the original weights, rounded "
@@ -444,10 +447,10 @@ def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
 
     def gradients() -> list[Tensor]:
         foreign.train()(**batch, labels=batch["input_ids"]).loss.backward()
-        found = [p.grad for p in adapters.trainable_parameters()]
+        gradients = [p.grad for p in adapters.trainable_parameters()]
         for parameter in adapters.trainable_parameters():
             parameter.grad = None
-        return found  # type: ignore[return-value]
+        return gradients  # type: ignore[return-value]
 
     first = gradients()
     foreign.eval()

@@ -30,14 +30,14 @@ Gradients = list[Tensor | None]
 def build(
     method: LoRA = METHOD, use_reentrant: bool | None = None
 ) -> tuple[PreTrainedModel, Adapters]:
-    """A llama in training mode with adapters a and b; use_reentrant None leaves out checkpointing."""
+    """A llama in training mode with adapters a and b; use_reentrant None disables checkpointing."""
     model = tiny_models.build("llama")
     adapters = attach(model, method, name="a", seed=1)
     attach(model, method, name="b", seed=2)
     randomise(adapters)
     model.train()
     if use_reentrant is not None:
-        # Renamed within transformers 5.
+        # transformers 5 renamed it.
         rename = "activation_checkpointing_enable"
         enable = getattr(model, rename, None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": use_reentrant})
@@ -54,9 +54,9 @@ def gradients(adapters: Adapters) -> Gradients:
     return [p.grad for name in adapters.names for p in adapters.trainable_parameters(name)]
 
 
-def assert_same(found: Gradients, expected: Gradients) -> None:
+def assert_same(actual: Gradients, expected: Gradients) -> None:
     assert any(gradient is not None for gradient in expected)
-    for left, right in zip(found, expected, strict=True):
+    for left, right in zip(actual, expected, strict=True):
         assert (left is None) == (right is None)
         if left is not None:
             torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-4)
@@ -138,7 +138,7 @@ def test_dropout_is_the_same_in_both_runs() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_trained_tensors_are_those_of_the_first_run(use_reentrant: bool) -> None:
-    """Norms trained in full stand in the base's place: the second run would read another adapter's."""
+    """Norms trained in full replace the base's, so a recomputation would read another adapter's norms."""
     method = LoRA(rank=2, targets="mlp.down", train_modules=("input_layernorm", "q_proj"))
     model, adapters = build(method)
     another_adapter(model, adapters)
@@ -147,7 +147,7 @@ def test_trained_tensors_are_those_of_the_first_run(use_reentrant: bool) -> None
     try:
         another_adapter(model, adapters)
     except AdapterStateError:
-        return  # refusing is right as well
+        return  # an error is correct as well
     assert_same(gradients(adapters), expected)
 
 
@@ -168,7 +168,7 @@ def test_merge_or_removal_before_backward_is_refused(
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_merge_in_evaluation_before_backward_is_refused(use_reentrant: bool) -> None:
-    """A merge in evaluation takes the hooks off, not the refusal."""
+    """A merge in eval mode removes the hooks; a recomputation still raises the error."""
     model, adapters = build(use_reentrant=use_reentrant)
     unchanged(model, adapters)
     value = loss(model)
@@ -181,7 +181,7 @@ def test_merge_in_evaluation_before_backward_is_refused(use_reentrant: bool) -> 
 @pytest.mark.parametrize("outer_reentrant", [False, True])
 @pytest.mark.parametrize("inner_reentrant", [False, True])
 def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> None:
-    """The inner checkpoint of the second run is new: what acted in the first is known of the outer one."""
+    """The inner checkpoint of the recomputation is new; the record of the outer one has the first run's adapters."""
 
     def step(nested: bool) -> Gradients:
         torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> Non
 @pytest.mark.parametrize("choice", ["b", None])
 @pytest.mark.parametrize("gradients_on", [False, True])
 def test_a_pass_without_a_backward_leaves_no_trace(choice: str | None, gradients_on: bool) -> None:
-    """Nothing runs again what ran in an evaluation, or gave a loss that was dropped."""
+    """No backward pass recomputes an evaluation, or a loss that was dropped."""
     model, adapters = build(use_reentrant=True)
     for _ in range(2):
         with torch.set_grad_enabled(gradients_on):
@@ -217,10 +217,10 @@ def test_a_pass_without_a_backward_leaves_no_trace(choice: str | None, gradients
             loss(model)
         model.zero_grad()
         unchanged(model, adapters)
-    found = gradients(adapters)
+    actual = gradients(adapters)
     model, adapters = build()
     unchanged(model, adapters)
-    assert_same(found, gradients(adapters))
+    assert_same(actual, gradients(adapters))
 
 
 def test_a_copy_made_before_the_backward_pass() -> None:

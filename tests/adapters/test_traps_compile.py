@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Compile with PyTorch's own default, whatever an earlier test's `attach` has set."""
+    """Compile with PyTorch's default, which `attach` in an earlier test may have changed."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
         yield
@@ -39,7 +39,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def compiled_llama(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
     """The model, its compiled twin after a first call, and the base's logits."""
-    # Frozen already, so that `attach` changes nothing else that a compiled graph looks at.
+    # Frozen already, so that `attach` changes nothing else that Dynamo guards on.
     model = tiny_models.build("llama", num_hidden_layers=1).requires_grad_(False)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     base = logits(compiled).detach()
@@ -97,9 +97,9 @@ def test_gradients_of_a_compiled_model() -> None:
     randomise(adapters)
     parameters = adapters.trainable_parameters()
     expected = torch.autograd.grad(model(IDS, labels=IDS, use_cache=False).loss, parameters)
-    found = torch.autograd.grad(compiled(IDS, labels=IDS, use_cache=False).loss, parameters)
+    actual = torch.autograd.grad(compiled(IDS, labels=IDS, use_cache=False).loss, parameters)
     assert min(gradient.abs().max() for gradient in expected) > 1e-4
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_trained_modules_under_compilation() -> None:
@@ -140,7 +140,7 @@ def test_attach_to_the_compiled_model_adapts_the_model(tmp_path) -> None:
     assert (adapted - base).abs().max() > 1e-2
     assert handle_of(model) is adapters
     assert not any("_orig_mod" in path for path in adapters.modules())
-    model.save_pretrained(tmp_path)  # what Trainer calls, after it has unwrapped the model
+    model.save_pretrained(tmp_path)  # as Trainer does with the unwrapped model
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=0)
 
@@ -159,11 +159,11 @@ def test_inductor() -> None:
     randomise(adapters)
     adapted = model(x)
     assert (adapted - base).abs().max() > 1e-2
-    found = compiled(x)
-    torch.testing.assert_close(found, adapted)
+    actual = compiled(x)
+    torch.testing.assert_close(actual, adapted)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.tanh().sum(), parameters),
+        torch.autograd.grad(actual.tanh().sum(), parameters),
         torch.autograd.grad(adapted.tanh().sum(), parameters),
         atol=1e-4,
         rtol=1e-4,

@@ -1,4 +1,4 @@
-"""FSDP2 and DDP take an adapted model: a group of one process shows whether the pieces fit."""
+"""FSDP2 and DDP accept an adapted model, tested in a group of one process."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_fsdp2_trains_float32_adapters_in_a_frozen_base(
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert losses == pytest.approx(expected_losses, abs=tolerance)
     assert losses[-1] < losses[0]
-    found = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
+    actual = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
     expected = {n: p for n, p in plain.named_parameters() if p.requires_grad}
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, parameter in expected.items():
-        torch.testing.assert_close(found[name], parameter, atol=tolerance, rtol=1e-2)
-        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(actual[name], parameter, atol=tolerance, rtol=1e-2)
+        assert actual[name].dtype == torch.float32
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(whole(parameter), base[name])
@@ -95,7 +95,7 @@ def test_fsdp2_trains_float32_adapters_in_a_frozen_base(
 
 
 def test_fsdp2_with_mixed_precision(process_group: None) -> None:
-    """All float32 at rest, computed in bfloat16: the usual policy."""
+    """Parameters in float32, computation in bfloat16: the usual policy."""
     model, _ = adapted(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.model.layers:
@@ -112,11 +112,11 @@ def test_ddp_matches_plain_training(process_group: None) -> None:
     base = copy.deepcopy(model)
     losses = train(DistributedDataParallel(model), adapters.trainable_parameters())
     assert losses == expected
-    for (name, found), other, start in zip(
+    for (name, actual), other, start in zip(
         model.named_parameters(), plain.parameters(), base.parameters(), strict=True
     ):
-        assert torch.equal(found, other)
-        assert torch.equal(found, start) == (not found.requires_grad), name
+        assert torch.equal(actual, other)
+        assert torch.equal(actual, start) == (not actual.requires_grad), name
 
 
 def test_ddp_saves_the_adapter_of_the_module(process_group: None, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""generate and pipeline on a model whose adapters are attached, merged, and taken off."""
+"""generate and pipeline on a model whose adapters are attached, merged and detached."""
 
 from __future__ import annotations
 
@@ -51,39 +51,39 @@ def adapted(*names: str) -> tuple[PreTrainedModel, Adapters]:
 def test_attached_merged_detached(way: dict) -> None:
     base = generate(tiny_models.build("llama"), way)
     model, adapters = adapted("a")
-    found = generate(model, way)
-    assert not torch.equal(found, base)
-    # The adapter in its merged form, in a model without lorakit: what generation has to give.
+    actual = generate(model, way)
+    assert not torch.equal(actual, base)
+    # Expected output: the merged adapter, in a model without lorakit.
     plain, exported = adapted("a")
     exported.merge(keep_base=False)
-    assert torch.equal(found, generate(plain, way))
+    assert torch.equal(actual, generate(plain, way))
     adapters.merge()
-    assert torch.equal(generate(model, way), found)
+    assert torch.equal(generate(model, way), actual)
     adapters.unmerge()
     adapters.activate(None)
     assert torch.equal(generate(model, way), base)
     adapters.activate("a")
-    assert torch.equal(generate(model, way), found)
+    assert torch.equal(generate(model, way), actual)
     adapters.detach()
     assert torch.equal(generate(model, way), base)
 
 
 @pytest.mark.parametrize("name", ["greedy", "without cache", "beam", "several beams"])
 def test_each_row_by_its_own_adapter(name: str) -> None:
-    """Beams and returned sequences repeat a row in place: its adapter has to follow it."""
+    """Beams and returned sequences repeat a row in place, and the copies need the same adapter."""
     way = WAYS[name]
     model, adapters = adapted("a", "b")
     rows: list[str | None] = ["b", None, "a"]
     batch = {key: value[[0, 1, 1]] for key, value in BATCH.items()}
     with adapters.per_sample(rows):
-        found = generate(model, way, batch)
+        actual = generate(model, way, batch)
     expected = []
     for i, row in enumerate(rows):
         adapters.activate(row)
         expected.append(
             generate(model, way, {key: value[i : i + 1] for key, value in batch.items()})
         )
-    assert torch.equal(found, torch.cat(expected))
+    assert torch.equal(actual, torch.cat(expected))
     assert not torch.equal(expected[1], expected[2])  # the same prompt, with and without an adapter
 
 
@@ -98,18 +98,18 @@ def test_rows_that_do_not_fit_the_batch() -> None:
 
 
 def test_encoder_decoder_beams_by_row() -> None:
-    """The encoder runs on the rows, the decoder on their beams."""
+    """The encoder's batch has the rows, the decoder's batch their beams."""
     model = tiny_models.build("t5")
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
     randomise(adapters)
     way = {"num_beams": 2, "do_sample": False}
     with adapters.per_sample(["default", None]):
-        found = generate(model, way)
+        actual = generate(model, way)
     expected = []
     for i, choice in enumerate(("default", None)):
         adapters.activate(choice)
         expected.append(generate(model, way, {k: v[i : i + 1] for k, v in BATCH.items()}))
-    assert torch.equal(found, torch.cat(expected))
+    assert torch.equal(actual, torch.cat(expected))
 
 
 # --- pipeline -------------------------------------------------------------------------------------
@@ -135,11 +135,11 @@ def test_pipeline_attached_merged_detached(text_model: tuple[PreTrainedModel, ob
     base = answers()
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
     randomise(adapters)
-    found = answers()
-    assert found != base
-    assert all(text.startswith(prompt) for text, prompt in zip(found, prompts, strict=True))
+    actual = answers()
+    assert actual != base
+    assert all(text.startswith(prompt) for text, prompt in zip(actual, prompts, strict=True))
     adapters.merge()
-    assert answers() == found
+    assert answers() == actual
     adapters.detach()
     assert answers() == base
 
@@ -167,10 +167,10 @@ def test_classification_pipeline() -> None:
     base = pipe(["A man is playing"])[0]
     adapters = attach(model, LoRA(rank=2, alpha=3, train_modules="classifier"), seed=1)
     randomise(adapters)
-    found = pipe(["A man is playing"])[0]
-    assert found != base
+    actual = pipe(["A man is playing"])[0]
+    assert actual != base
     adapters.merge()
-    for left, right in zip(pipe(["A man is playing"])[0], found, strict=True):
+    for left, right in zip(pipe(["A man is playing"])[0], actual, strict=True):
         assert left["label"] == right["label"]
         assert left["score"] == pytest.approx(right["score"], abs=1e-5)
     adapters.detach()

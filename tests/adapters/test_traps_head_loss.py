@@ -1,4 +1,4 @@
-"""The chunked loss reads the head's weight: it must see what else the logits depend on."""
+"""The chunked loss reads the head's weight, so it must detect everything else that changes the logits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def whole(model: PreTrainedModel, examples: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chosen", ["fresh", "trained"], ids=["at the start", "once trained"])
 def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
-    """A way chosen while the fresh adapter still adds zero has to hold when it no longer does."""
+    """A loss chosen while the new adapter still adds zero must be correct after training."""
     arch, settings, method = CASES[case]
     model = tiny_models.build(arch, "causal-lm", **settings)
     examples = batch()
@@ -71,14 +71,14 @@ def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
         objective = language_modelling(model, examples)
     expected = whole(model, examples)
     assert abs(expected.item() - base) > 1e-2
-    found = objective.loss_sum(model, examples)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    actual = objective.loss_sum(model, examples)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
     parameters = adapters.trainable_parameters()
-    wanted = torch.autograd.grad(expected, parameters, materialize_grads=True)
-    got = torch.autograd.grad(found, parameters, materialize_grads=True)
-    assert max(gradient.abs().max() for gradient in wanted) > 1e-4
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    expected_gradients = torch.autograd.grad(expected, parameters, materialize_grads=True)
+    gradients = torch.autograd.grad(actual, parameters, materialize_grads=True)
+    assert max(gradient.abs().max() for gradient in expected_gradients) > 1e-4
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-4, rtol=1e-4)
 
 
 CHANGES: dict[str, Callable] = {
@@ -93,7 +93,7 @@ CHANGES: dict[str, Callable] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_way_that_was_chosen_earlier_is_not_taken_on_trust(change: str) -> None:
-    """The head is adapted after the objective was chosen: right, or an error, but no other loss."""
+    """The head is adapted after the objective was chosen: the loss is correct, or an error is raised."""
     model = tiny_models.build("llama")
     examples = batch()
     adapters = attach(model, LoRA(rank=2, targets="mlp"))

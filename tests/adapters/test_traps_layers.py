@@ -1,4 +1,4 @@
-"""Layers with a trap of their own: PiSSA's base, grouped convolutions, unequal slices, outputs that are views."""
+"""Difficult layers: PiSSA's base, grouped convolutions, unequal slices, outputs that are views."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 # --- PiSSA changes no base weight -----------------------------------------------------------------
@@ -41,7 +41,7 @@ def test_pissa_keeps_the_base(arch: str, dtype: torch.dtype) -> None:
     adapters = attach(model, LoRA(rank=4, targets="attention.qv", init="pissa"))
     for module in adapters.modules().values():
         A, B = module.lora_A, module.lora_B
-        assert A.abs().max() > 1e-2  # the start is W's own main directions, not zero
+        assert A.abs().max() > 1e-2  # initialised from W's main directions, not zero
         assert B.abs().max() > 1e-2
         assert module.delta_matrix().abs().max() < 1e-6
     assert_same_tensors(base_tensors(model), before)
@@ -98,12 +98,12 @@ def test_grouped_convolution_in_float64(kind: type[nn.Conv1d], options: dict) ->
         x_g = x[:, g * 8 // groups : (g + 1) * 8 // groups]
         outputs.append(torch.func.functional_call(one, state, (x_g,)))
     expected = torch.cat(outputs, dim=1)
-    found = model(x)
-    assert (found - base).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected)
+    actual = model(x)
+    assert (actual - base).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.tanh().sum(), parameters),
+        torch.autograd.grad(actual.tanh().sum(), parameters),
         torch.autograd.grad(expected.tanh().sum(), parameters),
     )
     adapters.merge()
@@ -170,7 +170,7 @@ def test_two_unequal_slices_have_a_rank_each() -> None:
 
 
 class PackedProduct(torch.autograd.Function):
-    """As quantised kernels do: multiply in a padded buffer, hand out a view of it."""
+    """Multiplies in a padded buffer and returns a view of it, like quantised kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PackedLinear(nn.Linear):
 
 
 class CachedLinear(nn.Linear):
-    """Keeps its last output, and needs it unchanged."""
+    """Stores its last output, which must not change."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = super().forward(x)
@@ -198,7 +198,7 @@ class CachedLinear(nn.Linear):
 
 
 class ChunkLinear(nn.Linear):
-    """Returns a view of a larger result, as a projection computed together with its neighbour."""
+    """Returns a view of a larger result, like two projections computed in one product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super().forward(x), x], dim=-1)[..., : self.out_features]
@@ -223,14 +223,14 @@ def test_outputs_that_are_views(
     hidden = model[0](x)
     base = F.linear(hidden, layer.weight, layer.bias)
     expected = (base + 1.5 * hidden @ module.lora_A.T @ module.lora_B.T).tanh()
-    found = model(x)
-    assert (found - base.tanh()).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected)
+    actual = model(x)
+    assert (actual - base.tanh()).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected)
     if kind is CachedLinear:
         torch.testing.assert_close(layer.last, base)
     parameters = adapters.trainable_parameters()
     torch.testing.assert_close(
-        torch.autograd.grad(found.sum(), parameters),
+        torch.autograd.grad(actual.sum(), parameters),
         torch.autograd.grad(expected.sum(), parameters),
     )
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_outputs_that_are_views(
 
 
 def test_a_hook_of_the_user_keeps_what_it_saw() -> None:
-    """An output captured by an earlier hook is the base layer's own, before the adapter's effect."""
+    """An earlier hook captures the base layer's output, without the adapter's effect."""
     model = nn.Sequential(nn.Linear(8, 4))
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))

@@ -1,4 +1,4 @@
-"""A model moves to another dtype or device while merged or trained tensors stand in the base's place."""
+"""A model moves to another dtype or device while merged or trained tensors replace the base's."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_to_bfloat16_while_active(method: Method) -> None:
 
 
 def test_there_and_back_while_merged(method: Method) -> None:
-    """float32 to float64 and back loses nothing, so the base has to come out bit for bit."""
+    """float32 to float64 and back is lossless, so the base must be restored bit for bit."""
     base = logits(tiny_models.build("gpt2"))
     model, adapters = adapted(method)
     adapters.merge()
@@ -96,7 +96,7 @@ def test_there_and_back_while_merged(method: Method) -> None:
 
 @pytest.mark.parametrize("state", ["active", "merged"])
 def test_to_another_device(method: Method, state: str) -> None:
-    """The meta device stands for any: parameters are replaced, since no data can be shared with it."""
+    """The meta device represents any device: parameters are replaced, because they cannot share data with it."""
     model, adapters = adapted(method)
     if state == "merged":
         adapters.merge()
@@ -109,7 +109,7 @@ def test_to_another_device(method: Method, state: str) -> None:
     assert {t.device.type for t in model.state_dict().values()} == {"meta"}
     fresh = tiny_models.build("gpt2")
     assert model.state_dict().keys() == fresh.state_dict().keys()
-    # Emptied there, the model can be filled with the base's own tensors again.
+    # The empty model can load the base's tensors again.
     model.to_empty(device="cpu").load_state_dict(fresh.state_dict())
     assert torch.equal(logits(model), logits(fresh))
 
@@ -139,7 +139,7 @@ def test_to_the_gpu_and_back(method: Method, state: str) -> None:
 
 
 def test_attach_to_a_model_on_the_meta_device_then_load() -> None:
-    """Build without memory, adapt, then materialise: the factors are where the layers are."""
+    """Build on the meta device, adapt, then materialise: the factors are on the devices of their layers."""
     with torch.device("meta"):
         model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2))

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention reads its weights without calling a layer, so that no hook inside it fires."""
+"""nn.MultiheadAttention reads its weights without calling a layer, so no hook inside it runs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def example(batch: int = 2) -> Tensor:
 
 
 def effective_weights(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
-    """W + weight * scaling * B A by parameter name, from the adapters' tensors alone, in the graph."""
+    """W + weight * scaling * B A by parameter name, differentiable, from the adapters' tensors only."""
     handle = handle_of(model)
     assert handle is not None
-    found: dict[str, Tensor] = {}
+    effective: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for path, module in handle.modules(name).items():
             key = f"{path}.in_proj_weight" if path == "attn" else f"{path}.weight"
-            W = found.get(key, model.get_parameter(key))
+            W = effective.get(key, model.get_parameter(key))
             A, B = module.lora_A, module.lora_B
             if not module.slices:
                 delta = B @ A
@@ -53,12 +53,12 @@ def effective_weights(model: nn.Module, weights: dict[str, float]) -> dict[str, 
                     block = B[i * EMBED : (i + 1) * EMBED] @ A[2 * i : 2 * i + 2]
                     rows = F.pad(block, (0, 0, start, W.shape[0] - start - EMBED))
                     delta = delta + rows
-            found[key] = W + weight * module.scaling * delta
-    return found
+            effective[key] = W + weight * module.scaling * delta
+    return effective
 
 
 def without_adapters(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-    """The same module class with these weights as its parameters: no lorakit in it."""
+    """The same module class with these weights as parameters, without lorakit."""
     plain = Model()
     state = {
         name: tensor for name, tensor in model.state_dict().items() if ".adapters." not in name
@@ -86,15 +86,15 @@ def test_effect_and_gradients_are_those_of_the_effective_weight(target: str) -> 
     x, y = example(), example()
     base = without_adapters(model, {}, x, y)
     expected = without_adapters(model, effective_weights(model, {"default": 1.0}), x, y)
-    found = model(x, y)
-    assert (found - base).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected)
+    actual = model(x, y)
+    assert (actual - base).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected)
 
     parameters = adapters.trainable_parameters()
     expected_gradients = torch.autograd.grad(expected.tanh().sum(), parameters)
     assert min(gradient.abs().max() for gradient in expected_gradients) > 1e-5
     torch.testing.assert_close(
-        torch.autograd.grad(found.tanh().sum(), parameters), expected_gradients
+        torch.autograd.grad(actual.tanh().sum(), parameters), expected_gradients
     )
 
     adapters.merge()
@@ -121,13 +121,13 @@ def test_adapters_mixed_by_weight() -> None:
 def test_dora_and_its_magnitude() -> None:
     model, adapters = adapted("attn", dora=True)
     x = example()
-    found = model(x)
-    assert (found - without_adapters(model, {}, x)).abs().max() > 1e-2
-    gradients = torch.autograd.grad(found.tanh().sum(), adapters.trainable_parameters())
+    actual = model(x)
+    assert (actual - without_adapters(model, {}, x)).abs().max() > 1e-2
+    gradients = torch.autograd.grad(actual.tanh().sum(), adapters.trainable_parameters())
     assert len(gradients) == 6
     assert min(gradient.abs().max() for gradient in gradients) > 1e-5
     adapters.merge()
-    torch.testing.assert_close(model(x), found)
+    torch.testing.assert_close(model(x), actual)
 
 
 def test_pissa_starts_as_the_base() -> None:
@@ -167,7 +167,7 @@ def test_the_fast_path_of_inference_sees_the_adapter(monkeypatch: pytest.MonkeyP
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("target", ["attention", "mlp", "all-linear"])
 def test_transformer_encoder_in_inference(target: str) -> None:
-    """The encoder has a fast path of its own, and packs a padded batch into a nested tensor."""
+    """The encoder has a fast path, which packs a padded batch into a nested tensor."""
     layer = nn.TransformerEncoderLayer(EMBED, 4, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     x = example()
@@ -181,8 +181,8 @@ def test_transformer_encoder_in_inference(target: str) -> None:
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
-        found = model(x, src_key_padding_mask=padding)
-        torch.testing.assert_close(found[~padding], padded[~padding])
+        actual = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(actual[~padding], padded[~padding])
         adapters.merge()
         torch.testing.assert_close(model(x), expected)
 
@@ -270,9 +270,9 @@ def test_per_sample_without_an_adapter_on_the_attention() -> None:
     expected = model(x)
     base = without_adapters(model, {}, x)
     with adapters.per_sample(["linear", None]):
-        found = model(x)
-    torch.testing.assert_close(found, torch.stack([expected[0], base[1]]))
-    assert (found[0] - base[0]).abs().max() > 1e-2
+        actual = model(x)
+    torch.testing.assert_close(actual, torch.stack([expected[0], base[1]]))
+    assert (actual[0] - base[0]).abs().max() > 1e-2
 
 
 def test_removing_one_of_two_leaves_no_hook() -> None:

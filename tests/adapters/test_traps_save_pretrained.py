@@ -1,4 +1,4 @@
-"""save_pretrained and state_dict of a model that carries an adapter never give the bare base."""
+"""save_pretrained and state_dict of an adapted model never contain the base without the adapter."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def load(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return type(model).from_pretrained(folder, attn_implementation="eager")
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
 
 
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 # --- save_pretrained ------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_state_dict_round_trip(
 def test_saved_tensors_load_into_an_adapted_model(
     case: tuple[PreTrainedModel, Method], loaded_into: str, tmp_path: Path
 ) -> None:
-    """As Trainer resumes: the file's base keys contain the adapter, which must not act twice."""
+    """As Trainer resumes: the file's base keys contain the adapter, which must not be applied twice."""
     model, method = case
     twin, base, handle = adapted_twin(model, method)
     adapters = attach(model, method)
@@ -209,7 +209,7 @@ def test_saved_tensors_load_into_an_adapted_model(
 
 
 def test_load_state_dict_into_a_merged_model_is_refused() -> None:
-    """New factors would stand beside merged weights of the old ones."""
+    """New factors would not match the merged weights of the old ones."""
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2))
     randomise(adapters)

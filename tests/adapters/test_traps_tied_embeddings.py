@@ -41,8 +41,8 @@ def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return type(model).from_pretrained(folder, attn_implementation="eager")
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""Every method beside LoRA on models that it applies to: what the tests of their common face run over."""
+"""Every method except LoRA on models that it supports: the cases of the tests of their common interface."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Case:
         return tiny_models.build(self.arch, **settings)
 
     def plain_batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """What the base understands."""
+        """Inputs of the base."""
         return tiny_models.example_batch(self.arch, model)
 
     def batch(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """What the adapted model is given."""
+        """Inputs of the adapted model."""
         batch = self.plain_batch(model)
         tokens = getattr(self.method, "virtual_tokens", VirtualTokens())
         return batch if not tokens.total else with_virtual_tokens(batch, tokens)

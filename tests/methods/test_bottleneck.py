@@ -100,11 +100,11 @@ def bert_blocks(model: PreTrainedModel, kind: str, adapters: Adapters) -> Tensor
 @torch.no_grad()
 def test_hidden_states_in_float64(arch: str, reference, kind: str) -> None:
     model, adapters = float64(arch, BottleneckAdapter(kind=kind, size=5))
-    found = model.base_model(IDS).last_hidden_state
+    actual = model.base_model(IDS).last_hidden_state
     expected = reference(model, kind, adapters)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     adapters.activate(None)
-    assert (model.base_model(IDS).last_hidden_state - found).abs().max() > 1e-2
+    assert (model.base_model(IDS).last_hidden_state - actual).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -114,12 +114,12 @@ def test_each_activation() -> None:
         model, adapters = float64("llama", method)
         module = adapters.modules()["model.layers.1"]
         x = torch.randn(2, 3, 32, dtype=torch.float64)
-        found = module.adapt(model.model.layers[1], x, x, 1.0)
-        torch.testing.assert_close(found, x + bottleneck(module, x, activation))
+        actual = module.adapt(model.model.layers[1], x, x, 1.0)
+        torch.testing.assert_close(actual, x + bottleneck(module, x, activation))
 
 
 def test_it_acts_after_the_dropout_of_the_base() -> None:
-    """What a dropout drops is the sub-layer's output, not the adapter's."""
+    """Dropout applies to the sub-layer's output, not to the adapter's."""
     model = tiny_models.build("gpt2", resid_pdrop=0.5).train()
     adapters = attach(model, BottleneckAdapter(size=4))
     randomise(adapters)
@@ -143,7 +143,7 @@ def test_narrow_bases_keep_wide_masters() -> None:
     assert all(p.grad.dtype == torch.float32 for p in adapters.trainable_parameters())
 
 
-# --- where they stand -----------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_dropped_layers_have_none() -> None:

@@ -1,4 +1,4 @@
-"""Several methods as one adapter, beside what the parts do alone."""
+"""Several methods as one adapter, compared with each method alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_is_the_sum_of_its_parts() -> None:
     adapters = attach(model, both, seed=1)
     randomise(adapters)
     ids = torch.tensor([both.virtual_tokens.place([5, 9, 33], keep=1)])
-    found = seen(model, {"input_ids": ids})
+    actual = seen(model, {"input_ids": ids})
     # The same numbers with LoRA merged into the base and the prefix alone on top of it.
     merged = tiny_models.build("llama")
     thin = attach(merged, THIN)
@@ -49,7 +49,7 @@ def test_it_is_the_sum_of_its_parts() -> None:
     alone = attach(merged, PREFIX)
     for path, module in alone.modules().items():
         module.load_state_dict(prefix[path].state_dict())
-    torch.testing.assert_close(found, seen(merged, {"input_ids": ids}), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(actual, seen(merged, {"input_ids": ids}), atol=1e-3, rtol=1e-3)
 
 
 def test_what_can_be_merged_is_merged() -> None:

@@ -1,4 +1,4 @@
-"""The face that every method shares with LoRA: attach, count, save, load, activate, copy, detach."""
+"""The interface that all methods share: attach, count, save, load, activate, copy, detach."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def adapted(case: Case, **settings) -> tuple[PreTrainedModel, Adapters]:
-    """The case's model with its method on it, away from where it started."""
+    """The case's model with its method attached and its tensors randomised."""
     model = case.model(**settings)
     adapters = attach(model, case.method, seed=1)
     randomise(adapters, scale=0.1)
@@ -54,11 +54,11 @@ def test_the_base_comes_back(case: Case) -> None:
     assert {p: type(m) for p, m in model.named_modules() if not is_of_adapter(f"{p}.")} == types
     assert [key for key in model.state_dict() if not is_of_adapter(key)] == list(before)
     randomise(adapters, scale=0.1)
-    found = seen(model, case.batch(model))
+    actual = seen(model, case.batch(model))
     adapters.activate(None)
     assert torch.equal(seen(model, plain), base)
     adapters.activate("default")
-    assert torch.equal(seen(model, case.batch(model)), found)
+    assert torch.equal(seen(model, case.batch(model)), actual)
     adapters.detach()
     assert torch.equal(seen(model, plain), base)
     after = model.state_dict()
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)  # dropout of the base
         loss = model(**case.batch(model)).logits.tanh().sum()
-        # Another pass, with virtual tokens in other places, before the blocks run again.
+        # Another pass, with virtual tokens at other positions, before the blocks are recomputed.
         seen(model, {k: torch.cat([x[:, :2], x], 1) for k, x in case.batch(model).items()})
         return list(torch.autograd.grad(loss, adapters.trainable_parameters()))
 
@@ -222,8 +222,8 @@ def test_generation_with_and_without_a_cache(name: str) -> None:
         prompt = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
         way = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, **way}
         record = {"return_dict_in_generate": True, "output_logits": True}
-        found = model.generate(**prompt, **way, **record, pad_token_id=0)
-        return found.sequences, torch.stack(found.logits)
+        result = model.generate(**prompt, **way, **record, pad_token_id=0)
+        return result.sequences, torch.stack(result.logits)
 
     for beams in (1, 3):
         ids, logits = generate(case.batch(model), num_beams=beams)

@@ -1,4 +1,4 @@
-"""A method of the user's own: from a file or an installed package, never from an adapter's folder."""
+"""A user's method: from a file or an installed package, never from an adapter's folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = f"{FILE}:IA3"
 
 @pytest.fixture(autouse=True)
 def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test begins in a process that has named no method yet."""
+    """Each test starts without registered methods."""
     monkeypatch.setattr(registry, "_OWN", {})
 
 
@@ -54,7 +54,7 @@ def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, mo
     result = train(config)
     assert result.scores["loss"] < result.scores_before["loss"]
 
-    # Another process: what is in the folder does not bring the code.
+    # As in another process: the folder does not contain the method's code.
     monkeypatch.setattr(registry, "_OWN", {})
     folder = str(result.adapter)
     data = {"base": config.base, "adapter": folder, "data": config.data, "scores": ("loss",)}
@@ -133,7 +133,7 @@ def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, method="ia3", max_steps=1)
     result = train(config)
     monkeypatch.setattr(registry, "_OWN", {})
-    assert main(["inspect", str(result.adapter)]) == 0  # found by its class's name
+    assert main(["inspect", str(result.adapter)]) == 0  # by the name of its class
 
 
 @pytest.mark.parametrize(

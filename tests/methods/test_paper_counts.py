@@ -26,7 +26,7 @@ def with_prefix(rank: int, prefix) -> Combined:
 
 
 ROWS = [
-    # A GPT-2 block has 11 d biases, a RoBERTa block too; beside them stand one norm of width d.
+    # GPT-2 and RoBERTa blocks have 11 d biases, and the model one more norm of width d.
     ("roberta-base, 3 labels", BitFit(), 102_144),
     ("roberta-base, 3 labels", BitFit(train_modules="classifier"), 102_144 + HEAD),
     ("gpt3-175b", BitFit(), 12_988_416),

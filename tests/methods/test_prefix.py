@@ -1,4 +1,4 @@
-"""Prefix methods against PEFT's prefix tuning, against float64 arithmetic, and where they must say no."""
+"""Prefix methods compared with PEFT's prefix tuning and with float64 arithmetic, and inputs that they reject."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ WORDS = [[5, 17, 33, 8, 61, 22, 9], [40, 3, 71, 12, 90, 55, 6]]
 
 def vectors(adapters, name: str = "default") -> list[Tensor]:
     """What enters each block at the virtual tokens, (prefix + infix, d) each."""
-    found = adapters.modules(name).values()
-    return [module.vectors.detach() for module in found if isinstance(module, VirtualVectors)]
+    modules = adapters.modules(name).values()
+    return [module.vectors.detach() for module in modules if isinstance(module, VirtualVectors)]
 
 
 def placed(tokens: VirtualTokens, rows=WORDS, **where) -> Tensor:
@@ -40,7 +40,7 @@ def logits(model, ids: Tensor, **inputs) -> Tensor:
         return model(input_ids=ids, **inputs).logits
 
 
-# --- against others ------------------------------------------------------------------------------
+# --- references ----------------------------------------------------------------------------------
 
 
 def gpt2_in_float64(state: dict[str, Tensor], entering: list[Tensor], ids: Tensor, at: Tensor):
@@ -86,7 +86,7 @@ def test_against_float64_arithmetic(kind) -> None:
     adapters = attach(model, kind(prefix_length=3, infix_length=2), seed=1)
     randomise(adapters, scale=0.5)
     ids = placed(adapters.virtual_tokens, prompt=4)
-    found = logits(model, ids)
+    actual = logits(model, ids)
     expected = torch.stack(
         [
             gpt2_in_float64(
@@ -95,13 +95,13 @@ def test_against_float64_arithmetic(kind) -> None:
             for row in ids
         ]
     )
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
     assert len(vectors(adapters)) == (1 if kind is PrefixEmbedding else 2)
 
 
 def test_prefix_layer_is_peft_prefix_tuning_with_the_keys_and_values_of_its_vectors() -> None:
     model = tiny_models.build("gpt2")
-    with warnings.catch_warnings():  # PEFT asks transformers under names that are on their way out
+    with warnings.catch_warnings():  # PEFT uses deprecated names of transformers
         warnings.simplefilter("ignore", FutureWarning)
         config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
         other = get_peft_model(copy.deepcopy(model), config).eval()
@@ -116,12 +116,12 @@ def test_prefix_layer_is_peft_prefix_tuning_with_the_keys_and_values_of_its_vect
             _, key, value = block.attn.c_attn(block.ln_1(x)).split(32, dim=1)
             pairs += [key, value]
         other.prompt_encoder["default"].embedding.weight.copy_(torch.cat(pairs, dim=1))
-    found = logits(model, placed(adapters.virtual_tokens))[:, 3:]
+    actual = logits(model, placed(adapters.virtual_tokens))[:, 3:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         expected = logits(other, torch.tensor(WORDS))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert (found - logits(other.get_base_model(), torch.tensor(WORDS))).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert (actual - logits(other.get_base_model(), torch.tensor(WORDS))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -143,7 +143,7 @@ def test_what_the_cache_holds_is_what_whole_passes_compute(arch: str) -> None:
 
 
 def test_an_encoder_reads_the_vectors_wherever_they_stand() -> None:
-    """With a DeBERTa whose convolution follows the first block: the vectors enter the second untouched by it."""
+    """DeBERTa has a convolution after the first block, which must not change the second block's vectors."""
     model = tiny_models.build("deberta-v2")
     adapters = attach(model, PrefixLayer(prefix_length=3, infix_length=1), seed=1)
     entered: list[Tensor] = []
@@ -168,8 +168,8 @@ def test_each_row_its_own_adapter() -> None:
     rows = [two.place(WORDS[0]), [4, 4, *WORDS[0]], one.place(WORDS[1]), [7, 8, *WORDS[1]]]
     names = ["two", None, "one", "thin"]
     with adapters.per_sample(names):
-        found = logits(model, torch.tensor(rows))
-    for name, row, result in zip(names, rows, found, strict=True):
+        actual = logits(model, torch.tensor(rows))
+    for name, row, result in zip(names, rows, actual, strict=True):
         adapters.activate(name)
         torch.testing.assert_close(result, logits(model, torch.tensor([row]))[0], atol=1e-5, rtol=1e-5)  # fmt: skip
     with (
@@ -198,7 +198,7 @@ def test_one_leaves_and_the_others_stay() -> None:
     assert not hooks
 
 
-# --- where they must say no ------------------------------------------------------------------------
+# --- rejected inputs -------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""transformers' Trainer resumes a method that no weight can hold, and nobody loads the bare base in its place."""
+"""transformers' Trainer resumes a method that cannot be merged, and from_pretrained rejects its checkpoint."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_checkpoints_resume_and_do_not_load_as_a_model(name: str, tmp_path: Path
     part.train()
     rest = trainer(CASES[name], tmp_path / "part")
     rest.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    found = tensors(rest.model)
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    actual = tensors(rest.model)
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
     with pytest.raises(ValueError, match="no part of the weights"):
         type(rest.model).from_pretrained(tmp_path / "part" / "checkpoint-4")

@@ -255,7 +255,7 @@ def test_operations_that_the_state_forbids():
         handle.unmerge()
     with pytest.raises(AdapterStateError, match=r"No adapter is named 'c'.*a, b"):
         handle.activate("c")
-    with pytest.raises(AdapterStateError, match="already carries"):
+    with pytest.raises(AdapterStateError, match="already has an adapter named"):
         attach_float64(model, LoRA(rank=2), name="a")
     with handle.per_sample(["a"] * 3), pytest.raises(AdapterStateError, match="names 3 rows"):
         model(**batch)

@@ -1,4 +1,4 @@
-"""Which adapters act now, and which acted when a checkpointed block first ran."""
+"""The active adapters, and those that were active when a checkpointed block first ran."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lorakit.errors import AdapterStateError
 
 @dataclass(frozen=True)
 class Active:
-    """A choice of adapters: by weight for the whole batch, or by name for each of its rows."""
+    """The active adapters: by weight for the whole batch, or by name for each row."""
 
     weights: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
 
     @property
     def names(self) -> frozenset[str]:
-        """Adapters that act on at least one row."""
+        """Names of the adapters that are active on at least one row."""
         if self.rows is not None:
             return frozenset(name for name in self.rows if name is not None)
         return frozenset(name for name, _ in self.weights)
 
     def rows_of(self, name: str, batch: int) -> list[int]:
-        """The rows of a batch on which an adapter acts, where adapters are chosen by row.
+        """Return the rows of a batch that use an adapter; requires `rows`.
 
         Beam search repeats each row in place, and a flattened (batch, length) keeps rows together.
         """
@@ -41,7 +41,7 @@ class Active:
         ]
 
     def rows_by_adapter(self, batch: int) -> Iterator[tuple[str, list[int] | None]]:
-        """Yield each adapter with the rows of the batch that it acts on; None is every row."""
+        """Yield each adapter with the rows of the batch that use it; None means every row."""
         if self.rows is None:
             yield from ((name, None) for name, _ in self.weights)
             return
@@ -51,56 +51,52 @@ class Active:
 
 
 class Moment(NamedTuple):
-    """What a layer computes with: the choice of adapters, and the state of the forward pass."""
+    """The active adapters and the state of a forward pass."""
 
     active: Active
     pass_state: Any
-    """State that the hooks of an adapter's modules keep for one pass (`Activation.pass_state`)."""
+    """See `Activation.pass_state`."""
 
 
 class Activation:
-    """The choice in force on one model, shared by all of its adapted layers.
+    """The active adapters of one model, shared by all of its adapted layers.
 
-    Gradient checkpointing runs a block again in the backward pass, when the choice may have changed
-    (a `per_sample` block has ended, another adapter is active). `current` then returns the choice of
-    the first run, or refuses where its tensors are no longer in their places: gradients are never silently
-    those of another adapter.
+    Gradient checkpointing runs a block again in the backward pass. Until then the active adapters may have
+    changed (a `per_sample` block has ended, another adapter is active). `moment` then returns those of the
+    first run. It raises an error if their tensors have left the model, because the gradients would silently
+    be those of another adapter.
     """
 
     def __init__(self) -> None:
         self.active = Active()
         self.part: Active | None = None
-        """The choice for a part of the batch, while a layer is computed anew for its rows alone."""
+        """The active adapter of some rows, while a layer is recomputed for these rows only."""
         self.names: set[str] = set()
-        """All adapters of the model."""
+        """Names of all adapters of the model."""
         self.swapping: set[str] = set()
-        """Adapters with trained copies of base tensors, which take their places in the model."""
+        """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
         self.pass_state: Any = None
         """State of the current forward pass, set and cleared by the hooks that adapter modules declare. It is
-        immutable, since it is recorded for recomputation in the backward pass."""
+        immutable, because a checkpoint records it for the recomputation."""
         self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
-        """What held when a checkpoint first ran, for as long as it may run again."""
+        """The moment of each checkpoint's first run; an entry is dropped with its checkpoint."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # What may run again are passes of this model, not of a copy.
+        # The recorded checkpoints recompute this model, not a copy of it.
         return {name: value for name, value in self.__dict__.items() if name != "_records"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _records=WeakKeyDictionary())
 
-    def current(self) -> Active:
-        """The choice that holds for the forward pass being run, first or again."""
-        return self.moment().active
-
     def moment(self) -> Moment:
-        """Return the choice and the pass state of the current forward pass, first run or recomputation."""
+        """Return the active adapters and the pass state of the current forward pass, first run or recomputation."""
         now = Moment(self.part or self.active, self.pass_state)
         if torch.compiler.is_compiling():
-            return now  # a compiled graph has the choice of its trace, guarded
+            return now  # Dynamo guards on the active adapters
         checkpoints = _checkpoints() + _reentrant_checkpoints()
         if not checkpoints:
             return now
-        if self.part is None:  # a part is chosen by a layer that is itself run again
+        if self.part is None:  # the layer that sets `part` has looked up the record itself
             again = next((checkpoint for checkpoint, second in checkpoints if second), None)
             now = now if again is None else self._replay(self._records.get(again, now))
         for checkpoint, second in checkpoints:
@@ -110,11 +106,12 @@ class Activation:
 
     @property
     def recomputation_pending(self) -> bool:
-        """Whether a checkpoint has run once, and may be run again by a backward pass."""
+        """Whether a backward pass may still recompute a checkpoint."""
         return bool(self._records)
 
-    def _replay(self, then: Moment) -> Moment:
-        recorded = then.active
+    def _replay(self, first_run: Moment) -> Moment:
+        """Return the moment of a checkpoint's first run, if its tensors are still in the model."""
+        recorded = first_run.active
         if removed := recorded.names - self.names:
             raise AdapterStateError(
                 f"'{min(removed)}' was removed between the forward and the backward pass of a checkpointed block. "
@@ -123,20 +120,20 @@ class Activation:
         if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
             raise AdapterStateError(
                 "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
-                "biases or modules trained in full have taken other places since. Keep it unchanged until "
-                "backward() has returned."
+                "biases or modules trained in full were swapped. Keep the same adapter active until backward() "
+                "has returned."
             )
-        return then
+        return first_run
 
 
 _SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _checkpoints() -> list[tuple[Any, bool]]:
-    """The non-reentrant checkpoints being run, innermost first, and whether each runs for the second time.
+    """Return the running non-reentrant checkpoints, innermost first, each with whether it is recomputed.
 
-    PyTorch pushes saved-tensor hooks around both runs. Their closures lead to one frame object, which
-    lives as long as the checkpoint. Checkpoints can be nested, and only the top of the stack shows.
+    PyTorch pushes saved-tensor hooks around both runs. Their closures reference one frame object, which
+    lives as long as the checkpoint. Checkpoints can be nested, and PyTorch exposes only the top of the stack.
     """
     if _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True) is None:
         return []
@@ -146,10 +143,11 @@ def _checkpoints() -> list[tuple[Any, bool]]:
         _SAVED_TENSOR_HOOKS._pop_saved_tensors_default_hooks()
     for pack, unpack in reversed(stack):
         _SAVED_TENSOR_HOOKS._push_saved_tensors_default_hooks(pack, unpack)
-    return [found for pack, _ in stack if (found := _frame_of(pack)) is not None]
+    return [frame for pack, _ in stack if (frame := _frame_of(pack)) is not None]
 
 
 def _frame_of(pack_hook: Any) -> tuple[Any, bool] | None:
+    """Return the checkpoint frame of a saved-tensor hook with whether it is recomputed; None for other hooks."""
     pack_hook = inspect.unwrap(pack_hook)
     code = getattr(pack_hook, "__code__", None)
     if code is None:
@@ -167,20 +165,21 @@ _SECOND_RUN = CheckpointFunction.backward.__code__
 
 
 def _reentrant_checkpoints() -> list[tuple[Any, bool]]:
-    """The same of reentrant checkpoints: an autograd function runs the first time, its backward the second.
+    """Return the running reentrant checkpoints, as `_checkpoints` does.
 
-    Both have the function's context, which lives as long as the graph. The callers lead to it, unless something
-    inside the block switches inference mode or forward-mode gradients.
+    The autograd function's forward is the first run, and its backward the recomputation. Both have the
+    function's context in their stack frame. It lives as long as the graph. A checkpoint is not found if its block
+    switches inference mode or forward-mode gradients.
     """
     if torch.is_inference_mode_enabled():
         return []
     if torch._C._is_fwd_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        return []  # the first run is without forward-mode gradients, which no_grad leaves on
-    found = []
+        return []  # the first run disables forward-mode gradients, no_grad does not
+    checkpoints = []
     caller = sys._getframe(1)
     while caller is not None:
         code = caller.f_code
         if code is _FIRST_RUN or code is _SECOND_RUN:
-            found.append((caller.f_locals["ctx"], code is _SECOND_RUN))
+            checkpoints.append((caller.f_locals["ctx"], code is _SECOND_RUN))
         caller = caller.f_back
-    return found
+    return checkpoints

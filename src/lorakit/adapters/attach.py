@@ -1,4 +1,4 @@
-"""Putting a new adapter on a model."""
+"""Attach a new adapter to a model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def attach(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> Adapters:
-    """Add a new adapter to a model, freeze the base, and let the adapter act.
+    """Add a new adapter to a model, freeze the base and activate the adapter.
 
     Args:
-        model: Any PyTorch model; roles as targets need a `transformers` architecture that is known.
+        model: Any PyTorch model; roles as targets need a supported `transformers` architecture.
         method: What to train, for example ``LoRA(rank=8, targets="attention.qv")``.
         name: Name of the adapter on this model.
-        dtype: Dtype of the tensors that the method adds; float32 masters also over a bfloat16 base. Copies of
-            base tensors (`train_modules`, biases, full fine-tuning) have the base's dtype, in which its layers
-            compute. To train those as float32 masters too, convert them (``p.data = p.data.float()``) and run
-            the model under `torch.autocast`; `lorakit.train` does.
-        seed: Seed of the random start; None draws from PyTorch's global generator.
+        dtype: Dtype of the tensors that the method adds; float32 by default, also for a bfloat16 base. Copies of
+            base tensors (`train_modules`, biases, full fine-tuning) keep the base's dtype. To train those in
+            float32 too, convert them (``p.data = p.data.float()``) and run the model under `torch.autocast`, as
+            `lorakit.train` does.
+        seed: Seed of the random initialisation; None uses PyTorch's global generator.
 
     Returns:
-        The model's handle; the same one as before if the model already carries adapters.
+        The model's handle; a model that already has adapters keeps its handle.
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
@@ -54,17 +54,17 @@ def attach(
 
 
 def handle_for(model: nn.Module) -> Adapters:
-    """The handle of a model, a new one where it carries no adapter yet.
+    """Return the handle of a model; create one if the model has no adapter yet.
 
     Raises:
-        AdapterStateError: Adapters sit on a part of the model, or on a model that this is a part of.
+        AdapterStateError: A submodule of this model, or a model that contains it, has its own handle.
     """
     model = uncompiled(model)
     handle = handle_of(model) or Adapters(model)
     for path, _, adapters in adapted_layers(model):
         if not handle.owns(adapters):
             raise AdapterStateError(
-                f"'{path}' carries an adapter that was attached to another root: a part of this model, or a model "
-                "that this one is a part of. Attach both to the same one, or detach the first."
+                f"'{path}' has an adapter that was attached to another root: a part of this model, or a model that "
+                "contains this one. Attach both adapters to the same root, or detach the first."
             )
     return handle

@@ -1,20 +1,19 @@
 """`save_pretrained` and `load_state_dict` of a model that carries adapters.
 
-A folder written by `save_pretrained` must never give the bare base when it is loaded. So the base keys
-hold the adapted (merged) weights, which every reader understands; the adapter's own tensors follow
-beside them, with a mark on each layer. When such a file is loaded back into a model that carries the
-adapter (a resumed training run), the mark says that its base weights are to be left as they are.
+A folder written by `save_pretrained` must never load as the base without the adapter. So the base keys
+hold the merged weights, which every reader understands. The file also holds the adapter's own tensors, and a
+mark for each adapted layer. A model that has the adapter (a resumed training run) keeps its own base weights
+for marked layers when it loads such a file.
 
-An adapter that no weight can hold (a bottleneck, virtual tokens) leaves the bare base in the base keys.
-The configuration of such a folder names no file of weights, so that loading it as a model is an error;
-a resumed training run loads the tensors itself.
+An adapter that cannot be merged (a bottleneck, virtual tokens) leaves the base weights in the base keys.
+The configuration of such a folder names no weight file, so `from_pretrained` fails on it. A resumed training
+run loads the tensors itself.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
-from lorakit.adapters.installed import adapted_layers, base_weights
-from lorakit.adapters.layer_adapters import MARK, LayerAdapters
+from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
+from lorakit.adapters.layer_adapters import MARK
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
 
-_OUR_TENSOR = re.compile(
+_ADAPTER_TENSOR = re.compile(
     r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
 )
 
@@ -43,18 +42,21 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Stands in for the model's `save_pretrained` while it carries adapters.
+    """Write an adapted model; replaces the model's `save_pretrained` while it has adapters.
 
-    What is written is not quantised, whatever the base is: the adapted weights are not.
+    The written weights are never quantised, also for a quantised base, because merged weights are not.
 
     Raises:
-        AdapterStateError: Called inside `per_sample`: no single weight holds several adapters; or what is to be
-            pushed to a hub is the bare base, as no weight can hold an active adapter.
+        AdapterStateError: Called inside `per_sample`, where rows have different weights. Or `push_to_hub` is set and
+            an active adapter cannot be merged, so the base would be pushed without it.
     """
-    beside = _active_beside_weights(model)
-    if beside and kwargs.get("push_to_hub"):
+    names = {
+        n for _, _, adapters in adapted_layers(model) for n in adapters.activation.active.names
+    }
+    _, unmerged = next(unmergeable(model, names), ("", None))
+    if unmerged and kwargs.get("push_to_hub"):
         raise AdapterStateError(
-            f"'{beside[0]}' cannot be merged into the weights, so that the bare base would be pushed. Push the folder "
+            f"'{unmerged}' cannot be merged into the weights, so the base would be pushed without it. Push the folder "
             "that adapters.save() writes."
         )
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
@@ -72,56 +74,44 @@ def save_pretrained(
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
-        if beside:
-            _refuse_to_load(Path(save_directory), beside[0])
+        if unmerged:
+            _prevent_loading(Path(save_directory), unmerged)
 
 
-def _refuse_to_load(folder: Path, name: str) -> None:
-    """Let `from_pretrained` fail on a folder whose base keys hold the bare base, and say why."""
+def _prevent_loading(folder: Path, name: str) -> None:
+    """Make `from_pretrained` fail, with the reason, on a folder that holds the base without the adapter."""
     path = folder / CONFIG_NAME
-    if path.exists():  # written by the first process alone
+    if path.exists():  # only the first process writes it
         reason = f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
         storage.write_json(path, {**storage.read_json(path), "transformers_weights": reason})
     _LOG.warning(
-        "'%s' cannot be merged into the weights: '%s' can be resumed from, and from_pretrained refuses it. "
-        "adapters.save() writes a folder to load.",
+        "'%s' cannot be merged into the weights: training can resume from '%s', but from_pretrained rejects it. "
+        "To get a folder that loads, call adapters.save().",
         name,
         folder,
     )
 
 
-def _active_beside_weights(model: nn.Module) -> list[str]:
-    """The active adapters that have a part which is no change of a weight."""
-    return [
-        name
-        for _, _, adapters in adapted_layers(model)
-        for name in adapters.activation.active.names
-        if name in adapters and not adapters[name].merges
-    ]
-
-
 @torch.no_grad()
 def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the active adapters' effect in the base keys, and a mark on every layer it reached."""
+    """Return `state` with the active adapters merged into the base keys, and a mark for every changed layer."""
     result = dict(state)
-    whole = set()  # keys of quantised layers whose weight is an adapted one, which is whole
+    replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
         active = adapters.activation.active
         if active.rows is not None and active.names:
             raise AdapterStateError(
-                "The model cannot be saved inside per_sample: its rows have different weights. Leave the block first."
+                "The model cannot be saved inside per_sample: rows have different weights. Leave the block first."
             )
         prefix = f"{path}." if path else ""
         names = [name for name, _ in active.weights]
         for attribute in adapters.weights_changed_by(path, layer, names):
-            result[prefix + attribute] = adapters.effective_weight(
-                layer, attribute, list(active.weights)
-            )
+            result[prefix + attribute] = adapters.effective_weight(layer, attribute, active.weights)
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
-            whole.add(prefix + attribute)
-        whole.update(prefix + attribute for attribute in adapters.replaced)
-    _expand_quantised(model, result, whole)
-    # A copy of a base tensor may stand at several keys (the base's own, and every tied one): write it once.
+            replaced.add(prefix + attribute)
+        replaced.update(prefix + attribute for attribute in adapters.replaced)
+    _expand_quantised(model, result, replaced)
+    # A copy of a base tensor may have several keys (the base's own, and every tied one): write it once.
     copies = _copies(model)
     seen = {id(p) for name, p in model.named_parameters() if name not in copies}
     for key, parameter in copies.items():
@@ -131,24 +121,17 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     return result
 
 
-def _expand_quantised(model: nn.Module, state: dict[str, Tensor], whole: set[str]) -> None:
-    """Write quantised weights as ``W_q``, all in the layout of the layer that theirs was made from."""
-    for path, weight in _base_quantised(model):
-        key = f"{path}.weight"
-        if key not in state:
+def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[str]) -> None:
+    """Dequantise weights to ``W_q``, in the layout of the layer that was quantised."""
+    for key, weight in base_weights(model):
+        if not isinstance(weight, QuantisedWeight) or key not in state:
             continue
-        # bitsandbytes writes scales beside the packed numbers, under names of its own.
-        beside = (f"{path}.SCB", f"{path}.weight_format")
-        for other in [k for k in state if k.startswith(f"{key}.") or k in beside]:
+        # bitsandbytes stores the scales of the packed numbers under these names.
+        path = key.removesuffix(".weight")
+        scales = (f"{path}.SCB", f"{path}.weight_format")
+        for other in [k for k in state if k.startswith(f"{key}.") or k in scales]:
             del state[other]
-        state[key] = weight.in_layout(state[key]) if key in whole else weight.whole()
-
-
-def _base_quantised(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
-    """Path and weight of every layer whose own weight, in its place or aside, is quantised."""
-    for name, weight in base_weights(model):
-        if isinstance(weight, QuantisedWeight):
-            yield name.removesuffix(".weight"), weight
+        state[key] = weight.in_layout(state[key]) if key in replaced else weight.whole()
 
 
 def keep_base_weights(
@@ -157,13 +140,13 @@ def keep_base_weights(
     prefix: str,
     *unused: Any,
 ) -> None:
-    """`load_state_dict` pre-hook: a marked layer keeps its base weights, for the file's contain an adapter.
+    """Keep the base weights of marked layers, as the file's contain an adapter (`load_state_dict` pre-hook).
 
     Raises:
-        AdapterStateError: An adapter is merged, and its merged weights would no longer be those of its tensors;
-            or the file holds an adapter for a layer that carries none here.
+        AdapterStateError: An adapter is merged, and its merged weights would no longer match its tensors;
+            or the file holds an adapter for a layer that has none in this model.
     """
-    _refuse_strange_layers(model, state_dict, prefix)
+    _refuse_unknown_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
         start = f"{prefix}{path}." if path else prefix
         if adapters.merged and any(key.startswith(f"{start}{ADAPTERS}.") for key in state_dict):
@@ -173,52 +156,54 @@ def keep_base_weights(
             )
         mark = f"{start}{ADAPTERS}.{MARK}"
         if state_dict.pop(mark, None) is not None:
-            # A copy that had the base's place when the file was written stands there alone.
+            # A trained copy that was active when the file was written is stored under the base key only.
             for name, module in adapters.items():
                 for attribute, copy in module.trained.items():
                     key = f"{start}{ADAPTERS}.{name}.trained.{attribute}"
                     if layer._parameters[attribute] is not copy and start + attribute in state_dict:
                         state_dict.setdefault(key, state_dict[start + attribute])
             for attribute, parameter in layer._parameters.items():
-                copied = any(parameter is copy for copy in _copies_on(adapters))
+                copied = any(
+                    parameter is copy for m in adapters.values() for copy in m.trained.values()
+                )
                 if parameter is not None and not copied and start + attribute in state_dict:
                     state_dict[start + attribute] = parameter.detach()
-        if adapters.replaced:  # the live layer expects the key as well
+        if adapters.replaced:  # the live layer has this buffer, so strict loading expects the key
             state_dict[mark] = getattr(adapters, MARK)
     _keep_quantised(model, state_dict, prefix)
 
 
 def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """A quantised weight stays as it is, where the file holds it expanded."""
+    """Keep quantised weights for which the file holds the equal dequantised weight."""
     for path, weight in quantised_weights(model):
         key = f"{prefix}{path}.weight"
-        found = state_dict.get(key)
+        in_file = state_dict.get(key)
         packed = weight.packed
-        if found is None or (found.shape, found.dtype) == (packed.shape, packed.dtype):
+        if in_file is None or (in_file.shape, in_file.dtype) == (packed.shape, packed.dtype):
             continue
-        if not (found.shape == weight.shape and found.to(packed.device).equal(weight.whole())):
+        if not (in_file.shape == weight.shape and in_file.to(packed.device).equal(weight.whole())):
             raise AdapterStateError(
-                f"'{key}' is not what this model's {weight.kind} weight stands for: the file was saved from another "
-                "base, or from the same one quantised otherwise. Load the base that it was saved from."
+                f"'{key}' differs from this model's dequantised {weight.kind} weight: the file was saved from another "
+                "base, or from another quantisation of the same one. Load the base that it was saved from."
             )
         state_dict[key] = packed.detach()
 
 
-def _refuse_strange_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """A tensor of an adapter that finds no layer would be ignored where loading is not strict."""
+def _refuse_unknown_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Reject adapter tensors of layers without an adapter; loading with strict=False would ignore them."""
     paths = {path for path, _, _ in adapted_layers(model)}
     for key in state_dict:
-        path, found, rest = key.removeprefix(prefix).rpartition(f"{ADAPTERS}.")
-        ours = rest == MARK or _OUR_TENSOR.fullmatch(rest)
-        if found and ours and path.removesuffix(".") not in paths:
+        path, separator, name = key.removeprefix(prefix).rpartition(f"{ADAPTERS}.")
+        of_adapter = separator and (name == MARK or _ADAPTER_TENSOR.fullmatch(name))
+        if of_adapter and path.removesuffix(".") not in paths:
             raise AdapterStateError(
-                f"'{key}' is of an adapter on a layer that carries none in this model. Attach the adapters that "
-                "the file was saved with before you load it."
+                f"'{key}' belongs to an adapter, and this layer of the model has none. Attach the adapters that the "
+                "file was saved with before you load it."
             )
 
 
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether `state` gives input embedding and output head, tied in the base, different weights."""
+    """Return whether `state` has different weights for input embedding and output head, which the base ties."""
     table, head = (
         getattr(model, name, lambda: None)()
         for name in ("get_input_embeddings", "get_output_embeddings")
@@ -226,17 +211,12 @@ def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     if table is None or head is None:
         return False
     names = [f"{path}.weight" for path, module in model.named_modules() if module in (table, head)]
-    held = [state[name] for name in names if name in state]
-    return len(held) == 2 and held[0].data_ptr() != held[1].data_ptr()
-
-
-def _copies_on(adapters: LayerAdapters) -> Iterator[nn.Parameter]:
-    for module in adapters.values():
-        yield from module.trained.values()
+    weights = [state[name] for name in names if name in state]
+    return len(weights) == 2 and weights[0].data_ptr() != weights[1].data_ptr()
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained copies of base tensors by their keys beside the base, tied ones under every key."""
+    """Return the trained copies of base tensors by their keys in the adapters, tied ones under every key."""
     copies = {}
     for path, _, adapters in adapted_layers(model):
         for name, module in adapters.items():

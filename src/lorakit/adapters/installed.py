@@ -1,4 +1,4 @@
-"""One adapter of a model: its method, where its modules sit, and which base tensors it trains."""
+"""One adapter of a model: its method, its modules by layer, and the base tensors that it trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.layer_adapters import LayerAdapters, add_hooks, add_module, check_free
+from lorakit.adapters.layer_adapters import (
+    LayerAdapters,
+    add_hooks,
+    add_module,
+    check_free,
+    remove_adapter,
+    remove_hooks,
+    remove_idle_hooks,
+)
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
@@ -24,35 +32,31 @@ class InstalledAdapter:
     name: str
     method: Method
     modules: dict[str, AdapterModule]
-    """Path of each adapted layer, and the module on it."""
-    trained: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """Base parameters trained in full: the name of each, and every (layer path, attribute) it stands at."""
+    """The adapter's modules by the path of the adapted layer."""
+    trained: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Layer path and attribute of each base parameter trained in full, by its first name."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scales(self) -> bool:
-        """Whether the whole effect is linear in a weight."""
+        """Whether the whole effect is linear in the adapter's weight."""
         return not self.trained and all(module.scales for module in self.modules.values())
 
     @property
     def backbone_hooks(self) -> list[ModuleHook]:
-        """Hooks that the adapter's modules need on the model's backbone."""
+        """Hooks that the adapter's modules declare for the model's backbone."""
         return [hook for module in self.modules.values() for hook in module.backbone_hooks]
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's tensors, each once."""
-        seen: set[int] = set()
-        for module in self.modules.values():
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        """Yield the adapter's tensors, each once."""
+        unique = {id(p): p for module in self.modules.values() for p in module.parameters()}
+        yield from unique.values()
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
-        """The trained copies of base parameters, by the base parameter's name."""
+        """Return the trained copies of base parameters, by the base parameter's first name."""
         return {
             name: self.modules[path].trained[attribute]
-            for name, ((path, attribute), *_) in self.trained.items()
+            for name, (path, attribute) in self.trained.items()
         }
 
 
@@ -64,24 +68,28 @@ def install(
     trained: list[str],
     activation: Activation,
 ) -> InstalledAdapter:
-    """Put an adapter's modules onto the model's layers, with a copy of each base tensor it trains.
+    """Add an adapter's modules to the model's layers, with a copy of each base tensor that it trains.
 
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
-        AdapterStateError: Something else has our place on a layer.
+        AdapterStateError: A layer already has another attribute named `adapters`.
     """
     refuse_quantised(model, trained)
     installed = InstalledAdapter(name, method, modules)
-    slots = _slots_by_parameter(model, trained)
-    for copies in slots.values():
-        (first_path, attribute), *others = copies
-        parameter_name = f"{first_path}.{attribute}" if first_path else attribute
-        base = base_parameter(model.get_submodule(first_path), attribute)
+    tied_names: dict[int, list[str]] = {}  # names of one tied parameter share one copy
+    for parameter_name in trained:
+        path, _, attribute = parameter_name.rpartition(".")
+        parameter = base_parameter(model.get_submodule(path), attribute)
+        tied_names.setdefault(id(parameter), []).append(parameter_name)
+    for names in tied_names.values():
+        path, _, attribute = names[0].rpartition(".")
+        installed.trained[names[0]] = path, attribute
+        base = base_parameter(model.get_submodule(path), attribute)
         copy = nn.Parameter(base.detach().clone())
-        for path, name_there in copies:
-            modules.setdefault(path, AdapterModule()).trained[name_there] = copy
-        installed.trained[parameter_name] = [(first_path, attribute), *others]
-    for path in modules:  # all are checked before the first is changed
+        for parameter_name in names:
+            path, _, attribute = parameter_name.rpartition(".")
+            modules.setdefault(path, AdapterModule()).trained[attribute] = copy
+    for path in modules:  # check all before the first change
         check_free(path, model.get_submodule(path))
     for path, module in modules.items():
         owner = model.get_submodule(path.rpartition(".")[0])
@@ -90,13 +98,24 @@ def install(
     return installed
 
 
+def uninstall(
+    model: nn.Module, adapter: InstalledAdapter, others: Iterable[InstalledAdapter]
+) -> None:
+    """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
+    for path in adapter.modules:
+        remove_adapter(model.get_submodule(path), adapter.name)
+    needed = [hook for other in others for hook in other.backbone_hooks]
+    remove_hooks(backbone_of(model), adapter.backbone_hooks, needed)
+    remove_idle_hooks(model)
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the part of a model that computes hidden states; the model itself where it has no head."""
+    """Return the part of a model that computes hidden states; the model itself if it has no head."""
     return getattr(model, "base_model", model)  # type: ignore[return-value]
 
 
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
-    """The base's own parameter, also while a trained or merged tensor has its place."""
+    """Return the base's own parameter, also while a trained or merged tensor replaces it."""
     adapters = layer._modules.get(ADAPTERS)
     if isinstance(adapters, LayerAdapters):
         return adapters.base(layer, attribute)
@@ -105,30 +124,28 @@ def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
     return parameter
 
 
-def _slots_by_parameter(model: nn.Module, names: list[str]) -> dict[int, list[tuple[str, str]]]:
-    """The places of each base parameter among `names`: names that share one tensor share one copy."""
-    slots: dict[int, list[tuple[str, str]]] = {}
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        parameter = base_parameter(model.get_submodule(path), attribute)
-        slots.setdefault(id(parameter), []).append((path, attribute))
-    return slots
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
-    """Path, layer and `adapters` child of every layer that carries an adapter."""
+    """Yield path, layer and `adapters` child of every layer that has an adapter."""
     for path, module in list(model.named_modules()):
         child = module._modules.get(ADAPTERS)
         if isinstance(child, LayerAdapters):
             yield path, module, child
 
 
+def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield layer path and adapter name of every module whose effect is not a weight change."""
+    for path, _, adapters in adapted_layers(model):
+        for name in names:
+            if name in adapters and not adapters[name].merges:
+                yield path, name
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and tensor of every parameter of the base itself, as it was before any adapter."""
-    ours = {id(m) for _, _, child in adapted_layers(model) for m in child.modules()}
+    """Yield name and tensor of every parameter of the base, as before the first adapter."""
+    adapter_modules = {id(m) for _, _, child in adapted_layers(model) for m in child.modules()}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if id(module) in ours:
+        if id(module) in adapter_modules:
             continue
         for attribute, parameter in module._parameters.items():
             if parameter is None:
@@ -140,17 +157,17 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
-    """`base_parameters`, each quantised one as what it stands for: with the shape of the whole weight."""
+    """Yield `base_parameters`, each quantised one as a `QuantisedWeight` with the unpacked shape."""
     for name, parameter in base_parameters(model):
         layer = model.get_submodule(name.rpartition(".")[0])
         yield name, quantised_weight(layer, parameter) or parameter
 
 
 def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
-    """Refuse to train a base tensor that is quantised, or that its layer would round.
+    """Reject full training of a base tensor that is quantised, or that its layer rounds.
 
     Raises:
-        ConfigurationError: Names the first, and what to do.
+        ConfigurationError: With the name of the first such tensor, and the fix.
     """
     for name in trained:
         path, _, attribute = name.rpartition(".")
@@ -164,6 +181,6 @@ def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
         if attribute == "bias" and type(layer).__module__.startswith("bitsandbytes."):
             raise ConfigurationError(
                 f"'{name}' is the bias of bitsandbytes' {type(layer).__name__}, which rounds it to its input's dtype "
-                "in every pass, so that small updates would be lost. Load the base by "
-                "lorakit.models.loading.load_base, whose quantised layers do not, or use bias='none'."
+                "in every pass, so small updates would be lost. Load the base with lorakit.models.loading.load_base, "
+                "whose quantised layers do not round it, or use bias='none'."
             )

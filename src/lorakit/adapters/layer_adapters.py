@@ -1,4 +1,4 @@
-"""What sits on one adapted layer: its adapters by name, the hooks that run them, merged tensors."""
+"""The adapters of one layer by name, the hooks that run them, and the base tensors that they replace."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
 MARK = "holds_merged_weights"
-"""Buffer of a layer's adapters while a merged or trained tensor has a base parameter's place. It says,
-in a state dict, that the base keys hold an adapter's effect."""
+"""Buffer of a layer's adapters while a merged or trained tensor replaces a base parameter. In a state dict
+it marks that the base keys contain an adapter's effect."""
 
 
 class LayerAdapters(AdapterSlot):
     """The adapters on one layer, by name: the layer's child module `adapters`.
 
     Args:
-        activation: The model-wide choice of active adapters.
+        activation: The active adapters of the whole model.
     """
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
-        # Base parameters whose place a trained or merged tensor has taken. Kept in a plain dict, so
-        # that the model lists neither; a buffer beside each follows the model to another device.
+        # Base parameters that a trained or merged tensor replaces. A plain dict hides them from
+        # `model.parameters()`; a buffer with the same data follows the model to another device.
         self.replaced: dict[str, nn.Parameter] = {}
         self.quantised_class: type[nn.Module] | None = None
-        """The layer's class, while a merged weight has the place of a quantised one."""
+        """The layer's class, while a merged weight replaces a quantised one."""
         self.merged = False
 
     if TYPE_CHECKING:
@@ -46,30 +46,30 @@ class LayerAdapters(AdapterSlot):
     # --- effect on the forward pass ----------------------------------------------------------------
 
     def shadow(self, layer: nn.Module) -> None:
-        """Put effective weights in the place of those that are read without a call of the layer."""
+        """Shadow weights that are read directly, without a call of the layer, with the effective weights."""
         self.unshadow(layer)
         active = self._active_here()
         if active.rows is not None and any(
             self[n].shadows or self[n].trained for n in active.names if n in self
         ):
             raise AdapterStateError(
-                f"per_sample cannot give each row its own weights in a {type(layer).__name__} whose weights are "
-                "read whole. Run one batch for each adapter there."
+                f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
+                "weights directly. Run one batch for each adapter."
             )
         shadowing = [(n, w) for n, w in active.weights if n in self and self[n].shadows]
         for name in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
-            # In the instance's dict the tensor hides the parameter of that name for the call's length.
+            # A tensor in the instance's `__dict__` hides the parameter of that name during the call.
             layer.__dict__[name] = self.effective_weight(layer, name, shadowing)
 
     def unshadow(self, layer: nn.Module) -> None:
-        """Let the layer's own weights be seen again."""
+        """Remove the effective weights that `shadow` has set."""
         for module in self.values():
             for attribute in module.shadows:
                 layer.__dict__.pop(attribute, None)
 
     def after(self, layer: nn.Module, x: Any, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
-        if isinstance(output, tuple):  # a block's hidden states, and what it returns beside them
+        if isinstance(output, tuple):  # a block's hidden states and further outputs
             return (self.after(layer, x, output[0]), *output[1:])
         active = self._active_here()
         if active.rows is not None:
@@ -82,24 +82,14 @@ class LayerAdapters(AdapterSlot):
                 output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
         return output
 
-    def leave_output(self) -> bool:
-        """Whether the layer gives out what its parameters say: what acts here only holds trained ones, if anything."""
+    def all_active(self, condition: Callable[[AdapterModule], bool]) -> bool:
+        """Return whether every active module meets a condition, and all rows of a batch use the same modules."""
         active = self.activation.active
-        acting = [self[name] for name in active.names if name in self]
-        if active.rows is not None and acting:
-            return False
-        return all(type(module).adapt is AdapterModule.adapt for module in acting)
-
-    def act_by_token(self) -> bool:
-        """Whether what acts here treats every token by itself, and the rows of a batch alike."""
-        active = self.activation.active
-        acting = [self[name] for name in active.names if name in self]
-        if active.rows is not None and acting:
-            return False
-        return all(m.by_token or type(m).adapt is AdapterModule.adapt for m in acting)
+        modules = [self[name] for name in active.names if name in self]
+        return not (active.rows is not None and modules) and all(map(condition, modules))
 
     def _active_here(self) -> Active:
-        active = self.activation.current()
+        active = self.activation.moment().active
         if self.merged and active.names:
             raise AdapterStateError(
                 "An adapter was merged between the forward and the backward pass of a checkpointed block. "
@@ -112,7 +102,7 @@ class LayerAdapters(AdapterSlot):
         assert rows is not None
         if x.shape[0] % len(rows):
             raise AdapterStateError(
-                f"per_sample names {len(rows)} rows, and {type(layer).__name__} got a batch of {x.shape[0]}. "
+                f"per_sample names {len(rows)} rows, and {type(layer).__name__} received a batch of {x.shape[0]}. "
                 "Give one name (or None) for each row of the batch."
             )
         for name in dict.fromkeys(rows):
@@ -126,7 +116,7 @@ class LayerAdapters(AdapterSlot):
 
     def _adapt_chosen(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> Tensor:
         module, activation = self[name], self.activation
-        if module.trained:  # other weights than the base's: compute these rows anew with them
+        if module.trained:  # recompute these rows with the trained parameters
             base, part = dict(layer._parameters), activation.part
             try:
                 layer._parameters.update(module.trained)
@@ -140,11 +130,11 @@ class LayerAdapters(AdapterSlot):
     # --- effective weights -------------------------------------------------------------------------
 
     def effective_weight(
-        self, layer: nn.Module, attribute: str, weights: list[tuple[str, float]]
+        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
     ) -> Tensor:
         """``W + sum of weight * delta`` in float32 (or wider), rounded once to the dtype of W.
 
-        Of a quantised W it is ``W_q`` that the deltas are added to, as a matrix (out, in).
+        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in).
         """
         W = getattr(layer, attribute)
         quantised = quantised_weight(layer, W)
@@ -153,9 +143,9 @@ class LayerAdapters(AdapterSlot):
         for name, weight in weights:
             if name not in self:
                 continue
-            whole = self[name].merged_weights(layer)
-            if whole is not None and attribute in whole:
-                return whole[attribute].to(dtype)
+            merged = self[name].merged_weights(layer)
+            if merged is not None and attribute in merged:
+                return merged[attribute].to(dtype)
             delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue
@@ -169,10 +159,10 @@ class LayerAdapters(AdapterSlot):
         return (W.to(wide) + total.to(wide)).to(dtype)
 
     def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
-        """Attributes of the layer at `path` that merging these adapters replaces.
+        """Return the attributes of the layer at `path` that merging these adapters replaces.
 
         Raises:
-            AdapterStateError: One is no parameter, so that nothing can take its place.
+            AdapterStateError: One is not a parameter, so it cannot be replaced.
         """
         modules = [self[name] for name in names if name in self]
         changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
@@ -180,17 +170,17 @@ class LayerAdapters(AdapterSlot):
             if attribute not in layer._parameters:
                 name = f"{path}.{attribute}" if path else attribute
                 raise AdapterStateError(
-                    f"'{name}' is computed from other tensors in each pass (weight norm does so), so that no merged "
-                    "weight can take its place. Before you attach the adapter, make it a parameter: "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), of the older kind "
-                    f"torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
+                    f"'{name}' is computed from other tensors in each pass (as weight norm does), so a merged weight "
+                    "cannot replace it. Before you attach the adapter, make it a parameter: "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), or for the old weight "
+                    f"norm torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
                 )
         return list(changed)
 
-    # --- taking a parameter's place ------------------------------------------------------------------
+    # --- replacing parameters ------------------------------------------------------------------------
 
     def replace(self, layer: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
-        """Let `parameter` take the place of the layer's own, which is kept untouched."""
+        """Replace a parameter of the layer, and keep the original."""
         assert attribute not in self.replaced
         original = layer._parameters[attribute]
         assert original is not None
@@ -202,8 +192,12 @@ class LayerAdapters(AdapterSlot):
         self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
         layer._parameters[attribute] = parameter
 
-    def restore(self, layer: nn.Module, attribute: str) -> None:
-        """Put the layer's own parameter back, moved to where the model has moved meanwhile."""
+    def restore(self, layer: nn.Module) -> None:
+        """Restore all replaced parameters of the layer, on the model's current device and dtype."""
+        for attribute in list(self.replaced):
+            self._restore(layer, attribute)
+
+    def _restore(self, layer: nn.Module, attribute: str) -> None:
         data = getattr(self, f"base_{attribute}", None)
         quantised_class = self.quantised_class
         original = self.forget(attribute)
@@ -214,12 +208,12 @@ class LayerAdapters(AdapterSlot):
         compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
         if compatible(original.data, data):
             original.data = data
-        else:  # moved to another kind of device: the old object cannot hold it
+        else:  # on another device type, which needs a new parameter object
             original = nn.Parameter(data, requires_grad=original.requires_grad)
         layer._parameters[attribute] = original
 
     def forget(self, attribute: str) -> nn.Parameter:
-        """Give up the kept base parameter: what took its place stays."""
+        """Drop and return the original of a replaced parameter; the replacement stays."""
         if f"base_{attribute}" in self._buffers:
             delattr(self, f"base_{attribute}")
         else:
@@ -230,22 +224,22 @@ class LayerAdapters(AdapterSlot):
         return original
 
     def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
-        """The layer's own parameter, wherever it is at the moment."""
+        """Return the layer's own parameter, also while it is replaced."""
         replaced = self.replaced.get(attribute)
         return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def base_weights_in_place(self, layer: nn.Module) -> Iterator[None]:
-        """Let what reads the layer's weights read the base's, where a trained or merged tensor stands."""
-        own = dict(layer._parameters)
+        """Restore the base's parameters for the length of a `with` block."""
+        current = dict(layer._parameters)
         layer._parameters.update(self.replaced)
         try:
             yield
         finally:
-            layer._parameters.update(own)
+            layer._parameters.update(current)
 
 
-# Module-level functions that reach their state through the layer: deepcopy and pickle keep them whole.
+# The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.
 
 
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -255,19 +249,19 @@ def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> A
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a module that reads adapted weights directly."""
+    """Forward pre-hook of a module that reads adapted weights directly: set the effective weights."""
     for layer in _read_by(caller):
         layer.adapters.shadow(layer)  # type: ignore[operator, union-attr]
 
 
 def unshadow_weights(caller: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook that runs also when the module raised: no effective weight outlives its call."""
+    """Forward hook that also runs after an exception: remove the effective weights."""
     for layer in _read_by(caller):
         layer.adapters.unshadow(layer)  # type: ignore[operator, union-attr]
 
 
 def _read_by(caller: nn.Module) -> list[nn.Module]:
-    """The adapted layers whose weights `caller` reads: its own, and of attention its output projection's."""
+    """Return the adapted layers whose weights `caller` reads: itself, and the output projection of attention."""
     layers = [caller]
     if isinstance(caller, nn.MultiheadAttention):
         layers.append(caller.out_proj)
@@ -275,25 +269,25 @@ def _read_by(caller: nn.Module) -> list[nn.Module]:
 
 
 def check_free(path: str, layer: nn.Module) -> None:
-    """Refuse a layer on which something else already has the place of our child module."""
+    """Reject a layer that already has an attribute with the name of the adapters' child module."""
     if hasattr(layer, ADAPTERS) and not isinstance(layer._modules.get(ADAPTERS), LayerAdapters):
         raise AdapterStateError(
-            f"'{path}' ({type(layer).__name__}) already has an attribute named '{ADAPTERS}', where lorakit keeps its "
-            "tensors. Remove what is attached there first."
+            f"'{path}' ({type(layer).__name__}) already has an attribute named '{ADAPTERS}', which lorakit needs for "
+            "its tensors. Remove that attribute first."
         )
 
 
 def add_module(
     layer: nn.Module, owner: nn.Module, name: str, module: AdapterModule, activation: Activation
 ) -> None:
-    """Put an adapter's module on a layer, with the child and the hooks it needs.
+    """Add an adapter's module to a layer, with the `adapters` child and the hooks that it needs.
 
     Args:
         layer: The adapted layer.
-        owner: The module that holds it.
+        owner: Its parent module.
         name: Name of the adapter.
         module: Its tensors for this layer.
-        activation: The model-wide choice of active adapters.
+        activation: The active adapters of the whole model.
     """
     if ADAPTERS not in layer._modules:
         layer.register_module(ADAPTERS, LayerAdapters(activation))
@@ -309,19 +303,23 @@ def add_module(
 
 
 def computes_its_own(layer: nn.Module) -> bool:
-    """Whether a call of the layer is what its parameters say: no hook acts on it, ours or another's."""
+    """Return whether the layer's output depends on its own (or trained) parameters only: no hook changes it."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        return adapters.leave_output()
+        return adapters.all_active(_leaves_output)
     return not hooks
 
 
+def _leaves_output(module: AdapterModule) -> bool:
+    return type(module).adapt is AdapterModule.adapt
+
+
 def hooks_act_by_token(layer: nn.Module) -> bool:
-    """Whether no hook on the layer, of an adapter or of somebody else, may give a token something of another."""
+    """Return whether no hook on the layer mixes tokens."""
     for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
         if hook is after_forward:
-            if not layer.adapters.act_by_token():  # type: ignore[operator, union-attr]
+            if not layer.adapters.all_active(lambda m: m.by_token or _leaves_output(m)):  # type: ignore[operator, union-attr]
                 return False
         elif not getattr(hook, "by_token", False):
             return False
@@ -329,13 +327,13 @@ def hooks_act_by_token(layer: nn.Module) -> bool:
 
 
 def listen(layer: nn.Module) -> None:
-    """Let the layer's adapters act on its output."""
+    """Register the forward hook that applies the layer's adapters."""
     if after_forward not in layer._forward_hooks.values():
         layer.register_forward_hook(after_forward, with_kwargs=True)
 
 
 def stop_listening(layer: nn.Module) -> None:
-    """Spare the layer a hook that has nothing to do: 1 to 2 microseconds of every call."""
+    """Remove the forward hook of a layer with nothing to apply; this saves 1 to 2 microseconds a call."""
     _remove_hooks(layer, after_forward)
 
 
@@ -351,9 +349,9 @@ def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
 def remove_hooks(
     module: nn.Module, hooks: Iterable[ModuleHook], needed: Iterable[ModuleHook] = ()
 ) -> None:
-    """Remove declared hooks from a module, except those that are still needed."""
-    kept = {hook.run for hook in needed}
-    _remove_hooks(module, *(hook.run for hook in hooks if hook.run not in kept))
+    """Remove declared hooks from a module, except those in `needed`."""
+    needed_functions = {hook.run for hook in needed}
+    _remove_hooks(module, *(hook.run for hook in hooks if hook.run not in needed_functions))
 
 
 def remove_adapter(layer: nn.Module, name: str) -> None:
@@ -376,9 +374,9 @@ def remove_idle_hooks(model: nn.Module) -> None:
             _remove_hooks(module, shadow_weights, unshadow_weights)
 
 
-def _remove_hooks(module: nn.Module, *ours: Callable[..., Any]) -> None:
+def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, hook in hooks.items() if hook in ours]:
+        for key in [k for k, hook in hooks.items() if hook in functions]:
             del hooks[key]
             for flags in (
                 module._forward_hooks_with_kwargs,

@@ -1,4 +1,4 @@
-"""An adapter from disk, or from PEFT, put on a model."""
+"""Load an adapter from disk, or from a live PEFT model, onto a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.handle import Adapters, handle_of
+from lorakit.adapters.handle import Adapters
 from lorakit.adapters.installed import base_parameters
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
@@ -39,22 +39,22 @@ def load(
     alpha: float | None = None,
     trainable: bool = False,
 ) -> Adapters:
-    """Put an adapter from disk onto a model, checked against it, and let it act.
+    """Load an adapter from disk onto a model, validate it against the model and activate it.
 
     Args:
         model: The base the adapter was made for.
         path: A folder of lorakit or PEFT, or a loralib file.
-        name: Its name on this model; None takes the folder's.
-        allow_other_base: Load although the file records another base. The decision is logged.
-        alpha: The constant of a loralib file, which does not record it.
-        trainable: Go on training it; otherwise its tensors require no gradient.
+        name: Its name on this model; None uses the folder's name.
+        allow_other_base: Load the adapter even if the file records another base, and log a warning.
+        alpha: Alpha of a loralib file, which does not record it.
+        trainable: Whether its tensors require a gradient, to continue training.
 
     Returns:
-        The model's handle; the same one as before if the model already carries adapters.
+        The model's handle; a model that already has adapters keeps its handle.
 
     Raises:
         AdapterFileError: The file is damaged or unsafe, or its tensors do not fit the model's layers.
-        WrongBaseError: It was made for another base.
+        WrongBaseError: It was trained on another base.
         AdapterStateError: The name is taken, or an adapter is merged.
     """
     return load_stored(
@@ -76,15 +76,15 @@ def load_stored(
     allow_other_base: bool = False,
     trainable: bool = False,
 ) -> Adapters:
-    """Put an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
-    name = name or _name_of(Path(path))
+    """Load an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
+    if not name:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path).resolve().stem).strip("_-") or "adapter"
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
     _check_base(model, stored, Path(path), allow_other_base)
-    for (
-        notice
-    ) in stored.notices:  # other dtype, a rank above the width, the decision for another base
+    # Other dtype, a rank above the width, another base that allow_other_base accepts.
+    for notice in stored.notices:
         _LOG.warning("%s: %s", path, notice)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
 
@@ -97,10 +97,10 @@ def put_on(
     trainable: bool,
     origin: str = "the adapter",
 ) -> Adapters:
-    """Build a stored adapter's modules on the model's layers and let it act.
+    """Build a stored adapter's modules on the model's layers and activate it.
 
     Raises:
-        AdapterFileError: A tensor finds no layer, or one of another shape.
+        AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
     """
     handle = handle_for(model)
     handle.check_can_add(name)
@@ -119,50 +119,50 @@ def put_on(
 
 
 def from_peft(peft_model: Any) -> Adapters:
-    """Take over a live PEFT model: its base gets its own modules back, its adapters become ours.
+    """Convert a live PEFT model: restore its base's own modules and attach its adapters with lorakit.
 
     Args:
-        peft_model: A `peft.PeftModel` with one or more unmerged LoRA adapters. It is used up.
+        peft_model: A `peft.PeftModel` with one or more unmerged LoRA adapters. It cannot be used afterwards.
 
     Returns:
-        The handle on the base model, ``handle.model``, the active adapters active.
+        The handle of the base model, ``handle.model``, with the same active adapters.
 
     Raises:
-        AdapterFileError: An adapter uses an option of PEFT's that lorakit does not have.
+        AdapterFileError: An adapter uses an option of PEFT that lorakit does not support.
+        AdapterStateError: The model has no PEFT adapter, or a merged one.
     """
     names = list(getattr(peft_model, "peft_config", {}))
     if not names:
         raise AdapterStateError(
-            f"{type(peft_model).__name__} carries no PEFT adapter. Give the model that get_peft_model or "
+            f"{type(peft_model).__name__} has no PEFT adapter. Pass the model that get_peft_model or "
             "PeftModel.from_pretrained returned."
         )
     if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
         raise AdapterStateError(
-            "The PEFT model has an adapter merged into its weights, which PEFT can only take out by subtracting. "
-            "Call unmerge_adapter() first, or load the base and the adapter's folder anew."
+            "The PEFT model has an adapter merged into its weights, and PEFT can only unmerge it by subtraction, which "
+            "rounds. Call unmerge_adapter() first, or reload the base and the adapter's folder."
         )
     active = list(peft_model.active_adapters)
-    trains = {n for n, p in peft_model.named_parameters() if p.requires_grad}
+    trainable = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, selected_adapters=names)
         stored = {
             name: formats.read(Path(folder) if name == "default" else Path(folder, name))
             for name in names
         }
-    _give_back_originals(peft_model)
+    _restore_originals(peft_model)
     base = peft_model.unload()
-    for parameter in base.parameters():  # PEFT froze them and does not say which were frozen before
+    for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     for name in names:
-        put_on(base, stored[name], name=name, trainable=any(f".{name}." in n for n in trains))
-    handle = handle_of(base)
-    assert handle is not None
-    handle.activate(active[0] if len(active) == 1 else {name: 1.0 for name in active})
+        put_on(base, stored[name], name=name, trainable=any(f".{name}." in n for n in trainable))
+    handle = handle_for(base)
+    handle.activate(dict.fromkeys(active, 1.0))
     return handle
 
 
-def _give_back_originals(peft_model: nn.Module) -> None:
-    """Put back the modules that PEFT trains copies of (modules_to_save); its unload keeps the copy."""
+def _restore_originals(peft_model: nn.Module) -> None:
+    """Restore the modules that PEFT trains copies of (modules_to_save); PEFT's unload keeps the copies."""
     for path, wrapper in list(peft_model.named_modules()):
         original = getattr(wrapper, "original_module", None)
         if isinstance(original, nn.Module) and hasattr(wrapper, "modules_to_save"):
@@ -177,7 +177,7 @@ def _build_modules(
     missing = [path for path in stored.layers if path not in known]
     if missing:
         raise AdapterFileError(
-            f"{origin} holds tensors for {len(missing)} layers that the model does not have, the first "
+            f"{origin} holds tensors for {len(missing)} layers that the model does not have, the first is "
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
     modules: dict[str, AdapterModule] = {
@@ -195,29 +195,29 @@ def _build_modules(
 def _build_other_modules(
     model: nn.Module, stored: StoredAdapter, origin: str
 ) -> dict[str, AdapterModule]:
-    """The modules of methods other than LoRA: made by the method, then filled with the file's tensors."""
+    """Return the modules of methods other than LoRA: built by the method, then filled with the file's tensors."""
     modules: dict[str, AdapterModule] = {}
     devices = (parameter.device for parameter in model.parameters())
-    with seeded(0, devices):  # the random start is overwritten, and is to leave no trace
+    with seeded(0, devices):  # initial values are overwritten; do not advance the global generator
         for part in parts(stored.method):
             if not isinstance(part, LoRA):
                 modules.update(part.modules(model))
     for path in {**modules, **stored.modules}:
         expected = modules[path].state_dict() if path in modules else {}
-        found = stored.modules.get(path, {})
-        if expected.keys() != found.keys():
+        in_file = stored.modules.get(path, {})
+        if expected.keys() != in_file.keys():
             raise AdapterFileError(
-                f"{origin} holds {_listed(found)} for '{path}', and {type(stored.method).__name__} has "
-                f"{_listed(expected)} there on this model. Load it on the model class it was trained with."
+                f"{origin} holds {_listed(in_file)} for '{path}', and {type(stored.method).__name__} needs "
+                f"{_listed(expected)} on this model. Load it on the model class it was trained with."
             )
-        for name, tensor in found.items():
+        for name, tensor in in_file.items():
             if tensor.shape != expected[name].shape:
                 raise AdapterFileError(
-                    f"{origin}: '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model takes "
-                    f"{tuple(expected[name].shape)}. Load it on the base it was made for."
+                    f"{origin}: '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model needs "
+                    f"{tuple(expected[name].shape)}. Load it on the base it was trained on."
                 )
-        there = {name: t.to(expected[name].device, copy=True) for name, t in found.items()}
-        modules[path].load_state_dict(there, assign=True)  # in the file's dtype
+        tensors = {name: t.to(expected[name].device, copy=True) for name, t in in_file.items()}
+        modules[path].load_state_dict(tensors, assign=True)  # in the file's dtype
     return modules
 
 
@@ -232,7 +232,8 @@ def _build_layer(
     kind = LoralibConvLoRA if at_rest.kind == LoralibConvLoRA.kind else kind_of(layer, model, path)
     if kind.kind != at_rest.kind:
         raise AdapterFileError(
-            f"{origin} holds {at_rest.kind} factors for '{path}', which is a {type(layer).__name__} in this model."
+            f"{origin} holds {at_rest.kind} factors for '{path}', which is a {type(layer).__name__} in this model. "
+            "Load it on the model class it was trained with."
         )
     options: dict[str, Any] = {}
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and kind is ConvLoRA:
@@ -250,35 +251,31 @@ def _build_layer(
         dtype=at_rest.A.dtype,
         **options,
     )
-    tensors = {
-        "lora_A": at_rest.A,
-        "lora_B": at_rest.B,
-        "magnitude": at_rest.magnitude,
-        "initial_A": at_rest.initial_A,
-        "initial_B": at_rest.initial_B,
-    }
-    for attribute, tensor in tensors.items():
-        if tensor is None:
+    A, B = module.lora_A, module.lora_B
+    for attribute, tensor, expected in (
+        ("lora_A", at_rest.A, A),
+        ("lora_B", at_rest.B, B),
+        ("magnitude", at_rest.magnitude, module.magnitude),
+        ("initial_A", at_rest.initial_A, A),
+        ("initial_B", at_rest.initial_B, B),
+    ):
+        if tensor is None or expected is None:
             continue
-        place = getattr(module, attribute)
-        expected = module.lora_A if attribute == "initial_A" else module.lora_B
-        expected = expected if attribute.startswith("initial") else place
         if tensor.shape != expected.shape:
             raise AdapterFileError(
                 f"{origin}: {attribute} of '{path}' has shape {tuple(tensor.shape)}, and this model's "
-                f"{type(layer).__name__} takes {tuple(expected.shape)}. Load it on the base it was made for."
+                f"{type(layer).__name__} needs {tuple(expected.shape)}. Load it on the base it was trained on."
             )
         if attribute.startswith("initial"):
-            setattr(module, attribute, tensor.to(module.lora_A.device, copy=True))
+            setattr(module, attribute, tensor.to(expected.device, copy=True))
         else:
             with torch.no_grad():
-                place.copy_(tensor)
+                expected.copy_(tensor)
     return module
 
 
 def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None:
-    known = dict(model.named_parameters(remove_duplicate=False))
-    known.update(base_parameters(model))
+    known = dict(model.named_parameters(remove_duplicate=False)) | dict(base_parameters(model))
     for name, tensor in stored.trained.items():
         if name not in known:
             raise AdapterFileError(
@@ -304,8 +301,3 @@ def _check_base(model: nn.Module, stored: StoredAdapter, path: Path, allow: bool
         if not allow:
             raise
         stored.notices.append(f"loaded on another base because allow_other_base is set: {error}")
-
-
-def _name_of(path: Path) -> str:
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().stem).strip("_-")
-    return stem or "adapter"

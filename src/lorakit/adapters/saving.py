@@ -1,4 +1,4 @@
-"""A live adapter at rest, and written to a folder."""
+"""Convert a live adapter to its stored form, and write it to a folder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lorakit.methods.module import AdapterModule
 def store(
     model: nn.Module, adapter: InstalledAdapter, base: formats.BaseRecord | None = None
 ) -> StoredAdapter:
-    """A live adapter at rest: its settings, its tensors on the CPU, the record of its base."""
+    """Return the stored form of a live adapter: settings, tensors on the CPU and the record of its base."""
     layers = {
         path: _store_layer(model.get_submodule(path), module)
         for path, module in adapter.modules.items()
         if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
     }
-    modules = {path: _tensors(module) for path, module in adapter.modules.items()}
+    modules = {path: _own_tensors(module) for path, module in adapter.modules.items()}
     trained = {name: at_rest(tensor) for name, tensor in adapter.trained_tensors().items()}
     return StoredAdapter(
         method=adapter.method,
         layers=layers,
-        modules={path: own for path, own in modules.items() if own},
+        modules={path: tensors for path, tensors in modules.items() if tensors},
         trained=trained,
         base=base or formats.base_record(model, exclude=tuple(trained)),
         provenance=dict(adapter.provenance),
@@ -49,7 +49,7 @@ def save(
     base: formats.BaseRecord | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder, whole or not at all (see `Adapters.save`)."""
+    """Write an adapter folder atomically (see `Adapters.save`)."""
     if overwrite:
         formats.check_replaceable(folder)
     stored = store(model, adapter, base)
@@ -76,7 +76,7 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
 
 
 def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
-    """Of DoRA on slices the norms of all rows: PEFT has a magnitude for each, also for those not adapted."""
+    """Return the norms of all rows for DoRA on slices: PEFT has a magnitude for each row, adapted or not."""
     if module.magnitude is None or not module.slices:
         return None
     adapters = layer.adapters
@@ -85,16 +85,16 @@ def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
         return at_rest(module.row_norms(layer))
 
 
-def _tensors(module: AdapterModule) -> dict[str, Tensor]:
-    """A module's own tensors, without copies of base tensors; LoRA's are stored as layers."""
+def _own_tensors(module: AdapterModule) -> dict[str, Tensor]:
+    """Return a module's tensors without copies of base tensors; LoRA tensors are stored as layers."""
     if isinstance(module, LoRALayer):
         return {}
-    own = module.state_dict()
-    return {name: at_rest(t) for name, t in own.items() if not name.startswith("trained.")}
+    state = module.state_dict()
+    return {name: at_rest(t) for name, t in state.items() if not name.startswith("trained.")}
 
 
 def at_rest(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU, free of the graph; whole, if it is sharded over processes."""
+    """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True).contiguous()

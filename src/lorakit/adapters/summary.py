@@ -1,4 +1,4 @@
-"""How large an adapter is, beside its base."""
+"""Parameter counts and file size of an adapter."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lorakit.methods.method import Method, describe
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters."""
+    """Parameter counts of an adapter and its base."""
 
     trainable: int
     """Parameters that the method trains: its own, and base parameters trained in full."""
     total: int
     """Parameters of the base."""
     by_layer: dict[str, int]
-    """Trained parameters by the path of the layer they belong to."""
+    """Trained parameters by the path of their layer."""
 
     @property
     def share(self) -> float:
-        """Trained parameters as a share of the base's."""
+        """Trained parameters divided by the base's parameters."""
         return self.trainable / self.total if self.total else 0.0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `Adapters.summary` prints."""
+    """Name, method, parameter counts and file size of an adapter; `str` formats them as text."""
 
     name: str
     method: str
@@ -47,7 +47,7 @@ class Summary:
             f"trainable {counts.trainable:,} of {counts.total:,} parameters ({counts.share:.3%}), "
             f"file {size(self.file_bytes)}",
         ]
-        # Blocks repeat: one line for each kind of layer says more than one for each layer.
+        # Blocks repeat, so group the same layer of all blocks in one line.
         groups: dict[str, list[int]] = {}
         for path, count in counts.by_layer.items():
             groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", path), []).append(count)
@@ -61,38 +61,42 @@ class Summary:
 
 
 def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
-    """Size of one adapter of a model."""
+    """Return the parameter counts and the file size of one adapter of a model."""
     by_layer: dict[str, int] = {}
     seen: set[int] = set()
     for path, module in adapter.modules.items():
-        fresh = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, fresh))
-        if fresh:
-            by_layer[path] = sum(p.numel() for p in fresh)
-    total = sum(weight.numel() for _, weight in base_weights(model))
+        unseen = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, unseen))
+        if unseen:
+            by_layer[path] = sum(p.numel() for p in unseen)
     file_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-    counts = Counts(sum(by_layer.values()), total, by_layer)
-    return Summary(adapter.name, describe(adapter.method), counts, file_bytes)
+    return Summary(adapter.name, describe(adapter.method), _counts(model, by_layer), file_bytes)
 
 
 def count_parameters(model: nn.Module, method: Method) -> Counts:
-    """What `method` would train on `model`, which is not changed and may be on the meta device.
+    """Count the parameters that `method` would train on `model`, which is not changed.
+
+    The model may be on the meta device.
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
         ConfigurationError: A setting does not fit the model.
     """
-    by_layer: dict[str, int] = {}
-    for path, module in method.modules(model).items():
-        by_layer[path] = sum(p.numel() for p in module.parameters())
+    modules = method.modules(model)
+    by_layer = Counter(
+        {path: sum(p.numel() for p in m.parameters()) for path, m in modules.items()}
+    )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = method.trained_parameters(model)
     refuse_quantised(model, trained)
-    seen: set[int] = set()
+    first_names: dict[int, str] = {}
     for name in trained:
-        if id(parameters[name]) not in seen:
-            seen.add(id(parameters[name]))
-            path = name.rpartition(".")[0]
-            by_layer[path] = by_layer.get(path, 0) + parameters[name].numel()
+        first_names.setdefault(id(parameters[name]), name)
+    for name in first_names.values():
+        by_layer[name.rpartition(".")[0]] += parameters[name].numel()
+    return _counts(model, dict(by_layer))
+
+
+def _counts(model: nn.Module, by_layer: dict[str, int]) -> Counts:
     total = sum(weight.numel() for _, weight in base_weights(model))
     return Counts(sum(by_layer.values()), total, by_layer)

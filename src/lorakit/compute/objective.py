@@ -125,10 +125,10 @@ class SequenceToSequenceLoss:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        is_target = batch["labels"] != IGNORED
+        at = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
         # The model shifts the labels into decoder inputs itself; its own loss, a mean, is not used.
-        logits = model(**batch, use_cache=False).logits[is_target]
-        return _cross_entropy_sum(logits, batch["labels"][is_target], self.label_smoothing)
+        logits = model(**batch, use_cache=False).logits[at]
+        return _cross_entropy_sum(logits, batch["labels"][at], self.label_smoothing)
 
 
 @dataclass(kw_only=True)

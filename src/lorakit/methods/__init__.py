@@ -1,6 +1,6 @@
-"""What is trained: one file or folder for each method.
+"""Training methods: one file or folder for each.
 
-A method is a frozen dataclass of settings that imports no torch; the modules that it adds are imported on first use.
+A method is a frozen dataclass of settings and imports no torch; the modules that it adds are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

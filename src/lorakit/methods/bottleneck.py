@@ -1,13 +1,12 @@
-"""Bottleneck adapters: small MLPs put between the parts of a frozen model (Houlsby et al. 2019)."""
+"""Bottleneck adapters: small MLPs between the layers of a frozen model (Houlsby et al. 2019)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError
-from lorakit.methods.method import as_names
+from lorakit.methods.method import TrainsModules
 
 if TYPE_CHECKING:
     import torch
@@ -22,27 +21,27 @@ Nonlinearity = Literal["relu", "gelu", "silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BottleneckAdapter:
-    """``f(x) = W_up act(W_down x + b_down) + b_up`` added where a block's parts meet.
+class BottleneckAdapter(TrainsModules):
+    """Add ``f(x) = W_up act(W_down x + b_down) + b_up`` to the outputs of sub-layers or blocks.
 
     With u the output of an attention or MLP, and h that of a block:
 
     - ``houlsby`` (AdapterH, Houlsby et al. 2019): two in each block, ``u + f(u)`` after the attention and
-      after the MLP, before the residual sum (of an encoder-decoder's decoder, three);
-    - ``lin`` (AdapterL, Lin et al. 2020): one in each block, ``h + f(LayerNorm(h))`` with a LayerNorm of
-      its own;
-    - ``pfeiffer`` (AdapterP, Pfeiffer et al. 2021): one in each block. Where a block ends with a residual
-      sum s, ``s + f(s)``; where it ends with a LayerNorm of it (BERT), ``LayerNorm(s + f(LayerNorm(s)))``.
+      after the MLP, before the residual sum (three in the decoder of an encoder-decoder);
+    - ``lin`` (AdapterL, Lin et al. 2020): one in each block, ``h + f(LayerNorm(h))`` with a trained
+      LayerNorm;
+    - ``pfeiffer`` (AdapterP, Pfeiffer et al. 2021): one in each block. If the block ends with a residual
+      sum s, ``s + f(s)``; if it ends with a LayerNorm of s (BERT), ``LayerNorm(s + f(LayerNorm(s)))``.
 
-    AdapterD (AdapterDrop, Rücklé et al. 2020) is any of them without the blocks in ``drop_layers``. One
-    adapter has ``2 d r + r + d`` parameters for the width d and the bottleneck r, in ``lin`` 2 d more.
+    AdapterD (AdapterDrop, Rücklé et al. 2020) is any of them without the blocks in ``drop_layers``. An
+    adapter of width d and bottleneck r has ``2 d r + r + d`` parameters, and 2 d more with ``lin``.
 
     Raises:
         ConfigurationError: A value cannot work.
     """
 
     kind: Kind = "houlsby"
-    """Where adapters stand: houlsby (two in each block), lin or pfeiffer (one)."""
+    """Positions of the adapters: houlsby (two in each block), lin or pfeiffer (one)."""
     size: int = 64
     """Width of the bottleneck, r."""
     activation: Nonlinearity | None = None
@@ -50,42 +49,35 @@ class BottleneckAdapter:
     drop_layers: tuple[int, ...] = ()
     """Blocks that get no adapter, counted from 0 in each stack of blocks (AdapterDrop)."""
     train_modules: tuple[str, ...] | str = ()
-    """Modules trained in full beside the adapters (name suffixes): a new classification head, or LayerNorms."""
+    """Modules trained in full in addition (name suffixes): a new classification head, or LayerNorms."""
 
     def __post_init__(self) -> None:
-        conform(self)
-        object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
+        super().__post_init__()
         if self.size < 1:
             raise ConfigurationError(f"size is {self.size}; it must be 1 or more.")
         if min(self.drop_layers, default=0) < 0:
             raise ConfigurationError(
-                f"drop_layers is {self.drop_layers}; blocks are counted from 0, so that each must be 0 or more."
+                f"drop_layers is {self.drop_layers}; blocks are counted from 0, so each must be 0 or more."
             )
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
-        """One bottleneck for each place that the kind means, by path (see `Method`).
+        """Return one bottleneck for each position of this kind, by path (see `Method`).
 
         Raises:
-            TargetError: The blocks of the model's architecture are not known.
-            ConfigurationError: `size` exceeds the width, or `drop_layers` names a block that is not there.
+            TargetError: The blocks of the model's architecture are unknown.
+            ConfigurationError: `size` exceeds the width, or `drop_layers` names a block that does not exist.
         """
         from lorakit.models.blocks import block_outputs, residual_branches
 
-        find = residual_branches if self.kind == "houlsby" else block_outputs
+        sites = residual_branches if self.kind == "houlsby" else block_outputs
         dropped = self._dropped(model)
         return {
             site.path: self._bottleneck(model, site, dtype)
-            for site in find(model)
+            for site in sites(model)
             if site.block not in dropped
         }
-
-    def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters in ``train_modules`` (see `Method`)."""
-        from lorakit.methods.trained import modules_named, parameters_below
-
-        return parameters_below(model, modules_named(model, self.train_modules))
 
     def _dropped(self, model: nn.Module) -> set[str]:
         from lorakit.models.blocks import stacks
@@ -108,8 +100,8 @@ class BottleneckAdapter:
 
         if self.size > site.width:
             raise ConfigurationError(
-                f"size {self.size} exceeds the width {site.width} of '{site.path}': that is no bottleneck. Use at "
-                f"most {site.width}."
+                f"size {self.size} exceeds the width {site.width} of '{site.path}', so it is not a bottleneck. "
+                f"Use at most {site.width}."
             )
         layer = model.get_submodule(site.path)
         device = next(model.get_submodule(site.block).parameters()).device

@@ -16,18 +16,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 INIT_STD = 0.02
-"""Standard deviation of both matrices at the start: RoBERTa's initializer_range, as in the paper's code."""
+"""Standard deviation of both initial matrices: RoBERTa's initializer_range, as in the paper's code."""
 
 
 class Bottleneck(AdapterModule):
-    """One adapter on the output of a layer: ``x + f(x)``.
+    """A bottleneck adapter on the output of a layer: ``x + f(x)``.
 
     Args:
         width: Width d of the output, shape (..., d).
         size: Width r of the bottleneck.
         activation: The nonlinearity's name.
-        own_norm: Give f the output normalised by a LayerNorm of its own.
-        renormalise: The layer is a LayerNorm: add f of its output to its input and normalise anew.
+        own_norm: Normalise the input of f with a trained LayerNorm.
+        renormalise: The layer is a LayerNorm: add f of its output to its input and normalise again.
         options: Device and dtype of the tensors.
     """
 
@@ -58,12 +58,12 @@ class Bottleneck(AdapterModule):
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         f = self._f(output)
         base = x if self.renormalise else output
-        # In place, where autocast has not given f a narrower dtype: another tensor of full size less.
+        # Add in place to save a tensor of full size, unless autocast gave f a narrower dtype.
         total = f.add_(base) if f.dtype == base.dtype else base + f
         return layer.forward(total) if self.renormalise else total
 
     def _f(self, x: Tensor) -> Tensor:
-        # The small tensors are cast to the activations' dtype, never the other way round.
+        # Cast the small parameters to the activations' dtype, not the large activations.
         if self.norm_weight is not None and self.norm_bias is not None:
             weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
             x = F.layer_norm(x, weight.shape, weight, bias)

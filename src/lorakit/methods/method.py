@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -39,6 +40,28 @@ class Method(Protocol):
         ...
 
 
+class TrainsModules:
+    """Base of methods with a setting ``train_modules``: names of modules that are trained in full."""
+
+    train_modules: tuple[str, ...] | str
+
+    def __post_init__(self) -> None:
+        conform(self)
+        object.__setattr__(self, "train_modules", as_names("train_modules", self.train_modules))
+
+    def modules(
+        self, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> dict[str, AdapterModule]:
+        """Return no module (see `Method`)."""
+        return {}
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters in ``train_modules`` (see `Method`)."""
+        from lorakit.methods.trained import modules_named, parameters_below
+
+        return parameters_below(model, modules_named(model, self.train_modules))
+
+
 def describe(method: Method) -> str:
     """Return a method as text, with the settings that differ from its defaults."""
     fields = getattr(type(method), "__dataclass_fields__", {})
@@ -58,12 +81,12 @@ def _described(value: Any) -> str:
 
 
 def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return a setting that is a name or a list of names as a tuple.
+    """Convert a setting that is one name or several to a tuple.
 
     Raises:
         ConfigurationError: A name is empty.
     """
     entries = (value,) if isinstance(value, str) else value
     if not all(entries):
-        raise ConfigurationError(f"{setting} is {value!r}, and a name in it is empty; remove it.")
+        raise ConfigurationError(f"{setting} is {value!r}, which has an empty name; remove it.")
     return entries

@@ -1,7 +1,8 @@
-"""What a method adds to a model: modules that sit on layers, and base tensors that are trained."""
+"""Modules that a method adds to layers: new tensors, and trained copies of base tensors."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,37 +11,37 @@ from torch import Tensor, nn
 
 
 class ModuleHook(NamedTuple):
-    """A forward hook that an adapter's module needs on a module of the base."""
+    """A forward hook that an adapter's module registers on a module of the base."""
 
     run: Callable[..., Any]
-    """A module-level function, so that deepcopy and pickle keep it. It reaches its state through the hooked module.
+    """A module-level function, so that deepcopy and pickle keep it. It finds its state on the hooked module.
     Called with (module, args, kwargs) before the forward pass, with (module, args, output) after it."""
     before: bool = False
     """Whether it runs before the forward pass."""
 
 
 class AdapterModule(nn.Module):
-    """The tensors of one adapter on one layer of the base model, and what they do there.
+    """The tensors of one adapter on one layer of the base model, and their effect.
 
     A layer is any module of the base: a projection, a norm, a dropout, a whole block.
 
-    A plain `AdapterModule` does nothing but hold trained copies of its layer's own parameters
-    (`trained`: a bias, a whole classification head). Subclasses add an effect on the output.
+    A plain `AdapterModule` only holds trained copies of its layer's own parameters (`trained`: a bias, a whole
+    classification head). Subclasses add an effect on the output.
     """
 
     scales: bool = True
-    """Whether the effect is linear in a weight, so that adapters can be mixed by weight."""
+    """Whether the effect is linear in the adapter's weight, so that adapters can be mixed by weight."""
     merges: bool = True
-    """Whether the effect is a change of the layer's weights, which a merge can make."""
+    """Whether the effect is a change of the layer's weights, so that the adapter can be merged."""
     by_token: bool = False
-    """Whether the effect on a token's output depends on nothing of other tokens, so that some tokens of a batch can
-    be computed without the others. A subclass that overrides `adapt` answers for itself."""
+    """Whether the effect on a token is independent of other tokens, so that some tokens of a batch can be computed
+    without the others. A subclass that overrides `adapt` must set this flag."""
     layer_hooks: ClassVar[tuple[ModuleHook, ...]] = ()
-    """Hooks on the adapted layer, beside the one that calls `adapt`."""
+    """Hooks on the adapted layer, in addition to the one that calls `adapt`."""
     backbone_hooks: ClassVar[tuple[ModuleHook, ...]] = ()
     """Hooks on the model's backbone, around each forward pass."""
     shadows: tuple[str, ...] = ()
-    """Names of layer weights replaced for the length of a call, where the output cannot be added to."""
+    """Names of layer weights to replace during a call, for layers whose output nothing can be added to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,26 +50,23 @@ class AdapterModule(nn.Module):
     def adapt(self, layer: nn.Module, x: Any, output: Any, weight: float) -> Any:
         """Return `output` with the adapter's effect, scaled by `weight`; the plain module has none.
 
-        Of a layer that returns a tuple `output` is the first entry: a block's hidden states.
+        For a layer that returns a tuple, `output` is the first entry: a block's hidden states.
         """
         return output
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        """What a merge adds to the layer's weights, by attribute, in float32 (or wider)."""
+        """Return the tensors that a merge adds to the layer's weights, by attribute, in float32 (or wider)."""
         return {}
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
-        """The attributes of the layer's weights that a merge changes: known without computing them, where it can be."""
+        """Return the attributes of the layer's weights that a merge changes, without computing them if possible."""
         return list(self.merged_weights(layer) or self.delta_weights(layer))
 
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
-        """Whole merged weights where they are no sum of W and a delta (DoRA), else None."""
+        """Return the merged weights if they are not the sum of W and a delta (DoRA), else None."""
         return None
 
 
 def merge_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which weights are combined before one rounding: float32, or float64 if any is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    """Return the dtype in which weights are combined before one rounding: float32, or float64 if any is."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

@@ -1,6 +1,6 @@
-"""The trained vectors of virtual tokens, and the hooks that put them into the hidden states.
+"""The trained vectors of virtual tokens, and the hooks that write them into the hidden states.
 
-The ids of virtual tokens exceed every vocabulary. A hook on the input embedding replaces them by token 0 and keeps
+The ids of virtual tokens exceed every vocabulary. A hook on the input embedding replaces them by token 0 and stores
 their positions for the forward pass; further hooks write the trained vectors at these positions, after the embedding
 and, for PrefixLayer, before each block. All hooks are module-level functions, so that deepcopy and pickle work.
 """
@@ -22,11 +22,11 @@ from lorakit.models.blocks import stacks
 from lorakit.models.layers import ADAPTERS, by_token
 
 INIT_STD = 0.02
-"""Standard deviation of the vectors at the start, as in the first release of the paper's code."""
+"""Standard deviation of the initial vectors, as in the first release of the paper's code."""
 
 HOW_TO_PLACE = (
-    "Put them into the ids: lorakit's own training, evaluation and generation do, elsewhere use "
-    "adapters.virtual_tokens.place."
+    "Insert them into the ids with adapters.virtual_tokens.place. lorakit's own training, evaluation and generation "
+    "do so."
 )
 
 
@@ -40,7 +40,7 @@ class VirtualPositions:
     ids: Tensor
     """The ids, shape (B, T); those of `PREFIX_START` and above are virtual."""
     rows: Tensor | None = None
-    """Row of each virtual token, shape (N,); None in a compiled graph, whose shapes depend on no data."""
+    """Row of each virtual token, shape (N,); None in a compiled graph, where shapes cannot depend on data."""
     columns: Tensor | None = None
     """Column of each, shape (N,)."""
 
@@ -52,13 +52,13 @@ class VirtualPositions:
         return cls(ids, *(ids >= PREFIX_START).nonzero(as_tuple=True))
 
     def among(self, rows: Sequence[int]) -> VirtualPositions:
-        """Return the positions in some rows only; indices still refer to the whole batch."""
-        chosen = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
-        chosen[list(rows)] = True
-        return VirtualPositions.of(self.ids.masked_fill(~chosen, 0))
+        """Return the positions in some rows only, as indices into the whole batch."""
+        selected = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
+        selected[list(rows)] = True
+        return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
 
     def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
-        """Return `hidden` (B, T, d) with the rows of `vectors` at the virtual tokens.
+        """Write the rows of `vectors` into `hidden` (B, T, d) at the virtual tokens, out of place.
 
         Args:
             hidden: The hidden states.
@@ -76,7 +76,7 @@ class VirtualPositions:
 
 
 def _vector_index(ids: Tensor, prefix: int) -> Tensor:
-    """Return the row of each virtual token in a table that begins with the prefix."""
+    """Return the row of each virtual token in a table of prefix vectors followed by infix vectors."""
     return torch.where(ids >= INFIX_START, ids - INFIX_START + prefix, ids - PREFIX_START)
 
 
@@ -85,9 +85,9 @@ class Pass:
     """A forward pass of the backbone (`Activation.pass_state`)."""
 
     is_first: bool
-    """Whether no cached token precedes it."""
+    """Whether the cache is empty."""
     virtual: VirtualPositions | None = None
-    """Positions of the virtual tokens; None without any."""
+    """Positions of the virtual tokens; None if there are none."""
 
 
 # --- hooks ----------------------------------------------------------------------------------------------
@@ -97,30 +97,30 @@ class Pass:
 def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of the backbone: start a pass, and reject inputs without ids."""
     adapters = _embedding_adapters(backbone)
-    # Architectures name the argument of the cache differently.
+    # The name of the cache argument differs between architectures.
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     is_first = not any(cache.get_seq_length() for cache in caches)
     adapters.activation.pass_state = Pass(is_first)
     if kwargs.get("inputs_embeds") is not None and any(_vectors_by_row(adapters, 1)):
         raise AdapterStateError(
-            "The model was called with inputs_embeds, and the active adapter reads the positions of its virtual tokens "
-            "from token ids. Pass input_ids, or call activate(None)."
+            "The model was called with inputs_embeds, and the active adapter finds its virtual tokens by their ids. "
+            "Pass input_ids, or call activate(None)."
         )
 
 
 @by_token
 def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of the backbone: forget the positions."""
+    """Forward hook of the backbone: drop the positions."""
     _embedding_adapters(backbone).activation.pass_state = None
 
 
 @by_token
 def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the input embedding: keep the positions of virtual tokens, and look up token 0 there."""
+    """Forward pre-hook of the input embedding: store the positions of virtual tokens and look up token 0 there."""
     ids = args[0] if args else kwargs["input"]
     adapters: Any = embedding.adapters
     if ids.ndim != 2:
-        return args, kwargs  # no batch of sequences
+        return args, kwargs  # not a batch of sequences
     state = adapters.activation.pass_state or Pass(is_first=False)
     positions = VirtualPositions.of(ids)
     has_virtual = True  # unknown in a compiled graph
@@ -135,20 +135,20 @@ def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 @by_token
 def put_after_embedding(embedding: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Forward hook of the input embedding, after those of other adapters on it."""
+    """Forward hook of the input embedding: write the vectors, after the hooks of other adapters."""
     return _put_vectors(embedding, output)
 
 
 @by_token
 def put_before_block(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a block."""
+    """Forward pre-hook of a block: write the vectors into its input."""
     if args:
         return (_put_vectors(block, args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": _put_vectors(block, kwargs["hidden_states"])}
 
 
 def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """Return hidden states (B, T, d) with the vectors of the active adapters at the virtual tokens."""
+    """Write the vectors of the active adapters into hidden states (B, T, d) at the virtual tokens."""
     adapters: Any = layer.adapters
     active, state = adapters.activation.moment()
     if state is None or state.virtual is None:
@@ -156,14 +156,15 @@ def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
     positions = state.virtual
     if hidden.shape[:2] != positions.ids.shape:
         raise AdapterStateError(
-            f"{type(layer).__name__} got hidden states of shape {tuple(hidden.shape)} for ids of shape "
-            f"{tuple(positions.ids.shape)}: the adapter cannot tell which of them are virtual tokens."
+            f"{type(layer).__name__} received hidden states of shape {tuple(hidden.shape)} for ids of shape "
+            f"{tuple(positions.ids.shape)}, so the adapter cannot locate its virtual tokens. Call the model with ids "
+            "of shape (batch, length), or call activate(None)."
         )
     for name, rows in active.rows_by_adapter(len(hidden)):
         module = _vectors_of(adapters, name)
         if module is not None:
-            at = positions if rows is None else positions.among(rows)
-            hidden = at.put(hidden, module.vectors, module.tokens.prefix)
+            in_rows = positions if rows is None else positions.among(rows)
+            hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
     return hidden
 
 
@@ -173,7 +174,7 @@ def _vectors_of(adapters: Any, name: str) -> VirtualVectors | None:
 
 
 def _vectors_by_row(adapters: Any, batch: int) -> list[VirtualVectors | None]:
-    """Return for each row of a batch the module that gives vectors to its virtual tokens, or None."""
+    """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
     by_row: list[VirtualVectors | None] = [None] * batch
     for name, rows in adapters.activation.moment().active.rows_by_adapter(batch):
         module = _vectors_of(adapters, name)
@@ -188,7 +189,7 @@ def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) ->
     """Reject ids whose virtual tokens are not those of the active adapter.
 
     Raises:
-        AdapterStateError: Names the row, the tokens and the fix.
+        AdapterStateError: With the row, its virtual tokens and the fix.
     """
     batch = len(positions.ids)
     modules = _vectors_by_row(adapters, batch)
@@ -204,22 +205,18 @@ def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) ->
             if tokens_of_row:
                 raise AdapterStateError(
                     f"Row {row} of the ids holds {len(tokens_of_row)} virtual tokens, and no active adapter gives them "
-                    "vectors. Activate the adapter that they were placed for, or leave them out."
+                    "vectors. Activate the adapter that they were inserted for, or remove them."
                 )
             continue
         tokens = module.tokens
         if not tokens_of_row and is_first:
             raise AdapterStateError(
-                f"Row {row} of the ids holds no virtual token, and the active adapter takes {tokens.prefix} before "
-                f"and {tokens.infix} after each prompt: without them it would have no effect. {HOW_TO_PLACE}"
+                f"Row {row} of the ids holds no virtual token, and the active adapter needs {tokens.prefix} before "
+                f"and {tokens.infix} after each prompt: without them it has no effect. {HOW_TO_PLACE}"
             )
         for token in tokens_of_row:
-            start, length = (
-                (INFIX_START, tokens.infix)
-                if token >= INFIX_START
-                else (PREFIX_START, tokens.prefix)
-            )
-            if token - start >= length:
+            is_infix = token >= INFIX_START
+            if token >= (INFIX_START + tokens.infix if is_infix else PREFIX_START + tokens.prefix):
                 raise AdapterStateError(
                     f"Row {row} of the ids holds the virtual token {token}, and the active adapter has "
                     f"{tokens.prefix} for a prefix (from {PREFIX_START}) and {tokens.infix} for an infix (from "
@@ -228,7 +225,7 @@ def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) ->
 
 
 def _embedding_adapters(backbone: nn.Module) -> Any:
-    """Return the adapters on the input embedding, where the module that declared the hook sits."""
+    """Return the adapters on the input embedding, which declares the hooks of the backbone."""
     table: nn.Module = backbone.get_input_embeddings()  # type: ignore[operator]
     return table._modules[ADAPTERS]
 
@@ -237,7 +234,7 @@ def _embedding_adapters(backbone: nn.Module) -> Any:
 
 
 class VirtualVectors(AdapterModule):
-    """The vectors of all virtual tokens at one place of the model.
+    """The vectors of all virtual tokens at one layer of the model.
 
     Args:
         tokens: The virtual tokens; the prefix comes first.
@@ -280,7 +277,27 @@ def embedding_vectors(
     Raises:
         TargetError: The model has no table of token embeddings, or reads two sequences.
     """
-    path, table = _embedding(model, method)
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TargetError(
+            f"{name} is an encoder-decoder, and {method} supports models with one sequence only. Use an encoder, a "
+            "decoder, or another method."
+        )
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        table = None
+    if not isinstance(table, nn.Embedding):
+        raise TargetError(
+            f"{name} has no table of token embeddings, which {method} needs. Use a text model of transformers, or "
+            "another method."
+        )
+    if table.num_embeddings > PREFIX_START:
+        raise TargetError(
+            f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens start at "
+            f"{PREFIX_START:,}. Use another method."
+        )
+    path = next(path for path, module in model.named_modules() if module is table)
     options = {"device": table.weight.device, "dtype": dtype or torch.float32}
     return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
 
@@ -293,47 +310,17 @@ def block_vectors(
     Raises:
         TargetError: The model has no single list of blocks.
     """
-    width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    lists = list(stacks(model).values())
+    expected = getattr(config, "num_hidden_layers", None)
+    if len(lists) != 1 or len(lists[0]) != expected:
+        raise TargetError(
+            f"{type(model).__name__} has no single list of its {expected} blocks, which PrefixLayer needs. Use "
+            "PrefixEmbedding, which needs the embedding only."
+        )
     modules: dict[str, AdapterModule] = {}
-    for block in _blocks(model)[1:]:
+    for block in lists[0][1:]:
         device = next(model.get_submodule(block).parameters()).device
         options = {"device": device, "dtype": dtype or torch.float32}
-        modules[block] = BlockVectors(tokens, width, options)
+        modules[block] = BlockVectors(tokens, config.hidden_size, options)
     return modules
-
-
-def _embedding(model: nn.Module, method: str) -> tuple[str, nn.Embedding]:
-    """Path and module of the table that turns ids into the vectors of the only sequence the model reads."""
-    name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise TargetError(
-            f"{name} reads one sequence and writes another, and {method} is for models with one sequence. Use an "
-            "encoder, a decoder, or another method."
-        )
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        table = None
-    if not isinstance(table, nn.Embedding):
-        raise TargetError(
-            f"{name} has no table of token embeddings, beside whose rows {method} could put vectors of its own. Use "
-            "a text model of transformers, or another method."
-        )
-    if table.num_embeddings > PREFIX_START:
-        raise TargetError(
-            f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens begin at "
-            f"{PREFIX_START:,}."
-        )
-    return next(path for path, module in model.named_modules() if module is table), table
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """The paths of the model's blocks, in order."""
-    found = list(stacks(model).values())
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr]
-    if len(found) != 1 or len(found[0]) != expected:
-        raise TargetError(
-            f"{type(model).__name__} has no single list of its {expected} blocks, so that PrefixLayer cannot tell "
-            "where to put vectors. PrefixEmbedding needs the embedding alone."
-        )
-    return found[0]

@@ -1,4 +1,4 @@
-"""Every method by the name under which files and configurations know it: lorakit's, and those of users."""
+"""All methods by the name in files and configurations: those of lorakit and those of users."""
 
 from __future__ import annotations
 
@@ -17,48 +17,53 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
-METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind
-    for kind in (
-        *(BitFit, BottleneckAdapter, Combined, FullFineTuning),
-        *(LoRA, PrefixEmbedding, PrefixLayer),
-    )
-}
-"""Every method that comes with lorakit, by the name under which a file records it."""
+_KINDS = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
+
+METHODS: dict[str, type[Method]] = {kind.__name__: kind for kind in _KINDS}
+"""The methods of lorakit, by the name that files record."""
 
 ENTRY_POINTS = "lorakit.methods"
-"""The group of entry points under which an installed package names its methods."""
+"""The entry point group in which an installed package declares its methods."""
 
 DEFAULT_RATE = 5e-4
-"""Peak learning rate of a method of one's own that has no `default_rate`."""
+"""Peak learning rate of a user's method without `default_rate`."""
 
 _OWN: dict[str, type[Method]] = {}
 
 
 def use_method(method: str | type[Method]) -> type[Method]:
-    """Make a method of your own known, so that its adapters can be loaded; return its class.
+    """Register a method of yours, so that its adapters can be loaded; return its class.
 
-    Adapter files record a method by its class's name alone, and nothing that a file names is ever imported: what
-    runs is what you name here, or have installed.
+    Adapter files record only the name of a method's class, and lorakit never imports code that a file names. It
+    runs only methods that you register here or have installed.
 
     Args:
-        method: The class, or where it is: ``folder/file.py:Class``, which is run, or the name of an entry point in
+        method: The class, or its location: ``folder/file.py:Class``, which is run, or the name of an entry point in
             the group ``lorakit.methods`` of an installed package.
 
     Raises:
-        ConfigurationError: There is no such method, or it is none.
+        ConfigurationError: The method does not exist, or is not a method class.
     """
-    found = _found(method) if isinstance(method, str) else method
-    kind = _checked(found, method if isinstance(method, str) else repr(method))
+    name = method if isinstance(method, str) else repr(method)
+    kind = _load(method) if isinstance(method, str) else method
+    if not _is_method(kind):
+        raise ConfigurationError(
+            f"method is {name}, which is {kind!r:.80}; a method is a frozen dataclass with the functions modules and "
+            "trained_parameters (see lorakit.methods.Method)."
+        )
+    if kind.__name__ in METHODS:
+        raise ConfigurationError(
+            f"method is {name}, and a method of lorakit is called {kind.__name__}. Give the class another name."
+        )
     _OWN[kind.__name__] = kind
     return kind
 
 
 def own_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """Return a method of the user's own with `settings`.
+    """Return a user's method with `settings`.
 
     Raises:
-        ConfigurationError: There is no such method, or it has no such setting.
+        ConfigurationError: The method does not exist, or has no such setting.
     """
     kind = use_method(name)
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
@@ -75,48 +80,36 @@ def own_method(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def recorded_method(name: object) -> type[Method] | None:
-    """Return the method whose class has the name that an adapter's file records; None where none is known."""
+    """Return the method class of the name that an adapter's file records; None if it is unknown."""
     if not isinstance(name, str):
         return None
-    if name in METHODS or name in _OWN:
-        return METHODS.get(name) or _OWN[name]
+    if kind := METHODS.get(name) or _OWN.get(name):
+        return kind
     point = next((p for p in installed(ENTRY_POINTS).values() if p.attr == name), None)
     return None if point is None else use_method(point.name)
 
 
 def is_own(name: str) -> bool:
-    """Whether a configuration's name of a method is one of the user's: a file's or an installed package's."""
+    """Return whether a configured method name refers to a user's method: a file or an installed package."""
     return names_a_file(name) or name in installed(ENTRY_POINTS)
 
 
-def _found(name: str) -> object:
+def _load(name: str) -> object:
+    """Load a method class from `file.py:Class` or by the name of an entry point."""
     if names_a_file(name):
         return load_from_file(name, "method", _is_method)
     points = installed(ENTRY_POINTS)
     if name in points:
         return load_installed(points[name], "method")
     raise ConfigurationError(
-        f"There is no method {name!r} of yours: write a class in a file, path/to/file.py:Class, or the name of an "
-        f"entry point in the group {ENTRY_POINTS} ({', '.join(points) or 'there are none'})."
+        f"There is no method {name!r} of yours: give a class in a file, path/to/file.py:Class, or the name of an entry "
+        f"point in the group {ENTRY_POINTS} ({', '.join(points) or 'none is installed'})."
     )
 
 
-def _is_method(found: object) -> TypeGuard[type[Method]]:
+def _is_method(value: object) -> TypeGuard[type[Method]]:
     return (
-        inspect.isclass(found)
-        and dataclasses.is_dataclass(found)
-        and all(callable(getattr(found, name, None)) for name in ("modules", "trained_parameters"))
+        inspect.isclass(value)
+        and dataclasses.is_dataclass(value)
+        and all(callable(getattr(value, name, None)) for name in ("modules", "trained_parameters"))
     )
-
-
-def _checked(found: object, name: str) -> type[Method]:
-    if not _is_method(found):
-        raise ConfigurationError(
-            f"method is {name}, which is {found!r:.80}; a method is a frozen dataclass with the functions modules and "
-            "trained_parameters (see lorakit.methods.Method)."
-        )
-    if found.__name__ in METHODS:
-        raise ConfigurationError(
-            f"method is {name}, and a method of lorakit is called {found.__name__}. Give the class another name."
-        )
-    return found

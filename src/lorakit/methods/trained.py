@@ -1,4 +1,4 @@
-"""Base parameters that a method trains in full beside what it adds."""
+"""Base parameters that a method trains in full."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lorakit.models.layers import is_inside, is_of_adapter
 
 
 def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
-    """Return the paths of the modules that ``train_modules`` names by path or by its end.
+    """Return the paths of the modules that ``train_modules`` names by path or path suffix.
 
     Raises:
         TargetError: An entry names no module.
     """
     paths = [path for path, _ in model.named_modules() if not is_of_adapter(path)]
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     for entry in entries:
         hits = [path for path in paths if path == entry or path.endswith(f".{entry}")]
         if not hits:
             raise TargetError(
-                f"train_modules names '{entry}', and no module of the model is called that."
+                f"train_modules names '{entry}', and no module of the model has that name."
                 + nearest(entry, {path.rsplit(".", 1)[-1] for path in paths})
             )
-        found.update(dict.fromkeys(hits))
-    return list(found)
+        matches.update(dict.fromkeys(hits))
+    return list(matches)
 
 
 def parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of the base's own parameters, every name of a tied one included."""
+    """Return the names of the base's parameters, with every name of a tied parameter."""
     named = model.named_parameters(remove_duplicate=False)
     return [name for name, _ in named if not is_of_adapter(name)]
 
@@ -44,10 +44,10 @@ def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def with_head(method: Method, head: Sequence[str]) -> Method:
-    """Return the method with a new task head trained beside it, unless it names modules to train itself.
+    """Add a new task head to the method's ``train_modules``, unless that setting names modules already.
 
     Raises:
-        ConfigurationError: It has no setting for that.
+        ConfigurationError: The method has no setting ``train_modules``.
     """
     settings: Any = method
     parts = (method, *getattr(method, "methods", ()))
@@ -56,6 +56,7 @@ def with_head(method: Method, head: Sequence[str]) -> Method:
     if "train_modules" not in method.__dataclass_fields__:
         raise ConfigurationError(
             f"The model has a new head ({', '.join(head)}), and {type(method).__name__} has no setting "
-            "train_modules to train it with. Give it one, whose parameters trained_parameters names too."
+            "train_modules to train it with. Add the setting to the class, and return its parameters from "
+            "trained_parameters."
         )
     return dataclasses.replace(settings, train_modules=tuple(head))

@@ -1,7 +1,7 @@
-"""Virtual tokens: places of a sequence whose vectors an adapter gives, not the vocabulary.
+"""Virtual tokens: positions of a sequence whose vectors come from an adapter instead of the vocabulary.
 
-They stand in the ids as numbers above any vocabulary, put there before the model sees the ids (`VirtualTokens.place`).
-Positions, masks and caches then treat them as the tokens they are.
+`VirtualTokens.place` inserts them into the ids as numbers above any vocabulary, before the model reads the ids. The
+model's positions, masks and caches then treat them like any token.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ PREFIX_START, INFIX_START = 1_000_000, 2_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VirtualTokens:
-    """How many virtual tokens a sequence takes: before its prompt (prefix) and after it (infix)."""
+    """Numbers of virtual tokens in a sequence: before its prompt (prefix) and after it (infix)."""
 
     prefix: int = 0
     infix: int = 0
 
     @property
     def total(self) -> int:
-        """Tokens by which they lengthen a sequence."""
+        """Number of virtual tokens in a sequence."""
         return self.prefix + self.infix
 
     def place(
         self, values: Sequence[Any], *, keep: int = 0, prompt: int | None = None, fill: Any = None
     ) -> list[Any]:
-        """Return one value for each token of a sequence, with the virtual tokens put in.
+        """Insert the virtual tokens into a list with one value for each token of a sequence.
 
-        The prefix stands after the first `keep` tokens, the infix after the first `prompt`:
+        The prefix follows the first `keep` tokens, the infix the first `prompt` tokens:
         ``[bos, prefix, prompt, infix, completion]``.
 
         Args:
-            values: Token ids, or anything else that has one value for each token (labels, types).
-            keep: Tokens that stay in front of the prefix: a bos or [CLS].
-            prompt: Tokens of the prompt, `keep` included; None where the whole sequence is one.
-            fill: The virtual tokens' value, for example -100 in labels; None puts in their ids.
+            values: Token ids, or other values for each token (labels, token types).
+            keep: Number of tokens before the prefix: a bos or [CLS].
+            prompt: Number of tokens of the prompt, including `keep`; None if the whole sequence is the prompt.
+            fill: Value of the virtual tokens, for example -100 in labels; None inserts their ids.
         """
         prompt = len(values) if prompt is None else max(prompt, keep)
         prefix = [PREFIX_START + i if fill is None else fill for i in range(self.prefix)]

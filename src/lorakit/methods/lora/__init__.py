@@ -1,4 +1,4 @@
-"""LoRA: its settings (method.py), the choice of a class for a layer (kinds.py), a file for each kind of layer."""
+"""LoRA: its settings (method.py), the class for each layer type (kinds.py), and one file for each class."""
 
 from lorakit.methods.lora.method import LoRA
 

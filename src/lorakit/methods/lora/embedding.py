@@ -1,4 +1,4 @@
-"""LoRA on an embedding table, and the same adapter on a head tied to it."""
+"""LoRA on an embedding table, and the same adapter on an output head tied to it."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class EmbeddingLoRA(LoRALayer):
         return x  # token ids; loralib and PEFT have no dropout here either
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        # Some models scale what they look up (Gemma by sqrt(d)); the table's change is scaled with it.
+        # Some models scale the looked up vectors (Gemma by sqrt(d)), so scale their change too.
         scale = getattr(layer, "embed_scale", None)
-        found = F.embedding(x, A.T) @ B.T
-        found = found if scale is None else found * scale
-        return found.to(layer.weight.dtype)  # type: ignore[union-attr]
+        vectors = F.embedding(x, A.T) @ B.T
+        vectors = vectors if scale is None else vectors * scale
+        return vectors.to(layer.weight.dtype)  # type: ignore[union-attr]
 
 
 class TiedHeadLoRA(LinearLoRA):
-    """An embedding's adapter acting on the output head that shares its table.
+    """An embedding's adapter applied to the output head that shares its table.
 
-    ``logits = E h + scaling * A^T B^T h``: the embedding's factors, transposed. It owns no tensor.
+    ``logits = E h + scaling * A^T B^T h`` with the transposed factors of the embedding. It has no tensors itself.
     """
 
     kind = "tied-head"
@@ -58,11 +58,8 @@ class TiedHeadLoRA(LinearLoRA):
         with torch.device("meta"):
             super().__init__(layer, rank=source.rank, scaling=source.scaling, alpha=source.alpha)
         del self.lora_A, self.lora_B
-        # In a tuple: the embedding owns the factors, and a module attribute would list them twice.
+        # In a tuple, so that nn.Module does not register the embedding's factors a second time.
         self.source: tuple[EmbeddingLoRA] = (source,)
-
-    def initialise(self, layer: nn.Module, init: Init) -> None:
-        """Nothing of its own to start."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.source[0].factors()

@@ -1,10 +1,7 @@
-"""Which class adapts a layer, and modules of these classes for the layers of a model."""
+"""The LoRA class of each layer type, and the module of a tied output head."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,40 +9,16 @@ from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.lora.attention import AttentionLoRA, OutProjectionLoRA
 from lorakit.methods.lora.convolution import ConvLoRA
 from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
-from lorakit.methods.lora.layer import LoRALayer, check_rank
+from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import RowSlice
-
-
-def lora_module(
-    model: nn.Module,
-    path: str,
-    slices: tuple[RowSlice, ...],
-    *,
-    rank: int,
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> LoRALayer:
-    """Return A and B for the layer at `path`, whole or by `slices` of its rows; `options` as for `LoRALayer`.
-
-    Raises:
-        TargetError: No kind of adapter fits the layer's type.
-        ConfigurationError: The rank exceeds the layer's width, or an option cannot be used on it.
-    """
-    layer = model.get_submodule(path)
-    kind = kind_of(layer, model, path)
-    n_in, n_out = kind.dimensions(layer)
-    for width in [s.total for s in slices] or [n_out]:
-        check_rank(path, rank, n_in, width)
-    return kind(layer, rank=rank, slices=slices, dtype=dtype or torch.float32, **options)
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
-    """The class that adapts this layer.
+    """Return the LoRA class of a layer.
 
     Raises:
-        TargetError: No kind of adapter fits the layer's type.
+        TargetError: LoRA does not support the layer's type.
     """
     if isinstance(layer, nn.MultiheadAttention):
         return AttentionLoRA
@@ -58,12 +31,12 @@ def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
         return ConvLoRA
     raise TargetError(
         f"'{path}' is a {type(layer).__name__}, which LoRA cannot adapt. It adapts linear, Conv1D, embedding, "
-        "convolution and MultiheadAttention layers; lorakit.targets(model) lists what is there."
+        "convolution and MultiheadAttention layers; lorakit.targets(model) lists those of the model."
     )
 
 
 def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str, TiedHeadLoRA]:
-    """The path of the output head, and the module that lets the embedding's adapter act on it.
+    """Return the path of the output head, and a module that applies the embedding's adapter to it.
 
     Raises:
         ConfigurationError: The embedding is not adapted, or the head is not tied to it.
@@ -76,13 +49,13 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
     source = modules.get(paths.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
         raise ConfigurationError(
-            "tie_head asks the embedding's adapter to act on the output head, and no target adapts the "
-            "input embedding. Add 'embedding' to targets, or leave tie_head out."
+            "tie_head applies the embedding's adapter to the output head, and no target adapts the input embedding. "
+            "Add 'embedding' to targets, or remove tie_head."
         )
     if head is None or table is None or head.weight is not table.weight:
         raise ConfigurationError(
             "tie_head is set, and this model's output head does not share the embedding's weights. "
-            "Leave it out; add 'head' to targets to adapt the head as well."
+            "Remove tie_head; to adapt the head as well, add 'head' to targets."
         )
     if paths[id(head)] in modules:
         raise ConfigurationError(

@@ -1,11 +1,11 @@
-"""A and B on one layer: shared by every kind of layer.
+"""A and B on one layer, for every layer type.
 
-Each kind sees its weight as one matrix ``W`` of shape (out, in), and its adapter as two thin factors
-``B`` (out, R) and ``A`` (R, in), so that merging, DoRA, PiSSA and export are written once:
+Each subclass treats its weight as one matrix ``W`` of shape (out, in), and its adapter as two thin factors
+``B`` (out, R) and ``A`` (R, in). Merging, DoRA, PiSSA and export then need one implementation:
 
-- a fused projection stacks one A per adapted slice and places each B in its slice's rows (zero elsewhere);
-- PiSSA appends its frozen start with a minus sign: ``[B, -B0] [A; A0]``;
-- a tied output head reads the embedding's factors transposed.
+- a fused projection stacks one A per adapted slice and writes each B to its slice's rows (zero elsewhere);
+- PiSSA appends its frozen initial factors with a minus sign: ``[B, -B0] [A; A0]``;
+- a tied output head uses the transposed factors of the embedding.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lorakit.ops import dropout
 
 
 class LoRALayer(AdapterModule):
-    """One adapter's factors on one layer; subclasses know the layer's kind.
+    """One adapter's factors on one layer, with a subclass for each layer type.
 
     Args:
-        layer: The layer to adapt (its dimensions and device are read, nothing is changed).
+        layer: The layer to adapt, which is not changed.
         rank: Rank of the adapter (of each slice, for a fused projection).
         scaling: Factor on ``B A``.
-        alpha: The constant behind `scaling`, kept for the file.
+        alpha: The alpha of `scaling`, recorded in the file.
         dropout: Dropout probability of the branch's input.
         slices: Adapted rows of a fused projection; empty adapts all rows.
-        dora: Learn one magnitude per adapted output row.
+        dora: Train one magnitude per adapted output row.
         dtype: Dtype of the trained tensors.
     """
 
@@ -52,6 +52,8 @@ class LoRALayer(AdapterModule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if dropout and self.shadows:
+            raise unsupported(layer, "dropout on the adapter's branch")
         self.rank, self.scaling, self.alpha, self.dropout = rank, scaling, alpha, dropout
         self.slices = slices
         self.scales = not dora
@@ -66,37 +68,52 @@ class LoRALayer(AdapterModule):
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
 
-    # --- what a kind defines -------------------------------------------------------------------
+    # --- for subclasses to override --------------------------------------------------------------
 
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
-        """(in, out) of the layer's weight as one matrix."""
+        """Return (in, out) of the layer's weight as one matrix."""
         raise NotImplementedError
 
+    @classmethod
+    def check_rank(
+        cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
+    ) -> None:
+        """Reject a rank above the width of the layer at `path`, which no weight change can have."""
+        n_in, n_out = cls.dimensions(layer)
+        n_out = min((s.total for s in slices), default=n_out)
+        largest = min(n_in, n_out)
+        if rank > largest:
+            raise ConfigurationError(
+                f"Rank {rank} exceeds the width of '{path}', which maps {n_in} to {n_out} features. "
+                f"Use a rank of at most {largest} for it, for example "
+                f"rank_pattern={{'{path.rsplit('.', 1)[-1]}': {largest}}}."
+            )
+
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes in which A and B are stored; by default the matrices themselves."""
+        """Return the shapes in which A and B are stored; by default those of the matrices."""
         n_in, n_out = self.dimensions(layer)
         count = max(1, len(self.slices))
         rows = sum(s.total for s in self.slices) or n_out
         return (count * self.rank, n_in), (rows, self.rank)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
-        """The layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised."""
-        raise NotImplementedError
+        """Return the layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised."""
+        return getattr(layer, self.weight_name)
 
     def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        """An (out, in) matrix in the layout of the layer's own weight."""
-        raise NotImplementedError
+        """Convert an (out, in) matrix to the layout of the layer's weight."""
+        return matrix
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """``B A x`` (unscaled) in the shape of the layer's output."""
+        """Return ``B A x`` (unscaled) in the shape of the layer's output."""
         raise NotImplementedError
 
-    # --- start ---------------------------------------------------------------------------------
+    # --- initialisation --------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self, layer: nn.Module, init: Init) -> None:
-        """Set A, B (and the magnitude) so that the adapter's effect is zero."""
+        """Initialise A, B (and the magnitude) so that the adapter's effect is zero."""
         if init == "pissa":
             self._initialise_pissa(layer)
         else:
@@ -112,7 +129,7 @@ class LoRALayer(AdapterModule):
         nn.init.zeros_(self.lora_B)
 
     def _initialise_pissa(self, layer: nn.Module) -> None:
-        """Start from W's main singular directions (Meng et al. 2024): ``scaling * B0 A0`` is W's best rank-r part."""
+        """Set ``scaling * B0 A0`` to the best rank-r approximation of W (PiSSA, Meng et al. 2024)."""
         W = self.weight_matrix(layer)
         if W.is_meta:
             return
@@ -132,7 +149,7 @@ class LoRALayer(AdapterModule):
     # --- the factors as matrices -----------------------------------------------------------------
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R) of the whole layer, with ``delta W = scaling * B A``."""
+        """Return A (R, in) and B (out, R) of the whole layer, with ``delta W = scaling * B A``."""
         A, B = self._as_matrices(self.lora_A, self.lora_B)
         if self.initial_A is not None:
             A0, B0 = self._as_matrices(self.initial_A, self.initial_B)
@@ -142,12 +159,12 @@ class LoRALayer(AdapterModule):
     def _as_matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         if not self.slices:
             return A, B
-        placed = B.new_zeros(self.out_features, A.shape[0])
+        whole_B = B.new_zeros(self.out_features, A.shape[0])
         blocks = torch.block_diag(*B.split([s.total for s in self.slices]))
-        return A, placed.index_copy(0, self._rows(), blocks)
+        return A, whole_B.index_copy(0, self._rows(), blocks)
 
     def _rows(self) -> Tensor:
-        """Indices of the adapted output rows, slice after slice."""
+        """Return the indices of the adapted output rows, slice after slice."""
         if not self.slices:
             return torch.arange(self.out_features, device=self.lora_B.device)
         return torch.cat([s.rows() for s in self.slices]).to(self.lora_B.device)
@@ -157,27 +174,13 @@ class LoRALayer(AdapterModule):
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         A, B = self.factors()
         x = self.drop(x)
-        if self.magnitude is not None:
-            return self._adapt_dora(layer, x, output, A, B, self.magnitude)
-        return output + (weight * self.scaling) * self.branch(layer, x, A, B)
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the branch's input alone; the frozen layer sees `x` whole."""
-        return dropout(x, self.dropout) if self.training and self.dropout else x
-
-    def _adapt_dora(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        output: Tensor,
-        A: Tensor,
-        B: Tensor,
-        magnitude: Tensor,
-    ) -> Tensor:
-        """``m / ||W + dW|| * (W + dW) x + b``, the norm taken as a constant (Liu et al. 2024, 4.3)."""
+        if self.magnitude is None:
+            return output + (weight * self.scaling) * self.branch(layer, x, A, B)
+        # ``m / ||W + dW|| * (W + dW) x + b``, with the norm as a constant (Liu et al. 2024, section 4.3).
         norms = self.row_norms(layer, A.detach(), B.detach())
         rows = self._rows()
-        factor = torch.ones_like(norms).index_copy(0, rows, magnitude.to(norms.dtype) / norms[rows])
+        magnitude = self.magnitude.to(norms.dtype)
+        factor = torch.ones_like(norms).index_copy(0, rows, magnitude / norms[rows])
         shape = self.output_shape(output)
         factor = factor.to(output.dtype).view(shape)
         bias = getattr(layer, "bias", None)
@@ -185,27 +188,35 @@ class LoRALayer(AdapterModule):
         bias = bias.view(shape) if bias.ndim else bias
         return factor * (output - bias + self.scaling * self.branch(layer, x, A, B)) + bias
 
+    def drop(self, x: Tensor) -> Tensor:
+        """Apply dropout to the branch's input; the frozen layer gets `x` without dropout."""
+        return dropout(x, self.dropout) if self.training and self.dropout else x
+
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
-        """Shape that broadcasts one number per output row against the layer's output."""
+        """Return the shape in which one number per output row broadcasts against the layer's output."""
         return (-1,)
 
     def row_norms(
         self, layer: nn.Module, A: Tensor | None = None, B: Tensor | None = None
     ) -> Tensor:
-        """Euclidean norm of each row of W, or of ``W + scaling * B A``."""
+        """Return the Euclidean norm of each row of W, or of ``W + scaling * B A``."""
         W = self.weight_matrix(layer)
         W = W.to(merge_dtype(W))
         if A is not None and B is not None:
-            W = W + self.scaling * (B.to(W.dtype) @ A.to(W.dtype))
-        return torch.linalg.vector_norm(W.flatten(1), dim=1)
+            W = W + self.scaling * self._product(A.to(W.dtype), B.to(W.dtype))
+        return torch.linalg.vector_norm(W, dim=1)
 
     # --- merging ---------------------------------------------------------------------------------
 
     def delta_matrix(self) -> Tensor:
-        """``scaling * B A`` in float32 (or wider), shape (out, in)."""
+        """Return ``scaling * B A`` in float32 (or wider), shape (out, in)."""
         A, B = self.factors()
         dtype = merge_dtype(A, B)
-        return (B.to(dtype) @ A.to(dtype)) * self.scaling
+        return self._product(A.to(dtype), B.to(dtype)) * self.scaling
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return ``B A`` as an (out, in) matrix."""
+        return B @ A
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
         return [self.weight_name]
@@ -228,18 +239,8 @@ class LoRALayer(AdapterModule):
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.kind}"
 
 
-def check_rank(path: str, rank: int, n_in: int, n_out: int) -> None:
-    """Refuse a rank above the layer's width: such factors could be replaced by a full matrix."""
-    if rank > min(n_in, n_out):
-        raise ConfigurationError(
-            f"Rank {rank} exceeds the width of '{path}', which maps {n_in} to {n_out} features. "
-            f"Use a rank of at most {min(n_in, n_out)} there, for example "
-            f"rank_pattern={{'{path.rsplit('.', 1)[-1]}': {min(n_in, n_out)}}}."
-        )
-
-
 def unsupported(layer: nn.Module, option: str) -> ConfigurationError:
-    """The error for an option that a kind of layer cannot have."""
+    """Return the error for an option that a layer type does not support."""
     return ConfigurationError(
-        f"{option} cannot be used on {type(layer).__name__}. Leave it out or choose other targets."
+        f"{option} cannot be used on {type(layer).__name__}. Remove it or choose other targets."
     )

@@ -36,8 +36,8 @@ class LinearLoRA(LoRALayer):
         if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
-        # Layers of other libraries (quantised ones) may hand out a buffer that they still need, and
-        # another forward hook may have kept the output it saw.
+        # Layers of other libraries (quantised ones) may return a buffer that they still need, and
+        # another forward hook may have stored the output.
         known = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
         in_place = known and len(layer._forward_hooks) == 1
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)

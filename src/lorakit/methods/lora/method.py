@@ -1,11 +1,11 @@
-"""LoRA's settings: what is adapted, at which rank, and how it starts."""
+"""LoRA's settings: targets, ranks and initialisation."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, TargetError, nearest
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -32,54 +30,51 @@ class LoRA:
     ``A`` is (rank, in_features), ``B`` is (out_features, rank); both are trained, ``W0`` is not.
 
     Raises:
-        ConfigurationError: A value cannot work, or two settings exclude each other.
+        ConfigurationError: A value is invalid, or two settings exclude each other.
     """
 
     rank: int = 8
     """Number of rows of A and columns of B."""
     alpha: float = 16.0
-    """The constant of the scaling factor; it need not change when the rank does."""
+    """The constant of the scaling factor; it can stay the same when the rank changes."""
     targets: tuple[str, ...] | str = ("attention.qv",)
-    """What is adapted: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
+    """Layers to adapt: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
     dropout: float = 0.0
     """Probability of dropping an element of the adapter branch's input during training."""
     bias: Bias = "none"
-    """Biases trained beside A and B: none, all of the model's, or those of the adapted layers (lora_only)."""
+    """Biases trained in addition to A and B: none, all of the model, or those of the adapted layers (lora_only)."""
     init: Init = "kaiming"
-    """Start of A (B starts at zero): kaiming as loralib, gaussian as the paper, pissa from W0's main directions."""
+    """Initial A (B is zero): kaiming as in loralib, gaussian as in the paper, pissa from W0's main directions."""
     scaling: Scaling = "standard"
     """standard is alpha / rank; rslora is alpha / sqrt(rank) (Kalajdzievski 2023)."""
     dora: bool = False
-    """Train each output row's magnitude apart from its direction (DoRA, Liu et al. 2024)."""
+    """Train each output row's magnitude separately from its direction (DoRA, Liu et al. 2024)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `rank`: module-name suffix or regular expression to rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from `alpha`: module-name suffix or regular expression to alpha."""
     train_modules: tuple[str, ...] | str = ()
-    """Modules trained in full beside the adapter (name suffixes), such as a new classification head."""
+    """Modules trained in full, in addition to the adapter (name suffixes), such as a new classification head."""
     tie_head: bool = False
-    """Let an adapter on a tied input embedding act on the output head as well."""
+    """Apply the adapter of a tied input embedding to the output head as well."""
 
     def __post_init__(self) -> None:
         conform(self)
         for name in ("targets", "train_modules"):
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
-        self._check()
-
-    def _check(self) -> None:
         if not self.targets:
             raise ConfigurationError(
                 "targets is empty. Name at least one, for example 'attention.qv'."
             )
-        for where, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
+        for name, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
             if rank < 1:
                 raise ConfigurationError(
-                    f"{where} is {rank!r}; it must be a whole number of 1 or more."
+                    f"{name} is {rank!r}; it must be a whole number of 1 or more."
                 )
-        for where, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
+        for name, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
             if not math.isfinite(alpha) or alpha == 0:
                 raise ConfigurationError(
-                    f"{where} is {alpha!r}: with it the adapter would have no (or no finite) effect. "
+                    f"{name} is {alpha!r}, so the adapter would have no (or no finite) effect. "
                     "Use a number other than 0; alpha = 2 * rank is a common start."
                 )
         for key in (*self.rank_pattern, *self.alpha_pattern):
@@ -95,23 +90,25 @@ class LoRA:
             )
         if self.dora and self.tie_head:
             raise ConfigurationError(
-                "dora and tie_head exclude each other: the head cannot follow the embedding's magnitudes. Drop one."
+                "dora and tie_head exclude each other: the head cannot use the embedding's magnitudes. Remove one."
             )
         if self.dora and self.init == "pissa":
             raise ConfigurationError(
-                "dora and init='pissa' exclude each other: both redefine what the base weight means. Drop one."
+                "dora and init='pissa' exclude each other: both change the meaning of the base weight. Remove one."
             )
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
-        """Return initialised A and B for each layer that the targets name, by path, in the model's order.
+        """Return initialised A and B for each target layer, by path, in the model's order.
 
         Raises:
             TargetError: A target names no layer or one that cannot be adapted.
             ConfigurationError: A rank, option or pattern does not fit a layer.
         """
-        from lorakit.methods.lora.kinds import lora_module, tied_head
+        import torch
+
+        from lorakit.methods.lora.kinds import kind_of, tied_head
         from lorakit.models.roles import resolve_targets
 
         by_path: dict[str, list[Place]] = {}
@@ -120,19 +117,22 @@ class LoRA:
         self._check_patterns(list(by_path))
         modules: dict[str, AdapterModule] = {}
         for path, places in by_path.items():
+            layer = model.get_submodule(path)
+            kind = kind_of(layer, model, path)
+            slices = tuple(place.slice for place in places if place.slice is not None)
             rank, alpha = self.rank_of(path), self.alpha_of(path)
-            module = lora_module(
-                model,
-                path,
-                tuple(place.slice for place in places if place.slice is not None),
+            kind.check_rank(path, layer, rank, slices)
+            module = kind(
+                layer,
                 rank=rank,
                 scaling=self.scaling_for(rank, alpha),
                 alpha=alpha,
                 dropout=self.dropout,
+                slices=slices,
                 dora=self.dora,
-                dtype=dtype,
+                dtype=dtype or torch.float32,
             )
-            module.initialise(model.get_submodule(path), self.init)
+            module.initialise(layer, self.init)
             modules[path] = module
         if self.tie_head:
             path, module = tied_head(model, modules)
@@ -140,10 +140,10 @@ class LoRA:
         return modules
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Return the names of the biases and modules that are trained in full beside A and B.
+        """Return the names of the parameters that are trained in full, in addition to A and B.
 
         Raises:
-            TargetError: An entry of train_modules names no module, or one that is adapted as well.
+            TargetError: An entry of train_modules names no module, or one with adapted layers.
         """
         from lorakit.methods.trained import modules_named, parameters_below
         from lorakit.models.layers import is_inside
@@ -168,21 +168,18 @@ class LoRA:
         if self.bias == "all":  # the rule of loralib and PEFT
             names = [name for name in names if "bias" in name]
         else:
-            owned = {f"{path}.{bias}" for path in adapted for bias in ("bias", "in_proj_bias")}
-            names = [name for name in names if name in owned]
+            biases = {f"{path}.{bias}" for path in adapted for bias in ("bias", "in_proj_bias")}
+            names = [name for name in names if name in biases]
         if not names:
-            where = "The model has" if self.bias == "all" else "The adapted layers have"
+            owner = "the model has" if self.bias == "all" else "the adapted layers have"
             raise ConfigurationError(
-                f"bias='{self.bias}' asks to train biases. {where} none; use bias='none'."
+                f"bias='{self.bias}' trains biases, and {owner} none. Use bias='none'."
             )
         return names
 
     def _check_patterns(self, paths: list[str]) -> None:
-        for name, patterns in (
-            ("rank_pattern", self.rank_pattern),
-            ("alpha_pattern", self.alpha_pattern),
-        ):
-            for key in patterns:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
                 if not any(_matches(key, path) for path in paths):
                     raise ConfigurationError(
                         f"{name} has an entry '{key}' that matches none of the {len(paths)} adapted layers "
@@ -191,15 +188,15 @@ class LoRA:
                     )
 
     def rank_of(self, path: str) -> int:
-        """Rank of the layer at `path`: the first matching `rank_pattern`, else `rank`."""
+        """Return the rank of the layer at `path`: the first matching `rank_pattern`, else `rank`."""
         return _lookup(self.rank_pattern, path, self.rank)
 
     def alpha_of(self, path: str) -> float:
-        """Alpha of the layer at `path`: the first matching `alpha_pattern`, else `alpha`."""
+        """Return the alpha of the layer at `path`: the first matching `alpha_pattern`, else `alpha`."""
         return _lookup(self.alpha_pattern, path, self.alpha)
 
     def scaling_for(self, rank: int, alpha: float) -> float:
-        """The factor on ``B A``: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
+        """Return the factor on ``B A``: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
         return alpha / math.sqrt(rank) if self.scaling == "rslora" else alpha / rank
 
 
@@ -207,7 +204,7 @@ def _lookup(patterns: dict, path: str, default):
     return next((value for key, value in patterns.items() if _matches(key, path)), default)
 
 
-def _entries(name: str, patterns: dict[str, T]) -> list[tuple[str, T]]:
+def _entries(name: str, patterns: dict) -> list[tuple[str, Any]]:
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
 
 
