@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     train(half)
     (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
     assert "step-000006" in said
-    assert "goes on from step 3" in said
+    assert "resumes from step 3" in said
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 

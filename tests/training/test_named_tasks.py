@@ -107,11 +107,11 @@ def test_warm_start_carries_over_what_fits_and_says_so(root: Path, task: str, ca
         assert layer.B.abs().max() > 0
     for name in ("classifier.dense.weight", "classifier.dense.bias"):
         torch.testing.assert_close(here.trained[name], there.trained[name])
-    # Its last layer starts anew, in the shape of this task, and is trained.
+    # Its last layer is new, in the shape of this task, and is trained.
     assert there.trained["classifier.out_proj.weight"].shape[0] == 3
     assert here.trained["classifier.out_proj.weight"].shape[0] == classes
     assert f"classifier.out_proj.weight (3, 32) -> ({classes}, 32)" in shown
-    assert "classifier.dense.bias, classifier.dense.weight and the adapter carried over" in shown
+    assert "loaded classifier.dense.bias, classifier.dense.weight and the adapter" in shown
 
 
 def test_warm_start_trains_the_new_layer(root: Path) -> None:

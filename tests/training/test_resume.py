@@ -153,7 +153,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
             train(config)
     assert signal.getsignal(number) == before
     command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume true"
-    assert f"Stopped at step 5. Go on with: {command}" in capsys.readouterr().err
+    assert f"Stopped at step 5. Resume with: {command}" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert raised.value.code == 143
     assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5

@@ -178,7 +178,7 @@ def test_a_numbered_device_that_is_not_there_is_an_error(device: str) -> None:
         ("blue", "evaluation.metric is 'blue'.*Did you mean 'bleu'"),
     ],
 )
-def test_the_metric_is_held_against_the_task(metric: str, message: str) -> None:
+def test_the_metric_is_checked_against_the_task(metric: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         TrainConfig(
             base=BaseConfig(name="b"),
