@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakit
 from lorakit.adapters.attach import Adapters
-from lorakit.compute.last_block import _filled, last_block
+from lorakit.compute.last_block import _padded, last_block
 from lorakit.compute.model_input import place
 from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss, RegressionLoss
 from lorakit.compute.trials import try_last_block
@@ -191,10 +191,10 @@ def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
 
 def test_no_row_is_taken_twice():
     at = torch.tensor([7, *range(30, 46)])
-    filled = _filled(at, 48)
+    filled = _padded(at, 48)
     assert filled.tolist() == [*at.tolist(), 0]
-    assert len(_filled(at[:16], 48)) == 16
-    assert _filled(torch.arange(17), 17).tolist() == list(range(17))  # there is no other
+    assert len(_padded(at[:16], 48)) == 16
+    assert _padded(torch.arange(17), 17).tolist() == list(range(17))  # there is no other
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero():
@@ -241,7 +241,7 @@ def test_a_probe_that_is_read_nearly_whole_is_divided_all_the_same():
         LanguageModellingLoss(path="fused"), model, collate([text], pad_id=0)
     )
     assert objective.last_block is not None
-    assert objective.last_block.worth < 1
+    assert objective.last_block.max_share < 1
 
 
 def computes_all(model):

@@ -286,7 +286,7 @@ def test_a_score_that_is_no_number_ends_the_run_before_its_first_step(
     held_out = validation.held_out
     monkeypatch.setattr(validation, "held_out", undefined)
     config = tiny_runs.config(tmp_path, tiny_runs.save_base(tmp_path / "base"))
-    with pytest.raises(LorakitError, match=r"The kappa of the validation data is nan.*return 0"):
+    with pytest.raises(LorakitError, match=r"The kappa of the validation data is nan.*Return 0 where kappa is undefined"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
