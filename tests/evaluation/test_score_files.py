@@ -1,4 +1,4 @@
-"""Files of outputs and references: every layout, and what is wrong with one."""
+"""Files of outputs and references: every layout, and errors in them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, outputs: Path) -> None:
 def test_plain_outputs_need_a_file_of_references(outputs: Path) -> None:
     with pytest.raises(
         ConfigurationError,
-        match="plain text, which cannot contain references. Name a separate file",
+        match=r"plain text, which cannot contain references\. Name a separate file",
     ):
         score_files(outputs, None, "e2e")
 

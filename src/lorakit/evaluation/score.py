@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Direction = Literal["min", "max"]
-
-DIRECTIONS: dict[str, Direction] = {
+DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min",
     "perplexity": "min",
     "bleu": "max",

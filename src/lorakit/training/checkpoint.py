@@ -35,13 +35,9 @@ from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, RANDOM, STATE = (
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "state.json",
-)
-TENSOR_FILES = (WEIGHTS, OPTIMIZER, RANDOM)
+TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors")
+WEIGHTS, OPTIMIZER, RANDOM = TENSOR_FILES
+STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
 
 Inputs = dict[str, dict[str, str]]

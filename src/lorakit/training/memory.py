@@ -9,8 +9,6 @@ from contextlib import suppress
 
 import torch
 
-_STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"
-
 
 def reset_peak_memory() -> None:
     """Reset :func:`peak_memory` to the current memory, after freeing the memory of earlier runs.
@@ -20,7 +18,7 @@ def reset_peak_memory() -> None:
     """
     gc.collect()  # modules refer to each other, so the last run's model may still be alive
     release_free_memory()
-    with suppress(OSError), open(_CLEAR, "w", encoding="ascii") as file:
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # man 5 proc_pid_clear_refs
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
@@ -43,7 +41,7 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     with (
         suppress(OSError, StopIteration),
-        open(_STATUS, encoding="ascii", errors="replace") as file,
+        open("/proc/self/status", encoding="ascii", errors="replace") as file,
     ):
         # getrusage may return the peak of the program that started this process by exec.
         line = next(line for line in file if line.startswith("VmHWM:"))

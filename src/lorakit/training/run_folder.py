@@ -122,18 +122,18 @@ class JsonLines:
             return
         with storage.reading(self.path, RunFolderError):
             lines = self.path.read_bytes().split(b"\n")
-        remaining = b""
+        remaining = []
         for number, line in enumerate(lines, 1):
             try:
                 if _step_of(line) <= step:
-                    remaining += line + b"\n"
+                    remaining.append(line + b"\n")
             except ValueError as error:
                 if number < len(lines):  # only an incomplete line has no newline
                     raise RunFolderError(
                         f"{self.path}:{number} is damaged: {error}. Delete that line to resume the run."
                     ) from None
         with storage.atomic_file(self.path) as temporary:
-            temporary.write_bytes(remaining)
+            temporary.write_bytes(b"".join(remaining))
 
 
 def _step_of(line: bytes) -> int:
