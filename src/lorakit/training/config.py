@@ -297,10 +297,10 @@ class TrainConfig:
             )
         if self.method_settings and len(own) != 1:
             raise ConfigurationError(
-                f"method_settings apply to exactly one own method, but method {self.method} names {len(own)}. Remove "
+                f"method_settings apply to one method of your own, but {self.method} names {len(own)}. Remove "
                 "method_settings, or set defaults in the class."
             )
-        # With from_adapter, an own method only gives the location of its class.
+        # With from_adapter, a method of the user's own only gives the location of its class.
         built_in = [name for name in names if name not in own]
         if self.from_adapter is not None and (built_in not in ([], ["lora"]) or changed):
             raise ConfigurationError(
