@@ -52,9 +52,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise a ConfigurationError unless `value` is finite and at least `least`."""
-    if not least <= value < math.inf:  # also rejects NaN
+def require_at_least(name: str, value: float | None, least: float) -> None:
+    """Raise a ConfigurationError unless `value` is None, or finite and at least `least`."""
+    if value is not None and not least <= value < math.inf:  # also rejects NaN
         raise ConfigurationError(
             f"{name} is {value!r}; it must be a finite number of {least} or more."
         )

@@ -1,4 +1,4 @@
-"""The last block computed where it is read: loss and gradients stay what they are, and the rest is left out."""
+"""The last block computed only for used tokens, with the same loss and gradients."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakit
 from lorakit.adapters.attach import Adapters
-from lorakit.compute.last_block import _filled, last_block
+from lorakit.compute.last_block import _padded, last_block
 from lorakit.compute.model_input import place
 from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss, RegressionLoss
 from lorakit.compute.trials import try_last_block
@@ -48,7 +48,7 @@ def padded():
 
 
 def packed():
-    # Two examples go on after the same token with two different ones: that position predicts both.
+    # Two examples continue a shared prefix with different tokens, so one position predicts both.
     return pack(EXAMPLES, pad_id=0)
 
 
@@ -76,7 +76,7 @@ def assert_same(objective, model, batch):
     loss, gradients = loss_and_gradients(objective, model, batch)
     whole = dataclasses.replace(objective, last_block=None)
     expected, expected_gradients = loss_and_gradients(whole, model, batch)
-    # Norms of some models compute in float32 whatever they are given.
+    # Norms of some models always compute in float32.
     assert loss == pytest.approx(expected, rel=1e-6)
     scale = max(gradient.norm() for gradient in expected_gradients.values())
     assert scale > 0
@@ -85,14 +85,14 @@ def assert_same(objective, model, batch):
 
 
 def divides(objective, model, batch):
-    """Whether a pass computes some tokens alone in every part of the last block."""
+    """Return whether a forward pass gathers tokens in the last block."""
     before = objective.last_block.divisions
     objective.loss_sum(model, batch)
     return objective.last_block.divisions >= before + 1
 
 
 def tokens_of(linear, call):
-    """The shapes (B, T) of what a linear layer computes in a call, told by its forward: a hook would be seen."""
+    """Return the shapes (B, T) of the inputs of a linear layer, without a hook, which would disable gathering."""
     seen, forward = [], linear.forward
     linear.forward = lambda x: seen.append(x.shape[:-1]) or forward(x)
     call()
@@ -178,8 +178,8 @@ def test_the_rows_that_are_not_read_are_left_out():
     assert not any(part._forward_hooks for part in (block.mlp, block.mlp.act_fn))
 
 
-def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
-    """They are computed as well, and change nothing."""
+def test_other_rows_pad_to_a_rounded_number(monkeypatch):
+    """Padding rows are computed too and do not change the result."""
     monkeypatch.setattr("lorakit.compute.last_block.rounded_rows", lambda count: count + 1)
     model, batch = adapted("llama", "causal-lm", "lora"), packed()
     objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
@@ -189,12 +189,12 @@ def test_other_rows_make_up_a_number_that_is_known(monkeypatch):
     assert_same(objective, model, batch)
 
 
-def test_no_row_is_taken_twice():
+def test_no_row_is_gathered_twice():
     at = torch.tensor([7, *range(30, 46)])
-    filled = _filled(at, 48)
-    assert filled.tolist() == [*at.tolist(), 0]
-    assert len(_filled(at[:16], 48)) == 16
-    assert _filled(torch.arange(17), 17).tolist() == list(range(17))  # there is no other
+    indices = _padded(at, 48)
+    assert indices.tolist() == [*at.tolist(), 0]
+    assert len(_padded(at[:16], 48)) == 16
+    assert _padded(torch.arange(17), 17).tolist() == list(range(17))  # no other index is left
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero():
@@ -206,15 +206,15 @@ def test_a_batch_without_targets_has_a_loss_of_zero():
 
 def test_hooks_are_gone_where_the_model_raises():
     model = adapted("llama", "causal-lm", "lora")
-    found = last_block(model)
-    with found.reading(lambda: torch.tensor([0]), (1, 4)):
-        assert all(part._forward_pre_hooks for part in found.parts)
+    block = last_block(model)
+    with block.reading(lambda: torch.tensor([0]), (1, 4)):
+        assert all(part._forward_pre_hooks for part in block.parts)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        found.reading(lambda: torch.tensor([0]), (1, 4)),
+        block.reading(lambda: torch.tensor([0]), (1, 4)),
     ):
         raise RuntimeError("on purpose")
-    assert not any(part._forward_pre_hooks for part in found.parts)
+    assert not any(part._forward_pre_hooks for part in block.parts)
 
 
 def test_a_head_that_reads_every_token_gets_every_token():
@@ -241,11 +241,11 @@ def test_a_probe_that_is_read_nearly_whole_is_divided_all_the_same():
         LanguageModellingLoss(path="fused"), model, collate([text], pad_id=0)
     )
     assert objective.last_block is not None
-    assert objective.last_block.worth < 1
+    assert objective.last_block.max_share < 1
 
 
 def computes_all(model):
-    """Whether a pass computes the last block of a Llama for all tokens."""
+    """Return whether a forward pass computes the last block of a Llama for all tokens."""
     batch = padded()
     objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
     seen = tokens_of(model.model.layers[-1].mlp.down_proj, lambda: objective.loss_sum(model, batch))
@@ -323,9 +323,9 @@ def test_chunks_of_a_feed_forward_network_are_computed_in_full():
 
 def test_a_batch_that_is_read_nearly_whole_is_computed_whole():
     model = adapted("llama", "causal-lm", "lora")
-    found = last_block(model)
-    with found.reading(lambda: torch.arange(19), (1, 20)):
-        assert not any(part._forward_pre_hooks for part in found.parts)
+    block = last_block(model)
+    with block.reading(lambda: torch.arange(19), (1, 20)):
+        assert not any(part._forward_pre_hooks for part in block.parts)
 
 
 @pytest.mark.parametrize("method", [lorakit.PrefixLayer, lorakit.PrefixEmbedding])
@@ -348,10 +348,10 @@ def test_norms_whose_bias_alone_is_wide_divide_too():
 
 def test_compiled_blocks_are_computed_in_full():
     model = adapted("llama", "causal-lm", "lora")
-    found = last_block(model)
+    block = last_block(model)
     compile_blocks(model, backend="eager")
-    with found.reading(lambda: torch.tensor([0]), (1, 4)):
-        assert not any(part._forward_pre_hooks for part in found.parts)
+    with block.reading(lambda: torch.tensor([0]), (1, 4)):
+        assert not any(part._forward_pre_hooks for part in block.parts)
 
 
 @pytest.mark.parametrize("arch", tiny_models.ENCODER_DECODERS)

@@ -1,4 +1,4 @@
-"""Evaluation leaves a model in the mode it was in."""
+"""Evaluation restores the mode of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakit.compute.mode import evaluating
 
 @pytest.mark.parametrize("training", [True, False])
 def test_each_module_gets_its_own_mode_back(training: bool) -> None:
-    """A frozen part's dropout is off in training, and stays off after an evaluation in between."""
+    """Dropout in a frozen part is off during training and stays off after an evaluation."""
     model = nn.Sequential(nn.Sequential(nn.Dropout(), nn.Dropout()), nn.Dropout()).train(training)
     model[0].train(not training)
     model[0][1].train(training)

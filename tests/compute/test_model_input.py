@@ -1,4 +1,4 @@
-"""Where virtual tokens stand in examples, batches and prompts."""
+"""Positions of virtual tokens in examples, batches and prompts."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def language(prompt: list[int], completion: list[int]) -> LanguageExample:
 
 def test_prefix_after_bos_and_infix_before_the_completion() -> None:
     example = language([1, 7, 8], [9, 2])
-    found = place(example, TOKENS, [1])
-    assert found.input_ids == [1, P, P + 1, 7, 8, X, 9, 2]
-    assert found.loss_mask == [False] * 6 + [True] * 2
-    assert found.prompt_ids == place_in_prompt([1, 7, 8], TOKENS, [1]) == [1, P, P + 1, 7, 8, X]
+    placed = place(example, TOKENS, [1])
+    assert placed.input_ids == [1, P, P + 1, 7, 8, X, 9, 2]
+    assert placed.loss_mask == [False] * 6 + [True] * 2
+    assert placed.prompt_ids == place_in_prompt([1, 7, 8], TOKENS, [1]) == [1, P, P + 1, 7, 8, X]
     assert example.input_ids == [1, 7, 8, 9, 2]
     assert place(language([7, 8], [9]), TOKENS, [1]).input_ids == [P, P + 1, 7, 8, X, 9]
     assert place(language([], [9]), TOKENS, []).input_ids == [P, P + 1, X, 9]
@@ -55,9 +55,9 @@ def test_what_a_classifier_reads_ends_with_the_infix() -> None:
         prompt="p",
         completion="1",
     )
-    found = place(example, TOKENS, [2])
-    assert found.input_ids == [2, P, P + 1, 7, 3, 8, 3, X]
-    assert found.token_type_ids == [0, 0, 0, 0, 0, 1, 1, 0]
+    placed = place(example, TOKENS, [2])
+    assert placed.input_ids == [2, P, P + 1, 7, 3, 8, 3, X]
+    assert placed.token_type_ids == [0, 0, 0, 0, 0, 1, 1, 0]
 
 
 def base_of(arch: str, tokenizer, **settings) -> Base:
@@ -141,7 +141,7 @@ def test_no_ngram_is_repeated_across_virtual_tokens() -> None:
     ids = torch.tensor([[P, 7, 8, X, 9, 7, 8], [P, 7, 8, 9, X, 7, 8]])
     banned = NoRepeatedNGrams(3)(ids, scores).isinf()
     assert banned.shape == scores.shape
-    assert banned.nonzero().tolist() == [[1, 9]]  # what follows 7, 8 in the first row is no word
+    assert banned.nonzero().tolist() == [[1, 9]]  # in the first row a virtual token follows 7, 8
 
 
 def test_an_encoder_classifies_with_its_first_token_where_it_was() -> None:

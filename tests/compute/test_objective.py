@@ -1,4 +1,4 @@
-"""The loss that training minimises is the plain cross-entropy of the model's own logits."""
+"""The training loss equals the plain cross-entropy of the model's logits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batch_of_two() -> dict[str, torch.Tensor]:
 
 
 def plain_loss(model, batch, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The definition: cross-entropy of all logits, shifted by one, summed over targets."""
+    """Return the loss by definition: cross-entropy of all logits, shifted by one, summed over targets."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs).logits[:, :-1].float()
     return F.cross_entropy(
@@ -57,7 +57,7 @@ def plain_loss(model, batch, label_smoothing: float = 0.0) -> torch.Tensor:
 
 
 def randomise(adapters, std: float = 0.1) -> None:
-    """Give every trained tensor a value, so that the adapter has an effect."""
+    """Add noise to every trained tensor, so that the adapter has an effect."""
     with torch.no_grad():
         for parameter in adapters.trainable_parameters():
             parameter.add_(std * torch.randn_like(parameter))
@@ -91,7 +91,7 @@ def test_adapter_on_the_head_takes_part(arch: str) -> None:
     model = tiny_models.build(arch, tie_word_embeddings=False)
     adapters = attach(model, LoRA(rank=4, targets=("attention.qv", "head")))
     batch = batch_of_two()
-    # The check sees B = 0, under which the head's adapter cannot be told from none.
+    # The check sees B = 0, where the head with adapter equals the head without.
     objective = language_modelling(model, batch)
     before = objective.loss_sum(model, batch)
     randomise(adapters)
@@ -119,7 +119,7 @@ def test_adapter_on_a_tied_embedding_takes_part_in_the_head() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "granite", "phi"])
 def test_full_fine_tuning_projects_in_chunks_too(arch: str, tied: bool) -> None:
-    """Every parameter's gradient, the head's among them, is that of the model's own loss; phi's head has a bias."""
+    """Every gradient, also that of the head, equals that of the model's own loss; the head of phi has a bias."""
     model = tiny_models.build(arch, tie_word_embeddings=tied)
     adapters = attach(model, FullFineTuning())
     batch = batch_of_two()

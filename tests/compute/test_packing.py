@@ -1,4 +1,4 @@
-"""Packed batches against separate examples: the loss and every gradient are theirs."""
+"""Packed batches have the same loss and gradients as separate examples."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def example(ids, prompt):
 
 @st.composite
 def forests(draw):
-    """Examples that share prefixes of any length, also within their completions, and whole duplicates."""
+    """Generate examples that share prefixes of any length, also in completions, and duplicates."""
     token = st.integers(1, VOCABULARY - 1)
     stems = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=3))
     examples = []
@@ -50,7 +50,7 @@ def loss_and_gradients(model, batch):
 
 
 def in_float64(model):
-    """Llama's norm and eager attention compute in float32 in any dtype; such rounding would hide an error."""
+    """Disable the float32 casts in Llama's norm and eager attention, whose rounding would hide an error."""
     model.set_attn_implementation("sdpa")
     for name, norm in list(model.named_modules()):
         if type(norm).__name__ == "LlamaRMSNorm":
@@ -131,7 +131,7 @@ def test_an_example_without_targets_is_its_first_token():
 
 
 def test_long_trees_stand_in_rows_of_like_length():
-    lengths = (500, 490, 300, 280, 260, 240)  # four rows of 540: three could only be of 750
+    lengths = (500, 490, 300, 280, 260, 240)  # four rows of 540; three rows would need 750
     trees = [example([t, *[t] * (n - 1)], 1) for t, n in enumerate(lengths, start=1)]
     batch = pack(trees, pad_id=0)
     assert batch["input_ids"].shape[1] <= 1024
@@ -140,7 +140,7 @@ def test_long_trees_stand_in_rows_of_like_length():
 
 
 def test_trees_of_one_length_stand_in_rows_without_room_between_them():
-    """Two of them are longer than half of all: filled one after the other, three rows would be a third empty."""
+    """Two trees together are longer than half of the total; three rows, filled in order, would be a third empty."""
     trees = [example([t] * n, 1) for t, n in enumerate((330, 331, 334, 348), start=1)]
     batch = pack(trees, pad_id=0, step=32)
     assert batch["input_ids"].shape == (4, 352)

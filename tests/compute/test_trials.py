@@ -1,4 +1,4 @@
-"""Our attention and dropout inside models of transformers: same results, nothing left behind."""
+"""lorakit's attention and dropout in models of transformers: same results, and a clean removal."""
 
 import pytest
 import tiny_models
@@ -43,7 +43,7 @@ def test_logits_and_gradients_are_those_of_the_stock_attention(arch):
     assert model.config._attn_implementation == faster.ATTENTION
     logits, gradients = compute()
     torch.testing.assert_close(logits, before[0], rtol=1e-4, atol=1e-5)
-    # Float32 rounds sums in another order; a small gradient has the rounding of the large ones it comes from.
+    # The order of float32 sums differs, and a small gradient has the rounding errors of large summands.
     scale = max(gradient.norm() for gradient in before[1])
     for ours, stock in zip(gradients, before[1], strict=True):
         assert (ours - stock).norm() <= 1e-5 * scale
@@ -95,7 +95,7 @@ def test_dropout_modules_are_faster_and_put_back():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_compiled_attention_gives_the_logits_of_the_stock_one(monkeypatch):
-    """FlexAttention as models call it, which a GPU takes; on a CPU it is not compiled and has no gradients."""
+    """FlexAttention as on a GPU; on a CPU it is not compiled and has no gradients."""
     monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
     model, batch = build("llama"), padded_batch()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_compiled_attention_without_gradients_is_not_taken(monkeypatch):
-    """As FlexAttention on a CPU: its forward pass is right, and training would fail."""
+    """FlexAttention on a CPU has a correct forward pass, but no backward pass."""
     monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
     model = build("llama")
     reason = try_faster(model, padded_batch(), "attention")

@@ -29,7 +29,7 @@ SHORT = Decoding(max_new_tokens=4)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an adapter, its base beside it."""
+    """A run folder with an adapter, and its base."""
     folder = tmp_path_factory.mktemp("trained")
     train(tiny_runs.config(folder, tiny_runs.save_base(folder / "base")))
     return folder
@@ -83,7 +83,7 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of a classifier of words, whose labels are names."""
+    """A run folder of a classifier with named labels."""
     folder = tmp_path_factory.mktemp("classifier")
     base = tiny_runs.save_base(folder / "base", "bert", "base")
     names = ("dry", "wet")
@@ -104,7 +104,7 @@ def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, 
     scores = evaluate(config).scores
     assert scores == pytest.approx(result["scores"], rel=1e-5)
     assert scores["accuracy"] > 0.7
-    # The training file is not needed, and a set of one label does not shift what the outputs mean.
+    # Evaluation needs no training file, and data with only one label does not change the order of the classes.
     rows = [json.loads(line) for line in (classifier / "validation.jsonl").read_text().splitlines()]
     wet = tiny_runs.write_rows(tmp_path / "wet.jsonl", [r for r in rows if r["label"] == "wet"])
     data = DataConfig(train=str(tmp_path / "gone.jsonl"), test=wet)
@@ -115,7 +115,7 @@ def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "base"])
 @pytest.mark.parametrize("kind", ["trained", "classifier"])
 def test_no_training_data_is_needed(kind: str, adapter: bool, request) -> None:
-    """Its task and labels are the adapter's, or those of the data that is scored."""
+    """Task and labels come from the adapter or from the scored data."""
     folder = request.getfixturevalue(kind)
     config = settings(folder, adapter=str(folder / "run" / "adapter") if adapter else None)
     alone = dataclasses.replace(config, data=DataConfig(test=config.data.test))

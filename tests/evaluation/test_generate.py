@@ -25,7 +25,7 @@ def model(tokenizer):
 
 
 class Ids:
-    """A tokenizer that shows tokens as their ids: a random model's bytes need not be text."""
+    """A tokenizer that decodes tokens to their ids, since the bytes of a random model may not be text."""
 
     def __init__(self, tokenizer) -> None:
         self.eos_token_id = tokenizer.eos_token_id
@@ -42,7 +42,7 @@ class Ids:
 
 
 def greedy_by_hand(model, tokenizer, prompt: str, steps: int) -> list[int]:
-    """The definition, one prompt and one whole forward pass at a time."""
+    """Greedy decoding by definition: one prompt and one full forward pass at a time."""
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_model_that_labels_text_is_refused(tokenizer) -> None:
         ({"beams": 0}, "beams"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
-        ({"top_p": 0.9}, "temperature 0 draws nothing"),
+        ({"top_p": 0.9}, "need sampling, but temperature is 0"),
         ({"temperature": 1.0, "beams": 4}, "exclude each other"),
     ],
 )

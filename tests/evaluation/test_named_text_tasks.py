@@ -1,4 +1,4 @@
-"""`lorakit train`, `evaluate` and `generate` with a task whose answer is a text."""
+"""`lorakit train`, `evaluate` and `generate` with text tasks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INPUTS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on E2E and one on WikiSQL, of made rows, and their base."""
+    """Runs on synthetic rows of E2E and WikiSQL, and their base."""
     folder = tmp_path_factory.mktemp("named-text")
     base = tiny_runs.save_base(folder / "base", max_position_embeddings=512)
     e2e = [
@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 base,
                 data=DataConfig(task=task, root=str(folder / "data")),
                 output=str(folder / task),
-                # Few steps for the one; for the other, enough to learn its only query by heart.
+                # Few steps for E2E; enough steps for WikiSQL to memorise its only query.
                 **({"epochs": 1} if task == "e2e_nlg" else BY_HEART),
                 evaluation=HeldOutConfig(
                     samples=2, metric="logical_form" if task == "wikisql" else "bleu", every=100
@@ -86,39 +86,39 @@ def config(folder: Path, task: str, **settings) -> EvaluateConfig:
 
 def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch) -> None:
     monkeypatch.setattr(data_to_text, "find_java", lambda _: None)
-    asked = []
+    calls = []
     real = evaluation.generate
 
     def spy(model, tokenizer, prompts, decoding, **settings):
-        asked.append((prompts, decoding))
+        calls.append((prompts, decoding))
         return real(model, tokenizer, prompts, Decoding(max_new_tokens=8), **settings)
 
     monkeypatch.setattr(evaluation, "generate", spy)
-    found = evaluate(config(trained, "e2e_nlg"))
-    assert [name.split(" (")[0] for name in found.scores] == [
+    result = evaluate(config(trained, "e2e_nlg"))
+    assert [name.split(" (")[0] for name in result.scores] == [
         *("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
     ]
-    ((prompts, decoding),) = asked
+    ((prompts, decoding),) = calls
     assert decoding == Decoding(beams=10, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=64)
-    assert len(prompts) == len(found.outputs) == 4
-    assert [r["references"] for r in found.outputs] == [["English food.", "cheap food."]] * 4
-    assert found.scores == data_to_text.e2e(
-        [r["output"] for r in found.outputs], [r["references"] for r in found.outputs]
+    assert len(prompts) == len(result.outputs) == 4
+    assert [r["references"] for r in result.outputs] == [["English food.", "cheap food."]] * 4
+    assert result.scores == data_to_text.e2e(
+        [r["output"] for r in result.outputs], [r["references"] for r in result.outputs]
     )
-    # What is asked for goes before the task's own, the rest of which stays.
+    # Explicit settings override those of the task; the other settings of the task stay.
     evaluate(config(trained, "e2e_nlg", decoding=Decoding(beams=1, batch_size=2)))
-    assert asked[-1][1] == dataclasses.replace(decoding, beams=1, batch_size=2)
-    # Texts that are drawn are not searched for.
+    assert calls[-1][1] == dataclasses.replace(decoding, beams=1, batch_size=2)
+    # Sampling disables the beam search of the task.
     evaluate(config(trained, "e2e_nlg", decoding=Decoding(temperature=1.0)))
-    assert asked[-1][1] == Decoding(temperature=1.0, no_repeat_ngram=4, max_new_tokens=64)
+    assert calls[-1][1] == Decoding(temperature=1.0, no_repeat_ngram=4, max_new_tokens=64)
 
 
 def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: Path) -> None:
     scores = json.loads((trained / "wikisql" / "result.json").read_text())["scores"]
-    assert scores["logical_form"] == 1  # one query, learnt by heart
+    assert scores["logical_form"] == 1  # the model has memorised the only query
     output = tmp_path / "out.jsonl"
-    found = evaluate(config(trained, "wikisql", output=str(output)))
-    assert found.scores == {"logical_form": 1}
+    result = evaluate(config(trained, "wikisql", output=str(output)))
+    assert result.scores == {"logical_form": 1}
     (record,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert record["output"] == "SELECT river FROM table"
     assert record["table"] == {"header": ["river", "park"]}
@@ -139,7 +139,7 @@ def test_missing_packages_show_before_generation(trained: Path, monkeypatch) -> 
 
 
 def generated(folder: Path, capsys, *arguments: str) -> tuple[list[str], str]:
-    """What `lorakit generate` prints, and what it notes."""
+    """Run `lorakit generate`; return its output and its notes."""
     base = ["--base.name", str(folder / "base"), "--base.dtype", "float32", "--base.device", "cpu"]
     main(["generate", *base, "--decoding.max_new_tokens", "40", *arguments])
     shown = capsys.readouterr()
@@ -158,24 +158,24 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     assert "contexts of task wikisql, put into its encoding 'paper'" in note
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROW, {"prompt": CONTEXT}])
     assert generated(trained, capsys, *adapter, "--file", file)[0] == answer * 2
-    # As it is, without the blank line of the encoding.
+    # Unchanged, without the empty line of the encoding.
     plain = ["--task", "completion", "--prompt"]
     texts, note = generated(trained, capsys, *adapter, *plain, f"{CONTEXT}\n\n")
     assert (texts, "note" in note) == (answer, False)
 
 
 def test_generate_decodes_as_the_task_does_where_nothing_is_set(trained, monkeypatch, capsys):
-    asked = []
+    calls = []
     monkeypatch.setattr(
         "lorakit.evaluation.generate.generate",
-        lambda model, tokenizer, ids, decoding: [asked.append(decoding) or "x" for _ in ids],
+        lambda model, tokenizer, ids, decoding: [calls.append(decoding) or "x" for _ in ids],
     )
     adapter = ["--adapter", str(trained / "e2e_nlg" / "adapter"), "--prompt", "name : Alimentum"]
     generated(trained, capsys, *adapter, "--decoding.beams", "2")
     published = Decoding(beams=2, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=40)
-    assert asked.pop() == published
+    assert calls.pop() == published
     generated(trained, capsys, *adapter, "--task", "completion")
-    assert asked.pop() == Decoding(max_new_tokens=40)
+    assert calls.pop() == Decoding(max_new_tokens=40)
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])

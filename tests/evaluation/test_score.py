@@ -1,4 +1,4 @@
-"""Which way each score is better."""
+"""Direction of each score."""
 
 from __future__ import annotations
 

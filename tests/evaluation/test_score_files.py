@@ -1,4 +1,4 @@
-"""Files of outputs and references: every layout, and what is wrong with one."""
+"""Files of outputs and references: every layout, and errors in them."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def test_references_that_do_not_fit(tmp_path: Path, outputs: Path, lines, messag
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"outputs": "a", "references": ["a"]}', "samples.jsonl:1: there is no 'output'.*Did you mean 'outputs'"),
+        ('{"outputs": "a", "references": ["a"]}', "samples.jsonl:1: 'output' is missing.*Did you mean 'outputs'"),
         ('{"output": 3, "references": ["a"]}', "'output' is 3, expected a text"),
         ('{"output": "a", "references": "a"}', "'references' is 'a', expected a list of texts"),
         ('{"output": "a", "references": [null]}', "'references' is None, expected a text"),
         ('{"output": "a", "references": []}', "Output 1 has no reference"),
-        ('{"output": "a"}', "there is no 'references'. It has: output"),
+        ('{"output": "a"}', "'references' is missing. The row has: output"),
         ("{", "samples.jsonl:1: not valid JSON"),
     ],
 )  # fmt: skip
@@ -163,7 +163,10 @@ def test_files_that_cannot_be_read(tmp_path: Path, outputs: Path) -> None:
 
 
 def test_plain_outputs_need_a_file_of_references(outputs: Path) -> None:
-    with pytest.raises(ConfigurationError, match="have to stand in a file of their own"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"plain text, which cannot contain references\. Name a separate file",
+    ):
         score_files(outputs, None, "e2e")
 
 

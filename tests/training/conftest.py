@@ -12,5 +12,5 @@ import tiny_runs
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny causal language model with dropout, so that a wrong random state shows."""
+    """A tiny causal language model with dropout, which reveals a wrong random state."""
     return tiny_runs.save_base(tmp_path_factory.mktemp("base"), attention_dropout=0.1)

@@ -83,7 +83,7 @@ class Trial:
             if self.kill(f"instant-{tries}", after=after):
                 killed += 1
             else:
-                duration = after  # the run was over by then: this machine is faster than it was a while ago
+                duration = after  # the run ended before the kill, so the machine is faster now
         print(f"killed {killed} runs at drawn instants; all resumed to the same bytes", flush=True)
 
         steps = range(1, total + 1, every)
@@ -92,7 +92,7 @@ class Trial:
         print(f"killed at {len(steps)} of {total} steps of saving; all resumed to the same bytes")
 
     def kill(self, name: str, *, after: float | None = None, at_step: int | None = None) -> bool:
-        """Kill one run, resume it, compare; whether there was still a process to kill."""
+        """Kill one run, resume it and compare; return whether the run was still alive when killed."""
         config = self.config(name)
 
         def victim() -> None:
@@ -171,7 +171,7 @@ def count_steps(work: Callable[[], object]) -> int:
 
 
 def instrument(reached: Callable[[int], object]) -> None:
-    """Call `reached` with a running number before whatever changes the disk, in this process."""
+    """Call `reached` with a running number before each change to the disk in this process."""
     number = iter(range(1, 10**9))
 
     def around(

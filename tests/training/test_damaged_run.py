@@ -1,4 +1,4 @@
-"""Run folders with files damaged, exchanged or taken away: an error that says what to do, or the same weights."""
+"""Run folders with damaged, exchanged or missing files: a helpful error, or the same weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NEWEST = Path("checkpoints", "step-000006")
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process."""
+    """An exception that ends a run like a crash."""
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
-    """Let a run of `config` die in a step."""
+    """Crash a run of `config` in a step."""
     original, calls = loop.clip_gradients, iter(range(1, 10_000))
 
     def dying(*args):
@@ -57,7 +57,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
 
 @pytest.fixture
 def half(tmp_path: Path, stopped: TrainConfig) -> TrainConfig:
-    """A run that died in its eighth step, with checkpoints of steps 3 and 6, to be resumed."""
+    """A run to resume: it crashed in its eighth step and has checkpoints of steps 3 and 6."""
     run = shutil.copytree(stopped.output, tmp_path / "run")
     return dataclasses.replace(stopped, output=str(run), resume=True)
 
@@ -93,9 +93,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     run = Path(half.output)
     damage(run / NEWEST)
     train(half)
-    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
-    assert "step-000006" in said
-    assert "goes on from step 3" in said
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
+    assert "step-000006" in message
+    assert "resumes from step 3" in message
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
@@ -109,18 +109,18 @@ def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig
 
 
 def test_no_bit_of_a_state_changes_unseen(half: TrainConfig) -> None:
-    """The counters decide where the run goes on: a wrong one would skip data or stop early."""
+    """A wrong counter would skip data or stop early."""
     path = Path(half.output, NEWEST)
     _, state = checkpoint.newest_whole([path])
     text = (path / "state.json").read_bytes()
     for position in range(0, len(text) - 1, 3):
         flip(path / "state.json", position)
         try:
-            _, found = checkpoint.newest_whole([path])
+            _, flipped = checkpoint.newest_whole([path])
         except RunFolderError:
             pass
-        else:  # a blank between two values
-            assert found == state
+        else:  # a space between two values
+            assert flipped == state
         (path / "state.json").write_bytes(text)
 
 
@@ -141,11 +141,11 @@ def test_a_file_where_the_checkpoints_were(half: TrainConfig) -> None:
         train(half)
 
 
-# --- what a run is made of ------------------------------------------------------------------------
+# --- inputs of a run -----------------------------------------------------------------------------
 
 
 def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> None:
-    """Of the same shapes: the weights that came out would fit no base at all."""
+    """The changed base has the same shapes, so the trained weights would fit neither base."""
     folder = shutil.copytree(base, tmp_path / "model")
     config = tiny_runs.config(tmp_path, str(folder))
     stop_in_step(monkeypatch, config, 8)
@@ -154,11 +154,11 @@ def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunFolderError, match=r"base model.*has changed") as raised:
         train(dataclasses.replace(config, resume=True))
-    said = str(raised.value)
+    message = str(raised.value)
     recorded = storage.read_record(tmp_path / "run" / NEWEST / "state.json", RunFolderError)
-    assert str(folder) in said
-    assert recorded["state"]["inputs"]["base model"]["sha256"][:12] in said
-    assert "from_adapter" in said
+    assert str(folder) in message
+    assert recorded["state"]["inputs"]["base model"]["sha256"][:12] in message
+    assert "from_adapter" in message
 
 
 def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypatch) -> None:
@@ -228,7 +228,7 @@ def test_damaged_settings(damage, half: TrainConfig) -> None:
 
 @pytest.mark.parametrize("line", ["not JSON", "[1]", "{}", '{"step": "6"}', '{"step": true}', ""])
 def test_a_damaged_line_among_whole_ones(half: TrainConfig, line: str) -> None:
-    """What a killed process leaves is the end of the file; this is something else, and no reason to drop the rest."""
+    """A killed process damages only the last line. Another damaged line must not drop the rest of the file."""
     path = Path(half.output, "metrics.jsonl")
     lines = path.read_text().split("\n")
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
@@ -245,15 +245,15 @@ def test_a_folder_where_the_metrics_were(half: TrainConfig) -> None:
 
 
 def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> None:
-    """What str.splitlines takes for the end of a line may stand in a generated text."""
+    """Generated text may contain line separators of str.splitlines."""
     from lorakit.training.run_folder import JsonLines
 
     lines = JsonLines(tmp_path / "samples.jsonl")
     for step in range(3):
         lines.append(step=step, output="one\u2028two\x85three")
     lines.truncate(1)
-    found = [json.loads(line) for line in lines.path.read_text().split("\n") if line]
-    assert [record["step"] for record in found] == [0, 1]
+    records = [json.loads(line) for line in lines.path.read_text().split("\n") if line]
+    assert [record["step"] for record in records] == [0, 1]
 
 
 def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, 
 
 
 def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
-    """The link goes, what it leads to stays."""
+    """Overwriting deletes the link and keeps its target."""
     config = tiny_runs.config(tmp_path, base, max_steps=1)
     run = train(config).folder
     shutil.move(run / "checkpoints", tmp_path / "elsewhere")

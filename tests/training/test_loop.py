@@ -1,4 +1,4 @@
-"""What a run computes, and what it leaves behind."""
+"""Results of training runs, and the files they write."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path,
 
 
 def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
-    """The gradients of one step of the loop over the given examples."""
+    """Return the gradients of one step over `batches` of example indices."""
     job = prepare(config)
     job.model.eval()  # dropout would draw differently for batches of other shapes
     collated = [job.collate([job.train[i] for i in batch]) for batch in batches]
@@ -94,7 +94,7 @@ def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
 
 def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base)
-    # Completions of very different length: a mean of means would be far off.
+    # Completions have very different lengths, so a mean of batch means would differ.
     rows = [{"prompt": "river:", "completion": " pub" * (1 + 7 * (i % 2))} for i in range(16)]
     tiny_runs.write_rows(tmp_path / "train.jsonl", rows)
     whole = step_gradients(config, [list(range(16))])
@@ -106,7 +106,7 @@ def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str
 
 
 def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: str) -> None:
-    # The same examples in the step either way: one step per epoch, over all of them.
+    # Both runs have one step per epoch, over all examples.
     losses = []
     for batch_size, accumulation in ((72, 1), (18, 4)):
         config = tiny_runs.config(
@@ -121,7 +121,7 @@ def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: s
         )
         train(config)
         losses.append([r["loss"] for r in metrics(tmp_path / f"run{accumulation}", "train")])
-    # Dropout is drawn in another order, so that only the first losses are close.
+    # The random numbers of dropout differ, so only the first losses are close.
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -133,8 +133,8 @@ def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> 
     batches = [job.collate([job.train[i] for i in group]) for group in groups]
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0
-    for batch, given in zip(batches, inputs, strict=True):
-        logits = job.model(**given).logits[:, :-1]
+    for batch, model_inputs in zip(batches, inputs, strict=True):
+        logits = job.model(**model_inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -152,7 +152,7 @@ def test_trained_parameters_are_the_adapters_alone_and_the_base_stays(tmp_path, 
 
 
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, base: str) -> None:
-    # At this rate the loss soon rises.
+    # At this learning rate the loss soon rises.
     config = tiny_runs.config(
         tmp_path,
         base,
@@ -277,16 +277,19 @@ def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
 def test_a_score_that_is_no_number_ends_the_run_before_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task of the user's own may return one; no step is trained that could not be kept."""
+    """A task of the user may return NaN; the run stops before it trains a step."""
 
     def undefined(*args: Any, **settings: Any) -> Any:
-        found = held_out(*args, **settings)
-        return dataclasses.replace(found, scores={**found.scores, "kappa": math.nan})
+        evaluation = held_out(*args, **settings)
+        return dataclasses.replace(evaluation, scores={**evaluation.scores, "kappa": math.nan})
 
     held_out = validation.held_out
     monkeypatch.setattr(validation, "held_out", undefined)
     config = tiny_runs.config(tmp_path, tiny_runs.save_base(tmp_path / "base"))
-    with pytest.raises(LorakitError, match=r"The kappa of the validation data is nan.*return 0"):
+    with pytest.raises(
+        LorakitError,
+        match=r"The kappa of the validation data is nan.*Return 0 where kappa is undefined",
+    ):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

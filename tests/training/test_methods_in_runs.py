@@ -1,4 +1,4 @@
-"""Every method, named in a configuration: it learns, is evaluated, generates, is trained further and merges."""
+"""Every method in a run: it learns, is evaluated, generates, continues from its adapter and merges."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ METHODS = {
         "prefix_layer": PrefixLayer(prefix_length=2, infix_length=1),
     },
 }
-"""Methods with the sections that make them fit a tiny model."""
+"""Settings with which each method fits a tiny model."""
 
 MERGES = {"lora", "full", "bitfit"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended."""
+    """A finished run."""
 
     folder: Path
     config: TrainConfig
@@ -61,7 +61,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny GPT-2: it has biases, without which there is no BitFit."""
+    """A tiny GPT-2, which has biases for BitFit."""
     return tiny_runs.save_base(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
@@ -97,7 +97,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, decoder: str, method: str) -> Run:
-    """A finished run of the method that learns to write text."""
+    """A finished run of the method on text generation."""
     folder = tmp_path_factory.mktemp(method)
     config = writing(folder, decoder, method, evaluation=HeldOutConfig(samples=2, max_new_tokens=3))
     return Run(folder, config, train(config))

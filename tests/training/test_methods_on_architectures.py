@@ -1,4 +1,4 @@
-"""Every method on two encoders and two decoders: it trains, stops, and goes on, is scored and writes, by commands."""
+"""Every method on two encoders and two decoders by commands: train, stop, resume, evaluate and generate."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ ARCHITECTURES = (*DECODERS, "roberta", "deberta-v2")
 CASES = [(arch, name) for arch in ARCHITECTURES for name in METHODS]
 
 TOKENS = 3
-"""How many are generated."""
+"""Number of generated tokens."""
 
 
 @dataclass(frozen=True)
 class Bases:
-    """A model folder for each architecture."""
+    """Model folders by architecture."""
 
     folder: Path
 
     def path(self, arch: str) -> str:
-        """Return the folder of the tiny model, made on the first call."""
+        """Return the folder of the tiny model; the first call creates it."""
         folder = self.folder / arch
         if not folder.exists():
-            head = None if arch in DECODERS else "base"  # a classifier's head comes new
-            # A Llama as it comes has no bias that BitFit could train.
+            head = None if arch in DECODERS else "base"  # the run adds a new classification head
+            # A Llama has no biases by default, so BitFit would have nothing to train.
             biases = {"attention_bias": True, "mlp_bias": True} if arch == "llama" else {}
             tiny_runs.save_base(folder, arch, head, **biases)
         return str(folder)
@@ -116,7 +116,7 @@ def configuration(folder: Path, base: str, name: str, *, writes: bool) -> TrainC
 
 
 def train_by_command(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run `lorakit train` and return its exit status, without its plan and its page, which take most of the time."""
+    """Run `lorakit train` without its plan and its report, which take most of the time; return the exit status."""
 
     def no_plan(*args: Any, **settings: Any) -> None:
         raise LorakitError("left out")
@@ -182,9 +182,9 @@ def test_the_life_of_an_adapter(
 
     if writes:
         prompt = "river plane:"
-        asked = ["--adapter", str(adapter), "--prompt", prompt]
-        asked += ["--decoding.max_new_tokens", str(TOKENS)]
-        assert main(["generate", *device, *asked]) == 0
+        options = ["--adapter", str(adapter), "--prompt", prompt]
+        options += ["--decoding.max_new_tokens", str(TOKENS)]
+        assert main(["generate", *device, *options]) == 0
         expected = greedy_without_cache(base, adapter, prompt)
         assert capsys.readouterr().out == expected + "\n"
 

@@ -1,4 +1,4 @@
-"""Norms whose bias alone is trained, in float32 beside a weight in bfloat16."""
+"""Norms with a trained float32 bias and a frozen bfloat16 weight."""
 
 from pathlib import Path
 

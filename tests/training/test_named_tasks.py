@@ -1,4 +1,4 @@
-"""A task by its name through training, warm start and evaluation."""
+"""Named tasks in training, warm start and evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.training.loop import train
 
 
 def write_pairs(folder: Path, first: str, second: str, classes: int) -> None:
-    """Pairs of words whose label is which of `classes` words stands in the second."""
+    """Write pairs of words; the label is the one of `classes` words that the second one contains."""
     folder.mkdir(parents=True)
     for split, count in (("train", 48), ("validation", 12), ("validation_matched", 12)):
         rows = [
@@ -64,15 +64,15 @@ def test_a_run_is_scored_as_the_task_is(root: Path) -> None:
     provenance = formats.read(root / "run-mnli" / "adapter").provenance
     assert (provenance["task"], provenance["generic_task"]) == ("mnli", "classification")
     assert provenance["labels"] == ["entailment", "neutral", "contradiction"]
-    # Nothing but the adapter and the root: task, split and labels are known.
+    # The adapter and the root determine task, split and labels.
     scored = EvaluateConfig(
         base=BaseConfig(name=str(root / "base"), dtype="float32", device="cpu"),
         adapter=str(root / "run-mnli" / "adapter"),
         data=DataConfig(task="mnli", root=str(root / "data")),
     )
-    found = evaluate(scored)
-    assert found.scores == pytest.approx(result["scores"], rel=1e-5)
-    assert len(found.outputs) == 12
+    evaluation = evaluate(scored)
+    assert evaluation.scores == pytest.approx(result["scores"], rel=1e-5)
+    assert len(evaluation.outputs) == 12
 
 
 def test_an_adapter_of_other_labels_does_not_score_a_task(root: Path) -> None:
@@ -98,20 +98,20 @@ def test_warm_start_carries_over_what_fits_and_says_so(root: Path, task: str, ca
         )
     )
     shown = " ".join(capsys.readouterr().err.split() + capsys.readouterr().out.split())
-    there = formats.read(start)
-    here = formats.read(root / f"run-{task}" / "adapter")
+    before = formats.read(start)
+    after = formats.read(root / f"run-{task}" / "adapter")
     classes = 2 if task == "mrpc" else 1
     # The factors and the head's first layer are the old adapter's.
-    for path, layer in there.layers.items():
-        torch.testing.assert_close(here.layers[path].B, layer.B)
+    for path, layer in before.layers.items():
+        torch.testing.assert_close(after.layers[path].B, layer.B)
         assert layer.B.abs().max() > 0
     for name in ("classifier.dense.weight", "classifier.dense.bias"):
-        torch.testing.assert_close(here.trained[name], there.trained[name])
-    # Its last layer starts anew, in the shape of this task, and is trained.
-    assert there.trained["classifier.out_proj.weight"].shape[0] == 3
-    assert here.trained["classifier.out_proj.weight"].shape[0] == classes
+        torch.testing.assert_close(after.trained[name], before.trained[name])
+    # Its last layer is new, in the shape of this task, and is trained.
+    assert before.trained["classifier.out_proj.weight"].shape[0] == 3
+    assert after.trained["classifier.out_proj.weight"].shape[0] == classes
     assert f"classifier.out_proj.weight (3, 32) -> ({classes}, 32)" in shown
-    assert "classifier.dense.bias, classifier.dense.weight and the adapter carried over" in shown
+    assert "loaded classifier.dense.bias, classifier.dense.weight and the adapter" in shown
 
 
 def test_warm_start_trains_the_new_layer(root: Path) -> None:
@@ -176,7 +176,9 @@ def test_a_run_does_not_go_on_with_a_changed_task_file(root: Path, tmp_path: Pat
         overwrite=False,
     )
     train(settings)
-    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed at its end
+    (
+        tmp_path / "run" / "result.json"
+    ).unlink()  # as if the run had been killed before it wrote its result
     resumed = dataclasses.replace(settings, resume=True)
     file.write_text(OWN.replace('"no", "yes"', '"yes", "no"'))
     with pytest.raises(LorakitError, match=r"The task has changed.*mine\.py"):

@@ -1,4 +1,4 @@
-"""Training over a quantised base: from the setting to an adapter that says so, interrupted or not."""
+"""Training over a quantised base, also interrupted and resumed; the adapter records the quantisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorakit.training.setup import prepare
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process."""
+    """An exception that ends a run like a crash."""
 
 
 def settings(folder, base, kind, **overrides):
@@ -83,7 +83,7 @@ def test_a_job_computes_over_quantised_projections(tmp_path, base, kind) -> None
 
 
 def test_every_step_trains_every_factor(tmp_path, base) -> None:
-    """Evaluation in between takes no gradient away from the layers below."""
+    """An evaluation during training keeps the gradients of the layers below."""
     before = prepare(settings(tmp_path, base, "nf4"))
     train(settings(tmp_path, base, "nf4"))
     after = load_base(base, dtype="nf4").model

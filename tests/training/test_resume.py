@@ -1,4 +1,4 @@
-"""An interrupted and resumed run ends with the bytes of one that was not."""
+"""A resumed run ends with the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ STEPS = 18
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process."""
+    """An exception that ends a run like a crash."""
 
 
 def settings(folder: Path, base: str, **overrides) -> TrainConfig:
-    """A run with everything that has a state: dropout, samples, a best adapter, accumulation."""
+    """A run with all kinds of state: dropout, samples, a best adapter, accumulation."""
     return tiny_runs.config(
         folder,
         base,
@@ -48,8 +48,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
 
 
 def records(path: Path) -> list[dict]:
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -66,7 +66,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def crash_at(monkeypatch, module, name: str, call: int) -> None:
-    """Let the `call`-th call of a function of `module` raise instead."""
+    """Make the `call`-th call of a function of `module` raise."""
     original, calls = getattr(module, name), iter(range(1, 10_000))
 
     def crashing(*args, **kwargs):
@@ -137,7 +137,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
 ) -> None:
     config = settings(tmp_path, base)
     original, calls = loop.clip_gradients, iter(range(1, 100))
-    # A shell without job control starts what it puts in the background with SIGINT ignored, pytest too.
+    # A shell without job control starts background jobs with SIGINT ignored, also pytest.
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     inherited = signal.signal(number, before)
     request.addfinalizer(lambda: signal.signal(number, inherited))
@@ -153,7 +153,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
             train(config)
     assert signal.getsignal(number) == before
     command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume true"
-    assert f"Stopped at step 5. Go on with: {command}" in capsys.readouterr().err
+    assert f"Stopped at step 5. Resume with: {command}" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert raised.value.code == 143
     assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5
@@ -256,8 +256,8 @@ def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> N
 
 def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:
     train(settings(tmp_path, base, checkpoints=CheckpointConfig(every=2, keep=3)))
-    found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert found == ["step-000014", "step-000016", "step-000018"]
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000014", "step-000016", "step-000018"]
 
 
 def test_checkpoints_are_as_readable_as_other_files(undisturbed: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_checkpoints_are_as_readable_as_other_files(undisturbed: Path, tmp_path:
 
 
 def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
-    """The short form of kill_resume.py: SIGKILL at drawn instants and between the writes of a save."""
+    """Short form of kill_resume.py: SIGKILL at random instants and between the writes of a save."""
     script = Path(__file__).with_name("kill_resume.py")
     done = subprocess.run(
         [sys.executable, script, "--instants", "4", "--every", "20", "--folder", tmp_path],

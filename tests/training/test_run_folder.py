@@ -1,4 +1,4 @@
-"""Who may write to a run folder, and what is deleted in it."""
+"""Access to run folders, and the files that overwriting deletes."""
 
 from __future__ import annotations
 

@@ -70,13 +70,13 @@ def test_lora_plus_gives_b_its_own_rate_and_vectors_do_not_decay() -> None:
     parameters = named_parameters()
     optimizer = build_optimizer(parameters, OptimizerConfig(lr_ratio=16, weight_decay=0.1), 1e-3)
     assert set_rate(optimizer, 0.5) == 5e-4
-    found = {
+    groups = {
         name: (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for name in group["names"]
     }
-    assert found == {"q.lora_A": (5e-4, 0.1), "q.lora_B": (8e-3, 0.1), "q.bias": (5e-4, 0.0)}
-    # Adam's first step is the rate itself, whatever the gradient's size.
+    assert groups == {"q.lora_A": (5e-4, 0.1), "q.lora_B": (8e-3, 0.1), "q.bias": (5e-4, 0.0)}
+    # Adam's first step equals the learning rate for any size of gradient.
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 3.0)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""One configuration, three doors: Python, YAML and flags set the same fields with the same strictness."""
+"""Python, YAML and the command line set the same fields, with the same checks."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_every_setting_has_a_help_text(section, capsys) -> None:
             assert f"--{field.name}" in text
     source = Path(__import__(section.__module__, fromlist=["_"]).__file__).read_text()
     for field in dataclasses.fields(section):
-        _, found, after = source.partition(f"\n    {field.name}: ")
-        assert found
+        _, line, after = source.partition(f"\n    {field.name}: ")
+        assert line
         assert after.split("\n", 1)[1].lstrip().startswith('"""'), field.name
 
 
@@ -178,7 +178,7 @@ def test_a_numbered_device_that_is_not_there_is_an_error(device: str) -> None:
         ("blue", "evaluation.metric is 'blue'.*Did you mean 'bleu'"),
     ],
 )
-def test_the_metric_is_held_against_the_task(metric: str, message: str) -> None:
+def test_the_metric_is_checked_against_the_task(metric: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         TrainConfig(
             base=BaseConfig(name="b"),

@@ -47,7 +47,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Prompts of a few words whose completion repeats the first one: something that can be learnt."""
+    """Write prompts of a few words; the completion repeats the first word, which a model can learn."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -57,7 +57,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Texts labelled by which of two words stands in them."""
+    """Write texts whose label is the one of two words that they contain."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):

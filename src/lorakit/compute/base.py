@@ -1,4 +1,4 @@
-"""The base model that a configuration and its data ask for: the right head, on the right device."""
+"""Loading of a base model with the head of a task, and the check of context lengths."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
     """Load the base with a head for `task`, and move it to the configured device.
 
     Raises:
-        BaseModelError: It cannot be read, has no such head, or comes without a tokenizer.
-        ConfigurationError: The device is not there.
+        BaseModelError: The base cannot be read, does not support such a head, or has no tokenizer.
+        ConfigurationError: The device does not exist.
     """
     device = pick_device(config.device)
     base = load_base(
@@ -37,18 +37,18 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
     )
     if base.tokenizer is None:
         raise BaseModelError(
-            f"'{base.source.name}' has no tokenizer, without which text cannot be read. Name a base that has "
-            "one, or save the tokenizer into its folder."
+            f"'{base.source.name}' has no tokenizer, which lorakit needs to read text. Use a base with a tokenizer, or "
+            "save the tokenizer into its folder."
         )
     base.model.to(device)  # type: ignore[arg-type]
     return base
 
 
 def check_context(base: Base, examples: Sequence[Example]) -> None:
-    """Refuse examples that are longer than the model's context, on either side of an encoder-decoder.
+    """Reject examples that are longer than the model's context, or than either context of an encoder-decoder.
 
     Raises:
-        DataError: Names the longest, its length, the context and what to set.
+        DataError: An example is too long. The message has its length, the context and the setting to change.
     """
     context = context_length(base.model)
     if context is None or not examples:
@@ -60,27 +60,27 @@ def check_context(base: Base, examples: Sequence[Example]) -> None:
     virtual = virtual_tokens_of(base.model).total
     if len(longest) + virtual <= context:
         return
-    beside = f" and the adapter's {virtual} virtual ones" if virtual else ""
+    and_virtual = f" and the adapter's {virtual} virtual ones" if virtual else ""
     raise DataError(
-        f"{longest.origin} has {len(longest):,} tokens{beside}, and the context of '{base.source.name}' is "
+        f"{longest.origin} has {len(longest):,} tokens{and_virtual}, and the context of '{base.source.name}' is "
         f"{context:,}. Set data.max_length to {context - virtual} and data.too_long to skip or truncate."
     )
 
 
 def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
-    """Refuse prompts and completions that are longer than the encoder's and the decoder's context."""
+    """Reject prompts longer than the encoder's context and completions longer than the decoder's."""
     for example in examples:
         if not isinstance(example, LanguageExample):
             sides = {"tokens": len(example)}
-        else:  # each is closed or begun by a token of its own
+        else:  # the encoder's end token and the decoder's start token count too
             prompt = example.prompt_length
             sides = {"prompt tokens": prompt + 1, "completion tokens": len(example) - prompt + 1}
-        for what, count in sides.items():
+        for unit, count in sides.items():
             if count > context:
                 raise DataError(
-                    f"{example.origin} has {count:,} {what}, and each side of '{base.source.name}' has a context of "
-                    f"{context:,}. Shorten it, or set data.max_length to {context - 1} and data.too_long to skip or "
-                    "truncate."
+                    f"{example.origin} has {count:,} {unit}, but the encoder and the decoder of '{base.source.name}' "
+                    f"have a context of {context:,} each. Shorten it, or set data.max_length to {context - 1} and "
+                    "data.too_long to skip or truncate."
                 )
 
 
@@ -97,11 +97,11 @@ def _is_encoder_decoder(config: BaseConfig) -> bool:
     if source.kind == "gguf":
         return False
     try:
-        found = AutoConfig.from_pretrained(
+        model_config = AutoConfig.from_pretrained(
             source.path_or_id,
             revision=source.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except Exception:  # whatever is wrong with it, loading the model says it better
+    except Exception:  # loading the model raises a better message
         return False
-    return bool(getattr(found, "is_encoder_decoder", False))
+    return bool(getattr(model_config, "is_encoder_decoder", False))

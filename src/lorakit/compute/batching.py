@@ -1,4 +1,4 @@
-"""Batches for a base model, on its device: padded, packed, or split into encoder and decoder sides."""
+"""Batches for a base model, on its device: padded, packed, or for an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
-"""Makes a batch of examples, on the model's device."""
+"""Function from examples to a batch on the model's device."""
 
 SHORT = 64
 SHORT_STEP, PADDED_STEP, PACKED_STEP = 4, 8, 32
-"""Widths of batches are multiples of these: for each shape a processor's library keeps kernels and memory,
-which for every width there is come to hundreds of megabytes. The longer a row, the smaller the share that this
-adds: those up to `SHORT` have the first step, longer ones the second, and packed rows, the longest, the third."""
+"""Batch widths are rounded up to multiples of these, because CPU libraries cache kernels and memory for each shape:
+hundreds of megabytes for all widths. Rows up to `SHORT` use the first step, longer rows the second, and packed rows,
+which are the longest, the third. Long rows have a larger step because rounding adds a smaller share to them."""
 
 
 def collator(base: Base, *, packed: bool = False) -> Collate:
-    """Return what makes batches for `base`, on its device: padded, packed, or split for an encoder-decoder."""
+    """Return a function that makes batches for `base`: padded, packed, or for an encoder-decoder."""
     model, tokenizer = base.model, base.tokenizer
-    assert tokenizer is not None  # open_base refuses a base without
+    assert tokenizer is not None  # open_base rejects a base without one
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-    encodes = model.config.is_encoder_decoder
     context = context_length(model)
 
     def make(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         examples = model_examples(base, examples)
         language = [e for e in examples if isinstance(e, LanguageExample)]
-        splits = encodes and language
         if packed:
             batch = pack(language, pad, step=PACKED_STEP)
-        elif splits:
+        elif language and model.config.is_encoder_decoder:
             batch = _encoder_decoder_batch(base, language, pad)
         else:
             longest = max(map(len, examples))
@@ -50,7 +48,7 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
 
 
 def encoder_input(base: Base, example: LanguageExample) -> list[int]:
-    """Return the tokens of a prompt as an encoder takes them: closed by the end of sequence."""
+    """Return the tokens of a prompt for an encoder: with an end-of-sequence token."""
     assert base.tokenizer is not None
     return [*example.prompt_ids, int(base.tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
@@ -58,7 +56,7 @@ def encoder_input(base: Base, example: LanguageExample) -> list[int]:
 def _encoder_decoder_batch(
     base: Base, examples: Sequence[LanguageExample], pad: int
 ) -> dict[str, torch.Tensor]:
-    # A decoder that generation starts with a forced token (BART) has to see it there in training too.
+    # If generation forces the first token (BART), training inserts it too.
     generation = getattr(base.model, "generation_config", None)
     forced = getattr(generation, "forced_bos_token_id", None)
     start = [] if forced is None else [int(forced)]
@@ -75,15 +73,15 @@ def _encoder_decoder_batch(
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the longest input that the model has positions for; None where it does not say."""
+    """Return the longest input in tokens that the model supports; None if it has no limit or does not state one."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    # T5 has n_positions too, at which its relative positions do not end.
+    # T5 also has n_positions, but its relative positions have no limit.
     if context is None and not config.is_encoder_decoder:
         context = getattr(config, "n_positions", None)
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
-    for name, module in model.named_modules():  # RoBERTa's positions begin after its padding index
+    for name, module in model.named_modules():  # RoBERTa's positions start after its padding index
         if (
             name.endswith("position_embeddings")
             and getattr(module, "padding_idx", None) is not None

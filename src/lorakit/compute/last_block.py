@@ -1,8 +1,8 @@
-"""The last block of a model, computed for the tokens whose hidden states are read.
+"""Compute the last block of a model only for the tokens whose outputs are used.
 
-Behind the attention of a block every token goes its own way: through the output projection, the MLP and the norms.
-In the last block that way is of use to the tokens that are read behind it alone: the first of a classified text, those
-before a target. The others are left out of its projections, forward and backward, and stand as zeros where they were.
+Tokens are independent after the attention of a block: in the output projection, the MLP and the norms. The loss uses
+the outputs of only some tokens of the last block: the first token of a classified text, or the tokens before targets.
+These parts gather such tokens, compute them forward and backward, and scatter them; the other outputs are zero.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
 from lorakit.ops import put_rows, rounded_rows, take_rows
 
-WORTH = 0.9
-"""Share of the tokens that may be read at most: beyond, taking them out costs more than it spares."""
+MAX_SHARE = 0.9
+"""Largest share of used tokens. Above it, gathering no longer pays."""
 
 
 @dataclass(eq=False)
 class LastBlock:
-    """The last block of a model, and what of it treats every token by itself."""
+    """The last block of a model, and its parts in which tokens are independent."""
 
     parts: tuple[nn.Module, ...]
     watched: tuple[nn.Module, ...]
-    """All modules but those of earlier blocks: what sits on them may see the tokens that are left out."""
-    worth: float = WORTH
+    """All modules except those of earlier blocks. Hooks on these modules could see that tokens are missing."""
+    max_share: float = MAX_SHARE
     divisions: int = 0
-    """How often a part was given some tokens alone."""
+    """Number of inputs that were gathered."""
 
     @property
     def divides(self) -> bool:
-        """Whether it can be computed for some tokens alone.
+        """Whether the block can be computed for some tokens only.
 
-        Not where something from there on may mix tokens or cut them into chunks, where it is compiled, since hooks of
-        one batch would be compiled too, or computed again in the backward pass, for which it has to stay as it was.
+        It cannot if a hook may mix tokens, if a module splits its input into chunks, if the block is compiled (the
+        hooks of one batch would be compiled too), or if the backward pass recomputes the block (after the hooks are
+        removed).
         """
         return all(
             hooks_act_by_token(module)
@@ -52,32 +53,32 @@ class LastBlock:
 
     @contextmanager
     def reading(self, at: Callable[[], Tensor], shape: tuple[int, int]) -> Iterator[None]:
-        """Compute no more of the block in a forward pass than the hidden states that are read behind it.
+        """Compute the block only for the tokens `at()` in forward passes inside this context.
 
-        It is computed in full where it does not divide, where nearly all is read, and where nothing is: not every
-        kernel takes a batch without rows.
+        The block is computed in full if it does not divide, if nearly all tokens are used, or if none is: not every
+        kernel supports empty batches.
 
         Args:
-            at: Gives indices into the flattened (B * T) tokens of the batch, each once: int64, shape (M,).
+            at: Returns distinct indices into the flattened (B * T) tokens of the batch: int64, shape (M,).
             shape: B and T.
         """
         with ExitStack() as handles:
             if self.divides:
                 rows, count = at(), shape[0] * shape[1]
-                if 0 < len(rows) <= self.worth * count:
-                    self._divide(_filled(rows, count), shape, handles)
+                if 0 < len(rows) <= self.max_share * count:
+                    self._register(_padded(rows, count), shape, handles)
             yield
 
-    def _divide(self, at: Tensor, shape: tuple[int, int], handles: ExitStack) -> None:
-        take, put = partial(_take, self, at, shape), partial(_put, at, shape)
+    def _register(self, at: Tensor, shape: tuple[int, int], handles: ExitStack) -> None:
+        gather, scatter = partial(_gather, self, at, shape), partial(_scatter, at, shape)
         for part in self.parts:
-            handles.enter_context(part.register_forward_pre_hook(take, with_kwargs=True))
-            # Behind the hook of its adapters, which see the tokens that are read and no others.
-            handles.enter_context(part.register_forward_hook(put))
+            handles.enter_context(part.register_forward_pre_hook(gather, with_kwargs=True))
+            # After the hooks of adapters, which therefore see the gathered tokens only.
+            handles.enter_context(part.register_forward_hook(scatter))
 
 
-def _filled(at: Tensor, count: int) -> Tensor:
-    """`at`, and as many others of `count` tokens as make it a number of rows for which products are known."""
+def _padded(at: Tensor, count: int) -> Tensor:
+    """Return `at` padded with other indices below `count` to a rounded number of rows, to limit cached kernels."""
     more = rounded_rows(len(at)) - len(at)
     if not more:
         return at
@@ -86,11 +87,11 @@ def _filled(at: Tensor, count: int) -> Tensor:
 
 
 def last_block(model: nn.Module) -> LastBlock | None:
-    """Return the model's last block as far as its structure tells; None where it is not known."""
-    found = blocks.parts_by_token(model)
-    if found is None:
+    """Return the model's last block; None if the architecture is unknown."""
+    located = blocks.parts_by_token(model)
+    if located is None:
         return None
-    path, parts = found
+    path, parts = located
     (stack,) = blocks.stacks(model).values()
     earlier = {
         id(m) for other in stack if other != path for m in model.get_submodule(other).modules()
@@ -101,22 +102,22 @@ def last_block(model: nn.Module) -> LastBlock | None:
     )
 
 
-def _take(
+def _gather(
     block: LastBlock, at: Tensor, shape: tuple[int, int], _: nn.Module, args: Any, kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: (B, T, ...) to (1, M, ...) in whatever a part is given."""
+    """Forward pre-hook: gather (B, T, ...) to (1, M, ...) in all arguments of a part."""
 
-    def taken(x: Any) -> Any:
+    def gathered(x: Any) -> Any:
         if isinstance(x, Tensor) and x.shape[:2] == shape:
             block.divisions += 1
             return take_rows(x.flatten(0, 1), at).unsqueeze(0)
         return x
 
-    return tuple(map(taken, args)), {name: taken(x) for name, x in kwargs.items()}
+    return tuple(map(gathered, args)), {name: gathered(x) for name, x in kwargs.items()}
 
 
-def _put(at: Tensor, shape: tuple[int, int], _: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Forward hook: (1, M, ...) to (B, T, ...). What a block calls with all tokens in a row (OPT) is left as it is."""
+def _scatter(at: Tensor, shape: tuple[int, int], _: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Forward hook: scatter (1, M, ...) to (B, T, ...). OPT flattens tokens itself; such outputs stay unchanged."""
     if output.shape[:2] != (1, len(at)):
         return output
     rows = put_rows(output.flatten(0, 1), at, shape[0] * shape[1])

@@ -1,4 +1,4 @@
-"""A model as evaluation runs it."""
+"""Evaluation mode of a model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lorakit.models.compiling import compiled_blocks_idle
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Compute without gradients, dropout and compiled blocks; each module's mode is put back, whatever happens."""
+    """Disable gradients, dropout and compiled blocks; restore each module's mode at the end, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), compiled_blocks_idle(model):
             yield
     finally:
-        for module, training in modes:  # a module before those inside it, which it sets as well
+        for module, training in modes:  # parents first: train() also sets the modules inside
             if module.training != training:
                 module.train(training)

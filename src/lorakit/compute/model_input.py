@@ -1,7 +1,7 @@
-"""Examples as the model reads them: with the virtual tokens of the active adapter's method.
+"""Insertion of the active adapter's virtual tokens into examples and prompts.
 
-Data sets hold examples without virtual tokens, so that the same data serves every method. They are inserted when a
-batch or a prompt is made.
+Data sets have examples without virtual tokens, so that all methods can use the same data. Batches and prompts insert
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ E = TypeVar("E", bound=Example)
 
 
 def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
-    """Return the virtual tokens that the active adapter adds to each sequence; for most methods none."""
+    """Return the virtual tokens that the active adapter adds to each sequence; most methods add none."""
     handle = handle_of(model)
     return VirtualTokens() if handle is None else handle.virtual_tokens
 
@@ -40,7 +40,7 @@ def model_examples(base: Base, examples: Sequence[E]) -> Sequence[E]:
 def model_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> list[list[int]]:
-    """Return the ids of prompts with the virtual tokens of the active adapter."""
+    """Return the token ids of prompts, with the virtual tokens of the active adapter."""
     tokens = virtual_tokens_of(model)
     if not tokens.total:
         return prompts
@@ -49,17 +49,17 @@ def model_prompts(
 
 
 def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
-    """Return the example with the prefix before its prompt and the infix after it; neither is a target.
+    """Return a copy of `example` with the prefix before its prompt and the infix after it; neither is a target.
 
-    What a classifier reads is all prompt: the infix ends it.
+    The input of a classifier is all prompt, so it ends with the infix.
 
     Args:
-        example: Without virtual tokens; it is not changed.
-        tokens: How many of them.
-        start: The special tokens that the tokenizer puts first (bos, [CLS]): the prefix stands after them, since
-            models look for them at position 0.
+        example: An example without virtual tokens.
+        tokens: The numbers of virtual tokens.
+        start: The special tokens at the start of a text (bos, [CLS]). The prefix goes after them, since models expect
+            them at position 0.
     """
-    where = {"keep": _kept(example.input_ids, start)}
+    where = {"keep": _start_length(example.input_ids, start)}
     if isinstance(example, LanguageExample):
         where["prompt"] = max(example.prompt_length, where["keep"])
         return replace(
@@ -76,9 +76,9 @@ def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
 
 
 def place_in_prompt(ids: Sequence[int], tokens: VirtualTokens, start: Sequence[int]) -> list[int]:
-    """Return the ids of a prompt with prefix and infix, as `place` puts them into an example."""
-    return tokens.place(ids, keep=_kept(ids, start))
+    """Return the token ids of a prompt with prefix and infix, as `place` inserts them into an example."""
+    return tokens.place(ids, keep=_start_length(ids, start))
 
 
-def _kept(ids: Sequence[int], start: Sequence[int]) -> int:
+def _start_length(ids: Sequence[int], start: Sequence[int]) -> int:
     return len(start) if list(ids[: len(start)]) == list(start) else 0

@@ -1,8 +1,8 @@
-"""The loss of a task, summed over a batch's targets: what training minimises and evaluation reports.
+"""The loss of a task, summed over a batch's targets, for training and evaluation.
 
-One implementation for both, so that the held-out loss is comparable with the training loss. It is a *sum* in
-float32, together with the number of targets, because the mean over a step has to be taken over all targets of the
-accumulated batch: a mean of the means of its parts would weigh a target by how many others share its part.
+Both use the same implementation, so that the held-out loss is comparable with the training loss. Objectives return a
+float32 *sum* and the number of targets, because a step takes the mean over all targets of its accumulated batches. A
+mean of batch means would give targets in small batches a larger weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HeadPath = Literal["fused", "own head", "whole logits"]
 
 
 class Objective(Protocol):
-    """What a training loop needs to know about a task."""
+    """Loss of a task, as the training loop uses it."""
 
     note: str
     """One line for the user on how the loss is computed."""
@@ -45,26 +45,26 @@ class Objective(Protocol):
 
 @dataclass(kw_only=True)
 class LanguageModellingLoss:
-    """Next-token cross-entropy of a decoder, with the vocabulary projected at target positions alone.
+    """Next-token cross-entropy of a decoder, which projects to the vocabulary at target positions only.
 
-    A batch is padded (`labels` (B, S) holds a target token's own id and -100 elsewhere; the model predicts it one
-    position earlier) or packed (`lorakit.data.packing`). Of three equal ways to compute the loss, from the least
-    memory to the most general:
+    A batch is padded (`labels` (B, S) has the token id at targets and -100 elsewhere; the model predicts a target one
+    position earlier) or packed (`lorakit.data.packing`). Three paths compute the same loss. From the least memory to
+    the most general, they are:
 
-    - ``fused``: the backbone's hidden states at target positions times the head's weight, in chunks, so the logits
-      never exist as a whole (:func:`lorakit.ops.linear_cross_entropy`);
-    - ``own head``: the model's own forward, asked for the logits of the columns that hold a target in any row;
-    - ``whole logits``: the model's own forward.
+    - ``fused``: the backbone's hidden states at target positions times the head's weight, in chunks, so the full
+      logits never exist in memory (:func:`lorakit.ops.linear_cross_entropy`);
+    - ``own head``: the model's forward with `logits_to_keep`, for the columns with a target in any row;
+    - ``whole logits``: the model's forward with all logits.
     """
 
     path: HeadPath = "whole logits"
     label_smoothing: float = 0.0
     note: str = ""
     last_block: LastBlock | None = None
-    """Computed at the positions that predict targets alone, where the path is ``fused``; None computes it in full."""
+    """The block to compute only at positions that predict targets (path ``fused``); None computes it in full."""
 
     def count(self, batch: Batch) -> int:
-        """Return the number of target tokens; one at position 0 has nothing to be predicted from."""
+        """Return the number of target tokens; a token at position 0 cannot be predicted, so it does not count."""
         if "target_at" in batch:
             return int(batch["target_weights"].sum())
         return int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -72,13 +72,13 @@ class LanguageModellingLoss:
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
         targets = targets_of(batch)
-        # The head may have been adapted since the path was chosen.
+        # The head may have been adapted after the path was chosen.
         path = "whole logits" if self.path == "fused" and why_not_fused(model) else self.path
         if path == "fused":
             hidden = self.hidden_at_targets(model, batch, targets) * _logit_scale(model)
             head = model.get_output_embeddings()  # type: ignore[operator]
             device = hidden.device.type
-            # A head that is trained is a float32 master under autocast: its products are not.
+            # A trained head is a float32 master; autocast computes its products in a lower precision.
             dtype = head.weight.dtype
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
@@ -94,8 +94,8 @@ class LanguageModellingLoss:
         inputs = inputs_of(model, batch)
         if path == "own head":
             rows, columns = targets.at // targets.width, targets.at % targets.width
-            kept, places = columns.unique(return_inverse=True)
-            logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, places]
+            columns, places = columns.unique(return_inverse=True)
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[rows, places]
         else:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.at]
         return _cross_entropy_sum(logits, targets.ids, self.label_smoothing, targets.weights)
@@ -125,29 +125,29 @@ class SequenceToSequenceLoss:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        at = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-        # The model shifts the labels into decoder inputs itself; its own loss, a mean, is not used.
-        logits = model(**batch, use_cache=False).logits[at]
-        return _cross_entropy_sum(logits, batch["labels"][at], self.label_smoothing)
+        targets = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+        # The model shifts the labels into decoder inputs. Its own loss is a mean and not used.
+        logits = model(**batch, use_cache=False).logits[targets]
+        return _cross_entropy_sum(logits, batch["labels"][targets], self.label_smoothing)
 
 
 @dataclass(kw_only=True)
 class LabelLoss:
-    """What the losses of labelled examples share: one output of the model's own head for each."""
+    """Base of the losses of labelled examples: the model's head has one output per example."""
 
     note: str = ""
     reads: Literal["first", "last"] = "first"
-    """The token of each example that the head reads, where `last_block` is given."""
+    """The token of each example that the head uses, if `last_block` is set."""
     last_block: LastBlock | None = None
-    """Computed at that token alone; None computes it in full."""
+    """The block to compute only at that token; None computes it in full."""
 
     def count(self, batch: Batch) -> int:
         """Return the number of examples."""
         return len(batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the model's logits (B, outputs) for a batch whose labels it is not shown."""
-        with reading(self.last_block, batch, lambda: read_at(model, batch, self.reads)):
+        """Return the model's logits (B, outputs), without passing it the labels."""
+        with reading(self.last_block, batch, lambda: _head_positions(model, batch, self.reads)):
             return model(
                 **{name: value for name, value in batch.items() if name != "labels"}
             ).logits
@@ -182,17 +182,17 @@ class RegressionLoss(LabelLoss):
 def reading(
     last_block: LastBlock | None, batch: Batch, at: Callable[[], Tensor]
 ) -> AbstractContextManager[None]:
-    """Let a forward pass compute no more of the last block than the positions `at()` of the flattened batch."""
+    """Compute the last block only at positions `at()` of the flattened batch, in forward passes in this context."""
     if last_block is None:
         return nullcontext()
     B, T = batch["input_ids"].shape
     return last_block.reading(at, (B, T))
 
 
-def read_at(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> Tensor:
-    """Return the index of each example's first or last token into the flattened tokens of a padded batch.
+def _head_positions(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> Tensor:
+    """Return the index of each example's first or last token in the flattened tokens of a padded batch.
 
-    The last token is what the classifiers of decoders take for it: the last whose id is not that of padding.
+    The last token is the last one whose id is not the padding id, as in the decoder classifiers of transformers.
     """
     ids = batch["input_ids"]
     rows, width = ids.shape
@@ -208,10 +208,10 @@ def read_at(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> 
 def language_modelling(
     model: nn.Module, probe: Batch, *, label_smoothing: float = 0.0
 ) -> LanguageModellingLoss:
-    """Choose the cheapest way to `model`'s loss that agrees with its own logits on the batch `probe`.
+    """Return the objective with the cheapest path whose loss on `probe` equals that of the model's full logits.
 
-    The structure rules out what zero-initialised adapters would hide from the comparison (an adapter on the head);
-    the comparison rules out what the structure does not tell (a model that does more after its head than we know).
+    Two checks rule out a path. The structure shows adapters on the head, which have no effect on the comparison while
+    they are zero. The comparison shows operations after the head that the structure does not show.
     """
     objective = LanguageModellingLoss(
         path="whole logits", note="loss from the model's whole logits"
@@ -224,13 +224,13 @@ def language_modelling(
         if not reason:
             try:
                 value = _mean_loss(LanguageModellingLoss(path=path), model, probe)
-            except Exception as error:  # a model may raise anything; another path serves it
+            except Exception as error:  # models can raise any exception; another path still works
                 reason = f"it raised {type(error).__name__}: {error}"
             else:
                 if abs(value - reference) <= tolerance(model) * (1 + abs(reference)):
                     objective.path, objective.note = path, _NOTES[path]
                     break
-                reason = f"its loss {value:.6g} is not the model's {reference:.6g}"
+                reason = f"its loss {value:.6g} differs from the model's {reference:.6g}"
         reasons.append(f"not {path}: {reason}")
     objective.note = "; ".join([objective.note, *reasons])
     objective.label_smoothing = label_smoothing
@@ -239,40 +239,36 @@ def language_modelling(
 
 _NOTES: dict[HeadPath, str] = {
     "fused": "vocabulary projected at target positions only, in chunks",
-    "own head": "the model's own head, at positions that carry a target",
+    "own head": "the model's own head, at positions with a target",
 }
 
 
 def loss_paths(model: nn.Module) -> Mapping[HeadPath, str]:
-    """Return the paths to the loss, cheapest first, each with the reason that rules it out; empty if none does."""
+    """Return the paths to the loss, cheapest first, each with the reason that rules it out, or an empty string."""
+    accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {
         "fused": why_not_fused(model),
-        "own head": _why_not_own_head(model),
+        "own head": "" if accepts else "the model does not take logits_to_keep",
         "whole logits": "",
     }
 
 
 def why_not_fused(model: nn.Module) -> str:
-    """Return why the head's weight alone does not tell `model`'s logits; empty where it does."""
+    """Return why hidden states times the head's weight are not the logits of `model`; empty if they are."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if backbone_of(model) is model or head is None:
-        return "the model has no backbone apart from its head"
+        return "the model has no separate backbone and head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
     if model._forward_hooks or model._forward_pre_hooks or not computes_its_own(head):
-        return "the head carries an adapter or another hook"
+        return "the head has an adapter or another hook"
     if getattr(model.config, "final_logit_softcapping", None):
         return "the logits are capped"
     return ""
 
 
-def _why_not_own_head(model: nn.Module) -> str:
-    accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return "" if accepts else "the model does not take logits_to_keep"
-
-
 def _logit_scale(model: nn.Module) -> float:
-    """Return the factor from head output to logits: Granite divides them, Cohere multiplies them."""
+    """Return the factor from the head's output to logits, which Granite divides and Cohere multiplies."""
     config = model.config
     if divisor := getattr(config, "logits_scaling", None):
         return 1 / divisor
@@ -283,41 +279,38 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return what the model takes of a batch."""
+    """Return the model's inputs from a batch."""
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dtype == torch.bool and _attention(model) == "eager":
-        # Plain attention adds its mask to the scores; the fused kernels take it as it is.
+    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    if mask is not None and mask.dtype == torch.bool and attention == "eager":
+        # Eager attention adds the mask to the scores; the fused kernels accept boolean masks.
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         inputs["attention_mask"] = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         inputs["attention_mask"].masked_fill_(~mask, torch.finfo(dtype).min)
     return inputs
 
 
-def _attention(model: nn.Module) -> str:
-    return getattr(model.config, "_attn_implementation", None) or "eager"
-
-
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The targets of a batch, padded or packed, in one form."""
+    """The targets of a padded or packed batch."""
 
     at: Tensor
-    """Index of the position that predicts each, into the flattened (rows * width) positions."""
+    """Index of the position that predicts each target, in the flattened (rows * width) positions."""
     ids: Tensor
     """Their token ids."""
     weights: Tensor | None
-    """In how many examples each is one; None where every target is of one example."""
+    """Number of examples that share each target; None if each target belongs to one example."""
     width: int
     """Tokens in a row."""
 
 
 def targets_of(batch: Batch) -> Targets:
-    """Return where the targets of a padded or packed batch are predicted, and which they are."""
+    """Return the targets of a padded or packed batch, and the positions that predict them."""
     width = batch["input_ids"].shape[1]
     if "target_at" in batch:
         return Targets(batch["target_at"], batch["targets"], batch["target_weights"], width)
-    labels = batch["labels"][:, 1:]  # a token is predicted one position before its own
+    labels = batch["labels"][:, 1:]  # the previous position predicts a token
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     return Targets(rows * width + columns, labels[rows, columns], None, width)
 
@@ -341,7 +334,7 @@ def _mean_loss(objective: LanguageModellingLoss, model: nn.Module, batch: Batch)
 
 
 def tolerance(model: nn.Module) -> float:
-    """Return the relative rounding to expect between two equal ways to compute `model`."""
+    """Return the relative rounding error to expect between two equivalent computations of `model`."""
     parameters = list(model.parameters())
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
     autocast = any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in parameters})

@@ -1,7 +1,7 @@
-"""Faster ways to compute a model, each tried on the model itself before it is taken.
+"""Trials of faster computations on the model itself.
 
-What a model's structure does not tell (a mask it ignores, an attention of its own) shows in its results, so a
-shortcut is one that leaves the results of a small batch what they were, to the rounding of the dtype.
+A model's structure does not show everything: the model may ignore a mask or have its own attention. A trial therefore
+computes a small batch both ways, and accepts the faster way if the results agree to the rounding of the dtype.
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.installed import backbone_of
 from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
-from lorakit.compute.objective import (
-    Batch,
-    LabelLoss,
-    LanguageModellingLoss,
-    inputs_of,
-    targets_of,
-    tolerance,
-)
+from lorakit.compute.objective import Batch, LabelLoss, LanguageModellingLoss, tolerance
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster, make_stock, use_own_attention
@@ -35,27 +27,27 @@ T = TypeVar("T", bound=LabelLoss | LanguageModellingLoss)
 
 
 Faster = Literal["layers", "attention", "none"]
-"""lorakit's own attention, norms, activations and dropout; its attention only; or the stock layers."""
+"""Which layers of lorakit to use: attention, norms, activations and dropout; only the attention; or none."""
 
 
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
-    """Return why examples that share a prefix cannot be computed as one tree on `model`; empty where they can.
+    """Return why packing changes the results of `model`; empty if it does not.
 
-    Two completions of one prompt, computed together, must leave the hidden states at all targets what they are
-    when each is computed alone.
+    The trial compares the hidden states at all targets between two completions of one prompt, computed together with
+    a shared prefix, and each completion computed alone.
     """
-    stem = backbone_of(model)
+    objective, device = LanguageModellingLoss(), next(model.parameters()).device
     ids, cut = example.input_ids, example.prompt_length
     twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
     pair = sorted((example, twin), key=lambda e: e.input_ids)
     try:
-        together = _hidden_at_targets(stem, pack(pair, pad_id=0))
-        alone = [_hidden_at_targets(stem, collate([e], pad_id=0)) for e in pair]
-    except Exception as error:  # a model's forward may raise anything; padded batches serve it
+        together = _used_outputs(objective, model, _to(device, pack(pair, pad_id=0)))
+        alone = [_used_outputs(objective, model, _to(device, collate([e], pad_id=0))) for e in pair]
+    except Exception as error:  # models can raise any exception; padded batches still work
         return f"it raised {type(error).__name__}: {error}"
     expected = torch.cat(alone)
     if together.shape != expected.shape:
-        return "the probe's two completions begin alike"
+        return "the two completions of the trial start with the same token"
     distance = _distance(together, expected)
     if not distance <= _limit(model):
         return f"its hidden states differ by {distance:.2g} from those of separate examples"
@@ -63,22 +55,22 @@ def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
 
 
 def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") -> str:
-    """Install lorakit's own attention and layers, or return why the stock ones stay.
+    """Install lorakit's own attention and layers, or return why the stock layers stay.
 
     Args:
-        model: Changed in place, and left as it was where a reason is returned.
-        batch: A padded batch, on which the logits must stay the same.
-        faster: Which parts. Attention alone is a compiled kernel, whose backward pass is tried as well.
+        model: The model to change in place; it stays unchanged if a reason is returned.
+        batch: A padded batch, for which the logits must not change.
+        faster: Which layers to install. "attention" is a compiled kernel, so its backward pass is tried too.
     """
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = _to(model.device, batch)
     before = _logits(model, batch)
     try:
         make_faster(model) if faster == "layers" else use_own_attention(model)
         distance = _distance(_logits(model, batch), before)
-        reason = "" if distance <= _limit(model) else f"its logits would differ by {distance:.2g}"
+        reason = "" if distance <= _limit(model) else f"the logits would differ by {distance:.2g}"
         if faster == "attention":
             _try_backward(model, batch)
-    except Exception as error:  # a model's forward may raise anything; its own attention serves it
+    except Exception as error:  # models can raise any exception; the stock layers still work
         reason = f"it raised {type(error).__name__}: {error}"
     if reason:
         make_stock(model)
@@ -86,34 +78,34 @@ def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") 
 
 
 def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
-    """Return `objective` with the model's last block computed where it is read, if that changes nothing.
+    """Return `objective` with the last block computed only for used tokens, if this does not change results.
 
     Args:
-        objective: How the loss is computed; its `last_block` is None.
+        objective: The loss; its `last_block` is None.
         model: The base, with its adapter.
-        batch: A padded batch of examples of different lengths, on which what is read must stay what it is.
+        batch: A padded batch of examples of different lengths, for which the results must not change.
     """
-    found = last_block(model)
-    if found is None or not found.divides:
+    block = last_block(model)
+    if block is None or not block.divides:
         return objective
     if isinstance(objective, LanguageModellingLoss) and objective.path != "fused":
         return objective
-    trial = replace(found, worth=1.0)  # it is to divide, whatever it gains
-    fitting: list[T] = []
+    trial = replace(block, max_share=1.0)  # gather in any case
+    matching: list[T] = []
     try:
-        before = _read(objective, model, batch)
-        for changed, note in _readings(objective, trial):
-            if _distance(_read(changed, model, batch), before) <= tolerance(model):
+        before = _used_outputs(objective, model, batch)
+        for changed, note in _variants(objective, trial):
+            if _distance(_used_outputs(changed, model, batch), before) <= tolerance(model):
                 notes = filter(None, (objective.note, note))
-                fitting.append(replace(changed, last_block=found, note="; ".join(notes)))
-    except Exception:  # a model's forward may raise anything; its whole block serves it
+                matching.append(replace(changed, last_block=block, note="; ".join(notes)))
+    except Exception:  # models can raise any exception; the full block still works
         return objective
-    # Where two different tokens would do, the batch tells nothing of which is read.
-    return fitting[0] if len(fitting) == 1 and trial.divisions else objective
+    # If both tokens match, the batch does not show which one the head uses.
+    return matching[0] if len(matching) == 1 and trial.divisions else objective
 
 
-def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
-    """The ways in which the last block may be read, and what to tell the user of each."""
+def _variants(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
+    """Yield the objectives that use some tokens of the last block, each with a note for the user."""
     if isinstance(objective, LanguageModellingLoss):
         yield replace(objective, last_block=block), "last block too"
         return
@@ -122,20 +114,18 @@ def _readings(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
         yield changed, f"last block computed at each example's {reads} token only"
 
 
-def _read(objective: LabelLoss | LanguageModellingLoss, model: nn.Module, batch: Batch) -> Tensor:
-    """What is read of the last block: the hidden states at targets, or the logits that the head makes of them."""
+def _used_outputs(
+    objective: LabelLoss | LanguageModellingLoss, model: nn.Module, batch: Batch
+) -> Tensor:
+    """Return the model's outputs that the loss uses: hidden states at targets, or the logits of labels."""
     with evaluating(model):
         if isinstance(objective, LabelLoss):
             return objective.predict(model, batch)
         return objective.hidden_at_targets(model, batch)
 
 
-def _hidden_at_targets(stem: nn.Module, batch: Batch) -> Tensor:
-    device = next(stem.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with evaluating(stem):
-        hidden = stem(**inputs_of(stem, batch), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[targets_of(batch).at]
+def _to(device: torch.device, batch: Batch) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -144,17 +134,17 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Any:
-    # An encoder-decoder makes its decoder's inputs of the labels; others would compute a loss of them.
-    hidden = () if model.config.is_encoder_decoder else ("labels",)
-    given: dict[str, Any] = {name: x for name, x in batch.items() if name not in hidden}
+    inputs: dict[str, Any] = dict(batch)
+    if not model.config.is_encoder_decoder:  # which derives its decoder's inputs from the labels
+        inputs.pop("labels", None)
     if "use_cache" in inspect.signature(model.forward).parameters:
-        # As in training, of whose tensors a compiled kernel knows the strides.
-        given["use_cache"] = False
-    return model(**given)
+        # As in training: a compiled kernel depends on the strides of its inputs.
+        inputs["use_cache"] = False
+    return model(**inputs)
 
 
 def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
-    """Compute gradients and drop them: a compiled kernel of the backward pass shows only then whether it works."""
+    """Compute and discard gradients, since a compiled kernel may fail only in the backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
         total = _forward(model, batch).logits.sum(dtype=torch.float32)
@@ -162,15 +152,15 @@ def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 def _distance(x: Tensor, expected: Tensor) -> float:
-    """The relative distance of all rows together; one row alone may be far off by rounding."""
+    """Return the relative distance over all rows; rounding can move a single row far."""
     x, expected = x.float(), expected.float()
     return float((x - expected).norm() / expected.norm())
 
 
 def _limit(model: nn.Module) -> float:
-    """The distance up to which two ways count as equal.
+    """Return the distance up to which two computations count as equal.
 
-    A deep model in half precision adds up its roundings (0.02 over SmolLM2's 30 layers); a mask or a scale that is
-    not respected shows as a multiple of this.
+    Rounding errors of a deep model in half precision add up (0.02 over SmolLM2's 30 layers). An ignored mask or scale
+    changes results by a multiple of this limit.
     """
     return 5 * tolerance(model)

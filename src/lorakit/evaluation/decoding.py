@@ -1,4 +1,4 @@
-"""How text is generated."""
+"""Settings of text generation."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, require_at_least
 
 SEARCH = ("beams", "length_penalty")
-"""Settings of `Decoding` that only a beam search has."""
+"""Settings of `Decoding` for beam search only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How text is generated: greedy by default, sampling above temperature 0, beam search above one beam.
+    """Settings of text generation: greedy by default, sampling above temperature 0, beam search above one beam.
 
-    What is not set is None: a named task may set it, else it is what the field says.
+    A setting of None has the value of the named task, or else the default in its help text.
     """
 
     max_new_tokens: int | None = None
-    """Tokens generated per prompt at most, by default 128; an end-of-sequence token ends it earlier."""
+    """Maximum number of new tokens per prompt, by default 128. Generation stops earlier at an end-of-sequence token."""
     temperature: float | None = None
-    """0, the default, takes the likeliest token each time; above it, tokens are drawn (1 = the model's own
-    distribution)."""
+    """Sampling temperature. 0, the default, always chooses the likeliest token; 1 samples from the model's
+    distribution."""
     top_p: float | None = None
-    """Draw from the likeliest tokens that hold this share of the probability; by default 1."""
+    """Sample from the likeliest tokens that together have this probability; by default 1."""
     top_k: int | None = None
-    """Draw from this many likeliest tokens; 0, the default, is all of them."""
+    """Sample from this many likeliest tokens; 0, the default, samples from all."""
     beams: int | None = None
-    """Beams of a beam search; 1, the default, is none."""
+    """Number of beams; 1, the default, disables beam search."""
     length_penalty: float | None = None
-    """Exponent of the length by which a beam's log-likelihood is divided, by default 1; below it favours short
-    texts."""
+    """Exponent of the length in beam search: scores are log-likelihood / length ** length_penalty. By default 1; lower
+    values favour short texts."""
     no_repeat_ngram: int | None = None
-    """Length of n-grams that may not occur twice in a text; 0, the default, allows all."""
+    """Length of n-grams that must not occur twice in a text; 0, the default, allows all."""
     batch_size: int | None = None
-    """Prompts generated together, by default 16."""
+    """Prompts per batch, by default 16."""
     seed: int | None = None
-    """Seed of the draws, by default 0."""
+    """Seed of sampling, by default 0."""
 
     def __post_init__(self) -> None:
         conform(self, "decoding")
         least = {"max_new_tokens": 1, "beams": 1, "batch_size": 1}
-        for name, value in self._given().items():
+        for name, value in self._set().items():
             if name not in ("length_penalty", "top_p"):
                 require_at_least(f"decoding.{name}", value, least.get(name, 0))
         if self.seed is not None and self.seed >= 2**63:
@@ -55,19 +55,19 @@ class Decoding:
             )
         if not self.temperature and ((self.top_p or 1) < 1 or self.top_k):
             raise ConfigurationError(
-                "decoding.top_p and top_k choose among draws, but temperature 0 draws nothing. Set temperature, "
-                "for example to 1."
+                "decoding.top_p and top_k need sampling, but temperature is 0, which is greedy. Set temperature, for "
+                "example to 1."
             )
         if self.temperature and (self.beams or 1) > 1:
             raise ConfigurationError(
-                "decoding.temperature and beams exclude each other: draw (beams 1) or search (temperature 0)."
+                "decoding.temperature and beams exclude each other: sample (beams 1) or search (temperature 0)."
             )
 
-    def over(self, own: Mapping[str, Any] | None) -> Decoding:
-        """Return these settings, and those of a task where nothing is set: not its search, where texts are drawn."""
-        search = SEARCH if self.temperature else ()
-        kept = {name: value for name, value in (own or {}).items() if name not in search}
-        return Decoding(**{**kept, **self._given()})
+    def over(self, defaults: Mapping[str, Any] | None) -> Decoding:
+        """Return these settings, with `defaults` for the unset ones. Sampling ignores defaults of beam search."""
+        ignored = SEARCH if self.temperature else ()
+        used = {name: value for name, value in (defaults or {}).items() if name not in ignored}
+        return Decoding(**{**used, **self._set()})
 
-    def _given(self) -> dict[str, Any]:
+    def _set(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}

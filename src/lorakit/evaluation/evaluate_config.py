@@ -18,32 +18,32 @@ Score = Literal["loss", "text"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What `lorakit evaluate` scores: a base model, with or without an adapter, on held-out data."""
+    """Settings of `lorakit evaluate`, which scores a base model with or without an adapter on held-out data."""
 
     data: DataConfig
-    """The data and how an example is read from it."""
+    """Held-out data, and the format of its examples."""
     base: BaseConfig | None = None
-    """The base model; by default the one that the adapter records."""
+    """The base model; by default the base that the adapter records."""
     adapter: str | None = None
-    """Adapter folder; none scores the base alone."""
+    """Adapter folder; omit to score the base model."""
     allow_other_base: bool = False
-    """Score an adapter on a base other than the one it records, knowing what that means."""
+    """Allow a base other than the one that the adapter records."""
     method: str | None = None
-    """A method of your own that the adapter was trained with: path/to/file.py:Class."""
+    """Your own method, if the adapter was trained with one: path/to/file.py:Class."""
     split: Literal["validation", "test"] | None = None
-    """Which of the data's held-out parts is scored; by default test, and for a named task the part that published
-    scores are of (validation for GLUE, whose tests have no public labels)."""
+    """Split to score. The default is test, or for a named task the split of published scores (validation for GLUE,
+    whose test sets have no public labels)."""
     scores: tuple[Score, ...] = ("loss", "text")
     """For text generation: the held-out loss, the scores of generated text (BLEU and ROUGE-L, or those of a named
-    task), or both. Classification and regression always give all of theirs."""
+    task), or both. Classification and regression always compute all their scores."""
     limit: int | None = None
-    """Score this many prompts (all rows that share one count once), from the first; none scores all."""
+    """Score only the first prompts, this many; null scores all. Rows with the same prompt count once."""
     lowercase: bool = True
-    """Compare generated text and references in lower case for BLEU; a named task has rules of its own."""
+    """Lowercase generated text and references for BLEU. Named tasks ignore this setting."""
     decoding: Decoding | None = None
-    """How text is generated; what is not set is as the named task has it, and greedy without one."""
+    """Settings of text generation. Unset ones have the values of the named task; without a task, decoding is greedy."""
     batch_size: int = 16
-    """Examples per forward pass where nothing is generated."""
+    """Examples per forward pass of the loss; decoding.batch_size is for generation."""
     output: str | None = None
     """Write each example's prompt, output and references to this .jsonl file."""
     overwrite: bool = False
@@ -58,7 +58,6 @@ class EvaluateConfig:
         require_at_least("batch_size", self.batch_size, 1)
         if self.output is not None and Path(self.output).suffix != ".jsonl":
             raise ConfigurationError(
-                f"output is {self.output!r}; it must end in .jsonl. The report goes beside it, in .html."
+                f"output is {self.output!r}; it must end in .jsonl. The report has the same name with .html."
             )
-        if self.limit is not None:
-            require_at_least("limit", self.limit, 1)
+        require_at_least("limit", self.limit, 1)

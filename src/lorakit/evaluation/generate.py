@@ -1,4 +1,4 @@
-"""Text generation: a batch of prompts in, their continuations out, in the order asked."""
+"""Text generation for a list of prompts, in batches."""
 
 from __future__ import annotations
 
@@ -34,66 +34,66 @@ def generate(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Continue each prompt and return the new text alone, without special tokens.
+    """Continue each prompt and return only the new text, without special tokens.
 
-    Prompts are texts, or token ids where the caller has them (so that evaluation feeds exactly the tokens that
-    training saw). They are sorted by length, so that a batch holds little padding, and padded on the left, so that
-    every continuation starts right after its prompt.
+    Sorts prompts by length, so that batches have little padding. Pads on the left, so that each continuation starts
+    right after its prompt.
 
     Args:
-        model: A causal or encoder-decoder language model; its adapters take part as they are activated.
+        model: A causal or encoder-decoder language model, with its active adapters.
         tokenizer: The model's tokenizer.
-        prompts: Texts, or sequences of token ids.
-        decoding: Greedy, up to 128 tokens, by default.
-        progress: Called with the number of prompts finished, after each batch.
+        prompts: Texts, or token ids (evaluation passes exactly the tokens of training).
+        decoding: By default greedy, up to 128 tokens.
+        progress: Called after each batch with the number of finished prompts.
 
     Raises:
-        BaseModelError: The model labels text and generates none.
-        DataError: A prompt is empty or leaves no room in the model's context.
+        BaseModelError: The model cannot generate text, for example a classifier.
+        DataError: A prompt is empty, or too long for the model's context.
     """
     if not model.can_generate():
         raise BaseModelError(
-            f"A {type(model).__name__} generates no text. Score what it says of a text with lorakit evaluate, or "
-            "name a base with a language-modelling head or the adapter of a text task."
+            f"A {type(model).__name__} cannot generate text. Score its predictions with lorakit evaluate, or use a "
+            "base with a language-modelling head or the adapter of a text task."
         )
     decoding = decoding or Decoding()
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids: list[list[int]] = [
+        list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
     if [] in ids:
-        raise DataError(
-            f"Prompt {ids.index([]) + 1} is empty; the model needs a token to continue from."
-        )
+        raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
     ids = model_prompts(model, tokenizer, ids)
     settings = _generation_config(model, tokenizer, decoding)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     processors = LogitsProcessorList()
     if decoding.no_repeat_ngram:
-        # Its place in `settings` would index the vocabulary with the ids of virtual tokens.
+        # GenerationConfig.no_repeat_ngram_size would index the vocabulary with the ids of virtual tokens.
         processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     size = decoding.batch_size or 16
     with _generating(model, settings, decoding.seed or 0):
         for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            inputs = _left_pad([ids[i] for i in chosen], settings.pad_token_id, model.device)
+            batch = order[start : start + size]
+            inputs = _left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
             outputs = model.generate(  # type: ignore[operator]
                 **inputs, generation_config=settings, logits_processor=processors
             )
             if not model.config.is_encoder_decoder:
                 outputs = outputs[:, inputs["input_ids"].shape[1] :]
             decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-            for i, text in zip(chosen, decoded, strict=True):
+            for i, text in zip(batch, decoded, strict=True):
                 texts[i] = text
             if progress:
-                progress(start + len(chosen))
+                progress(start + len(batch))
     return texts
 
 
 @contextmanager
 def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
-    """Leave the model, and the random state that dropout draws from, as they were."""
+    """Seed the generators; restore the model and the random states at the end."""
     own = model.generation_config
-    # `generate` takes what a configuration leaves open from the model's own: a temperature, a repetition penalty.
+    # `generate` would fill unset values from the model's own configuration: a temperature, a repetition penalty.
     model.generation_config = settings
     try:
         with evaluating(model), seeded(seed, (p.device for p in model.parameters())):
@@ -102,19 +102,15 @@ def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -
         model.generation_config = own
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    return list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
-
-
 def _check_lengths(model: PreTrainedModel, ids: list[list[int]], new: int, virtual: int) -> None:
     context = context_length(model)
-    beside = f" and {virtual} virtual ones" if virtual else ""
+    and_virtual = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
-        # An encoder-decoder has a context for each.
+        # The encoder and the decoder have separate contexts.
         needed = max(len(prompt), new) if model.config.is_encoder_decoder else len(prompt) + new
         if context and needed > context:
             raise DataError(
-                f"Prompt {number} has {len(prompt) - virtual} tokens{beside}; with max_new_tokens "
+                f"Prompt {number} has {len(prompt) - virtual} tokens{and_virtual}; with max_new_tokens "
                 f"{new} that exceeds the model's context of {context}. Shorten the prompt or "
                 "lower max_new_tokens."
             )
@@ -123,9 +119,9 @@ def _check_lengths(model: PreTrainedModel, ids: list[list[int]], new: int, virtu
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    """Take from the model which tokens begin and end a text, and nothing else.
+    """Return the generation configuration, with only the start, end and padding tokens of the model.
 
-    Its other defaults would make the same settings mean something else on each model.
+    Other defaults of a model would give the same settings different meanings on different models.
     """
     own = model.generation_config
     assert own is not None  # every model with generate() has one
@@ -134,14 +130,14 @@ def _generation_config(
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    draws, beams = bool(decoding.temperature), decoding.beams or 1
+    samples, beams = bool(decoding.temperature), decoding.beams or 1
     penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens or 128,
-        do_sample=draws,
-        temperature=decoding.temperature if draws else None,
-        top_p=(decoding.top_p or 1.0) if draws else None,
-        top_k=(decoding.top_k or 0) if draws else None,
+        do_sample=samples,
+        temperature=decoding.temperature if samples else None,
+        top_p=(decoding.top_p or 1.0) if samples else None,
+        top_k=(decoding.top_k or 0) if samples else None,
         num_beams=beams,
         length_penalty=penalty if beams > 1 else None,
         eos_token_id=ends or None,
@@ -154,10 +150,10 @@ def _generation_config(
 
 
 class NoRepeatedNGrams(LogitsProcessor):
-    """Bans tokens that would repeat an n-gram, also where virtual tokens stand between others.
+    """Bans tokens that would repeat an n-gram, also in sequences with virtual tokens.
 
-    A virtual token can be part of an n-gram and is nothing that could be generated: each gets a column beside the
-    vocabulary for as long as the ban is made.
+    A virtual token can be part of an n-gram but is never generated. Each one gets a temporary column after the
+    vocabulary.
     """
 
     def __init__(self, size: int) -> None:
@@ -167,9 +163,9 @@ class NoRepeatedNGrams(LogitsProcessor):
         """Return the scores (B, V) with minus infinity at banned tokens."""
         vocabulary = scores.shape[-1]
         virtual = input_ids >= PREFIX_START
-        found, column = input_ids[virtual].unique(return_inverse=True)
+        tokens, column = input_ids[virtual].unique(return_inverse=True)
         ids = input_ids.masked_scatter(virtual, vocabulary + column)
-        wide = torch.nn.functional.pad(scores, (0, len(found)))
+        wide = torch.nn.functional.pad(scores, (0, len(tokens)))
         return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The scores of the generic tasks, and which way each is better."""
+"""Scores of the generic tasks, and their directions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Direction = Literal["min", "max"]
-
-DIRECTIONS: dict[str, Direction] = {
+DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min",
     "perplexity": "min",
     "bleu": "max",
@@ -20,15 +18,15 @@ DIRECTIONS: dict[str, Direction] = {
     "spearman": "max",
     "mse": "min",
 }
-"""The scores of the generic tasks, and whether less or more of each is better."""
+"""Whether lower ("min") or higher ("max") is better, for each score of the generic tasks."""
 
 
 def is_better(
     score: str, new: float, old: float | None, *, less_is_better: Sequence[str] = ()
 ) -> bool:
-    """Return whether `new` improves on `old` in the direction of `score`; NaN never does.
+    """Return whether `new` is better than `old` in the direction of `score`; NaN is never better.
 
-    A score of a task's own is better the higher it is, unless `less_is_better` names it.
+    For a task's own scores higher is better, unless `less_is_better` names them.
     """
     if math.isnan(new):
         return False

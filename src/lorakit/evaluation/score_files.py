@@ -1,8 +1,7 @@
-"""Scoring outputs that stand in files: plain text as the E2E scorer reads it, or rows as `lorakit evaluate` writes."""
+"""Scoring of outputs in files: plain text as for the E2E scorer, or rows as `lorakit evaluate` writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,50 +23,50 @@ def score_files(
     *,
     java: bool | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of a family, by `lorakit.metrics`, for the outputs in a file.
+    """Return the metrics of a family from `lorakit.metrics` for the outputs in a file.
 
-    A file called .jsonl, .json, .csv, .tsv or .parquet (perhaps with .gz after it) is read by rows, any other as plain
+    Files ending in .jsonl, .json, .csv, .tsv or .parquet (optionally followed by .gz) have rows. Other files are plain
     UTF-8 text:
 
     ========== ===================================================== ============================
     what       plain text                                            columns of rows
     ========== ===================================================== ============================
     outputs    one a line; an empty line is an empty output          output
-    references one a line, groups parted by an empty line; without   references, a list of texts,
-               any empty line, one for each output                   or reference, a text
+    references one a line, empty lines between groups; without       references, a list of texts,
+               empty lines one for each output                       or reference, a text
     labels     one a line                                            label
     WikiSQL    (not possible)                                        table, sql
     ========== ===================================================== ============================
 
     Args:
         outputs: File of the outputs: texts, predicted classes or predicted numbers.
-        references: File of what is right, in the same order; None: the rows of `outputs` say it.
-        family: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a task of GLUE
-            or of any "classification" or "regression".
-        java: Whether "e2e", "webnlg" and "dart" use Java; None: where it is installed.
+        references: File of the references or labels, in the same order; None reads them from the rows of `outputs`.
+        family: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a GLUE task or of
+            any "classification" or "regression".
+        java: Whether "e2e", "webnlg" and "dart" use Java; None uses it if it is installed.
 
     Raises:
-        DataError: A file cannot be read, or what stands in it cannot be scored.
-        ConfigurationError: There are no references, or a package or Java is not installed.
+        DataError: A file cannot be read, or its content cannot be scored.
+        ConfigurationError: The references are missing, or a package or Java is not installed.
         LorakitError: Java failed.
     """
     require_choice("metrics", family, get_args(Family))
-    said = _read(outputs)
-    right = said if references is None else _read(references)
-    if references is None and said.rows is None:
+    predicted = _read(outputs)
+    expected = predicted if references is None else _read(references)
+    if references is None and predicted.rows is None:
         raise ConfigurationError(
-            f"{outputs} is plain text, so the references have to stand in a file of their own: name it."
+            f"{outputs} is plain text, which cannot contain references. Name a separate file with the references."
         )
     if family in metrics.GLUE:
-        return metrics.glue(family, said.numbers("output"), right.numbers("label"))
+        return metrics.glue(family, predicted.numbers("output"), expected.numbers("label"))
     if family == "classification":
-        return metrics.classification(said.numbers("output"), right.numbers("label"))  # type: ignore[arg-type]
+        return metrics.classification(predicted.numbers("output"), expected.numbers("label"))  # type: ignore[arg-type]
     if family == "regression":
-        return metrics.regression(said.numbers("output"), right.numbers("label"))
+        return metrics.regression(predicted.numbers("output"), expected.numbers("label"))
+    texts = predicted.texts("output")
     if family == "wikisql":
-        return metrics.wikisql(said.texts("output"), right.values())
-    texts = said.texts("output")
-    groups = right.groups(len(texts))
+        return metrics.wikisql(texts, expected.values())
+    groups = expected.groups(len(texts))
     if family == "rouge":
         return metrics.rouge(texts, groups)
     score = metrics.e2e if family == "e2e" else metrics.webnlg
@@ -76,26 +75,27 @@ def score_files(
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What stands in a file: rows, or the lines of a plain text."""
+    """Content of a file: rows, or the lines of plain text."""
 
     path: Path
     rows: list[Row] | None = None
     lines: tuple[str, ...] = ()
 
     def texts(self, column: str) -> list[str]:
-        """The texts of a column, or the lines."""
+        """Return the texts of a column, or the lines."""
         if self.rows is None:
             return list(self.lines)
         return [_text(_value(row, column), row, column) for row in self.rows]
 
     def groups(self, outputs: int) -> list[list[str]]:
-        """The references of each output, of which there are so many."""
+        """Return the references of each output."""
         if self.rows is not None:
             return [_references(row) for row in self.rows]
         lines = list(self.lines)
         while lines and not lines[-1]:
             lines.pop()
-        # An empty line at the very end closes the only group there is, or a file of one reference for each output.
+        # Without empty lines, each line is the reference of one output. Exception: a single output whose references
+        # end with an empty line has them all.
         if "" not in lines and not (outputs == 1 and len(lines) < len(self.lines)):
             return [[line] for line in lines]
         groups: list[list[str]] = [[]]
@@ -107,22 +107,19 @@ class _File:
         return groups
 
     def numbers(self, column: str) -> list[float]:
-        """The numbers of a column, or of the lines; whole ones as int."""
-        return [_number(value, origin) for value, origin in self._cells(column)]
+        """Return the numbers of a column, or of the lines; whole numbers as int."""
+        if self.rows is None:
+            lines = enumerate(self.lines, start=1)
+            return [_number(line, f"{self.path}:{number}") for number, line in lines]
+        return [_number(_value(row, column), row.origin) for row in self.rows]
 
     def values(self) -> list[dict[str, Any]]:
-        """The rows themselves."""
+        """Return the values of the rows."""
         if self.rows is None:
             raise DataError(
                 f"{self.path} is plain text, expected rows of WikiSQL with 'table' and 'sql' (.jsonl)."
             )
         return [row.values for row in self.rows]
-
-    def _cells(self, column: str) -> Iterator[tuple[object, str]]:
-        if self.rows is None:
-            yield from ((line, f"{self.path}:{i}") for i, line in enumerate(self.lines, start=1))
-        else:
-            yield from ((_value(row, column), row.origin) for row in self.rows)
 
 
 def _read(file: str | Path) -> _File:
@@ -154,7 +151,7 @@ def _value(row: Row, column: str) -> Any:
     value = row.values.get(column)
     if value is None:
         raise DataError(
-            f"{row.origin}: there is no '{column}'. It has: {', '.join(map(str, row.values)) or 'nothing'}."
+            f"{row.origin}: '{column}' is missing. The row has: {', '.join(map(str, row.values)) or 'nothing'}."
             + nearest(column, map(str, row.values))
         )
     return value
@@ -169,10 +166,12 @@ def _text(value: object, row: Row, column: str) -> str:
 def _references(row: Row) -> list[str]:
     if row.values.get("references") is None and "reference" in row.values:
         return [_text(_value(row, "reference"), row, "reference")]
-    found = _value(row, "references")
-    if not isinstance(found, list):
-        raise DataError(f"{row.origin}: 'references' is {found!r:.80}, expected a list of texts.")
-    return [_text(reference, row, "references") for reference in found]
+    references = _value(row, "references")
+    if not isinstance(references, list):
+        raise DataError(
+            f"{row.origin}: 'references' is {references!r:.80}, expected a list of texts."
+        )
+    return [_text(reference, row, "references") for reference in references]
 
 
 def _number(value: object, origin: str) -> float:

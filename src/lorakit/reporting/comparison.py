@@ -19,8 +19,7 @@ from lorakit.reporting.run_report import (
 )
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
-
-NOT_COMPARED = ("output", "resume", "overwrite")
+from lorakit.training.run_folder import flat_settings
 
 
 def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = ()) -> Page:
@@ -192,24 +191,14 @@ def _settings(runs: Sequence[RunRecord]) -> list[Block]:
 
 def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Return the values of each setting that differs, by dotted name."""
-    flat = [_flat(run.config) for run in runs]
+    flat = [flat_settings(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     values_by_name = {name: [settings.get(name) for settings in flat] for name in names}
     return {
         name: values
         for name, values in values_by_name.items()
-        if name not in NOT_COMPARED and any(value != values[0] for value in values)
+        if name != "output" and any(value != values[0] for value in values)
     }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _score_names(runs: Sequence[RunRecord]) -> list[str]:

@@ -1,15 +1,15 @@
-"""Checkpoints: all that a run needs to go on as if it had not been interrupted.
+"""Checkpoints: the complete state of a run, so that a resumed run ends with the same weights.
 
 A checkpoint is a folder ``step-000100`` of
 
-- ``weights.safetensors``: the trained tensors, in the precision they are trained in;
-- ``optimizer.safetensors``: AdamW's two means and step count of each;
-- ``random.safetensors``: the states of the random generators that dropout draws from;
-- ``state.json``: the counters below, the digests of the other files, and a checksum of its own.
+- ``weights.safetensors``: the trained tensors, in the dtype in which they are trained;
+- ``optimizer.safetensors``: AdamW's two running means and step count of each trained tensor;
+- ``random.safetensors``: the states of the random generators, which dropout uses;
+- ``state.json``: the fields of `State`, the digests of the other files, and its own checksum.
 
-The position in the data is the step number itself (see schedule.py). A folder appears under its name only when it is
-complete, so the newest one is always whole; it is checked against its digests nevertheless, since disks fail. One that
-is damaged is passed over for the one before it: from every checkpoint of a run the same weights are reached.
+The step number is the position in the data (see schedule.py). A checkpoint folder is written under a temporary name and
+renamed when it is complete. Disks fail, so a resumed run verifies the digests of the newest checkpoint. It skips a
+damaged checkpoint and uses the one before: every checkpoint of a run leads to the same weights.
 """
 
 from __future__ import annotations
@@ -35,35 +35,31 @@ from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, RANDOM, STATE = (
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "state.json",
-)
-TENSOR_FILES = (WEIGHTS, OPTIMIZER, RANDOM)
+TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors")
+WEIGHTS, OPTIMIZER, RANDOM = TENSOR_FILES
+STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
 
 Inputs = dict[str, dict[str, str]]
-"""What a run reads (its base model, its data by split): the source and the SHA-256 of each."""
+"""Source and SHA-256 of the base model and of each data split that a run reads."""
 
 T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
 class State:
-    """How far a run has come."""
+    """Progress of a run: the counters and scores that a checkpoint stores."""
 
     step: int = 0
     """Finished optimizer steps."""
     started: bool = False
-    """Whether the evaluation before the first step is done."""
+    """Whether the run has evaluated before its first step."""
     tokens: int = 0
-    """Tokens of the examples so far, each example's counted in full."""
+    """Tokens of all examples so far, without savings by packing."""
     computed_tokens: int = 0
-    """Tokens pushed through the model for them: fewer where prefixes are shared, more with padding."""
+    """Tokens that the model computed for them: fewer with shared prefixes, more with padding."""
     seconds: float = 0.0
-    """Time spent in steps, over all sessions."""
+    """Time in steps, over all sessions."""
     train_loss: float | None = None
     """Loss of the last step."""
     scores_before: dict[str, float] = field(default_factory=dict)
@@ -75,11 +71,11 @@ class State:
     best_scores: dict[str, float] = field(default_factory=dict)
     """Validation scores at that step."""
     without_best: int = 0
-    """Evaluations since then."""
+    """Evaluations since the best one."""
     stopped_early: bool = False
-    """Whether early stopping has ended the run."""
+    """Whether early stopping ended the run."""
     inputs: Inputs = field(default_factory=dict)
-    """What the run began with: it must not go on with another base or other data."""
+    """Base and data at the start of the run; a resumed run must have the same ones."""
 
     def advance(self, loss: float, batches: Iterable[Mapping[str, Tensor]], seconds: float) -> None:
         """Count a finished step."""
@@ -99,16 +95,16 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write the checkpoint of `state` into `folder`, then delete all but the newest `keep`.
+    """Write a checkpoint into `folder`, then delete all but the newest `keep` checkpoints.
 
     Raises:
-        LorakitError: A weight is not a finite number: such a checkpoint must not replace a good one.
+        LorakitError: A weight is not finite. Such a checkpoint must not replace a good one.
     """
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise LorakitError(
-                f"Training diverged: after step {state.step} {name} holds values that are not finite. Lower "
-                "optimizer.learning_rate, and resume from the last checkpoint or start anew."
+                f"Training diverged: after step {state.step} {name} has values that are not finite. Lower "
+                "optimizer.learning_rate, and resume from the last checkpoint or start a new run."
             )
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -119,7 +115,7 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    for old in _existing(folder)[:-keep]:
+    for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -130,23 +126,24 @@ def restore(
     *,
     inputs: Inputs,
 ) -> State:
-    """Put the newest whole checkpoint of `folder` into `weights`, `optimizer` and the random generators.
+    """Copy the newest undamaged checkpoint of `folder` into `weights`, `optimizer` and the random generators.
 
-    Returns its state; that of a run which has not begun where there is no checkpoint.
+    Returns:
+        The state of the checkpoint; a new state if `folder` has no checkpoint.
 
     Raises:
-        RunFolderError: Every checkpoint is damaged, or the newest is that of other tensors or other `inputs`.
+        RunFolderError: Every checkpoint is damaged, or the newest has other tensors or other `inputs`.
     """
-    existing = _existing(folder)
-    if not existing:
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return State(inputs=inputs)
-    path, state = newest_whole(existing)
+    path, state = newest_whole(checkpoints)
     _require_same(inputs, state.inputs, path)
     stored = read_safetensors(path / WEIGHTS, RunFolderError)
     if differing := stored.keys() ^ weights.keys():
         raise RunFolderError(
-            f"{path} does not fit this run: only one of the two has {sorted(differing)[0]} "
-            f"({len(differing)} tensors in all)."
+            f"{path} does not fit this run: {len(differing)} tensors are only in the checkpoint or only in the "
+            f"model, for example {sorted(differing)[0]}."
         )
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -157,30 +154,30 @@ def restore(
 
 
 def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
-    """Return the newest of `checkpoints` (oldest first) that is as it was written, and its state.
+    """Return the newest undamaged one of `checkpoints` (oldest first), and its state.
 
     Raises:
-        RunFolderError: None is, or it was written by another version.
+        RunFolderError: All are damaged, or another version of lorakit wrote it.
     """
     damages: list[str] = []
     for path in reversed(checkpoints):
         try:
-            record = _checked(path)
+            record = _verified_record(path)
         except RunFolderError as error:
             damages.append(str(error))
             continue
         state = from_fields(State, record["state"], path / STATE)
         if damages:
-            _LOG.warning("%s The run goes on from step %d.", " ".join(damages), state.step)
+            _LOG.warning("%s The run resumes from step %d.", " ".join(damages), state.step)
         return path, state
     raise RunFolderError(
-        f"No checkpoint in {checkpoints[0].parent} is whole, so the run cannot go on. Restore one from a copy, or "
-        f"start anew with overwrite. {' '.join(damages)}"
+        f"No checkpoint in {checkpoints[0].parent} is undamaged, so the run cannot resume. Restore one from a copy, "
+        f"or start a new run with overwrite. {' '.join(damages)}"
     )
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json, once every file has been held against its digest."""
+def _verified_record(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's state.json after verifying the digest of every file."""
     record = storage.read_record(path / STATE, RunFolderError)
     if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
         raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
@@ -189,45 +186,45 @@ def _checked(path: Path) -> dict[str, Any]:
             digest = storage.sha256(path / name)
         if digest != record["files"][name]:
             raise RunFolderError(
-                f"'{path / name}' is damaged: its SHA-256 is not the one recorded when it was written."
+                f"'{path / name}' is damaged: its SHA-256 differs from the one in {STATE}."
             )
     return record
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
-    """Make a `kind` of the fields that `path` holds.
+    """Return a `kind` with the fields that were read from `path`.
 
     Raises:
-        RunFolderError: They are not the fields that this version knows.
+        RunFolderError: `kind` has other fields in this version of lorakit.
     """
     try:
         return kind(**fields)
     except TypeError as error:
         raise RunFolderError(
-            f"{path} was written by another version of lorakit ({error}). Resume with that version, or start a new run "
+            f"{path} comes from another version of lorakit ({error}). Resume with that version, or start a new run "
             "with from_adapter."
         ) from None
 
 
 def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
     none = {"source": "none", "sha256": "none"}
-    for what, before in then.items():
-        after = now.get(what, none)
+    for name, before in then.items():
+        after = now.get(name, none)
         if before["sha256"] != after["sha256"]:
             raise RunFolderError(
-                f"The {what} has changed since {path} was written: then '{before['source']}' with SHA-256 "
-                f"{before['sha256'][:12]}, now '{after['source']}' with {after['sha256'][:12]}. Restore it, or start a "
-                "new run with from_adapter."
+                f"The {name} has changed since {path} was written: it was '{before['source']}' with SHA-256 "
+                f"{before['sha256'][:12]} and is '{after['source']}' with {after['sha256'][:12]}. Restore it, or start "
+                "a new run with from_adapter."
             )
 
 
-def _existing(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of `folder`, oldest first."""
-    found = [(NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    return [entry for _, entry in sorted((int(m[1]), entry) for m, entry in found if m)]
+    paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     return [
         pair
         for group in optimizer.param_groups
@@ -238,7 +235,7 @@ def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value
-        for name, parameter in _named(optimizer)
+        for name, parameter in _named_parameters(optimizer)
         for key, value in optimizer.state[parameter].items()
     }
 
@@ -248,17 +245,17 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("/", 1)
         by_name.setdefault(parameter, {})[key] = tensor
-    for name, parameter in _named(optimizer):
+    for name, parameter in _named_parameters(optimizer):
         optimizer.state[parameter] = {
             key: tensor.to(parameter.device) for key, tensor in by_name.get(name, {}).items()
         }
 
 
 def _random_states() -> dict[str, Tensor]:
-    """Collect the generators' states: torch's for dropout, Python's and NumPy's for models that draw from them."""
+    """Return the states of all generators: torch for dropout, Python and NumPy for models that use them."""
     version, words, gauss = random.getstate()
     assert version == 3
-    numpy = np.random.get_state(legacy=False)  # of the generator that the np.random functions share
+    numpy = np.random.get_state(legacy=False)  # the global generator
     assert isinstance(numpy, dict)
     states = {
         "torch": torch.get_rng_state(),

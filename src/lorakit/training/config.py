@@ -1,4 +1,4 @@
-"""One typed configuration of a training run; Python, YAML and the command line set the same fields."""
+"""Typed configuration of a training run, with the same fields in Python, YAML and the command line."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
 DEFAULT_RATES: dict[str, float] = {
-    # Thin matrices take about ten times the rate of the weights themselves (paper, Tables 9 and 11).
+    # LoRA's matrices need about ten times the rate of full fine-tuning (paper, Tables 9 and 11).
     "lora": 5e-4,
     "full": 5e-5,
-    # A bias only shifts what its layer gives out; the paper takes eight times the rate of LoRA (section D.4).
+    # A bias only shifts the output of its layer. The paper uses eight times the rate of LoRA (section D.4).
     "bitfit": 1e-3,
-    # The rate of nearly all of the paper's adapter runs (Table 9).
+    # The paper uses this rate in nearly all adapter runs (Table 9).
     "bottleneck": 3e-4,
-    # Vectors that start at random and small have a way to go; the paper takes 5e-4 and 1e-4 (section D.4) over many
-    # more steps than a small run has.
+    # Virtual tokens start small and random, so they need a high rate. The paper uses 5e-4 and 1e-4 (section D.4), but
+    # with many more steps than a small run.
     "prefix_embedding": 1e-3,
     "prefix_layer": 5e-4,
 }
-"""Every method that a configuration can name, and the peak learning rate that it starts from."""
+"""Default peak learning rate of each built-in method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its learning rate over time."""
+    """AdamW (Loshchilov and Hutter 2019) and its learning rate schedule."""
 
     learning_rate: float | None = None
-    """Peak rate. By default that of the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
-    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer; of several the lowest."""
+    """Peak learning rate. The default depends on the method: 5e-4 for lora, 5e-5 for full, 1e-3 for bitfit, 3e-4 for
+    bottleneck, 1e-3 for prefix_embedding, 5e-4 for prefix_layer; the lowest one if several methods are combined."""
     lr_ratio: float = 1.0
-    """The rate of B over the rate of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
+    """Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, who advise about 16 with a lower rate)."""
     schedule: Schedule = "linear"
-    """Course of the rate after warm-up: linear or cosine down to 0, or constant."""
+    """Learning rate after the warm-up: linear or cosine decay to 0, or constant."""
     warmup: float = 0.03
-    """Steps over which the rate rises from 0: a share of all steps if below 1, else a number of steps."""
+    """Steps over which the learning rate rises from 0: a share of all steps if below 1, else a number of steps."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; biases, norms and magnitudes have none."""
+    """Decoupled weight decay of matrices. Biases, norms and magnitudes have no weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the denominator of the update, the root of the mean square."""
     clip: float = 1.0
-    """The gradient's norm is scaled down to this where it is larger; 0 leaves it."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
 
     def __post_init__(self) -> None:
         conform(self, "optimizer")
@@ -72,17 +72,17 @@ class OptimizerConfig:
             )
         if not 0 < self.lr_ratio < math.inf:
             raise ConfigurationError(
-                f"optimizer.lr_ratio is {self.lr_ratio}; it must be above 0 (1 gives A and B the same rate)."
+                f"optimizer.lr_ratio is {self.lr_ratio}; it must be above 0 (1: A and B have the same rate)."
             )
         for name in ("warmup", "weight_decay", "eps", "clip"):
             require_at_least(f"optimizer.{name}", getattr(self, name), 0)
         if self.eps == 0:
             raise ConfigurationError(
-                "optimizer.eps is 0, which divides 0 by 0 where a gradient is 0; 1e-8 is usual."
+                "optimizer.eps is 0, so a gradient of 0 would give 0 / 0; set it to 1e-8."
             )
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigurationError(
-                f"optimizer.warmup is {self.warmup}; write a share of the steps below 1 or a whole number of steps."
+                f"optimizer.warmup is {self.warmup}; it must be a share below 1 or a whole number of steps."
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigurationError(
@@ -92,74 +92,71 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
-    """Scores on the validation data during training, and what they decide."""
+    """Evaluation on the validation data during training, the best adapter and early stopping."""
 
     every: int | None = None
-    """Steps between evaluations; by default once per epoch. The start and the end are always evaluated."""
+    """Steps between evaluations; by default once per epoch. A run also evaluates before its first and after its last
+    step."""
     limit: int | None = None
-    """Score this many validation examples, spread evenly over them; none scores all."""
+    """Score this many evenly spaced validation examples; null scores all."""
     batch_size: int | None = None
-    """Examples per forward pass; by default that of training."""
+    """Examples per forward pass; by default the batch size of training."""
     metric: str = "loss"
-    """The score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1, matthews;
-    pearson, spearman, mse; or another of a named task's that is cheap enough."""
+    """Score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1, matthews; pearson,
+    spearman, mse; or another score that the named task computes during training."""
     patience: int | None = None
-    """Stop after this many evaluations in a row without a new best; none never stops early."""
+    """Stop after this many evaluations in a row without a new best; null disables early stopping."""
     samples: int = 0
-    """Generate text for this many validation prompts at each evaluation: samples.jsonl, and the scores bleu and
-    rouge_l."""
+    """Generate text for this many validation prompts at each evaluation; writes samples.jsonl and the scores bleu
+    and rouge_l."""
     max_new_tokens: int = 64
-    """Length of a generated sample at most."""
+    """Maximum number of tokens in a generated sample."""
 
     def __post_init__(self) -> None:
         conform(self, "evaluation")
-        for name in ("every", "limit", "batch_size", "patience"):
-            value = getattr(self, name)
-            if value is not None:
-                require_at_least(f"evaluation.{name}", value, 1)
+        for name in ("every", "limit", "batch_size", "patience", "max_new_tokens"):
+            require_at_least(f"evaluation.{name}", getattr(self, name), 1)
         require_at_least("evaluation.samples", self.samples, 0)
-        require_at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints, from which an interrupted run goes on to the same weights."""
+    """Checkpoints, from which an interrupted run resumes and reaches the same weights."""
 
     every: int | None = None
-    """Steps between checkpoints; by default once per epoch. Ctrl-C and SIGTERM write one more."""
+    """Steps between checkpoints; by default once per epoch. Ctrl-C and SIGTERM write another one."""
     keep: int = 2
-    """Checkpoints kept; older ones are deleted. The best adapter is kept apart from them."""
+    """Number of checkpoints to keep; older ones are deleted. The best adapter is saved separately."""
 
     def __post_init__(self) -> None:
         conform(self, "checkpoints")
-        if self.every is not None:
-            require_at_least("checkpoints.every", self.every, 1)
+        require_at_least("checkpoints.every", self.every, 1)
         require_at_least("checkpoints.keep", self.keep, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run: a base model, data, what is trained, and where the result goes.
+    """Settings of a training run: base model, data, method, optimizer and output.
 
     Raises:
-        ConfigurationError: A value cannot work, or two settings exclude each other.
+        ConfigurationError: A value is invalid, or two settings exclude each other.
     """
 
     base: BaseConfig
     """The base model."""
     data: DataConfig
-    """The data and how an example is read from it."""
+    """Training and validation data, and the format of their examples."""
     output: str
     """Run folder: configuration, metrics, checkpoints, the adapter."""
     method: str = "lora"
-    """What is trained: thin matrices beside the weights (lora), the weights themselves (full), biases (bitfit),
-    small layers in between (bottleneck), or vectors of virtual tokens around the prompt, at the embedding alone
-    (prefix_embedding) or in every block (prefix_layer). Several are joined by a plus: lora+prefix_embedding.
-    A method of your own is a class in a file, path/to/file.py:Class, or an entry point of an installed package."""
+    """Training method: low-rank updates of weights (lora), all weights (full), biases (bitfit), adapter layers
+    (bottleneck), or virtual tokens around the prompt, at the embedding (prefix_embedding) or in every block
+    (prefix_layer). Combine methods with a plus: lora+prefix_embedding. Name your own method by its class in a file,
+    path/to/file.py:Class, or by the entry point of an installed package."""
     method_settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of a method of your own, by name."""
+    """Settings of your own method, by name."""
     lora: LoRA = field(default_factory=LoRA)
-    """Settings of the method lora. A new classification head is trained beside any method without being named."""
+    """Settings of the method lora. Every method also trains a new classification head."""
     full: FullFineTuning = field(default_factory=FullFineTuning)
     """Settings of the method full."""
     bitfit: BitFit = field(default_factory=BitFit)
@@ -171,31 +168,32 @@ class TrainConfig:
     prefix_layer: PrefixLayer = field(default_factory=PrefixLayer)
     """Settings of the method prefix_layer."""
     from_adapter: str | None = None
-    """Start from the weights (and method) of this adapter folder, with a new optimizer; unlike resume."""
+    """Start from the weights and method of this adapter folder, with a new optimizer. Unlike resume, this starts a
+    new run."""
 
     epochs: float = 3.0
     """Passes over the training data."""
     max_steps: int | None = None
-    """Optimizer steps, over as many passes as they need; replaces epochs."""
+    """Optimizer steps; overrides epochs."""
     batch_size: int = 16
     """Examples per forward and backward pass."""
     accumulation: int = 1
-    """Passes per optimizer step; the step is that of one batch of batch_size x accumulation examples."""
+    """Batches per optimizer step. The step equals that of one batch of batch_size x accumulation examples."""
     packing: bool = True
-    """Compute tokens that examples of a batch share (a common prompt) once. The loss and gradients stay those of
-    separate examples; where the model cannot do it, batches are padded, and the run says so."""
+    """Compute tokens that examples of a batch share (a common prompt) only once. Loss and gradients equal those of
+    separate examples. If the model does not support packing, the run pads its batches and prints a note."""
     sampling: Sampling = "random"
-    """Order of the data: random; or grouped, where examples with one prompt share batches, which packing makes
-    cheap. Grouping changes the order of training, and so its result."""
+    """Order of the data: random; or grouped, where examples with the same prompt share a batch, which is fast with
+    packing. Grouping changes the order of the examples, so results differ."""
     label_smoothing: float = 0.0
-    """Share of the target's probability that is spread evenly over all tokens or classes."""
+    """Share of the target probability that is spread evenly over all tokens or classes."""
     gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the model's blocks with torch.compile: a minute or more at the start. For GPUs; on a CPU in bfloat16
-    it was slower wherever it was measured."""
+    """Compile the model's blocks with torch.compile, which delays the start by a minute or more. For GPUs; on CPUs in
+    bfloat16 it was slower in all measurements."""
     seed: int = 0
-    """Seed of the adapter's start, the order of the data and dropout."""
+    """Seed of the adapter's initial weights, the order of the data and dropout."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
@@ -204,18 +202,18 @@ class TrainConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     loggers: tuple[LoggerName, ...] = ()
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb."""
+    """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False
-    """Go on from the newest checkpoint in output, or from the start where there is none."""
+    """Resume from the newest checkpoint in output; start a new run if output has no checkpoint."""
     overwrite: bool = False
-    """Delete the run in output first."""
+    """Delete the existing run in output first."""
 
     def __post_init__(self) -> None:
         conform(self)
         if not self.data.has("train"):
             raise ConfigurationError(
-                "data.train is not set; name the data to train on, for example --data.train yours.jsonl, or a task "
-                "that has its own, for example --data.task mrpc."
+                "data.train is not set; set it to your training data, for example --data.train yours.jsonl, or name a "
+                "task that has data, for example --data.task mrpc."
             )
         if not self.output:
             raise ConfigurationError(
@@ -225,10 +223,8 @@ class TrainConfig:
             raise ConfigurationError(
                 f"epochs is {self.epochs}; it must be a finite number above 0."
             )
-        for name in ("batch_size", "accumulation"):
+        for name in ("batch_size", "accumulation", "max_steps"):
             require_at_least(name, getattr(self, name), 1)
-        if self.max_steps is not None:
-            require_at_least("max_steps", self.max_steps, 1)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigurationError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
@@ -239,43 +235,40 @@ class TrainConfig:
             )
         if self.resume and self.overwrite:
             raise ConfigurationError(
-                "resume and overwrite exclude each other: one goes on with the run, the other deletes it."
+                "resume and overwrite exclude each other: resume continues the run, overwrite deletes it."
             )
         self._check_method()
         self._check_metric()
-        needs = [
+        used = [
             f"evaluation.{name}"
             for name in ("every", "limit", "patience", "samples")
             if getattr(self.evaluation, name)
         ]
-        if needs and not self.validates:
+        if used and not self.validates:
             raise ConfigurationError(
-                f"{', '.join(needs)} needs validation data. Name a file with data.validation, or set part of the "
-                "training data aside with data.validation_fraction, for example 0.05."
+                f"{', '.join(used)} needs validation data. Set data.validation to a file, or hold out part of the "
+                "training data with data.validation_fraction, for example 0.05."
             )
 
     def _check_metric(self) -> None:
         task, metric = self.data.task_type, self.evaluation.metric
-        if task is None:  # the data will say
+        if task is None:  # the data determines the task later
             require_choice("evaluation.metric", metric, DIRECTIONS)
             of_text = metric in TextTask.quick_scores
         else:
-            always = ("loss", "perplexity") if task.kind == "text" else ("loss",)
+            losses = ("loss", "perplexity") if task.kind == "text" else ("loss",)
+            choices = (*losses, *task.quick_scores)
             if metric in task.scores and metric not in task.quick_scores:
                 raise ConfigurationError(
-                    f"evaluation.metric is {metric}, which is not computed during training; choose one of "
-                    f"{', '.join((*always, *task.quick_scores))}."
+                    f"evaluation.metric is {metric}, which training does not compute; choose one of "
+                    f"{', '.join(choices)}."
                 )
-            require_choice(
-                f"for task {self.data.task}, evaluation.metric",
-                metric,
-                (*always, *task.quick_scores),
-            )
+            require_choice(f"for task {self.data.task}, evaluation.metric", metric, choices)
             of_text = task.kind == "text" and metric in task.quick_scores
         if of_text and not self.evaluation.samples:
             raise ConfigurationError(
                 f"evaluation.metric is {metric}, which scores generated samples, but evaluation.samples is 0. "
-                "Set it, for example to 100."
+                "Set evaluation.samples, for example to 100."
             )
 
     def _check_method(self) -> None:
@@ -285,48 +278,45 @@ class TrainConfig:
             if name not in DEFAULT_RATES and not is_own(name):
                 raise ConfigurationError(
                     f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, several joined by a "
-                    f"plus, or a class of yours in a file, path/to/file.py:Class.{nearest(name, DEFAULT_RATES)}"
+                    f"plus, or your own class in a file, path/to/file.py:Class.{nearest(name, DEFAULT_RATES)}"
                 )
             if names.count(name) > 1:
                 raise ConfigurationError(f"method is {self.method!r}, which names {name} twice.")
-        set_by_hand = [name for name in DEFAULT_RATES if self._has_settings(name)]
-        for name in set_by_hand:
+        sections = {name: getattr(self, name) for name in DEFAULT_RATES}
+        changed = [name for name, section in sections.items() if section != type(section)()]
+        for name in changed:
             if name not in names:
                 raise ConfigurationError(
-                    f"method is {self.method}, but the section {name} has settings of its own, which would have no "
-                    f"effect. Set method to {name}, or leave the section out."
+                    f"method is {self.method}, but the section {name} has settings that differ from their defaults "
+                    f"and would have no effect. Set method to {name}, or remove the section."
                 )
         if "lora" not in names and self.optimizer.lr_ratio != 1:
             raise ConfigurationError(
-                f"optimizer.lr_ratio is for the A and B of lora; with method {self.method} leave it at 1."
+                f"optimizer.lr_ratio is {self.optimizer.lr_ratio}, which applies only to lora; with method "
+                f"{self.method} set it to 1."
             )
         if self.method_settings and len(own) != 1:
             raise ConfigurationError(
-                f"method_settings are for one method of your own, and method {self.method} names {len(own)}. Leave "
-                "them out, or give what they set defaults in the class."
+                f"method_settings apply to one method of your own, but {self.method} names {len(own)}. Remove "
+                "method_settings, or set defaults in the class."
             )
-        # Beside from_adapter a method of one's own only says where the class is.
-        others = [name for name in names if name not in own]
-        if self.from_adapter is not None and (others not in ([], ["lora"]) or set_by_hand):
+        # With from_adapter, a method of the user's own only gives the location of its class.
+        built_in = [name for name in names if name not in own]
+        if self.from_adapter is not None and (built_in not in ([], ["lora"]) or changed):
             raise ConfigurationError(
-                "from_adapter brings its own method and settings; leave out method and the sections of methods "
-                f"({', '.join(DEFAULT_RATES)}) beside it."
+                "from_adapter brings its own method and settings; remove method and the sections of methods "
+                f"({', '.join(DEFAULT_RATES)})."
             )
-        _ = self.chosen_method  # methods that exclude each other are an error here already
-
-    def _has_settings(self, section: str) -> bool:
-        """Whether a method's section differs from its defaults."""
-        settings = getattr(self, section)
-        return settings != type(settings)()
+        _ = self.chosen_method  # reports methods that exclude each other
 
     @property
     def method_names(self) -> tuple[str, ...]:
-        """The names that `method` joins."""
+        """Names of the combined methods."""
         return tuple(self.method.split("+"))
 
     @property
     def chosen_method(self) -> Method:
-        """The method that `method` names, with the settings of its section."""
+        """The configured method, with the settings of its section."""
         chosen = tuple(
             getattr(self, name) if name in DEFAULT_RATES else own_method(name, self.method_settings)
             for name in self.method_names
@@ -335,22 +325,22 @@ class TrainConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether there is validation data."""
+        """Whether the run has validation data."""
         return self.data.source("validation") is not None
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate, or the method's default."""
+        """The peak learning rate: as set, or the default of the method."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        # Of several the lowest: one rate for all must not be too high for any.
+        # The lowest of several, so that it is not too high for any of the methods.
         return min(
             DEFAULT_RATES.get(name) or getattr(use_method(name), "default_rate", DEFAULT_RATE)
             for name in self.method_names
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values that YAML and JSON can hold."""
+        """Return the settings as dicts, lists and scalars, for YAML and JSON."""
         return _plain(dataclasses.asdict(self))
 
 

@@ -1,4 +1,4 @@
-"""What besides the configuration a run's numbers depend on: software, processor, sizes."""
+"""Software versions, machine and model sizes of a run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PACKAGES = ("lorakit", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that compute."""
+    """Return the versions of Python and of `PACKAGES`; None for a package that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return the versions, and the machine of this session."""
+    """Return the command, start time, machine and versions of this session."""
     return {
         "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -38,11 +38,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command of this process, as it would be typed in a shell."""
+    """Return the shell command that started this process."""
     program, *arguments = sys.argv or [""]
     path = Path(program)
     words = ["python", *([program] if program else [])]
-    if path.name == "__main__.py":  # of a package: python -m lorakit, python -m pytest
+    if path.name == "__main__.py":  # python -m lorakit, python -m pytest
         words = ["python", "-m", path.parent.name]
     if "lorakit" in (path.name, words[-1]):
         words = ["lorakit"]
@@ -50,7 +50,7 @@ def command() -> str:
 
 
 def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return numbers of parameters, and of bytes that the base takes in memory."""
+    """Return the numbers of trained and base parameters, and the base's memory in bytes."""
     tensors = [parameter for _, parameter in base_parameters(model)]
     return {
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
@@ -67,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's name; Linux tells it in /proc alone."""
+    """Return the processor's name. On Linux only /proc has it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return (

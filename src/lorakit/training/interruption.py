@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
+"""End a run with a checkpoint after the current step when Ctrl-C or SIGTERM arrives."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, turns the first SIGINT or SIGTERM into a request; a second one acts at once, as always."""
+    """Records the first SIGINT or SIGTERM while entered; a second signal acts at once, as usual."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        # Python allows signal handlers in the main thread alone; elsewhere the signals keep their meaning.
+        # Python allows signal handlers in the main thread only; in other threads the signals act as usual.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                # Who started the run may have wished it deaf to a signal: nohup, a shell's background job.
+                # Respect signals that the parent ignores: nohup, a shell's background job.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._request)
         return self
@@ -30,11 +30,11 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal is not None
 
-    def leave(self, message: str) -> None:
-        """Say `message`, and exit as the signal would have: KeyboardInterrupt, or the shell's code for SIGTERM."""
+    def exit(self, message: str) -> None:
+        """Print `message` and exit as the signal would have: KeyboardInterrupt, or the shell's code for SIGTERM."""
         print(message, file=sys.stderr)
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
@@ -45,7 +45,7 @@ class Interruption:
         self._restore()
         print(
             f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint "
-            "(once more stops at once).",
+            "(send it again to stop at once).",
             file=sys.stderr,
         )
 

@@ -1,31 +1,19 @@
-"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases if asked."""
+"""Loggers of a run: always metrics.jsonl; TensorBoard and Weights & Biases if configured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lorakit.errors import ConfigurationError
 from lorakit.training.checkpoint import State
 from lorakit.training.run_folder import RunFolder
 
 
-class Logger(Protocol):
-    """Takes numbers as the run produces them."""
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Record `values` of a step of the split train or validation."""
-        ...
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        ...
-
-
 class Loggers:
-    """All loggers of a run, while entered; metrics.jsonl first.
+    """All loggers of a run; leaving the context closes them.
 
     Raises:
         ConfigurationError: The package of a logger is not installed.
@@ -33,12 +21,12 @@ class Loggers:
 
     def __init__(self, run: RunFolder, state: State) -> None:
         self._metrics = run.metrics
-        self._loggers: list[Logger] = []
-        for name in run.config.loggers:
-            if name == "tensorboard":
-                self._loggers.append(TensorBoard(run.path, state.step))
-            else:
-                self._loggers.append(WeightsAndBiases(run.path, run.config.as_dict()))
+        self._loggers = [
+            TensorBoard(run.path, state.step)
+            if name == "tensorboard"
+            else WeightsAndBiases(run.path, run.config.as_dict())
+            for name in run.config.loggers
+        ]
         self._closing = ExitStack()
 
     def __enter__(self) -> Loggers:
@@ -50,7 +38,7 @@ class Loggers:
         self._closing.close()
 
     def step(self, state: State, loss: float, rate: float, norm: float) -> None:
-        """Record a finished step: loss per target, learning rate, gradient norm, totals so far."""
+        """Record a finished step: mean loss, learning rate, gradient norm and totals so far."""
         self._log(
             state.step,
             "train",
@@ -65,7 +53,7 @@ class Loggers:
         )
 
     def scores(self, state: State) -> None:
-        """Record the scores of an evaluation."""
+        """Record the latest validation scores."""
         self._log(state.step, "validation", state.scores)
 
     def _log(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -75,44 +63,44 @@ class Loggers:
 
 
 class TensorBoard:
-    """Event files in the run folder's tensorboard/."""
+    """Logger that writes event files to tensorboard/ in the run folder."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigurationError(
-                "loggers names tensorboard, which is not installed: pip install tensorboard."
+                "loggers has tensorboard, which is not installed: pip install tensorboard."
             ) from None
-        # purge_step hides what an interrupted session logged after its last checkpoint.
+        # purge_step hides the steps that an interrupted session logged after its last checkpoint.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Record `values` as ``split/name``."""
+        """Log each value as ``split/name``."""
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases named after the run folder; its environment variables choose the project."""
+    """Logger to a Weights & Biases run named after the run folder; environment variables set its project."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
             import wandb  # type: ignore[import-not-found]
         except ImportError:
             raise ConfigurationError(
-                "loggers names wandb, which is not installed: pip install wandb."
+                "loggers has wandb, which is not installed: pip install wandb."
             ) from None
         self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Record `values` as ``split/name``."""
+        """Log each value as ``split/name``."""
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close."""
         self._run.finish()

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from lorakit.training import checkpoint
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
-from lorakit.training.memory import give_back, restart_peak
+from lorakit.training.memory import release_free_memory, reset_peak_memory
 from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunResult, open_run
-from lorakit.training.setup import prepare
+from lorakit.training.setup import Job, prepare
 from lorakit.training.validation import validate
 
 
 def train(config: TrainConfig) -> RunResult:
-    """Train an adapter as `config` says; all that comes of it is in the folder ``config.output``.
+    """Train an adapter and write all results to the folder ``config.output``.
 
-    The loss of a step is the sum over the targets of all its batches divided by their number, so a step of 4 batches
-    of 4 examples is that of one batch of 16. A run that is interrupted, at whatever instant, and resumed ends with the
-    same weights as one that is not, bit for bit on a CPU.
+    A run can be interrupted at any instant and resumed: it reaches the same weights as an uninterrupted run, bit for
+    bit on a CPU.
 
     Raises:
-        LorakitError: Something the user can mend: settings, data, base model, folder, a diverging loss.
-        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; a checkpoint has been written.
+        LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
+        KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
     """
     with open_run(config) as run:
         if (finished := run.result()) is not None:
             return finished
-        restart_peak()
+        reset_peak_memory()
         job = prepare(run.config)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         run.claim()
@@ -50,13 +52,7 @@ def train(config: TrainConfig) -> RunResult:
                     break
                 began = time.perf_counter()
                 batches = [job.collate([job.train[i] for i in group]) for group in groups]
-                targets = sum(job.objective.count(batch) for batch in batches)
-                loss = 0.0
-                for batch in batches:
-                    with job.autocast():
-                        part = job.objective.loss_sum(job.model, batch) / targets
-                    part.backward()
-                    loss += part.item()
+                loss = _accumulate_gradients(job, batches)
                 rate = set_rate(optimizer, job.rate_factor(state.step))
                 norm = clip_gradients(optimizer, run.config.optimizer.clip)
                 require_finite(state.step, loss, norm, rate)
@@ -67,13 +63,28 @@ def train(config: TrainConfig) -> RunResult:
                 show.step(state, rate)
                 if job.evaluates_after(state.step):
                     validate(run, job, state, log, show)
-                    give_back()
+                    release_free_memory()
                 if job.saves_after(state.step):
                     checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
             checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
             if interruption.requested and not job.is_over(state):
-                interruption.leave(
-                    f"Stopped at step {state.step}. Go on with: {run.resume_command}"
+                interruption.exit(
+                    f"Stopped at step {state.step}. Resume with: {run.resume_command}"
                 )
         job.save_adapter(run.adapter, state)
         return run.finish(state, job.device)
+
+
+def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """Run forward and backward on all batches of a step; return the mean loss over all their targets.
+
+    The mean is over targets, not over batches: 4 batches of 4 examples give the gradient of one batch of 16.
+    """
+    targets = sum(job.objective.count(batch) for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        with job.autocast():
+            part = job.objective.loss_sum(job.model, batch) / targets
+        part.backward()
+        loss += part.item()
+    return loss

@@ -1,4 +1,4 @@
-"""The most memory that a run held, also where a process makes several runs one after another."""
+"""Peak memory of each run, also when one process makes several runs."""
 
 from __future__ import annotations
 
@@ -9,43 +9,41 @@ from contextlib import suppress
 
 import torch
 
-_STATUS, _CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 
+def reset_peak_memory() -> None:
+    """Reset :func:`peak_memory` to the current memory, after freeing the memory of earlier runs.
 
-def restart_peak() -> None:
-    """Let :func:`peak_memory` count from now on, without what earlier runs of this process have left behind.
-
-    Linux and CUDA forget their high-water mark when asked to. Elsewhere, and in a container that forbids it, the mark
-    of the whole process stays: an upper bound.
+    Linux and CUDA can reset their high-water mark. On other systems, and in containers that forbid the reset,
+    :func:`peak_memory` returns the mark of the whole process, an upper bound.
     """
-    gc.collect()  # a model's modules refer to each other, so that the last run's may still be there
-    give_back()
-    with suppress(OSError), open(_CLEAR, "w", encoding="ascii") as file:
+    gc.collect()  # modules refer to each other, so the last run's model may still be alive
+    release_free_memory()
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # man 5 proc_pid_clear_refs
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
 
 
-def give_back() -> None:
-    """Give the system back the memory that was freed, as far as the C library can.
+def release_free_memory() -> None:
+    """Return freed heap memory to the system, if the C library supports it.
 
-    It keeps it for later tensors. But between them stand kernels that were prepared for batches of other sizes, and a
-    larger tensor fits into none of the holes: after some hundred batches they are half of what a process holds.
+    The C library keeps freed memory for later tensors. Cached kernels for other batch sizes fragment the heap, so
+    larger tensors do not fit into the holes. After some hundred batches, the holes are half of the process's memory.
     """
-    with suppress(OSError, AttributeError):  # glibc's alone
+    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory in bytes since `restart_peak`: the GPU's allocations, or the process's resident set."""
+    """Return the peak memory since `reset_peak_memory`, in bytes: GPU allocations, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with (
         suppress(OSError, StopIteration),
-        open(_STATUS, encoding="ascii", errors="replace") as file,
+        open("/proc/self/status", encoding="ascii", errors="replace") as file,
     ):
-        # Not getrusage, whose figure may be that of the program which started this process by exec.
+        # getrusage may return the peak of the program that started this process by exec.
         line = next(line for line in file if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     try:

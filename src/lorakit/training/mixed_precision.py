@@ -1,4 +1,4 @@
-"""Layers with one trained parameter in float32 and another, frozen, in the base's precision."""
+"""Norms with a trained parameter in float32 and a frozen one in the base's dtype."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lorakit.models.layers import by_token
 
 
 def let_norms_compute(model: nn.Module) -> None:
-    """Give norms whose bias alone is trained (BitFit) both their parameters in float32, call by call.
+    """Cast the frozen weight to float32 during each call of a LayerNorm whose bias alone is trained (BitFit).
 
-    A norm refuses a weight in bfloat16 beside a bias in float32, and autocast, which would bring a projection's
-    parameters to one precision, leaves a norm's alone on a CPU. The frozen parameter itself stays as it is.
+    A LayerNorm rejects a bfloat16 weight with a float32 bias, and autocast on a CPU does not cast the parameters of
+    norms. The frozen parameter itself keeps its dtype.
     """
     for module in model.modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if own and isinstance(module, nn.LayerNorm) and len({p.dtype for p in own}) > 1:
+        dtypes = {p.dtype for p in module._parameters.values() if p is not None}
+        if isinstance(module, nn.LayerNorm) and len(dtypes) > 1:
             module.register_forward_pre_hook(_widen)
             module.register_forward_hook(_narrow, always_call=True)
 
@@ -27,7 +27,7 @@ def let_norms_compute(model: nn.Module) -> None:
 def _widen(norm: nn.Module, args: Any) -> None:
     for name, parameter in norm._parameters.items():
         if isinstance(parameter, Tensor) and not parameter.requires_grad:
-            # In the instance's dict the tensor hides the parameter of that name for the call's length.
+            # An entry of the instance's dict hides the parameter of that name during the call.
             norm.__dict__[name] = parameter.to(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""AdamW with the groups that LoRA+ and weight decay ask for."""
+"""AdamW with the parameter groups that LoRA+ and weight decay need."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lorakit.training.config import OptimizerConfig
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peak_rate: float
 ) -> torch.optim.AdamW:
-    """Return AdamW over the named `parameters`, in up to four groups: B or not, with or without decay.
+    """Return AdamW over the named `parameters`, in up to four groups: B or not B, with or without decay.
 
-    A group's ``peak`` is its learning rate at the top of the schedule. B's is `lr_ratio` times that of all else
-    (LoRA+, Hayou et al. 2024, equation 6). Weight decay leaves out vectors: biases, norms, DoRA's magnitudes.
+    A group's ``peak`` is its peak learning rate. For B it is `lr_ratio` times that of the other parameters (LoRA+,
+    Hayou et al. 2024, equation 6). Vectors have no weight decay: biases, norms, DoRA's magnitudes.
     """
     groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in parameters.items():
@@ -34,31 +34,31 @@ def build_optimizer(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    # One fused kernel: an adapter is hundreds of small tensors, whose separate updates cost more than their arithmetic.
+    # An adapter has hundreds of small tensors: separate updates would spend more on overhead than on arithmetic.
     return torch.optim.AdamW(
         list(groups.values()), lr=peak_rate, betas=config.betas, eps=config.eps, fused=True
     )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's learning rate to `factor` times its peak; return the lowest, which is A's."""
+    """Set each group's learning rate to `factor` times its peak; return the lowest rate, which is that of A."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
     return min(group["lr"] for group in optimizer.param_groups)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
-    """Scale all gradients down to the joint norm `limit` where it is exceeded (0: never); return the norm before."""
+    """Scale all gradients down to a joint norm of at most `limit` (0: no limit); return the norm before scaling."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
 
 def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
-    """Raise a LorakitError where the loss or the gradient's norm is not a finite number."""
+    """Raise a LorakitError unless the loss and the gradient norm are finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     raise LorakitError(
-        f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, at learning "
-        f"rate {rate:.3g}. The weights of this step were not updated. Lower optimizer.learning_rate or raise "
-        "optimizer.warmup; if it happens in the first steps, look at the data and try base.dtype float32."
+        f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, at learning "
+        f"rate {rate:.3g}. This step did not update the weights. Lower optimizer.learning_rate or raise "
+        "optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
     )

@@ -1,10 +1,9 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -15,7 +14,7 @@ from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
 
 PLAIN_INTERVAL = 10.0
-"""Seconds between plain lines: a log file should tell whether the run is alive, not fill a disk."""
+"""Seconds between plain lines, so that a log file stays small."""
 
 
 class Reporter:
@@ -46,17 +45,12 @@ class Reporter:
             self._task = self._live.add_task("", total=self._total, completed=self._start.step)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, state: State, rate: float) -> None:
@@ -66,7 +60,7 @@ class Reporter:
         if self._live is None and now - self._shown < PLAIN_INTERVAL and not last:
             return
         self._shown = now
-        # Time in steps alone: evaluations would make both figures jump.
+        # Excludes evaluations, which would distort the speed and the time left.
         seconds = max(state.seconds - self._start.seconds, 1e-9)
         tokens = state.tokens - self._start.tokens
         computed = (state.computed_tokens - self._start.computed_tokens) / max(tokens, 1)

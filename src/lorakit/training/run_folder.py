@@ -1,16 +1,16 @@
-"""The folder of a run: what is in it, who may write to it, and what was resolved to get there.
+"""The folder of a run: its files, its lock, and its result.
 
 =================  ===================================================================================
-config.yaml        every setting, also those left at their default; ``--config`` of it repeats the run
+config.yaml        every setting, also defaults; ``--config`` with this file repeats the run
 environment.json   software, processor and threads, one entry per session (a resumed run has several)
 metrics.jsonl      one line per step and per evaluation
 samples.jsonl      text generated at each evaluation
-checkpoints/       step-000100/ and so on, from which ``--resume true`` goes on
+checkpoints/       step-000100/ and so on, for ``--resume true``
 best/              the adapter with the best validation score
 adapter/           the adapter after the last step
-result.json        written last: its presence means that the run is finished
-prediction.json    what was expected of the run before it began, where that is known
-report.html        the run to look at, written after it by ``lorakit train`` and ``lorakit report``
+result.json        written last: a run with this file is finished
+prediction.json    the planner's prediction, if the run was planned
+report.html        the report, written by ``lorakit train`` and ``lorakit report``
 =================  ===================================================================================
 """
 
@@ -46,20 +46,20 @@ CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "ten
 FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT, PREDICTION)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 OF_A_RUN = {"base", "data", "method", "output"}
-"""Settings that every run has, by which its config.yaml is told from another."""
+"""Settings of every run, which identify its config.yaml."""
 
-# What two sessions of one run may differ in: how the run is started, not what it computes.
+# Settings that may differ between the sessions of a run: they do not change results.
 NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run has to show."""
+    """Result of a finished run."""
 
     folder: Path
     """The run folder."""
     steps: int
-    """Optimizer steps made."""
+    """Optimizer steps of the run."""
     stopped_early: bool
     """Whether early stopping ended the run."""
     train_loss: float | None
@@ -69,18 +69,18 @@ class RunResult:
     scores: dict[str, float] = field(default_factory=dict)
     """Validation scores after the last step."""
     best_step: int | None
-    """Step with the best validation score, whose adapter is in best/."""
+    """Step with the best validation score; best/ has its adapter."""
     best_scores: dict[str, float] = field(default_factory=dict)
     """Validation scores at that step."""
     tokens: int
-    """Tokens of the examples of all training steps, each example's counted in full."""
+    """Tokens of the examples of all training steps, without savings by packing."""
     computed_tokens: int = 0
-    """Tokens pushed through the model for them: fewer where prefixes are shared, more with padding."""
+    """Tokens that the model computed for them: fewer with shared prefixes, more with padding."""
     seconds: float
-    """Time spent in training steps, over all sessions."""
+    """Time in training steps, over all sessions."""
     peak_memory: int
-    """Largest resident memory of the process in bytes in the run's last session (of the GPU's, where there is one).
-    Where the system cannot start counting anew (macOS, Windows), that of the process since its start."""
+    """Peak memory in the run's last session, in bytes: of the GPU if the run uses one, else the resident set of the
+    process. On systems that cannot reset it (macOS, Windows), the peak since the process started."""
 
     @property
     def adapter(self) -> Path:
@@ -94,13 +94,13 @@ class RunResult:
 
 
 class JsonLines:
-    """A growing file of JSON objects, one per line, each with a `step`."""
+    """An append-only file of JSON objects, one per line, each with a `step`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, **record: Any) -> None:
-        """Write one line; a killed process leaves at most the last one incomplete."""
+        """Append one line; a killed process leaves at most the last line incomplete."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -113,7 +113,7 @@ class JsonLines:
             file.write(line)
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of later steps, and a last line that was cut off.
+        """Drop the lines of later steps, and an incomplete last line.
 
         Raises:
             RunFolderError: Another line is damaged.
@@ -121,31 +121,27 @@ class JsonLines:
         if not self.path.exists():
             return
         with storage.reading(self.path, RunFolderError):
-            *lines, last = self.path.read_bytes().split(b"\n")
-        # Every line is written with its end: what a killed process left of one has none.
-        with suppress(ValueError):
-            lines += [last] if last and _step_of(last) <= step else []
-        kept = [
-            line for number, line in enumerate(lines, 1) if self._checked_step(line, number) <= step
-        ]
+            lines = self.path.read_bytes().split(b"\n")
+        remaining = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if _step_of(line) <= step:
+                    remaining.append(line + b"\n")
+            except ValueError as error:
+                if number < len(lines):  # only an incomplete line has no newline
+                    raise RunFolderError(
+                        f"{self.path}:{number} is damaged: {error}. Delete that line to resume the run."
+                    ) from None
         with storage.atomic_file(self.path) as temporary:
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-
-    def _checked_step(self, line: bytes, number: int) -> int:
-        try:
-            return _step_of(line)
-        except ValueError as error:
-            raise RunFolderError(
-                f"{self.path}:{number} is damaged: {error}. Delete that line to go on with the run."
-            ) from None
+            temporary.write_bytes(b"".join(remaining))
 
 
 def _step_of(line: bytes) -> int:
-    """The step of a line of JsonLines; ValueError where it is none."""
+    """Return the step of a line of JsonLines, or raise a ValueError."""
     record = json.loads(line)
     step = record.get("step") if isinstance(record, dict) else None
     if type(step) is not int:
-        raise ValueError("it is no object with a step")
+        raise ValueError("expected a JSON object with a step")
     return step
 
 
@@ -157,31 +153,19 @@ class RunFolder:
         self.config = config
         self.metrics = JsonLines(path / METRICS)
         self.samples = JsonLines(path / SAMPLES)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def adapter(self) -> Path:
-        """Where the adapter goes after the last step."""
-        return self.path / ADAPTER
-
-    @property
-    def best(self) -> Path:
-        """Where the adapter with the best validation score goes."""
-        return self.path / BEST
+        self.checkpoints = path / CHECKPOINTS
+        self.adapter = path / ADAPTER
+        self.best = path / BEST
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run."""
+        """The shell command that resumes this run."""
         return shlex.join(
             ["lorakit", "train", "--config", str(self.path / CONFIG), "--resume", "true"]
         )
 
     def claim(self) -> None:
-        """Make the folder that of this run: until now nothing in it was changed, an old run included."""
+        """Write config.yaml into the folder, after deleting the old run if `overwrite` is set."""
         if self.config.overwrite:
             _delete(self.path)
         if not (self.path / CONFIG).exists():
@@ -194,7 +178,7 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
 
     def begin(self, state: State, device: torch.device, sizes: Mapping[str, int]) -> None:
-        """Note this session in environment.json, and forget what was recorded after `state`."""
+        """Add this session to environment.json, and drop metrics and samples recorded after `state`."""
         step = state.step if state.started else -1
         self.metrics.truncate(step)
         self.samples.truncate(step)
@@ -205,7 +189,7 @@ class RunFolder:
             storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
 
     def finish(self, state: State, device: torch.device) -> RunResult:
-        """Write result.json, which marks the run as finished, and return what it says."""
+        """Write result.json, which marks the run as finished, and return its content."""
         result = RunResult(
             folder=self.path,
             steps=state.step,
@@ -221,13 +205,13 @@ class RunFolder:
             peak_memory=peak_memory(device),
         )
         record = dataclasses.asdict(result)
-        del record["folder"]  # the folder may be moved
+        del record["folder"]  # users may move the folder
         with storage.atomic_file(self.path / RESULT) as temporary:
             storage.write_record(temporary, record)
         return result
 
     def result(self) -> RunResult | None:
-        """Return the result of a finished run that is to be kept, else None."""
+        """Return the result of a finished run; None if it is unfinished or will be overwritten."""
         path = self.path / RESULT
         if self.config.overwrite or not (path.exists() and self.adapter.exists()):
             return None
@@ -237,19 +221,19 @@ class RunFolder:
 
 @contextmanager
 def open_run(config: TrainConfig) -> Iterator[RunFolder]:
-    """Open (or make) the run folder `config.output` for this process alone.
+    """Open or create the run folder `config.output`, and lock it for this process.
 
-    Nothing in it changes before `RunFolder.claim`: a run that fails at once (a misspelt target, an empty data
-    file) leaves an old run whole, and no folder where there was none.
+    The folder does not change before `RunFolder.claim`. If a run fails before that (a misspelt target, an empty data
+    file), it leaves an old run intact, and removes a new folder.
 
     Raises:
-        RunFolderError: Another run writes to it, it holds other files, or it holds a run that `config` neither
-            resumes nor overwrites.
-        ConfigurationError: The run to resume was configured otherwise.
+        RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
+            that `config` neither resumes nor overwrites.
+        ConfigurationError: The run to resume has other settings.
     """
     path = Path(config.output)
     target = storage.require_free_folder(path, overwrite=True)
-    _require_own(path)  # before the lock, which is a file in it
+    _require_run_or_empty(path)  # before the lock, which is a file in the folder
     config = _resolved(config)
     new = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
@@ -260,18 +244,18 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
                 yield RunFolder(path, config)
             finally:
                 if not (path / CONFIG).exists():
-                    # Inside the lock: once it is released, another run may hold this very file.
+                    # Before the lock is released: afterwards another run may hold this file.
                     for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
                         (path / name).unlink(missing_ok=True)
     finally:
         if not (path / CONFIG).exists():
             for folder in new:
-                with suppress(OSError):  # something else has moved in
+                with suppress(OSError):  # another process has added a file
                     folder.rmdir()
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    """Replace what depends on the machine or the method by what it is, so that config.yaml says it."""
+    """Return `config` with the resolved dtype and learning rate, so that config.yaml records them."""
     dtype = resolved_dtype(config.base.dtype, pick_device(config.base.device))
     return dataclasses.replace(
         config,
@@ -281,33 +265,34 @@ def _resolved(config: TrainConfig) -> TrainConfig:
 
 
 def _startable(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings without the two that say how this session was started."""
+    """Return the settings for config.yaml: all but `resume` and `overwrite`, which apply to one session."""
     settings = config.as_dict()
     del settings["resume"], settings["overwrite"]
     return settings
 
 
-def _require_own(path: Path) -> None:
-    """Refuse a folder of other things: a typing error in `output` must neither mix with them nor delete them."""
+def _require_run_or_empty(path: Path) -> None:
+    """Reject a folder that is not a run: a typing error in `output` must not overwrite or delete other files."""
     if not path.exists():
         return
     if (path / CONFIG).exists():
         if read_settings(path):
             return
         raise RunFolderError(
-            f"{path} is not a run folder: its {CONFIG} is not that of a run. Choose a new or empty folder as output."
+            f"{path} is not a run folder: its {CONFIG} does not have the settings of a run. Choose a new or empty "
+            "folder as output."
         )
     others = [entry.name for entry in path.iterdir() if entry.name[0] != "."]
     if others:
         raise RunFolderError(
-            f"{path} is not a run folder: it has no {CONFIG}, but {', '.join(sorted(others)[:3])}. "
+            f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(sorted(others)[:3])}. "
             "Choose a new or empty folder as output."
         )
 
 
 def _delete(path: Path) -> None:
-    # The result goes first and the configuration last: whatever is left when this is interrupted is an
-    # unfinished run of this folder, to be resumed or overwritten.
+    # Deletes the result first and the configuration last: if this is interrupted, the folder contains an unfinished
+    # run, which can be resumed or overwritten.
     entries = [RESULT, *(n for n in (*FILES, *FOLDERS) if n not in (RESULT, CONFIG)), CONFIG]
     for name in entries:
         entry = path / name
@@ -322,15 +307,15 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if not config.resume:
         state = "a finished run" if (path / RESULT).exists() else "an unfinished run"
         raise RunFolderError(
-            f"{path} holds {state}. Set resume to go on with it, overwrite to delete it, or choose another output."
+            f"{path} contains {state}. Set resume to continue it, overwrite to delete it, or choose another output."
         )
     for name in (*FILES, *FOLDERS):
         if (path / name).exists() and (path / name).is_dir() != (name in FOLDERS):
-            found, expected = ("folder", "file") if name in FILES else ("file", "folder")
+            actual, expected = ("folder", "file") if name in FILES else ("file", "folder")
             raise RunFolderError(
-                f"{path / name} is a {found}, where a run has a {expected}. Move it away to go on with the run."
+                f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
-    then, now = _flat(read_settings(path)), _flat(_startable(config))
+    then, now = flat_settings(read_settings(path)), flat_settings(_startable(config))
     differences = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -338,14 +323,14 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     ]
     if differences:
         raise ConfigurationError(
-            f"The run in {path} was started with other settings: {'; '.join(differences)}. Resume it with its own "
+            f"The run in {path} has other settings: {'; '.join(differences)}. Resume it with its own settings "
             f"(--config {shlex.quote(str(path / CONFIG))} --resume true), or start a new run from its weights with "
             "from_adapter."
         )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings that a run folder records; empty where its file is not that of a run.
+    """Return the settings in a run folder's config.yaml; empty if the file does not have the settings of a run.
 
     Raises:
         RunFolderError: The file cannot be read, or is damaged.
@@ -353,19 +338,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     with storage.reading(path / CONFIG, RunFolderError):
         text = (path / CONFIG).read_text(encoding="utf-8")
     try:
-        found = yaml.safe_load(text)
+        settings = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
             f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another folder."
         ) from None
-    return found if isinstance(found, dict) and found.keys() >= OF_A_RUN else {}
+    return settings if isinstance(settings, dict) and settings.keys() >= OF_A_RUN else {}
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one mapping, by dotted name."""
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -1,6 +1,6 @@
-"""The learning rate over time, and which examples each step sees: both functions of the step number alone.
+"""The learning rate and the examples of each step.
 
-That is what makes a run resumable: a checkpoint needs to hold a step number, not the inside of an iterator.
+Both depend on the step number only, so a checkpoint stores a step number instead of the state of an iterator.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator
 from lorakit.training.config import Schedule
 
 Batches = list[list[int]]
-"""Numbers of the examples in each batch."""
+"""Indices of the examples in each batch."""
 
 
 def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> float:
     """Return the factor on the peak learning rate at `step`, counted from 0.
 
-    The first step already moves the weights (factor 1 / warm-up steps), and no step within `total` has factor 0.
+    The factor of the first step is 1 / warm-up steps, and no step within `total` has factor 0.
 
     Args:
         step: Number of finished steps.
-        total: Number of steps of the run.
+        total: Number of steps in the run.
         warmup: Share of `total` if below 1, else a number of steps.
-        schedule: Course after the warm-up.
+        schedule: Shape of the decay after the warm-up.
     """
     rise = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     if step < rise:
@@ -38,8 +38,8 @@ def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> 
 class StepPlan:
     """The examples of each optimizer step: a sampler's batches, `accumulation` of them at a time.
 
-    A step does not reach over the end of an epoch, so the last of an epoch may hold fewer batches; the loss stays
-    right, since it is a mean over the targets that are there.
+    A step does not cross the end of an epoch, so the last step of an epoch may have fewer batches. Its loss is still
+    the mean over its targets.
     """
 
     def __init__(
@@ -55,12 +55,8 @@ class StepPlan:
         self.steps_per_epoch = math.ceil(len(sampler(0)) / accumulation)
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
 
-    def epoch(self, step: int) -> float:
-        """Return the number of passes over the data that `step` finished steps make."""
-        return step / self.steps_per_epoch
-
     def steps(self, start: int = 0) -> Iterator[Batches]:
-        """Yield the batches of each step from number `start` to the end of the run."""
+        """Yield the batches of each step, from step `start` to the end of the run."""
         first_epoch, skipped = divmod(start, self.steps_per_epoch)
         endless = (
             batches[position : position + self._accumulation]

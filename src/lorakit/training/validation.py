@@ -1,4 +1,4 @@
-"""Evaluation during training: scores, samples, the best adapter so far, early stopping."""
+"""Evaluation during training: scores, samples, the best adapter, early stopping."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorakit.training.setup import Job, spread
 
 
 def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporter) -> None:
-    """Score the validation data into `state`, and save the adapter to best/ where it is the best so far.
+    """Score the validation data, and save the adapter to best/ if it is the best so far.
 
-    Does nothing without validation data. The scores before the first step are kept for comparison, but the untrained
-    adapter is no candidate for the best.
+    Without validation data this does nothing. `state` keeps the scores before the first step for comparison; the
+    untrained adapter is never the best.
     """
     state.started = True
     if not job.scored:
@@ -45,8 +45,8 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         show.scores(state)
         return
     best = state.best_scores.get(settings.metric)
-    found, less = state.scores[settings.metric], job.task.less_is_better
-    if improved := is_better(settings.metric, found, best, less_is_better=less):
+    score, less = state.scores[settings.metric], job.task.less_is_better
+    if improved := is_better(settings.metric, score, best, less_is_better=less):
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
         job.save_adapter(run.best, state)
     else:
@@ -58,17 +58,17 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
 
 
 def _require_finite(scores: dict[str, float], task: str) -> None:
-    """Refuse what no choice can be made by, at the latest before the first step."""
+    """Reject non-finite scores, before the first step at the latest."""
     for name, score in scores.items():
         if not math.isfinite(score):
             raise LorakitError(
-                f"The {name} of the validation data is {score}. Where training has not diverged, the scores of task "
-                f"{task} must be finite whatever the predictions: return 0 where {name} is not defined."
+                f"The {name} of the validation data is {score}. If training has not diverged, fix the scores of task "
+                f"{task}: they must be finite for all predictions. Return 0 where {name} is undefined."
             )
 
 
 def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
-    """Generate for some validation prompts, record what came, and return its scores."""
+    """Generate text for some validation prompts, record it in samples.jsonl, and return its scores."""
     settings = job.config.evaluation
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())

@@ -1,7 +1,7 @@
-"""Training on from an adapter, perhaps one of another task: its head is carried over as far as it fits.
+"""Start training from an existing adapter, also one of another task.
 
 The paper starts MRPC, RTE and STS-B from the adapter of MNLI. The official code drops the head's last layer, whose
-shape differs (3 classes against 2 or 1), and carries over the rest, RoBERTa's `classifier.dense` for one.
+shape differs (3 classes against 2 or 1), and loads the other layers, for example RoBERTa's `classifier.dense`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from lorakit.models.loading import Base
 
 
 def warm_start(base: Base, path: str, *, name: str) -> Adapters:
-    """Put the adapter at `path` on a base to be trained on, and tell in its notices which parts of the head are new.
+    """Load the adapter at `path` on `base` for training; add a notice about the parts of the head that are new.
 
     Raises:
-        LorakitError: The adapter cannot be read, or does not fit the base in more than its head.
+        LorakitError: The adapter cannot be read, or more than its head does not fit the base.
     """
     stored = formats.read(path)
     heads = classification_head(base.model)
-    anew = []
-    for parameter, fresh in base.model.named_parameters():
-        known = stored.trained.get(parameter, stored.base_copies.get(parameter))
-        if known is None or known.shape == fresh.shape:
-            continue
-        if any(is_inside(parameter, head) for head in heads):
-            stored.trained[parameter] = fresh.detach().clone()
+    of_head = {
+        parameter: tensor
+        for parameter, tensor in base.model.named_parameters()
+        if any(is_inside(parameter, head) for head in heads)
+    }
+    shapes = {}
+    for parameter, new in of_head.items():
+        old = stored.trained.get(parameter, stored.base_copies.get(parameter))
+        if old is not None and old.shape != new.shape:
+            stored.trained[parameter] = new.detach().clone()
             stored.base_copies.pop(parameter, None)
-            anew.append(f"{parameter} {tuple(known.shape)} -> {tuple(fresh.shape)}")
+            shapes[parameter] = f"{parameter} {tuple(old.shape)} -> {tuple(new.shape)}"
     adapters = load_stored(base.model, stored, path, name=name, trainable=True)
-    if anew:
-        kept = [n for n in stored.trained if any(is_inside(n, head) for head in heads)]
-        kept = [n for n in kept if not any(entry.startswith(f"{n} ") for entry in anew)]
+    if shapes:
+        loaded = ", ".join(n for n in stored.trained if n in of_head and n not in shapes)
         base.notices.append(
-            f"warm start from {path}: its head is for another task, so {', '.join(anew)} starts anew; "
-            + (f"{', '.join(kept)} and the adapter" if kept else "the adapter")
-            + " carried over"
+            f"warm start from {path}: its head is for another task, so {', '.join(shapes.values())} is new; "
+            f"loaded {loaded + ' and ' if loaded else ''}the adapter"
         )
     return adapters
