@@ -192,7 +192,7 @@ def open_grid(
                 f"{'; '.join(f'{name}: {why}' for name, why in reasons.items())}. Choose others with --methods."
             )
         if config.seconds is not None and not setup.steps:
-            setup.steps, setup.timing = divide(config.seconds, grid.runner, cells, config, say)
+            setup.steps, setup.timing = divide(config.seconds, grid.runner, cells, say)
         with storage.atomic_file(path) as temporary:
             record = {"settings": _settings(config), "plan": asdict(setup)}
             storage.write_record(temporary, record)

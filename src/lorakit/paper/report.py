@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from lorakit import storage
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import FALLBACK_EPOCHS
 from lorakit.version import __version__
 
 _EMPTY = "-"
+
+
+def write(config: PaperConfig, page: str, record: dict[str, Any]) -> tuple[Path, Path]:
+    """Write the Markdown page and the JSON file of a table; return their paths."""
+    contents = {".md": page, ".json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
+    paths = []
+    for suffix, text in contents.items():
+        paths.append(config.folder / f"{config.table}{suffix}")
+        with storage.atomic_file(paths[-1]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return paths[0], paths[1]
 
 
 def markdown(comparison: Comparison) -> str:
