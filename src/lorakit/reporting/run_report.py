@@ -19,7 +19,6 @@ from lorakit.reporting.charts import (
 )
 from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
-    Answer,
     Block,
     Cell,
     Code,
@@ -32,7 +31,7 @@ from lorakit.reporting.page import (
 )
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
-from lorakit.reporting.run_summary import best_step, in_sentence, key_figures, subtitle, summary
+from lorakit.reporting.run_summary import in_sentence, key_figures, subtitle, summary
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
@@ -61,21 +60,21 @@ def run_page(
     """
     sections = [
         Section(title="Overview", blocks=[key_figures(run)]),
-        _scores(run),
-        _curves(run),
-        _samples(run),
-        _adapter(run),
+        Section(title="Scores", blocks=_scores(run)),
+        Section(title="Curves", blocks=_curves(run)),
+        Section(title="Samples", blocks=_samples(run)),
+        Section(title="Adapter size", blocks=_adapter(run)),
         *analysis,
-        _speed(run),
-        _configuration(run),
-        _origin(run),
+        Section(title="Speed and memory", blocks=_speed(run)),
+        Section(title="Configuration", blocks=_configuration(run)),
+        Section(title="Data and provenance", blocks=_origin(run)),
     ]
     return Page(
         kind="Training run",
         title=run.name,
         subtitle=subtitle(run),
         summary=summary(run),
-        sections=[section for section in sections if section is not None and section.blocks],
+        sections=sections,
     )
 
 
@@ -104,7 +103,7 @@ def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None
     if name == "learning_rate":
         title = "Learning rate"
     marks = []
-    if split == "validation" and not several and (best := best_step(runs[0])):
+    if split == "validation" and not several and (best := runs[0].best_step):
         marks = [Mark(at=best, text="best")]
     return line_chart(
         title,
@@ -116,22 +115,20 @@ def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None
     )
 
 
-def curves_section(charts: Sequence[Chart | None], caption: str) -> Section | None:
-    """Return a section of the charts that are not None, or None if all are."""
+def curves_figure(charts: Sequence[Chart | None], caption: str) -> list[Block]:
+    """Return a figure of the charts that are not None, if any."""
     drawn = tuple(chart for chart in charts if chart is not None)
-    if not drawn:
-        return None
-    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
+    return [Figure(caption=caption, charts=drawn, name="curves")] if drawn else []
 
 
 # --- sections ------------------------------------------------------------------------------------
 
 
-def _scores(run: RunRecord) -> Section | None:
+def _scores(run: RunRecord) -> list[Block]:
     before, after, best = run.scores("before"), run.scores("after"), run.scores("best")
     if not after:
-        return None
-    step = best_step(run)
+        return []
+    step = run.best_step
     shows_best = step is not None and run.result is not None and step != run.result.get("steps")
     columns = ["Score", "Before training", "After training", "Change", "Verdict"]
     if shows_best:
@@ -149,12 +146,10 @@ def _scores(run: RunRecord) -> Section | None:
         ]
         rows.append([*row, best.get(name)] if shows_best else row)
     caption = "Scores on the validation data, which is not used for training."
-    return Section(
-        title="Scores", blocks=[Table(caption=caption, columns=tuple(columns), rows=rows)]
-    )
+    return [Table(caption=caption, columns=tuple(columns), rows=rows)]
 
 
-def _curves(run: RunRecord) -> Section | None:
+def _curves(run: RunRecord) -> list[Block]:
     names = [name for name in run.scores("after") if name != "perplexity"]
     charts = [loss_chart([run], "train", "loss")]
     charts += [loss_chart([run], "validation", name) for name in names]
@@ -164,16 +159,16 @@ def _curves(run: RunRecord) -> Section | None:
     if norm := run.points("train", "gradient_norm"):
         series = [Series(name="gradient norm", points=norm)]
         charts.append(line_chart("Gradient norm, before clipping", series, x="step", y="norm"))
-    return curves_section(
+    return curves_figure(
         charts,
         "Over the optimizer's steps. The vertical axes start at the data, not at 0. "
         "Point at a curve to read its numbers.",
     )
 
 
-def _samples(run: RunRecord) -> Section | None:
+def _samples(run: RunRecord) -> list[Block]:
     if not run.samples:
-        return None
+        return []
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
     first_records = {str(r.get("prompt")): r for r in run.samples if r["step"] == first}
     last_records = [r for r in run.samples if r["step"] == last]
@@ -181,29 +176,25 @@ def _samples(run: RunRecord) -> Section | None:
     for record in last_records[:SHOWN_SAMPLES]:
         prompt, after = str(record.get("prompt")), str(record.get("output", ""))
         references = record.get("references")
-        answers = [Answer(label=f"Step {last:,}", pieces=plain(after))]
+        answers = [(f"Step {last:,}", plain(after))]
         if first != last and prompt in first_records:
             old, new = compared(str(first_records[prompt].get("output", "")), after)
             label = "Before training" if first == 0 else f"Step {first:,}"
-            answers = [
-                Answer(label=label, pieces=old),
-                Answer(label=f"After {last:,} steps", pieces=new),
-            ]
+            answers = [(label, old), (f"After {last:,} steps", new)]
         if isinstance(references, Sequence) and references:
-            text = plain(str(references[0]))
-            answers.append(Answer(label=reference_label(references), pieces=text))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+            answers.append((reference_label(references), plain(str(references[0]))))
+        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
     caption = (
         f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "
         "that differ between the texts before and after are marked."
     )
-    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(samples))])
+    return [Samples(caption=caption, samples=tuple(samples))]
 
 
-def _adapter(run: RunRecord) -> Section | None:
+def _adapter(run: RunRecord) -> list[Block]:
     sizes = run.sizes
     if run.adapter_bytes is None or "base_bytes" not in sizes:
-        return None
+        return []
     bytes_of = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
     counts = {"base": sizes["base_parameters"], "trained": sizes["trained_parameters"]}
     charts = (
@@ -216,18 +207,15 @@ def _adapter(run: RunRecord) -> Section | None:
         ),
     )
     caption = "The adapter and its base, on one scale."
-    return Section(
-        title="Adapter size", blocks=[Figure(caption=caption, charts=charts, name="adapter-size")]
-    )
+    return [Figure(caption=caption, charts=charts, name="adapter-size")]
 
 
-def _speed(run: RunRecord) -> Section | None:
-    predicted = run.predicted
+def _speed(run: RunRecord) -> list[Block]:
     blocks: list[Block] = []
-    if rows := _measured(run, predicted):
-        caption = "Measured and predicted quantities." if predicted else "Measured quantities."
+    if rows := _measured(run):
+        caption = "Measured and predicted quantities." if run.predicted else "Measured quantities."
         columns = ("Quantity", "Predicted", "Measured", "Measured / predicted")
-        if not predicted:
+        if not run.predicted:
             columns, rows = columns[::2], [row[::2] for row in rows]
         blocks.append(Table(caption=caption, columns=columns, rows=rows))
     if len(points := _throughput(run)) > 1:
@@ -235,25 +223,23 @@ def _speed(run: RunRecord) -> Section | None:
         chart = line_chart("Throughput", series, x="step", y="tokens a second")
         caption = "Tokens of the examples per second of training, without the time of evaluations."
         blocks.append(Figure(caption=caption, charts=(chart,), name="throughput"))
-    return Section(title="Speed and memory", blocks=blocks) if blocks else None
+    return blocks
 
 
-def _measured(run: RunRecord, predicted: Mapping[str, float]) -> list[tuple[Cell, ...]]:
-    measured: dict[str, float] = {}
-    if seconds := run.total("seconds"):
-        measured["seconds"] = seconds
-        measured["tokens_per_second"] = (run.total("tokens") or 0) / seconds
-    if run.result and run.result.get("peak_memory"):
-        measured["peak_memory"] = run.result["peak_memory"]
-    if run.adapter_bytes is not None:
-        measured["adapter_bytes"] = run.adapter_bytes
+def _measured(run: RunRecord) -> list[tuple[Cell, ...]]:
+    measured = {
+        "seconds": run.total("seconds") or None,
+        "tokens_per_second": run.tokens_per_second,
+        "peak_memory": (run.result or {}).get("peak_memory") or None,
+        "adapter_bytes": run.adapter_bytes,
+    }
     rows: list[tuple[Cell, ...]] = []
     for key, (label, shown) in PREDICTED.items():
-        if key in measured:
-            expected = predicted.get(key)
+        if (value := measured[key]) is not None:
+            expected = run.predicted.get(key)
             expected_text = None if expected is None else shown(expected)
-            ratio = f"{measured[key] / expected:.2f}" if expected else None
-            rows.append((label, expected_text, shown(measured[key]), ratio))
+            ratio = f"{value / expected:.2f}" if expected else None
+            rows.append((label, expected_text, shown(value), ratio))
     tokens, computed = run.total("tokens"), run.total("computed_tokens")
     if tokens and computed:
         text = f"{computed:,.0f} ({percentage(computed, tokens)})"
@@ -274,22 +260,16 @@ def _throughput(run: RunRecord) -> list[tuple[float, float]]:
     ]
 
 
-def _configuration(run: RunRecord) -> Section:
-    text = settings_text(run)
-    return Section(
-        title="Configuration",
-        blocks=[
-            Table(
-                caption="The most important settings.",
-                columns=("Setting", "Value"),
-                rows=main_settings(run),
-            ),
-            Code(text=text, label="All settings, with defaults (config.yaml)", folded=True),
-        ],
-    )
+def _configuration(run: RunRecord) -> list[Block]:
+    caption, columns = "The most important settings.", ("Setting", "Value")
+    label = "All settings, with defaults (config.yaml)"
+    return [
+        Table(caption=caption, columns=columns, rows=main_settings(run)),
+        Code(text=settings_text(run), label=label, folded=True),
+    ]
 
 
-def _origin(run: RunRecord) -> Section:
+def _origin(run: RunRecord) -> list[Block]:
     blocks: list[Block] = []
     data = run.provenance.get("data")
     if isinstance(data, Mapping) and data:
@@ -328,11 +308,7 @@ def _origin(run: RunRecord) -> Section:
         blocks.append(Table(caption=caption, columns=("Fact", "Value"), rows=rows))
     if run.command is not None:
         blocks.append(Code(text=run.command, label="The command that started the run"))
-    again = shlex.join(["lorakit", "train", "--config", str(run.folder / CONFIG)])
-    blocks.append(
-        Code(
-            text=f"{again} --output {shlex.quote(f'{run.folder}-again')}",
-            label="The command that repeats the run with all settings",
-        )
-    )
-    return Section(title="Data and provenance", blocks=blocks)
+    again = ["--config", str(run.folder / CONFIG), "--output", f"{run.folder}-again"]
+    label = "The command that repeats the run with all settings"
+    blocks.append(Code(text=shlex.join(["lorakit", "train", *again]), label=label))
+    return blocks

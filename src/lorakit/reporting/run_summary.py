@@ -9,6 +9,7 @@ from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
+from lorakit.reporting.run_settings import setting
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
 """Scores that are named after people."""
@@ -16,9 +17,7 @@ PEOPLE = ("Matthews", "Pearson", "Spearman")
 
 def subtitle(run: RunRecord) -> str:
     """Return method, base and data on one line."""
-    data = run.config.get("data")
-    train = data.get("train") if isinstance(data, Mapping) else None
-    parts = [run.method, run.base_name, str(train or "")]
+    parts = [run.method, run.base_name, str(setting(run.config, "data.train") or "")]
     return " · ".join(part for part in parts if part)
 
 
@@ -47,10 +46,10 @@ def summary(run: RunRecord) -> list[str]:
 
 def describe_method(run: RunRecord) -> str:
     """Return the method with its main setting, as the subject of a sentence."""
-    lora = run.config.get("lora")
-    if run.method.split("+")[0] == "lora" and isinstance(lora, Mapping) and "rank" in lora:
-        rest = "".join(f" with {name}" for name in run.method.split("+")[1:])
-        return f"A LoRA adapter of rank {lora['rank']}{rest}"
+    first, *others = run.method.split("+")
+    rank = setting(run.config, "lora.rank")
+    if first == "lora" and rank is not None:
+        return f"A LoRA adapter of rank {rank}{''.join(f' with {name}' for name in others)}"
     names = {"full": "The whole model", "bitfit": "BitFit: every bias"}
     return names.get(run.method, f"The method {run.method}")
 
@@ -70,8 +69,7 @@ def key_figures(run: RunRecord) -> KeyFigures:
         note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
         figures.append(KeyFigure(label="Adapter file", value=size(run.adapter_bytes), note=note))
     if seconds := run.total("seconds"):
-        tokens = run.total("tokens") or 0
-        note = f"{tokens / seconds:,.0f} tokens a second"
+        note = f"{run.tokens_per_second:,.0f} tokens a second"
         figures.append(
             KeyFigure(label="Time in training steps", value=duration(seconds), note=note)
         )
@@ -114,12 +112,6 @@ def _ending(result: Mapping[str, Any]) -> list[str]:
     if result.get("stopped_early"):
         sentences.append("Training stopped early because the validation score no longer improved.")
     return sentences
-
-
-def best_step(run: RunRecord) -> int | None:
-    """Return the step of the best validation score, or None."""
-    step = (run.result or {}).get("best_step")
-    return step if isinstance(step, int) else None
 
 
 def in_sentence(name: str) -> str:
