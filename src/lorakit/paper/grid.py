@@ -73,11 +73,6 @@ class Grid:
                 best = score, run.rate
         return best and best[1]
 
-    def outermost_rates(self, variant: Variant) -> set[float]:
-        """Return the smallest and the largest rate tried; empty with a single rate."""
-        rates = variant.rates(self.config.trials)
-        return {rates[0], rates[-1]} if len(rates) > 1 else set()
-
     def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
         """Return the runs of a cell, one per seed; empty until the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)

@@ -194,7 +194,8 @@ def _trials(comparison: Comparison) -> list[str]:
     for data_set, variant in grid.cells():
         trials = []
         chosen = grid.chosen_rate(data_set, variant)
-        for run in grid.trials(data_set, variant):
+        runs = grid.trials(data_set, variant)
+        for run in runs:
             record = grid.runner.record(run)
             if record is None:
                 continue
@@ -202,7 +203,7 @@ def _trials(comparison: Comparison) -> list[str]:
             outcome = "diverged" if record.failure or score is None else f"{score:.4f}"
             text = f"{run.rate:g}: {outcome}"
             trials.append(f"**{text}**" if run.rate == chosen else text)
-        if chosen in grid.outermost_rates(variant):
+        if len(runs) > 1 and chosen in (runs[0].rate, runs[-1].rate):
             trials.append("*outermost*")
         if trials:
             records = grid.records(data_set, variant)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.errors import require_choice
 from lorakit.paper.method_settings import bottleneck, lora, prefix
-from lorakit.paper.published import published
+from lorakit.paper.published import PublishedTable, published
 from lorakit.paper.study import Column, Study, StudyData, Variant
 
 
@@ -37,16 +37,22 @@ def _adapter_h(size: int, key: str = "") -> Variant:
     )
 
 
-def _lora_on(weights: str, rank: int, key: str = "") -> Variant:
-    """Return LoRA on these weight matrices, named as in the paper: q, k, v and o, separated by commas."""
+def _lora_on(setting: str, key: str = "") -> Variant:
+    """Return LoRA with a setting as in the paper: weight matrices (q, k, v, o) and a rank, such as ``q,v, r=4``."""
+    weights, rank = setting.split(", r=")
     names = weights.split(",")
     targets = ("attention.qv",) if weights == "q,v" else [f"attention.{name}" for name in names]
     return Variant(
         key=key or f"{''.join(names)}-r{rank}",
         method="LoRA",
-        settings=lora(rank, *targets),
-        setting=f"{weights}, r={rank}",
+        settings=lora(int(rank), *targets),
+        setting=setting,
     )
+
+
+def _lora_rows(table: PublishedTable) -> tuple[Variant, ...]:
+    """Return the published settings of LoRA."""
+    return tuple(_lora_on(row.setting) for row in table.rows if row.method == "LoRA")
 
 
 def _lora_of(rank: int, alpha: float = 16.0) -> Variant:
@@ -124,11 +130,10 @@ def _category_columns(categories: Mapping[str, str]) -> tuple[Column, ...]:
     )
 
 
+_DART = _category_columns({"": ""})
 _TABLE13 = Study(
     table=published("table13"),
-    data_sets=(
-        StudyData(key="dart", task="dart", columns=_category_columns({"": ""}), max_length=384),
-    ),
+    data_sets=(StudyData(key="dart", task="dart", columns=_DART, max_length=384),),
     variants=_GENERATION_VARIANTS,
 )
 _WEBNLG_COLUMNS = _category_columns({" U": " unseen", " S": " seen", " A": ""})
@@ -164,8 +169,8 @@ _TABLE4 = Study(
         Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 8)),
         _adapter_h(1, key="adapter_h"),
         _adapter_h(8),
-        _lora_on("q,v", 1, key="lora"),
-        _lora_on("q,v", 8, key="lora-8"),
+        _lora_on("q,v, r=1", key="lora"),
+        _lora_on("q,v, r=8", key="lora-8"),
     ),
     notes=(_HEAD,),
 )
@@ -173,13 +178,7 @@ _TABLE4 = Study(
 _TABLE5 = Study(
     table=published("table5"),
     data_sets=(_WIKISQL, _MNLI_M),
-    variants=tuple(
-        _lora_on(weights, rank)
-        for weights, rank in (
-            *(("q", 8), ("k", 8), ("v", 8), ("o", 8)),
-            *(("q,k", 4), ("q,v", 4), ("q,k,v,o", 2)),
-        )
-    ),
+    variants=_lora_rows(published("table5")),
     notes=(
         _HEAD,
         "The rows have equal parameter counts only if all four matrices are square; with fewer key and value heads "
@@ -190,9 +189,7 @@ _TABLE5 = Study(
 _TABLE6 = Study(
     table=published("table6"),
     data_sets=(_WIKISQL, _MNLI_M),
-    variants=tuple(
-        _lora_on(weights, rank) for weights in ("q", "q,v", "q,k,v,o") for rank in (1, 2, 4, 8, 64)
-    ),
+    variants=_lora_rows(published("table6")),
     notes=(_HEAD, "alpha stays 16 at every rank."),
 )
 
@@ -215,13 +212,7 @@ _TABLE15 = Study(
             for length, infix in lengths
         ),
         *(_adapter_h(size) for size in (1, 4, 8, 16, 64)),
-        *(
-            _lora_on(weights, rank)
-            for weights, rank in (
-                *(("v", 2), ("q,v", 1), ("q,v", 2), ("q,k,v,o", 1), ("q,v", 4), ("q,k,v,o", 2)),
-                *(("q,v", 8), ("q,k,v,o", 4), ("q,v", 64), ("q,k,v,o", 64)),
-            )
-        ),
+        *_lora_rows(published("table15")),
         *(
             Variant(
                 key=f"lora+{short}-{rank}",
@@ -265,20 +256,14 @@ _TABLE16 = Study(
     ),
 )
 
+_TABLE18_COLUMNS = (
+    Column(name="loss", score="loss", digits=3),
+    replace(_E2E_COLUMNS[0], digits=4),
+    *(replace(column, scale=1.0, digits=4) for column in _E2E_COLUMNS[1:]),
+)
 _TABLE18 = Study(
     table=published("table18"),
-    data_sets=(
-        StudyData(
-            key="e2e",
-            task="e2e_nlg",
-            columns=(
-                Column(name="loss", score="loss", digits=3),
-                replace(_E2E_COLUMNS[0], digits=4),
-                *(replace(column, scale=1.0, digits=4) for column in _E2E_COLUMNS[1:]),
-            ),
-            max_length=256,
-        ),
-    ),
+    data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_TABLE18_COLUMNS, max_length=256),),
     variants=tuple(
         _lora_of(rank, alpha=32) for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     ),
@@ -288,18 +273,11 @@ _TABLE18 = Study(
     ),
 )
 
+_NORMS = tuple(Column(name=name, score=name, digits=2) for name in published("table7").columns)
 _TABLE7 = Study(
     table=published("table7"),
     base="minilm-l6",
-    data_sets=(
-        StudyData(
-            key="mnli",
-            task="mnli",
-            columns=tuple(
-                Column(name=name, score=name, digits=2) for name in published("table7").columns
-            ),
-        ),
-    ),
+    data_sets=(StudyData(key="mnli", task="mnli", columns=_NORMS),),
     variants=(_lora_of(4), _lora_of(64)),
     measures="amplification",
     notes=(

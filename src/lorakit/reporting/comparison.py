@@ -98,10 +98,9 @@ def _scores(runs: Sequence[RunRecord]) -> Table:
     names = _score_names(runs)
     rows: list[list[Cell]] = []
     for name in names:
-        before = [run.scores("before").get(name) for run in runs]
-        after = [run.scores("after").get(name) for run in runs]
-        rows.append([f"{measures.score_name(name)}, before", *before])
-        rows.append([f"{measures.score_name(name)}, after", *after])
+        for time in ("before", "after"):
+            values = [run.scores(time).get(name) for run in runs]
+            rows.append([f"{measures.score_name(name)}, {time}", *values])
     caption = "Scores on the validation data of each run, before and after training."
     return Table(caption=caption, columns=("Score", *(run.name for run in runs)), rows=rows)
 

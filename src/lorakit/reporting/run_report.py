@@ -129,7 +129,7 @@ def _scores(run: RunRecord) -> list[Block]:
     if not after:
         return []
     step = run.best_step
-    shows_best = step is not None and run.result is not None and step != run.result.get("steps")
+    shows_best = step is not None and step != (run.result or {}).get("steps")
     columns = ["Score", "Before training", "After training", "Change", "Verdict"]
     if shows_best:
         columns.append(f"Best, step {step:,}")
@@ -197,14 +197,9 @@ def _adapter(run: RunRecord) -> list[Block]:
         return []
     bytes_of = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
     counts = {"base": sizes["base_parameters"], "trained": sizes["trained_parameters"]}
-    charts = (
-        bar_chart("Bytes", bytes_of, x="", texts={name: size(n) for name, n in bytes_of.items()}),
-        bar_chart(
-            "Parameters",
-            counts,
-            x="",
-            texts={name: rounded_count(count) for name, count in counts.items()},
-        ),
+    charts = tuple(
+        bar_chart(title, bars, x="", texts={name: shown(value) for name, value in bars.items()})
+        for title, bars, shown in (("Bytes", bytes_of, size), ("Parameters", counts, rounded_count))
     )
     caption = "The adapter and its base, on one scale."
     return [Figure(caption=caption, charts=charts, name="adapter-size")]
