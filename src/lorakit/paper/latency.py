@@ -197,14 +197,13 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
             for t, b, setting in zip(method_timings, bare, SETTINGS, strict=True)
         ]
         measured.append([config.base.name, name, sizes or "none", *cells])
-    bold = [[f"**{cell}**" for cell in row] for row in measured]
     notes = "\n".join(f"- {note}" for note in paper.notes)
     passes = ", ".join(str(t.passes) for t in bare)
     text = (
         f"# Table 1 on {config.base.name}\n\n{paper.title}, as published. The rows in bold are measured on "
         f"`{config.base.name}`: mean of {passes} passes ± standard deviation, and the difference from the model "
         f"without adapters. The passes of the methods are interleaved, on {_device(config)}.\n\n"
-        f"```console\n$ {config.command}\n```\n\n{table(head, rows + bold)}\n\n"
+        f"```console\n$ {config.command}\n```\n\n{table(head, rows, measured)}\n\n"
         f"## Notes\n\n{notes}\n- Adapters have the paper's share of the base's parameters: {SMALL:.2%}, {LARGE:.1%} "
         f"and {LARGE:.1%}. The length is at most the base's context. The batch is halved until at least "
         f"{FEWEST_PASSES} passes of each method fit into the time.\n"

@@ -151,14 +151,16 @@ def _statistic(grid: Grid) -> str:
 
 def _table(comparison: Comparison) -> str:
     head, body, published = rows(comparison)
-    bold = [[f"**{cell}**" if cell != _EMPTY else cell for cell in row] for row in body[published:]]
-    return table(head, body[:published] + bold)
+    return table(head, body[:published], measured=body[published:])
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, right-aligned from the third column."""
+def table(
+    head: Sequence[str], body: Sequence[Sequence[str]], measured: Sequence[Sequence[str]] = ()
+) -> str:
+    """Return a Markdown table, right-aligned from the third column, with the measured rows in bold at the end."""
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+    bold = [[cell if cell == _EMPTY else f"**{cell}**" for cell in row] for row in measured]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body, *bold))
 
 
 def _differences(comparison: Comparison) -> list[str]:

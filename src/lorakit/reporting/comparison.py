@@ -12,11 +12,7 @@ from lorakit.reporting import measures
 from lorakit.reporting.differences import plain
 from lorakit.reporting.page import Block, Cell, Code, Page, Sample, Samples, Section, Table
 from lorakit.reporting.run_record import RunRecord
-from lorakit.reporting.run_report import (
-    SHOWN_SAMPLES,
-    curves_figure,
-    loss_chart,
-)
+from lorakit.reporting.run_report import SHOWN_SAMPLES, curves_figure, loss_chart
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
 

@@ -9,14 +9,7 @@ from collections.abc import Mapping, Sequence
 from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
-from lorakit.reporting.charts import (
-    Chart,
-    Figure,
-    Series,
-    bar_chart,
-    line_chart,
-    running_mean,
-)
+from lorakit.reporting.charts import Chart, Figure, Series, bar_chart, line_chart, running_mean
 from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
     Block,
@@ -47,11 +40,7 @@ PREDICTED = {
 """Quantities that can be predicted for a run: label and number format by key."""
 
 
-def run_page(
-    run: RunRecord,
-    *,
-    analysis: Sequence[Section] = (),
-) -> Page:
+def run_page(run: RunRecord, *, analysis: Sequence[Section] = ()) -> Page:
     """Return the page of a run.
 
     Args:
@@ -80,39 +69,30 @@ def run_page(
 
 def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None:
     """Return a chart of a metric over the steps of one or several runs, or None if no run has it."""
-    several = len(runs) > 1
+    several, validation = len(runs) > 1, split == "validation"
+    score, is_rate = measures.score_name(name), name == "learning_rate"
     series: list[Series] = []
     for i, run in enumerate(runs):
         points = run.points(split, name)
-        label = run.name if several else f"{measures.score_name(name).lower()} of a step"
-        if split == "validation" or len(points) < SMOOTHED_FROM:
-            dots = split == "validation"
-            series.append(Series(name=label, points=points, dots=dots, colour=i))
-        else:
+        smooth = not validation and len(points) >= SMOOTHED_FROM
+        if not (smooth and several):
+            label = run.name if several else f"{score.lower()} of a step"
+            series.append(
+                Series(name=label, points=points, faint=smooth, dots=validation, colour=i)
+            )
+        if smooth:
             window = max(5, len(points) // 30)
-            mean = running_mean(points, window)
-            mean_label = run.name if several else f"mean of {window} steps"
-            if not several:
-                series.append(Series(name=label, points=points, faint=True, colour=i))
-            series.append(Series(name=mean_label, points=mean, colour=i))
-    series = [one for one in series if one.finite()]
-    if not series:
+            label = run.name if several else f"mean of {window} steps"
+            series.append(Series(name=label, points=running_mean(points, window), colour=i))
+    if not any(one.finite() for one in series):
         return None
-    data = "Training" if split == "train" else "Held-out"
-    title = f"{data} {in_sentence(measures.score_name(name))}"
-    if name == "learning_rate":
-        title = "Learning rate"
+    data = "Held-out" if validation else "Training"
+    title = "Learning rate" if is_rate else f"{data} {in_sentence(score)}"
     marks = []
-    if split == "validation" and not several and (best := runs[0].best_step):
+    if validation and not several and (best := runs[0].best_step):
         marks = [Mark(at=best, text="best")]
-    return line_chart(
-        title,
-        series,
-        x="step",
-        y=measures.score_name(name),
-        marks=marks,
-        y_format="~e" if name == "learning_rate" else None,
-    )
+    y_format = "~e" if is_rate else None
+    return line_chart(title, series, x="step", y=score, marks=marks, y_format=y_format)
 
 
 def curves_figure(charts: Sequence[Chart | None], caption: str) -> list[Block]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
@@ -38,10 +37,7 @@ def summary(run: RunRecord) -> list[str]:
     sentences = [f"{subject} {verb} trained for {steps:,} steps on {run.base_name}{time}."]
     if result is None:
         sentences.append("The run is not finished: this report shows its state so far.")
-    sentences += _score_sentences(run)
-    if result is not None:
-        sentences += _ending(result)
-    return sentences
+    return [*sentences, *_score_sentences(run), *_ending(run, steps)]
 
 
 def describe_method(run: RunRecord) -> str:
@@ -102,14 +98,13 @@ def _score_sentences(run: RunRecord) -> list[str]:
     return sentences
 
 
-def _ending(result: Mapping[str, Any]) -> list[str]:
+def _ending(run: RunRecord, steps: int) -> list[str]:
     sentences = []
-    best, steps = result.get("best_step"), result.get("steps")
-    if best is not None and best != steps:
+    if run.best_step is not None and run.best_step != steps:
         sentences.append(
-            f"The best validation score was at step {best:,}, before the end: prefer the adapter in best/."
+            f"The best validation score was at step {run.best_step:,}, before the end: prefer the adapter in best/."
         )
-    if result.get("stopped_early"):
+    if (run.result or {}).get("stopped_early"):
         sentences.append("Training stopped early because the validation score no longer improved.")
     return sentences
 
