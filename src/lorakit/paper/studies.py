@@ -136,10 +136,10 @@ _TABLE13 = Study(
     data_sets=(StudyData(key="dart", task="dart", columns=_DART, max_length=384),),
     variants=_GENERATION_VARIANTS,
 )
-_WEBNLG_COLUMNS = _category_columns({" U": " unseen", " S": " seen", " A": ""})
+_WEBNLG = _category_columns({" U": " unseen", " S": " seen", " A": ""})
 _TABLE14 = Study(
     table=published("table14"),
-    data_sets=(StudyData(key="webnlg", task="webnlg", columns=_WEBNLG_COLUMNS, max_length=384),),
+    data_sets=(StudyData(key="webnlg", task="webnlg", columns=_WEBNLG, max_length=384),),
     variants=_GENERATION_VARIANTS,
 )
 
