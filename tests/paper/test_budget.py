@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,7 @@ def timed(step: float, scoring: float = 1.0, most: int | None = None) -> dict:
 def divided(monkeypatch, config, timing, seconds):
     cells = [(d, v) for d in config.study.data_sets for v in config.study.variants]
     monkeypatch.setattr(budget, "_time", lambda runner, data_set, *rest: timing[data_set.key])
-    return budget.divide(seconds, None, cells, config, silent)[0]
+    return budget.divide(seconds, SimpleNamespace(config=config), cells, silent)[0]
 
 
 def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
@@ -75,7 +76,7 @@ def test_methods_are_timed_on_one_data_set_and_scaled_on_the_others(table2, monk
     cells = [(d, v) for d in config.study.data_sets for v in config.study.variants]
     asked = []
 
-    def time(runner, data_set, variants, config):
+    def time(runner, data_set, variants):
         asked.append((data_set.key, [variant.key for variant in variants]))
         costs = {"bitfit": {"step": 0.1, "overhead": 2.0}, "lora": {"step": 0.3, "overhead": 4.0}}
         slower = 2 if data_set.key == "rte" else 1
@@ -85,7 +86,7 @@ def test_methods_are_timed_on_one_data_set_and_scaled_on_the_others(table2, monk
         return {"methods": methods, "scoring": 1.0, "held_out": 0, "most_steps": None}
 
     monkeypatch.setattr(budget, "_time", time)
-    _, timing = budget.divide(1000, None, cells, config, silent)
+    _, timing = budget.divide(1000, SimpleNamespace(config=config), cells, silent)
     assert asked == [("mrpc", ["bitfit", "lora"]), ("rte", ["bitfit"])]
     assert timing["rte"]["methods"]["lora"] == pytest.approx({"step": 0.6, "overhead": 8.0})
 

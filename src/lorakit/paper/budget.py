@@ -14,7 +14,6 @@ from lorakit.data.data_config import Split
 from lorakit.data.sources import read_source
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
-from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import EVALUATIONS, Runner, Say, TableRun
 from lorakit.paper.settings import train_config
 from lorakit.paper.study import StudyData, Variant
@@ -32,11 +31,7 @@ RESERVE = 0.9
 
 
 def divide(
-    seconds: float,
-    runner: Runner,
-    cells: Sequence[tuple[StudyData, Variant]],
-    config: PaperConfig,
-    say: Say,
+    seconds: float, runner: Runner, cells: Sequence[tuple[StudyData, Variant]], say: Say
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the steps per run by data set, and the measurements.
 
@@ -45,7 +40,7 @@ def divide(
     Raises:
         ConfigurationError: The budget is too small for `FEWEST` steps per run.
     """
-    start = time.monotonic()
+    start, config = time.monotonic(), runner.config
     sets = {data_set.key: data_set for data_set, _ in cells}
     timing: dict[str, Any] = {}
     for key, data_set in sets.items():
@@ -54,7 +49,7 @@ def divide(
         reference = next(iter(timing.values()), {}).get("methods", {})
         timed = [v for v in variants if v.key in reference][:1] or variants
         say(f"timing {', '.join(variant.label for variant in timed)} on {key}")
-        timing[key] = _time(runner, data_set, timed, config)
+        timing[key] = _time(runner, data_set, timed)
         methods = timing[key]["methods"]
         first = timed[0].key
         for variant in variants:
@@ -90,10 +85,9 @@ def divide(
     return steps, timing
 
 
-def _time(
-    runner: Runner, data_set: StudyData, variants: Sequence[Variant], config: PaperConfig
-) -> dict[str, Any]:
+def _time(runner: Runner, data_set: StudyData, variants: Sequence[Variant]) -> dict[str, Any]:
     """Time a few steps of each variant on a data set, and an evaluation of the first."""
+    config = runner.config
     folder = config.folder / "timing"
     methods: dict[str, dict[str, float]] = {}
     scoring: list[float] = []
@@ -122,7 +116,7 @@ def _time(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     training, held_out = _training_sizes(runner, data_set, variants[0])
-    scored = _count_scored(runner, data_set, config)
+    scored = _count_scored(runner, data_set)
     per_example = max(scoring[1] - scoring[0], 0.0) / (MORE - FEW)
     return {
         "methods": methods,
@@ -147,8 +141,9 @@ def _count_rows(data: DataConfig, split: Split) -> int:
     return 0 if source is None else len(read_source(source, data.hub_split(split)).rows)
 
 
-def _count_scored(runner: Runner, data_set: StudyData, config: PaperConfig) -> int:
+def _count_scored(runner: Runner, data_set: StudyData) -> int:
     """Return the number of examples or prompts that the table scores."""
+    config = runner.config
     data = runner.evaluate_config(data_set, config.folder).data
     if task_type(data_set.task).kind != "text":
         count = _count_rows(data, data_set.split)

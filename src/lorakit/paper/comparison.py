@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
@@ -99,7 +99,7 @@ def compare(grid: Grid) -> Comparison:
             row.cells[study.average] = Cell(value=value, text=f"{value:.1f}")
         for row in own:
             if row.cells.keys() == set(columns):
-                row.cells[study.average] = _average(list(row.cells.values()), _centre(grid))
+                row.cells[study.average] = _average(list(row.cells.values()))
         columns += (study.average,)
     differences = [
         _difference(grid, lora, other, column, published)
@@ -121,6 +121,7 @@ def compare(grid: Grid) -> Comparison:
 
 def _own_row(grid: Grid, variant: Variant) -> OwnRow:
     counts = {d.key: grid.setup.counts[d.key][variant.key] for d in grid.study.data_sets}
+    centre = statistics.median if grid.study.table.statistic == "median" else statistics.fmean
     fitting = [count for count in counts.values() if not count.left_out]
     cells: dict[str, Measured] = {}
     for data_set in grid.study.data_sets:
@@ -134,7 +135,9 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
                 if (score := record.score(column.score)) is not None
             }
             if values:
-                cells[column.name] = _measured(values, _centre(grid))
+                cells[column.name] = Measured(
+                    value=centre(values.values()), spread=_spread(values), seeds=values
+                )
     return OwnRow(
         variant=variant,
         trained=fitting[0].trained if fitting else None,
@@ -143,22 +146,16 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
     )
 
 
-def _centre(grid: Grid) -> Any:
-    return statistics.median if grid.study.table.statistic == "median" else statistics.fmean
+def _spread(seeds: dict[int, float]) -> float | None:
+    return statistics.stdev(seeds.values()) if len(seeds) > 1 else None
 
 
-def _measured(seeds: dict[int, float], centre: Any) -> Measured:
-    spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else None
-    return Measured(value=centre(seeds.values()), spread=spread, seeds=seeds)
-
-
-def _average(cells: Sequence[Measured], centre: Any) -> Measured:
+def _average(cells: Sequence[Measured]) -> Measured:
     """Return the mean of the displayed numbers over the columns, with the spread of the means by seed."""
     value = statistics.fmean(cell.value for cell in cells)
     common = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
     by_seed = {seed: statistics.fmean(cell.seeds[seed] for cell in cells) for seed in common}
-    spread = _measured(by_seed, centre).spread if by_seed else None
-    return Measured(value=value, spread=spread, seeds=by_seed)
+    return Measured(value=value, spread=_spread(by_seed), seeds=by_seed)
 
 
 def _difference(

@@ -67,7 +67,7 @@ def table_page(comparison: Comparison) -> Page:
         title=title(comparison),
         subtitle=grid.study.table.title,
         summary=summary,
-        sections=[section for section in sections if section.blocks],
+        sections=sections,
     )
 
 

@@ -73,11 +73,6 @@ class Grid:
                 best = score, run.rate
         return best and best[1]
 
-    def outermost_rates(self, variant: Variant) -> set[float]:
-        """Return the smallest and the largest rate tried; empty with a single rate."""
-        rates = variant.rates(self.config.trials)
-        return {rates[0], rates[-1]} if len(rates) > 1 else set()
-
     def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
         """Return the runs of a cell, one per seed; empty until the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)
@@ -192,7 +187,7 @@ def open_grid(
                 f"{'; '.join(f'{name}: {why}' for name, why in reasons.items())}. Choose others with --methods."
             )
         if config.seconds is not None and not setup.steps:
-            setup.steps, setup.timing = divide(config.seconds, grid.runner, cells, config, say)
+            setup.steps, setup.timing = divide(config.seconds, grid.runner, cells, say)
         with storage.atomic_file(path) as temporary:
             record = {"settings": _settings(config), "plan": asdict(setup)}
             storage.write_record(temporary, record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from lorakit.models.blocks import block_outputs
 from lorakit.models.devices import pick_device
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.published import published
-from lorakit.paper.report import table
+from lorakit.paper.report import table, write
 from lorakit.paper.runs import Say
 
 MERGED = "LoRA merged"
@@ -198,29 +197,24 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
             for t, b, setting in zip(method_timings, bare, SETTINGS, strict=True)
         ]
         measured.append([config.base.name, name, sizes or "none", *cells])
-    page, data = (config.folder / f"table1{suffix}" for suffix in (".md", ".json"))
-    bold = [[f"**{cell}**" for cell in row] for row in measured]
     notes = "\n".join(f"- {note}" for note in paper.notes)
     passes = ", ".join(str(t.passes) for t in bare)
     text = (
         f"# Table 1 on {config.base.name}\n\n{paper.title}, as published. The rows in bold are measured on "
         f"`{config.base.name}`: mean of {passes} passes ± standard deviation, and the difference from the model "
         f"without adapters. The passes of the methods are interleaved, on {_device(config)}.\n\n"
-        f"```console\n$ {config.command}\n```\n\n{table(head, rows + bold)}\n\n"
+        f"```console\n$ {config.command}\n```\n\n{table(head, rows, measured)}\n\n"
         f"## Notes\n\n{notes}\n- Adapters have the paper's share of the base's parameters: {SMALL:.2%}, {LARGE:.1%} "
         f"and {LARGE:.1%}. The length is at most the base's context. The batch is halved until at least "
         f"{FEWEST_PASSES} passes of each method fit into the time.\n"
     )
-    with storage.atomic_file(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
     record = {
         "table": "table1",
         "model": config.base.name,
         "command": config.command,
         "timings": [asdict(t) for t in timings],
     }
-    with storage.atomic_file(data) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    page, data = write(config, text, record)
     return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + measured)
 
 

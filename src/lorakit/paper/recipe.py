@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.tasks.registry import task_type
+
 Origin = Literal["paper", "code", "prior"]
 ORIGINS: tuple[Origin, ...] = ("paper", "code", "prior")
 """Origins of recipes, in the order in which a name without one is looked up."""
@@ -20,13 +22,6 @@ MODELS: dict[str, str | None] = {
     "gpt3-175b": None,
 }
 """The paper's models and their hub ids. GPT-3's weights are not public: pass a decoder as base.name."""
-
-METRICS = {
-    **dict.fromkeys(("mnli", "sst2", "mrpc", "qnli", "qqp", "rte"), "accuracy"),
-    "cola": "matthews",
-    "stsb": "pearson",
-}
-"""The metric that selects the best epoch of a run on GLUE."""
 
 METHOD_SETTINGS = (
     "method",
@@ -92,8 +87,9 @@ class Family:
         settings: dict[str, Any] = {"data.task": data, "data.too_long": "truncate"}
         if (hub_id := MODELS[self.model]) is not None:
             settings["base.name"] = hub_id
-        if self.model != "gpt3-175b" and data in METRICS:
-            settings["evaluation.metric"] = METRICS[data]
+        task_class = task_type(data)
+        if self.model != "gpt3-175b" and task_class.kind != "text":
+            settings["evaluation.metric"] = task_class.metric
         settings |= {**self.settings, **task_settings}
         notes = list(self.notes)
         if settings.pop("start", None) == "mnli":

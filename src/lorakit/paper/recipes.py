@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 
 from lorakit.errors import ConfigurationError, nearest
-from lorakit.paper.families import FAMILIES
+from lorakit.paper.families.glue import GLUE
+from lorakit.paper.families.gpt2 import GPT2
+from lorakit.paper.families.gpt3 import GPT3
 from lorakit.paper.recipe import ORIGINS, Recipe
 
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """Return every recipe by its full name, including the origin."""
-    every = [recipe for family in FAMILIES for recipe in family.recipes()]
+    every = [recipe for family in (*GLUE, *GPT2, *GPT3) for recipe in family.recipes()]
     by_name = {recipe.name: recipe for recipe in every}
     assert len(by_name) == len(every), "two recipes have one name"
     return by_name

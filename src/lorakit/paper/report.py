@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from lorakit import storage
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import FALLBACK_EPOCHS
 from lorakit.version import __version__
 
 _EMPTY = "-"
+
+
+def write(config: PaperConfig, page: str, record: dict[str, Any]) -> tuple[Path, Path]:
+    """Write the Markdown page and the JSON file of a table; return their paths."""
+    contents = {".md": page, ".json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
+    paths = []
+    for suffix, text in contents.items():
+        paths.append(config.folder / f"{config.table}{suffix}")
+        with storage.atomic_file(paths[-1]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return paths[0], paths[1]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -136,14 +151,16 @@ def _statistic(grid: Grid) -> str:
 
 def _table(comparison: Comparison) -> str:
     head, body, published = rows(comparison)
-    bold = [[f"**{cell}**" if cell != _EMPTY else cell for cell in row] for row in body[published:]]
-    return table(head, body[:published] + bold)
+    return table(head, body[:published], measured=body[published:])
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, right-aligned from the third column."""
+def table(
+    head: Sequence[str], body: Sequence[Sequence[str]], measured: Sequence[Sequence[str]] = ()
+) -> str:
+    """Return a Markdown table, right-aligned from the third column, with the measured rows in bold at the end."""
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+    bold = [[cell if cell == _EMPTY else f"**{cell}**" for cell in row] for row in measured]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body, *bold))
 
 
 def _differences(comparison: Comparison) -> list[str]:
@@ -179,7 +196,8 @@ def _trials(comparison: Comparison) -> list[str]:
     for data_set, variant in grid.cells():
         trials = []
         chosen = grid.chosen_rate(data_set, variant)
-        for run in grid.trials(data_set, variant):
+        runs = grid.trials(data_set, variant)
+        for run in runs:
             record = grid.runner.record(run)
             if record is None:
                 continue
@@ -187,7 +205,7 @@ def _trials(comparison: Comparison) -> list[str]:
             outcome = "diverged" if record.failure or score is None else f"{score:.4f}"
             text = f"{run.rate:g}: {outcome}"
             trials.append(f"**{text}**" if run.rate == chosen else text)
-        if chosen in grid.outermost_rates(variant):
+        if len(runs) > 1 and chosen in (runs[0].rate, runs[-1].rate):
             trials.append("*outermost*")
         if trials:
             records = grid.records(data_set, variant)

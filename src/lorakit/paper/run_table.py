@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit import storage
 from lorakit.paper.comparison import Comparison, compare
 from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import open_grid
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.report import as_dict, markdown
+from lorakit.paper.report import as_dict, markdown, write
 from lorakit.paper.runs import Measure, Say
 from lorakit.reporting import drawing
 
@@ -50,31 +48,24 @@ def run_table(
     with open_grid(config, say, amplification) as grid:
         grid.run(after_each=lambda: _write_tables(compare(grid)))
         comparison = compare(grid)
-        plot = config.folder / f"{config.table}.png"
-        figure = comparison_figure(comparison)
-        if figure is not None:
+        plot = None
+        if (figure := comparison_figure(comparison)) is not None:
+            plot = config.folder / f"{config.table}.png"
             drawing.save(figure, plot)
-        page, data = _write_tables(comparison, plot if figure is not None else None)
+        page, data = _write_tables(comparison, plot)
         return TableResult(
             comparison=comparison,
             page=page,
             data=data,
-            figure=plot if figure is not None else None,
+            figure=plot,
             report=table_page(comparison).write(config.folder / f"{config.table}.html"),
         )
 
 
 def _write_tables(comparison: Comparison, plot: Path | None = None) -> tuple[Path, Path]:
     """Write the Markdown page, with a link to the plot, and the JSON file; return their paths."""
-    config = comparison.grid.config
-    page, data = (config.folder / f"{config.table}{suffix}" for suffix in (".md", ".json"))
     text = markdown(comparison)
     if plot is not None:
         image = f"![Scores against trained parameters]({plot.name})"
         text = text.replace("\n## ", f"\n{image}\n\n## ", 1)
-    with storage.atomic_file(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    with storage.atomic_file(data) as temporary:
-        record = json.dumps(as_dict(comparison), indent=1, ensure_ascii=False)
-        temporary.write_text(record + "\n", encoding="utf-8")
-    return page, data
+    return write(comparison.grid.config, text, as_dict(comparison))

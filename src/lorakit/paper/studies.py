@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lorakit.errors import require_choice
 from lorakit.paper.method_settings import bottleneck, lora, prefix
-from lorakit.paper.published import published
+from lorakit.paper.published import PublishedTable, published
 from lorakit.paper.study import Column, Study, StudyData, Variant
 
 
@@ -20,9 +22,43 @@ def study(table: str) -> Study:
     return STUDIES[table]
 
 
-def _glue(task: str, column: str, score: str = "accuracy", max_length: int = 128) -> StudyData:
+def _data(task: str, column: str, score: str = "accuracy", **options: Any) -> StudyData:
+    """Return a data set with one column, in percent. `options` are further fields of `StudyData`."""
     columns = (Column(name=column, score=score, scale=100),)
-    return StudyData(key=task, task=task, columns=columns, max_length=max_length)
+    return StudyData(**{"key": task, "task": task, "columns": columns, **options})
+
+
+def _adapter_h(size: int, key: str = "") -> Variant:
+    return Variant(
+        key=key or f"adapter_h-{size}",
+        method="AdapterH",
+        settings=bottleneck("houlsby", size),
+        setting=f"r={size}",
+    )
+
+
+def _lora_on(setting: str, key: str = "") -> Variant:
+    """Return LoRA with a setting as in the paper: weight matrices (q, k, v, o) and a rank, such as ``q,v, r=4``."""
+    weights, rank = setting.split(", r=")
+    names = weights.split(",")
+    targets = ("attention.qv",) if weights == "q,v" else [f"attention.{name}" for name in names]
+    return Variant(
+        key=key or f"{''.join(names)}-r{rank}",
+        method="LoRA",
+        settings=lora(int(rank), *targets),
+        setting=setting,
+    )
+
+
+def _lora_rows(table: PublishedTable) -> tuple[Variant, ...]:
+    """Return the published settings of LoRA."""
+    return tuple(_lora_on(row.setting) for row in table.rows if row.method == "LoRA")
+
+
+def _lora_of(rank: int, alpha: float = 16.0) -> Variant:
+    """Return LoRA on q and v, in a table that compares ranks only."""
+    settings = lora(rank, "attention.qv", alpha=alpha)
+    return Variant(key=f"r{rank}", method="LoRA", settings=settings, setting=f"r={rank}")
 
 
 _FT = Variant(key="full", method="FT", settings={"method": "full"})
@@ -32,14 +68,14 @@ _FT_TOP2 = Variant(
 _BITFIT = Variant(key="bitfit", method="BitFit", settings={"method": "bitfit"})
 
 _GLUE = (
-    _glue("mnli", "MNLI"),
-    _glue("sst2", "SST-2"),
-    _glue("mrpc", "MRPC"),
-    _glue("cola", "CoLA", "matthews"),
-    _glue("qnli", "QNLI"),
-    _glue("qqp", "QQP"),
-    _glue("rte", "RTE", max_length=256),
-    _glue("stsb", "STS-B", "pearson"),
+    _data("mnli", "MNLI"),
+    _data("sst2", "SST-2"),
+    _data("mrpc", "MRPC"),
+    _data("cola", "CoLA", "matthews"),
+    _data("qnli", "QNLI"),
+    _data("qqp", "QQP"),
+    _data("rte", "RTE", max_length=256),
+    _data("stsb", "STS-B", "pearson"),
 )
 
 _TABLE2 = Study(
@@ -83,57 +119,34 @@ _TABLE3 = Study(
     data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
     variants=_GENERATION_VARIANTS,
 )
-_FRACTIONS = ("METEOR", "TER")
-_PARTS = {"U": " unseen", "S": " seen", "A": ""}
+
+
+def _category_columns(categories: Mapping[str, str]) -> tuple[Column, ...]:
+    """Return BLEU in percent, and METEOR and TER as fractions, in each category of the test set."""
+    return tuple(
+        Column(name=f"{score}{column}", score=f"{score}{category}", digits=digits)
+        for score, digits in (("BLEU", 1), ("METEOR", 2), ("TER", 2))
+        for column, category in categories.items()
+    )
+
+
+_DART = _category_columns({"": ""})
 _TABLE13 = Study(
     table=published("table13"),
-    data_sets=(
-        StudyData(
-            key="dart",
-            task="dart",
-            columns=(
-                Column(name="BLEU", score="BLEU"),
-                *(Column(name=name, score=name, digits=2) for name in _FRACTIONS),
-            ),
-            max_length=384,
-        ),
-    ),
+    data_sets=(StudyData(key="dart", task="dart", columns=_DART, max_length=384),),
     variants=_GENERATION_VARIANTS,
 )
+_WEBNLG = _category_columns({" U": " unseen", " S": " seen", " A": ""})
 _TABLE14 = Study(
     table=published("table14"),
-    data_sets=(
-        StudyData(
-            key="webnlg",
-            task="webnlg",
-            columns=(
-                *(Column(name=f"BLEU {s}", score=f"BLEU{part}") for s, part in _PARTS.items()),
-                *(
-                    Column(name=f"{name} {s}", score=f"{name}{part}", digits=2)
-                    for name in _FRACTIONS
-                    for s, part in _PARTS.items()
-                ),
-            ),
-            max_length=384,
-        ),
-    ),
+    data_sets=(StudyData(key="webnlg", task="webnlg", columns=_WEBNLG, max_length=384),),
     variants=_GENERATION_VARIANTS,
 )
 
-_WIKISQL = StudyData(
-    key="wikisql",
-    task="wikisql",
-    columns=(Column(name="WikiSQL", score="logical_form", scale=100),),
-    max_length=384,
-)
+_WIKISQL = _data("wikisql", "WikiSQL", "logical_form", max_length=384)
 _MATCHED = "validation_matched"
 """The development set of MNLI that the GPT-3 tables score; Table 2 scores both."""
-_MNLI_M = StudyData(
-    key="mnli",
-    task="mnli",
-    columns=(Column(name="MNLI-m", score="accuracy", scale=100),),
-    scored=_MATCHED,
-)
+_MNLI_M = _data("mnli", "MNLI-m", scored=_MATCHED)
 _SAMSUM = StudyData(
     key="samsum",
     task="samsum",
@@ -154,48 +167,18 @@ _TABLE4 = Study(
             key="prefix_embedding", method="PreEmbed", settings=prefix("prefix_embedding", 256, 8)
         ),
         Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 8)),
-        Variant(
-            key="adapter_h", method="AdapterH", settings=bottleneck("houlsby", 1), setting="r=1"
-        ),
-        Variant(
-            key="adapter_h-8", method="AdapterH", settings=bottleneck("houlsby", 8), setting="r=8"
-        ),
-        Variant(key="lora", method="LoRA", settings=lora(1, "attention.qv"), setting="q,v, r=1"),
-        Variant(key="lora-8", method="LoRA", settings=lora(8, "attention.qv"), setting="q,v, r=8"),
+        _adapter_h(1, key="adapter_h"),
+        _adapter_h(8),
+        _lora_on("q,v, r=1", key="lora"),
+        _lora_on("q,v, r=8", key="lora-8"),
     ),
     notes=(_HEAD,),
 )
 
-_ROLES = {
-    "q": ("attention.q",),
-    "k": ("attention.k",),
-    "v": ("attention.v",),
-    "o": ("attention.o",),
-    "q,k": ("attention.q", "attention.k"),
-    "q,v": ("attention.qv",),
-    "q,k,v,o": ("attention.q", "attention.k", "attention.v", "attention.o"),
-}
-
-
-def _lora_on(weights: str, rank: int) -> Variant:
-    return Variant(
-        key=f"{weights.replace(',', '')}-r{rank}",
-        method="LoRA",
-        settings=lora(rank, *_ROLES[weights]),
-        setting=f"{weights}, r={rank}",
-    )
-
-
 _TABLE5 = Study(
     table=published("table5"),
     data_sets=(_WIKISQL, _MNLI_M),
-    variants=tuple(
-        _lora_on(weights, rank)
-        for weights, rank in (
-            *(("q", 8), ("k", 8), ("v", 8), ("o", 8)),
-            *(("q,k", 4), ("q,v", 4), ("q,k,v,o", 2)),
-        )
-    ),
+    variants=_lora_rows(published("table5")),
     notes=(
         _HEAD,
         "The rows have equal parameter counts only if all four matrices are square; with fewer key and value heads "
@@ -206,9 +189,7 @@ _TABLE5 = Study(
 _TABLE6 = Study(
     table=published("table6"),
     data_sets=(_WIKISQL, _MNLI_M),
-    variants=tuple(
-        _lora_on(weights, rank) for weights in ("q", "q,v", "q,k,v,o") for rank in (1, 2, 4, 8, 64)
-    ),
+    variants=_lora_rows(published("table6")),
     notes=(_HEAD, "alpha stays 16 at every rank."),
 )
 
@@ -230,22 +211,8 @@ _TABLE15 = Study(
             )
             for length, infix in lengths
         ),
-        *(
-            Variant(
-                key=f"adapter_h-{size}",
-                method="AdapterH",
-                settings=bottleneck("houlsby", size),
-                setting=f"r={size}",
-            )
-            for size in (1, 4, 8, 16, 64)
-        ),
-        *(
-            _lora_on(weights, rank)
-            for weights, rank in (
-                *(("v", 2), ("q,v", 1), ("q,v", 2), ("q,k,v,o", 1), ("q,v", 4), ("q,k,v,o", 2)),
-                *(("q,v", 8), ("q,k,v,o", 4), ("q,v", 64), ("q,k,v,o", 64)),
-            )
-        ),
+        *(_adapter_h(size) for size in (1, 4, 8, 16, 64)),
+        *_lora_rows(published("table15")),
         *(
             Variant(
                 key=f"lora+{short}-{rank}",
@@ -271,13 +238,7 @@ _TABLE16 = Study(
     table=published("table16"),
     base="minilm-l6",
     data_sets=tuple(
-        StudyData(
-            key=f"mnli-{name}",
-            task="mnli",
-            columns=(Column(name=f"MNLI-{name}", score="accuracy", scale=100),),
-            limit=limit,
-            scored=_MATCHED,
-        )
+        _data("mnli", f"MNLI-{name}", key=f"mnli-{name}", limit=limit, scored=_MATCHED)
         for name, limit in (("100", 100), ("1k", 1_000), ("10k", 10_000), ("392k", None))
     ),
     variants=(
@@ -295,34 +256,16 @@ _TABLE16 = Study(
     ),
 )
 
+_TABLE18_COLUMNS = (
+    Column(name="loss", score="loss", digits=3),
+    replace(_E2E_COLUMNS[0], digits=4),
+    *(replace(column, scale=1.0, digits=4) for column in _E2E_COLUMNS[1:]),
+)
 _TABLE18 = Study(
     table=published("table18"),
-    data_sets=(
-        StudyData(
-            key="e2e",
-            task="e2e_nlg",
-            columns=(
-                Column(name="loss", score="loss", digits=3),
-                *(
-                    replace(
-                        column,
-                        scale=1.0 if column.name in ("METEOR", "ROUGE-L") else column.scale,
-                        digits=4,
-                    )
-                    for column in _E2E_COLUMNS
-                ),
-            ),
-            max_length=256,
-        ),
-    ),
+    data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_TABLE18_COLUMNS, max_length=256),),
     variants=tuple(
-        Variant(
-            key=f"r{rank}",
-            method="LoRA",
-            settings=lora(rank, "attention.qv", alpha=32),
-            setting=f"r={rank}",
-        )
-        for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        _lora_of(rank, alpha=32) for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     ),
     notes=(
         "alpha stays 32 at every rank, as tuned at r=4.",
@@ -330,24 +273,12 @@ _TABLE18 = Study(
     ),
 )
 
+_NORMS = tuple(Column(name=name, score=name, digits=2) for name in published("table7").columns)
 _TABLE7 = Study(
     table=published("table7"),
     base="minilm-l6",
-    data_sets=(
-        StudyData(
-            key="mnli",
-            task="mnli",
-            columns=tuple(
-                Column(name=name, score=name, digits=2) for name in published("table7").columns
-            ),
-        ),
-    ),
-    variants=tuple(
-        Variant(
-            key=f"r{rank}", method="LoRA", settings=lora(rank, "attention.qv"), setting=f"r={rank}"
-        )
-        for rank in (4, 64)
-    ),
+    data_sets=(StudyData(key="mnli", task="mnli", columns=_NORMS),),
+    variants=(_lora_of(4), _lora_of(64)),
     measures="amplification",
     notes=(
         "W_q of the middle block, as the paper's layer 48 of 96; the norm of ΔW_q includes alpha / r.",

@@ -37,6 +37,8 @@ WIDTH, HEIGHT = 310, 180
 """Size of a chart's plot in pixels: two charts fit in a row of a page, one on a phone."""
 MOST_POINTS = 240
 """Most points drawn of a line; more would be denser than pixels."""
+LONGEST_NAME = 36
+"""Most characters of a name in a legend or on an axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +88,9 @@ def line_chart(
     *,
     x: str,
     y: str,
-    log: bool = False,
     marks: Sequence[Mark] = (),
     y_domain: tuple[float, float] | None = None,
     y_format: str | None = None,
-    width: int = WIDTH,
 ) -> Chart:
     """Return lines over x. The y axis starts at the data, not at 0; the chart's title names it."""
     shown = [one for one in series if one.finite()]
@@ -98,10 +98,8 @@ def line_chart(
         one.name: (i if one.colour is None else one.colour) % len(SERIES)
         for i, one in enumerate(shown)
     }
-    log = log and all(value > 0 for one in shown for _, value in one.finite())
-    scale: Spec = {"zero": False, "nice": True, "type": "log" if log else "linear"}
-    if y_domain is not None:
-        scale = {"domain": list(y_domain)}
+    data_scale = {"zero": False, "nice": True, "type": "linear"}
+    scale = data_scale if y_domain is None else {"domain": list(y_domain)}
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
@@ -138,7 +136,7 @@ def line_chart(
         xs = [a for one in shown for a, _ in one.finite()]
         middle = (min(xs) + max(xs)) / 2
         layers += [layer for mark in marks for layer in mark_layers(mark, left_of=mark.at > middle)]
-    spec = {"width": width, "height": HEIGHT, "layer": layers}
+    spec = {"width": WIDTH, "height": HEIGHT, "layer": layers}
     return Chart(title=title, alt=_line_alt(title, shown, x, y), spec=spec)
 
 
@@ -252,16 +250,14 @@ def histogram(
     return Chart(title=title, alt=alt, spec=spec)
 
 
-def thinned(
-    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
-) -> list[tuple[float, float]]:
-    """Return at most `most` points of a line, without losing its peaks.
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `MOST_POINTS` points of a line, without losing its peaks.
 
     Each stretch of the line keeps its ends, its least and its greatest point.
     """
-    if len(points) <= most:
+    if len(points) <= MOST_POINTS:
         return list(points)
-    stretches = max(1, most // 4)
+    stretches = MOST_POINTS // 4
     indices: set[int] = set()
     for k in range(stretches):
         part = range(k * len(points) // stretches, (k + 1) * len(points) // stretches)
@@ -283,12 +279,12 @@ def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tup
 # --- in words --------------------------------------------------------------------------------------
 
 
-def shortened(names: Iterable[str], most: int = 36) -> dict[str, str]:
-    """Cut names in the middle to `most` characters; number those that become equal to another."""
+def shortened(names: Iterable[str]) -> dict[str, str]:
+    """Cut names in the middle to `LONGEST_NAME` characters; number those that become equal to another."""
     labels: dict[str, str] = {}
     for number, name in enumerate(dict.fromkeys(names), 1):
-        half = most // 2
-        short = name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
+        half = LONGEST_NAME // 2
+        short = name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
         labels[name] = f"{number}: {short}" if short in labels.values() else short
     return labels
 

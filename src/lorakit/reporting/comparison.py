@@ -10,13 +10,9 @@ from typing import Any
 from lorakit.formatting import duration, size
 from lorakit.reporting import measures
 from lorakit.reporting.differences import plain
-from lorakit.reporting.page import Answer, Block, Cell, Code, Page, Sample, Samples, Section, Table
+from lorakit.reporting.page import Block, Cell, Code, Page, Sample, Samples, Section, Table
 from lorakit.reporting.run_record import RunRecord
-from lorakit.reporting.run_report import (
-    SHOWN_SAMPLES,
-    curves_section,
-    loss_chart,
-)
+from lorakit.reporting.run_report import SHOWN_SAMPLES, curves_figure, loss_chart
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
 from lorakit.training.run_folder import flat_settings
@@ -32,9 +28,9 @@ def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = 
     runs = _distinct(runs)
     sections = [
         Section(title="Scores", blocks=[_scores(runs)]),
-        _curves(runs),
+        Section(title="Curves", blocks=_curves(runs)),
         Section(title="Cost", blocks=[_costs(runs)]),
-        _samples(runs),
+        Section(title="Samples", blocks=_samples(runs)),
         *analysis,
         Section(title="Settings", blocks=_settings(runs)),
         Section(
@@ -47,7 +43,7 @@ def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = 
         title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
         subtitle="; ".join(dict.fromkeys(subtitle(run) for run in runs)),
         summary=_summary(runs),
-        sections=[section for section in sections if section is not None and section.blocks],
+        sections=sections,
     )
 
 
@@ -97,53 +93,44 @@ def _scores(runs: Sequence[RunRecord]) -> Table:
     names = _score_names(runs)
     rows: list[list[Cell]] = []
     for name in names:
-        before = [run.scores("before").get(name) for run in runs]
-        after = [run.scores("after").get(name) for run in runs]
-        rows.append([f"{measures.score_name(name)}, before", *before])
-        rows.append([f"{measures.score_name(name)}, after", *after])
+        for time in ("before", "after"):
+            values = [run.scores(time).get(name) for run in runs]
+            rows.append([f"{measures.score_name(name)}, {time}", *values])
     caption = "Scores on the validation data of each run, before and after training."
     return Table(caption=caption, columns=("Score", *(run.name for run in runs)), rows=rows)
 
 
-def _curves(runs: Sequence[RunRecord]) -> Section | None:
+def _curves(runs: Sequence[RunRecord]) -> list[Block]:
     metrics = [
         ("train", "loss"),
         *(("validation", n) for n in _score_names(runs)),
         ("train", "learning_rate"),
     ]
-    return curves_section(
+    return curves_figure(
         [loss_chart(runs, split, name) for split, name in metrics if name != "perplexity"],
         "Over the optimizer's steps. Training curves of 40 steps and more are running means.",
     )
 
 
 def _costs(runs: Sequence[RunRecord]) -> Table:
-    def cells(value: Callable[[RunRecord], Cell]) -> list[Cell]:
-        return [value(run) for run in runs]
-
-    def speed(run: RunRecord) -> str | None:
-        seconds = run.total("seconds")
-        return f"{(run.total('tokens') or 0) / seconds:,.0f}" if seconds else None
-
-    rows = [
-        ["Steps", *cells(lambda run: (run.result or {}).get("steps", len(run.train)))],
-        ["Time in training steps", *cells(lambda run: duration(run.total("seconds") or 0))],
-        ["Tokens a second", *cells(speed)],
-        [
-            "Peak memory",
-            *cells(lambda run: size(run.result["peak_memory"]) if run.result else None),
-        ],
-        ["Trained parameters", *cells(lambda run: run.sizes.get("trained_parameters"))],
-        [
-            "Adapter file",
-            *cells(lambda run: size(run.adapter_bytes) if run.adapter_bytes else None),
-        ],
-        ["Processor", *cells(_machine)],
-    ]
+    quantities: dict[str, Callable[[RunRecord], Cell]] = {
+        "Steps": lambda run: (run.result or {}).get("steps", len(run.train)),
+        "Time in training steps": lambda run: duration(run.total("seconds") or 0),
+        "Tokens a second": _speed,
+        "Peak memory": lambda run: size(run.result["peak_memory"]) if run.result else None,
+        "Trained parameters": lambda run: run.sizes.get("trained_parameters"),
+        "Adapter file": lambda run: size(run.adapter_bytes) if run.adapter_bytes else None,
+        "Processor": _machine,
+    }
+    rows = [[name, *map(value, runs)] for name, value in quantities.items()]
     caption = (
         "The cost of each run. Times are comparable only on the same machine under the same load."
     )
     return Table(caption=caption, columns=("Quantity", *(run.name for run in runs)), rows=rows)
+
+
+def _speed(run: RunRecord) -> str | None:
+    return None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"
 
 
 def _machine(run: RunRecord) -> str | None:
@@ -154,26 +141,26 @@ def _machine(run: RunRecord) -> str | None:
     return str(last.get("processor") if device == "cpu" else device)
 
 
-def _samples(runs: Sequence[RunRecord]) -> Section | None:
+def _samples(runs: Sequence[RunRecord]) -> list[Block]:
     last: list[Mapping[str, Mapping[str, Any]]] = []
     for run in runs:
         step = run.samples[-1]["step"] if run.samples else None
         last.append({str(r.get("prompt")): r for r in run.samples if r["step"] == step})
     shared = [prompt for prompt in last[0] if all(prompt in records for records in last)]
     if not shared:
-        return None
+        return []
     samples = []
     for prompt in shared[:SHOWN_SAMPLES]:
         answers = [
-            Answer(label=run.name, pieces=plain(str(records[prompt].get("output", ""))))
+            (run.name, plain(str(records[prompt].get("output", ""))))
             for run, records in zip(runs, last, strict=True)
         ]
         references = last[0][prompt].get("references")
         if isinstance(references, list) and references:
-            answers.append(Answer(label="Reference", pieces=plain(str(references[0]))))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+            answers.append(("Reference", plain(str(references[0]))))
+        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
     caption = f"{len(samples)} of {len(shared)} validation prompts that all runs share, at their last evaluation."
-    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(samples))])
+    return [Samples(caption=caption, samples=tuple(samples))]
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[Block]:

@@ -19,9 +19,9 @@ class Piece:
     """Whether the other text lacks it."""
 
 
-def shortened(text: str, most: int = LONGEST) -> str:
-    """Return the text, cut to `most` characters with an ellipsis at the end."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def shortened(text: str) -> str:
+    """Return the text, cut to `LONGEST` characters with an ellipsis at the end."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def plain(text: str) -> tuple[Piece, ...]:

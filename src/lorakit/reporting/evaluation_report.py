@@ -13,7 +13,6 @@ from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.reporting import measures
 from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
-    Answer,
     Block,
     Code,
     KeyFigure,
@@ -62,7 +61,7 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         title=str(name).rstrip("/"),
         subtitle=f"{data} · {split}",
         summary=[f"{subject} was evaluated on the {split} split of {data}: {listed}.{answered}"],
-        sections=[section for section in sections if section.blocks],
+        sections=sections,
     )
 
 
@@ -83,19 +82,15 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     blocks: list[Block] = _confusion(outputs) if labelled else []
     samples = []
     for record in selected:
-        answers: tuple[Answer, ...]
         if labelled:
-            answers = (
-                Answer(label="Predicted", pieces=plain(_label(record, "output"))),
-                Answer(label="Label", pieces=plain(_label(record, "label"))),
-            )
+            answers = [
+                ("Predicted", plain(_label(record, "output"))),
+                ("Label", plain(_label(record, "label"))),
+            ]
         else:
             references = record.get("references") or [""]
             output, reference = compared(record["output"], references[0])
-            answers = (
-                Answer(label="Generated", pieces=output),
-                Answer(label=reference_label(references), pieces=reference),
-            )
+            answers = [("Generated", output), (reference_label(references), reference)]
         samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
     marked = "" if labelled else " Words that differ between text and reference are marked."
     caption = f"{len(samples)} of {len(outputs):,} examples, evenly spaced.{marked}"

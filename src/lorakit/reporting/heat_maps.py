@@ -48,22 +48,19 @@ def heat_map(
         crosses: Cells (row, column), counted from 0, to mark with a cross. They need `names`.
     """
     width = max((len(row) for row in rows), default=0)
+    # There may be thousands of labels: shorten "j, second adapter" to "j".
+    row, column = (axis.split(",")[0] for axis in (y, x))
+    row_names = names or [f"{row} {i}" for i in range(1, len(rows) + 1)]
     cells = [
-        {"i": i, "j": j, "v": v}
-        for i, row in enumerate(rows, 1)
-        for j, v in enumerate(row, 1)
+        {"i": i, "j": j, "v": v, "row": i - 1, "label": f"{name}, {column} {j}: {v:.3f}"}
+        for i, (name, values) in enumerate(zip(row_names, rows, strict=True), 1)
+        for j, v in enumerate(values, 1)
         if not math.isnan(v)
     ]
-    for cell in cells:
-        # There may be thousands of labels: shorten "j, second adapter" to "j".
-        row = names[cell["i"] - 1] if names else f"{y.split(',')[0]} {cell['i']}"
-        cell["label"] = f"{row}, {x.split(',')[0]} {cell['j']}: {cell['v']:.3f}"
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
     across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
     if names:
         down: Spec = {"y": row_axis(short_names(names))}
-        for cell in cells:
-            cell["row"] = cell["i"] - 1
         height = rows_height(len(rows))
     else:
         axis = {"title": y, "grid": False, "tickMinStep": 1, "tickCount": 5}

@@ -69,14 +69,6 @@ class Table:
         return bool(cells) and all(_looks_numeric(cell) for cell in cells)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One of the texts of a sample, such as the output or the reference."""
-
-    label: str
-    pieces: tuple[Piece, ...]
-
-
 def reference_label(references: Sequence[str]) -> str:
     """Return the label of an answer that shows the first of the references."""
     return f"Reference, one of {len(references)}" if len(references) > 1 else "Reference"
@@ -87,7 +79,8 @@ class Sample:
     """A prompt and the texts for it."""
 
     prompt: str
-    answers: tuple[Answer, ...]
+    answers: Sequence[tuple[str, Sequence[Piece]]]
+    """Labels, such as Reference, and the texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +128,11 @@ class Page:
     summary: Sequence[str] = ()
     """Sentences with the main results."""
     sections: Sequence[Section] = field(default_factory=tuple)
+    """The page omits sections without blocks."""
+
+    def __post_init__(self) -> None:
+        filled = [section for section in self.sections if section.blocks]
+        object.__setattr__(self, "sections", filled)
 
     def render(self) -> str:
         """Return the page as HTML.

@@ -82,6 +82,18 @@ class RunRecord:
         command = self.sessions[0].get("command") if self.sessions else None
         return command if isinstance(command, str) else None
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of the training steps so far; None before the first step."""
+        seconds = self.total("seconds")
+        return (self.total("tokens") or 0) / seconds if seconds else None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best validation score; None if the run has none or is not finished."""
+        step = (self.result or {}).get("best_step")
+        return step if isinstance(step, int) else None
+
     def points(self, split: str, name: str) -> list[tuple[float, float]]:
         """Return the points (step, value) of a metric, without non-finite values."""
         records = self.train if split == "train" else self.validation

@@ -9,17 +9,9 @@ from collections.abc import Mapping, Sequence
 from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
-from lorakit.reporting.charts import (
-    Chart,
-    Figure,
-    Series,
-    bar_chart,
-    line_chart,
-    running_mean,
-)
+from lorakit.reporting.charts import Chart, Figure, Series, bar_chart, line_chart, running_mean
 from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
-    Answer,
     Block,
     Cell,
     Code,
@@ -32,7 +24,7 @@ from lorakit.reporting.page import (
 )
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
-from lorakit.reporting.run_summary import best_step, in_sentence, key_figures, subtitle, summary
+from lorakit.reporting.run_summary import in_sentence, key_figures, subtitle, summary
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
@@ -48,11 +40,7 @@ PREDICTED = {
 """Quantities that can be predicted for a run: label and number format by key."""
 
 
-def run_page(
-    run: RunRecord,
-    *,
-    analysis: Sequence[Section] = (),
-) -> Page:
+def run_page(run: RunRecord, *, analysis: Sequence[Section] = ()) -> Page:
     """Return the page of a run.
 
     Args:
@@ -61,78 +49,67 @@ def run_page(
     """
     sections = [
         Section(title="Overview", blocks=[key_figures(run)]),
-        _scores(run),
-        _curves(run),
-        _samples(run),
-        _adapter(run),
+        Section(title="Scores", blocks=_scores(run)),
+        Section(title="Curves", blocks=_curves(run)),
+        Section(title="Samples", blocks=_samples(run)),
+        Section(title="Adapter size", blocks=_adapter(run)),
         *analysis,
-        _speed(run),
-        _configuration(run),
-        _origin(run),
+        Section(title="Speed and memory", blocks=_speed(run)),
+        Section(title="Configuration", blocks=_configuration(run)),
+        Section(title="Data and provenance", blocks=_origin(run)),
     ]
     return Page(
         kind="Training run",
         title=run.name,
         subtitle=subtitle(run),
         summary=summary(run),
-        sections=[section for section in sections if section is not None and section.blocks],
+        sections=sections,
     )
 
 
 def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None:
     """Return a chart of a metric over the steps of one or several runs, or None if no run has it."""
-    several = len(runs) > 1
+    several, validation = len(runs) > 1, split == "validation"
+    score, is_rate = measures.score_name(name), name == "learning_rate"
     series: list[Series] = []
     for i, run in enumerate(runs):
         points = run.points(split, name)
-        label = run.name if several else f"{measures.score_name(name).lower()} of a step"
-        if split == "validation" or len(points) < SMOOTHED_FROM:
-            dots = split == "validation"
-            series.append(Series(name=label, points=points, dots=dots, colour=i))
-        else:
+        smooth = not validation and len(points) >= SMOOTHED_FROM
+        if not (smooth and several):
+            label = run.name if several else f"{score.lower()} of a step"
+            series.append(
+                Series(name=label, points=points, faint=smooth, dots=validation, colour=i)
+            )
+        if smooth:
             window = max(5, len(points) // 30)
-            mean = running_mean(points, window)
-            mean_label = run.name if several else f"mean of {window} steps"
-            if not several:
-                series.append(Series(name=label, points=points, faint=True, colour=i))
-            series.append(Series(name=mean_label, points=mean, colour=i))
-    series = [one for one in series if one.finite()]
-    if not series:
+            label = run.name if several else f"mean of {window} steps"
+            series.append(Series(name=label, points=running_mean(points, window), colour=i))
+    if not any(one.finite() for one in series):
         return None
-    data = "Training" if split == "train" else "Held-out"
-    title = f"{data} {in_sentence(measures.score_name(name))}"
-    if name == "learning_rate":
-        title = "Learning rate"
+    data = "Held-out" if validation else "Training"
+    title = "Learning rate" if is_rate else f"{data} {in_sentence(score)}"
     marks = []
-    if split == "validation" and not several and (best := best_step(runs[0])):
+    if validation and not several and (best := runs[0].best_step):
         marks = [Mark(at=best, text="best")]
-    return line_chart(
-        title,
-        series,
-        x="step",
-        y=measures.score_name(name),
-        marks=marks,
-        y_format="~e" if name == "learning_rate" else None,
-    )
+    y_format = "~e" if is_rate else None
+    return line_chart(title, series, x="step", y=score, marks=marks, y_format=y_format)
 
 
-def curves_section(charts: Sequence[Chart | None], caption: str) -> Section | None:
-    """Return a section of the charts that are not None, or None if all are."""
+def curves_figure(charts: Sequence[Chart | None], caption: str) -> list[Block]:
+    """Return a figure of the charts that are not None, if any."""
     drawn = tuple(chart for chart in charts if chart is not None)
-    if not drawn:
-        return None
-    return Section(title="Curves", blocks=[Figure(caption=caption, charts=drawn, name="curves")])
+    return [Figure(caption=caption, charts=drawn, name="curves")] if drawn else []
 
 
 # --- sections ------------------------------------------------------------------------------------
 
 
-def _scores(run: RunRecord) -> Section | None:
+def _scores(run: RunRecord) -> list[Block]:
     before, after, best = run.scores("before"), run.scores("after"), run.scores("best")
     if not after:
-        return None
-    step = best_step(run)
-    shows_best = step is not None and run.result is not None and step != run.result.get("steps")
+        return []
+    step = run.best_step
+    shows_best = step is not None and step != (run.result or {}).get("steps")
     columns = ["Score", "Before training", "After training", "Change", "Verdict"]
     if shows_best:
         columns.append(f"Best, step {step:,}")
@@ -149,12 +126,10 @@ def _scores(run: RunRecord) -> Section | None:
         ]
         rows.append([*row, best.get(name)] if shows_best else row)
     caption = "Scores on the validation data, which is not used for training."
-    return Section(
-        title="Scores", blocks=[Table(caption=caption, columns=tuple(columns), rows=rows)]
-    )
+    return [Table(caption=caption, columns=tuple(columns), rows=rows)]
 
 
-def _curves(run: RunRecord) -> Section | None:
+def _curves(run: RunRecord) -> list[Block]:
     names = [name for name in run.scores("after") if name != "perplexity"]
     charts = [loss_chart([run], "train", "loss")]
     charts += [loss_chart([run], "validation", name) for name in names]
@@ -164,16 +139,16 @@ def _curves(run: RunRecord) -> Section | None:
     if norm := run.points("train", "gradient_norm"):
         series = [Series(name="gradient norm", points=norm)]
         charts.append(line_chart("Gradient norm, before clipping", series, x="step", y="norm"))
-    return curves_section(
+    return curves_figure(
         charts,
         "Over the optimizer's steps. The vertical axes start at the data, not at 0. "
         "Point at a curve to read its numbers.",
     )
 
 
-def _samples(run: RunRecord) -> Section | None:
+def _samples(run: RunRecord) -> list[Block]:
     if not run.samples:
-        return None
+        return []
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
     first_records = {str(r.get("prompt")): r for r in run.samples if r["step"] == first}
     last_records = [r for r in run.samples if r["step"] == last]
@@ -181,53 +156,41 @@ def _samples(run: RunRecord) -> Section | None:
     for record in last_records[:SHOWN_SAMPLES]:
         prompt, after = str(record.get("prompt")), str(record.get("output", ""))
         references = record.get("references")
-        answers = [Answer(label=f"Step {last:,}", pieces=plain(after))]
+        answers = [(f"Step {last:,}", plain(after))]
         if first != last and prompt in first_records:
             old, new = compared(str(first_records[prompt].get("output", "")), after)
             label = "Before training" if first == 0 else f"Step {first:,}"
-            answers = [
-                Answer(label=label, pieces=old),
-                Answer(label=f"After {last:,} steps", pieces=new),
-            ]
+            answers = [(label, old), (f"After {last:,} steps", new)]
         if isinstance(references, Sequence) and references:
-            text = plain(str(references[0]))
-            answers.append(Answer(label=reference_label(references), pieces=text))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=tuple(answers)))
+            answers.append((reference_label(references), plain(str(references[0]))))
+        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
     caption = (
         f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "
         "that differ between the texts before and after are marked."
     )
-    return Section(title="Samples", blocks=[Samples(caption=caption, samples=tuple(samples))])
+    return [Samples(caption=caption, samples=tuple(samples))]
 
 
-def _adapter(run: RunRecord) -> Section | None:
+def _adapter(run: RunRecord) -> list[Block]:
     sizes = run.sizes
     if run.adapter_bytes is None or "base_bytes" not in sizes:
-        return None
+        return []
     bytes_of = {"base, in memory": sizes["base_bytes"], "adapter, its file": run.adapter_bytes}
     counts = {"base": sizes["base_parameters"], "trained": sizes["trained_parameters"]}
-    charts = (
-        bar_chart("Bytes", bytes_of, x="", texts={name: size(n) for name, n in bytes_of.items()}),
-        bar_chart(
-            "Parameters",
-            counts,
-            x="",
-            texts={name: rounded_count(count) for name, count in counts.items()},
-        ),
+    charts = tuple(
+        bar_chart(title, bars, x="", texts={name: shown(value) for name, value in bars.items()})
+        for title, bars, shown in (("Bytes", bytes_of, size), ("Parameters", counts, rounded_count))
     )
     caption = "The adapter and its base, on one scale."
-    return Section(
-        title="Adapter size", blocks=[Figure(caption=caption, charts=charts, name="adapter-size")]
-    )
+    return [Figure(caption=caption, charts=charts, name="adapter-size")]
 
 
-def _speed(run: RunRecord) -> Section | None:
-    predicted = run.predicted
+def _speed(run: RunRecord) -> list[Block]:
     blocks: list[Block] = []
-    if rows := _measured(run, predicted):
-        caption = "Measured and predicted quantities." if predicted else "Measured quantities."
+    if rows := _measured(run):
+        caption = "Measured and predicted quantities." if run.predicted else "Measured quantities."
         columns = ("Quantity", "Predicted", "Measured", "Measured / predicted")
-        if not predicted:
+        if not run.predicted:
             columns, rows = columns[::2], [row[::2] for row in rows]
         blocks.append(Table(caption=caption, columns=columns, rows=rows))
     if len(points := _throughput(run)) > 1:
@@ -235,25 +198,23 @@ def _speed(run: RunRecord) -> Section | None:
         chart = line_chart("Throughput", series, x="step", y="tokens a second")
         caption = "Tokens of the examples per second of training, without the time of evaluations."
         blocks.append(Figure(caption=caption, charts=(chart,), name="throughput"))
-    return Section(title="Speed and memory", blocks=blocks) if blocks else None
+    return blocks
 
 
-def _measured(run: RunRecord, predicted: Mapping[str, float]) -> list[tuple[Cell, ...]]:
-    measured: dict[str, float] = {}
-    if seconds := run.total("seconds"):
-        measured["seconds"] = seconds
-        measured["tokens_per_second"] = (run.total("tokens") or 0) / seconds
-    if run.result and run.result.get("peak_memory"):
-        measured["peak_memory"] = run.result["peak_memory"]
-    if run.adapter_bytes is not None:
-        measured["adapter_bytes"] = run.adapter_bytes
+def _measured(run: RunRecord) -> list[tuple[Cell, ...]]:
+    measured = {
+        "seconds": run.total("seconds") or None,
+        "tokens_per_second": run.tokens_per_second,
+        "peak_memory": (run.result or {}).get("peak_memory") or None,
+        "adapter_bytes": run.adapter_bytes,
+    }
     rows: list[tuple[Cell, ...]] = []
     for key, (label, shown) in PREDICTED.items():
-        if key in measured:
-            expected = predicted.get(key)
+        if (value := measured[key]) is not None:
+            expected = run.predicted.get(key)
             expected_text = None if expected is None else shown(expected)
-            ratio = f"{measured[key] / expected:.2f}" if expected else None
-            rows.append((label, expected_text, shown(measured[key]), ratio))
+            ratio = f"{value / expected:.2f}" if expected else None
+            rows.append((label, expected_text, shown(value), ratio))
     tokens, computed = run.total("tokens"), run.total("computed_tokens")
     if tokens and computed:
         text = f"{computed:,.0f} ({percentage(computed, tokens)})"
@@ -274,22 +235,16 @@ def _throughput(run: RunRecord) -> list[tuple[float, float]]:
     ]
 
 
-def _configuration(run: RunRecord) -> Section:
-    text = settings_text(run)
-    return Section(
-        title="Configuration",
-        blocks=[
-            Table(
-                caption="The most important settings.",
-                columns=("Setting", "Value"),
-                rows=main_settings(run),
-            ),
-            Code(text=text, label="All settings, with defaults (config.yaml)", folded=True),
-        ],
-    )
+def _configuration(run: RunRecord) -> list[Block]:
+    caption, columns = "The most important settings.", ("Setting", "Value")
+    label = "All settings, with defaults (config.yaml)"
+    return [
+        Table(caption=caption, columns=columns, rows=main_settings(run)),
+        Code(text=settings_text(run), label=label, folded=True),
+    ]
 
 
-def _origin(run: RunRecord) -> Section:
+def _origin(run: RunRecord) -> list[Block]:
     blocks: list[Block] = []
     data = run.provenance.get("data")
     if isinstance(data, Mapping) and data:
@@ -328,11 +283,7 @@ def _origin(run: RunRecord) -> Section:
         blocks.append(Table(caption=caption, columns=("Fact", "Value"), rows=rows))
     if run.command is not None:
         blocks.append(Code(text=run.command, label="The command that started the run"))
-    again = shlex.join(["lorakit", "train", "--config", str(run.folder / CONFIG)])
-    blocks.append(
-        Code(
-            text=f"{again} --output {shlex.quote(f'{run.folder}-again')}",
-            label="The command that repeats the run with all settings",
-        )
-    )
-    return Section(title="Data and provenance", blocks=blocks)
+    again = ["--config", str(run.folder / CONFIG), "--output", f"{run.folder}-again"]
+    label = "The command that repeats the run with all settings"
+    blocks.append(Code(text=shlex.join(["lorakit", "train", *again]), label=label))
+    return blocks

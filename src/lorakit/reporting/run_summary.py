@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
+from lorakit.reporting.run_settings import setting
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
 """Scores that are named after people."""
@@ -16,9 +16,7 @@ PEOPLE = ("Matthews", "Pearson", "Spearman")
 
 def subtitle(run: RunRecord) -> str:
     """Return method, base and data on one line."""
-    data = run.config.get("data")
-    train = data.get("train") if isinstance(data, Mapping) else None
-    parts = [run.method, run.base_name, str(train or "")]
+    parts = [run.method, run.base_name, str(setting(run.config, "data.train") or "")]
     return " · ".join(part for part in parts if part)
 
 
@@ -39,18 +37,15 @@ def summary(run: RunRecord) -> list[str]:
     sentences = [f"{subject} {verb} trained for {steps:,} steps on {run.base_name}{time}."]
     if result is None:
         sentences.append("The run is not finished: this report shows its state so far.")
-    sentences += _score_sentences(run)
-    if result is not None:
-        sentences += _ending(result)
-    return sentences
+    return [*sentences, *_score_sentences(run), *_ending(run, steps)]
 
 
 def describe_method(run: RunRecord) -> str:
     """Return the method with its main setting, as the subject of a sentence."""
-    lora = run.config.get("lora")
-    if run.method.split("+")[0] == "lora" and isinstance(lora, Mapping) and "rank" in lora:
-        rest = "".join(f" with {name}" for name in run.method.split("+")[1:])
-        return f"A LoRA adapter of rank {lora['rank']}{rest}"
+    first, *others = run.method.split("+")
+    rank = setting(run.config, "lora.rank")
+    if first == "lora" and rank is not None:
+        return f"A LoRA adapter of rank {rank}{''.join(f' with {name}' for name in others)}"
     names = {"full": "The whole model", "bitfit": "BitFit: every bias"}
     return names.get(run.method, f"The method {run.method}")
 
@@ -70,8 +65,7 @@ def key_figures(run: RunRecord) -> KeyFigures:
         note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
         figures.append(KeyFigure(label="Adapter file", value=size(run.adapter_bytes), note=note))
     if seconds := run.total("seconds"):
-        tokens = run.total("tokens") or 0
-        note = f"{tokens / seconds:,.0f} tokens a second"
+        note = f"{run.tokens_per_second:,.0f} tokens a second"
         figures.append(
             KeyFigure(label="Time in training steps", value=duration(seconds), note=note)
         )
@@ -104,22 +98,15 @@ def _score_sentences(run: RunRecord) -> list[str]:
     return sentences
 
 
-def _ending(result: Mapping[str, Any]) -> list[str]:
+def _ending(run: RunRecord, steps: int) -> list[str]:
     sentences = []
-    best, steps = result.get("best_step"), result.get("steps")
-    if best is not None and best != steps:
+    if run.best_step is not None and run.best_step != steps:
         sentences.append(
-            f"The best validation score was at step {best:,}, before the end: prefer the adapter in best/."
+            f"The best validation score was at step {run.best_step:,}, before the end: prefer the adapter in best/."
         )
-    if result.get("stopped_early"):
+    if (run.result or {}).get("stopped_early"):
         sentences.append("Training stopped early because the validation score no longer improved.")
     return sentences
-
-
-def best_step(run: RunRecord) -> int | None:
-    """Return the step of the best validation score, or None."""
-    step = (run.result or {}).get("best_step")
-    return step if isinstance(step, int) else None
 
 
 def in_sentence(name: str) -> str:

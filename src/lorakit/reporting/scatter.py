@@ -66,7 +66,6 @@ def scatter_chart(
         "y": quantitative("y", scale={"zero": False}, axis=y_axis),
     }
     described = {"description": {"field": "label"}}
-    point = {"type": "point", "size": 60, "opacity": 1}
     spec = {
         "width": WIDTH,
         "height": HEIGHT,
@@ -82,16 +81,14 @@ def scatter_chart(
                     "color": colour,
                 },
             },
-            {
-                "transform": [{"filter": "datum.hollow"}],
-                "mark": {**point, "filled": False},
-                "encoding": {**place, "color": colour, "shape": shape, **described},
-            },
-            {
-                "transform": [{"filter": "!datum.hollow"}],
-                "mark": {**point, "filled": True},
-                "encoding": {**place, "color": colour, "shape": shape, **described},
-            },
+            *(
+                {
+                    "transform": [{"filter": test}],
+                    "mark": {"type": "point", "size": 60, "opacity": 1, "filled": filled},
+                    "encoding": {**place, "color": colour, "shape": shape, **described},
+                }
+                for test, filled in (("datum.hollow", False), ("!datum.hollow", True))
+            ),
         ],
     }
     alt = f"{title}: {y} over {x}, {len(shown)} points, {in_words([one.y for one in shown])}."

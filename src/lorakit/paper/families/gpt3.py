@@ -13,27 +13,35 @@ _ALPHA = (
 )
 
 
-def _gpt3(method: str, settings: dict[str, Any], rate: float, *notes: str) -> Family:
+_SHARED: dict[str, Any] = {
+    "warmup_tokens": 250_000,
+    "optimizer.schedule": "linear",
+    "optimizer.weight_decay": 0.1,
+}
+
+
+def _family(method: str, source: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
     return Family(
         model="gpt3-175b",
         method=method,
         origin="paper",
-        source="section D.4 and Table 12",
-        settings={
-            "batch_size": 128,
-            "epochs": 2,
-            "warmup_tokens": 250_000,
-            "optimizer.schedule": "linear",
-            "optimizer.weight_decay": 0.1,
-            "optimizer.learning_rate": rate,
-            **settings,
-        },
-        tasks="""
-                        | wikisql | mnli | samsum
-        data.max_length | 384     | 768  | 2048
-        """,
+        source=source,
+        settings=settings,
+        tasks=tasks,
         notes=(_UNPUBLISHED, *notes),
     )
+
+
+_LENGTHS = """
+                | wikisql | mnli | samsum
+data.max_length | 384     | 768  | 2048
+"""
+
+
+def _gpt3(method: str, settings: dict[str, Any], rate: float, *notes: str) -> Family:
+    length = {"batch_size": 128, "epochs": 2}
+    settings = {**length, **_SHARED, "optimizer.learning_rate": rate, **settings}
+    return _family(method, "section D.4 and Table 12", settings, _LENGTHS, *notes)
 
 
 def _lora(rank: int, *targets: str) -> dict[str, Any]:
@@ -60,12 +68,6 @@ _GPT3 = (
     ),
 )
 
-_LOW_DATA: dict[str, Any] = {
-    "warmup_tokens": 250_000,
-    "optimizer.schedule": "linear",
-    "optimizer.weight_decay": 0.1,
-    "data.max_length": 768,
-}
 _LOW_DATA_RUNS = """
                         | mnli-100 | mnli-1k | mnli-10k | mnli-392k
 batch_size              | 20       | 20      | 100      | 128
@@ -74,15 +76,8 @@ epochs                  | 40       | 40      | 4        | 2
 
 
 def _low_data(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
-    return Family(
-        model="gpt3-175b",
-        method=method,
-        origin="paper",
-        source="Table 17",
-        settings={**_LOW_DATA, **settings},
-        tasks=_LOW_DATA_RUNS.strip() + "\n" + tasks.strip(),
-        notes=(_UNPUBLISHED, *notes),
-    )
+    settings = {**_SHARED, "data.max_length": 768, **settings}
+    return _family(method, "Table 17", settings, _LOW_DATA_RUNS + tasks.strip(), *notes)
 
 
 _GPT3_LOW_DATA = (
