@@ -133,10 +133,10 @@ def _layer(
         raise AdapterFileError(
             f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )
-    if config.dora != (MAGNITUDE in parts):
+    if config.use_dora != (MAGNITUDE in parts):
         raise AdapterFileError(
             f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
-            f"{str(config.dora).lower()}."
+            f"{str(config.use_dora).lower()}."
         )
     A, B = (parts[name] for name in names)
     magnitude = parts.get(MAGNITUDE)
@@ -267,14 +267,14 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[
         targets = tuple(layers)
     try:
         return LoRA(
-            rank=config.rank,
-            alpha=config.alpha,
+            rank=config.r,
+            alpha=config.lora_alpha,
             targets=targets,
-            dropout=config.dropout,
-            bias=config.bias,  # type: ignore[arg-type]
-            init="gaussian" if config.gaussian else "kaiming",
-            scaling="rslora" if config.rslora else "standard",
-            dora=config.dora,
+            dropout=config.lora_dropout,
+            bias=config.bias,
+            init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
+            scaling="rslora" if config.use_rslora else "standard",
+            dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
             train_modules=tuple(entry for entry in config.modules_to_save if entry in modules),
