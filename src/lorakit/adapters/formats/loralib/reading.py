@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, at, rank_notices
-from lorakit.adapters.formats.tensors import SAFETENSORS, as_tensors, read_pickle
+from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
+from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.roles import RowSlice
-from lorakit.storage.tensors import read_safetensors
 
 EnableLora = Mapping[str, Sequence[bool]]
 
@@ -61,7 +60,7 @@ def read_loralib(
         raise ConfigurationError(
             f"alpha is {alpha!r}; a finite number other than 0 was expected (0 would disable the adapter)."
         )
-    try:
+    with located(f"'{path}'"):
         factors, others = _sort(_state_dict(path))
         layers = {
             place: _layer(place, parts, others, float(alpha), enable_lora or {})
@@ -70,20 +69,10 @@ def read_loralib(
         if not layers:
             raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
         return _adapter(layers, others, float(alpha))
-    except (AdapterFileError, ConfigurationError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"'{path}': {error}") from error
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    if path.suffix == SAFETENSORS:
-        content: Any = read_safetensors(path)
-    else:
-        content = read_pickle(path)
-        if isinstance(content, Mapping) and isinstance(content.get("model_state_dict"), Mapping):
-            content = content["model_state_dict"]
-    tensors = as_tensors(content, path)
+    tensors = read_tensors(path, section="model_state_dict")
     # Data-parallel training adds the prefix "module." to every key.
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
@@ -150,10 +139,8 @@ def _layer(
         n_out = None if weight is None else _rows_of(weight, A)
         options["slices"] = _slices(place, A, B, n_out, enable_lora)
         options["transposed"] = place.rpartition(".")[2] == _GPT2_FUSED
-    try:
+    with located(f"'{place}'"):
         return StoredLayer(A=A, B=B, scaling=alpha / max(1, rank), alpha=alpha, **options)
-    except AdapterFileError as error:
-        raise at(f"'{place}'", error) from error
 
 
 def _rows_of(weight: Tensor, A: Tensor) -> int | None:

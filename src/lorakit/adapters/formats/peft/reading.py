@@ -13,7 +13,7 @@ from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, at, rank_notices
+from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
@@ -41,17 +41,11 @@ def read_peft(folder: str | Path) -> StoredAdapter:
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
     options = storage.read_json(storage.regular_file(config_path))
-    try:
+    with located(f"'{config_path}'"):
         config = parse(options)
-    except AdapterFileError as error:
-        raise at(f"'{config_path}'", error) from error
     tensors_path = _tensors_path(folder)
-    try:
+    with located(f"'{tensors_path}'"):
         return _adapter(options, config, _without_prefix(read_tensors(tensors_path)))
-    except AdapterFileError as error:
-        if str(tensors_path) in str(error):
-            raise
-        raise at(f"'{tensors_path}'", error) from error
 
 
 def _tensors_path(folder: Path) -> Path:
@@ -155,7 +149,7 @@ def _layer(
     kind: Kind = "conv" if A.ndim > 2 else "linear"
     if embedding or is_attention:
         kind = "embedding" if embedding else "attention"
-    try:
+    with located(f"'{path}'"):
         layer = StoredLayer(
             kind=kind,
             A=A,
@@ -165,8 +159,6 @@ def _layer(
             magnitude=magnitude,
             transposed=config.fan_in_fan_out and kind == "linear",
         )
-    except AdapterFileError as error:
-        raise at(f"'{path}'", error) from error
     if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
