@@ -17,6 +17,7 @@ from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_not
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import is_inside, parents
 from lorakit.models.roles import RowSlice
 
 EnableLora = Mapping[str, Sequence[bool]]
@@ -279,9 +280,7 @@ def _outermost(names: Iterable[str], layers: Mapping[str, StoredLayer]) -> list[
     """Return the largest modules that contain a trained tensor and no adapted layer: the heads."""
     modules: dict[str, None] = {}
     for name in names:
-        parts = name.split(".")[:-1]
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        free = [p for p in prefixes if not any(f"{place}.".startswith(f"{p}.") for place in layers)]
+        free = [p for p in parents(name) if not any(is_inside(place, p) for place in layers)]
         if free:
             modules[free[0]] = None
     return list(modules)

@@ -17,6 +17,7 @@ from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, located, ra
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import parents
 
 PICKLE_NAME = "adapter_model.bin"
 
@@ -226,9 +227,7 @@ class _Others:
 
     def _trained_module(self, name: str) -> str | None:
         """Return the entry of modules_to_save under which PEFT saves this parameter, or None."""
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            path = ".".join(parts[:i])
+        for path in parents(name):
             for entry in self.config.modules_to_save:
                 # PEFT's rule, which does not require a dot before the entry.
                 if path.endswith(entry):

@@ -13,6 +13,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import parents
 
 PREFIX = "base_model.model."
 """Prefix of every key in a PEFT file."""
@@ -107,9 +108,9 @@ def _modules_to_save(
 ) -> list[str]:
     outermost: dict[str, None] = {}
     for name in names:
-        parents = _trained_parents(name, stored)
-        if parents:
-            outermost[parents[0]] = None
+        roots = _trained_parents(name, stored)
+        if roots:
+            outermost[roots[0]] = None
         elif not _is_trained_bias(name, stored, layer_keys):
             outermost[name.rpartition(".")[0]] = None
     modules = list(outermost)
@@ -184,7 +185,5 @@ def is_in_trained_module(name: str, stored: StoredAdapter) -> bool:
 def _trained_parents(name: str, stored: StoredAdapter) -> list[str]:
     """Return the parents of a parameter that train_modules names, the outermost first."""
     assert isinstance(stored.method, LoRA)
-    parts = name.split(".")[:-1]
-    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
     entries = stored.method.train_modules
-    return [p for p in parents if any(p == e or p.endswith(f".{e}") for e in entries)]
+    return [p for p in parents(name) if any(p == e or p.endswith(f".{e}") for e in entries)]
