@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
-from lorakit.adapters.formats.peft.trained import is_in_trained_module
+from lorakit.adapters.formats.peft.trained import trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
@@ -130,7 +130,7 @@ def _settle_tied(
 def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     """Whether the method trains a base parameter under this name."""
     if isinstance(stored.method, LoRA):
-        return is_in_trained_module(name, stored)
+        return bool(trained_parents(name, stored))
     return name in stored.method.trained_parameters(model)
 
 

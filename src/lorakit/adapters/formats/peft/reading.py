@@ -122,9 +122,7 @@ def _layer(
 ) -> StoredLayer:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    missing = [name for name in names if name not in parts]
-    surplus = parts.keys() - {*names, MAGNITUDE}
-    if missing or surplus:
+    if parts.keys() - {MAGNITUDE} != set(names):
         raise AdapterFileError(
             f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )

@@ -231,14 +231,11 @@ def _template(path: str) -> str:
 
 
 def _base_options(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
-    source = stored.base.source if stored.base is not None else None
-    name = source.name if source is not None else None
-    recorded = stored.provenance.get("peft", {})
-    if name is None and isinstance(recorded, Mapping):
-        return {
-            "base_model_name_or_path": recorded.get("base_model_name_or_path"),
-            "revision": recorded.get("revision"),
-            "task_type": task_type or recorded.get("task_type"),
-        }
-    revision = source.revision if source is not None else None
-    return {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}
+    options = {"base_model_name_or_path": None, "revision": None, "task_type": task_type}
+    recorded = stored.provenance.get("peft")
+    if stored.base is not None and stored.base.source.name is not None:
+        source = stored.base.source
+        options |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    elif isinstance(recorded, Mapping):
+        options = {name: value or recorded.get(name) for name, value in options.items()}
+    return options
