@@ -1,4 +1,4 @@
-"""One layer of an adapter at rest: its tensors and their meaning."""
+"""One layer in an adapter file: its tensors and their meaning."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class StoredLayer:
     """PiSSA's start, whose product is subtracted; shaped as A and B."""
     base_norms: Tensor | None = None
     """DoRA on slices: the norms of all rows of the base weight, (out,). Only those outside the
-    slices are read; they are the magnitudes under which those rows stay as they are."""
+    slices are read: with them as magnitudes, PEFT's DoRA leaves those rows unchanged."""
     weight_shape: tuple[int, ...] | None = None
-    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), where it is known."""
+    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
     grouped: bool = True
-    """conv: A is grouped as the layer is; False where it sees all input channels, as PEFT's does."""
+    """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
     transposed: bool = False
     """linear: the base stores its weight as (in, out), as GPT-2's Conv1D does."""
     tied_head: str | None = None
@@ -100,7 +100,7 @@ class StoredLayer:
 
     @property
     def kernel_width(self) -> int:
-        """K of a "conv-loralib" layer; loralib only knows square kernels and alpha / r."""
+        """K of a "conv-loralib" layer; loralib supports only square kernels and the scaling alpha / r."""
         if self.weight_shape is not None:
             return self.weight_shape[-1]
         return max(1, round(self.A.shape[0] * self.scaling / self.alpha))

@@ -123,22 +123,20 @@ def _layer(
             f"'{place}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
             "lora_A (rank, in) and lora_B (out, rank) were expected."
         )
+    n_in, n_out = A.shape[1], B.shape[0]
     rank = B.shape[1]
     weight = others.get(f"{place}.conv.weight", others.get(f"{place}.weight"))
     options: dict[str, Any] = {"kind": "linear"}
     if weight is not None and weight.ndim > 2:
         options = {"kind": "conv-loralib", "weight_shape": tuple(weight.shape)}
         rank = A.shape[0] // weight.shape[-1]
-    elif weight is not None and tuple(weight.shape) == (A.shape[1], B.shape[0]) != (
-        B.shape[0],
-        A.shape[1],
-    ):
+    elif weight is not None and tuple(weight.shape) == (n_in, n_out) != (n_out, n_in):
         # Stored as (in, out): GPT-2's layout, or an embedding table, which its name shows.
         is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", place) is not None
         options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
     else:
-        n_out = None if weight is None else _rows_of(weight, A)
-        options["slices"] = _slices(place, A, B, n_out, enable_lora)
+        weight_rows = None if weight is None else _rows_of(weight, A)
+        options["slices"] = _slices(place, A, B, weight_rows, enable_lora)
         options["transposed"] = place.rpartition(".")[2] == _GPT2_FUSED
     with located(f"'{place}'"):
         return StoredLayer(A=A, B=B, scaling=alpha / max(1, rank), alpha=alpha, **options)

@@ -55,8 +55,8 @@ _NOT_IMPLEMENTED = {
     "velora_config": "gradients are compressed (VeLoRA)",
 }
 
-_INITS_ON_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
+_INITS_ON_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Named initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +265,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")
     init = options.get("init_lora_weights", True)
-    # Compare by identity, since 1 == True but JSON's 1 is not an initialisation.
-    if not any(
-        init is known or (isinstance(init, str) and init == known) for known in _INITS_ON_THE_BASE
-    ):
+    if not isinstance(init, bool | None) and init not in _INITS_ON_THE_BASE:
         fix = (
             "Load it with PEFT on the quantised base that LoftQ made for it."
             if init == "loftq"

@@ -76,29 +76,24 @@ def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None
     Raises:
         AdapterFileError: The tensors are not of that form.
     """
-    wide_A, wide_B, A0, B0, norms = A, B, None, None, None
+    own_A, own_B, extras = A, B, {}
     if layer.initial_A is not None:
-        A, A0 = _separate(A, layer.groups)
-        B, B0 = B[:, : B.shape[1] // 2], -B[:, B.shape[1] // 2 :]
-        A0, B0 = _own_width(layer, A0, B0)
-    A, B = _own_width(layer, A, B)
+        own_A, A0 = _separate(A, layer.groups)
+        own_B, B0 = B.chunk(2, dim=1)
+        A0, B0 = _own_width(layer, A0, -B0)
+        extras |= {"initial_A": A0.contiguous(), "initial_B": B0.contiguous()}
+    own_A, own_B = _own_width(layer, own_A, own_B)
     if magnitude is not None and layer.slices:
         rows = layer.rows()
-        magnitude, norms = magnitude[rows], magnitude.clone()
         # PEFT's form lacks the base's norms of the adapted rows, which are never read.
-        norms[rows] = 0
+        extras["base_norms"] = magnitude.index_fill(0, rows, 0)
+        magnitude = magnitude[rows]
     restored = replace(
-        layer,
-        A=A.contiguous(),
-        B=B.contiguous(),
-        magnitude=magnitude,
-        initial_A=None if A0 is None else A0.contiguous(),
-        initial_B=None if B0 is None else B0.contiguous(),
-        base_norms=norms,
+        layer, A=own_A.contiguous(), B=own_B.contiguous(), magnitude=magnitude, **extras
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
-    same_factors = torch.equal(again.A, wide_A) and torch.equal(again.B, wide_B)
+    same_factors = torch.equal(again.A, A) and torch.equal(again.B, B)
     if not (same_shapes and same_factors):
         raise AdapterFileError(
             "its lora_A and lora_B are not of the form that lorakit.json describes."
