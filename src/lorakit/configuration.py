@@ -53,9 +53,7 @@ def conform(config: Any, section: str = "") -> None:
         object.__setattr__(config, field.name, value)
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = functools.cache(get_type_hints)
 
 
 class _WrongType(Exception):

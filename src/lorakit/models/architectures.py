@@ -7,7 +7,7 @@ projections, are those of ``transformers`` 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,10 @@ GATE, UP, DOWN = "mlp.gate", "mlp.up", "mlp.down"
 
 
 def _key_value_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _falcon_key_value_heads(config: Any) -> int:
-    shared = config.multi_query and not config.new_decoder_architecture
-    return 1 if shared else config.num_kv_heads
+    if getattr(config, "multi_query", False) and not config.new_decoder_architecture:
+        return 1  # the first Falcon models
+    names = ("num_kv_heads", "num_key_value_heads", "num_attention_heads")
+    return next(count for name in names if (count := getattr(config, name, None)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,6 @@ class Fused:
 
     roles: tuple[str, ...]
     interleaved: bool = False
-    key_value_heads: Callable[[Any], int] = _key_value_heads
 
     def slices(self, out_features: int, config: Any) -> dict[str, RowSlice]:
         """Return role -> rows for a layer with ``out_features`` output rows.
@@ -47,7 +44,7 @@ class Fused:
             ValueError: the rows do not divide into the heads of ``config``.
         """
         in_attention = K in self.roles
-        shared = self.key_value_heads(config) if in_attention else 1
+        shared = _key_value_heads(config) if in_attention else 1
         counts = {Q: config.num_attention_heads, K: shared, V: shared} if in_attention else {}
         heads = {role: counts.get(role, 1) for role in self.roles}
         groups = shared if self.interleaved else 1
@@ -119,7 +116,10 @@ _BERT_DROPOUTS = {
     "crossattention.output.dense": "crossattention.output.dropout",
     "output.dense": "output.dropout",
 }
+_QKV = Fused(roles=(Q, K, V))
 _FUSED_PER_HEAD = Fused(roles=(Q, K, V), interleaved=True)
+_GATE_UP_MLP = {"mlp.gate_up_proj": Fused(roles=(GATE, UP)), "mlp.down_proj": DOWN}
+_FC_MLP = {"mlp.fc1": UP, "mlp.fc2": DOWN}
 _GPT2_MLP = {"mlp.c_fc": UP, "mlp.c_proj": DOWN}
 _GPT_NEOX_MLP = {"mlp.dense_h_to_4h": UP, "mlp.dense_4h_to_h": DOWN}
 _BART_LAYERS = {**_attention("self_attn", "encoder_attn", o="out_proj"), "fc1": UP, "fc2": DOWN}
@@ -139,13 +139,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_types=("deberta-v2",),
         layers={
-            **_attention(
-                "attention",
-                q="self.query_proj",
-                k="self.key_proj",
-                v="self.value_proj",
-                o="output.dense",
-            ),
+            "attention.self.query_proj": Q,
+            "attention.self.key_proj": K,
+            "attention.self.value_proj": V,
+            "attention.output.dense": O,
             **_BERT_MLP,
         },
         dropouts=_BERT_DROPOUTS,
@@ -165,7 +162,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_types=("modernbert",),
         layers={
-            "attn.Wqkv": Fused(roles=(Q, K, V)),
+            "attn.Wqkv": _QKV,
             "attn.Wo": O,
             "mlp.Wi": Fused(roles=(GATE, UP)),  # the activation acts on the first half
             "mlp.Wo": DOWN,
@@ -174,7 +171,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_types=("gpt2",),
         layers={
-            "attn.c_attn": Fused(roles=(Q, K, V)),
+            "attn.c_attn": _QKV,
             "attn.c_proj": O,
             "crossattention.q_attn": Q,
             "crossattention.c_attn": Fused(roles=(K, V)),
@@ -213,7 +210,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     Architecture(
-        model_types=("bloom",),
+        model_types=("bloom", "falcon"),
         layers={
             "self_attention.query_key_value": _FUSED_PER_HEAD,
             "self_attention.dense": O,
@@ -221,23 +218,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     Architecture(
-        model_types=("falcon",),
-        layers={
-            "self_attention.query_key_value": Fused(
-                roles=(Q, K, V), interleaved=True, key_value_heads=_falcon_key_value_heads
-            ),
-            "self_attention.dense": O,
-            **_GPT_NEOX_MLP,
-        },
-    ),
-    Architecture(
         model_types=("mpt",),
-        layers={
-            "attn.Wqkv": Fused(roles=(Q, K, V)),
-            "attn.out_proj": O,
-            "ffn.up_proj": UP,
-            "ffn.down_proj": DOWN,
-        },
+        layers={"attn.Wqkv": _QKV, "attn.out_proj": O, "ffn.up_proj": UP, "ffn.down_proj": DOWN},
     ),
     Architecture(model_types=("opt",), layers=_BART_LAYERS, output_norm="final_layer_norm"),
     Architecture(
@@ -245,36 +227,21 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             *("llama", "mistral", "ministral3", "smollm3", "stablelm", "seed_oss"),
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2"),
             *("granite", "olmo", "olmo2", "olmo3", "exaone4", "helium", "ernie4_5"),
+            *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
         ),
-        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
-    ),
-    Architecture(
-        model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
         layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
         stacked_experts="mlp.experts",
     ),
     Architecture(
         model_types=("phi",),
-        layers={**_attention("self_attn", o="dense"), "mlp.fc1": UP, "mlp.fc2": DOWN},
+        layers={**_attention("self_attn", o="dense"), **_FC_MLP},
     ),
     Architecture(
         model_types=("phi3",),
-        layers={
-            "self_attn.qkv_proj": Fused(roles=(Q, K, V)),
-            "self_attn.o_proj": O,
-            "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
-            "mlp.down_proj": DOWN,
-        },
+        layers={"self_attn.qkv_proj": _QKV, "self_attn.o_proj": O, **_GATE_UP_MLP},
         dropouts={"self_attn.o_proj": "resid_attn_dropout", "mlp.down_proj": "resid_mlp_dropout"},
     ),
-    Architecture(
-        model_types=("glm", "glm4"),
-        layers={
-            **_LLAMA_ATTENTION,
-            "mlp.gate_up_proj": Fused(roles=(GATE, UP)),
-            "mlp.down_proj": DOWN,
-        },
-    ),
+    Architecture(model_types=("glm", "glm4"), layers={**_LLAMA_ATTENTION, **_GATE_UP_MLP}),
     Architecture(model_types=("starcoder2",), layers={**_LLAMA_ATTENTION, **_GPT2_MLP}),
     Architecture(
         model_types=("t5", "mt5", "umt5"),
@@ -285,11 +252,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "DenseReluDense.wi_1": UP,
             "DenseReluDense.wo": DOWN,
         },
-        dropouts={
-            "SelfAttention.o": "dropout",
-            "EncDecAttention.o": "dropout",
-            "DenseReluDense.wo": "dropout",
-        },
+        dropouts=dict.fromkeys(
+            ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"), "dropout"
+        ),
         input_embedding="embed_tokens",
         never_called=("shared",),
     ),
@@ -306,12 +271,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         input_embedding="embed_tokens",
         never_called=("shared",),
     ),
-    Architecture(
-        model_types=("vit",), layers={**_attention("attention"), "mlp.fc1": UP, "mlp.fc2": DOWN}
-    ),
+    Architecture(model_types=("vit",), layers={**_attention("attention"), **_FC_MLP}),
     Architecture(
         model_types=("clip_text_model", "clip_vision_model"),
-        layers={**_attention("self_attn", o="out_proj"), "mlp.fc1": UP, "mlp.fc2": DOWN},
+        layers={**_attention("self_attn", o="out_proj"), **_FC_MLP},
     ),
 )
 """Every architecture whose roles are known."""

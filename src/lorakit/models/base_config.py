@@ -9,8 +9,6 @@ from typing import Literal
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-
 DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 
 
@@ -34,9 +32,7 @@ class BaseConfig:
         conform(self, "base")
         if not self.name:
             raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
-        if self.device != "auto" and not re.fullmatch(
-            rf"({'|'.join(DEVICES)})(:\d+)?", self.device
-        ):
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             raise ConfigurationError(
                 f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1, mps or xpu."
             )

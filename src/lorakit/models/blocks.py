@@ -24,16 +24,16 @@ class Site:
 def stacks(model: nn.Module) -> dict[str, list[str]]:
     """Return the block paths of each stack in order, keyed by the path of its `nn.ModuleList`.
 
-    An encoder or a decoder has one stack, an encoder-decoder two. If the attention of the
-    architecture is not known, the longest list of modules counts as the stack. A model without
-    lists of modules has no stack.
+    Lists of modules inside a block are not stacks. An encoder or a decoder has one stack, an
+    encoder-decoder two. If the attention of the architecture is not known, the longest list of
+    modules counts as the stack. A model without lists of modules has no stack.
     """
     modules = list(walk(model))
     attention = [p.path for p in all_places(model, modules) if p.role in ATTENTION_ROLES]
-    lists = {
-        at.path: [f"{at.path}.{name}" for name, _ in at.module.named_children()]
-        for at in _outermost(modules, nn.ModuleList)
-    }
+    lists: dict[str, list[str]] = {}
+    for path, module, _ in modules:  # parents come before their children
+        if isinstance(module, nn.ModuleList) and not _any_inside([path], *lists):
+            lists[path] = [f"{path}.{name}" for name, _ in module.named_children()]
     with_attention = {
         path: blocks for path, blocks in lists.items() if _any_inside(attention, path)
     }
@@ -145,15 +145,6 @@ def _is_read_directly(modules: dict[str, LocatedModule], path: str) -> bool:
     """Whether an `nn.MultiheadAttention` reads the layer's weight without calling it."""
     parent = path.rpartition(".")[0]
     return parent in modules and isinstance(modules[parent].module, nn.MultiheadAttention)
-
-
-def _outermost(modules: list[LocatedModule], kind: type[nn.Module]) -> list[LocatedModule]:
-    """Return the modules of a kind outside any other of that kind: a block may contain lists too."""
-    outermost: list[LocatedModule] = []
-    for at in modules:  # parents come before their children
-        if isinstance(at.module, kind) and not _any_inside([at.path], *(o.path for o in outermost)):
-            outermost.append(at)
-    return outermost
 
 
 def _any_inside(paths: list[str], *roots: str) -> bool:

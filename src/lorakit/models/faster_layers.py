@@ -55,9 +55,8 @@ def _gate(module: Any) -> tuple[FasterForward, Tensor] | None:
     if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return None
     weight = module.gate_proj.weight
-    dtype = (
-        weight.dtype if weight.is_floating_point() else torch.float32
-    )  # quantised weights are integers
+    # Quantised weights are integers.
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
     example = weight.new_empty(2, module.gate_proj.in_features, dtype=dtype)
     return FasterForward(_gated, module), example
 

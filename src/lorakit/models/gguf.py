@@ -49,21 +49,19 @@ def converted_folder(gguf: Path) -> Path:
         RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
-    if not _is_complete(folder):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{folder}.lock", is_singleton=False)
-            lock.acquire()
-        except OSError as error:
-            raise BaseModelError(
-                f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "
-                "LORAKIT_CACHE to a writable folder."
-            ) from error
-        try:
-            if not _is_complete(folder):
-                _convert(gguf, folder)
-        finally:
-            lock.release()
+    if _is_complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{folder}.lock", is_singleton=False).acquire()
+    except OSError as error:
+        raise BaseModelError(
+            f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "
+            "LORAKIT_CACHE to a writable folder."
+        ) from error
+    with lock:
+        if not _is_complete(folder):  # another process may have converted it
+            _convert(gguf, folder)
     return folder
 
 

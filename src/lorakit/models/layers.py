@@ -148,3 +148,9 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 def is_inside(path: str, root: str) -> bool:
     """Whether ``path`` is the module at ``root`` or below it."""
     return path == root or path.startswith(f"{root}.")
+
+
+def parents(path: str) -> list[str]:
+    """Return the paths of the modules that contain ``path``, the outermost first, without the root."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
-from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
+from lorakit.models.dtypes import QUANTISATIONS, compute_dtype, dtype_name
 from lorakit.models.gguf import conversion_notices, converted_folder
 from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
@@ -115,7 +115,7 @@ def load_base(
         count = quantise(model, quantisation)
         notices.append(
             f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
-            f"{str(weights_dtype).removeprefix('torch.')}."
+            f"{dtype_name(weights_dtype)}."
         )
     require_exact_layers(model)
     if source.packaged or source.kind == "gguf":
@@ -172,9 +172,8 @@ def _locate(
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
     if task not in _MODEL_CLASSES:
-        tasks = get_args(ModelHead)
         raise ConfigurationError(
-            f"task '{task}' is not one of {', '.join(tasks)}.{nearest(str(task), tasks)}"
+            f"task '{task}' is not one of {', '.join(_MODEL_CLASSES)}.{nearest(str(task), _MODEL_CLASSES)}"
         )
     if num_labels is None:
         return

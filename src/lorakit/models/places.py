@@ -106,9 +106,8 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
     return in_model_order(places, modules)
 
 
-def all_places(model: nn.Module, modules: Iterable[LocatedModule]) -> Iterator[Place]:
+def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place]:
     """Yield every place of the model that has a role."""
-    modules = list(modules)
     for path, module, config in modules:
         architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention):

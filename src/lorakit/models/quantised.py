@@ -14,8 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +149,7 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]
             yield path, weight
 
 
-def _loaded_library() -> ModuleType | None:
+def _loaded_library() -> Any:
     # If nothing has imported it, no layer can be quantised by it.
     return sys.modules.get("bitsandbytes")
 
@@ -252,10 +251,10 @@ def require_exact_layers(model: nn.Module) -> None:
     Raises:
         AdapterStateError: A layer is repacked already, or applies the scales of the wrong blocks.
     """
-    library = _loaded_library()
-    if library is None:
+    bnb = _loaded_library()
+    if bnb is None:
         return
-    bnb, modules = cast(Any, library), cast(Any, model.named_modules())
+    modules: Any = model.named_modules()
     for path, layer in modules:
         if not isinstance(layer, bnb.nn.Linear4bit) or not layer.weight.bnb_quantized:
             continue

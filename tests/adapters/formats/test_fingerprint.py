@@ -52,7 +52,7 @@ def test_the_hash_is_over_names_shapes_dtypes_and_numbers():
     assert found.weights.exact == digest(torch.float32)
     assert found.weights.bfloat16 == digest(torch.bfloat16)
     shapes = hashlib.sha256(b"bias\0(2,)\0weight\0(2, 2)\0").hexdigest()
-    assert found.architecture == fingerprint.Architecture("Linear", None, shapes)
+    assert found.architecture == fingerprint.ArchitectureRecord("Linear", None, shapes)
 
 
 def test_the_same_model_is_the_same(monkeypatch):

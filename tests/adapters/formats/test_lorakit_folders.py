@@ -263,7 +263,7 @@ def set_in(*keys):
             set_in("layers", "a.0.q", "slices", [{"groups": 1, "stride": 8, "offset": 4, "width": 8}]),
             "does not lie within|needs",
         ),
-        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight' is not in the tensor file"),
+        (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight': the tensor file has no 'absent'"),
         (set_in("repeated", 7), "does not match"),
         (set_in("base", {"architecture": {}}), "no valid 'architecture'"),
         (set_in("base", []), "no valid 'architecture'"),

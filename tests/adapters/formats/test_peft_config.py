@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lorakit.adapters.formats.peft import adapter_config as config_module
+from lorakit.adapters.formats.peft import adapter_config
 from lorakit.adapters.formats.peft.adapter_config import (
     _IMPLEMENTED,
     _NO_EFFECT,
@@ -39,8 +39,8 @@ def as_json(config: peft.LoraConfig) -> dict:
 
 def test_pefts_defaults_are_ours():
     config = parse(as_json(peft.LoraConfig()))
-    assert (config.rank, config.alpha, config.dropout, config.bias) == (8, 8.0, 0.0, "none")
-    flags = (config.rslora, config.dora, config.fan_in_fan_out, config.gaussian)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (8, 8.0, 0.0, "none")
+    flags = (config.use_rslora, config.use_dora, config.fan_in_fan_out)
     assert not any(flags)
     assert config == parse({"peft_type": "LORA"})
 
@@ -86,7 +86,8 @@ def test_an_initialisation_that_changes_the_base(init, message: str):
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_an_initialisation_that_leaves_the_base(init):
-    assert parse({**LORA, "init_lora_weights": init}).gaussian == (init == "gaussian")
+    kept = True if init is None else init
+    assert parse({**LORA, "init_lora_weights": init}).init_lora_weights == kept
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_an_initialisation_that_leaves_the_base(init):
         ({"peft_type": None}, "has no peft_type"),
         ({"peft_type": "IA3"}, "of type 'IA3'; lorakit reads only LORA"),
         ({"peft_type": ["LORA"]}, r"of type \['LORA'\]"),
-        ({"r": 0}, "r is 0; a whole number of 1 or more"),
+        ({"r": 0}, "r is 0; it must be a whole number of 1 or more"),
         ({"r": -8}, "r is -8"),
         ({"r": 8.0}, "r is 8.0"),
         ({"r": True}, "r is True"),
@@ -105,18 +106,23 @@ def test_an_initialisation_that_leaves_the_base(init):
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_alpha": False}, "lora_alpha is False"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
-        ({"rank_pattern": ["q"]}, "rank_pattern is .*a mapping"),
+        ({"rank_pattern": ["q"]}, "rank_pattern is .*must be a mapping"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern holds .* not a valid regular expression"),
         ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] is 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; a number of"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be a number of"),
         ({"lora_dropout": "a lot"}, "lora_dropout is 'a lot'"),
-        ({"bias": "some"}, "bias is 'some'; one of none, all, lora_only"),
-        ({"use_dora": "yes"}, "use_dora is 'yes'; true or false"),
+        ({"lora_dropout": 10**400}, "lora_dropout is 1000.*; it must be a number"),
+        ({"lora_dropout": float("inf")}, "lora_dropout is inf"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"bias": "some"}, "bias is 'some'; it must be one of none, all, lora_only"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be True or False"),
         ({"use_rslora": 1}, "use_rslora is 1"),
         ({"target_modules": 5}, "target_modules is 5"),
-        ({"target_modules": ["q", None]}, "target_modules is .*a list of names"),
+        ({"target_modules": ["q", None]}, r"target_modules\[1\] is None; it must be a string"),
+        ({"target_modules": ["q", ""]}, "target_modules lists an empty name"),
+        ({"modules_to_save": [""]}, "modules_to_save lists an empty name"),
         ({"modules_to_save": {"a": 1}}, "modules_to_save is"),
-        ({"layers_to_transform": ["a"]}, "layers_to_transform is"),
+        ({"layers_to_transform": ["a"]}, r"layers_to_transform\[0\] is 'a'"),
         ({"target_modules": "q", "layers_to_transform": [1]}, "is a pattern, but PEFT combines"),
     ],
 )
@@ -141,11 +147,11 @@ def test_a_value_of_the_wrong_kind_is_named(change: dict, message: str):
 )
 def test_no_json_makes_it_stumble(found: dict):
     with contextlib.suppress(AdapterFileError):
-        assert parse({"peft_type": "LORA", **found}).rank > 0
+        assert parse({"peft_type": "LORA", **found}).r > 0
 
 
 def test_patterns_that_never_end_are_stopped(monkeypatch):
-    monkeypatch.setattr(config_module, "_PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr(adapter_config, "_PATTERN_SECONDS", 0.1)
     slow, path = "(a|aa)+b", "a" * 70
     for options, ask in (
         ({"target_modules": slow}, PeftConfig.is_target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -26,14 +27,13 @@ from torch import Tensor, nn
 
 from lorakit.adapters.formats.peft.adapter_config import parse
 from lorakit.adapters.formats.peft.factors import (
-    Factors,
     NotExpressibleError,
     from_peft,
     peft_rank,
     to_peft,
 )
 from lorakit.adapters.formats.peft.targets import target_modules
-from lorakit.adapters.formats.peft.writing import _alpha, _Entry
+from lorakit.adapters.formats.peft.writing import _alpha
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.models.roles import RowSlice
@@ -72,7 +72,7 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 
-def peft_product(layer: StoredLayer, factors: Factors) -> Tensor:
+def peft_product(layer: StoredLayer, factors: StoredLayer) -> Tensor:
     """The delta that PEFT computes: B after A, each as the layer that PEFT creates."""
     A, B = factors.A.double(), factors.B.double()
     if A.ndim == 2:
@@ -106,7 +106,8 @@ def test_the_way_back_gives_the_same_bits(layer: StoredLayer):
 
 
 def check_way_back(layer: StoredLayer) -> None:
-    again = from_peft(on_meta(layer), to_peft(layer))
+    factors = to_peft(layer)
+    again = from_peft(on_meta(layer), factors.A, factors.B, factors.magnitude)
     assert again.tensors.keys() == layer.tensors.keys()
     for name, tensor in layer.tensors.items():
         same_bits(again.tensors[name], tensor, name)
@@ -130,7 +131,7 @@ def test_every_number_that_is_not_of_this_form_is_noticed(layer: StoredLayer):
             broken[tuple(places[-1])] = 1.0
             A, B = (broken, factors.B) if tensor is factors.A else (factors.A, broken)
             with pytest.raises(AdapterFileError, match="not of the form"):
-                from_peft(on_meta(layer), Factors(A, B, factors.magnitude, factors.own_rank))
+                from_peft(on_meta(layer), A, B, factors.magnitude)
 
 
 def test_magnitudes_of_other_rows_are_the_base_norms():
@@ -193,8 +194,8 @@ def test_any_slices_go_there_and_back(layer: StoredLayer):
 )
 def test_pefts_scaling_is_ours(rank: int, multiple: int, alpha: float, rslora: bool):
     scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-    wide = Factors(torch.empty(rank * multiple, 1), torch.empty(1, rank * multiple), None, rank)
-    found = _alpha(_Entry(wide, scaling, alpha)) / wide.rank
+    wide = replace(linear(1, 1, rank=rank * multiple), scaling=scaling, alpha=alpha * multiple)
+    found = _alpha(wide) / wide.rank
     assert abs(found - scaling) <= math.ulp(scaling)
     assert torch.tensor(found, dtype=torch.float32) == torch.tensor(scaling, dtype=torch.float32)
     if not rslora and alpha.is_integer():

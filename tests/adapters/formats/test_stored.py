@@ -64,7 +64,7 @@ def test_rank(layer: StoredLayer, rank: int):
         ({"A": torch.ones(2, 6).to_sparse()}, "not a dense tensor"),
         ({"A": [[1.0]]}, "A is a list"),
         ({"magnitude": numbers(7)}, r"magnitude has shape \(7,\); \(8,\)"),
-        ({"initial_A": numbers(2, 6)}, "without the other"),
+        ({"initial_A": numbers(2, 6)}, "is missing; both or neither were expected"),
         ({"initial_A": numbers(2, 6), "initial_B": numbers(8, 1)}, "initial_B has shape"),
         ({"base_norms": numbers(8)}, "base_norms has shape"),
         ({"slices": contiguous(8, 0)}, None),

@@ -21,27 +21,19 @@ from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import read_loralib, write_loralib
-from lorakit.adapters.formats.peft import (
-    NotExpressibleError,
-    expected_layers,
-    read_peft,
-    write_peft,
-)
+from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 
 __all__ = [
     "BaseRecord",
     "NotExpressibleError",
     "StoredAdapter",
-    "StoredLayer",
     "base_record",
     "check_replaceable",
     "check_targets",
     "compare",
     "copy_tokenizer",
-    "expected_layers",
     "read",
     "read_loralib",
     "read_peft",

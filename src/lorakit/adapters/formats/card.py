@@ -186,13 +186,10 @@ def _scores(provenance: Mapping[str, Any]) -> str:
     after, before = provenance.get("scores"), provenance.get("scores_before")
     if not isinstance(after, Mapping) or not after:
         return ""
-    before = before if isinstance(before, Mapping) else {}
-    if before:
-        rows = [(_plain(k), _number(before.get(k)), _number(v)) for k, v in sorted(after.items())]
-        return "## Scores\n\n" + _table(("", "base model", "with the adapter"), rows)
-    return "## Scores\n\n" + _table(
-        ("", ""), ((_plain(k), _number(v)) for k, v in sorted(after.items()))
-    )
+    columns = [before, after] if isinstance(before, Mapping) and before else [after]
+    header = ("", "base model", "with the adapter") if len(columns) == 2 else ("", "")
+    rows = [(_plain(k), *(_number(scores.get(k)) for scores in columns)) for k in sorted(after)]
+    return f"## Scores\n\n{_table(header, rows)}"
 
 
 def _data(provenance: Mapping[str, Any]) -> str:
@@ -272,10 +269,6 @@ def _hash(digest: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else _plain(value or "")
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _plain(value or "")
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,16 +23,7 @@ from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models.digests import Digests, digests
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
-
-
-class NamedSource(Protocol):
-    """The source of a base model (`lorakit.models.loading.Source`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
+from lorakit.models.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -93,15 +84,15 @@ class BaseRecord:
         parts: dict[str, Any] = {}
         for name, kind in _PARTS.items():
             part = values.get(name) if isinstance(values, Mapping) else None
-            expected = {f.name for f in fields(kind)}
-            if not isinstance(part, Mapping) or set(part) != expected:
+            names = [f.name for f in fields(kind)]
+            if (
+                not isinstance(part, Mapping)
+                or part.keys() != set(names)
+                or not all(isinstance(value, str | None) for value in part.values())
+            ):
                 raise AdapterFileError(
-                    f"the record of the base model has no valid '{name}': it holds {part!r}, but "
-                    f"{', '.join(sorted(expected))} were expected."
-                )
-            if not all(isinstance(value, str | None) for value in part.values()):
-                raise AdapterFileError(
-                    f"the record of the base model has the '{name}' {part!r}; texts or null were expected."
+                    f"the record of the base model has no valid '{name}': it holds {part!r}, but texts or null "
+                    f"for {', '.join(names)} were expected."
                 )
             parts[name] = kind(**part)
         excluded = values.get("excluded", [])
@@ -116,7 +107,7 @@ _PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin,
 
 
 def base_record(
-    model: nn.Module, source: NamedSource | None = None, exclude: Iterable[str] = ()
+    model: nn.Module, source: ModelSource | None = None, exclude: Iterable[str] = ()
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
@@ -238,19 +229,16 @@ def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Wei
     ):
         if any(applies(w) for w in plain):
             return Weights(reason, None, None)
-    exact: dict[str, bytes] = {}
-    rounded: dict[str, bytes | None] = {}
     # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
     by_size = sorted(weights, key=lambda item: -item[1].numel())
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        hashed = pool.map(_digests, (w for _, w in by_size))
-        for (name, _), pair in zip(by_size, hashed, strict=True):
-            exact[name], rounded[name] = pair
-    known = {name: digest for name, digest in rounded.items() if digest is not None}
+        digests_of = pool.map(_digests, (w for _, w in by_size))
+        hashed = {name: pair for (name, _), pair in zip(by_size, digests_of, strict=True)}
+    rounded = {name: d.bfloat16 for name, d in hashed.items() if d.bfloat16 is not None}
     return Weights(
         _name_dtypes(w for _, w in weights),
-        _combine(exact),
-        _combine(known) if known.keys() == rounded.keys() else None,
+        _combine({name: d.exact for name, d in hashed.items()}),
+        _combine(rounded) if rounded.keys() == hashed.keys() else None,
     )
 
 

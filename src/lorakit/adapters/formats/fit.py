@@ -7,12 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.layout import base_layout, peft_differs_on
+from lorakit.adapters.formats.layout import BaseLayout, base_layout, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
-from lorakit.adapters.formats.peft.trained import is_in_trained_module
+from lorakit.adapters.formats.peft.trained import trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.installed import base_parameters
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
 
@@ -54,9 +53,10 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             )
     elif stored.base is None:
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
+    layout = base_layout(model)
     if stored.base_copies:
-        _settle_base_copies(stored, Path(path), model)
-    _settle_tied(stored, Path(path), model)
+        _settle_base_copies(stored, path, layout)
+    _settle_tied(stored, path, model, layout)
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
@@ -68,15 +68,14 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
-    live = dict(model.named_parameters(remove_duplicate=False))
-    live.update(base_parameters(model))
+def _settle_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLayout) -> None:
+    live = layout.parameters
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
         if name not in live:
             unknown.append(name)
             continue
-        base = live[name].detach()
+        base = live[name]
         if base.shape != tensor.shape:
             raise AdapterFileError(
                 f"'{path}' has '{name}' with shape {tuple(tensor.shape)}, but the model's has shape "
@@ -109,9 +108,11 @@ def _settle_base_copies(stored: StoredAdapter, path: Path, model: nn.Module) -> 
         )
 
 
-def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
+def _settle_tied(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, layout: BaseLayout
+) -> None:
     """List a trained parameter that the model ties under every name that the method trains."""
-    for first, others in base_layout(model).aliases.items():
+    for first, others in layout.aliases.items():
         names = (first, *others)
         in_file = [name for name in names if name in stored.trained]
         if not in_file:
@@ -129,7 +130,7 @@ def _settle_tied(stored: StoredAdapter, path: Path, model: nn.Module) -> None:
 def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     """Whether the method trains a base parameter under this name."""
     if isinstance(stored.method, LoRA):
-        return is_in_trained_module(name, stored)
+        return bool(trained_parents(name, stored))
     return name in stored.method.trained_parameters(model)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from lorakit import storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
-from lorakit.adapters.formats.peft.factors import Factors, from_peft, peft_rank
+from lorakit.adapters.formats.peft.factors import from_peft, peft_rank
 from lorakit.adapters.formats.peft.writing import factor_keys
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, at, rank_notices
+from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.registry import recorded_method
@@ -109,9 +109,27 @@ def read(folder: Path) -> StoredAdapter:
         )
     tensors = read_safetensors(folder / tensors_name)
     try:
-        restore = _restore_own if tensors_name == TENSORS_NAME else _restore_from_peft
-        modules = _take_modules(record, tensors)
-        layers, trained = restore(record, tensors)
+        modules = {
+            path: {name: _pop(tensors, f"modules.{path}.{name}") for name in names}
+            for path, names in record.get("modules", {}).items()
+        }
+        is_own = tensors_name == TENSORS_NAME
+        layers, trained = {}, {}
+        for layer_path, description in record["layers"].items():
+            with located(f"'{layer_path}'"):
+                if is_own:
+                    layers[layer_path] = _own_layer(layer_path, description, tensors)
+                else:
+                    layers[layer_path] = _layer_from_peft(description, tensors)
+        for name, key in record["trained"].items():
+            with located(f"the trained '{name}'"):
+                trained[name] = _pop(tensors, f"trained.{name}" if is_own else key)
+        for key in record["repeated"]:
+            tensors.pop(key, None)
+        if tensors:
+            raise AdapterFileError(
+                f"the tensor file holds {len(tensors)} tensors that {NAME} does not list, the first '{min(tensors)}'."
+            )
         return StoredAdapter(
             method=_method(record.get("method")),
             layers=layers,
@@ -123,14 +141,7 @@ def read(folder: Path) -> StoredAdapter:
         )
     except LorakitError as error:
         raise AdapterFileError(f"'{folder}': {error}") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # untrusted: a value may have any type or size
         raise AdapterFileError(
             f"'{path}' does not match '{folder / tensors_name}': {type(error).__name__}: {error}."
         ) from error
@@ -232,107 +243,60 @@ def _method(record: Any) -> Method:
     return kind(**settings)
 
 
-def _take_modules(
-    record: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """Remove the tensors of methods other than LoRA from `tensors`, and return them."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for path, names in record.get("modules", {}).items():
-        for name in names:
-            key = f"modules.{path}.{name}"
-            if key not in tensors:
-                raise AdapterFileError(f"'{path}' has no '{name}' in the tensor file.")
-            modules.setdefault(path, {})[name] = tensors.pop(key)
-    return modules
+def _pop(tensors: dict[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise AdapterFileError(f"the tensor file has no '{key}'.")
+    return tensors.pop(key)
 
 
-def _restore_own(
-    record: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
-    unread = dict(tensors)
-    layers = {}
-    for path, description in record["layers"].items():
-        names = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
-        parts = {name: unread.pop(f"layers.{path}.{name}", None) for name in names}
-        for name in ("A", "B"):
-            factor = parts[name]
-            if factor is None:
-                raise AdapterFileError(f"'{path}' has no {name}.")
-            if list(factor.shape) != description[name]:
-                raise AdapterFileError(
-                    f"{name} of '{path}' has shape {tuple(factor.shape)}, but {NAME} describes "
-                    f"{tuple(description[name])}."
-                )
-        layers[path] = _build(path, description, parts)
-    trained = {name: unread.pop(f"trained.{name}", None) for name in record["trained"]}
-    return layers, _complete(trained, unread)
+def _own_layer(
+    path: str, description: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> StoredLayer:
+    """Remove the tensors of a layer in lorakit's form from `tensors`, and return the layer."""
+    parts: dict[str, Any] = {name: _pop(tensors, f"layers.{path}.{name}") for name in ("A", "B")}
+    for name, factor in parts.items():
+        if list(factor.shape) != description[name]:
+            raise AdapterFileError(
+                f"{name} has shape {tuple(factor.shape)}, but {NAME} describes {tuple(description[name])}."
+            )
+    for name in TENSORS:
+        parts.setdefault(name, tensors.pop(f"layers.{path}.{name}", None))
+    return _build(description, parts)
 
 
-def _restore_from_peft(
-    record: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
-    unread = dict(tensors)
-    layers = {}
-    for path, description in record["layers"].items():
-        # Validate the described shapes against the tensors before allocating tensors of those shapes.
-        keys = factor_keys(description["key"], description["kind"], dora=description["dora"])
-        parts = {name: unread.pop(key, None) for name, key in keys.items()}
-        A, B, magnitude = (parts.get(name) for name in ("A", "B", "magnitude"))
-        if A is None or B is None or (description["dora"] and magnitude is None):
-            missing = next(key for name, key in keys.items() if parts[name] is None)
-            raise AdapterFileError(f"'{path}' has no '{missing}'.")
-        for factor, name in ((A, "A"), (B, "B")):
-            if torch.Size(description[name]).numel() > factor.numel():
-                raise AdapterFileError(
-                    f"'{path}' cannot have a {name} of shape {description[name]}: its tensor has only "
-                    f"{factor.numel()} elements."
-                )
-        for piece in description["slices"]:
-            if piece["groups"] * piece["stride"] != B.shape[0]:
-                raise AdapterFileError(
-                    f"'{path}' cannot have the slice {piece}: its layer has {B.shape[0]} rows."
-                )
-        A0, B0 = (torch.empty(description[name], device="meta") for name in ("A", "B"))
-        initial = (A0, B0) if description["pissa"] else (None, None)
-        shapes = {"A": A0, "B": B0, "initial_A": initial[0], "initial_B": initial[1]}
-        if magnitude is not None:
-            shapes["magnitude"] = torch.empty(B0.shape[0], device="meta")
-        pattern = _build(path, description, shapes)
-        rank = peft_rank(pattern)
-        A, B = A[:rank], B[:, : rank // pattern.groups]
-        magnitude = None if magnitude is None else magnitude.flatten()
-        try:
-            layers[path] = from_peft(pattern, Factors(A, B, magnitude, pattern.rank))
-        except AdapterFileError as error:
-            raise at(f"'{path}'", error) from error
-    trained = {name: unread.pop(key, None) for name, key in record["trained"].items()}
-    for key in record["repeated"]:
-        unread.pop(key, None)
-    return layers, _complete(trained, unread)
+def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> StoredLayer:
+    """Remove the tensors of a layer in PEFT's form from `tensors`, and return the original layer."""
+    # Validate the described shapes against the tensors before allocating tensors of those shapes.
+    keys = factor_keys(description["key"], description["kind"], dora=description["dora"])
+    parts = {name: _pop(tensors, key) for name, key in keys.items()}
+    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    for factor, name in ((A, "A"), (B, "B")):
+        if torch.Size(description[name]).numel() > factor.numel():
+            raise AdapterFileError(
+                f"it cannot have a {name} of shape {description[name]}: its tensor has only "
+                f"{factor.numel()} elements."
+            )
+    for piece in description["slices"]:
+        if piece["groups"] * piece["stride"] != B.shape[0]:
+            raise AdapterFileError(
+                f"it cannot have the slice {piece}: its layer has {B.shape[0]} rows."
+            )
+    shapes = {name: torch.empty(description[name], device="meta") for name in ("A", "B")}
+    if description["pissa"]:
+        shapes |= {"initial_A": shapes["A"], "initial_B": shapes["B"]}
+    if magnitude is not None:
+        shapes["magnitude"] = torch.empty(shapes["B"].shape[0], device="meta")
+        magnitude = magnitude.flatten()
+    pattern = _build(description, shapes)
+    rank = peft_rank(pattern)
+    return from_peft(pattern, A[:rank], B[:, : rank // pattern.groups], magnitude)
 
 
-def _build(path: str, description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
+def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
     shape = description["weight_shape"]
-    try:
-        return StoredLayer(
-            slices=tuple(RowSlice(**piece) for piece in description["slices"]),
-            weight_shape=None if shape is None else tuple(shape),
-            **{name: description[name] for name in _FIELDS},
-            **tensors,
-        )
-    except AdapterFileError as error:
-        raise at(f"'{path}'", error) from error
-
-
-def _complete(
-    trained: Mapping[str, Tensor | None], unread: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    present = {name: tensor for name, tensor in trained.items() if tensor is not None}
-    missing = trained.keys() - present.keys()
-    if missing:
-        raise AdapterFileError(f"the trained '{min(missing)}' is not in the tensor file.")
-    if unread:
-        raise AdapterFileError(
-            f"the tensor file holds {len(unread)} tensors that {NAME} does not list, the first '{min(unread)}'."
-        )
-    return present
+    return StoredLayer(
+        slices=tuple(RowSlice(**piece) for piece in description["slices"]),
+        weight_shape=None if shape is None else tuple(shape),
+        **{name: description[name] for name in _FIELDS},
+        **tensors,
+    )

@@ -1,4 +1,4 @@
-"""An adapter at rest: what every file format reads into and is written from."""
+"""The content of an adapter file, in the one form that all file formats read and write."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lorakit.methods.combined import lora_of
 
 @dataclass(kw_only=True)
 class StoredAdapter:
-    """An adapter at rest.
+    """The content of an adapter file.
 
     Raises:
-        AdapterFileError: It holds nothing, or a number that is not finite.
+        AdapterFileError: It holds no tensors, or a number that is not finite.
     """
 
     method: Method
-    """How it was made."""
+    """The method that trained it."""
     layers: dict[str, StoredLayer] = field(default_factory=dict)
     """The adapted layers, by their path in the base model."""
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What other methods add: tensors by name, by the path of the layer they sit on."""
+    """The tensors of methods other than LoRA, by layer path and name."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Base parameters that were trained in full (biases, heads), by their name in the base model."""
     base: BaseRecord | None = None
-    """What it was made for; None where the file does not say."""
+    """The base model it was trained on; None if the file does not record it."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """What is known of its making; JSON values."""
+    """How it was trained (configuration, data, scores); JSON values."""
     notices: list[str] = field(default_factory=list)
-    """What the user should know, in sentences."""
+    """Sentences for the user."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
-    """Base parameters that a file carries along though they need not have been trained (PEFT does
-    so for adapted embeddings, a loralib file of a whole model for all). `formats.check_targets`
-    drops those that equal the model's and moves the others to `trained`."""
+    """Base parameters in the file that training may not have changed (PEFT stores those of adapted
+    embeddings, a loralib file of a whole model all of them). `formats.check_targets` drops those that
+    equal the model's and moves the others to `trained`."""
     peft_config: dict[str, Any] | None = None
     """adapter_config.json of the PEFT folder it was read from."""
 
@@ -53,7 +53,7 @@ class StoredAdapter:
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
         layout = self.base.layout if self.base is not None else None
-        if layout is not None:  # the live model knows its layers better than tensors show
+        if layout is not None:  # the live model also shows what tensors alone do not
             self.layers = {
                 path: layout.describe(path, layer) for path, layer in self.layers.items()
             }
@@ -63,15 +63,12 @@ class StoredAdapter:
     @property
     def module_tensors(self) -> dict[str, Tensor]:
         """The tensors in `modules` by layer path and name, joined by a dot."""
-        found = self.modules.items()
-        return {f"{path}.{name}": t for path, own in found for name, t in own.items()}
+        modules = self.modules.items()
+        return {f"{path}.{name}": t for path, own in modules for name, t in own.items()}
 
     @property
     def parameters(self) -> int:
         """Number of trained numbers in the file."""
-        factors = ("A", "B", "magnitude")
-        tensors = [
-            t for layer in self.layers.values() for n, t in layer.tensors.items() if n in factors
-        ]
-        tensors += [*self.module_tensors.values(), *self.trained.values()]
-        return sum(t.numel() for t in tensors)
+        factors = [t for layer in self.layers.values() for t in (layer.A, layer.B, layer.magnitude)]
+        others = [*self.module_tensors.values(), *self.trained.values()]
+        return sum(t.numel() for t in (*factors, *others) if t is not None)

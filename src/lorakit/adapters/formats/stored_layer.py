@@ -1,21 +1,25 @@
-"""One layer of an adapter at rest: its tensors and their meaning."""
+"""One layer in an adapter file: its tensors and their meaning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.roles import RowSlice
 
 Kind = Literal["linear", "embedding", "conv", "conv-loralib", "attention"]
 KINDS: tuple[str, ...] = Kind.__args__
+
+TENSORS = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
+"""Fields of a `StoredLayer` that hold its tensors."""
 
 
 @dataclass(kw_only=True)
@@ -55,11 +59,11 @@ class StoredLayer:
     """PiSSA's start, whose product is subtracted; shaped as A and B."""
     base_norms: Tensor | None = None
     """DoRA on slices: the norms of all rows of the base weight, (out,). Only those outside the
-    slices are read; they are the magnitudes under which those rows stay as they are."""
+    slices are read: with them as magnitudes, PEFT's DoRA leaves those rows unchanged."""
     weight_shape: tuple[int, ...] | None = None
-    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), where it is known."""
+    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
     grouped: bool = True
-    """conv: A is grouped as the layer is; False where it sees all input channels, as PEFT's does."""
+    """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
     transposed: bool = False
     """linear: the base stores its weight as (in, out), as GPT-2's Conv1D does."""
     tied_head: str | None = None
@@ -77,10 +81,8 @@ class StoredLayer:
                     "The file is damaged, or it was written with a wrong alpha."
                 )
         self.scaling, self.alpha = float(self.scaling), float(self.alpha)
-        for name in ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                check_tensor(name, tensor)
+        for name, tensor in self.tensors.items():
+            check_tensor(name, tensor)
         self._check_factors()
         self._check_extras()
 
@@ -98,7 +100,7 @@ class StoredLayer:
 
     @property
     def kernel_width(self) -> int:
-        """K of a "conv-loralib" layer; loralib only knows square kernels and alpha / r."""
+        """K of a "conv-loralib" layer; loralib supports only square kernels and the scaling alpha / r."""
         if self.weight_shape is not None:
             return self.weight_shape[-1]
         return max(1, round(self.A.shape[0] * self.scaling / self.alpha))
@@ -106,13 +108,12 @@ class StoredLayer:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by field name."""
-        names = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
 
     def as_loralib_conv(self, weight_shape: Iterable[int]) -> StoredLayer:
-        """The same tensors as loralib's factors of a convolution with a weight of this shape.
+        """Return the same tensors as loralib's factors of a convolution with a weight of this shape.
 
-        loralib's files do not tell a convolution from a linear layer; the model does.
+        loralib's files do not distinguish convolutions from linear layers; only the model does.
 
         Raises:
             AdapterFileError: The factors do not fit the weight.
@@ -132,8 +133,9 @@ class StoredLayer:
             fits = A.ndim == B.ndim == 2
             expected = "A (rank, in) and B (out, rank)"
             if fits and self.slices:
-                expected = f"A ({len(self.slices)} * rank, in) and B ({self._slice_rows()}, rank)"
-                fits = A.shape[0] % len(self.slices) == 0 and B.shape[0] == self._slice_rows()
+                rows = sum(s.total for s in self.slices)
+                expected = f"A ({len(self.slices)} * rank, in) and B ({rows}, rank)"
+                fits = A.shape[0] % len(self.slices) == 0 and B.shape[0] == rows
             if fits and self.kind == "conv-loralib":
                 K = self.kernel_width
                 expected = f"A (rank * {K}, in * {K}) and B (out / groups * {K}, rank * {K})"
@@ -153,10 +155,9 @@ class StoredLayer:
         if self.slices and self.kind not in ("linear", "attention"):
             raise AdapterFileError(f"a {self.kind} layer cannot be adapted by slices of its rows.")
         if self.slices:
-            rows = torch.cat([s.rows() for s in self.slices])
-            if len({s.groups * s.stride for s in self.slices}) > 1 or rows.unique().numel() < len(
-                rows
-            ):
+            rows = self.rows()
+            one_layer = len({s.groups * s.stride for s in self.slices}) == 1
+            if not one_layer or rows.unique().numel() < len(rows):
                 raise AdapterFileError(
                     f"the slices {', '.join(map(str, self.slices))} overlap, or are of different layers."
                 )
@@ -175,17 +176,20 @@ class StoredLayer:
                     f"{name} has shape {tuple(tensor.shape)}; {expected or 'none'} was expected."
                 )
         if (self.initial_A is None) != (self.initial_B is None):
-            raise AdapterFileError("one of initial_A and initial_B is there without the other.")
+            raise AdapterFileError(
+                "one of initial_A and initial_B is missing; both or neither were expected."
+            )
 
-    def _slice_rows(self) -> int:
-        return sum(s.total for s in self.slices)
+    def rows(self) -> Tensor:
+        """Return the indices of the adapted rows of a fused projection, slice by slice."""
+        return torch.cat([s.rows() for s in self.slices])
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what is no dense tensor of finite floating-point numbers.
+    """Reject anything but a dense tensor of finite floating-point numbers.
 
     Raises:
-        AdapterFileError: With the name and what was found.
+        AdapterFileError: The tensor is sparse, quantised, empty, or holds NaN or infinity.
     """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         raise AdapterFileError(f"{name} is a {type(tensor).__name__}, not a dense tensor.")
@@ -204,13 +208,19 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def at(where: str, error: AdapterFileError) -> AdapterFileError:
-    """The same error, saying where it was met."""
-    return type(error)(f"{where}: {error}")
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of an error with the file or the layer in which it occurs."""
+    try:
+        yield
+    except LorakitError as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from error
 
 
 def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
-    """A notice for the layers whose rank exceeds their width; such files load all the same."""
+    """Return a notice if the rank of layers exceeds their width; such files still load."""
     above = [
         f"'{path}' (rank {layer.rank}, width {width})"
         for path, layer in layers.items()
@@ -221,5 +231,5 @@ def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
         return []
     return [
         f"The rank exceeds the layer's width in {len(above)} layers, the first {above[0]}. "
-        "The adapter works, but a smaller rank would say the same."
+        "The adapter works, but a smaller rank represents the same delta."
     ]

@@ -67,23 +67,21 @@ def read_pickle(path: Path) -> Any:
         ) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
     """Read a file of named tensors by its suffix.
+
+    Args:
+        path: The file.
+        section: The key in a pickle under which the tensors may be.
 
     Raises:
         AdapterFileError: The file cannot be read, or holds anything but named tensors.
     """
     if path.suffix == SAFETENSORS:
         return read_safetensors(path)
-    return as_tensors(read_pickle(path), path)
-
-
-def as_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """Validate that the content of a pickle is a mapping of names to tensors.
-
-    Raises:
-        AdapterFileError: It is not.
-    """
+    content = read_pickle(path)
+    if isinstance(content, Mapping) and isinstance(content.get(section), Mapping):
+        content = content[section]
     if not isinstance(content, Mapping):
         raise AdapterFileError(
             f"'{path}' holds a {type(content).__name__}; a dictionary of tensors was expected."

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, at, rank_notices
-from lorakit.adapters.formats.tensors import SAFETENSORS, as_tensors, read_pickle
+from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
+from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import is_inside, parents
 from lorakit.models.roles import RowSlice
-from lorakit.storage.tensors import read_safetensors
 
 EnableLora = Mapping[str, Sequence[bool]]
 
@@ -61,7 +61,7 @@ def read_loralib(
         raise ConfigurationError(
             f"alpha is {alpha!r}; a finite number other than 0 was expected (0 would disable the adapter)."
         )
-    try:
+    with located(f"'{path}'"):
         factors, others = _sort(_state_dict(path))
         layers = {
             place: _layer(place, parts, others, float(alpha), enable_lora or {})
@@ -70,20 +70,10 @@ def read_loralib(
         if not layers:
             raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
         return _adapter(layers, others, float(alpha))
-    except (AdapterFileError, ConfigurationError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"'{path}': {error}") from error
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    if path.suffix == SAFETENSORS:
-        content: Any = read_safetensors(path)
-    else:
-        content = read_pickle(path)
-        if isinstance(content, Mapping) and isinstance(content.get("model_state_dict"), Mapping):
-            content = content["model_state_dict"]
-    tensors = as_tensors(content, path)
+    tensors = read_tensors(path, section="model_state_dict")
     # Data-parallel training adds the prefix "module." to every key.
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
@@ -133,27 +123,23 @@ def _layer(
             f"'{place}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
             "lora_A (rank, in) and lora_B (out, rank) were expected."
         )
+    n_in, n_out = A.shape[1], B.shape[0]
     rank = B.shape[1]
     weight = others.get(f"{place}.conv.weight", others.get(f"{place}.weight"))
     options: dict[str, Any] = {"kind": "linear"}
     if weight is not None and weight.ndim > 2:
         options = {"kind": "conv-loralib", "weight_shape": tuple(weight.shape)}
         rank = A.shape[0] // weight.shape[-1]
-    elif weight is not None and tuple(weight.shape) == (A.shape[1], B.shape[0]) != (
-        B.shape[0],
-        A.shape[1],
-    ):
+    elif weight is not None and tuple(weight.shape) == (n_in, n_out) != (n_out, n_in):
         # Stored as (in, out): GPT-2's layout, or an embedding table, which its name shows.
         is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", place) is not None
         options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
     else:
-        n_out = None if weight is None else _rows_of(weight, A)
-        options["slices"] = _slices(place, A, B, n_out, enable_lora)
+        weight_rows = None if weight is None else _rows_of(weight, A)
+        options["slices"] = _slices(place, A, B, weight_rows, enable_lora)
         options["transposed"] = place.rpartition(".")[2] == _GPT2_FUSED
-    try:
+    with located(f"'{place}'"):
         return StoredLayer(A=A, B=B, scaling=alpha / max(1, rank), alpha=alpha, **options)
-    except AdapterFileError as error:
-        raise at(f"'{place}'", error) from error
 
 
 def _rows_of(weight: Tensor, A: Tensor) -> int | None:
@@ -292,9 +278,7 @@ def _outermost(names: Iterable[str], layers: Mapping[str, StoredLayer]) -> list[
     """Return the largest modules that contain a trained tensor and no adapted layer: the heads."""
     modules: dict[str, None] = {}
     for name in names:
-        parts = name.split(".")[:-1]
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        free = [p for p in prefixes if not any(f"{place}.".startswith(f"{p}.") for place in layers)]
+        free = [p for p in parents(name) if not any(is_inside(place, p) for place in layers)]
         if free:
             modules[free[0]] = None
     return list(modules)

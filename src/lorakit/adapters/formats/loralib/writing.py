@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakit import storage
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, at
+from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.adapters.formats.tensors import SAFETENSORS
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.storage.tensors import write_safetensors
@@ -39,10 +39,8 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
     state: dict[str, Tensor] = {}
     alphas = set()
     for place, layer in stored.layers.items():
-        try:
+        with located(f"'{place}'"):
             A, B, rank = _to_loralib(layer)
-        except AdapterFileError as error:
-            raise at(f"'{place}'", error) from error
         alphas.add(layer.alpha if layer.alpha / rank == layer.scaling else layer.scaling * rank)
         state |= {f"{place}.lora_A": A, f"{place}.lora_B": B}
     if len(alphas) > 1:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import regex
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.errors import AdapterFileError
+from lorakit.configuration import conform
+from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.layers import is_of_adapter
 
 CONFIG_NAME = "adapter_config.json"
@@ -34,28 +35,8 @@ _NO_EFFECT = {
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
-    "task_type",
 }
 """Options that do not change the meaning of the tensors in the file."""
-
-_IMPLEMENTED = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
 
 _NOT_IMPLEMENTED = {
     "alora_invocation_tokens": "the adapter acts only after certain tokens (aLoRA)",
@@ -74,43 +55,83 @@ _NOT_IMPLEMENTED = {
     "velora_config": "gradients are compressed (VeLoRA)",
 }
 
-_INITS_ON_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
+_INITS_ON_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Named initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """The validated options of a PEFT LoRA adapter that lorakit implements."""
+    """The options of a PEFT LoRA adapter that lorakit implements, under PEFT's names.
 
-    rank: int
-    alpha: float
-    dropout: float
-    bias: str
-    rslora: bool
-    dora: bool
-    gaussian: bool
-    fan_in_fan_out: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    target_modules: str | tuple[str, ...] | None
-    exclude_modules: str | tuple[str, ...] | None
-    modules_to_save: tuple[str, ...]
-    layers_to_transform: tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
-    task_type: str | None
+    Raises:
+        AdapterFileError: A value has the wrong type or is outside its bounds.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Any = True
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            conform(self)
+        except ConfigurationError as error:
+            raise AdapterFileError(str(error)) from None
+        ranks, alphas = {"r": self.r}, {"lora_alpha": self.lora_alpha}
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, rank in ranks.items():
+            if rank < 1:
+                raise AdapterFileError(f"{name} is {rank}; it must be a whole number of 1 or more.")
+        for name, alpha in alphas.items():
+            if not math.isfinite(alpha) or alpha == 0:
+                raise AdapterFileError(
+                    f"{name} is {alpha:g}; it must be a finite number other than 0 (0 would disable the adapter)."
+                )
+        if not 0 <= self.lora_dropout < 1:
+            raise AdapterFileError(
+                f"lora_dropout is {self.lora_dropout}; it must be a number of at least 0 and below 1."
+            )
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
+                matches(option, rf"(.*\.)?({pattern})", "")  # rejects an invalid pattern
+        for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            names = getattr(self, option)
+            if isinstance(names, tuple) and "" in names:
+                raise AdapterFileError(
+                    f"{option} lists an empty name; names of modules were expected."
+                )
+        if isinstance(self.target_modules, str) and (
+            self.layers_to_transform or self.layers_pattern
+        ):
+            raise AdapterFileError(
+                "target_modules is a pattern, but PEFT combines layers_to_transform only with a list."
+            )
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the layer at PEFT's `path`."""
-        return _first_match("rank_pattern", self.rank_pattern, path, self.rank)
+        return _first_match("rank_pattern", self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha of the layer at PEFT's `path`."""
-        return _first_match("alpha_pattern", self.alpha_pattern, path, self.alpha)
+        return _first_match("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
         """Return the factor on ``B A`` at `path`."""
         rank, alpha = self.rank_of(path), self.alpha_of(path)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def is_target(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, by exactly its rule."""
@@ -140,8 +161,11 @@ class PeftConfig:
         for pattern in patterns:
             match = _search("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
             if match is not None:
-                return int(match["index"]) in (self.layers_to_transform or ())
+                return int(match["index"]) in self.layers_to_transform
         return False
+
+
+_IMPLEMENTED = {"peft_type", *(option.name for option in fields(PeftConfig))}
 
 
 def parse(options: Mapping[str, Any]) -> PeftConfig:
@@ -152,40 +176,13 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
             lorakit does not implement is set.
     """
     _check_supported(options)
-    read = _Reader(options)
-    config = PeftConfig(
-        rank=read.check_rank("r", read.get("r", 8)),
-        alpha=read.check_alpha("lora_alpha", read.get("lora_alpha", 8)),
-        dropout=read.number("lora_dropout", 0.0),
-        bias=read.choice("bias", ("none", "all", "lora_only")),
-        rslora=read.flag("use_rslora"),
-        dora=read.flag("use_dora"),
-        gaussian=options.get("init_lora_weights") == "gaussian",
-        fan_in_fan_out=read.flag("fan_in_fan_out"),
-        rank_pattern={
-            k: read.check_rank(f"rank_pattern[{k!r}]", v) for k, v in read.items("rank_pattern")
-        },
-        alpha_pattern={
-            k: read.check_alpha(f"alpha_pattern[{k!r}]", v) for k, v in read.items("alpha_pattern")
-        },
-        target_modules=read.names_or_pattern("target_modules"),
-        exclude_modules=read.names_or_pattern("exclude_modules"),
-        modules_to_save=read.names("modules_to_save"),
-        layers_to_transform=read.indices("layers_to_transform"),
-        layers_pattern=read.names("layers_pattern"),
-        task_type=read.text("task_type"),
-    )
-    if not 0 <= config.dropout < 1:
-        raise AdapterFileError(
-            f"lora_dropout is {config.dropout}; a number of at least 0 and below 1 was expected."
-        )
-    if isinstance(config.target_modules, str) and (
-        config.layers_to_transform or config.layers_pattern
-    ):
-        raise AdapterFileError(
-            "target_modules is a pattern, but PEFT combines layers_to_transform only with a list."
-        )
-    return config
+    names = _IMPLEMENTED - {"peft_type"}
+    values = {name: options[name] for name in names if options.get(name) is not None}
+    for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
+        value = values.get(name)
+        if isinstance(value, str | int):  # PEFT also accepts one value instead of a list
+            values[name] = [] if value == "" else [value]
+    return PeftConfig(**values)
 
 
 def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | None:
@@ -268,10 +265,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")
     init = options.get("init_lora_weights", True)
-    # Compare by identity, since 1 == True but JSON's 1 is not an initialisation.
-    if not any(
-        init is known or (isinstance(init, str) and init == known) for known in _INITS_ON_THE_BASE
-    ):
+    if not isinstance(init, bool | None) and init not in _INITS_ON_THE_BASE:
         fix = (
             "Load it with PEFT on the quantised base that LoftQ made for it."
             if init == "loftq"
@@ -287,97 +281,6 @@ def _check_supported(options: Mapping[str, Any]) -> None:
             continue
         reason = _NOT_IMPLEMENTED.get(option, "an option that lorakit does not know")
         raise AdapterFileError(
-            f"the option {option} is set ({_shortened(value)}): {reason}. lorakit does not implement it; "
+            f"the option {option} is set ({value!r:.60}): {reason}. lorakit does not implement it; "
             "load the adapter with PEFT, merge it there and use the merged model."
         )
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class _Reader:
-    """Typed look-ups of JSON values; a missing or null value means the default."""
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = options
-
-    def get(self, name: str, default: Any) -> Any:
-        value = self.options.get(name)
-        return default if value is None else value
-
-    def wrong(self, name: str, value: Any, expected: str) -> AdapterFileError:
-        return AdapterFileError(f"{name} is {_shortened(value)}; {expected} was expected.")
-
-    def check_rank(self, name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(name, value, "a whole number of 1 or more")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise self.wrong(name, value, "a number")
-        return float(value)
-
-    def check_alpha(self, name: str, value: Any) -> float:
-        number = not isinstance(value, bool) and isinstance(value, int | float)
-        try:
-            fits = number and math.isfinite(float(value)) and value != 0
-        except OverflowError:
-            fits = False
-        if not fits:
-            raise self.wrong(
-                name, value, "a finite number other than 0 (0 would disable the adapter)"
-            )
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.get(name, False)
-        if not isinstance(value, bool):
-            raise self.wrong(name, value, "true or false")
-        return value
-
-    def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        value = self.get(name, choices[0])
-        if value not in choices:
-            raise self.wrong(name, value, f"one of {', '.join(choices)}")
-        return value
-
-    def text(self, name: str) -> str | None:
-        value = self.get(name, None)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(name, value, "a text")
-        return value
-
-    def names(self, name: str) -> tuple[str, ...]:
-        value = self.get(name, [])
-        if isinstance(value, str):
-            return (value,) if value else ()
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise self.wrong(name, value, "a list of names")
-        return tuple(value)
-
-    def names_or_pattern(self, name: str) -> str | tuple[str, ...] | None:
-        value = self.options.get(name)
-        return value if value is None or isinstance(value, str) else self.names(name)
-
-    def indices(self, name: str) -> tuple[int, ...] | None:
-        value = self.get(name, None)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(v, bool) or not isinstance(v, int) for v in listed):
-            raise self.wrong(name, value, "a whole number or a list of them")
-        return tuple(listed) or None
-
-    def items(self, name: str) -> Iterable[tuple[str, Any]]:
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise self.wrong(name, value, "a mapping of module names")
-        for key in value:
-            matches(name, rf"(.*\.)?({key})", "")
-        return value.items()

@@ -14,7 +14,7 @@ Every step only moves numbers or changes their sign, so the inverse is exact to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,24 +27,10 @@ class NotExpressibleError(AdapterFileError):
     """PEFT's format cannot represent an adapter."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """One layer in PEFT's form."""
-
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor | None
-    own_rank: int
-    """Rank of the layer before the conversion."""
-
-    @property
-    def rank(self) -> int:
-        """Rank in PEFT's form."""
-        return self.A.shape[0]
-
-
-def to_peft(layer: StoredLayer) -> Factors:
+def to_peft(layer: StoredLayer) -> StoredLayer:
     """Return the layer as one full-width pair of factors, with DoRA's magnitudes of all rows.
+
+    Its alpha belongs to the rank of these factors, so the scaling does not change.
 
     Raises:
         NotExpressibleError: PEFT's form cannot represent it exactly.
@@ -56,7 +42,20 @@ def to_peft(layer: StoredLayer) -> Factors:
     magnitude = _all_magnitudes(layer)
     if magnitude is not None and layer.groups > 1:
         raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
-    return Factors(A, B, magnitude, layer.rank)
+    return replace(
+        layer,
+        kind="conv" if layer.kind == "conv-loralib" else layer.kind,
+        A=A,
+        B=B,
+        alpha=layer.alpha * (A.shape[0] // layer.rank),
+        magnitude=magnitude,
+        slices=(),
+        initial_A=None,
+        initial_B=None,
+        base_norms=None,
+        weight_shape=None,
+        grouped=False,
+    )
 
 
 def peft_rank(layer: StoredLayer) -> int:
@@ -65,40 +64,36 @@ def peft_rank(layer: StoredLayer) -> int:
     return layer.A.shape[0] * taps * (1 if layer.initial_A is None else 2)
 
 
-def from_peft(layer: StoredLayer, factors: Factors) -> StoredLayer:
+def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None) -> StoredLayer:
     """Undo `to_peft`.
 
     Args:
         layer: The original layer, with tensors on the meta device for their shapes.
-        factors: The tensors that `to_peft` returned.
+        A: lora_A of `to_peft`.
+        B: lora_B of `to_peft`.
+        magnitude: DoRA's magnitudes of all rows, or None.
 
     Raises:
         AdapterFileError: The tensors are not of that form.
     """
-    A, B, A0, B0 = factors.A, factors.B, None, None
+    own_A, own_B, extras = A, B, {}
     if layer.initial_A is not None:
-        A, A0 = _separate(A, layer.groups)
-        B, B0 = B[:, : B.shape[1] // 2], -B[:, B.shape[1] // 2 :]
-        A0, B0 = _own_width(layer, A0, B0)
-    A, B = _own_width(layer, A, B)
-    magnitude, norms = factors.magnitude, None
+        own_A, A0 = _separate(A, layer.groups)
+        own_B, B0 = B.chunk(2, dim=1)
+        A0, B0 = _own_width(layer, A0, -B0)
+        extras |= {"initial_A": A0.contiguous(), "initial_B": B0.contiguous()}
+    own_A, own_B = _own_width(layer, own_A, own_B)
     if magnitude is not None and layer.slices:
-        rows = _rows(layer)
-        magnitude, norms = magnitude[rows], magnitude.clone()
+        rows = layer.rows()
         # PEFT's form lacks the base's norms of the adapted rows, which are never read.
-        norms[rows] = 0
+        extras["base_norms"] = magnitude.index_fill(0, rows, 0)
+        magnitude = magnitude[rows]
     restored = replace(
-        layer,
-        A=A.contiguous(),
-        B=B.contiguous(),
-        magnitude=magnitude,
-        initial_A=None if A0 is None else A0.contiguous(),
-        initial_B=None if B0 is None else B0.contiguous(),
-        base_norms=norms,
+        layer, A=own_A.contiguous(), B=own_B.contiguous(), magnitude=magnitude, **extras
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
-    same_factors = torch.equal(again.A, factors.A) and torch.equal(again.B, factors.B)
+    same_factors = torch.equal(again.A, A) and torch.equal(again.B, B)
     if not (same_shapes and same_factors):
         raise AdapterFileError(
             "its lora_A and lora_B are not of the form that lorakit.json describes."
@@ -110,7 +105,7 @@ def _full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     if layer.slices:
         blocks = torch.block_diag(*B.split([s.total for s in layer.slices]))
         placed = B.new_zeros(layer.slices[0].groups * layer.slices[0].stride, A.shape[0])
-        return A, placed.index_copy(0, _rows(layer), blocks)
+        return A, placed.index_copy(0, layer.rows(), blocks)
     if layer.kind == "conv" and layer.groups > 1 and layer.grouped:
         grouped = A.unflatten(0, (layer.groups, -1))
         n_in = A.shape[1]
@@ -125,7 +120,7 @@ def _full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
 
 def _own_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if layer.slices:
-        blocks = B[_rows(layer)].split([s.total for s in layer.slices])
+        blocks = B[layer.rows()].split([s.total for s in layer.slices])
         rank = layer.rank
         return A, torch.cat([b[:, i * rank : (i + 1) * rank] for i, b in enumerate(blocks)])
     if layer.kind == "conv" and layer.groups > 1 and layer.grouped:
@@ -176,8 +171,4 @@ def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
             "PEFT's form of DoRA on slices of a fused projection needs the norms of the base's other rows. "
             "Save the adapter from a live model."
         )
-    return layer.base_norms.index_copy(0, _rows(layer), layer.magnitude)
-
-
-def _rows(layer: StoredLayer) -> Tensor:
-    return torch.cat([s.rows() for s in layer.slices])
+    return layer.base_norms.index_copy(0, layer.rows(), layer.magnitude)

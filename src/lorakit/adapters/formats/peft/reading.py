@@ -13,10 +13,11 @@ from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, at, rank_notices
+from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import parents
 
 PICKLE_NAME = "adapter_model.bin"
 
@@ -41,17 +42,11 @@ def read_peft(folder: str | Path) -> StoredAdapter:
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
     options = storage.read_json(storage.regular_file(config_path))
-    try:
+    with located(f"'{config_path}'"):
         config = parse(options)
-    except AdapterFileError as error:
-        raise at(f"'{config_path}'", error) from error
     tensors_path = _tensors_path(folder)
-    try:
+    with located(f"'{tensors_path}'"):
         return _adapter(options, config, _without_prefix(read_tensors(tensors_path)))
-    except AdapterFileError as error:
-        if str(tensors_path) in str(error):
-            raise
-        raise at(f"'{tensors_path}'", error) from error
 
 
 def _tensors_path(folder: Path) -> Path:
@@ -127,16 +122,14 @@ def _layer(
 ) -> StoredLayer:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    missing = [name for name in names if name not in parts]
-    surplus = parts.keys() - {*names, MAGNITUDE}
-    if missing or surplus:
+    if parts.keys() - {MAGNITUDE} != set(names):
         raise AdapterFileError(
             f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )
-    if config.dora != (MAGNITUDE in parts):
+    if config.use_dora != (MAGNITUDE in parts):
         raise AdapterFileError(
             f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
-            f"{str(config.dora).lower()}."
+            f"{str(config.use_dora).lower()}."
         )
     A, B = (parts[name] for name in names)
     magnitude = parts.get(MAGNITUDE)
@@ -155,7 +148,7 @@ def _layer(
     kind: Kind = "conv" if A.ndim > 2 else "linear"
     if embedding or is_attention:
         kind = "embedding" if embedding else "attention"
-    try:
+    with located(f"'{path}'"):
         layer = StoredLayer(
             kind=kind,
             A=A,
@@ -165,8 +158,6 @@ def _layer(
             magnitude=magnitude,
             transposed=config.fan_in_fan_out and kind == "linear",
         )
-    except AdapterFileError as error:
-        raise at(f"'{path}'", error) from error
     if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
@@ -234,9 +225,7 @@ class _Others:
 
     def _trained_module(self, name: str) -> str | None:
         """Return the entry of modules_to_save under which PEFT saves this parameter, or None."""
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            path = ".".join(parts[:i])
+        for path in parents(name):
             for entry in self.config.modules_to_save:
                 # PEFT's rule, which does not require a dot before the entry.
                 if path.endswith(entry):
@@ -267,14 +256,14 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[
         targets = tuple(layers)
     try:
         return LoRA(
-            rank=config.rank,
-            alpha=config.alpha,
+            rank=config.r,
+            alpha=config.lora_alpha,
             targets=targets,
-            dropout=config.dropout,
-            bias=config.bias,  # type: ignore[arg-type]
-            init="gaussian" if config.gaussian else "kaiming",
-            scaling="rslora" if config.rslora else "standard",
-            dora=config.dora,
+            dropout=config.lora_dropout,
+            bias=config.bias,
+            init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
+            scaling="rslora" if config.use_rslora else "standard",
+            dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
             train_modules=tuple(entry for entry in config.modules_to_save if entry in modules),

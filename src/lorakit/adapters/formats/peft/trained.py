@@ -13,6 +13,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
+from lorakit.models.layers import parents
 
 PREFIX = "base_model.model."
 """Prefix of every key in a PEFT file."""
@@ -43,8 +44,11 @@ def place(
         NotExpressibleError: A parameter is neither a bias nor in a module that is trained in full.
     """
     names = _with_aliases(stored, layout)
-    modules = _modules_to_save(stored, layout, names, layer_keys)
-    frozen = {} if layout is None else _also_matched(modules, layout)
+    modules = _modules_to_save(stored, names, layer_keys)
+    frozen = {}
+    if layout is not None:
+        _check_whole(modules, layout, names)
+        frozen = _also_matched(modules, layout)
     _check_not_adapted((*modules, *frozen), layer_keys)
     form = TrainedForm(modules=modules)
     for tensors in frozen.values():
@@ -94,28 +98,22 @@ def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str,
     names = {name: name for name in stored.trained}
     if layout is not None:
         for name in stored.trained:
-            others = (n for n in layout.names_of(name) if _trained_parents(n, stored))
+            others = (n for n in layout.names_of(name) if trained_parents(n, stored))
             names.update({other: name for other in others if other not in names})
     return names
 
 
 def _modules_to_save(
-    stored: StoredAdapter,
-    layout: BaseLayout | None,
-    names: Collection[str],
-    layer_keys: Mapping[str, str],
+    stored: StoredAdapter, names: Collection[str], layer_keys: Mapping[str, str]
 ) -> list[str]:
     outermost: dict[str, None] = {}
     for name in names:
-        parents = _trained_parents(name, stored)
-        if parents:
-            outermost[parents[0]] = None
+        roots = trained_parents(name, stored)
+        if roots:
+            outermost[roots[0]] = None
         elif not _is_trained_bias(name, stored, layer_keys):
             outermost[name.rpartition(".")[0]] = None
-    modules = list(outermost)
-    if layout is not None:
-        _check_whole(modules, layout, names)
-    return modules
+    return list(outermost)
 
 
 def _check_not_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) -> None:
@@ -176,15 +174,8 @@ def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
     return f"{layer_keys[path]}.base_layer.{attribute}" if path in layer_keys else name
 
 
-def is_in_trained_module(name: str, stored: StoredAdapter) -> bool:
-    """Whether a parameter is in a module that the method trains in full."""
-    return isinstance(stored.method, LoRA) and bool(_trained_parents(name, stored))
-
-
-def _trained_parents(name: str, stored: StoredAdapter) -> list[str]:
+def trained_parents(name: str, stored: StoredAdapter) -> list[str]:
     """Return the parents of a parameter that train_modules names, the outermost first."""
     assert isinstance(stored.method, LoRA)
-    parts = name.split(".")[:-1]
-    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
     entries = stored.method.train_modules
-    return [p for p in parents if any(p == e or p.endswith(f".{e}") for e in entries)]
+    return [p for p in parents(name) if any(p == e or p.endswith(f".{e}") for e in entries)]

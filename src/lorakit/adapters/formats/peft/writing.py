@@ -6,8 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from lorakit import storage
 from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft import trained
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME
-from lorakit.adapters.formats.peft.factors import Factors, NotExpressibleError, to_peft
+from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.methods.lora import LoRA
 from lorakit.storage.tensors import write_safetensors
 
@@ -40,16 +39,6 @@ class PeftForm:
     """Prefix of the keys of each layer of the adapter, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
-
-
-@dataclass
-class _Entry:
-    """One layer in PEFT's form."""
-
-    factors: Factors
-    scaling: float
-    alpha: float
-    kind: str = "linear"
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
@@ -81,13 +70,16 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         if layout is not None and path in layout.beyond_peft:
             raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
     attention = _attention_paths(stored.layers, layout)
-    adapted = {path: _entry(path, layer) for path, layer in stored.layers.items()}
-    entries = {**adapted, **_tied_heads(stored.layers, adapted)}
+    entries: dict[str, StoredLayer] = {}
+    for path, layer in stored.layers.items():
+        with located(f"'{path}'"):
+            entries[path] = to_peft(layer)
+    entries |= _tied_heads(entries)
     for path in attention:
         entries.update(_both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
-    form = PeftForm({}, {}, {path: keys[path] for path in adapted})
+    form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
     whole = trained.place(stored, layout, keys)
@@ -109,26 +101,14 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     return form
 
 
-def _entry(path: str, layer: StoredLayer) -> _Entry:
-    try:
-        factors = to_peft(layer)
-    except NotExpressibleError as error:
-        raise NotExpressibleError(f"'{path}': {error}") from None
-    return _Entry(factors, layer.scaling, layer.alpha, layer.kind)
-
-
-def _tied_heads(
-    layers: Mapping[str, StoredLayer], entries: Mapping[str, _Entry]
-) -> dict[str, _Entry]:
+def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
     """Return the transposed factors of embeddings for the heads that share their table."""
     heads = {}
-    for path, layer in layers.items():
-        if layer.tied_head is not None:
-            factors = entries[path].factors
-            if factors.magnitude is not None:
+    for path, entry in entries.items():
+        if entry.tied_head is not None:
+            if entry.magnitude is not None:
                 raise NotExpressibleError(f"'{path}': PEFT cannot tie DoRA's magnitudes to a head.")
-            transposed = Factors(factors.B.T, factors.A.T, None, factors.own_rank)
-            heads[layer.tied_head] = _Entry(transposed, layer.scaling, layer.alpha)
+            heads[entry.tied_head] = replace(entry, kind="linear", A=entry.B.T, B=entry.A.T)
     return heads
 
 
@@ -143,29 +123,27 @@ def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | Non
     return attention
 
 
-def _both_projections(path: str, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+def _both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
     """Return both projections at one rank and scaling, as PEFT needs them, padded with zeros."""
     names = (path, f"{path}.out_proj")
     present = {name: entries[name] for name in names if name in entries}
-    if any(entry.factors.magnitude is not None for entry in present.values()):
+    if any(entry.magnitude is not None for entry in present.values()):
         raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
-    if len({(entry.scaling, entry.factors.A.dtype) for entry in present.values()}) > 1:
+    if len({(entry.scaling, entry.A.dtype) for entry in present.values()}) > 1:
         raise NotExpressibleError(
             f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, but its input and output "
             "projections have different scalings."
         )
-    rank = max(entry.factors.rank for entry in present.values())
+    rank = max(entry.rank for entry in present.values())
     first = next(iter(present.values()))
-    width = first.factors.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
+    width = first.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
     padded = {}
     for name, rows in zip(names, (3 * width, width), strict=True):
-        A, B = first.factors.A.new_zeros(rank, width), first.factors.A.new_zeros(rows, rank)
+        A, B = first.A.new_zeros(rank, width), first.A.new_zeros(rows, rank)
         if name in present:
-            factors = present[name].factors
-            A[: factors.rank], B[:, : factors.rank] = factors.A, factors.B
-        padded[name] = _Entry(
-            Factors(A, B, None, first.factors.own_rank), first.scaling, first.alpha
-        )
+            entry = present[name]
+            A[: entry.rank], B[:, : entry.rank] = entry.A, entry.B
+        padded[name] = replace(first, A=A, B=B, alpha=first.alpha * rank / first.rank)
     return padded
 
 
@@ -187,29 +165,29 @@ def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
     return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}
 
 
-def _layer_tensors(key: str, entry: _Entry) -> dict[str, Tensor]:
-    factors, magnitude = entry.factors, entry.factors.magnitude
-    if magnitude is not None and factors.A.ndim > 2:
+def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
+    magnitude = entry.magnitude
+    if magnitude is not None and entry.A.ndim > 2:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
-        magnitude = magnitude.view(1, -1, *(1 for _ in factors.A.shape[2:]))
+        magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
     keys = factor_keys(key, entry.kind, dora=magnitude is not None)
-    parts = {"A": factors.A, "B": factors.B, "magnitude": magnitude}
+    parts = {"A": entry.A, "B": entry.B, "magnitude": magnitude}
     return {full: tensor for part, full in keys.items() if (tensor := parts[part]) is not None}
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------
 
 
-def _ranks(entries: Mapping[str, _Entry], targets: set[str], method: LoRA) -> dict[str, Any]:
+def _ranks(entries: Mapping[str, StoredLayer], targets: set[str], method: LoRA) -> dict[str, Any]:
     """Return r, lora_alpha and the patterns with which PEFT computes our scalings."""
     rslora = method.scaling == "rslora" and all(
-        entry.alpha / math.sqrt(entry.factors.rank) == entry.scaling for entry in entries.values()
+        entry.alpha / math.sqrt(entry.rank) == entry.scaling for entry in entries.values()
     )
     numbers = {}
     for path in sorted(targets):
         entry = entries[path]
         alpha = entry.alpha if rslora else _alpha(entry)
-        numbers[path] = (entry.factors.rank, int(alpha) if alpha.is_integer() else alpha)
+        numbers[path] = (entry.rank, int(alpha) if alpha.is_integer() else alpha)
     (rank, alpha), _ = Counter(numbers.values()).most_common(1)[0]
     return {
         "r": rank,
@@ -220,14 +198,15 @@ def _ranks(entries: Mapping[str, _Entry], targets: set[str], method: LoRA) -> di
     }
 
 
-def _alpha(entry: _Entry) -> float:
+def _alpha(entry: StoredLayer) -> float:
     """Return the alpha that gives our scaling when divided by PEFT's rank, exactly if possible."""
-    rank = entry.factors.rank
-    # If this product is exact, both scalings are the correctly rounded value of one fraction.
-    exact = float(Fraction(entry.alpha) * Fraction(rank, entry.factors.own_rank))
-    product = entry.scaling * rank
-    candidates = [exact, product, math.nextafter(product, 0), math.nextafter(product, 2 * product)]
-    return min(candidates, key=lambda alpha: abs(alpha / rank - entry.scaling))
+    # If entry.alpha is exact, both scalings are the correctly rounded value of one fraction.
+    product = entry.scaling * entry.rank
+    candidates = [
+        *(entry.alpha, product),
+        *(math.nextafter(product, 0), math.nextafter(product, 2 * product)),
+    ]
+    return min(candidates, key=lambda alpha: abs(alpha / entry.rank - entry.scaling))
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -252,14 +231,11 @@ def _template(path: str) -> str:
 
 
 def _base_options(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
-    source = stored.base.source if stored.base is not None else None
-    name = source.name if source is not None else None
-    recorded = stored.provenance.get("peft", {})
-    if name is None and isinstance(recorded, Mapping):
-        return {
-            "base_model_name_or_path": recorded.get("base_model_name_or_path"),
-            "revision": recorded.get("revision"),
-            "task_type": task_type or recorded.get("task_type"),
-        }
-    revision = source.revision if source is not None else None
-    return {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}
+    options = {"base_model_name_or_path": None, "revision": None, "task_type": task_type}
+    recorded = stored.provenance.get("peft")
+    if stored.base is not None and stored.base.source.name is not None:
+        source = stored.base.source
+        options |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    elif isinstance(recorded, Mapping):
+        options = {name: value or recorded.get(name) for name, value in options.items()}
+    return options
