@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit import storage
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import ADAPTER, open_adapted
 from lorakit.compute.batching import collator, context_length
@@ -185,12 +186,8 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
             f"{path} is a data file with columns; drift reads plain text with one text per line. lorakit evaluate "
             "reads data files."
         )
-    try:
+    with storage.reading(path, DataError):
         lines = lines_of(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text. Convert it to UTF-8.") from None
     texts = [line for line in lines if line.strip()][:limit]
     if not texts:
         raise DataError(f"{path} has no text; at least one non-blank line was expected.")
