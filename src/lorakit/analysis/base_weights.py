@@ -140,9 +140,10 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
+    tasks = [task for suffix, task in _TASKS.items() if class_name.endswith(suffix)]
     return load_base(
         base.name,
-        task=next((task for suffix, task in _TASKS.items() if class_name.endswith(suffix)), "base"),
+        task=tasks[0] if tasks else "base",
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,

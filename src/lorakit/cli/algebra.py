@@ -25,19 +25,12 @@ class ResultConfig(ScoringConfig):
     """Print one line per layer instead of one per kind of layer."""
     json: bool = False
     """Print JSON."""
-
-
-def check_before(config: ResultConfig) -> None:
-    """Reject, before the long computation, settings that `finish` would reject after it.
-
-    Raises:
-        RunFolderError: The output cannot be written.
-        ConfigurationError: Data is set, but not the split to score on.
-    """
-    from lorakit.analysis.saving import check_output
-
-    check_output(config.output, overwrite=config.overwrite)
-    _ = config.wanted
+    rank: int | None = None
+    """Largest rank of every layer of the result. compress and extract need rank or energy; combine without them keeps
+    the sum of the ranks."""
+    energy: float | None = None
+    """Choose for every layer the rank that keeps this fraction of its squared norm (extract: of its squared
+    difference), for example 0.95."""
 
 
 def finish(
@@ -48,11 +41,9 @@ def finish(
     **saving: Any,
 ) -> None:
     """Score, save and print the computed adapter."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from lorakit.analysis.saving import save
-    from lorakit.cli.layer_table import console, layer_table
+    from lorakit.cli.console import console, table
+    from lorakit.cli.layer_table import layer_table
 
     saved = save(
         derived,
@@ -80,16 +71,13 @@ def finish(
         markup=False,
     )
     if saved.scores:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("score")
-        for name in saved.scores:
-            table.add_column(escape(name), justify="right", overflow="fold")
-        for score in saved.scores["result"]:
-            cells = [
-                f"{column[score]:.4f}" if score in column else "-"
-                for column in saved.scores.values()
+        scores = [
+            [
+                score,
+                *(f"{of[score]:.4f}" if score in of else "-" for of in saved.scores.values()),
             ]
-            table.add_row(escape(score), *cells)
-        out.print(table)
+            for score in saved.scores["result"]
+        ]
+        out.print(table(["score", *saved.scores], scores))
     for notice in notices:
         out.print(f"note: {notice}", markup=False)

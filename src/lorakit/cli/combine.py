@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.cli.algebra import ResultConfig, check_before, finish
+from lorakit.cli.algebra import ResultConfig, finish
 from lorakit.models.base_config import BaseConfig
 
 
@@ -24,10 +24,6 @@ class CombineConfig(ResultConfig):
     """For ties and dare: the fraction of entries to keep."""
     seed: int = 0
     """Seed for the entries that dare drops."""
-    rank: int | None = None
-    """Compress the result to this rank."""
-    energy: float | None = None
-    """Compress each layer to the rank that keeps this fraction of its squared norm."""
     alpha: float | None = None
     """alpha of loralib files, which do not store it."""
     base: BaseConfig | None = None
@@ -39,6 +35,7 @@ class CombineConfig(ResultConfig):
 def run(argv: Sequence[str]) -> None:
     """Combine, score and save."""
     from lorakit.analysis import combine_adapters
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import name_list, parse
 
     config = parse(
@@ -49,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         "--weights '[0.7, 0.3]'.",
         name_list(argv, "--adapters"),
     )
-    check_before(config)
+    check_output(config.output, overwrite=config.overwrite)
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.cli.algebra import ResultConfig, check_before, finish
+from lorakit.cli.algebra import ResultConfig, finish
 from lorakit.models.base_config import BaseConfig
 
 
@@ -15,10 +15,6 @@ class CompressConfig(ResultConfig):
 
     adapter: str
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    rank: int | None = None
-    """Truncate every layer to this rank. Set rank or energy."""
-    energy: float | None = None
-    """Truncate every layer to the rank that keeps this fraction of its squared norm, for example 0.95."""
     alpha: float | None = None
     """alpha of a loralib file, which does not store it."""
     base: BaseConfig | None = None
@@ -30,6 +26,7 @@ class CompressConfig(ResultConfig):
 def run(argv: Sequence[str]) -> None:
     """Compress, score and save."""
     from lorakit.analysis import compress_adapter
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -41,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
-    check_before(config)
+    check_output(config.output, overwrite=config.overwrite)
     compressed = compress_adapter(
         config.adapter, rank=config.rank, energy=config.energy, alpha=config.alpha
     )
