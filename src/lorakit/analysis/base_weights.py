@@ -140,7 +140,9 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    tasks = [task for suffix, task in _TASKS.items() if class_name.endswith(suffix)]
+    tasks: list[ModelHead] = [
+        task for suffix, task in _TASKS.items() if class_name.endswith(suffix)
+    ]
     return load_base(
         base.name,
         task=tasks[0] if tasks else "base",

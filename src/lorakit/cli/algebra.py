@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.analysis.saving import ScoringConfig
+from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from lorakit.analysis.derived import Derived
@@ -33,26 +34,41 @@ class ResultConfig(ScoringConfig):
     difference), for example 0.95."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfAdaptersConfig(ResultConfig):
+    """Options of `lorakit compress` and `combine`, which compute an adapter from adapters."""
+
+    alpha: float | None = None
+    """alpha of loralib files, which do not store it."""
+    base: BaseConfig | None = None
+    """The base model to score on. Default: the base recorded in the adapters."""
+    allow_other_base: bool = False
+    """Allow scoring on a base that the adapters do not record; for combine also adapters of different bases."""
+
+
 def finish(
     derived: Derived,
     config: ResultConfig,
     inputs: Sequence[str],
     settings: dict[str, Any],
-    **saving: Any,
+    base: BaseConfig | None,
 ) -> None:
     """Score, save and print the computed adapter."""
     from lorakit.analysis.saving import save
     from lorakit.cli.console import console, table
     from lorakit.cli.layer_table import layer_table
 
+    of_adapters = isinstance(config, OfAdaptersConfig)
     saved = save(
         derived,
         config.output,
         inputs=inputs,
         settings=settings,
         scoring=config,
+        base=base,
+        alpha=config.alpha if of_adapters else None,
+        allow_other_base=of_adapters and config.allow_other_base,
         overwrite=config.overwrite,
-        **saving,
     )
     notices = [*derived.notices, *saved.notices]
     if config.json:

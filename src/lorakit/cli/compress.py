@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.cli.algebra import ResultConfig, finish
-from lorakit.models.base_config import BaseConfig
+from lorakit.cli.algebra import OfAdaptersConfig, finish
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(ResultConfig):
+class CompressConfig(OfAdaptersConfig):
     """Options of `lorakit compress`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    alpha: float | None = None
-    """alpha of a loralib file, which does not store it."""
-    base: BaseConfig | None = None
-    """The base model to score on. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow scoring on a base other than the one recorded in the adapter."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -39,15 +32,7 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     check_output(config.output, overwrite=config.overwrite)
-    compressed = compress_adapter(
-        config.adapter, rank=config.rank, energy=config.energy, alpha=config.alpha
-    )
-    finish(
-        compressed,
-        config,
-        [config.adapter],
-        {"command": "compress", "rank": config.rank, "energy": config.energy},
-        alpha=config.alpha,
-        base=config.base,
-        allow_other_base=config.allow_other_base,
-    )
+    settings = {"rank": config.rank, "energy": config.energy}
+    compressed = compress_adapter(config.adapter, **settings, alpha=config.alpha)
+    recorded = {"command": "compress", **settings}
+    finish(compressed, config, [config.adapter], recorded, config.base)

@@ -56,4 +56,4 @@ def run(argv: Sequence[str]) -> None:
         "rank": config.rank,
         "energy": config.energy,
     }
-    finish(extracted, config, [config.tuned], settings, base=config.base)
+    finish(extracted, config, [config.tuned], settings, config.base)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lorakit.analysis.deltas import family
 from lorakit.cli.console import console, table
+from lorakit.formatting import number_range
 
 __all__ = ["Cell", "console", "layer_table"]
 
@@ -41,12 +42,7 @@ def layer_table(
 
 
 def _spread(cells: Sequence[Cell]) -> str:
-    numbers = sorted(cell for cell in cells if isinstance(cell, (int, float)))
-    if not numbers:
-        return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))
-    smallest, largest = _number(numbers[0]), _number(numbers[-1])
-    return smallest if smallest == largest else f"{smallest} to {largest}"
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
+    numbers = [cell for cell in cells if isinstance(cell, (int, float))]
+    if numbers:
+        return number_range(numbers)
+    return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))

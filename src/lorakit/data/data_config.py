@@ -14,10 +14,9 @@ from lorakit.tasks import GENERIC, Completion, Task, task_type
 
 Split = Literal["train", "validation", "test"]
 
-OPTIONAL_FIELDS = ("tools",)
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
-    *OPTIONAL_FIELDS,
+    "tools",
 )
 """Fields that `columns` can map to a column."""
 

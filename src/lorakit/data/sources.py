@@ -84,7 +84,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         raise DataError(
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
-    digests = [_digest(part) for part in parts]
+    digests = [part.sha256 for part in parts]
     return DataRows(
         name=name,
         rows=rows,
@@ -113,13 +113,8 @@ class _Part:
     name: str
     split: str
     rows: Callable[[], Rows]
-    sha256: Callable[[], str]
+    sha256: str
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def _digest(part: _Part) -> str:
-    with storage.reading(part.name, DataError):
-        return part.sha256()
 
 
 def _parts(entry: str, split: str) -> list[_Part]:
@@ -165,7 +160,7 @@ def _file(path: Path) -> _Part:
         name=str(path),
         split=stem(path),
         rows=lambda: reader(path),
-        sha256=lambda: storage.sha256(path),
+        sha256=storage.sha256(path),
     )
 
 
@@ -224,11 +219,8 @@ def _of_values(
         for number, row in enumerate(values(), start=1):
             yield Row(row, f"{name}:row {number}")
 
-    def sha256() -> str:
-        digest = hashlib.sha256()
-        for row in values():
-            # default=str: JSON has no dates and images.
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-        return digest.hexdigest()
-
-    return _Part(name, split, rows, sha256, class_names or {})
+    digest = hashlib.sha256()
+    for row in values():
+        # default=str: JSON has no dates and images.
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return _Part(name, split, rows, digest.hexdigest(), class_names or {})

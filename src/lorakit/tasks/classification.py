@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,7 +94,10 @@ class Classification(Labelled):
         """Return the sorted labels of the training set, or `known` if it contains them all."""
         if cls.classes:
             return cls.classes
-        names = {name for name in map(_label_or_none, rows) if name is not None}
+        names = set()
+        for row in rows:
+            with suppress(BadRow):  # encode() reports the row with its line
+                names.add(class_name(row.get("label")))
         if known and names <= set(known):
             return tuple(known)
         if len(names) < 2:
@@ -197,13 +201,6 @@ def number(value: object, column: str) -> float:
     if not math.isfinite(result):
         raise BadRow(f"is {value!r}, expected a finite number", column)
     return result
-
-
-def _label_or_none(fields: Fields) -> str | None:
-    try:
-        return class_name(fields.get("label"))
-    except BadRow:
-        return None  # encode() reports the row with its line
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lorakit import metrics
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Example, Fields, checked_text, kind, text_field
 
 SLOT = re.compile(r"\s*([^\[\],]+)\[([^\[\]]*)\]\s*")
 

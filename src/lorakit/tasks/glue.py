@@ -11,11 +11,7 @@ from typing import Any, ClassVar
 
 from lorakit import metrics
 from lorakit.tasks.classification import Classification, Labelled, Regression, targets
-from lorakit.tasks.data_set import DataSet
-from lorakit.tasks.task import Example, Task
-
-HUB = "nyu-mll/glue"
-TRAIN = ("train", "train_subset")
+from lorakit.tasks.task import DataSet, Example, Task
 
 
 class _Glue(Labelled):
@@ -37,8 +33,8 @@ class _Glue(Labelled):
         )
         cls.data_set = DataSet(
             folder=cls.name,
-            hub=f"{HUB}:{cls.name}",
-            **{"train": TRAIN, "test": (), **splits},
+            hub=f"nyu-mll/glue:{cls.name}",
+            **{"train": ("train", "train_subset"), "test": (), **splits},
         )
 
     @classmethod

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorakit import metrics
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import TextTask, references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Example, Fields, checked_text, kind, text_field
 
 
 class SAMSum(NamedText):
