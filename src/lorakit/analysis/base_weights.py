@@ -92,7 +92,7 @@ def open_weights(
         name = recorded.source.name if recorded is not None else None
         if name is None:
             raise ConfigurationError(
-                "The adapter does not record its base model. Name it: --base.name MODEL."
+                "The adapter records no base model. Name it: --base.name MODEL."
             )
         base = BaseConfig(name=name)
     weights = _open_safetensors(base)
@@ -110,9 +110,7 @@ def open_weights(
             live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
             weights.notices += _differences(recorded, live, allow_other_base)
     if recorded is None:
-        weights.notices.append(
-            "The adapter has no fingerprint of its base, so the base was not checked."
-        )
+        weights.notices.append("The adapter records no base, so the base was not checked.")
     return weights
 
 

@@ -157,8 +157,7 @@ def _check_settings(
         number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not number or not math.isfinite(factor) or factor == 0:
             raise ConfigurationError(
-                f"A weight is {factor!r}; it must be a finite number other than 0. To give an adapter no effect, "
-                "omit it."
+                f"A weight is {factor!r}; it must be a finite number other than 0. Omit an adapter without effect."
             )
     require_choice("how", how, get_args(How))
     require_share("density", density, "a share of entries", example=0.5)
@@ -193,9 +192,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
     recorded = [adapter.base for adapter in stored if adapter.base is not None]
     notices = []
     if len(recorded) < len(stored) and len(stored) > 1:
-        notices.append(
-            "Not every adapter records its base, so whether all have the same base was not checked."
-        )
+        notices.append("Not every adapter records its base, so the base was not checked.")
     for other in recorded[1:]:
         try:
             notices += formats.compare(recorded[0], other)

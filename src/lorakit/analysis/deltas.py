@@ -106,14 +106,11 @@ def chosen(deltas: Mapping[str, Delta], only: str | None) -> dict[str, Delta]:
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise ConfigurationError(
-            f"only is {only!r}, which is not a regular expression: {error}."
-        ) from None
+        raise ConfigurationError(f"only is {only!r}, not a regular expression: {error}.") from None
     matching = {name: delta for name, delta in deltas.items() if pattern.search(name)}
     if not matching:
         raise ConfigurationError(
-            f"only is {only!r}, which matches none of the {len(deltas)} names; the first is "
-            f"'{next(iter(deltas))}'."
+            f"only is {only!r}, which matches none of the {len(deltas)} names, such as '{next(iter(deltas))}'."
         )
     return matching
 
@@ -173,8 +170,7 @@ def notices(stored: StoredAdapter) -> list[str]:
         names = list(stored.trained)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         sentences.append(
-            f"{len(names)} parameters are trained in full, in addition to the low-rank factors: "
-            f"{', '.join(names[:3])}{more}."
+            f"{len(names)} parameters are also trained in full: {', '.join(names[:3])}{more}."
         )
     return sentences
 

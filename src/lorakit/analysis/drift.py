@@ -142,36 +142,34 @@ def adapter_drift(
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         require_at_least(name, value, 1)
     require_at_least("max_length", max_length, 2)
-    texts = read_texts(text_file, limit)
+    lines = read_texts(text_file, limit)
     opened = open_adapted(base, str(adapter), allow_other_base=allow_other_base)
     if opened.model.config.is_encoder_decoder or not opened.model.can_generate():
         raise BaseModelError(
             f"Drift needs a decoder-only model that generates text, but with this adapter '{opened.source.name}' is a "
             f"{type(opened.model).__name__}. lorakit evaluate scores such adapters on their task."
         )
-    pieces = list(_pieces(opened, texts, max_length))
+    pieces = list(_pieces(opened, lines, max_length))
     if not pieces:
         raise DataError(
             f"{text_file} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
         )
     # Sorting by length reduces padding.
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-    drifts: dict[int, TextDrift] = {}
-    losses = [0.0, 0.0]
+    compared: dict[int, tuple[TextDrift, list[float]]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        compared = _compare(opened, [pieces[i] for i in batch])
-        for i, (drift, both) in zip(batch, compared, strict=True):
-            drifts[i] = drift
-            losses = [total + loss for total, loss in zip(losses, both, strict=True)]
+        results = _compare(opened, [pieces[i] for i in batch])
+        compared.update(zip(batch, results, strict=True))
         if progress is not None:
-            progress(len(drifts))
-    positions = sum(len(drift.kl) for drift in drifts.values())
-    return Drift(
-        texts=[drifts[i] for i in range(len(pieces))],
-        loss_base=losses[0] / positions,
-        loss_adapted=losses[1] / positions,
+            progress(len(compared))
+    texts = [compared[i][0] for i in range(len(pieces))]
+    positions = sum(len(text.kl) for text in texts)
+    loss_base, loss_adapted = (
+        sum(losses) / positions
+        for losses in zip(*(both for _, both in compared.values()), strict=True)
     )
+    return Drift(texts=texts, loss_base=loss_base, loss_adapted=loss_adapted)
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:

@@ -159,9 +159,7 @@ def _other_differences(
             continue
         base_shape, tuned_shape = tuple(parameter.shape), tuple(weights[name].shape)
         if base_shape != tuned_shape:
-            resized.append(
-                f"'{name}' is {base_shape} in the base and {tuned_shape} in the fine-tuned model"
-            )
+            resized.append(f"'{name}' is {base_shape} in the base and {tuned_shape} after tuning")
             continue
         distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
         if distance:

@@ -50,8 +50,7 @@ class ScoringConfig:
     def __post_init__(self) -> None:
         if self.data != DataConfig() and self.data.source(self.split) is None:
             raise ConfigurationError(
-                f"data has no {self.split} data to score on: split is {self.split}. Set data.{self.split}, or change "
-                "split."
+                f"split is {self.split}, but data has no {self.split} data. Set data.{self.split} or split."
             )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Span = tuple[int, int]
 """Token positions `start <= i < stop` of one assistant turn."""
+Turns = tuple[list[int], list[Span]]
+"""Token ids of a conversation, and the span of each assistant turn."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -64,7 +66,7 @@ class Chat(TextTask):
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
         return fit(example, self.max_length, truncate=self.truncate, keep=int(starts_with_bos))
 
-    def _with_ends(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+    def _with_ends(self, ids: list[int], spans: list[Span]) -> Turns:
         """Cut each turn after its end-of-turn token, and the sequence after the last turn.
 
         Templates write a line feed after the end-of-turn token, where generation has already stopped. If the template
@@ -99,9 +101,7 @@ class ChatTemplate:
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
 
-    def assistant_turns(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn."""
         template = self.tokenizer.get_chat_template(tools=tools)
         if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
@@ -120,9 +120,7 @@ class ChatTemplate:
         """Return the token ids of `text`."""
         return list(self._apply(messages, tools, answer, return_dict=True)["input_ids"])
 
-    def _turns_by_tag(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def _turns_by_tag(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate the turns by the template's `{% generation %}` tags."""
         out = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         mask = [False, *map(bool, out["assistant_masks"]), False]
@@ -143,9 +141,7 @@ class ChatTemplate:
             ]
         return ids, spans
 
-    def _turns_by_prefix(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def _turns_by_prefix(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
         if messages[0]["role"] == "assistant":
             raise _bad("starts with an assistant turn; start with a system or user message")

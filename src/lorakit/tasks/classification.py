@@ -12,8 +12,8 @@ from lorakit import metrics
 from lorakit.errors import DataError, nearest
 from lorakit.tasks.task import (
     BadRow,
-    Example,
     Fields,
+    Groups,
     LabelledExample,
     Task,
     TooLong,
@@ -124,9 +124,7 @@ class Classification(Labelled):
         return self._encode(fields, self.index[label], label)
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return accuracy, F1 and the Matthews correlation: :func:`lorakit.metrics.classification`."""
         labels = [int(label) for label in targets(examples)]
         return metrics.classification(outputs, labels, classes=settings.get("classes"))
@@ -139,12 +137,7 @@ class Regression(Labelled):
     kind = "regression"
     metric = "pearson"
     scores = quick_scores = ("pearson", "spearman", "mse")
-    layouts = (
-        ("text", "score"),
-        ("sentence1", "sentence2", "score"),
-        ("text", "label"),
-        ("sentence1", "sentence2", "label"),
-    )
+    layouts = (("text", "score"), ("sentence1", "sentence2", "score"), *Classification.layouts)
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
@@ -160,15 +153,13 @@ class Regression(Labelled):
         return self._encode(fields, score, str(score))
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return Pearson's and Spearman's correlation and the squared error: :func:`lorakit.metrics.regression`."""
         del settings
         return metrics.regression(outputs, targets(examples))
 
 
-def targets(examples: Sequence[Sequence[Example]]) -> list[int | float]:
+def targets(examples: Groups) -> list[int | float]:
     """Return the class indices or scores of labelled examples, one per input."""
     return [example.label for (example,) in examples if isinstance(example, LabelledExample)]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lorakit import metrics
 from lorakit.tasks.classification import Classification, Labelled, Regression, targets
-from lorakit.tasks.task import DataSet, Example, Task
+from lorakit.tasks.task import DataSet, Groups, Task
 
 
 class _Glue(Labelled):
@@ -38,9 +38,7 @@ class _Glue(Labelled):
         )
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return GLUE's scores, :func:`lorakit.metrics.glue`; for several development sets also those of each."""
         del settings
         scores = metrics.glue(cls.name, outputs, targets(examples))

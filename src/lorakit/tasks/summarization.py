@@ -8,7 +8,7 @@ from typing import Any
 from lorakit import metrics
 from lorakit.tasks.language_modelling import TextTask, references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, DataSet, Example, Fields, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, kind, text_field
 
 
 class SAMSum(NamedText):
@@ -40,9 +40,7 @@ class SAMSum(NamedText):
         return [text_field(fields, "summary").strip()]
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return ROUGE-1, 2 and L: :func:`lorakit.metrics.rouge`."""
         scores = metrics.rouge(outputs, references(cls, examples))
         if settings.get("quick"):

@@ -68,6 +68,10 @@ class LabelledExample(Example):
     """0 for the first text, 1 for the second; for models with token types (BERT), else None."""
 
 
+Groups = Sequence[Sequence[Example]]
+"""For each input of the model, the examples with it: one or more."""
+
+
 class RowError(DataError):
     """A row that cannot be encoded. The caller adds file and line.
 
@@ -202,7 +206,7 @@ class Task(ABC):
     def score(
         cls,
         outputs: Sequence[Any],
-        examples: Sequence[Sequence[Example]],
+        examples: Groups,
         *,
         quick: bool = False,
         lowercase: bool = True,

@@ -11,7 +11,7 @@ from lorakit.errors import DataError
 from lorakit.metrics.text_to_sql import spelt
 from lorakit.tasks.language_modelling import TextTask
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, DataSet, Example, Fields, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, kind, text_field
 
 CONDITION = ("column_index", "operator_index", "condition")
 """The hub's names for the parts of conditions, each in a separate list."""
@@ -73,9 +73,7 @@ class WikiSQL(NamedText):
         }
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return logical-form accuracy, and execution accuracy if tables have rows: :func:`metrics.wikisql`."""
         # Repeated questions count separately.
         texts = [output for output, group in zip(outputs, examples, strict=True) for _ in group]
