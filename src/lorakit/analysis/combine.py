@@ -29,7 +29,7 @@ from lorakit.analysis.derived import (
     inherited_provenance,
     require_low_rank,
 )
-from lorakit.analysis.spectrum import require_share, spectrum
+from lorakit.analysis.spectrum import layer_norm, require_share
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError, require_choice
 from lorakit.methods.lora import LoRA
 from lorakit.ops.autocast import wide_dtype
@@ -134,11 +134,10 @@ def combine_adapters(
 
 
 def _exact_results(adapter: StoredAdapter) -> dict[str, LayerResult]:
-    results = {}
-    for path, layer in adapter.layers.items():
-        norms = [spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer)]
-        results[path] = LayerResult(rank=layer.rank, norm=math.hypot(*norms), residual=0.0)
-    return results
+    return {
+        path: LayerResult(rank=layer.rank, norm=layer_norm(layer), residual=0.0)
+        for path, layer in adapter.layers.items()
+    }
 
 
 # --- validation ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,8 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
     """Return the adapter's contents as JSON values; `norm` is the Frobenius norm of ``scaling * B A``."""
-    from lorakit.analysis.deltas import parts_of
-    from lorakit.analysis.spectrum import spectrum
+    from lorakit.analysis.spectrum import layer_norm
 
     tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
     tensors += [*stored.module_tensors.values(), *stored.trained.values()]
@@ -77,9 +75,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
                 "scaling": layer.scaling,
                 "A": list(layer.A.shape),
                 "B": list(layer.B.shape),
-                "norm": math.hypot(
-                    *(spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer))
-                ),
+                "norm": layer_norm(layer),
                 "dora": layer.magnitude is not None,
                 "slices": [str(s) for s in layer.slices],
             }

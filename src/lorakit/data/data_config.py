@@ -153,7 +153,7 @@ class DataConfig:
         task = self.task_type
         if task is None or task.data_set is None:
             return None
-        return OwnData(task=task, root=self.root)
+        return OwnData(task=task, data_set=task.data_set, root=self.root)
 
     def has(self, split: Split) -> bool:
         """Return whether the configuration or the named task has data for a split. Does not look for its files."""

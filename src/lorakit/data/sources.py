@@ -138,9 +138,7 @@ def _parts(entry: str, split: str) -> list[_Part]:
             raise DataError(f"no file matches {entry}")
         return [_file(file) for file in files]
     if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
-        return [
-            _hub(entry, hub["id"], hub["config"], hub["revision"], part) for part in joined(split)
-        ]
+        return [_hub(hub, part) for part in joined(split)]
     nearby = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
         f"there is no file or data set {entry!r}; expected a file ({', '.join(READERS)}), a hub data set "
@@ -164,7 +162,8 @@ def _file(path: Path) -> _Part:
     )
 
 
-def _hub(entry: str, name: str, config: str | None, revision: str | None, split: str) -> _Part:
+def _hub(hub: re.Match[str], split: str) -> _Part:
+    entry, name, config = hub[0], hub["id"], hub["config"]
     try:
         import datasets
     except ImportError:
@@ -173,7 +172,7 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
         ) from None
     try:
         try:
-            data = datasets.load_dataset(name, config, split=split, revision=revision)
+            data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
             if SCRIPT not in str(error):
                 raise
