@@ -142,14 +142,14 @@ def adapter_drift(
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         require_at_least(name, value, 1)
     require_at_least("max_length", max_length, 2)
-    lines = read_texts(text_file, limit)
+    texts = read_texts(text_file, limit)
     opened = open_adapted(base, str(adapter), allow_other_base=allow_other_base)
     if opened.model.config.is_encoder_decoder or not opened.model.can_generate():
         raise BaseModelError(
             f"Drift needs a decoder-only model that generates text, but with this adapter '{opened.source.name}' is a "
             f"{type(opened.model).__name__}. lorakit evaluate scores such adapters on their task."
         )
-    pieces = list(_pieces(opened, lines, max_length))
+    pieces = list(_pieces(opened, texts, max_length))
     if not pieces:
         raise DataError(
             f"{text_file} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
@@ -163,13 +163,13 @@ def adapter_drift(
         compared.update(zip(batch, results, strict=True))
         if progress is not None:
             progress(len(compared))
-    texts = [compared[i][0] for i in range(len(pieces))]
-    positions = sum(len(text.kl) for text in texts)
+    drifts = [compared[i][0] for i in range(len(pieces))]
+    positions = sum(len(drift.kl) for drift in drifts)
     loss_base, loss_adapted = (
         sum(losses) / positions
         for losses in zip(*(both for _, both in compared.values()), strict=True)
     )
-    return Drift(texts=texts, loss_base=loss_base, loss_adapted=loss_adapted)
+    return Drift(texts=drifts, loss_base=loss_base, loss_adapted=loss_adapted)
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
