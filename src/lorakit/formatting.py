@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def size(count: float) -> str:
     """Return a number of bytes in the largest unit that fits: 1.84 MB."""
@@ -46,3 +48,13 @@ def percentage(part: float, whole: float) -> str:
     """Return a share in percent, with two significant digits below 10 %."""
     percent = 100 * part / whole
     return f"{percent:.1f} %" if percent >= 10 else f"{percent:.2g} %"
+
+
+def number_range(numbers: Iterable[float]) -> str:
+    """Return the smallest and the largest number as 2 to 1,024, or the only number; fractions with three digits."""
+    numbers = sorted(numbers)
+    low, high = (
+        f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+        for number in (numbers[0], numbers[-1])
+    )
+    return low if low == high else f"{low} to {high}"

@@ -140,7 +140,7 @@ def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):
         ("empty.txt", b"\n  \n", "has no text"),
         ("latin.txt", b"caf\xe9\n", "not UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n', "data file with columns"),
-        ("missing.txt", None, "cannot be read"),
+        ("missing.txt", None, "does not exist"),
     ],
 )
 def test_files_that_are_no_text(folder, tmp_path, name, content, message):

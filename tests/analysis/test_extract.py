@@ -114,7 +114,7 @@ def test_added_tokens_are_said(tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     (left,) = extract_adapter(base, tmp_path / "tuned", rank=3).notices
     assert "1 other parameters differ in shape" in left  # the head is tied to it
-    expected = f"'transformer.wte.weight' is {(rows, width)} in the base and {(rows + 3, width)} in"
+    expected = f"'transformer.wte.weight' is {(rows, width)} in the base and {(rows + 3, width)} after tuning"
     assert expected in left
 
 

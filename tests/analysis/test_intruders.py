@@ -7,7 +7,7 @@ import torch
 from sample_adapters import layers, linear, randn, stored, trained_llama, weight_shape
 
 from lorakit.analysis import adapter_intruders, intruders
-from lorakit.analysis.deltas import adapted_parts
+from lorakit.analysis.deltas import deltas_of
 from lorakit.analysis.intruders import largest_cosine_bound
 from lorakit.errors import ConfigurationError
 
@@ -112,7 +112,7 @@ def test_every_kind_of_layer_is_adapted_as_when_it_is_merged(name):
 def test_dora_scales_the_rows():
     layer = layers()["dora"]
     W = randn(20, 24, seed=99)
-    (adapted,) = adapted_parts("dora", layer, W)
+    adapted = deltas_of(stored("dora"))["dora"].added_to(W)
     merged = W + layer.scaling * layer.B @ layer.A
     expected = layer.magnitude[:, None] * merged / merged.norm(dim=1, keepdim=True)
     torch.testing.assert_close(adapted, expected)

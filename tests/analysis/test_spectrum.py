@@ -124,7 +124,7 @@ def test_the_published_adapter(shared):
         assert float(layer.energy[0]) == pytest.approx(share, abs=0.005)
         assert layer.norm / 2 == pytest.approx(norms[i], abs=5e-5)
     assert len(found.layers) == 24
-    assert "4 parameters are trained in full" in found.notices[0]
+    assert "4 parameters are also trained in full" in found.notices[0]
 
 
 def test_dora_is_not_passed_over_in_silence():

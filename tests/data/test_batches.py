@@ -43,7 +43,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     torch.manual_seed(7)
     assert sampler(0) == first  # independent of earlier epochs and of other random numbers
     program = (
-        "from lorakit.data import BatchSampler;"
+        "from lorakit.data.batches import BatchSampler;"
         "print(BatchSampler(list(range(1, 201)), 8, seed=1)(0))"
     )
     run = subprocess.run(

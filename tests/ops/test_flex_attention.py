@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
+from references import masked_attention_reference
 from test_attention import MASKS, inputs, tree
 
 from lorakit.ops import flex_attention, flex_masked_attention, masked_attention
-from lorakit.ops.attention import masked_attention_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 needs_gpu = pytest.mark.skipif(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from references import lora_linear_reference
 from torch.autograd import gradcheck
 
-from lorakit.ops.lora_linear import lora_linear, lora_linear_reference
+from lorakit.ops.lora_linear import lora_linear
 
 
 def tensors(dtype, shape=(3, 5), n_in=7, n_out=11, rank=2, master=None):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.base_weights import Weights
-from lorakit.analysis.deltas import chosen, deltas_of, notices, read, weight_name, weight_parts
+from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, notices, read
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.similarity import similarity_of_directions
 from lorakit.analysis.spectrum import UNTRAINED, require_share
@@ -204,8 +204,7 @@ def adapter_amplification(
         if delta.is_zero:
             untrained.append(f"'{name}' is skipped: it is zero in the adapter.")
             continue
-        layer = stored.layers[delta.path]
-        W = weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
+        W = base_matrix(stored, delta, weights)
         layers[name] = amplification(W, delta.A, delta.B, delta.scaling, seed=seed)
         if share is not None:
             phi[name] = similarity_to_base(W, delta.A, delta.B, share=share)

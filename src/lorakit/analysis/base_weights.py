@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.gguf import converted_folder
-from lorakit.models.loading import ModelHead, load_base
+from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import ModelSource, resolve
 
 _TASKS: dict[str, ModelHead] = {
@@ -42,32 +43,32 @@ class Weights(Mapping[str, Tensor]):
     additional one. A name therefore also matches the only parameter whose name has it as a suffix, or vice versa.
     """
 
-    def __init__(self, source: ModelSource, tensors: Mapping[str, Tensor]) -> None:
-        self.source, self._tensors = source, tensors
+    def __init__(self, source: ModelSource, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.source, self._readers = source, readers
         self.notices: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
             raise BaseModelError(
-                f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._tensors)} Name the base "
+                f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._readers)} Name the base "
                 "that the adapter was trained on: --base.name MODEL."
             )
-        return self._tensors[key]
+        return self._readers[key]()
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._key(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._readers)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._readers)
 
     def _key(self, name: str) -> str | None:
-        if name in self._tensors:
+        if name in self._readers:
             return name
-        matches = [k for k in self._tensors if k.endswith(f".{name}") or name.endswith(f".{k}")]
+        matches = [k for k in self._readers if k.endswith(f".{name}") or name.endswith(f".{k}")]
         return matches[0] if len(matches) == 1 else None
 
 
@@ -91,7 +92,7 @@ def open_weights(
         name = recorded.source.name if recorded is not None else None
         if name is None:
             raise ConfigurationError(
-                "The adapter does not record its base model. Name it: --base.name MODEL."
+                "The adapter records no base model. Name it: --base.name MODEL."
             )
         base = BaseConfig(name=name)
     weights = _open_safetensors(base)
@@ -103,13 +104,13 @@ def open_weights(
             weights.notices += _differences(recorded, live, allow_other_base)
     names = [weight_name(path, layer) for path, layer in stored.layers.items()]
     if weights is None or any(name not in weights for name in names):
-        weights, live = _load(base, recorded)
+        loaded = load_float32(base, recorded.architecture.class_name if recorded else "")
+        weights = _weights_of(loaded)
         if recorded is not None:
+            live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
             weights.notices += _differences(recorded, live, allow_other_base)
     if recorded is None:
-        weights.notices.append(
-            "The adapter has no fingerprint of its base, so the base was not checked."
-        )
+        weights.notices.append("The adapter records no base, so the base was not checked.")
     return weights
 
 
@@ -128,15 +129,25 @@ def read_weights(base: BaseConfig) -> Weights:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    return _open_safetensors(base) or _load(base, None)[0]
+    return _open_safetensors(base) or _weights_of(load_float32(base, ""))
 
 
-def task_of_class(class_name: str) -> ModelHead:
-    """Return the task of a model class; "base" (no head) if its name has no known suffix."""
-    for suffix, task in _TASKS.items():
-        if class_name.endswith(suffix):
-            return task
-    return "base"
+def load_float32(base: BaseConfig, class_name: str) -> Base:
+    """Load a whole model in float32, with the head of the model class `class_name`; no head for an unknown suffix.
+
+    Raises:
+        BaseModelError: The model does not exist, or cannot be read.
+    """
+    tasks: list[ModelHead] = [
+        task for suffix, task in _TASKS.items() if class_name.endswith(suffix)
+    ]
+    return load_base(
+        base.name,
+        task=tasks[0] if tasks else "base",
+        dtype="float32",
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+    )
 
 
 def config_of(base: BaseConfig) -> Any:
@@ -145,50 +156,34 @@ def config_of(base: BaseConfig) -> Any:
     Raises:
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
-    return _config(resolve(base.name, revision=base.revision), base)
+    from transformers import AutoConfig
+
+    source = resolve(base.name, revision=base.revision)
+    folder = _folder(source)
+    try:
+        return AutoConfig.from_pretrained(
+            folder or source.path_or_id,
+            revision=source.revision if folder is None else None,
+            trust_remote_code=base.trust_remote_code,
+        )
+    except Exception as error:  # transformers raises many kinds of exceptions here
+        raise BaseModelError(
+            f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _open_safetensors(base: BaseConfig) -> Weights | None:
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
-    files = _files(folder) if folder is not None else {}
-    return Weights(source, _SafetensorsFiles(files)) if files else None
+    files = [] if folder is None else [_open(path) for path in _files(folder)]
+    readers = {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118
+    return Weights(source, readers) if readers else None
 
 
-def _load(base: BaseConfig, recorded: BaseRecord | None) -> tuple[Weights, BaseRecord]:
-    """Load the whole model: it has no safetensors files, or their tensor names differ from the parameter names."""
-    class_name = "" if recorded is None else recorded.architecture.class_name
-    loaded = load_base(
-        base.name,
-        task=task_of_class(class_name),
-        dtype="float32",
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-    )
-    tensors = {n: p.detach() for n, p in loaded.model.named_parameters(remove_duplicate=False)}
-    excluded = () if recorded is None else recorded.excluded
-    record = base_record(loaded.model, loaded.source, exclude=excluded)
-    return Weights(loaded.source, tensors), record
-
-
-class _SafetensorsFiles(Mapping[str, Tensor]):
-    """The tensors of one or more safetensors files, memory-mapped."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-        self._open: dict[Path, Any] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        path = self._files[key]
-        if path not in self._open:
-            self._open[path] = _open(path)
-        return self._open[path].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def _weights_of(loaded: Base) -> Weights:
+    """Return the parameters of a loaded model: it has no safetensors files, or other tensor names in them."""
+    parameters = loaded.model.named_parameters(remove_duplicate=False)
+    return Weights(loaded.source, {name: parameter.detach for name, parameter in parameters})
 
 
 def _folder(source: ModelSource) -> Path | None:
@@ -211,25 +206,23 @@ def _folder(source: ModelSource) -> Path | None:
         return None
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor; empty if the folder has no safetensors files."""
-    if (folder / _INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {str(key): folder / Path(name).name for key, name in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+def _files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, possibly none."""
+    if not (folder / _INDEX).is_file():
+        return [folder / _FILE] if (folder / _FILE).is_file() else []
+    try:
+        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({folder / Path(name).name for name in weight_map.values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BaseModelError(
+            f"'{folder / _INDEX}' is damaged ({type(error).__name__}). Download or copy it again."
+        ) from None
+    for path in files:
+        if not path.is_file():
             raise BaseModelError(
-                f"'{folder / _INDEX}' is damaged ({type(error).__name__}). Download or copy it again."
-            ) from None
-        missing = [path for path in files.values() if not path.is_file()]
-        if missing:
-            raise BaseModelError(
-                f"'{missing[0]}' is missing, but '{_INDEX}' lists it. Download or copy it again."
+                f"'{path}' is missing, but '{_INDEX}' lists it. Download or copy it again."
             )
-        return files
-    if (folder / _FILE).is_file():
-        return dict.fromkeys(_open(folder / _FILE).keys(), folder / _FILE)
-    return {}
+    return files
 
 
 def _open(path: Path) -> Any:
@@ -238,22 +231,6 @@ def _open(path: Path) -> Any:
     except (OSError, SafetensorError) as error:
         raise BaseModelError(
             f"'{path}' cannot be read: {error}. Download or copy it again."
-        ) from error
-
-
-def _config(source: ModelSource, base: BaseConfig) -> Any:
-    from transformers import AutoConfig
-
-    folder = _folder(source)
-    try:
-        return AutoConfig.from_pretrained(
-            folder or source.path_or_id,
-            revision=source.revision if folder is None else None,
-            trust_remote_code=base.trust_remote_code,
-        )
-    except Exception as error:  # transformers raises many kinds of exceptions here
-        raise BaseModelError(
-            f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
@@ -269,7 +246,7 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         return None
-    config = _config(weights.source, base)
+    config = config_of(base)
     if not isinstance(config, model_class.config_class):  # type: ignore[arg-type]
         name = (config.architectures or [type(config).__name__])[0]
         other = ArchitectureRecord(class_name=name, model_type=config.model_type, shapes="")

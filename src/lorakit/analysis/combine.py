@@ -29,7 +29,7 @@ from lorakit.analysis.derived import (
     inherited_provenance,
     require_low_rank,
 )
-from lorakit.analysis.spectrum import require_share, spectrum
+from lorakit.analysis.spectrum import layer_norm, require_share
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError, require_choice
 from lorakit.methods.lora import LoRA
 from lorakit.ops.autocast import wide_dtype
@@ -134,11 +134,10 @@ def combine_adapters(
 
 
 def _exact_results(adapter: StoredAdapter) -> dict[str, LayerResult]:
-    results = {}
-    for path, layer in adapter.layers.items():
-        norms = [spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer)]
-        results[path] = LayerResult(rank=layer.rank, norm=math.hypot(*norms), residual=0.0)
-    return results
+    return {
+        path: LayerResult(rank=layer.rank, norm=layer_norm(layer), residual=0.0)
+        for path, layer in adapter.layers.items()
+    }
 
 
 # --- validation ----------------------------------------------------------------------------------
@@ -157,8 +156,7 @@ def _check_settings(
         number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not number or not math.isfinite(factor) or factor == 0:
             raise ConfigurationError(
-                f"A weight is {factor!r}; it must be a finite number other than 0. To give an adapter no effect, "
-                "omit it."
+                f"A weight is {factor!r}; it must be a finite number other than 0. Omit an adapter without effect."
             )
     require_choice("how", how, get_args(How))
     require_share("density", density, "a share of entries", example=0.5)
@@ -193,9 +191,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
     recorded = [adapter.base for adapter in stored if adapter.base is not None]
     notices = []
     if len(recorded) < len(stored) and len(stored) > 1:
-        notices.append(
-            "Not every adapter records its base, so whether all have the same base was not checked."
-        )
+        notices.append("Not every adapter records its base, so the base was not checked.")
     for other in recorded[1:]:
         try:
             notices += formats.compare(recorded[0], other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,20 +178,14 @@ def compress_layers(
     """Return the adapter with every layer reduced to a rank or an energy, and these notices."""
     layers, results = {}, {}
     for path, layer in stored.layers.items():
-        layers[path], results[path] = _compress_layer(layer, rank, energy)
+        parts = parts_of(layer)
+        changes = [Decomposition(*thin_svd(A, B, layer.scaling)) for A, B in parts]
+        smaller, result = fit(layer, changes, rank=rank, energy=energy)
+        # Keep a layer bit-identical if its rank does not fall.
+        if parts_of(smaller)[0][0].shape[0] >= parts[0][0].shape[0]:
+            smaller, result = layer, replace(result, rank=layer.rank, residual=0.0)
+        layers[path], results[path] = smaller, result
     return Derived(adapter=derive(stored, layers), layers=results, notices=notices)
-
-
-def _compress_layer(
-    layer: StoredLayer, rank: int | None, energy: float | None
-) -> tuple[StoredLayer, LayerResult]:
-    """Reduce a layer to a rank or an energy; return it unchanged if that does not lower its rank."""
-    parts = parts_of(layer)
-    changes = [Decomposition(*thin_svd(A, B, layer.scaling)) for A, B in parts]
-    smaller, result = fit(layer, changes, rank=rank, energy=energy)
-    if parts_of(smaller)[0][0].shape[0] >= parts[0][0].shape[0]:
-        return layer, LayerResult(rank=layer.rank, norm=result.norm, residual=0.0)
-    return smaller, result
 
 
 def check_target(rank: int | None, energy: float | None) -> None:

@@ -44,11 +44,22 @@ class Delta:
     B: Tensor
     """(out, rank)."""
     scaling: float
+    magnitude: Tensor | None = None
+    """DoRA's norms of the rows of the adapted weight, (out,)."""
 
     @property
     def is_zero(self) -> bool:
         """Whether A or B is zero, as B is before training."""
         return not self.A.any() or not self.B.any()
+
+    def added_to(self, W: Tensor) -> Tensor:
+        """Return the base matrix W (out, in) merged with the change, DoRA's magnitudes included."""
+        dtype = wide_dtype(self.A, W)
+        merged = W.to(dtype) + self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(merged, dim=1)
+            merged *= (self.magnitude.to(dtype) / norms)[:, None]
+        return merged
 
 
 def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> StoredAdapter:
@@ -95,14 +106,11 @@ def chosen(deltas: Mapping[str, Delta], only: str | None) -> dict[str, Delta]:
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise ConfigurationError(
-            f"only is {only!r}, which is not a regular expression: {error}."
-        ) from None
+        raise ConfigurationError(f"only is {only!r}, not a regular expression: {error}.") from None
     matching = {name: delta for name, delta in deltas.items() if pattern.search(name)}
     if not matching:
         raise ConfigurationError(
-            f"only is {only!r}, which matches none of the {len(deltas)} names; the first is "
-            f"'{next(iter(deltas))}'."
+            f"only is {only!r}, which matches none of the {len(deltas)} names, such as '{next(iter(deltas))}'."
         )
     return matching
 
@@ -162,8 +170,7 @@ def notices(stored: StoredAdapter) -> list[str]:
         names = list(stored.trained)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         sentences.append(
-            f"{len(names)} parameters are trained in full, in addition to the low-rank factors: "
-            f"{', '.join(names[:3])}{more}."
+            f"{len(names)} parameters are also trained in full: {', '.join(names[:3])}{more}."
         )
     return sentences
 
@@ -248,23 +255,15 @@ def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
     return list(matrix.chunk(layer.groups))
 
 
-def adapted_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
-    """Return the matrices of `weight_parts` merged with the adapter, DoRA's magnitudes included, each (out, in).
+def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return a view (out, in) of the base weight's matrix to which `delta` is added.
 
     Raises:
         AdapterFileError: The weight's shape does not match the adapter.
+        BaseModelError: The base lacks the weight.
     """
-    adapted = []
-    row = 0
-    for matrix, (A, B) in zip(weight_parts(path, layer, W), parts_of(layer), strict=True):
-        dtype = wide_dtype(A, W)
-        merged = matrix.to(dtype) + layer.scaling * (B.to(dtype) @ A.to(dtype))
-        if layer.magnitude is not None:
-            magnitude = layer.magnitude[row : row + len(merged)].to(dtype)
-            merged *= (magnitude / torch.linalg.vector_norm(merged, dim=1))[:, None]
-        row += len(merged)
-        adapted.append(merged)
-    return adapted
+    layer = stored.layers[delta.path]
+    return weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
 
 
 def _split(layer: StoredLayer, A: Tensor, B: Tensor) -> list[Factors]:
@@ -282,8 +281,19 @@ def _deltas(stored: StoredAdapter) -> Iterator[Delta]:
         labels = [f" {piece}" for piece in layer.slices] or [""]
         if layer.groups > 1:
             labels = [f" group {i}" for i in range(layer.groups)]
+        row = 0
         for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
-            yield Delta(name=path + label, path=path, part=i, A=A, B=B, scaling=layer.scaling)
+            magnitude = None if layer.magnitude is None else layer.magnitude[row : row + len(B)]
+            row += len(B)
+            yield Delta(
+                name=path + label,
+                path=path,
+                part=i,
+                A=A,
+                B=B,
+                scaling=layer.scaling,
+                magnitude=magnitude,
+            )
 
 
 def _sort_key(path: str) -> list[tuple[int, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,8 @@ def difference(first: Change, second: Change) -> Difference:
     return Difference(first=norms[0], second=norms[1], distance=distance)
 
 
-def together(differences: Iterable[Difference]) -> Difference:
+def together(differences: Collection[Difference]) -> Difference:
     """Return the difference of all matrices together."""
-    differences = list(differences)
     total = {
         name: math.sqrt(sum(getattr(one, name) ** 2 for one in differences))
         for name in ("first", "second", "distance")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit import storage
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import ADAPTER, AdapterFile, open_adapted
 from lorakit.compute.batching import collator, context_length
@@ -155,22 +156,20 @@ def adapter_drift(
         )
     # Sorting by length reduces padding.
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-    drifts: dict[int, TextDrift] = {}
-    losses = [0.0, 0.0]
+    compared: dict[int, tuple[TextDrift, list[float]]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        compared = _compare(opened, [pieces[i] for i in batch])
-        for i, (drift, both) in zip(batch, compared, strict=True):
-            drifts[i] = drift
-            losses = [total + loss for total, loss in zip(losses, both, strict=True)]
+        results = _compare(opened, [pieces[i] for i in batch])
+        compared.update(zip(batch, results, strict=True))
         if progress is not None:
-            progress(len(drifts))
-    positions = sum(len(drift.kl) for drift in drifts.values())
-    return Drift(
-        texts=[drifts[i] for i in range(len(pieces))],
-        loss_base=losses[0] / positions,
-        loss_adapted=losses[1] / positions,
+            progress(len(compared))
+    drifts = [compared[i][0] for i in range(len(pieces))]
+    positions = sum(len(drift.kl) for drift in drifts)
+    loss_base, loss_adapted = (
+        sum(losses) / positions
+        for losses in zip(*(both for _, both in compared.values()), strict=True)
     )
+    return Drift(texts=drifts, loss_base=loss_base, loss_adapted=loss_adapted)
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
@@ -185,12 +184,8 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
             f"{path} is a data file with columns; drift reads plain text with one text per line. lorakit evaluate "
             "reads data files."
         )
-    try:
+    with storage.reading(path, DataError):
         lines = lines_of(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text. Convert it to UTF-8.") from None
     texts = [line for line in lines if line.strip()][:limit]
     if not texts:
         raise DataError(f"{path} has no text; at least one non-blank line was expected.")

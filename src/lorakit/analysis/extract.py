@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from lorakit.adapters import attach, formats
 from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.installed import base_parameters
-from lorakit.analysis.base_weights import config_of, read_weights, task_of_class
+from lorakit.analysis.base_weights import config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
 from lorakit.errors import AdapterFileError, BaseModelError
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.loading import load_base
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -75,13 +74,7 @@ def extract_adapter(
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
     check_target(rank, energy)
-    loaded = load_base(
-        base.name,
-        task=task_of_class((config_of(base).architectures or [""])[0]),
-        dtype="float32",
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-    )
+    loaded = load_float32(base, (config_of(base).architectures or [""])[0])
     model = loaded.model
     weights, notices = _tuned_weights(model, base, tuned)
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
@@ -166,9 +159,7 @@ def _other_differences(
             continue
         base_shape, tuned_shape = tuple(parameter.shape), tuple(weights[name].shape)
         if base_shape != tuned_shape:
-            resized.append(
-                f"'{name}' is {base_shape} in the base and {tuned_shape} in the fine-tuned model"
-            )
+            resized.append(f"'{name}' is {base_shape} in the base and {tuned_shape} after tuning")
             continue
         distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
         if distance:

@@ -19,15 +19,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.base_weights import Weights
-from lorakit.analysis.deltas import (
-    adapted_parts,
-    chosen,
-    deltas_of,
-    notices,
-    read,
-    weight_name,
-    weight_parts,
-)
+from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, notices, read
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.spectrum import require_share
 from lorakit.errors import ConfigurationError
@@ -213,14 +205,8 @@ def adapter_intruders(
     for name, delta in chosen(deltas_of(stored), only).items():
         if progress is not None:
             progress(name)
-        layer = stored.layers[delta.path]
-        W = weights[weight_name(delta.path, layer)]
-        layers[name] = intruders(
-            weight_parts(delta.path, layer, W)[delta.part],
-            adapted_parts(delta.path, layer, W)[delta.part],
-            top=top,
-            threshold=threshold,
-        )
+        W = base_matrix(stored, delta, weights)
+        layers[name] = intruders(W, delta.added_to(W), top=top, threshold=threshold)
     # Intruders include DoRA's magnitudes, so only the notice on trained parameters applies.
     trained = notices(stored)[-1:] if stored.trained else []
     return AdapterIntruders(layers=layers, notices=[*trained, *weights.notices])

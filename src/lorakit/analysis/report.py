@@ -10,6 +10,7 @@ from lorakit.analysis.deltas import families, read
 from lorakit.analysis.similarity import adapter_similarity
 from lorakit.analysis.spectrum import ENERGY, UNTRAINED, adapter_spectrum
 from lorakit.errors import LorakitError
+from lorakit.formatting import number_range
 from lorakit.reporting import Figure, Page, Section
 from lorakit.reporting.page import Block, Cell, Code, Prose, Table
 
@@ -73,10 +74,10 @@ def run_sections(adapter: str | Path) -> list[Section]:
         (
             kind,
             len(layers),
-            _range([len(layer.singular_values) for layer in layers.values()]),
-            _range([layer.norm for layer in layers.values()]),
-            _range([layer.effective_rank for layer in layers.values()]),
-            _range([layer.rank_for(ENERGY) for layer in layers.values()]),
+            number_range([len(layer.singular_values) for layer in layers.values()]),
+            number_range([layer.norm for layer in layers.values()]),
+            number_range([layer.effective_rank for layer in layers.values()]),
+            number_range([layer.rank_for(ENERGY) for layer in layers.values()]),
         )
         for kind, layers in families(spectra.layers).items()
     ]
@@ -109,11 +110,3 @@ def comparison_sections(first: str | Path, second: str | Path) -> list[Section]:
     else:
         blocks = [figures.similarity_figure(similarity, side) for side in "AB"]
     return [Section(title="Do the adapters share directions?", blocks=blocks)]
-
-
-def _range(numbers: Sequence[float]) -> str:
-    low, high = (
-        f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
-        for number in (min(numbers), max(numbers))
-    )
-    return low if low == high else f"{low} to {high}"

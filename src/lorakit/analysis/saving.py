@@ -47,21 +47,11 @@ class ScoringConfig:
     batch_size: int = 16
     """Examples per forward pass, except for generation."""
 
-    @property
-    def wanted(self) -> bool:
-        """Whether to score: data is configured.
-
-        Raises:
-            ConfigurationError: Data is configured, but not for `split`.
-        """
-        if self.data == DataConfig():
-            return False
-        if self.data.source(self.split) is None:
+    def __post_init__(self) -> None:
+        if self.data != DataConfig() and self.data.source(self.split) is None:
             raise ConfigurationError(
-                f"data has no {self.split} data to score on: split is {self.split}. Set data.{self.split}, or change "
-                "split."
+                f"split is {self.split}, but data has no {self.split} data. Set data.{self.split} or split."
             )
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +108,7 @@ def save(
     }
     for_peft = not any(_is_lorakit_only(folder) for folder in adapters.values())
     scores: dict[str, dict[str, float]] = {}
-    if scoring is not None and scoring.wanted:
+    if scoring is not None and scoring.data != DataConfig():
         for path, folder in adapters.items():
             scores[str(path)] = _score(
                 read(path, alpha=alpha), folder, scoring, base, allow_other_base

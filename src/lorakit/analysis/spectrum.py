@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.deltas import deltas_of, notices, read
+from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.analysis.deltas import deltas_of, notices, parts_of, read
 from lorakit.analysis.thin_svd import singular_values
 from lorakit.errors import ConfigurationError
 
@@ -72,6 +74,11 @@ def spectrum(A: Tensor, B: Tensor, scaling: float = 1.0) -> Spectrum:
         ConfigurationError: A is not (r, in), or B is not (out, r).
     """
     return Spectrum(singular_values(A, B, scaling))
+
+
+def layer_norm(layer: StoredLayer) -> float:
+    """Return the Frobenius norm of a layer's change."""
+    return math.hypot(*(spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer)))
 
 
 @dataclass(frozen=True, kw_only=True)

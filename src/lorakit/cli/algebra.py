@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorakit.analysis.saving import ScoringConfig
-
-if TYPE_CHECKING:
-    from lorakit.analysis.derived import Derived
+from lorakit.analysis.derived import Derived
+from lorakit.analysis.saving import ScoringConfig, save
+from lorakit.cli.console import console, table
+from lorakit.cli.layer_table import layer_table
+from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +26,24 @@ class ResultConfig(ScoringConfig):
     """Print one line per layer instead of one per kind of layer."""
     json: bool = False
     """Print JSON."""
+    rank: int | None = None
+    """Largest rank of every layer of the result. compress and extract need rank or energy; combine without them keeps
+    the sum of the ranks."""
+    energy: float | None = None
+    """Choose for every layer the rank that keeps this fraction of its squared norm (extract: of its squared
+    difference), for example 0.95."""
 
 
-def check_before(config: ResultConfig) -> None:
-    """Reject, before the long computation, settings that `finish` would reject after it.
+@dataclass(frozen=True, kw_only=True)
+class OfAdaptersConfig(ResultConfig):
+    """Options of `lorakit compress` and `combine`, which compute an adapter from adapters."""
 
-    Raises:
-        RunFolderError: The output cannot be written.
-        ConfigurationError: Data is set, but not the split to score on.
-    """
-    from lorakit.analysis.saving import check_output
-
-    check_output(config.output, overwrite=config.overwrite)
-    _ = config.wanted
+    alpha: float | None = None
+    """alpha of loralib files, which do not store it."""
+    base: BaseConfig | None = None
+    """The base model to score on. Default: the base recorded in the adapters."""
+    allow_other_base: bool = False
+    """Allow scoring on a base that the adapters do not record; for combine also adapters of different bases."""
 
 
 def finish(
@@ -45,23 +51,20 @@ def finish(
     config: ResultConfig,
     inputs: Sequence[str],
     settings: dict[str, Any],
-    **saving: Any,
+    base: BaseConfig | None,
 ) -> None:
     """Score, save and print the computed adapter."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from lorakit.analysis.saving import save
-    from lorakit.cli.layer_table import console, layer_table
-
+    of_adapters = isinstance(config, OfAdaptersConfig)
     saved = save(
         derived,
         config.output,
         inputs=inputs,
         settings=settings,
         scoring=config,
+        base=base,
+        alpha=config.alpha if of_adapters else None,
+        allow_other_base=of_adapters and config.allow_other_base,
         overwrite=config.overwrite,
-        **saving,
     )
     notices = [*derived.notices, *saved.notices]
     if config.json:
@@ -80,16 +83,13 @@ def finish(
         markup=False,
     )
     if saved.scores:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("score")
-        for name in saved.scores:
-            table.add_column(escape(name), justify="right", overflow="fold")
-        for score in saved.scores["result"]:
-            cells = [
-                f"{column[score]:.4f}" if score in column else "-"
-                for column in saved.scores.values()
+        scores = [
+            [
+                score,
+                *(f"{of[score]:.4f}" if score in of else "-" for of in saved.scores.values()),
             ]
-            table.add_row(escape(score), *cells)
-        out.print(table)
+            for score in saved.scores["result"]
+        ]
+        out.print(table(["score", *saved.scores], scores))
     for notice in notices:
         out.print(f"note: {notice}", markup=False)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.cli.algebra import ResultConfig, check_before, finish
-from lorakit.models.base_config import BaseConfig
+from lorakit.cli.algebra import OfAdaptersConfig, finish
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineConfig(ResultConfig):
+class CombineConfig(OfAdaptersConfig):
     """Options of `lorakit combine`."""
 
     adapters: list[str]
@@ -24,21 +23,12 @@ class CombineConfig(ResultConfig):
     """For ties and dare: the fraction of entries to keep."""
     seed: int = 0
     """Seed for the entries that dare drops."""
-    rank: int | None = None
-    """Compress the result to this rank."""
-    energy: float | None = None
-    """Compress each layer to the rank that keeps this fraction of its squared norm."""
-    alpha: float | None = None
-    """alpha of loralib files, which do not store it."""
-    base: BaseConfig | None = None
-    """The base model to score on. Default: the base recorded in the adapters."""
-    allow_other_base: bool = False
-    """Allow adapters of different bases, and scoring on a base that they do not record."""
 
 
 def run(argv: Sequence[str]) -> None:
     """Combine, score and save."""
     from lorakit.analysis import combine_adapters
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import name_list, parse
 
     config = parse(
@@ -49,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         "--weights '[0.7, 0.3]'.",
         name_list(argv, "--adapters"),
     )
-    check_before(config)
+    check_output(config.output, overwrite=config.overwrite)
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")
@@ -57,12 +47,5 @@ def run(argv: Sequence[str]) -> None:
     combined = combine_adapters(
         config.adapters, **settings, alpha=config.alpha, allow_other_base=config.allow_other_base
     )
-    finish(
-        combined,
-        config,
-        config.adapters,
-        {"command": "combine", **settings},
-        alpha=config.alpha,
-        base=config.base,
-        allow_other_base=config.allow_other_base,
-    )
+    recorded = {"command": "combine", **settings}
+    finish(combined, config, config.adapters, recorded, config.base)

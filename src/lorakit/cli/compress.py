@@ -5,31 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.cli.algebra import ResultConfig, check_before, finish
-from lorakit.models.base_config import BaseConfig
+from lorakit.cli.algebra import OfAdaptersConfig, finish
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(ResultConfig):
+class CompressConfig(OfAdaptersConfig):
     """Options of `lorakit compress`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    rank: int | None = None
-    """Truncate every layer to this rank. Set rank or energy."""
-    energy: float | None = None
-    """Truncate every layer to the rank that keeps this fraction of its squared norm, for example 0.95."""
-    alpha: float | None = None
-    """alpha of a loralib file, which does not store it."""
-    base: BaseConfig | None = None
-    """The base model to score on. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow scoring on a base other than the one recorded in the adapter."""
 
 
 def run(argv: Sequence[str]) -> None:
     """Compress, score and save."""
     from lorakit.analysis import compress_adapter
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -41,16 +31,8 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
-    check_before(config)
-    compressed = compress_adapter(
-        config.adapter, rank=config.rank, energy=config.energy, alpha=config.alpha
-    )
-    finish(
-        compressed,
-        config,
-        [config.adapter],
-        {"command": "compress", "rank": config.rank, "energy": config.energy},
-        alpha=config.alpha,
-        base=config.base,
-        allow_other_base=config.allow_other_base,
-    )
+    check_output(config.output, overwrite=config.overwrite)
+    settings = {"rank": config.rank, "energy": config.energy}
+    compressed = compress_adapter(config.adapter, **settings, alpha=config.alpha)
+    recorded = {"command": "compress", **settings}
+    finish(compressed, config, [config.adapter], recorded, config.base)

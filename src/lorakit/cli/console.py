@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -19,11 +20,17 @@ def console() -> Console:
     return output if output.is_terminal else _Console(highlight=False, width=160)
 
 
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """Return a table of literal text. The first `left` columns are left-aligned, the others right-aligned."""
+    result = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        result.add_column(escape(heading), justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*map(escape, row))
+    return result
+
+
 def print_scores(scores: Mapping[str, float]) -> None:
     """Print one line per score."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4f}")
-    console().print(table)
+    rows = [(name, f"{value:.4f}") for name, value in scores.items()]
+    console().print(table(("score", "value"), rows))

@@ -27,6 +27,7 @@ def run(argv: Sequence[str]) -> None:
     """Read one format and write the other."""
     from lorakit import storage
     from lorakit.adapters import formats
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -41,8 +42,7 @@ def run(argv: Sequence[str]) -> None:
     if config.to == "loralib":
         storage.require_free_file(config.output, overwrite=config.overwrite)
     else:
-        storage.require_free_folder(config.output, overwrite=config.overwrite)
-        formats.check_replaceable(config.output)
+        check_output(config.output, overwrite=config.overwrite)
     stored = formats.read(config.adapter, alpha=config.alpha)
     if config.to == "loralib":
         formats.write_loralib(stored, config.output)

@@ -158,20 +158,19 @@ def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
 
 
 def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> None:
-    from rich.table import Table
+    from lorakit.cli.console import table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="right" if heading else "left")
     names = {
         "loss": "loss per token",
         "perplexity": "perplexity",
         "bleu": "BLEU",
         "rouge_l": "ROUGE-L",
     }
-    for key, name in names.items():
-        table.add_row(name, f"{before.scores[key]:.2f}", f"{after.scores[key]:.2f}")
-    console.print(table)
+    rows = [
+        (name, f"{before.scores[key]:.2f}", f"{after.scores[key]:.2f}")
+        for key, name in names.items()
+    ]
+    console.print(table(("", "before", "after"), rows))
 
 
 def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorakit.cli.algebra import ResultConfig, check_before, finish
+from lorakit.cli.algebra import ResultConfig, finish
 from lorakit.models.base_config import BaseConfig
 
 
@@ -21,15 +21,12 @@ class ExtractConfig(ResultConfig):
     """Layers to factorise: roles (attention.qv, all-linear), names or regular expressions."""
     train_modules: list[str] = field(default_factory=list)
     """Modules to copy in full from the fine-tuned model (name suffixes), such as a new head."""
-    rank: int | None = None
-    """Rank of the factors. Set rank or energy."""
-    energy: float | None = None
-    """Choose for every layer the rank that keeps this fraction of its squared difference, for example 0.95."""
 
 
 def run(argv: Sequence[str]) -> None:
     """Extract, score and save."""
     from lorakit.analysis import extract_adapter
+    from lorakit.analysis.saving import check_output
     from lorakit.cli.parsing import parse
 
     config = parse(
@@ -41,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
         "tuned",
         "output",
     )
-    check_before(config)
+    check_output(config.output, overwrite=config.overwrite)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     extracted = extract_adapter(
         config.base,
@@ -59,4 +56,4 @@ def run(argv: Sequence[str]) -> None:
         "rank": config.rank,
         "energy": config.energy,
     }
-    finish(extracted, config, [config.tuned], settings, base=config.base)
+    finish(extracted, config, [config.tuned], settings, config.base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
     """Return the adapter's contents as JSON values; `norm` is the Frobenius norm of ``scaling * B A``."""
-    from lorakit.analysis.deltas import parts_of
-    from lorakit.analysis.spectrum import spectrum
+    from lorakit.analysis.spectrum import layer_norm
 
     tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
     tensors += [*stored.module_tensors.values(), *stored.trained.values()]
@@ -76,9 +75,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
                 "scaling": layer.scaling,
                 "A": list(layer.A.shape),
                 "B": list(layer.B.shape),
-                "norm": math.hypot(
-                    *(spectrum(A, B, layer.scaling).norm for A, B in parts_of(layer))
-                ),
+                "norm": layer_norm(layer),
                 "dora": layer.magnitude is not None,
                 "slices": [str(s) for s in layer.slices],
             }
@@ -93,39 +90,28 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
 
 
 def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     from lorakit.analysis.deltas import family
+    from lorakit.cli.layer_table import layer_table
     from lorakit.formatting import size
 
     # Print names and texts of a downloaded file literally, never as rich markup.
     console.print(facts["method"], style="bold", markup=False, highlight=False)
     console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path, layer in facts["layers"].items():
-        key = path if each_layer else family(path)
-        groups.setdefault(key, []).append(layer)
-    if groups:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("layer", "count", "kind", "rank", "scaling", "norm"):
-            left = heading in ("layer", "kind")
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
-        for key, layers in groups.items():
-            norms = [layer["norm"] for layer in layers]
-            table.add_row(
-                escape(key),
-                str(len(layers)),
-                _distinct(layer["kind"] + (" (DoRA)" if layer["dora"] else "") for layer in layers),
-                _distinct(layer["rank"] for layer in layers),
-                _distinct(f"{layer['scaling']:g}" for layer in layers),
-                f"{min(norms):.3g} to {max(norms):.3g}",
-            )
-        console.print(table)
-    counts: dict[str, int] = {}
-    for name, shape in facts["modules"].items():
-        key = f"{name if each_layer else family(name)} {tuple(shape)}"
-        counts[key] = counts.get(key, 0) + 1
+    if facts["layers"]:
+        rows = {
+            path: {
+                "kind": layer["kind"] + (" (DoRA)" if layer["dora"] else ""),
+                "rank": str(layer["rank"]),
+                "scaling": f"{layer['scaling']:g}",
+                "norm": layer["norm"],
+            }
+            for path, layer in facts["layers"].items()
+        }
+        console.print(layer_table(rows, each=each_layer, what="layer"))
+    counts = Counter(
+        f"{name if each_layer else family(name)} {tuple(shape)}"
+        for name, shape in facts["modules"].items()
+    )
     for key, count in counts.items():
         console.print(f"{count} x {key}", markup=False, highlight=False)
     for name, shape in facts["trained"].items():
@@ -145,7 +131,3 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
         )
     for notice in facts["notices"]:
         console.print(f"note: {notice}", markup=False, highlight=False)
-
-
-def _distinct(values: Any) -> str:
-    return ", ".join(dict.fromkeys(str(value) for value in values))

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorakit.analysis.deltas import family
-from lorakit.cli.console import console
+from lorakit.cli.console import console, table
+from lorakit.formatting import number_range
 
 __all__ = ["Cell", "console", "layer_table"]
 
@@ -30,28 +31,18 @@ def layer_table(
     for name, cells in rows.items():
         key = name if each else family(name)
         groups.setdefault(key, []).append(cells)
-    table = Table(box=None, pad_edge=False)
-    # Keep names in one piece: numbers fold first.
-    longest = max(map(len, groups), default=0)
-    table.add_column(what, overflow="fold", min_width=min(longest, 60))
-    if not each:
-        table.add_column("count", justify="right")
     headings = list(next(iter(rows.values()), {}))
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    result = table([what, *([] if each else ["count"]), *headings], ())
+    # Keep names in one piece: numbers fold first.
+    result.columns[0].min_width = min(max(map(len, groups), default=0), 60)
     for name, group in groups.items():
-        spreads = [escape(_spread([cells[heading] for cells in group])) for heading in headings]
-        table.add_row(escape(name), *([] if each else [str(len(group))]), *spreads)
-    return table
+        spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
+        result.add_row(*map(escape, [name, *([] if each else [str(len(group))]), *spreads]))
+    return result
 
 
 def _spread(cells: Sequence[Cell]) -> str:
-    numbers = sorted(cell for cell in cells if isinstance(cell, (int, float)))
-    if not numbers:
-        return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))
-    smallest, largest = _number(numbers[0]), _number(numbers[-1])
-    return smallest if smallest == largest else f"{smallest} to {largest}"
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
+    numbers = [cell for cell in cells if isinstance(cell, (int, float))]
+    if numbers:
+        return number_range(numbers)
+    return ", ".join(dict.fromkeys("-" if cell is None else str(cell) for cell in cells))

@@ -150,17 +150,15 @@ def _predicted(grid: Grid, run: TableRun) -> list[str]:
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
     """Return a console table: the published rows, then the measured rows in bold."""
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for i, row in enumerate(body):
-        if i == published and i:
-            table.add_section()
-            table.add_row()
-        table.add_row(*map(escape, row), style="bold" if i >= published else None)
-    return table
+    from lorakit.cli.console import table
+
+    result = table(head, body[:published], left=2)
+    if published:
+        result.add_row()
+    for row in body[published:]:
+        result.add_row(*map(escape, row), style="bold")
+    return result
 
 
 def _say(text: str) -> None:

@@ -116,8 +116,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _print(out: Console, plan: Plan) -> None:
-    from rich.table import Table
-
+    from lorakit.cli.console import table
     from lorakit.formatting import duration, size
     from lorakit.planning.machine import INTERPRETER
 
@@ -132,14 +131,8 @@ def _print(out: Console, plan: Plan) -> None:
     say(f"batch    at most {plan.rows:,} x {plan.width:,} tokens{packed}")
     say(f"machine  {plan.machine.origin}")
     columns = [plan.chosen, *([plan.full] if plan.full else [])]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for prediction in columns:
-        table.add_column(prediction.method, justify="right")
-    for name, values in _rows(columns):
-        table.add_row(name, *values)
     out.print()
-    out.print(table)
+    out.print(table(["", *(prediction.method for prediction in columns)], _rows(columns)))
     if plan.why_no_full:
         say(f"full fine-tuning: {plan.why_no_full}")
     out.print()
@@ -155,7 +148,7 @@ def _print(out: Console, plan: Plan) -> None:
         say(f"paper    {line}")
 
 
-def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
+def _rows(columns: Sequence[Prediction]) -> list[list[str]]:
     from lorakit.formatting import short_duration, size
     from lorakit.planning.planner import Memory
 
@@ -164,10 +157,10 @@ def _rows(columns: Sequence[Prediction]) -> list[tuple[str, list[str]]]:
 
     parts = [f.name for f in dataclasses.fields(Memory)]
     return [
-        ("trained parameters", [f"{p.trained:,}" for p in columns]),
-        ("share of the base", [f"{p.share:.4%}" for p in columns]),
-        ("saved file", [size(p.file_bytes) for p in columns]),
-        ("time per step", [short_duration(p.seconds) for p in columns]),
-        ("peak memory", sizes("total")),
-        *((f"  {name}", sizes(name)) for name in parts),
+        ["trained parameters", *(f"{p.trained:,}" for p in columns)],
+        ["share of the base", *(f"{p.share:.4%}" for p in columns)],
+        ["saved file", *(size(p.file_bytes) for p in columns)],
+        ["time per step", *(short_duration(p.seconds) for p in columns)],
+        ["peak memory", *sizes("total")],
+        *([f"  {name}", *sizes(name)] for name in parts),
     ]

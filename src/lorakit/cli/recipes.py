@@ -25,9 +25,7 @@ class RecipesConfig:
 
 def run(argv: Sequence[str]) -> None:
     """List the matching recipes, or show a single match in full."""
-    from rich.table import Table
-
-    from lorakit.cli.console import console
+    from lorakit.cli.console import console, table
     from lorakit.cli.parsing import parse
     from lorakit.errors import ConfigurationError
     from lorakit.paper.recipes import matching, recipe
@@ -57,14 +55,18 @@ def run(argv: Sequence[str]) -> None:
     if len(matches) == 1:
         _show(matches[0])
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("recipe", "batch size", "epochs", "learning rate", "source"):
-        table.add_column(name)
-    for r in matches:
-        batch = r.settings["batch_size"] * r.settings.get("accumulation", 1)
-        rate = r.settings["optimizer.learning_rate"]
-        table.add_row(r.name, str(batch), str(r.settings["epochs"]), f"{rate:g}", r.source)
-    console().print(table)
+    rows = [
+        (
+            r.name,
+            str(r.settings["batch_size"] * r.settings.get("accumulation", 1)),
+            str(r.settings["epochs"]),
+            f"{r.settings['optimizer.learning_rate']:g}",
+            r.source,
+        )
+        for r in matches
+    ]
+    headings = ("recipe", "batch size", "epochs", "learning rate", "source")
+    console().print(table(headings, rows, left=len(headings)))
 
 
 def _show(recipe: Any) -> None:

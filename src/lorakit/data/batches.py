@@ -64,9 +64,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         if types:
             batch["token_type_ids"] = pad(types, 0)
     else:
-        raise TypeError(
-            "the batch mixes examples of several tasks; a batch holds examples of one task"
-        )
+        raise TypeError("the batch mixes examples of several tasks; expected those of one task")
     return batch
 
 

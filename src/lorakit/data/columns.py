@@ -84,8 +84,8 @@ class ColumnMap:
         """
         if name == "auto" and self.templates:
             name = "completion"
-        candidates = [task_type(name)] if name != "auto" else list(GENERIC.values())
         if name == "auto":
+            candidates = list(GENERIC.values())
             fitting = [task for task in candidates if task.reads(self.fields, rows)]
             if len(fitting) == 1:
                 return fitting[0]
@@ -94,8 +94,10 @@ class ColumnMap:
                     f"{self.source_name}: its columns ({', '.join(self.columns)}) fit several tasks; "
                     f"set data.task to one of {', '.join(task.name for task in fitting)}"
                 )
-        elif any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
-            return candidates[0]
+        else:
+            candidates = [task_type(name)]
+            if any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
+                return candidates[0]
         expected = "".join(
             f"\n  {task.name + ':':<16}" + " | ".join(" + ".join(layout) for layout in task.layouts)
             for task in candidates

@@ -14,10 +14,9 @@ from lorakit.tasks import GENERIC, Completion, Task, task_type
 
 Split = Literal["train", "validation", "test"]
 
-OPTIONAL_FIELDS = ("tools",)
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
-    *OPTIONAL_FIELDS,
+    "tools",
 )
 """Fields that `columns` can map to a column."""
 
@@ -154,7 +153,7 @@ class DataConfig:
         task = self.task_type
         if task is None or task.data_set is None:
             return None
-        return OwnData(task=task, root=self.root)
+        return OwnData(task=task, data_set=task.data_set, root=self.root)
 
     def has(self, split: Split) -> bool:
         """Return whether the configuration or the named task has data for a split. Does not look for its files."""

@@ -17,14 +17,10 @@ class OwnData:
     """The splits of a named task."""
 
     task: type[Task]
+    data_set: DataSet
+    """Data set that the task declares."""
     root: str | None
     """Folder of all named tasks; None reads the hub."""
-
-    @property
-    def data_set(self) -> DataSet:
-        """Return the data set that the task declares."""
-        assert self.task.data_set is not None  # DataConfig.own checks it
-        return self.task.data_set
 
     @property
     def folder(self) -> Path:

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -183,11 +185,6 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                 yield Row(dict(zip(header, record, strict=True)), f"{path}:{line}")
 
 
-def read_tsv(path: Path) -> Rows:
-    """Read CSV with tabs between the fields."""
-    return read_csv(path, delimiter="\t")
-
-
 def read_parquet(path: Path) -> Rows:
     """Read the rows of a Parquet file."""
     try:
@@ -197,11 +194,9 @@ def read_parquet(path: Path) -> Rows:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{path}:row {number}")
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            for number, values in enumerate(chain.from_iterable(batches), start=1):
+                yield Row(values, f"{path}:row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
@@ -210,7 +205,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
 }
 BINARY = (".parquet",)

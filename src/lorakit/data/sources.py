@@ -84,7 +84,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         raise DataError(
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
-    digests = [_digest(part) for part in parts]
+    digests = [part.sha256 for part in parts]
     return DataRows(
         name=name,
         rows=rows,
@@ -113,13 +113,8 @@ class _Part:
     name: str
     split: str
     rows: Callable[[], Rows]
-    sha256: Callable[[], str]
+    sha256: str
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def _digest(part: _Part) -> str:
-    with storage.reading(part.name, DataError):
-        return part.sha256()
 
 
 def _parts(entry: str, split: str) -> list[_Part]:
@@ -143,9 +138,7 @@ def _parts(entry: str, split: str) -> list[_Part]:
             raise DataError(f"no file matches {entry}")
         return [_file(file) for file in files]
     if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
-        return [
-            _hub(entry, hub["id"], hub["config"], hub["revision"], part) for part in joined(split)
-        ]
+        return [_hub(hub, part) for part in joined(split)]
     nearby = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
         f"there is no file or data set {entry!r}; expected a file ({', '.join(READERS)}), a hub data set "
@@ -165,11 +158,12 @@ def _file(path: Path) -> _Part:
         name=str(path),
         split=stem(path),
         rows=lambda: reader(path),
-        sha256=lambda: storage.sha256(path),
+        sha256=storage.sha256(path),
     )
 
 
-def _hub(entry: str, name: str, config: str | None, revision: str | None, split: str) -> _Part:
+def _hub(hub: re.Match[str], split: str) -> _Part:
+    entry, name, config = hub[0], hub["id"], hub["config"]
     try:
         import datasets
     except ImportError:
@@ -178,7 +172,7 @@ def _hub(entry: str, name: str, config: str | None, revision: str | None, split:
         ) from None
     try:
         try:
-            data = datasets.load_dataset(name, config, split=split, revision=revision)
+            data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
             if SCRIPT not in str(error):
                 raise
@@ -224,11 +218,8 @@ def _of_values(
         for number, row in enumerate(values(), start=1):
             yield Row(row, f"{name}:row {number}")
 
-    def sha256() -> str:
-        digest = hashlib.sha256()
-        for row in values():
-            # default=str: JSON has no dates and images.
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-        return digest.hexdigest()
-
-    return _Part(name, split, rows, sha256, class_names or {})
+    digest = hashlib.sha256()
+    for row in values():
+        # default=str: JSON has no dates and images.
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return _Part(name, split, rows, digest.hexdigest(), class_names or {})

@@ -14,6 +14,8 @@ from lorakit.metrics.checks import check_texts, requires_extra
 
 Tokens = list[str]
 NGrams = Counter[tuple[str, ...]]
+Pairs = list[tuple[Tokens, list[Tokens]]]
+"""Tokens of each output and of its references."""
 
 TINY_COUNT, TINY_TOTAL = 1e-15, 1e-9
 """Minimum counts of the official BLEU, which keep the logarithm finite."""
@@ -53,9 +55,7 @@ def bleu_and_nist(
     return _bleu(pairs, matches[:4], totals[:4]), _nist(pairs, matches, totals)
 
 
-def _bleu(
-    pairs: list[tuple[Tokens, list[Tokens]]], matches: list[list[NGrams]], totals: list[int]
-) -> float:
+def _bleu(pairs: Pairs, matches: list[list[NGrams]], totals: list[int]) -> float:
     counts = [sum(ngrams.total() for ngrams in ngrams_by_output) for ngrams_by_output in matches]
     logs = [
         math.log(max(count, TINY_COUNT) / max(total, TINY_TOTAL))
@@ -68,9 +68,7 @@ def _bleu(
     return math.exp(min(0.0, 1 - closest / totals[0]) + sum(logs) / len(logs))
 
 
-def _nist(
-    pairs: list[tuple[Tokens, list[Tokens]]], matches: list[list[NGrams]], totals: list[int]
-) -> float:
+def _nist(pairs: Pairs, matches: list[list[NGrams]], totals: list[int]) -> float:
     counts: NGrams = Counter()
     for _, group in pairs:
         for reference in group:

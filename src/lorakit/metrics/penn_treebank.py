@@ -51,10 +51,7 @@ def _stanford(lines: list[str], java: str) -> list[list[str]]:
         "-cp",
         str(jar("tokenizer", "stanford-corenlp-3.4.1.jar")),
         "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-        "-encoding",
-        "UTF-8",
+        *("-preserveLines", "-lowerCase", "-encoding", "UTF-8"),
         text="".join(line + "\n" for line in lines),
         timeout=60 + len(lines) / 100,
     )
@@ -80,6 +77,5 @@ def _nltk(lines: list[str]) -> list[list[str]]:
 def _one_sentence(text: str) -> str:
     """Rewrite a text as one sentence, so that nltk separates punctuation as Stanford's tokenizer does."""
     marked = " " + CURRENCY.sub(" # ", text.lower().replace(APOSTROPHE, "'"))
-    return (
-        LOOSE_MARKS.sub(" ", marked) + " ."
-    )  # nltk splits this full stop, not that of the last word
+    # nltk splits this full stop, not that of the last word.
+    return LOOSE_MARKS.sub(" ", marked) + " ."

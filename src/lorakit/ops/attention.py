@@ -96,17 +96,6 @@ def fused_attention(
     ).transpose(1, 2)
 
 
-def masked_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float
-) -> Tensor:
-    """Compute `masked_attention` without dropout in plain PyTorch, for tests."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = (query @ key.transpose(-1, -2)).to(wide_dtype(query)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2)
-
-
 @dataclass(frozen=True, slots=True)
 class _Group:
     """G blocks of b queries with L keys each, computed together."""

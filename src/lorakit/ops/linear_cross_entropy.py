@@ -54,24 +54,6 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, weights, label_smoothing, chunk)
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Compute `linear_cross_entropy` in plain PyTorch, for tests."""
-    logits = F.linear(hidden, weight.to(hidden.dtype), _cast(bias, hidden.dtype))
-    logits = logits.to(wide_dtype(logits))
-    if weights is None:
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
-    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
-    return loss @ weights.to(loss.dtype)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):

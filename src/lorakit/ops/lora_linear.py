@@ -42,12 +42,6 @@ def lora_linear(
         return _add_product(x, out, A, B, scaling, in_place)
 
 
-def lora_linear_reference(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Compute `lora_linear` in plain PyTorch, for tests."""
-    x = x.to(out.dtype)
-    return out + scaling * ((x @ A.to(out.dtype).T) @ B.to(out.dtype).T)
-
-
 def _add_product(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
 ) -> Tensor:

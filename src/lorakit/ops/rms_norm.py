@@ -28,12 +28,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RMSNorm.apply(x, weight, eps)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute `rms_norm` in plain PyTorch, for tests."""
-    wide = x.to(wide_dtype(x))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):

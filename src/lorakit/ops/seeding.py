@@ -24,21 +24,12 @@ def seeded(seed: int | None, devices: Iterable[torch.device] = ()) -> Iterator[N
         yield
         return
     with ExitStack() as forks:
-        forks.enter_context(_seeded_cpu(seed))
+        forks.enter_context(torch.random.fork_rng(devices=()))
+        torch.default_generator.manual_seed(seed)
         for device in set(devices):
             if device.type not in ("cpu", "meta"):
                 forks.enter_context(_seeded_device(seed, device))
         yield
-
-
-@contextmanager
-def _seeded_cpu(seed: int) -> Iterator[None]:
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 @contextmanager

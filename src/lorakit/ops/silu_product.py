@@ -21,11 +21,6 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return _SiLUProduct.apply(gate, up)
 
 
-def silu_product_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute `silu_product` in plain PyTorch, for tests."""
-    return F.silu(gate) * up
-
-
 class _SiLUProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):

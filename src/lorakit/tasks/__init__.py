@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import Completion
 from lorakit.tasks.named_text import NamedText
 from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
 from lorakit.tasks.task import (
     BadRow,
+    DataSet,
     Example,
     Fields,
     Kind,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Span = tuple[int, int]
 """Token positions `start <= i < stop` of one assistant turn."""
+Turns = tuple[list[int], list[Span]]
+"""Token ids of a conversation, and the span of each assistant turn."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -43,10 +45,10 @@ class Chat(TextTask):
         messages, tools = checked_messages(fields), checked_tools(fields)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if last is None:
-            raise BadRow("has no assistant turn, so the example has no target", "messages")
+            raise _bad("has no assistant turn, so the example has no target")
         messages = messages[: last + 1]
         if len(messages) == 1:
-            raise BadRow("has no message before the assistant's turn", "messages")
+            raise _bad("has no message before the assistant's turn")
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)
@@ -64,7 +66,7 @@ class Chat(TextTask):
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
         return fit(example, self.max_length, truncate=self.truncate, keep=int(starts_with_bos))
 
-    def _with_ends(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+    def _with_ends(self, ids: list[int], spans: list[Span]) -> Turns:
         """Cut each turn after its end-of-turn token, and the sequence after the last turn.
 
         Templates write a line feed after the end-of-turn token, where generation has already stopped. If the template
@@ -99,9 +101,7 @@ class ChatTemplate:
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
 
-    def assistant_turns(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn."""
         template = self.tokenizer.get_chat_template(tools=tools)
         if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
@@ -120,9 +120,7 @@ class ChatTemplate:
         """Return the token ids of `text`."""
         return list(self._apply(messages, tools, answer, return_dict=True)["input_ids"])
 
-    def _turns_by_tag(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def _turns_by_tag(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate the turns by the template's `{% generation %}` tags."""
         out = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         mask = [False, *map(bool, out["assistant_masks"]), False]
@@ -130,9 +128,8 @@ class ChatTemplate:
         spans = list(zip(edges[::2], edges[1::2], strict=True))
         turns = sum(m["role"] == "assistant" for m in messages)
         if len(spans) != turns:
-            raise BadRow(
-                f"has {turns} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}",
-                "messages",
+            raise _bad(
+                f"has {turns} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}"
             )
         ids = list(out["input_ids"])
         # Some templates write the end-of-turn token outside the tags. It is the special token after the last turn.
@@ -144,15 +141,10 @@ class ChatTemplate:
             ]
         return ids, spans
 
-    def _turns_by_prefix(
-        self, messages: list[Message], tools: list | None
-    ) -> tuple[list[int], list[Span]]:
+    def _turns_by_prefix(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
         if messages[0]["role"] == "assistant":
-            raise BadRow(
-                "starts with an assistant turn; start with a system or user message",
-                "messages",
-            )
+            raise _bad("starts with an assistant turn; start with a system or user message")
         ids = self.ids(messages, tools)
         spans: list[Span] = []
         for turn, message in enumerate(messages):
@@ -163,13 +155,12 @@ class ChatTemplate:
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
-                raise BadRow(
+                raise _bad(
                     f"cannot be split into turns: the chat template renders the conversation up to "
                     f"message {turn + 1} (assistant) differently from the same part of the whole conversation, "
                     f"{self._difference(ids, before if ids[: len(before)] != before else upto)}. Use a chat "
                     "template with {% generation %} around the assistant's turns, or rows that end with "
-                    "their first assistant turn",
-                    "messages",
+                    "their first assistant turn"
                 )
             spans.append((len(before), len(upto)))
         return ids, spans
@@ -191,57 +182,55 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             # Templates reject what their model does not support: a system role, two user turns in a row.
-            raise BadRow(f"was rejected by the chat template: {error}", "messages") from error
+            raise _bad(f"was rejected by the chat template: {error}") from error
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list | None = None
-) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Return the token ids to generate the assistant's next turn from."""
-    return ChatTemplate(tokenizer).ids(list(messages), tools, answer=True)
+    return ChatTemplate(tokenizer).ids(list(messages), answer=True)
 
 
 def checked_messages(fields: Fields) -> list[Message]:
     """Return the messages of a row after validation, each as `{role, content, ...}` without null entries."""
     messages = fields.get("messages")
     if messages is None:
-        raise BadRow("is missing", "messages")
+        raise _bad("is missing")
     if not isinstance(messages, list | tuple):
-        raise BadRow(f"is {kind(messages)}, expected a list of {{role, content}}", "messages")
+        raise _bad(f"is {kind(messages)}, expected a list of {{role, content}}")
     if not messages:
-        raise BadRow("is empty", "messages")
+        raise _bad("is empty")
     return [_checked_message(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def _bad(problem: str) -> BadRow:
+    """Return the error of a row whose messages have this problem."""
+    return BadRow(problem, "messages")
 
 
 def _checked_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
-        raise BadRow(
-            f"has {kind(message)} as message {number}, expected {{role, content}}", "messages"
-        )
+        raise _bad(f"has {kind(message)} as message {number}, expected {{role, content}}")
     # In Parquet files every message has all keys; unused ones are null.
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role is None:
         keys = ", ".join(map(str, message)) or "nothing"
-        raise BadRow(f"has a message without 'role' (message {number} has: {keys})", "messages")
+        raise _bad(f"has a message without 'role' (message {number} has: {keys})")
     if role not in ROLES:
-        raise BadRow(
+        raise _bad(
             f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
-            + nearest(str(role), ROLES),
-            "messages",
+            + nearest(str(role), ROLES)
         )
     if "tool_calls" in message and "content" not in message:
         message["content"] = ""
     content = message.get("content")
     if content is None:
-        raise BadRow(f"has no 'content' in message {number} ({role})", "messages")
+        raise _bad(f"has no 'content' in message {number} ({role})")
     if not isinstance(content, str | list):
-        raise BadRow(
-            f"has {kind(content)} as 'content' of message {number}, expected text", "messages"
-        )
+        raise _bad(f"has {kind(content)} as 'content' of message {number}, expected text")
     text = content_text(message)
     if not text.strip() and role == "assistant" and not message.get("tool_calls"):
-        raise BadRow(f"has an empty assistant turn (message {number})", "messages")
+        raise _bad(f"has an empty assistant turn (message {number})")
     checked_text(text, "messages")
     return message
 
@@ -253,7 +242,7 @@ def content_text(message: Message) -> str:
         return content
     if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
-    raise BadRow("has content that is not text; this task reads text only", "messages")
+    raise _bad("has content that is not text; this task reads text only")
 
 
 def checked_tools(fields: Fields) -> list[Any] | None:

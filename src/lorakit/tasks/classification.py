@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,8 +12,8 @@ from lorakit import metrics
 from lorakit.errors import DataError, nearest
 from lorakit.tasks.task import (
     BadRow,
-    Example,
     Fields,
+    Groups,
     LabelledExample,
     Task,
     TooLong,
@@ -93,7 +94,10 @@ class Classification(Labelled):
         """Return the sorted labels of the training set, or `known` if it contains them all."""
         if cls.classes:
             return cls.classes
-        names = {name for name in map(_label_or_none, rows) if name is not None}
+        names = set()
+        for row in rows:
+            with suppress(BadRow):  # encode() reports the row with its line
+                names.add(class_name(row.get("label")))
         if known and names <= set(known):
             return tuple(known)
         if len(names) < 2:
@@ -120,9 +124,7 @@ class Classification(Labelled):
         return self._encode(fields, self.index[label], label)
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return accuracy, F1 and the Matthews correlation: :func:`lorakit.metrics.classification`."""
         labels = [int(label) for label in targets(examples)]
         return metrics.classification(outputs, labels, classes=settings.get("classes"))
@@ -135,12 +137,7 @@ class Regression(Labelled):
     kind = "regression"
     metric = "pearson"
     scores = quick_scores = ("pearson", "spearman", "mse")
-    layouts = (
-        ("text", "score"),
-        ("sentence1", "sentence2", "score"),
-        ("text", "label"),
-        ("sentence1", "sentence2", "label"),
-    )
+    layouts = (("text", "score"), ("sentence1", "sentence2", "score"), *Classification.layouts)
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
@@ -156,15 +153,13 @@ class Regression(Labelled):
         return self._encode(fields, score, str(score))
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return Pearson's and Spearman's correlation and the squared error: :func:`lorakit.metrics.regression`."""
         del settings
         return metrics.regression(outputs, targets(examples))
 
 
-def targets(examples: Sequence[Sequence[Example]]) -> list[int | float]:
+def targets(examples: Groups) -> list[int | float]:
     """Return the class indices or scores of labelled examples, one per input."""
     return [example.label for (example,) in examples if isinstance(example, LabelledExample)]
 
@@ -197,13 +192,6 @@ def number(value: object, column: str) -> float:
     if not math.isfinite(result):
         raise BadRow(f"is {value!r}, expected a finite number", column)
     return result
-
-
-def _label_or_none(fields: Fields) -> str | None:
-    try:
-        return class_name(fields.get("label"))
-    except BadRow:
-        return None  # encode() reports the row with its line
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:

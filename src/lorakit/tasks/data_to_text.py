@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lorakit import metrics
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, kind, text_field
 
 SLOT = re.compile(r"\s*([^\[\],]+)\[([^\[\]]*)\]\s*")
 
@@ -43,9 +42,7 @@ class DataToText(NamedText):
         return re.split(r"\n\s*\n", text.strip(), maxsplit=1)[0].strip()
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return the official scores of the task; with `quick`, BLEU and ROUGE-L."""
         if settings.get("quick"):
             return super().score(outputs, examples, **settings)
@@ -143,9 +140,7 @@ class WebNLG(Triples):
         return {"category": category, "test_category": test_category}
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return BLEU, METEOR and TER of all inputs, and separately of seen and unseen categories."""
         scores = super().score(outputs, examples, **settings)
         if settings.get("quick"):

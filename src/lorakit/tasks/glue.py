@@ -11,11 +11,7 @@ from typing import Any, ClassVar
 
 from lorakit import metrics
 from lorakit.tasks.classification import Classification, Labelled, Regression, targets
-from lorakit.tasks.data_set import DataSet
-from lorakit.tasks.task import Example, Task
-
-HUB = "nyu-mll/glue"
-TRAIN = ("train", "train_subset")
+from lorakit.tasks.task import DataSet, Groups, Task
 
 
 class _Glue(Labelled):
@@ -37,14 +33,12 @@ class _Glue(Labelled):
         )
         cls.data_set = DataSet(
             folder=cls.name,
-            hub=f"{HUB}:{cls.name}",
-            **{"train": TRAIN, "test": (), **splits},
+            hub=f"nyu-mll/glue:{cls.name}",
+            **{"train": ("train", "train_subset"), "test": (), **splits},
         )
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return GLUE's scores, :func:`lorakit.metrics.glue`; for several development sets also those of each."""
         del settings
         scores = metrics.glue(cls.name, outputs, targets(examples))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.metrics.overlap import text_scores
-from lorakit.tasks.task import BadRow, Example, Fields, LanguageExample, Task, TooLong, text_field
+from lorakit.tasks.task import BadRow, Fields, Groups, LanguageExample, Task, TooLong, text_field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +21,7 @@ class TextTask(Task):
     scores = quick_scores = ("bleu", "rouge_l")
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return corpus BLEU and mean ROUGE-L, from 0 to 100."""
         lowercase = settings.get("lowercase", True)
         return text_scores(outputs, references(cls, examples), lowercase=lowercase)
@@ -66,7 +64,7 @@ class Completion(TextTask):
         return fit(example, self.max_length, truncate=self.truncate, keep=len(self.start))
 
 
-def references(task: type[Task], examples: Sequence[Sequence[Example]]) -> list[list[str]]:
+def references(task: type[Task], examples: Groups) -> list[list[str]]:
     """Return the references of each input, post-processed by `task.answer` like outputs."""
     return [[task.answer(example.completion) for example in group] for group in examples]
 

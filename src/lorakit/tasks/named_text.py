@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.tasks.language_modelling import Completion
-from lorakit.tasks.task import Example, Fields, LanguageExample
+from lorakit.tasks.task import Fields, LanguageExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,11 +82,3 @@ class NamedText(Completion):
         example = super().encode(fields)
         example.gold = fields.get("gold", {})
         return example
-
-
-def each_example(
-    outputs: Sequence[str], examples: Sequence[Sequence[Example]]
-) -> tuple[list[str], list[Example]]:
-    """Return one output per example, and the examples: outputs are repeated for inputs with several examples."""
-    pairs = [(output, e) for output, group in zip(outputs, examples, strict=True) for e in group]
-    return [output for output, _ in pairs], [example for _, example in pairs]

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorakit import metrics
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import TextTask, references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, Example, Fields, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, kind, text_field
 
 
 class SAMSum(NamedText):
@@ -41,9 +40,7 @@ class SAMSum(NamedText):
         return [text_field(fields, "summary").strip()]
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return ROUGE-1, 2 and L: :func:`lorakit.metrics.rouge`."""
         scores = metrics.rouge(outputs, references(cls, examples))
         if settings.get("quick"):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.errors import DataError
-from lorakit.tasks.data_set import DataSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +68,10 @@ class LabelledExample(Example):
     """0 for the first text, 1 for the second; for models with token types (BERT), else None."""
 
 
+Groups = Sequence[Sequence[Example]]
+"""For each input of the model, the examples with it: one or more."""
+
+
 class RowError(DataError):
     """A row that cannot be encoded. The caller adds file and line.
 
@@ -95,6 +98,27 @@ class TooLong(RowError):
 
 class UnknownLabel(RowError):
     """A label that the training set lacks. Such a row is never skipped, because skipping would inflate the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The data set of a named task.
+
+    A split has one or several names. Among local files (`train.jsonl`, `train_subset.jsonl.gz`) the first name that
+    exists is used; on the hub, the first name. A split without names does not exist.
+    """
+
+    folder: str
+    """Sub-folder of `data.root` with its files."""
+    hub: str | None = None
+    """`owner/name` or `owner/name:config`; None if the hub does not have it."""
+    train: tuple[str, ...] = ("train",)
+    validation: tuple[str, ...] = ("validation",)
+    test: tuple[str, ...] = ("test",)
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """Return the names of a split, the hub's first. A plus in a name joins several splits."""
+        return getattr(self, split)
 
 
 class Task(ABC):
@@ -182,7 +206,7 @@ class Task(ABC):
     def score(
         cls,
         outputs: Sequence[Any],
-        examples: Sequence[Sequence[Example]],
+        examples: Groups,
         *,
         quick: bool = False,
         lowercase: bool = True,

@@ -9,10 +9,9 @@ from typing import Any
 from lorakit import metrics
 from lorakit.errors import DataError
 from lorakit.metrics.text_to_sql import spelt
-from lorakit.tasks.data_set import DataSet
 from lorakit.tasks.language_modelling import TextTask
-from lorakit.tasks.named_text import NamedText, each_example
-from lorakit.tasks.task import BadRow, Example, Fields, kind, text_field
+from lorakit.tasks.named_text import NamedText
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, kind, text_field
 
 CONDITION = ("column_index", "operator_index", "condition")
 """The hub's names for the parts of conditions, each in a separate list."""
@@ -74,12 +73,11 @@ class WikiSQL(NamedText):
         }
 
     @classmethod
-    def score(
-        cls, outputs: Sequence[Any], examples: Sequence[Sequence[Example]], **settings: Any
-    ) -> dict[str, float]:
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return logical-form accuracy, and execution accuracy if tables have rows: :func:`metrics.wikisql`."""
-        texts, each = each_example(outputs, examples)  # repeated questions count separately
-        scores = metrics.wikisql(texts, [example.gold for example in each])
+        # Repeated questions count separately.
+        texts = [output for output, group in zip(outputs, examples, strict=True) for _ in group]
+        scores = metrics.wikisql(texts, [example.gold for group in examples for example in group])
         if settings.get("quick"):
             text_scores = super().score(outputs, examples, **settings)
             return {**text_scores, "logical_form": scores["logical_form"]}
