@@ -20,7 +20,7 @@ from lorakit import (
     count_parameters,
 )
 from lorakit.errors import ConfigurationError
-from lorakit.methods.trained import with_head
+from lorakit.methods.method import with_head
 
 THIN, PREFIX = LoRA(rank=2, targets="all-linear"), PrefixLayer(prefix_length=2, infix_length=1)
 

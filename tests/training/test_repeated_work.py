@@ -15,7 +15,7 @@ from lorakit.compute import objective
 from lorakit.data import DataConfig, examples
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
-from lorakit.planning.batches import language_example
+from lorakit.planning.batches import language_examples
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 
@@ -71,9 +71,9 @@ def test_a_run_and_its_use_repeat_no_work(tmp_path: Path, calls, capsys) -> None
 def test_the_targets_of_a_batch_are_looked_up_once(calls) -> None:
     model = tiny_models.build("llama")
     loss = objective.LanguageModellingLoss(path="fused")
-    example = language_example(1, length=6, targets=3)
+    examples = language_examples(1, length=6, targets=3)
     lookups = calls(objective, "targets_of")
-    for batch in (collate([example], 0), pack([example], 0)):
+    for batch in (collate(examples, 0), pack(examples, 0)):
         lookups.clear()
         assert loss.count(batch) == 3
         loss.loss_sum(model, batch).backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from lorakit.configuration import conform
@@ -90,3 +92,22 @@ def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
     if not all(entries):
         raise ConfigurationError(f"{setting} is {value!r}, which has an empty name; remove it.")
     return entries
+
+
+def with_head(method: Method, head: Sequence[str]) -> Method:
+    """Add a new task head to the method's ``train_modules``, unless that setting names modules already.
+
+    Raises:
+        ConfigurationError: The method has no setting ``train_modules``.
+    """
+    settings: Any = method
+    parts = (method, *getattr(method, "methods", ()))
+    if not head or any(getattr(part, "train_modules", ()) for part in parts):
+        return method
+    if "train_modules" not in method.__dataclass_fields__:
+        raise ConfigurationError(
+            f"The model has a new head ({', '.join(head)}), and {type(method).__name__} has no setting "
+            "train_modules to train it with. Add the setting to the class, and return its parameters from "
+            "trained_parameters."
+        )
+    return dataclasses.replace(settings, train_modules=tuple(head))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from lorakit.errors import ConfigurationError, TargetError, nearest
-from lorakit.methods.method import Method
+from lorakit.errors import TargetError, nearest
 from lorakit.models.layers import is_inside, is_of_adapter
 
 
@@ -41,22 +38,3 @@ def parameter_names(model: nn.Module) -> list[str]:
 def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return the names of the base's parameters in the modules at `paths`."""
     return [n for n in parameter_names(model) if any(is_inside(n, path) for path in paths)]
-
-
-def with_head(method: Method, head: Sequence[str]) -> Method:
-    """Add a new task head to the method's ``train_modules``, unless that setting names modules already.
-
-    Raises:
-        ConfigurationError: The method has no setting ``train_modules``.
-    """
-    settings: Any = method
-    parts = (method, *getattr(method, "methods", ()))
-    if not head or any(getattr(part, "train_modules", ()) for part in parts):
-        return method
-    if "train_modules" not in method.__dataclass_fields__:
-        raise ConfigurationError(
-            f"The model has a new head ({', '.join(head)}), and {type(method).__name__} has no setting "
-            "train_modules to train it with. Add the setting to the class, and return its parameters from "
-            "trained_parameters."
-        )
-    return dataclasses.replace(settings, train_modules=tuple(head))

@@ -26,7 +26,7 @@ from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
-from lorakit.methods.trained import with_head
+from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.dtypes import compute_dtype, dtype_name
 from lorakit.models.heads import classification_head
