@@ -41,15 +41,19 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int
             train(config)
 
 
+def nine_steps(folder: Path, base: str, **settings) -> TrainConfig:
+    """A run with checkpoints after steps 3, 6 and 9."""
+    return tiny_runs.config(folder, base, max_steps=9, **settings)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return train(tiny_runs.config(folder, base)).folder
+    return train(nine_steps(tmp_path_factory.mktemp("undisturbed"), base)).folder
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
-    config = tiny_runs.config(tmp_path_factory.mktemp("stopped"), base)
+    config = nine_steps(tmp_path_factory.mktemp("stopped"), base)
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, config, 8)
     return config
@@ -147,7 +151,7 @@ def test_a_file_where_the_checkpoints_were(half: TrainConfig) -> None:
 def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> None:
     """Of the same shapes: the weights that came out would fit no base at all."""
     folder = shutil.copytree(base, tmp_path / "model")
-    config = tiny_runs.config(tmp_path, str(folder))
+    config = nine_steps(tmp_path, str(folder))
     stop_in_step(monkeypatch, config, 8)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] += 0.1
@@ -163,7 +167,7 @@ def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> No
 
 def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypatch) -> None:
     folder = shutil.copytree(base, tmp_path / "model")
-    config = tiny_runs.config(tmp_path, str(folder), method="full")
+    config = nine_steps(tmp_path, str(folder), method="full")
     stop_in_step(monkeypatch, config, 8)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 0.1
@@ -174,7 +178,7 @@ def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypat
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_changed_data_is_refused(tmp_path: Path, base: str, split: str, monkeypatch) -> None:
-    config = tiny_runs.config(tmp_path, base)
+    config = nine_steps(tmp_path, base)
     stop_in_step(monkeypatch, config, 8)
     path = tmp_path / f"{split}.jsonl"
     tiny_runs.write_rows(path, tiny_runs.pairs(72, seed=9))
@@ -195,13 +199,19 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
-def test_a_damaged_result(damage, tmp_path: Path, base: str) -> None:
-    config = tiny_runs.config(tmp_path, base, max_steps=1)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
+    config = tiny_runs.config(tmp_path_factory.mktemp("finished"), base, max_steps=1)
     train(config)
-    damage(tmp_path / "run" / "result.json")
+    return config
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_result(damage, tmp_path: Path, finished: TrainConfig) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    damage(run / "result.json")
     with pytest.raises(RunFolderError, match=r"result\.json"):
-        train(dataclasses.replace(config, resume=True))
+        train(dataclasses.replace(finished, output=str(run), resume=True))
 
 
 def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
@@ -285,7 +295,7 @@ def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
 
 
 def test_keeping_one_checkpoint_is_enough_to_resume(tmp_path, base, monkeypatch) -> None:
-    config = tiny_runs.config(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
+    config = nine_steps(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
     stop_in_step(monkeypatch, config, 8)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
     train(dataclasses.replace(config, resume=True))
