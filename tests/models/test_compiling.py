@@ -37,15 +37,16 @@ def batches() -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "bert"])
 def test_losses_and_gradients_are_those_of_the_blocks_as_they_were(arch: str) -> None:
     results = []
     for compiled in (False, True):
-        model = tiny_models.build(arch)
+        model = tiny_models.build(arch, num_hidden_layers=1)  # each block takes seconds to compile
         model.set_attn_implementation("sdpa")
         keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
         if compiled:
-            assert compile_blocks(model, backend="aot_eager") == model.config.num_hidden_layers
+            assert compile_blocks(model, backend="aot_eager") == 1
             assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (keys, kinds)
         adapters = attach(model, LoRA(rank=2, alpha=3, targets="attention.qv"), seed=0)
         randomise(adapters)
@@ -70,7 +71,7 @@ def test_evaluation_runs_the_blocks_as_they_were() -> None:
         compiled.append(graph)
         return graph
 
-    compile_blocks(model, backend=backend)  # type: ignore[arg-type]
+    assert compile_blocks(model, backend=backend) == 2  # type: ignore[arg-type]
     ids = batches()[0]
     with evaluating(model):
         first = model(ids).logits
