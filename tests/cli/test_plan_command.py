@@ -103,6 +103,7 @@ def test_mistakes_are_named(base, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     base = tiny_runs.save_base(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(16))

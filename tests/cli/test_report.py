@@ -55,6 +55,7 @@ def call(capsys, *argv) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
     assert status == 0

@@ -154,6 +154,7 @@ def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Undistur
     return Undisturbed(result, {write: plenty - full.left for write, full in counters.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 1], ids=["first", "early", "late", "last"])
 @pytest.mark.parametrize("write", IN_A_RUN)
 def test_disk_full_in_a_run(

@@ -29,6 +29,7 @@ with storage.lock_folder("run"):
 """
 
 
+@pytest.mark.slow
 def test_output_folder_in_use_by_another_run(shell: Shell, base: str, data: str) -> None:
     run = f"train --base.name {base} --data.train {data} --output run"
     with subprocess.Popen(

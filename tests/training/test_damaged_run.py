@@ -90,6 +90,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     damage, half: TrainConfig, undisturbed: Path, caplog: pytest.LogCaptureFixture

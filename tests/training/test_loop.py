@@ -66,6 +66,7 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
     assert "resume" not in settings
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path, base) -> None:
     outputs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -188,6 +189,7 @@ def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, bas
     assert train(again).scores_before["loss"] == pytest.approx(result.best_scores["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_adapter_starts_from_its_weights_with_a_new_optimizer(tmp_path, base) -> None:
     first = train(tiny_runs.config(tmp_path, base))
     config = tiny_runs.config(
@@ -253,6 +255,7 @@ def test_full_fine_tuning_of_the_top_layer(tmp_path: Path, base: str) -> None:
     assert all("layers.1." in name for name in prepare(config).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["bert", "roberta", "llama"])
 def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
     base = tiny_runs.save_base(tmp_path / "base", arch, "base")
@@ -291,6 +294,7 @@ def test_a_score_that_is_no_number_ends_the_run_before_its_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_regression_reports_correlations(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
     rows = [
@@ -398,6 +402,7 @@ def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path:
         train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "gaussian"])
 def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) -> None:
     lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)

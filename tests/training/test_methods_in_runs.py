@@ -138,6 +138,7 @@ def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: s
     assert type(run.config.chosen_method).__name__ in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path) -> None:
     config = tiny_runs.config(
         tmp_path, decoder, data=run.config.data, from_adapter=str(run.result.adapter), max_steps=2
@@ -159,6 +160,7 @@ def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, 
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
     config = labelling(
         tmp_path,

@@ -147,6 +147,7 @@ def greedy_without_cache(base: str, adapter: Path, prompt: str) -> str:
     return tokenizer.decode(written, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_the_life_of_an_adapter(
     tmp_path: Path, bases: Bases, arch: str, name: str, monkeypatch, capsys

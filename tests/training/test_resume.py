@@ -81,6 +81,7 @@ SEED = 20
 DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", sorted({1, STEPS, *DRAWN}), ids=lambda s: f"seed{SEED}-step{s}")
 def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) -> None:
     config = settings(tmp_path, base)
@@ -92,6 +93,7 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
@@ -194,6 +196,7 @@ def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(init="pissa", dropout=0.1), LoRA(dora=True, dropout=0.1)])
 def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None:
     train(tiny_runs.config(tmp_path, base, lora=lora))
@@ -214,6 +217,7 @@ def other_svd(W):
     return -U, S, -Vh.T
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
     train(tiny_runs.config(tmp_path, base, method="full"))
     config = tiny_runs.config(tmp_path, base, method="full", output=str(tmp_path / "other"))
@@ -267,6 +271,7 @@ def test_checkpoints_are_as_readable_as_other_files(undisturbed: Path, tmp_path:
     assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     """The short form of kill_resume.py: SIGKILL at drawn instants and between the writes of a save."""
     script = Path(__file__).with_name("kill_resume.py")
