@@ -63,6 +63,7 @@ def test_takes_a_file_of_train(base, tmp_path, capsys):
     assert not (tmp_path / "somewhere").exists()
 
 
+@pytest.mark.slow
 def test_writes_page_and_figure(base, tmp_path, capsys):
     page, figure = tmp_path / "plan.html", tmp_path / "memory.svg"
     arguments = ["plan", "--base.name", base, "--length", "32", "--lora.rank", "4"]

@@ -168,6 +168,7 @@ def test_save_pretrained_never_gives_the_bare_base(case: Case, tmp_path: Path) -
                 loader.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_model_follows(name: str) -> None:
     case = CASES[name]

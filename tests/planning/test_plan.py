@@ -84,6 +84,7 @@ def test_on_this_machine_the_products_of_the_step_are_tried(base, tmp_path, monk
     assert device == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_any_number_of_targets_is_planned(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, batch_size=7)
     found = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
@@ -171,6 +172,7 @@ def test_a_method_of_ones_own_beside_full_fine_tuning(base, tmp_path, monkeypatc
     assert found.full.trained == found.parameters
 
 
+@pytest.mark.slow
 def test_more_of_anything_takes_more(base, tmp_path):
     def total(**changes):
         config = tiny_runs.config(tmp_path, base, accumulation=1)
@@ -248,6 +250,7 @@ def test_the_papers_arithmetic():
         assert figure in text
 
 
+@pytest.mark.slow
 def test_gpt3_is_planned_as_a_shape(tmp_path):
     config = tiny_runs.config(
         tmp_path, "gpt3-175b", lora=lorakit.LoRA(rank=4), accumulation=1, batch_size=1

@@ -131,6 +131,7 @@ def test_the_peak_is_that_of_the_allocator(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_left_out_blocks_are_made_up_for(name, checkpointing):
