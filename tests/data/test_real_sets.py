@@ -71,6 +71,7 @@ def test_e2e_has_several_references_for_one_input(shared):
     assert not {e.prompt for e in train} & {e.prompt for e in held_out}
 
 
+@pytest.mark.slow
 def test_samsum_has_one_empty_dialogue_and_repeats_of_train_in_validation(shared):
     settings = {
         "prompt_template": "{dialogue}\nSummary:",

@@ -131,6 +131,7 @@ def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) ->
     assert [s["from_step"] for s in sessions] == [0, 0, 3, 6, 9, 15]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
@@ -177,6 +178,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatc
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     settings = {
         "epochs": 20,
@@ -276,7 +278,7 @@ def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     """The short form of kill_resume.py: SIGKILL at drawn instants and between the writes of a save."""
     script = Path(__file__).with_name("kill_resume.py")
     done = subprocess.run(
-        [sys.executable, script, "--instants", "4", "--every", "20", "--folder", tmp_path],
+        [sys.executable, script, "--instants", "4", "--every", "40", "--folder", tmp_path],
         capture_output=True,
         text=True,
         timeout=240,
