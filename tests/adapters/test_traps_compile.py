@@ -120,6 +120,7 @@ def test_trained_modules_under_compilation() -> None:
     torch.testing.assert_close(logits(compiled), adapted)
 
 
+@pytest.mark.slow
 def test_multihead_attention_under_compilation() -> None:
     model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model.requires_grad_(False)

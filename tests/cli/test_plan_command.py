@@ -54,6 +54,7 @@ def test_prints_json(base, capsys):
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
 
 
+@pytest.mark.slow
 def test_takes_a_file_of_train(base, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(
         f"base:\n  name: {base}\n  dtype: float32\nmax_steps: 20\noutput: somewhere\n"

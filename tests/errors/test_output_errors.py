@@ -158,6 +158,7 @@ def test_overwrite_replaces_texts(shell: Shell, base: str) -> None:
     assert json.loads(Path("out.jsonl").read_text())["prompt"] == "river"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_scores(shell: Shell, base: str, data: str) -> None:
     Path("out.jsonl").write_text("old\n")
     line = f"evaluate --base.name {base} --data.test {data} --decoding.max_new_tokens 2"

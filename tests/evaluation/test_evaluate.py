@@ -96,6 +96,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, tmp_path) -> None:
     result = json.loads((classifier / "run" / "result.json").read_text())
     config = settings(classifier, adapter=str(classifier / "run" / "adapter"))

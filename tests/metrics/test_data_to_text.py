@@ -17,6 +17,7 @@ def test_golden_scores_with_java_to_four_decimals(golden, java: str) -> None:
     assert {name: round(score, 4) for name, score in scores.items()} == golden.scores
 
 
+@pytest.mark.slow
 def test_golden_scores_without_java(golden) -> None:
     scores = e2e(golden.outputs, golden.references, java=False)
     java = {"METEOR", "ROUGE_L", "CIDEr"}

@@ -84,6 +84,7 @@ def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
     assert shifted < 0.01
 
 
+@pytest.mark.slow
 def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path) -> None:
     """All 8,421: written as text and read again, each is its own logical form, indices and all."""
     file = shared / "data" / "wikisql" / "validation.jsonl.gz"

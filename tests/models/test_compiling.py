@@ -63,6 +63,7 @@ def test_losses_and_gradients_are_those_of_the_blocks_as_they_were(arch: str) ->
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_runs_the_blocks_as_they_were() -> None:
     model = tiny_models.build("llama")
     compiled = []

@@ -51,6 +51,7 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_trained_run(tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, max_steps=1, epochs=1)
@@ -100,6 +101,7 @@ def test_the_optimizer_takes_time(base, tmp_path):
     assert few.seconds > UPDATE_BYTES * few.trained > none.seconds
 
 
+@pytest.mark.slow
 def test_no_weights_are_needed(base, tmp_path):
     found = plan(tiny_runs.config(tmp_path, base), machine=MACHINE)
     vocabulary = len(tiny_tokenizer())
@@ -126,6 +128,7 @@ def test_the_parts_make_the_total(base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_stands_beside(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, lora=lorakit.LoRA(rank=2))
     found = plan(config, length=64, machine=MACHINE)
@@ -198,6 +201,7 @@ def test_more_of_anything_takes_more(base, tmp_path):
     assert twice.seconds == pytest.approx(2 * usual.seconds, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["nf4", "int8"])
 def test_a_quantised_base_is_smaller(base, tmp_path, dtype):
     config = tiny_runs.config(tmp_path, base)

@@ -118,6 +118,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_that_of_the_allocator(name):
     make, method, objective, batch = CASES[name]

@@ -237,6 +237,7 @@ def test_damaged_settings(damage, half: TrainConfig) -> None:
         train(half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["not JSON", "[1]", "{}", '{"step": "6"}', '{"step": true}', ""])
 def test_a_damaged_line_among_whole_ones(half: TrainConfig, line: str) -> None:
     """What a killed process leaves is the end of the file; this is something else, and no reason to drop the rest."""

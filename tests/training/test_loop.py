@@ -106,6 +106,7 @@ def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: str) -> None:
     # The same examples in the step either way: one step per epoch, over all of them.
     losses = []
@@ -152,6 +153,7 @@ def test_trained_parameters_are_the_adapters_alone_and_the_base_stays(tmp_path, 
     assert all(p.dtype == torch.float32 for p in job.parameters.values())
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, base: str) -> None:
     # At this rate the loss soon rises.
     config = tiny_runs.config(
@@ -171,6 +173,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, ba
     assert adapter_bytes(tmp_path / "run", "best") != adapter_bytes(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(
         tmp_path,
@@ -210,6 +213,7 @@ def test_lora_plus_changes_the_result(tmp_path: Path, base: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(
     tmp_path, base
 ) -> None:
@@ -227,6 +231,7 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(
     assert results[0.0].train_loss != pytest.approx(results[0.3].train_loss, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_keeps_float32_masters(tmp_path: Path, base: str, method: str) -> None:
     config = tiny_runs.config(
@@ -315,6 +320,7 @@ def test_regression_reports_correlations(tmp_path: Path) -> None:
     assert result.best_scores["pearson"] > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", tiny_models.ENCODER_DECODERS)
 def test_encoder_decoders_learn_completions(tmp_path: Path, arch: str) -> None:
     base = tiny_runs.save_base(tmp_path / "base", arch)
@@ -326,6 +332,7 @@ def test_encoder_decoders_learn_completions(tmp_path: Path, arch: str) -> None:
     assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str) -> None:
     for name, checkpointing in (("off", False), ("on", True)):
         train(

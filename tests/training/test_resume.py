@@ -118,6 +118,7 @@ def test_a_crash_elsewhere(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) -> None:
     config = dataclasses.replace(settings(tmp_path, base), resume=True)
     for step in (2, 4, 5, 4, 7):
@@ -165,6 +166,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatch) -> None:
     original = loop.clip_gradients
     monkeypatch.setattr(
@@ -231,6 +233,7 @@ def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_resume_of_nothing_starts_from_the_beginning(tmp_path, base, undisturbed) -> None:
     train(dataclasses.replace(settings(tmp_path, base), resume=True))
     assert_same_run(tmp_path / "run", undisturbed)
