@@ -45,6 +45,7 @@ def test_prints_every_part(base, capsys):
         assert part in shown
 
 
+@pytest.mark.slow
 def test_prints_json(base, capsys):
     arguments = ["--base.name", base, "--length", "32", "--targets", "8", "--json", "true"]
     assert main(["plan", *arguments]) == 0

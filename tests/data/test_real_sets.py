@@ -46,6 +46,7 @@ def test_stsb_is_a_regression(shared, split):
     assert all(type(example.label) is float and 0 <= example.label <= 5 for example in examples)
 
 
+@pytest.mark.slow
 def test_e2e_has_several_references_for_one_input(shared):
     tokenizer = tiny_tokenizer()
     examples = load(

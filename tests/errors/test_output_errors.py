@@ -95,6 +95,7 @@ def test_merge_does_not_replace_what_it_reads(
     shell.refuses(f"merge adapter {output} --base.name model --overwrite true", output)
 
 
+@pytest.mark.slow
 def test_resume_on_a_base_that_has_changed(
     shell: Shell, bases: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, 
     assert {record["label"] for record in outputs} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "base"])
 @pytest.mark.parametrize("kind", ["trained", "classifier"])
 def test_no_training_data_is_needed(kind: str, adapter: bool, request) -> None:

@@ -74,6 +74,7 @@ def test_a_column_is_taken_before_an_aggregate() -> None:
     assert (found.column, found.aggregate) == (0, 1)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
     with gzip.open(shared / "data" / "wikisql" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, 5000)]

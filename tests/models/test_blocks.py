@@ -11,7 +11,6 @@ from lorakit.errors import TargetError
 from lorakit.models.blocks import block_outputs, residual_branches, stacks
 from lorakit.models.roles import find_places
 
-KNOWN = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 EXPERTS = ("mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
 ONE_MODULE_FOR_BOTH = ("phi", "vit")
 """Their dropout serves attention and MLP, so that an adapter on it could not tell the two apart."""
@@ -19,7 +18,7 @@ NOT_IN_THE_TABLE = ("StableLm", "Mpt")
 """Their dropouts follow one of the two projections alone; adapters stand before them."""
 
 
-@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_the_stacks_are_those_of_the_forward_pass(arch: str) -> None:
     model = tiny_models.build(arch)
     called: list[str] = []
@@ -34,7 +33,7 @@ def test_the_stacks_are_those_of_the_forward_pass(arch: str) -> None:
     assert len(called) == (4 if two else 2)
 
 
-@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_outputs_are_what_the_next_module_gets(arch: str) -> None:
     """A branch is what follows its projection up to the last dropout; a block's output its LayerNorm's."""
     model = tiny_models.build(arch).train()

@@ -61,6 +61,7 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_the_best_held_out_score(table2):
     config = table2(methods=("lora",), seeds=1, trials=3)
     run_table(config, silent)
@@ -269,6 +270,7 @@ def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     assert note in found.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2, monkeypatch):
     real = grid_module.count_parameters
 

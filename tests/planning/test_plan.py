@@ -65,6 +65,7 @@ def test_counts_are_those_of_the_trained_run(tmp_path):
     assert found.steps == 1
 
 
+@pytest.mark.slow
 def test_on_this_machine_the_products_of_the_step_are_tried(base, tmp_path, monkeypatch):
     """A million seconds each, where the machine's rate would tell none."""
     config = tiny_runs.config(tmp_path, base, accumulation=1)
@@ -92,6 +93,7 @@ def test_any_number_of_targets_is_planned(base, tmp_path):
     assert found[0].seconds < found[1].seconds < found[2].seconds
 
 
+@pytest.mark.slow
 def test_the_optimizer_takes_time(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, accumulation=1)
     slow = dataclasses.replace(MACHINE, products=1e15, traffic=1.0)
@@ -113,6 +115,7 @@ def test_no_weights_are_needed(base, tmp_path):
     assert found.steps == 18
 
 
+@pytest.mark.slow
 def test_the_parts_make_the_total(base, tmp_path):
     found = plan(tiny_runs.config(tmp_path, base), length=64, machine=MACHINE)
     record = found.as_dict()
@@ -144,6 +147,7 @@ def test_full_fine_tuning_stands_beside(base, tmp_path):
     assert alone.chosen == found.full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -165,6 +169,7 @@ def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
     assert found.full is not None
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_beside_full_fine_tuning(base, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_OWN", {})
     settings = {"targets": ["mlp.up"]}
@@ -238,6 +243,7 @@ def test_mistakes_are_named(base, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
     config = tiny_runs.config(tmp_path, base)
@@ -248,6 +254,7 @@ def test_a_gpu_that_is_not_here_is_assumed(base, tmp_path, monkeypatch):
     assert found.chosen.seconds > 0
 
 
+@pytest.mark.slow
 def test_the_papers_arithmetic():
     text = "\n".join(arithmetic())
     for figure in ("18,874,368", "37.7 MB", "36.0 MiB", "9,285 times", "350.5 GB", "1,052 GB"):

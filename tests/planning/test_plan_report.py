@@ -128,6 +128,7 @@ def test_loading_that_takes_more_is_in_the_summary(found, config):
     )
 
 
+@pytest.mark.slow
 def test_the_papers_arithmetic_is_there_where_it_was_planned(found, config):
     assert "The paper's arithmetic" not in [
         s.title for s in plan_page(found, config, command="").sections

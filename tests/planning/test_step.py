@@ -173,6 +173,7 @@ def test_dropout_draws_for_each_element_once():
     assert step.work.drawn == layers * 2 * batch["input_ids"].numel() * width
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less():
     make, method, objective, batch = CASES["llama, q and v"]
     kept = planned(make, method, objective, batch())

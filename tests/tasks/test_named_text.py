@@ -307,6 +307,7 @@ def test_real_sets(shared: Path, task: str) -> None:
         assert not found.report.bad
 
 
+@pytest.mark.slow
 def test_real_test_inputs_and_their_references(shared: Path) -> None:
     """630 inputs in E2E's test set; of WebNLG's 1,862, seen are 971."""
     config = DataConfig(task="e2e_nlg", root=str(shared / "data"), max_length=8192)

@@ -104,6 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig) -> None:
     run = Path(half.output)
@@ -149,6 +150,7 @@ def test_a_file_where_the_checkpoints_were(half: TrainConfig) -> None:
 # --- what a run is made of ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> None:
     """Of the same shapes: the weights that came out would fit no base at all."""
     folder = shutil.copytree(base, tmp_path / "model")
@@ -166,6 +168,7 @@ def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> No
     assert "from_adapter" in said
 
 
+@pytest.mark.slow
 def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypatch) -> None:
     folder = shutil.copytree(base, tmp_path / "model")
     config = nine_steps(tmp_path, str(folder), method="full")
@@ -177,6 +180,7 @@ def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypat
         train(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_changed_data_is_refused(tmp_path: Path, base: str, split: str, monkeypatch) -> None:
     config = nine_steps(tmp_path, base)
@@ -268,6 +272,7 @@ def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> No
     assert [record["step"] for record in found] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> None:
     path = Path(half.output, "metrics.jsonl")
     path.write_bytes(path.read_bytes()[:-9])
@@ -276,6 +281,7 @@ def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> N
     assert steps == [record["step"] for record in tiny_runs.metrics(undisturbed, "train")]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=3)
     run = train(config).folder
@@ -285,6 +291,7 @@ def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, 
     assert adapter_bytes(run) == before
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
     """The link goes, what it leads to stays."""
     config = tiny_runs.config(tmp_path, base, max_steps=1)
@@ -296,6 +303,7 @@ def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
     assert list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_keeping_one_checkpoint_is_enough_to_resume(tmp_path, base, monkeypatch) -> None:
     config = nine_steps(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
     stop_in_step(monkeypatch, config, 8)

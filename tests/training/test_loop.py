@@ -347,6 +347,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str
     assert adapter_bytes(tmp_path / "off") == adapter_bytes(tmp_path / "on")
 
 
+@pytest.mark.slow
 def test_without_validation_data_there_are_no_scores_and_no_best(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base)
     config = dataclasses.replace(

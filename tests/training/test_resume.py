@@ -269,6 +269,7 @@ def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:
     assert found == ["step-000014", "step-000016", "step-000018"]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_as_readable_as_other_files(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     files = [path for path in (undisturbed / "checkpoints").rglob("*") if path.is_file()]

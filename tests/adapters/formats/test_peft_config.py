@@ -144,6 +144,7 @@ def test_no_json_makes_it_stumble(found: dict):
         assert parse({"peft_type": "LORA", **found}).rank > 0
 
 
+@pytest.mark.slow
 def test_patterns_that_never_end_are_stopped(monkeypatch):
     monkeypatch.setattr(config_module, "_PATTERN_SECONDS", 0.1)
     slow, path = "(a|aa)+b", "a" * 70
