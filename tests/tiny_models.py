@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
@@ -225,6 +226,9 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
     "Phi3 with a wide head": _config("Phi3Config", **_DECODER, head_dim=16),
 }
 """More models with known roles, and variants of those above, for the tests of roles."""
+
+EVERY_MODEL = [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in RELATIVES)]
+"""For ``parametrize``: `make test-fast` leaves the relatives out."""
 
 ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert")
 ENCODER_DECODERS = ("t5", "bart")

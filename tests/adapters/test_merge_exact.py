@@ -65,6 +65,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_thousand_cycles_over_eight_adapters(dtype: torch.dtype):
     model = tiny_models.build("llama", tie_word_embeddings=False).to(dtype)

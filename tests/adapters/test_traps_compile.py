@@ -46,6 +46,7 @@ def compiled_llama(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return model, compiled, base
 
 
+@pytest.mark.slow
 def test_attach_detach_attach_after_compilation() -> None:
     model, compiled, base = compiled_llama("aot_eager")
     adapters = attach(model, METHOD)
@@ -64,6 +65,7 @@ def test_attach_detach_attach_after_compilation() -> None:
     torch.testing.assert_close(second, logits(model))
 
 
+@pytest.mark.slow
 def test_choice_after_compilation() -> None:
     model, compiled, base = compiled_llama("eager")
     adapters = attach(model, METHOD, name="a")
@@ -76,6 +78,7 @@ def test_choice_after_compilation() -> None:
         assert ((expected - base).abs().max() > 1e-2) == (choice is not None)
 
 
+@pytest.mark.slow
 def test_per_sample_and_merge_under_compilation() -> None:
     model, compiled, base = compiled_llama("eager")
     adapters = attach(model, METHOD)
@@ -91,6 +94,7 @@ def test_per_sample_and_merge_under_compilation() -> None:
     torch.testing.assert_close(logits(compiled), adapted)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_compiled_model() -> None:
     model, compiled, _ = compiled_llama("aot_eager")
     adapters = attach(model, METHOD)
@@ -102,6 +106,7 @@ def test_gradients_of_a_compiled_model() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_trained_modules_under_compilation() -> None:
     model, compiled, base = compiled_llama("aot_eager")
     adapters = attach(model, LoRA(rank=2, targets="attention.q", train_modules="lm_head"))
@@ -115,6 +120,7 @@ def test_trained_modules_under_compilation() -> None:
     torch.testing.assert_close(logits(compiled), adapted)
 
 
+@pytest.mark.slow
 def test_multihead_attention_under_compilation() -> None:
     model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model.requires_grad_(False)
@@ -145,6 +151,7 @@ def test_attach_to_the_compiled_model_adapts_the_model(tmp_path) -> None:
     torch.testing.assert_close(logits(loaded), adapted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8)).requires_grad_(
         False

@@ -178,6 +178,7 @@ def test_ties_by_its_definition():
     )
 
 
+@pytest.mark.slow
 def test_ties_and_dare_beside_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     changes = [randn(12, 9, seed=i) for i in range(3)]

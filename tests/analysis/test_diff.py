@@ -160,6 +160,7 @@ def test_checkpoints_of_a_run(tmp_path):
         adapter_diff(early, late)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run(tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     runs = []

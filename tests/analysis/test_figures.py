@@ -59,6 +59,7 @@ def test_the_similarity_s_cells(side) -> None:
         assert f"i 2, j 5: {phi[1, 4]:.3f}" in shown
 
 
+@pytest.mark.slow
 def test_a_figure_of_high_ranks_stays_small() -> None:
     found = adapter_similarity(wide(128, 4, 0), wide(128, 4, 20))
     figure = drawn.similarity_figure(found)

@@ -177,6 +177,7 @@ def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
     assert "[red]one" in "".join(out.split())  # long names fold
 
 
+@pytest.mark.slow
 def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig())

@@ -45,6 +45,7 @@ def test_prints_every_part(base, capsys):
         assert part in shown
 
 
+@pytest.mark.slow
 def test_prints_json(base, capsys):
     arguments = ["--base.name", base, "--length", "32", "--targets", "8", "--json", "true"]
     assert main(["plan", *arguments]) == 0
@@ -54,6 +55,7 @@ def test_prints_json(base, capsys):
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
 
 
+@pytest.mark.slow
 def test_takes_a_file_of_train(base, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(
         f"base:\n  name: {base}\n  dtype: float32\nmax_steps: 20\noutput: somewhere\n"
@@ -63,6 +65,7 @@ def test_takes_a_file_of_train(base, tmp_path, capsys):
     assert not (tmp_path / "somewhere").exists()
 
 
+@pytest.mark.slow
 def test_writes_page_and_figure(base, tmp_path, capsys):
     page, figure = tmp_path / "plan.html", tmp_path / "memory.svg"
     arguments = ["plan", "--base.name", base, "--length", "32", "--lora.rank", "4"]
@@ -103,6 +106,7 @@ def test_mistakes_are_named(base, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     base = tiny_runs.save_base(tmp_path / "base")
     data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(16))

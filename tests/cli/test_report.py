@@ -55,6 +55,7 @@ def call(capsys, *argv) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
     assert status == 0
@@ -69,6 +70,7 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_that_made_a_run_is_in_its_report(runs) -> None:
     record = json.loads((runs[0] / "environment.json").read_text())
     command = record["sessions"][0]["command"]
@@ -91,6 +93,7 @@ def test_a_command_is_told_as_it_would_be_typed(monkeypatch, argv, command) -> N
     assert environment.command() == command
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
     capsys, folder, tmp_path, monkeypatch
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
     assert "pip install 'lorakit[report]'" in err
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> None:
     before = (runs[0] / "report.html").read_text()
     status, out, _ = call(capsys, "report", runs[0], "--figures", tmp_path / "figures")
@@ -116,6 +120,7 @@ def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> Non
     assert out.count("figure   ") == len(names)
 
 
+@pytest.mark.slow
 def test_a_prediction_is_kept_beside_the_run(capsys, runs, tmp_path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     seconds = json.loads((run / "result.json").read_text())["seconds"]
@@ -124,6 +129,7 @@ def test_a_prediction_is_kept_beside_the_run(capsys, runs, tmp_path) -> None:
     assert "0.50" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:
     target = tmp_path / "pages" / "both.html"
     argv = ["report", *runs, "--output", target]
@@ -136,6 +142,7 @@ def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:
     assert call(capsys, *argv, "--overwrite", "true")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -152,6 +159,7 @@ def test_a_wrong_call_is_one_clear_message(capsys, runs, argv, message) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_path) -> None:
     output = tmp_path / "scores.jsonl"
     argv = [

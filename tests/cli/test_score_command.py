@@ -58,6 +58,7 @@ def test_errors_say_what_to_write(capsys, argv, status: int, message: str) -> No
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scorers_are_imported_when_first_used() -> None:
     code = (
         "import sys, lorakit, lorakit.cli.score; lorakit.metrics.e2e;"

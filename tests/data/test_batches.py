@@ -34,6 +34,7 @@ def test_every_example_comes_once_per_epoch_in_full_batches(
     assert batches == BatchSampler(lengths, batch_size, seed, bucket)(epoch)
 
 
+@pytest.mark.slow
 def test_order_depends_on_seed_and_epoch_alone():
     lengths = list(range(1, 201))
     sampler = BatchSampler(lengths, 8, seed=1)

@@ -22,12 +22,14 @@ def every_row(splits):
     return [row for rows in splits.values() for row in rows]
 
 
+@pytest.mark.slow
 def test_there_is_enough_to_train_and_to_score_on(splits):
     assert len(splits["train"]) > 2000
     assert len(splits["validation"]) > 300
     assert len(splits["test"]) > 300
 
 
+@pytest.mark.slow
 def test_splits_share_no_module_prompt_or_completion(splits, every_row):
     for value in (
         lambda row: row["module"].split(".")[0].lstrip("_"),
@@ -39,6 +41,7 @@ def test_splits_share_no_module_prompt_or_completion(splits, every_row):
     assert len({row["completion"].casefold() for row in every_row}) == len(every_row)
 
 
+@pytest.mark.slow
 def test_rows_are_what_python_itself_says_about_its_functions(every_row):
     signature, completion = next(
         (row["prompt"], row["completion"]) for row in every_row if "\ndef dedent(" in row["prompt"]
@@ -49,6 +52,7 @@ def test_rows_are_what_python_itself_says_about_its_functions(every_row):
     assert " ".join(documented.split()).startswith(completion)
 
 
+@pytest.mark.slow
 def test_rows_are_clean(every_row):
     for row in every_row:
         place, signature, end = row["prompt"].split("\n")
@@ -61,6 +65,7 @@ def test_rows_are_clean(every_row):
         assert 4 <= len(row["completion"].split()) <= 24
 
 
+@pytest.mark.slow
 def test_the_order_mixes_modules(splits):
     assert len({row["module"].split(".")[0] for row in splits["train"][:50]}) > 15
 

@@ -46,6 +46,7 @@ def test_stsb_is_a_regression(shared, split):
     assert all(type(example.label) is float and 0 <= example.label <= 5 for example in examples)
 
 
+@pytest.mark.slow
 def test_e2e_has_several_references_for_one_input(shared):
     tokenizer = tiny_tokenizer()
     examples = load(
@@ -71,6 +72,7 @@ def test_e2e_has_several_references_for_one_input(shared):
     assert not {e.prompt for e in train} & {e.prompt for e in held_out}
 
 
+@pytest.mark.slow
 def test_samsum_has_one_empty_dialogue_and_repeats_of_train_in_validation(shared):
     settings = {
         "prompt_template": "{dialogue}\nSummary:",

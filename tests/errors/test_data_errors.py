@@ -96,6 +96,7 @@ def test_data_file_missing_and_the_empty_folder_of_the_user_stays_empty(
     shell.refuses(on_data("train", base) + "trian.jsonl", "trian.jsonl", "'train.jsonl'?")
 
 
+@pytest.mark.slow
 def test_data_file_missing_and_the_finished_run_stays(shell: Shell, base: str, data: str) -> None:
     """Also with --overwrite true."""
     assert main((on_data("train", base) + data).split()) == 0

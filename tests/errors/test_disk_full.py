@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import nn
 from user_mistakes import (
+    ROWS,
     TENSORS,
     FullAfter,
     Shell,
@@ -20,6 +21,7 @@ from user_mistakes import (
     nothing_left,
     refused,
     run_config,
+    write_rows,
 )
 
 import lorakit
@@ -132,6 +134,27 @@ IN_A_RUN = {
 }
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run with space enough, and how often it called each function of IN_A_RUN."""
+
+    result: RunResult
+    calls: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder, plenty = tmp_path_factory.mktemp("undisturbed"), 10**6
+    data = write_rows(folder / "train.jsonl", ROWS)
+    counters = {w: FullAfter(getattr(*place), plenty) for w, place in IN_A_RUN.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        for write, place in IN_A_RUN.items():
+            patched.setattr(*place, lambda *args, full=counters[write], **kw: full(*args, **kw))
+        result = lorakit.train(run_config(base, data, folder / "run"))
+    return Undisturbed(result, {write: plenty - full.left for write, full in counters.items()})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 1], ids=["first", "early", "late", "last"])
 @pytest.mark.parametrize("write", IN_A_RUN)
 def test_disk_full_in_a_run(
@@ -139,30 +162,18 @@ def test_disk_full_in_a_run(
     share: float,
     base: str,
     data: str,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Earlier checkpoints stay intact: with free space, the run resumes and ends with the same weights."""
     owner, name = IN_A_RUN[write]
-    function = getattr(owner, name)
-
-    def train(room: int, output: str, **settings: Any) -> tuple[FullAfter, RunResult | None]:
-        full = FullAfter(function, room)
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, name, lambda *args, **kwargs: full(*args, **kwargs))
-            try:
-                return full, lorakit.train(run_config(base, data, tmp_path / output, **settings))
-            except LorakitError as error:
-                assert_says(str(error), ("disk full", output, "free some space"))
-                return full, None
-
-    plenty = 10**6
-    full, undisturbed = train(plenty, "undisturbed")
-    assert undisturbed is not None
-    calls = plenty - full.left
-    _, result = train(int(share * (calls - 1)), "run")
-    assert result is None
+    full = FullAfter(getattr(owner, name), int(share * (undisturbed.calls[write] - 1)))
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, lambda *args, **kwargs: full(*args, **kwargs))
+        with refused(LorakitError, "disk full", "run", "free some space"):
+            lorakit.train(run_config(base, data, tmp_path / "run"))
     assert not [path for path in (tmp_path / "run").rglob("*") if ".tmp-" in path.name]
-    _, result = train(plenty, "run", resume=True)
-    assert result is not None
-    assert (result.adapter / TENSORS).read_bytes() == (undisturbed.adapter / TENSORS).read_bytes()
+    result = lorakit.train(run_config(base, data, tmp_path / "run", resume=True))
+    expected = undisturbed.result.adapter / TENSORS
+    assert (result.adapter / TENSORS).read_bytes() == expected.read_bytes()

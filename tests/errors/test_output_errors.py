@@ -29,6 +29,7 @@ with storage.lock_folder("run"):
 """
 
 
+@pytest.mark.slow
 def test_output_folder_in_use_by_another_run(shell: Shell, base: str, data: str) -> None:
     run = f"train --base.name {base} --data.train {data} --output run"
     with subprocess.Popen(
@@ -94,6 +95,7 @@ def test_merge_does_not_replace_what_it_reads(
     shell.refuses(f"merge adapter {output} --base.name model --overwrite true", output)
 
 
+@pytest.mark.slow
 def test_resume_on_a_base_that_has_changed(
     shell: Shell, bases: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,7 @@ def test_overwrite_replaces_texts(shell: Shell, base: str) -> None:
     assert json.loads(Path("out.jsonl").read_text())["prompt"] == "river"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_scores(shell: Shell, base: str, data: str) -> None:
     Path("out.jsonl").write_text("old\n")
     line = f"evaluate --base.name {base} --data.test {data} --decoding.max_new_tokens 2"

@@ -98,6 +98,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, tmp_path) -> None:
     result = json.loads((classifier / "run" / "result.json").read_text())
     config = settings(classifier, adapter=str(classifier / "run" / "adapter"))
@@ -112,6 +113,7 @@ def test_a_classifier_is_scored_with_the_labels_it_was_trained_with(classifier, 
     assert {record["label"] for record in outputs} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "base"])
 @pytest.mark.parametrize("kind", ["trained", "classifier"])
 def test_no_training_data_is_needed(kind: str, adapter: bool, request) -> None:

@@ -84,6 +84,7 @@ def config(folder: Path, task: str, **settings) -> EvaluateConfig:
     return EvaluateConfig(**values)
 
 
+@pytest.mark.slow
 def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch) -> None:
     monkeypatch.setattr(data_to_text, "find_java", lambda _: None)
     calls = []

@@ -143,6 +143,7 @@ def test_look_inside(run: Callable[..., dict[str, Any]]) -> None:
     assert_same_base(names["model"], fresh_base(names))
 
 
+@pytest.mark.slow
 def test_own_task(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     names = run("own_task")
     scores = names["scored"].scores

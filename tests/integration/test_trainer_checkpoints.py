@@ -89,6 +89,7 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_load_and_resume(case: str, tmp_path: Path) -> None:
     arch, method = CASES[case]
@@ -148,6 +149,7 @@ def test_the_best_checkpoint_is_put_back(case: str, tmp_path: Path) -> None:
     assert_bit_identical(tensors(model), tensors(tiny_models.build(arch)))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
     """With a frozen base, reentrant checkpointing would see no input that requires a gradient."""
     results = []
@@ -163,6 +165,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(results[1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vision_model_resumes(tmp_path: Path) -> None:
     """The checkpoint has other tensor names than the model (an older layout), but the adapter must resume."""
     generator = torch.Generator().manual_seed(0)

@@ -104,6 +104,14 @@ COMPILED = ("bitfit gpt2", "houlsby llama", "prefix layer gpt2")
 """One case of each kind: compiling takes seconds."""
 
 
+QUICK = (
+    *("bitfit gpt2", "bitfit and head", "houlsby llama", "lin bert", "pfeiffer deberta-v2"),
+    *("dropped layers", "top layers", "prefix embedding gpt2", "prefix layer llama"),
+    *("prefix layer roberta", "lora, biases and prefix layer"),
+)
+"""Every method, on architectures that change from one to the next; the other cases are slow."""
+
+
 def seen(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """The model's logits, without a graph."""
     with torch.no_grad():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from method_cases import CASES, COMPILED, Case, seen
+from method_cases import CASES, COMPILED, QUICK, Case, seen
 from random_adapters import randomise
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -19,11 +20,15 @@ from lorakit.errors import AdapterStateError
 from lorakit.models.layers import is_of_adapter
 
 
-def only(*archs: str) -> list[str]:
-    return [name for name, case in CASES.items() if case.arch in archs]
+def only(*archs: str) -> list:
+    return marked(name for name, case in CASES.items() if case.arch in archs)
 
 
-@pytest.fixture(params=CASES)
+def marked(names: Iterable[str]) -> list:
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(params=marked(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
@@ -168,6 +173,7 @@ def test_save_pretrained_never_gives_the_bare_base(case: Case, tmp_path: Path) -
                 loader.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_model_follows(name: str) -> None:
     case = CASES[name]

@@ -41,6 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_runs.save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
+@pytest.mark.slow
 def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, monkeypatch) -> None:
     config = tiny_runs.config(
         tmp_path,

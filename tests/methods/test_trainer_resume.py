@@ -60,6 +60,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["houlsby llama", "lin gpt2"])
 def test_checkpoints_resume_and_do_not_load_as_a_model(name: str, tmp_path: Path) -> None:
     whole = trainer(CASES[name], tmp_path / "whole")

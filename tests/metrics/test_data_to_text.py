@@ -11,11 +11,13 @@ from lorakit.metrics import WITHOUT_JAVA, e2e, webnlg
 from lorakit.metrics.data_to_text import _spaced
 
 
+@pytest.mark.slow
 def test_golden_scores_with_java_to_four_decimals(golden, java: str) -> None:
     scores = e2e(golden.outputs, golden.references, java=True)
     assert {name: round(score, 4) for name, score in scores.items()} == golden.scores
 
 
+@pytest.mark.slow
 def test_golden_scores_without_java(golden) -> None:
     scores = e2e(golden.outputs, golden.references, java=False)
     java = {"METEOR", "ROUGE_L", "CIDEr"}
@@ -40,6 +42,7 @@ def test_webnlg_of_equal_texts() -> None:
     assert scores["TER"] == 0
 
 
+@pytest.mark.slow
 def test_webnlg_with_java_keeps_empty_outputs_and_references_in_line(java: str) -> None:
     # If the first output lost its line, "a cat" would be compared with the fish and score below 0.2.
     scores = webnlg(["", "a cat"], [["the dog"], ["a fish", "a cat"]], java=True)

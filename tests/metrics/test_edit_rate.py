@@ -12,6 +12,7 @@ from lorakit.metrics.edit_rate import edit_rate
 words = st.lists(st.sampled_from("abcde"), max_size=9)
 
 
+@pytest.mark.slow
 @given(words, words.filter(bool))
 @settings(max_examples=300, deadline=None)
 def test_equals_pyter(output: list[str], reference: list[str]) -> None:

@@ -29,12 +29,14 @@ def test_tokens_with_java(java: str) -> None:
     assert ptb_tokens(list(EXAMPLES), java) == list(EXAMPLES.values())
 
 
+@pytest.mark.slow
 def test_the_two_agree_on_e2e(shared: Path, java: str) -> None:
     with open(shared / "data" / "e2e_nlg" / "test.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line)["human_reference"] for line in file]
     assert ptb_tokens(texts, None) == ptb_tokens(texts, java)
 
 
+@pytest.mark.slow
 def test_hostile_characters_keep_their_lines(java: str) -> None:
     texts = ["a\x00b", "\ud800", "x\r\ny", "\x1c\x1d\x1e", "\ufeff", "-", "b-", "\U0001f600 c", " "]
     alone = [ptb_tokens([text], java)[0] for text in texts]

@@ -74,6 +74,7 @@ def test_a_column_is_taken_before_an_aggregate() -> None:
     assert (query.column, query.aggregate) == (0, 1)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
     with gzip.open(shared / "data" / "wikisql" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, 5000)]
@@ -84,6 +85,7 @@ def test_every_query_of_wikisql_is_read_as_itself(shared: Path) -> None:
     assert shifted < 0.01
 
 
+@pytest.mark.slow
 def test_every_query_of_the_validation_set_comes_back_from_its_text(shared: Path) -> None:
     """Each of the 8,421 queries, written as text and parsed, gives its logical form with the same indices."""
     file = shared / "data" / "wikisql" / "validation.jsonl.gz"

@@ -11,7 +11,6 @@ from lorakit.errors import TargetError
 from lorakit.models.blocks import block_outputs, residual_branches, stacks
 from lorakit.models.roles import find_places
 
-KNOWN = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 EXPERTS = ("mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
 ONE_MODULE_FOR_BOTH = ("phi", "vit")
 """Attention and MLP share one dropout, so an adapter on it would apply to both."""
@@ -19,7 +18,7 @@ NOT_IN_THE_TABLE = ("StableLm", "Mpt")
 """Their dropouts follow only one of the two projections; adapters come before them."""
 
 
-@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_stacks_match_the_forward_pass(arch: str) -> None:
     model = tiny_models.build(arch)
     called: list[str] = []
@@ -34,7 +33,7 @@ def test_stacks_match_the_forward_pass(arch: str) -> None:
     assert len(called) == (4 if two else 2)
 
 
-@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_outputs_are_the_inputs_of_the_next_module(arch: str) -> None:
     """A branch ends with its last dropout; a block's output is that of its LayerNorm."""
     model = tiny_models.build(arch).train()

@@ -37,15 +37,16 @@ def batches() -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "bert"])
 def test_compiled_blocks_compute_the_same_gradients(arch: str) -> None:
     results = []
     for compiled in (False, True):
-        model = tiny_models.build(arch)
+        model = tiny_models.build(arch, num_hidden_layers=1)  # each block takes seconds to compile
         model.set_attn_implementation("sdpa")
         keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
         if compiled:
-            assert compile_blocks(model, backend="aot_eager") == model.config.num_hidden_layers
+            assert compile_blocks(model, backend="aot_eager") == 1
             assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (keys, kinds)
         adapters = attach(model, LoRA(rank=2, alpha=3, targets="attention.qv"), seed=0)
         randomise(adapters)
@@ -62,6 +63,7 @@ def test_compiled_blocks_compute_the_same_gradients(arch: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_runs_the_uncompiled_blocks() -> None:
     model = tiny_models.build("llama")
     compiled = []
@@ -70,7 +72,7 @@ def test_evaluation_runs_the_uncompiled_blocks() -> None:
         compiled.append(graph)
         return graph
 
-    compile_blocks(model, backend=backend)  # type: ignore[arg-type]
+    assert compile_blocks(model, backend=backend) == 2  # type: ignore[arg-type]
     ids = batches()[0]
     with evaluating(model):
         first = model(ids).logits

@@ -44,7 +44,7 @@ def test_fused_layers_show_their_rows() -> None:
     assert "(96, 32)  rows 32:64" in str(targets(tiny_models.build("gpt2")))
 
 
-@pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES])
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_listed_roles_exist_and_listed_layers_are_called(arch: str) -> None:
     model = tiny_models.build(arch)
     listed = targets(model)

@@ -16,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.roles import Place, find_places
 
-EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
-
 PRODUCTS = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm}
 PRODUCTS |= {torch.Tensor.__matmul__, torch.baddbmm, torch.Tensor.baddbmm}
 SOFTMAXES = {nn.functional.softmax, torch.softmax, torch.Tensor.softmax}
@@ -91,7 +89,7 @@ def noise_on(model: nn.Module, place: Place) -> Iterator[None]:
         layer.weight.data.copy_(before)
 
 
-@pytest.mark.parametrize("arch", EVERY_MODEL)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_noise_on_one_projection_changes_only_that_projection(arch: str) -> None:
     model = tiny_models.build(arch)
     places = find_places(model, "attention.qkv")

@@ -40,7 +40,7 @@ def test_the_tiny_models_cover_the_table() -> None:
     assert {config().model_type for config in configs} == known
 
 
-@pytest.mark.parametrize("arch", EVERY_MODEL)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_counts(arch: str) -> None:
     with torch.device("meta"):
         model = tiny_models.build(arch)
@@ -74,7 +74,7 @@ def test_all_linear_is_every_linear_layer_of_the_blocks(arch: str) -> None:
     assert {place.path for place in find_places(model, "all-linear")} == in_blocks
 
 
-@pytest.mark.parametrize("arch", EVERY_MODEL)
+@pytest.mark.parametrize("arch", tiny_models.EVERY_MODEL)
 def test_slices_of_a_fused_layer_cover_each_row_once(arch: str) -> None:
     model = tiny_models.build(arch)
     rows: dict[str, list[torch.Tensor]] = {}

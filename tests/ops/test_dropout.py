@@ -20,6 +20,7 @@ def test_share_and_factor(p, dtype):
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_every_element_has_the_same_probability():
     """The thresholds are 0 and 1 of 256; the random start of their pattern must hide it at every position."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ def rows_of(mask):
     return (2, 9) if mask is None else (max(2, len(mask)), mask.shape[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_output_is_that_of_plain_arithmetic(name):
     mask = MASKS[name]
@@ -28,6 +29,7 @@ def test_output_is_that_of_plain_arithmetic(name):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_are_those_of_plain_arithmetic(name, monkeypatch):
     """Use the unfused computation, which also has gradients on a CPU."""

@@ -63,6 +63,7 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_the_best_held_out_score(table2):
     config = table2(methods=("lora",), seeds=1, trials=3)
     run_table(config, silent)
@@ -74,6 +75,7 @@ def test_the_rate_is_that_of_the_best_held_out_score(table2):
         assert chosen == next(r.rate for r in records if r.held_out["accuracy"] == best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("best", "marked"), [(0, True), (1, False), (2, True)])
 def test_a_choice_beyond_which_a_rate_may_do_better_is_marked(table2, best, marked):
     config = table2(methods=("lora",), seeds=1, trials=3)
@@ -92,6 +94,7 @@ def _rate(path: Path) -> float:
     return json.loads(path.read_text(encoding="utf-8"))["rate"]
 
 
+@pytest.mark.slow
 def test_no_choice_sees_the_data_that_is_scored(table2, data, tmp_path):
     """Different validation data changes the scores, but neither the chosen rates nor the weights."""
     other = tmp_path / "other"
@@ -128,6 +131,7 @@ def test_held_out_rows_are_no_training_rows(table2):
         assert "validation" not in str(settings.source("train"))
 
 
+@pytest.mark.slow
 def test_a_repeated_call_makes_no_run_again(table2, tmp_path, monkeypatch):
     config = table2()
     run_table(config, silent)
@@ -138,6 +142,7 @@ def test_a_repeated_call_makes_no_run_again(table2, tmp_path, monkeypatch):
     assert results(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_a_failure_midway_keeps_what_was_done_and_the_same_call_goes_on(
     table2, tmp_path, monkeypatch
 ):
@@ -239,6 +244,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
     assert found.comparison.own[0].cells
 
 
+@pytest.mark.slow
 def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     """Its number is missing, no other seed replaces it, and the page reports it."""
     config, real = (
@@ -266,6 +272,7 @@ def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     assert note in found.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2, monkeypatch):
     real = grid_module.count_parameters
 
@@ -280,6 +287,7 @@ def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2,
     assert [bool(row.cells) for row in found.comparison.own] == [False, True]
 
 
+@pytest.mark.slow
 def test_weights_go_where_they_are_not_kept_and_the_scores_stay(table2, tmp_path):
     config = table2(keep_weights=False)
     run_table(config, silent)
@@ -297,6 +305,7 @@ def test_parameters_are_counted_without_the_new_head(table2):
     assert counts["full"].trained > counts["lora"].trained
 
 
+@pytest.mark.slow
 def test_spread_and_verdict_follow_from_the_seeds(table2):
     config = table2(seeds=3, trials=1)
     run_table(config, silent)

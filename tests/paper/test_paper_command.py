@@ -39,6 +39,7 @@ def test_words_that_no_recipe_has(capsys):
     assert "No recipe's name contains 'bert-tiny'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
     config = table2()
     status = main(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import tiny_models
 import torch
 from layouts import LAYOUTS, Target, expected_targets, head_module
+from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit import LoRA
@@ -211,4 +212,51 @@ def cases() -> tuple[Case, ...]:
                 rest = {name: value for name, value in fixed.items() if name in OPTIONS}
                 if pair in missing:
                     add(arch, targets, rest, candidates=10)
+    return tuple(chosen)
+
+
+def _layer_kinds(case: Case) -> set[str]:
+    """Return the kinds of layers that a case adapts: type, bias, slices, and a head's tie."""
+    model = _pristine(case.arch, case.head)
+    head = model.get_output_embeddings()
+    kinds = set()
+    for path, target in case.expected.items():
+        layer = model.get_submodule(path)
+        kind = "Embedding" if isinstance(layer, nn.Embedding) else type(layer).__name__
+        kind += " with bias" * (getattr(layer, "bias", None) is not None)
+        if target.slices:
+            rows = target.slices[0]
+            kind += " by slices" if rows[-1] - rows[0] < len(rows) else " by interleaved slices"
+            kind += " of unequal size" * (len(set(map(len, target.slices))) > 1)
+        if layer is head:
+            kind += " as tied head" if model.config.tie_word_embeddings else " as head"
+        kinds.add(kind)
+    return kinds
+
+
+def _combinations(case: Case) -> set[frozenset]:
+    """Return what `few_cases` covers of a case."""
+    options = [(name, getattr(case, name)) for name in OPTIONS]
+    kinds = [("kind", kind) for kind in _layer_kinds(case)]
+    return {
+        frozenset([("arch", case.arch)]),
+        *map(frozenset, itertools.combinations(options, 2)),
+        *map(frozenset, itertools.product(kinds, [*options, ("targets", case.targets)])),
+    }
+
+
+@functools.cache
+def few_cases() -> tuple[Case, ...]:
+    """Return the fewest of `cases` that a greedy choice needs for the same combinations.
+
+    Each architecture occurs, each pair of option values, and each kind of layer with every option
+    value and every target. Architectures of one layout share their kinds of layers, so a check of
+    `attach` or `merge` needs no more. The files of PEFT are read and written for all `cases`.
+    """
+    covers = {case: _combinations(case) for case in cases()}
+    missing = set().union(*covers.values())
+    chosen: list[Case] = []
+    while missing:
+        chosen.append(max(covers, key=lambda case: len(covers[case] & missing)))
+        missing -= covers[chosen[-1]]
     return tuple(chosen)

@@ -11,7 +11,12 @@ from logits import assert_differ, assert_same, randomise
 
 from lorakit import attach, load
 
-every_case = pytest.mark.parametrize("case", covering_array.cases(), ids=str)
+FEW = covering_array.few_cases()
+CASES = [
+    case if case in FEW else pytest.param(case, marks=pytest.mark.slow)
+    for case in covering_array.cases()
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @every_case

@@ -51,6 +51,7 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_counts_match_the_trained_run(tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, max_steps=1, epochs=1)
@@ -64,6 +65,7 @@ def test_counts_match_the_trained_run(tmp_path):
     assert planned.steps == 1
 
 
+@pytest.mark.slow
 def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
     """Each product takes a million seconds; the rates alone predict almost none."""
     config = tiny_runs.config(tmp_path, base, accumulation=1)
@@ -84,12 +86,14 @@ def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
     assert device == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_any_number_of_targets_is_planned(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, batch_size=7)
     planned = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
     assert planned[0].seconds < planned[1].seconds < planned[2].seconds
 
 
+@pytest.mark.slow
 def test_the_optimizer_update_takes_time(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, accumulation=1)
     slow = dataclasses.replace(MACHINE, products=1e15, traffic=1.0)
@@ -99,6 +103,7 @@ def test_the_optimizer_update_takes_time(base, tmp_path):
     assert slow_update.seconds > UPDATE_BYTES * slow_update.trained > fast_update.seconds
 
 
+@pytest.mark.slow
 def test_no_weights_are_needed(base, tmp_path):
     planned = plan(tiny_runs.config(tmp_path, base), machine=MACHINE)
     vocabulary = len(tiny_tokenizer())
@@ -110,6 +115,7 @@ def test_no_weights_are_needed(base, tmp_path):
     assert planned.steps == 18
 
 
+@pytest.mark.slow
 def test_the_parts_add_up_to_the_total(base, tmp_path):
     planned = plan(tiny_runs.config(tmp_path, base), length=64, machine=MACHINE)
     record = planned.as_dict()
@@ -125,6 +131,7 @@ def test_the_parts_add_up_to_the_total(base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_predicted_for_comparison(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, lora=lorakit.LoRA(rank=2))
     planned = plan(config, length=64, machine=MACHINE)
@@ -140,6 +147,7 @@ def test_full_fine_tuning_is_predicted_for_comparison(base, tmp_path):
     assert alone.chosen == planned.full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -161,6 +169,7 @@ def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
     assert planned.full is not None
 
 
+@pytest.mark.slow
 def test_a_custom_method_is_compared_with_full_fine_tuning(base, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_OWN", {})
     settings = {"targets": ["mlp.up"]}
@@ -171,6 +180,7 @@ def test_a_custom_method_is_compared_with_full_fine_tuning(base, tmp_path, monke
     assert planned.full.trained == planned.parameters
 
 
+@pytest.mark.slow
 def test_longer_larger_and_wider_runs_need_more(base, tmp_path):
     def total(**changes):
         config = tiny_runs.config(tmp_path, base, accumulation=1)
@@ -196,6 +206,7 @@ def test_longer_larger_and_wider_runs_need_more(base, tmp_path):
     assert twice.seconds == pytest.approx(2 * usual.seconds, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["nf4", "int8"])
 def test_a_quantised_base_is_smaller(base, tmp_path, dtype):
     config = tiny_runs.config(tmp_path, base)
@@ -232,6 +243,7 @@ def test_errors_name_the_setting(base, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
     config = tiny_runs.config(tmp_path, base)
@@ -242,12 +254,14 @@ def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     assert planned.chosen.seconds > 0
 
 
+@pytest.mark.slow
 def test_the_papers_arithmetic():
     text = "\n".join(arithmetic())
     for figure in ("18,874,368", "37.7 MB", "36.0 MiB", "9,285 times", "350.5 GB", "1,052 GB"):
         assert figure in text
 
 
+@pytest.mark.slow
 def test_gpt3_is_planned_without_a_checkpoint(tmp_path):
     config = tiny_runs.config(
         tmp_path, "gpt3-175b", lora=lorakit.LoRA(rank=4), accumulation=1, batch_size=1

@@ -129,6 +129,7 @@ def test_the_summary_warns_if_loading_needs_more_memory(planned, config):
     assert page.summary[-1] == ("Loading the base briefly needs more memory than training: 1 TB.")
 
 
+@pytest.mark.slow
 def test_the_papers_arithmetic_is_shown_for_gpt3_only(planned, config):
     assert "The paper's arithmetic" not in [
         s.title for s in plan_page(planned, config, command="").sections

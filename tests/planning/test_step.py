@@ -118,6 +118,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_predicted_peak_matches_the_allocator(name):
     make, method, objective, batch = CASES[name]
@@ -131,6 +132,7 @@ def test_the_predicted_peak_matches_the_allocator(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_shortened_model_equals_the_whole_one(name, checkpointing):
@@ -171,6 +173,7 @@ def test_dropout_draws_once_per_element():
     assert step.work.drawn == layers * 2 * batch["input_ids"].numel() * width
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_fewer_activations():
     make, method, objective, batch = CASES["llama, q and v"]
     usual = planned(make, method, objective, batch())

@@ -72,6 +72,7 @@ CONTENT = st.text(min_size=1).filter(lambda t: t.strip() and t.isprintable() and
 EXCHANGES = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(exchanges=EXCHANGES)
 def test_prefix_rendering_and_generation_tags_agree(exchanges):
     messages = [

@@ -112,6 +112,7 @@ def test_real_sets(shared: Path, task: str) -> None:
         assert len({e.label for e in examples}) > 1
 
 
+@pytest.mark.slow
 def test_real_mrpc_has_the_counts_of_its_readme(shared: Path) -> None:
     config = DataConfig(task="mrpc", root=str(shared / "data"), max_length=2048)
     for split, count, positive in (("train", 3668, 2474), ("validation", 408, 279)):

@@ -87,6 +87,7 @@ def test_a_completion_too_long_by_itself_loses_its_end(bos):
     assert tokenizer.eos_token_id not in targets(example)
 
 
+@pytest.mark.slow
 @given(
     prompt=TEXT,
     completion=TEXT,

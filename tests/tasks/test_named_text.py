@@ -311,6 +311,7 @@ def test_real_sets(shared: Path, task: str) -> None:
         assert not loaded.report.bad
 
 
+@pytest.mark.slow
 def test_real_test_inputs_and_their_references(shared: Path) -> None:
     """E2E's test set has 630 inputs; 971 of WebNLG's 1,862 are seen."""
     config = DataConfig(task="e2e_nlg", root=str(shared / "data"), max_length=8192)

@@ -8,8 +8,9 @@ kills once at each of 20 instants drawn uniformly over the run time (the seed is
 fsync, rename and removal that a run makes: between any two steps of every save. Each time a new process resumes the
 run, which has to end with the same `adapter_model.safetensors`, in adapter/ and in best/, as an undisturbed one.
 
-Runs are forked from one process that has imported everything, so that a run takes a fraction of a second. That
-process computes nothing itself: PyTorch's thread pool does not survive a fork.
+Runs are forked from one process that has imported everything, the modules that a run imports when it first needs
+them too, so that a run takes a fraction of a second. That process computes nothing itself: PyTorch's thread pool does
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import dataclasses
+import importlib
 import io
 import os
 import random
@@ -27,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -66,6 +69,8 @@ class Trial:
 
     def run(self, instants: int, every: int, seed: int) -> None:
         print(f"seed {seed}", flush=True)
+        warm_up = self.config("warm-up")
+        import_modules_of(lambda: train(warm_up), self.root / "modules.txt")
         config = self.config("undisturbed")
         began = time.monotonic()
         assert fork(lambda: train(config)) == 0
@@ -154,6 +159,19 @@ def fork(work: Callable[[], object], *, kill_after: float | None = None) -> int:
             output.seek(0)
             print(output.read(), flush=True)
         return status
+
+
+def import_modules_of(work: Callable[[], object], file: Path) -> None:
+    """Import what `work` imports, which a child finds out: it takes longer than the run itself."""
+
+    def listing() -> None:
+        work()
+        file.write_text("\n".join(sys.modules))
+
+    assert fork(listing) == 0
+    for name in file.read_text().split("\n"):
+        with suppress(ImportError):  # names that a library gives to modules of its own making
+            importlib.import_module(name)
 
 
 def count_steps(work: Callable[[], object]) -> int:

@@ -41,15 +41,19 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int
             train(config)
 
 
+def nine_steps(folder: Path, base: str, **settings) -> TrainConfig:
+    """A run with checkpoints after steps 3, 6 and 9."""
+    return tiny_runs.config(folder, base, max_steps=9, **settings)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return train(tiny_runs.config(folder, base)).folder
+    return train(nine_steps(tmp_path_factory.mktemp("undisturbed"), base)).folder
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
-    config = tiny_runs.config(tmp_path_factory.mktemp("stopped"), base)
+    config = nine_steps(tmp_path_factory.mktemp("stopped"), base)
     with pytest.MonkeyPatch.context() as patch:
         stop_in_step(patch, config, 8)
     return config
@@ -86,6 +90,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     damage, half: TrainConfig, undisturbed: Path, caplog: pytest.LogCaptureFixture
@@ -99,6 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig) -> None:
     run = Path(half.output)
@@ -144,10 +150,11 @@ def test_a_file_where_the_checkpoints_were(half: TrainConfig) -> None:
 # --- inputs of a run -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> None:
     """The changed base has the same shapes, so the trained weights would fit neither base."""
     folder = shutil.copytree(base, tmp_path / "model")
-    config = tiny_runs.config(tmp_path, str(folder))
+    config = nine_steps(tmp_path, str(folder))
     stop_in_step(monkeypatch, config, 8)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] += 0.1
@@ -161,9 +168,10 @@ def test_a_changed_base_is_refused(tmp_path: Path, base: str, monkeypatch) -> No
     assert "from_adapter" in message
 
 
+@pytest.mark.slow
 def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypatch) -> None:
     folder = shutil.copytree(base, tmp_path / "model")
-    config = tiny_runs.config(tmp_path, str(folder), method="full")
+    config = nine_steps(tmp_path, str(folder), method="full")
     stop_in_step(monkeypatch, config, 8)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 0.1
@@ -172,9 +180,10 @@ def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypat
         train(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_changed_data_is_refused(tmp_path: Path, base: str, split: str, monkeypatch) -> None:
-    config = tiny_runs.config(tmp_path, base)
+    config = nine_steps(tmp_path, base)
     stop_in_step(monkeypatch, config, 8)
     path = tmp_path / f"{split}.jsonl"
     tiny_runs.write_rows(path, tiny_runs.pairs(72, seed=9))
@@ -195,13 +204,19 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
-def test_a_damaged_result(damage, tmp_path: Path, base: str) -> None:
-    config = tiny_runs.config(tmp_path, base, max_steps=1)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
+    config = tiny_runs.config(tmp_path_factory.mktemp("finished"), base, max_steps=1)
     train(config)
-    damage(tmp_path / "run" / "result.json")
+    return config
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_result(damage, tmp_path: Path, finished: TrainConfig) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    damage(run / "result.json")
     with pytest.raises(RunFolderError, match=r"result\.json"):
-        train(dataclasses.replace(config, resume=True))
+        train(dataclasses.replace(finished, output=str(run), resume=True))
 
 
 def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
@@ -226,6 +241,7 @@ def test_damaged_settings(damage, half: TrainConfig) -> None:
         train(half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["not JSON", "[1]", "{}", '{"step": "6"}', '{"step": true}', ""])
 def test_a_damaged_line_among_whole_ones(half: TrainConfig, line: str) -> None:
     """A killed process damages only the last line. Another damaged line must not drop the rest of the file."""
@@ -256,6 +272,7 @@ def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> No
     assert [record["step"] for record in records] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> None:
     path = Path(half.output, "metrics.jsonl")
     path.write_bytes(path.read_bytes()[:-9])
@@ -264,6 +281,7 @@ def test_the_last_line_may_be_cut_off(half: TrainConfig, undisturbed: Path) -> N
     assert steps == [record["step"] for record in tiny_runs.metrics(undisturbed, "train")]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=3)
     run = train(config).folder
@@ -273,6 +291,7 @@ def test_a_finished_run_without_its_adapter_goes_on_to_write_it(tmp_path: Path, 
     assert adapter_bytes(run) == before
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
     """Overwriting deletes the link and keeps its target."""
     config = tiny_runs.config(tmp_path, base, max_steps=1)
@@ -284,8 +303,9 @@ def test_overwriting_a_run_with_links_in_it(tmp_path: Path, base: str) -> None:
     assert list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_keeping_one_checkpoint_is_enough_to_resume(tmp_path, base, monkeypatch) -> None:
-    config = tiny_runs.config(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
+    config = nine_steps(tmp_path, base, checkpoints=CheckpointConfig(every=3, keep=1))
     stop_in_step(monkeypatch, config, 8)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000006"]
     train(dataclasses.replace(config, resume=True))

@@ -66,6 +66,7 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
     assert "resume" not in settings
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path, base) -> None:
     outputs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -105,6 +106,7 @@ def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: str) -> None:
     # Both runs have one step per epoch, over all examples.
     losses = []
@@ -151,6 +153,7 @@ def test_trained_parameters_are_the_adapters_alone_and_the_base_stays(tmp_path, 
     assert all(p.dtype == torch.float32 for p in job.parameters.values())
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, base: str) -> None:
     # At this learning rate the loss soon rises.
     config = tiny_runs.config(
@@ -170,6 +173,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, ba
     assert adapter_bytes(tmp_path / "run", "best") != adapter_bytes(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(
         tmp_path,
@@ -188,6 +192,7 @@ def test_best_adapter_has_the_score_that_was_recorded_for_it(tmp_path: Path, bas
     assert train(again).scores_before["loss"] == pytest.approx(result.best_scores["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_adapter_starts_from_its_weights_with_a_new_optimizer(tmp_path, base) -> None:
     first = train(tiny_runs.config(tmp_path, base))
     config = tiny_runs.config(
@@ -208,6 +213,7 @@ def test_lora_plus_changes_the_result(tmp_path: Path, base: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(
     tmp_path, base
 ) -> None:
@@ -225,6 +231,7 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_held_out_loss(
     assert results[0.0].train_loss != pytest.approx(results[0.3].train_loss, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_keeps_float32_masters(tmp_path: Path, base: str, method: str) -> None:
     config = tiny_runs.config(
@@ -253,6 +260,7 @@ def test_full_fine_tuning_of_the_top_layer(tmp_path: Path, base: str) -> None:
     assert all("layers.1." in name for name in prepare(config).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["bert", "roberta", "llama"])
 def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
     base = tiny_runs.save_base(tmp_path / "base", arch, "base")
@@ -294,6 +302,7 @@ def test_a_score_that_is_no_number_ends_the_run_before_its_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_regression_reports_correlations(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
     rows = [
@@ -314,6 +323,7 @@ def test_regression_reports_correlations(tmp_path: Path) -> None:
     assert result.best_scores["pearson"] > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", tiny_models.ENCODER_DECODERS)
 def test_encoder_decoders_learn_completions(tmp_path: Path, arch: str) -> None:
     base = tiny_runs.save_base(tmp_path / "base", arch)
@@ -325,6 +335,7 @@ def test_encoder_decoders_learn_completions(tmp_path: Path, arch: str) -> None:
     assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str) -> None:
     for name, checkpointing in (("off", False), ("on", True)):
         train(
@@ -339,6 +350,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str
     assert adapter_bytes(tmp_path / "off") == adapter_bytes(tmp_path / "on")
 
 
+@pytest.mark.slow
 def test_without_validation_data_there_are_no_scores_and_no_best(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base)
     config = dataclasses.replace(
@@ -401,6 +413,7 @@ def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path:
         train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "gaussian"])
 def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) -> None:
     lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)

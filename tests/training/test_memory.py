@@ -37,6 +37,7 @@ def test_a_reset_forgets_freed_memory() -> None:
     assert peak_memory(CPU) < with_ballast - 0.9 * BALLAST
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_report_the_peak_of_the_first(tmp_path: Path, base: str) -> None:
     with_ballast = hold_and_free()
     config = tiny_runs.config(tmp_path, base, max_steps=1)

@@ -103,6 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, decoder: str, method: str) -> 
     return Run(folder, config, train(config))
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: str, capsys) -> None:
     result = run.result
     assert result.scores["loss"] < result.scores_before["loss"]
@@ -139,6 +140,7 @@ def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: s
     assert type(run.config.chosen_method).__name__ in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path) -> None:
     config = tiny_runs.config(
         tmp_path, decoder, data=run.config.data, from_adapter=str(run.result.adapter), max_steps=2
@@ -147,6 +149,7 @@ def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path) -> None:
     assert before == pytest.approx(run.result.scores["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, capsys) -> None:
     output = tmp_path / "merged"
     command = ["merge", str(run.result.adapter), str(output), "--base.name", decoder]
@@ -160,6 +163,7 @@ def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, 
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
     config = labelling(
         tmp_path,

@@ -58,6 +58,7 @@ def config(folder: Path, task: str, **overrides) -> TrainConfig:
     return tiny_runs.config(folder, str(folder / "base"), **settings)
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_as_the_task_is(root: Path) -> None:
     result = json.loads((root / "run-mnli" / "result.json").read_text())
     assert set(result["scores"]) == {"loss", "accuracy"}
@@ -114,6 +115,7 @@ def test_warm_start_carries_over_what_fits_and_says_so(root: Path, task: str, ca
     assert "loaded classifier.dense.bias, classifier.dense.weight and the adapter" in shown
 
 
+@pytest.mark.slow
 def test_warm_start_trains_the_new_layer(root: Path) -> None:
     start = str(root / "run-mnli" / "adapter")
     short = config(root, "mrpc", from_adapter=start, max_steps=1, output=str(root / "one"))
@@ -163,6 +165,7 @@ class Mine(Classification):
 """
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_changed_task_file(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)

@@ -38,8 +38,10 @@ def settings(folder, base, kind, **overrides):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("nf4", True), ("int8", False)], ids=["nf4-checkpointing", "int8"]
+)
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path, base, monkeypatch, kind, checkpointing
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_job_computes_over_quantised_projections(tmp_path, base, kind) -> None
     assert f"computed in {str(job.model.dtype).removeprefix('torch.')} on cpu" in lines
 
 
+@pytest.mark.slow
 def test_every_step_trains_every_factor(tmp_path, base) -> None:
     """An evaluation during training keeps the gradients of the layers below."""
     before = prepare(settings(tmp_path, base, "nf4"))

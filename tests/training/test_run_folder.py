@@ -33,6 +33,7 @@ def test_overwriting_deletes_nothing_that_is_not_a_run(tmp_path: Path, base: str
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_keeps_the_users_own_files(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=1)
     train(config)

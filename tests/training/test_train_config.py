@@ -67,6 +67,7 @@ def test_yaml_and_python_say_the_same_and_flags_win(tmp_path: Path) -> None:
     assert parsed(f"--config {path} --seed 7") == dataclasses.replace(config, seed=7)
 
 
+@pytest.mark.slow
 def test_the_recorded_configuration_repeats_and_resumes_the_run(tmp_path: Path, base: str) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=2)
     first = train(config)

@@ -150,6 +150,7 @@ def test_no_json_makes_it_stumble(found: dict):
         assert parse({"peft_type": "LORA", **found}).r > 0
 
 
+@pytest.mark.slow
 def test_patterns_that_never_end_are_stopped(monkeypatch):
     monkeypatch.setattr(adapter_config, "_PATTERN_SECONDS", 0.1)
     slow, path = "(a|aa)+b", "a" * 70
