@@ -156,7 +156,7 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     answer = ["SELECT river FROM table"]
     texts, note = generated(trained, capsys, *adapter, "--prompt", CONTEXT)
     assert texts == answer
-    assert "contexts of task wikisql, put into its encoding 'paper'" in note
+    assert "contexts of task wikisql, formatted with its encoding 'paper'" in note
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROW, {"prompt": CONTEXT}])
     assert generated(trained, capsys, *adapter, "--file", file)[0] == answer * 2
     # Unchanged, without the empty line of the encoding.
