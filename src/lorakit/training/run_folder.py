@@ -232,7 +232,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
         ConfigurationError: The run to resume has other settings.
     """
     path = Path(config.output)
-    # The real path, after a check that it can be written. `overwrite`: an old run is checked below.
+    # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
     config = _resolved(config)
