@@ -20,7 +20,9 @@ class Active:
     """The active adapters: by weight for the whole batch, or by name for each row."""
 
     weights: tuple[tuple[str, float], ...] = ()
+    """Name and weight of each active adapter (see `Adapters.activate`)."""
     rows: tuple[str | None, ...] | None = None
+    """Adapter name of each row of the batch, inside `Adapters.per_sample`; otherwise None."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -96,11 +98,12 @@ class Activation:
         checkpoints = _checkpoints() + _reentrant_checkpoints()
         if not checkpoints:
             return now
-        if self.part is None:  # the layer that sets `part` has looked up the record itself
-            again = next((checkpoint for checkpoint, second in checkpoints if second), None)
-            now = now if again is None else self._replay(self._records.get(again, now))
-        for checkpoint, second in checkpoints:
-            if not second:
+        # The layer that sets `part` has already looked up the record.
+        if self.part is None:
+            recomputed = next((checkpoint for checkpoint, again in checkpoints if again), None)
+            now = now if recomputed is None else self._replay(self._records.get(recomputed, now))
+        for checkpoint, again in checkpoints:
+            if not again:
                 self._records.setdefault(checkpoint, now)
         return now
 
@@ -130,7 +133,7 @@ _SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttribute
 
 
 def _checkpoints() -> list[tuple[Any, bool]]:
-    """Return the running non-reentrant checkpoints, innermost first, each with whether it is recomputed.
+    """Return the running non-reentrant checkpoints, innermost first, each with True if this is the recomputation.
 
     PyTorch pushes saved-tensor hooks around both runs. Their closures reference one frame object, which
     lives as long as the checkpoint. Checkpoints can be nested, and PyTorch exposes only the top of the stack.
@@ -147,7 +150,7 @@ def _checkpoints() -> list[tuple[Any, bool]]:
 
 
 def _frame_of(pack_hook: Any) -> tuple[Any, bool] | None:
-    """Return the checkpoint frame of a saved-tensor hook with whether it is recomputed; None for other hooks."""
+    """Return the checkpoint frame of a saved-tensor hook, and True in the recomputation; None for other hooks."""
     pack_hook = inspect.unwrap(pack_hook)
     code = getattr(pack_hook, "__code__", None)
     if code is None:

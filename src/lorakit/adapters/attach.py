@@ -45,10 +45,10 @@ def attach(
     with handle.deactivated():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
-        trained = method.trained_parameters(handle.model)
-        if not modules and not trained:
+        trained_names = method.trained_parameters(handle.model)
+        if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
-        handle.add(name, method, modules, trained)
+        handle.add(name, method, modules, trained_names)
     handle.activate(name)
     return handle
 

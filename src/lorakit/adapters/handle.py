@@ -270,7 +270,10 @@ class Adapters:
 
     @contextlib.contextmanager
     def deactivated(self) -> Iterator[None]:
-        """Deactivate all adapters, so that the base has its own weights; reactivate them after an error."""
+        """Deactivate all adapters, so that the base has its own weights.
+
+        An error in the block reactivates them. Otherwise the caller activates or merges what it added.
+        """
         before = self._activation.active
         self._set(Active())
         try:
@@ -287,7 +290,7 @@ class Adapters:
         trained: list[str],
         provenance: dict[str, Any] | None = None,
     ) -> InstalledAdapter:
-        """Add an adapter's modules to the model and freeze the base."""
+        """Add an adapter's modules and a copy of each base parameter named in `trained`; freeze the base."""
         require_exact_layers(self.model)
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
@@ -302,6 +305,7 @@ class Adapters:
         return adapter
 
     def _set_up_model(self) -> None:
+        """Prepare a model for its first adapter: compiled graphs, the handle, saving and loading."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -349,6 +353,7 @@ class Adapters:
                     adapters.replace(layer, attribute, copy)
 
     def _resolve(self, choice: Choice) -> Active:
+        """Return the active adapters that `choice` means, after checking its names and weights."""
         if choice is None:
             return Active()
         if not isinstance(choice, (str, Mapping)):
@@ -371,6 +376,7 @@ class Adapters:
         return Active(weights=tuple((name, float(weight)) for name, weight in weights.items()))
 
     def _get(self, name: str | None) -> InstalledAdapter:
+        """Return the adapter `name`, or for None the only one."""
         if name is None:
             if len(self._installed) == 1:
                 return next(iter(self._installed.values()))

@@ -34,7 +34,8 @@ class InstalledAdapter:
     modules: dict[str, AdapterModule]
     """The adapter's modules by the path of the adapted layer."""
     trained: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Layer path and attribute of each base parameter trained in full, by its first name."""
+    """Layer path and attribute of each base parameter trained in full, by its name. A tied parameter has one entry,
+    under the first of its names."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -53,7 +54,7 @@ class InstalledAdapter:
         yield from unique.values()
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
-        """Return the trained copies of base parameters, by the base parameter's first name."""
+        """Return the trained copies of base parameters, by the names in `trained`."""
         return {
             name: self.modules[path].trained[attribute]
             for name, (path, attribute) in self.trained.items()
@@ -65,19 +66,21 @@ def install(
     name: str,
     method: Method,
     modules: dict[str, AdapterModule],
-    trained: list[str],
+    trained_names: list[str],
     activation: Activation,
 ) -> InstalledAdapter:
-    """Add an adapter's modules to the model's layers, with a copy of each base tensor that it trains.
+    """Add an adapter's modules to the model's layers, with a copy of each base tensor in `trained_names`.
+
+    `modules` receives a plain `AdapterModule` for each layer that only has trained copies.
 
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
         AdapterStateError: A layer already has another attribute named `adapters`.
     """
-    refuse_quantised(model, trained)
+    refuse_quantised(model, trained_names)
     installed = InstalledAdapter(name, method, modules)
     tied_names: dict[int, list[str]] = {}  # names of one tied parameter share one copy
-    for parameter_name in trained:
+    for parameter_name in trained_names:
         path, _, attribute = parameter_name.rpartition(".")
         parameter = base_parameter(model.get_submodule(path), attribute)
         tied_names.setdefault(id(parameter), []).append(parameter_name)

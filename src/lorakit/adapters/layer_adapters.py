@@ -72,7 +72,7 @@ class LayerAdapters(AdapterSlot):
         if isinstance(output, tuple):  # a block's hidden states and further outputs
             return (self.after(layer, x, output[0]), *output[1:])
         active = self._active_here()
-        if active.rows is not None:
+        if active.rows is not None:  # inside per_sample
             return self._adapt_rows(layer, x, output, active)
         # This runs in every call of the layer, and a lookup in ModuleDict is slow.
         modules = self._modules
@@ -89,6 +89,7 @@ class LayerAdapters(AdapterSlot):
         return not (active.rows is not None and modules) and all(map(condition, modules))
 
     def _active_here(self) -> Active:
+        """Return the active adapters of this call, which may be a recomputation."""
         active = self.activation.moment().active
         if self.merged and active.names:
             raise AdapterStateError(
@@ -98,6 +99,7 @@ class LayerAdapters(AdapterSlot):
         return active
 
     def _adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
+        """Apply to each row of the batch the adapter that `per_sample` names for it."""
         rows = active.rows
         assert rows is not None
         if x.shape[0] % len(rows):
@@ -110,21 +112,22 @@ class LayerAdapters(AdapterSlot):
                 continue
             index = torch.tensor(active.rows_of(name, x.shape[0]), device=x.device)
             output = output.index_copy(
-                0, index, self._adapt_chosen(layer, name, x[index], output[index])
+                0, index, self._adapt_with(name, layer, x[index], output[index])
             )
         return output
 
-    def _adapt_chosen(self, layer: nn.Module, name: str, x: Tensor, output: Tensor) -> Tensor:
+    def _adapt_with(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Return the output of some rows, all of which use the adapter `name`."""
         module, activation = self[name], self.activation
         if module.trained:  # recompute these rows with the trained parameters
-            base, part = dict(layer._parameters), activation.part
+            base, previous_part = dict(layer._parameters), activation.part
             try:
                 layer._parameters.update(module.trained)
                 activation.part = Active(rows=(name,))  # for the layers inside this one
                 output = layer.forward(x)
             finally:
                 layer._parameters.update(base)
-                activation.part = part
+                activation.part = previous_part
         return module.adapt(layer, x, output, 1.0)
 
     # --- effective weights -------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class LayerAdapters(AdapterSlot):
     def effective_weight(
         self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
     ) -> Tensor:
-        """``W + sum of weight * delta`` in float32 (or wider), rounded once to the dtype of W.
+        """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W.
 
         For a quantised W the deltas are added to ``W_q``, as a matrix (out, in).
         """
@@ -201,7 +204,7 @@ class LayerAdapters(AdapterSlot):
         data = getattr(self, f"base_{attribute}", None)
         quantised_class = self.quantised_class
         original = self.forget(attribute)
-        if data is None:
+        if data is None:  # a quantised weight has no buffer
             assert quantised_class is not None
             compute_quantised(layer, original, quantised_class)
             return
@@ -312,6 +315,7 @@ def computes_its_own(layer: nn.Module) -> bool:
 
 
 def _leaves_output(module: AdapterModule) -> bool:
+    """Return whether the module does not override `adapt`, which by default leaves the output unchanged."""
     return type(module).adapt is AdapterModule.adapt
 
 
@@ -375,6 +379,7 @@ def remove_idle_hooks(model: nn.Module) -> None:
 
 
 def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Remove forward hooks and pre-hooks by function, with PyTorch's flags for them."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [k for k, hook in hooks.items() if hook in functions]:
             del hooks[key]

@@ -38,8 +38,8 @@ def run(argv: Sequence[str]) -> None:
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
         f"{gigabytes(result.peak_memory)}{early}"
     )
-    planned, predicted = _planned(config, result)
-    print(planned)
+    planned_line, predicted = _planned(config, result)
+    print(planned_line)
     for name, value in result.scores.items():
         before = result.scores_before.get(name)
         print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}")
@@ -50,17 +50,20 @@ def run(argv: Sequence[str]) -> None:
     print(f"next     {_next(config, result)}")
 
 
-def _next(config: TrainConfig, result: RunResult) -> str:
-    """Return the command that shows the adapter, with the file of a custom method."""
-    from lorakit.methods.registry import is_own
+def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a recipe, without its method if --from_adapter sets the method."""
+    from lorakit.paper.recipes import recipe
 
-    custom = [name for name in config.method_names if is_own(name)]
-    option = ["--method", custom[0]] if custom else []
-    return shlex.join(["lorakit", "inspect", str(result.adapter), *option])
+    chosen = recipe(name)
+    from_adapter = any(word.split("=")[0] == "--from_adapter" for word in argv)
+    return chosen.starting_from_adapter() if from_adapter else chosen.settings
 
 
 def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
-    """Return the line that prints the plan of the run, and its numbers for the report; None if planning failed."""
+    """Predict time and memory of the run. Return a line to print, and the numbers for the report.
+
+    If planning fails, the line has the reason, and the numbers are None.
+    """
     from lorakit.formatting import gigabytes
     from lorakit.planning import plan
 
@@ -81,10 +84,10 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
     }
 
 
-def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of a recipe, without its method if --from_adapter sets the method."""
-    from lorakit.paper.recipes import recipe
+def _next(config: TrainConfig, result: RunResult) -> str:
+    """Return the command that shows the adapter, with the file of a custom method."""
+    from lorakit.methods.registry import is_own
 
-    chosen = recipe(name)
-    from_adapter = any(word.split("=")[0] == "--from_adapter" for word in argv)
-    return chosen.starting_from_adapter() if from_adapter else chosen.settings
+    custom = [name for name in config.method_names if is_own(name)]
+    option = ["--method", custom[0]] if custom else []
+    return shlex.join(["lorakit", "inspect", str(result.adapter), *option])

@@ -17,10 +17,12 @@ Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 """Function from examples to a batch on the model's device."""
 
 SHORT = 64
+"""Longest row, in tokens, that is rounded up to `SHORT_STEP`."""
+
 SHORT_STEP, PADDED_STEP, PACKED_STEP = 4, 8, 32
 """Batch widths are rounded up to multiples of these, because CPU libraries cache kernels and memory for each shape:
-hundreds of megabytes for all widths. Rows up to `SHORT` use the first step, longer rows the second, and packed rows,
-which are the longest, the third. Long rows have a larger step because rounding adds a smaller share to them."""
+hundreds of megabytes for all widths. The first is for short padded rows, the second for longer ones, and the third for
+packed rows, which are the longest. Long rows have a larger step because rounding adds a smaller share to them."""
 
 
 def collator(base: Base, *, packed: bool = False) -> Collate:
@@ -40,6 +42,7 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
         else:
             longest = max(map(len, examples))
             step = SHORT_STEP if longest <= SHORT else PADDED_STEP
+            # Rounding up must not exceed the context.
             fits = context is None or round_up(longest, step) <= context
             batch = collate(examples, pad, step=step if fits else 1)
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -56,6 +59,7 @@ def encoder_input(base: Base, example: LanguageExample) -> list[int]:
 def _encoder_decoder_batch(
     base: Base, examples: Sequence[LanguageExample], pad: int
 ) -> dict[str, torch.Tensor]:
+    """Return padded encoder inputs, and the completions as labels."""
     # If generation forces the first token (BART), training inserts it too.
     generation = getattr(base.model, "generation_config", None)
     forced = getattr(generation, "forced_bos_token_id", None)

@@ -45,6 +45,7 @@ class Computation:
     packed: bool = False
     """Whether the examples of a batch are packed, shared prefixes computed once."""
     faster: Faster = "none"
+    """Which of lorakit's own layers replace the model's."""
     compiled: bool = False
     """Whether the model's blocks are going to be compiled."""
     notes: tuple[str, ...] = ()
@@ -103,20 +104,21 @@ def confirm_computation(
         examples: At least one.
     """
     notes, faster, packed = list(choice.notes), choice.faster, choice.packed
-    reason = ""
     if faster != "none":
-        reason = try_faster(base.model, collator(base)(examples[:2]), faster)
-    if reason:
-        faster = "none"
-        notes.append(f"stock attention: {reason}")
+        why_stock = try_faster(base.model, collator(base)(examples[:2]), faster)
+        if why_stock:
+            faster = "none"
+            notes.append(f"stock attention: {why_stock}")
     if packed:
-        (first,) = model_examples(base, examples[:1])
+        (first,) = model_examples(base, examples[:1])  # with virtual tokens, as in a batch
         assert isinstance(first, LanguageExample)
-        reason = why_not_packed(base.model, first)
-        packed = not reason
+        why_padded = why_not_packed(base.model, first)
+        packed = not why_padded
         notes.insert(
             0,
-            f"batches padded, not packed: {reason}" if reason else "shared prefixes computed once",
+            f"batches padded, not packed: {why_padded}"
+            if why_padded
+            else "shared prefixes computed once",
         )
     return replace(
         choice,
@@ -135,6 +137,7 @@ def objective_for(base: Base, task: DataTask, examples: Sequence[Example]) -> Ch
 def _confirmed_objective(
     choice: Computation, base: Base, examples: Sequence[Example]
 ) -> ChosenLoss:
+    """Return the chosen loss with the cheapest path and last block that leave the results on `base` unchanged."""
     chosen, model = choice.objective, base.model
     if isinstance(chosen, SequenceToSequenceLoss):
         return chosen
@@ -169,7 +172,10 @@ def _structural_objective(
 
 
 def _why_padded(model: PreTrainedModel, task: DataTask, *, packing: bool) -> str | None:
-    """Return why batches are padded, for the user; None where they can be packed."""
+    """Return None if batches can be packed, else why they are padded, for the user.
+
+    The reason is empty for tasks and models that never pack: there is nothing to tell the user.
+    """
     if not task.generates or model.config.is_encoder_decoder:
         return ""
     if not packing:

@@ -2,7 +2,8 @@
 
 Tokens are independent after the attention of a block: in the output projection, the MLP and the norms. The loss uses
 the outputs of only some tokens of the last block: the first token of a classified text, or the tokens before targets.
-These parts gather such tokens, compute them forward and backward, and scatter them; the other outputs are zero.
+Hooks on these parts gather the used tokens before the forward pass and scatter the outputs after it. The outputs of
+the other tokens are zero, and autograd skips these tokens too.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class LastBlock:
         """
         with ExitStack() as handles:
             if self.divides:
-                rows, count = at(), shape[0] * shape[1]
-                if 0 < len(rows) <= self.max_share * count:
-                    self._register(_padded(rows, count), shape, handles)
+                used, count = at(), shape[0] * shape[1]
+                if 0 < len(used) <= self.max_share * count:
+                    self._register(_padded(used, count), shape, handles)
             yield
 
     def _register(self, at: Tensor, shape: tuple[int, int], handles: ExitStack) -> None:
+        """Register the hooks of all parts, and their removal in `handles`."""
         gather, scatter = partial(_gather, self, at, shape), partial(_scatter, at, shape)
         for part in self.parts:
             handles.enter_context(part.register_forward_pre_hook(gather, with_kwargs=True))
@@ -92,9 +94,12 @@ def last_block(model: nn.Module) -> LastBlock | None:
     if located is None:
         return None
     path, parts = located
-    (stack,) = blocks.stacks(model).values()
+    (stack,) = blocks.stacks(model).values()  # parts_by_token accepts models with one stack only
     earlier = {
-        id(m) for other in stack if other != path for m in model.get_submodule(other).modules()
+        id(m)
+        for block_path in stack
+        if block_path != path
+        for m in model.get_submodule(block_path).modules()
     }
     return LastBlock(
         parts=tuple(map(model.get_submodule, parts)),

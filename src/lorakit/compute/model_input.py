@@ -59,18 +59,18 @@ def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
         start: The special tokens at the start of a text (bos, [CLS]). The prefix goes after them, since models expect
             them at position 0.
     """
-    where = {"keep": _start_length(example.input_ids, start)}
+    lengths = {"keep": _start_length(example.input_ids, start)}  # arguments of VirtualTokens.place
     if isinstance(example, LanguageExample):
-        where["prompt"] = max(example.prompt_length, where["keep"])
+        lengths["prompt"] = max(example.prompt_length, lengths["keep"])
         return replace(
             example,
-            input_ids=tokens.place(example.input_ids, **where),
-            loss_mask=tokens.place(example.loss_mask, **where, fill=False),
-            prompt_length=where["prompt"] + tokens.total,
+            input_ids=tokens.place(example.input_ids, **lengths),
+            loss_mask=tokens.place(example.loss_mask, **lengths, fill=False),
+            prompt_length=lengths["prompt"] + tokens.total,
         )
-    ids = tokens.place(example.input_ids, **where)
+    ids = tokens.place(example.input_ids, **lengths)
     if isinstance(example, LabelledExample) and example.token_type_ids is not None:
-        types = tokens.place(example.token_type_ids, **where, fill=0)
+        types = tokens.place(example.token_type_ids, **lengths, fill=0)
         return replace(example, input_ids=ids, token_type_ids=types)
     return replace(example, input_ids=ids)
 
@@ -81,4 +81,5 @@ def place_in_prompt(ids: Sequence[int], tokens: VirtualTokens, start: Sequence[i
 
 
 def _start_length(ids: Sequence[int], start: Sequence[int]) -> int:
+    """Return the number of special tokens at the start of `ids`; 0 unless `ids` begin with all of them."""
     return len(start) if list(ids[: len(start)]) == list(start) else 0

@@ -210,8 +210,9 @@ def language_modelling(
 ) -> LanguageModellingLoss:
     """Return the objective with the cheapest path whose loss on `probe` equals that of the model's full logits.
 
-    Two checks rule out a path. The structure shows adapters on the head, which have no effect on the comparison while
-    they are zero. The comparison shows operations after the head that the structure does not show.
+    A path must pass two checks. `loss_paths` inspects the structure: it finds an adapter on the head, which a
+    comparison would miss while the adapter is zero. The comparison of losses finds operations after the head, which
+    the structure does not show.
     """
     objective = LanguageModellingLoss(
         path="whole logits", note="loss from the model's whole logits"
@@ -275,11 +276,12 @@ def _logit_scale(model: nn.Module) -> float:
     return getattr(config, "logit_scale", None) or 1.0  # type: ignore[return-value]
 
 
+# Entries of a batch that the model takes; the others are for the loss and for counting tokens.
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return the model's inputs from a batch."""
+    """Return the model's inputs from a batch, with the mask in the form that its attention accepts."""
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     mask = inputs.get("attention_mask")
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -298,7 +300,7 @@ class Targets:
     at: Tensor
     """Index of the position that predicts each target, in the flattened (rows * width) positions."""
     ids: Tensor
-    """Their token ids."""
+    """Token id of each target."""
     weights: Tensor | None
     """Number of examples that share each target; None if each target belongs to one example."""
     width: int

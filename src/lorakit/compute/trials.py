@@ -33,20 +33,20 @@ Faster = Literal["layers", "attention", "none"]
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
     """Return why packing changes the results of `model`; empty if it does not.
 
-    The trial compares the hidden states at all targets between two completions of one prompt, computed together with
-    a shared prefix, and each completion computed alone.
+    The trial takes two completions of one prompt. It computes them together, with the prompt as a shared prefix, and
+    each alone, and compares the hidden states at all targets.
     """
     objective, device = LanguageModellingLoss(), next(model.parameters()).device
     ids, cut = example.input_ids, example.prompt_length
     twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
-    pair = sorted((example, twin), key=lambda e: e.input_ids)
+    pair = sorted((example, twin), key=lambda e: e.input_ids)  # the order of the targets in `pack`
     try:
         together = _used_outputs(objective, model, _to(device, pack(pair, pad_id=0)))
         alone = [_used_outputs(objective, model, _to(device, collate([e], pad_id=0))) for e in pair]
     except Exception as error:  # models can raise any exception; padded batches still work
         return f"it raised {type(error).__name__}: {error}"
     expected = torch.cat(alone)
-    if together.shape != expected.shape:
+    if together.shape != expected.shape:  # packing merges targets that both completions share
         return "the two completions of the trial start with the same token"
     distance = _distance(together, expected)
     if not distance <= _limit(model):
@@ -90,18 +90,18 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
         return objective
     if isinstance(objective, LanguageModellingLoss) and objective.path != "fused":
         return objective
-    trial = replace(block, max_share=1.0)  # gather in any case
+    trial_block = replace(block, max_share=1.0)  # gather even if nearly all tokens are used
     matching: list[T] = []
     try:
         before = _used_outputs(objective, model, batch)
-        for changed, note in _variants(objective, trial):
+        for changed, note in _variants(objective, trial_block):
             if _distance(_used_outputs(changed, model, batch), before) <= tolerance(model):
                 notes = filter(None, (objective.note, note))
                 matching.append(replace(changed, last_block=block, note="; ".join(notes)))
     except Exception:  # models can raise any exception; the full block still works
         return objective
     # If both tokens match, the batch does not show which one the head uses.
-    return matching[0] if len(matching) == 1 and trial.divisions else objective
+    return matching[0] if len(matching) == 1 and trial_block.divisions else objective
 
 
 def _variants(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:
@@ -135,7 +135,8 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Any:
     inputs: dict[str, Any] = dict(batch)
-    if not model.config.is_encoder_decoder:  # which derives its decoder's inputs from the labels
+    # An encoder-decoder derives its decoder's inputs from the labels.
+    if not model.config.is_encoder_decoder:
         inputs.pop("labels", None)
     if "use_cache" in inspect.signature(model.forward).parameters:
         # As in training: a compiled kernel depends on the strides of its inputs.

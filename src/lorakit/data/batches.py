@@ -1,4 +1,4 @@
-"""Collate examples into batches of tensors. Their order depends only on the seed and the epoch."""
+"""Collate examples into batches of tensors. The order of the batches depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         ]
         batch["labels"] = pad(targets, IGNORED)
     elif len(labelled) == len(examples):
-        scores = any(isinstance(example.label, float) for example in labelled)
-        dtype = torch.float32 if scores else torch.long
+        is_regression = any(isinstance(example.label, float) for example in labelled)
+        dtype = torch.float32 if is_regression else torch.long
         batch["labels"] = torch.tensor([example.label for example in labelled], dtype=dtype)
         types = [
             example.token_type_ids for example in labelled if example.token_type_ids is not None

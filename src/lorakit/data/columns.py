@@ -50,7 +50,9 @@ class ColumnMap:
         return self.renamed.get(field, field)
 
     def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of one row with rendered templates. Missing fields are omitted.
+        """Return the fields of one row with rendered templates, to infer the task and its labels.
+
+        Missing fields are omitted. `examples` prepares a row for encoding.
 
         Raises:
             BadRow: A template cannot be rendered.

@@ -159,9 +159,11 @@ class DataConfig:
         """Return whether the configuration or the named task has data for a split. Does not look for its files."""
         if split == "validation" and self.validation_fraction:
             return True
-        if self._named(split) is not None:
+        if self._configured_source(split) is not None:
             return True
-        return self.own is not None and bool(self.own.names(split, self._chosen(split)))
+        return self.own is not None and bool(
+            self.own.names(split, self._configured_split_name(split))
+        )
 
     def source(self, split: Split) -> str | list[str] | None:
         """Return the files or data set of a split, from the configuration or the named task; None without any.
@@ -171,26 +173,27 @@ class DataConfig:
         """
         if split == "validation" and self.validation_fraction:
             split = "train"
-        named = self._named(split)
-        if named is None and self.own is not None:
-            return self.own.source(split, self._chosen(split))
-        return named
+        source = self._configured_source(split)
+        if source is None and self.own is not None:
+            return self.own.source(split, self._configured_split_name(split))
+        return source
 
     def hub_split(self, split: Split) -> str:
         """Return the name of a split in its hub data set."""
         if split == "validation" and self.validation_fraction:
             split = "train"
-        if chosen := self._chosen(split):
-            return chosen
-        if self._named(split) is None and self.own is not None:
+        if name := self._configured_split_name(split):
+            return name
+        if self._configured_source(split) is None and self.own is not None:
             return next(iter(self.own.names(split)), split)
         return split
 
-    def _named(self, split: Split) -> str | list[str] | None:
-        named = getattr(self, split)
-        if named is None and isinstance(self.train, str) and self.train in BUILT_IN:
+    def _configured_source(self, split: Split) -> str | list[str] | None:
+        """Return the source that the configuration sets; a built-in data set in `train` has all splits."""
+        source = getattr(self, split)
+        if source is None and isinstance(self.train, str) and self.train in BUILT_IN:
             return self.train
-        return named
+        return source
 
-    def _chosen(self, split: Split) -> str | None:
+    def _configured_split_name(self, split: Split) -> str | None:
         return getattr(self, f"{split}_split")

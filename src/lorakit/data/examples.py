@@ -129,7 +129,7 @@ class RowReader:
     """Reads each source once, although the task, the labels and several splits may need its rows."""
 
     def __init__(self) -> None:
-        self._sources: dict[tuple[Any, ...], DataRows] = {}
+        self._read: dict[tuple[Any, ...], DataRows] = {}
 
     def read(self, config: DataConfig, split: Split) -> DataRows:
         """Return the rows of a split.
@@ -137,16 +137,16 @@ class RowReader:
         Raises:
             DataError: The configuration has no such split, or it cannot be read.
         """
-        where = config.source(split)
-        if where is None:
+        source = config.source(split)
+        if source is None:
             if config.own is not None:
                 raise DataError(config.own.why_not(split))
             raise DataError(f"the configuration has no {split} data; set data.{split}")
-        files = (where,) if isinstance(where, str) else tuple(where)
-        key = (files, config.hub_split(split), config.limit)
-        if key not in self._sources:
-            self._sources[key] = read_source(where, config.hub_split(split), config.limit)
-        return self._sources[key]
+        sources = (source,) if isinstance(source, str) else tuple(source)
+        key = (sources, config.hub_split(split), config.limit)
+        if key not in self._read:
+            self._read[key] = read_source(source, config.hub_split(split), config.limit)
+        return self._read[key]
 
 
 def load_examples(
@@ -167,33 +167,35 @@ def load_examples(
             long and the configuration says stop. The message names files and lines.
     """
     rows = rows or RowReader()
-    source, where = rows.read(config, split), config.source(split)
-    columns = ColumnMap(config, source.columns, source.name)
+    data = rows.read(config, split)
+    columns = ColumnMap(config, data.columns, data.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
     elif not config.has("train") or (
-        where == config.source("train") and config.hub_split(split) == config.hub_split("train")
+        config.source(split) == config.source("train")
+        and config.hub_split(split) == config.hub_split("train")
     ):
-        resolved = _task_of(config, source, columns)
+        resolved = _infer_task(config, data, columns)
     else:
         resolved = task_of(config, rows=rows)
-    task_type = columns.task(resolved.name, [])  # checks the columns of this split
-    task = task_type(
+    # Checks the columns of this split. It needs no rows, because the task is no longer "auto".
+    task_class = columns.task(resolved.name, [])
+    task = task_class(
         tokenizer,
         max_length=config.max_length,
         truncate=config.too_long == "truncate",
         labels=resolved.labels if labels is None else labels,
         encoding=config.encoding,
     )
-    report = Report(source=source.name, rows=len(source.rows), read=len(source.rows))
-    examples = list(_encode(source, columns, task, config, report))
+    report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
+    examples = list(_encode(data, columns, task, config, report))
     if not examples:
         raise DataError(
-            f"{source.name}: none of its {report.read:,} rows is valid"
+            f"{data.name}: none of its {report.read:,} rows is valid"
             f"{_listing(report.bad + report.too_long)}"
         )
     if config.validation_fraction and split != "test":
-        examples = _side(examples, config.validation_fraction, held_out=split == "validation")
+        examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
     report.kept = len(examples)
     report.truncated = sum(example.truncated for example in examples)
@@ -202,7 +204,7 @@ def load_examples(
         task=resolved.name,
         labels=task.labels,
         report=report,
-        sha256=source.sha256,
+        sha256=data.sha256,
     )
 
 
@@ -219,20 +221,21 @@ def task_of(
     if config.own is not None and config.own.settles_labels:
         return DataTask(name=config.task, labels=config.own.task.classes)
     split = "train" if config.has("train") else split
-    source = (rows or RowReader()).read(config, split)
-    return _task_of(config, source, ColumnMap(config, source.columns, source.name))
+    data = (rows or RowReader()).read(config, split)
+    return _infer_task(config, data, ColumnMap(config, data.columns, data.name))
 
 
-def _task_of(config: DataConfig, source: DataRows, columns: ColumnMap) -> DataTask:
-    rows = list(_fields(source, columns))
+def _infer_task(config: DataConfig, data: DataRows, columns: ColumnMap) -> DataTask:
+    """Return the configured task, or for "auto" the one that fits the columns, with the labels of the rows."""
+    rows = list(_fields(data, columns))
     task = columns.task(config.task, rows)
-    declared = source.class_names.get(columns.column_of("label"), ())
+    declared = data.class_names.get(columns.column_of("label"), ())
     name = task.name if config.task == "auto" else config.task
     return DataTask(name=name, labels=task.labels_of(rows, declared))
 
 
-def _fields(source: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
-    for row in source.rows:
+def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
+    for row in data.rows:
         if isinstance(row, Row):
             try:
                 yield columns.apply(row.values)
@@ -241,13 +244,13 @@ def _fields(source: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
 
 
 def _encode(
-    source: DataRows, columns: ColumnMap, task: Task, config: DataConfig, report: Report
+    data: DataRows, columns: ColumnMap, task: Task, config: DataConfig, report: Report
 ) -> Iterator[Example]:
     """Yield the examples of the valid rows, and add the other rows to `report`.
 
     With "stop", the error comes after the last row, so that one run reports all invalid rows.
     """
-    for row, split in zip(source.rows, source.splits, strict=True):
+    for row, split in zip(data.rows, data.splits, strict=True):
         if isinstance(row, Problem):
             report.bad.append(row)
             continue
@@ -273,12 +276,12 @@ def _encode(
                 yield example
     if report.bad and config.bad_rows == "stop":
         raise DataError(
-            f"{source.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
+            f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
             f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip."
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
-            f"{source.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
+            f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
             f"{config.max_length:,}, the longest with {report.longest:,} tokens"
             f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate."
         )
@@ -298,7 +301,7 @@ def _listing(problems: Sequence[Problem]) -> str:
     return "".join(lines)
 
 
-def _side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:
+def _one_side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:
     """Return the validation side or the training side of the examples.
 
     A hash of the input text picks the side. Several references for one input, and repeated rows, therefore stay on

@@ -84,6 +84,7 @@ class OwnData:
         )
 
     def _file(self, files: list[Path], name: str, split: str) -> Path | None:
+        """Return the file called `name`, without suffixes; None if there is none."""
         matches = [file for file in files if stem(file) == name]
         if len(matches) > 1:
             raise DataError(
@@ -93,6 +94,7 @@ class OwnData:
         return matches[0] if matches else None
 
     def _files(self) -> list[Path]:
+        """Return the data files in the task's folder."""
         with storage.reading(str(self.folder), DataError):
             if self.folder.is_dir():
                 return sorted(file for file in self.folder.iterdir() if reader_for(file))

@@ -55,17 +55,17 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
     mask = np.tile(np.eye(width, dtype=bool), (len(rows), 1, 1))
     target_at, targets, weights = [], [], []
     for r, row in enumerate(rows):
-        position: dict[int, int] = {}
+        position: dict[int, int] = {}  # of each input node in the row, by its id()
         for node in (node for tree in row for node in tree):
             parent = -1 if node.parent is None else position[id(node.parent)]
-            if node.weight:
+            if node.weight:  # a target has a parent, which predicts it
                 target_at.append(r * width + parent)
                 targets.append(node.token)
                 weights.append(node.weight)
             if node.is_input:
                 at = position[id(node)] = len(position)
                 input_ids[r, at], position_ids[r, at] = node.token, node.depth
-                if node.parent is not None:
+                if node.parent is not None:  # attend to what the parent attends to, and to itself
                     mask[r, at, :at] = mask[r, parent, :at]
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -84,13 +84,15 @@ def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:
     for example in sorted(examples, key=lambda example: example.input_ids):
         first, *rest = example.input_ids
         node = roots.setdefault(first, _Node(token=first, depth=0, parent=None, is_input=True))
-        last = max((i for i, is_target in enumerate(example.loss_mask) if is_target), default=0)
-        for depth, token in enumerate(rest[:last], start=1):
+        last_target = max(
+            (i for i, is_target in enumerate(example.loss_mask) if is_target), default=0
+        )
+        for depth, token in enumerate(rest[:last_target], start=1):
             if token not in node.children:
                 node.children[token] = _Node(token=token, depth=depth, parent=node)
             node = node.children[token]
             node.weight += example.loss_mask[depth]
-            node.is_input |= depth < last
+            node.is_input |= depth < last_target
     return [list(_nodes(root)) for root in roots.values()]
 
 
@@ -108,15 +110,19 @@ def _size(tree: list[_Node]) -> int:
 
 
 def _rows(trees: list[list[_Node]], step: int) -> tuple[list[list[list[_Node]]], int]:
-    """Distribute trees over rows with the least padding, then the most rows. Return the rows and their width."""
+    """Distribute trees over rows of one width, with the least padding. Return the rows and the width.
+
+    Of two distributions with equal padding, the one with more and therefore shorter rows is better: the mask grows
+    with the square of the width.
+    """
     trees = sorted(trees, key=_size, reverse=True)
     sizes = [_size(tree) for tree in trees]
-    longest = max(ROW_LENGTH, sizes[0])
-    fewest = -(-sum(sizes) // longest)
+    max_width = max(ROW_LENGTH, sizes[0])
+    fewest = -(-sum(sizes) // max_width)
     # Beyond twice as many rows, only one tree per row can need less padding: trees of equal length.
     counts = {n for n in (*range(fewest, 2 * fewest + 1), len(trees)) if n <= len(trees)}
     candidates = [_distribute(sizes, n) for n in counts]
-    fitting = [(rows, round_up(width, step)) for rows, width in candidates if width <= longest]
+    fitting = [(rows, round_up(width, step)) for rows, width in candidates if width <= max_width]
     rows, width = min(fitting, key=lambda option: (len(option[0]) * option[1], -len(option[0])))
     return [[trees[i] for i in row] for row in rows], width
 

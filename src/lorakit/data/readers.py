@@ -79,8 +79,8 @@ def read_jsonl(path: Path) -> Rows:
                 )
             except json.JSONDecodeError as error:
                 yield Problem(origin, f"not valid JSON ({error.msg} at character {error.pos + 1})")
-            # for example a number of 5,000 digits, or 10,000 brackets
             except (ValueError, RecursionError) as error:
+                # For example a number of 5,000 digits, or 10,000 brackets.
                 yield Problem(origin, f"not readable as JSON ({error})")
             else:
                 yield _row(value, origin)

@@ -118,9 +118,10 @@ class _Part:
 
 
 def _parts(entry: str, split: str) -> list[_Part]:
+    """Return the files or splits of one entry of `DataConfig.train`; a glob pattern has several."""
     if entry in BUILT_IN:
         values = BUILT_IN[entry](split)
-        return [_of_values(entry, split, lambda: values)]
+        return [_rows_part(entry, split, lambda: values)]
     path = Path(os.path.expanduser(entry))
     if path.is_file():
         return [_file(path)]
@@ -196,22 +197,23 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
     def values() -> Iterator[dict[str, Any]]:
         for row in data:
             # Many test sets use -1 for a hidden label. It has no class name and is kept.
-            names = {
+            class_of = {
                 column: classes[column][row[column]]
                 for column in classes
                 if isinstance(row[column], int) and 0 <= row[column] < len(classes[column])
             }
-            yield {**dict(row), **names}
+            yield {**dict(row), **class_of}
 
-    return _of_values(entry, split, values, classes)
+    return _rows_part(entry, split, values, classes)
 
 
-def _of_values(
+def _rows_part(
     entry: str,
     split: str,
     values: Callable[[], Iterable[dict[str, Any]]],
     class_names: dict[str, tuple[str, ...]] | None = None,
 ) -> _Part:
+    """Return a part whose rows do not come from a file. Calls `values` twice: for the digest and for the rows."""
     name = f"{entry}[{split}]"
 
     def rows() -> Rows:

@@ -48,7 +48,7 @@ class AdapterModule(nn.Module):
         self.trained = nn.ParameterDict()
 
     def adapt(self, layer: nn.Module, x: Any, output: Any, weight: float) -> Any:
-        """Return `output` with the adapter's effect, scaled by `weight`; the plain module has none.
+        """Return `output` with the adapter's effect, scaled by the adapter's `weight`; the plain module has none.
 
         For a layer that returns a tuple, `output` is the first entry: a block's hidden states.
         """

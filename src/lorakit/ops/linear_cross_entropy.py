@@ -61,27 +61,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = _accumulator(weight) if needs_weight else None
         bias_grad = _accumulator(bias) if needs_bias else None
+        # In the dtype of the products.
         narrow_weight, narrow_bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
         losses = torch.empty(len(hidden), dtype=wide_dtype(hidden), device=hidden.device)
-        block = _rows_in_cache(hidden.device, weight.shape[0], losses.dtype)
+        block_rows = _rows_in_cache(hidden.device, weight.shape[0], losses.dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             count, padded = len(hidden[rows]), _pad_rows(hidden[rows])
             logits = F.linear(padded, narrow_weight, narrow_bias)
-            for part, target, factor, out in zip(
-                logits[:count].split(block),
-                targets[rows].split(block),
-                [None] * count if weights is None else weights[rows].split(block),
-                losses[rows].split(block),
-                strict=False,
+            for block, target, factor, block_losses in zip(
+                logits[:count].split(block_rows),
+                targets[rows].split(block_rows),
+                [None] * count if weights is None else weights[rows].split(block_rows),
+                losses[rows].split(block_rows),
+                strict=False,  # more None than blocks
             ):
                 needs_grad = needs_hidden or needs_weight or needs_bias
-                _to_gradient(part, target, factor, out, label_smoothing, needs_grad=needs_grad)
+                _to_gradient(
+                    block, target, factor, block_losses, label_smoothing, needs_grad=needs_grad
+                )
+            # From here on `logits` has their gradients, zero in the rows of padding.
             logits[count:] = 0
             if hidden_grad is not None:
                 hidden_grad[rows] = (logits @ narrow_weight)[:count]
             if weight_grad is not None:
-                _add_product(weight_grad, logits.t(), padded)
+                _accumulate_product(weight_grad, logits.t(), padded)
             if bias_grad is not None:
                 bias_grad += logits.sum(0, dtype=bias_grad.dtype)
         ctx.save_for_backward(
@@ -94,10 +98,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias = (
+        hidden_grad, weight_grad, bias_grad = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return hidden, weight, None, bias, None, None, None
+        return hidden_grad, weight_grad, None, bias_grad, None, None, None
 
 
 def _pad_rows(rows: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def _accumulator(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=wide_dtype(tensor))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute ``total += a b``, without a full-size temporary if the dtypes are equal."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)

@@ -1,4 +1,7 @@
-"""Addition of the low-rank product to a frozen layer's output."""
+"""Addition of the low-rank product to a frozen layer's output.
+
+Suffixes name dimensions: N tokens of the batch, D inputs, R rank, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ def lora_linear(
 
     The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the
     activations are not. The backward pass needs only `x` and the rank-sized intermediate.
-    Without gradients, a batch with no more rows than the rank (a decoding step) is cast instead, because it is
-    smaller than A. The product is then computed in the dtype of A and B, if that is wider.
+
+    Without gradients, an `x` with at most `rank` rows (a decoding step) is smaller than A. Then `x` is cast instead,
+    and the product is computed in the dtype of A and B, if that is wider.
 
     Args:
         x: Input of the layer, shape (..., in).

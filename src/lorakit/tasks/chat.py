@@ -81,6 +81,7 @@ class Chat(TextTask):
         return ids, spans
 
     def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
+        """Return the position after the end-of-turn token, without the blanks that follow it; else `stop`."""
         end = stop
         while end > start + 1 and not str(self.tokenizer.decode([ids[end - 1]])).strip():
             end -= 1

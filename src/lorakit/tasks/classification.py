@@ -40,6 +40,7 @@ class Labelled(Task):
         self.separator = "" if specials(pair=True) > specials(pair=False) else "\n"
 
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
+        """Tokenise the text or the pair of texts. `answer` is the label as text."""
         names = self.texts
         if not names:
             pair = fields.get("text") is None and fields.get("sentence1") is not None

@@ -25,7 +25,7 @@ SEEN = (
 
 
 class DataToText(NamedText):
-    """Base class of the three tasks."""
+    """Base class of E2E NLG, WebNLG and DART."""
 
     official_scores: ClassVar[Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]]
     """Scores of outputs and references by the official definition: a function of `lorakit.metrics`."""

@@ -37,6 +37,7 @@ class Completion(TextTask):
         super().__init__(tokenizer, **settings)
         self.start = start_ids(tokenizer)
         self.end = end_id(tokenizer)
+        # Tokens between prompt and completion; named tasks may insert eos.
         self.before_completion: list[int] = []
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -131,7 +131,7 @@ class Task(ABC):
     name: ClassVar[str]
     kind: ClassVar[Kind]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
-    """Sets of fields. A row must have all fields of one set."""
+    """Sets of field names. A row must have all fields of at least one set."""
     metric: ClassVar[str] = "loss"
     """The main score of the task, one of `scores`."""
     scores: ClassVar[tuple[str, ...]] = ()
@@ -195,6 +195,8 @@ class Task(ABC):
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
         """Yield the examples of one row of data, each as the fields that `encode` reads.
+
+        A generic task has one example per row. A named task may have several (one for each reference text), or none.
 
         Raises:
             BadRow: A field is missing, empty or of the wrong type.

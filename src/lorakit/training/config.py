@@ -39,7 +39,7 @@ DEFAULT_RATES: dict[str, float] = {
     "prefix_embedding": 1e-3,
     "prefix_layer": 5e-4,
 }
-"""Default peak learning rate of each built-in method."""
+"""Default peak learning rate of each built-in method. Its keys are the names of the built-in methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         names = self.method_names
-        own = [name for name in names if name not in DEFAULT_RATES]
+        custom = [name for name in names if name not in DEFAULT_RATES]
         for name in names:
             if name not in DEFAULT_RATES and not is_own(name):
                 raise ConfigurationError(
@@ -295,13 +295,13 @@ class TrainConfig:
                 f"optimizer.lr_ratio is {self.optimizer.lr_ratio}, which applies only to lora; with method "
                 f"{self.method} set it to 1."
             )
-        if self.method_settings and len(own) != 1:
+        if self.method_settings and len(custom) != 1:
             raise ConfigurationError(
-                f"method_settings apply to one method of your own, but {self.method} names {len(own)}. Remove "
+                f"method_settings apply to one method of your own, but {self.method} names {len(custom)}. Remove "
                 "method_settings, or set defaults in the class."
             )
-        # With from_adapter, a method of the user's own only gives the location of its class.
-        built_in = [name for name in names if name not in own]
+        # With from_adapter, a custom method only gives the location of its class.
+        built_in = [name for name in names if name in DEFAULT_RATES]
         if self.from_adapter is not None and (built_in not in ([], ["lora"]) or changed):
             raise ConfigurationError(
                 "from_adapter brings its own method and settings; remove method and the sections of methods "

@@ -30,13 +30,15 @@ def train(config: TrainConfig) -> RunResult:
         LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
     """
-    with open_run(config) as run:
+    with open_run(config) as run:  # run.config has the resolved dtype and learning rate
         if (finished := run.result()) is not None:
             return finished
         reset_peak_memory()
         job = prepare(run.config)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
+        # The run folder changes only from here on: a run that fails in `prepare` leaves an old run intact.
         run.claim()
+        # Without a checkpoint this is a new state.
         state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=job.inputs)
         keep = run.config.checkpoints.keep
         run.begin(state, job.device, sizes(job.model, job.parameters))
@@ -47,11 +49,13 @@ def train(config: TrainConfig) -> RunResult:
         ):
             if not state.started:
                 validate(run, job, state, log, show)
-            for groups in job.plan.steps(start=state.step):
+            for batches_of_indices in job.plan.steps(start=state.step):
                 if job.is_over(state) or interruption.requested:
                     break
                 began = time.perf_counter()
-                batches = [job.collate([job.train[i] for i in group]) for group in groups]
+                batches = [
+                    job.collate([job.train[i] for i in indices]) for indices in batches_of_indices
+                ]
                 loss = _accumulate_gradients(job, batches)
                 rate = set_rate(optimizer, job.rate_factor(state.step))
                 norm = clip_gradients(optimizer, run.config.optimizer.clip)
@@ -80,11 +84,11 @@ def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> 
 
     The mean is over targets, not over batches: 4 batches of 4 examples give the gradient of one batch of 16.
     """
-    targets = sum(job.objective.count(batch) for batch in batches)
+    target_count = sum(job.objective.count(batch) for batch in batches)
     loss = 0.0
     for batch in batches:
         with job.autocast():
-            part = job.objective.loss_sum(job.model, batch) / targets
-        part.backward()
-        loss += part.item()
+            batch_share = job.objective.loss_sum(job.model, batch) / target_count
+        batch_share.backward()
+        loss += batch_share.item()
     return loss

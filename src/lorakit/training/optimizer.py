@@ -41,7 +41,7 @@ def build_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's learning rate to `factor` times its peak; return the lowest rate, which is that of A."""
+    """Set each group's learning rate to `factor` times its peak; return the lowest (A's, unless `lr_ratio` < 1)."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
     return min(group["lr"] for group in optimizer.param_groups)

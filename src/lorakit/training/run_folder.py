@@ -48,8 +48,8 @@ FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 OF_A_RUN = {"base", "data", "method", "output"}
 """Settings of every run, which identify its config.yaml."""
 
-# Settings that may differ between the sessions of a run: they do not change results.
 NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
+"""Settings that may differ between the sessions of a run: they do not change results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class RunFolder:
             _delete(self.path)
         if not (self.path / CONFIG).exists():
             settings = yaml.safe_dump(
-                _startable(self.config), sort_keys=False, allow_unicode=True, width=100
+                _saved_settings(self.config), sort_keys=False, allow_unicode=True, width=100
             )
             with storage.atomic_file(self.path / CONFIG) as temporary:
                 temporary.write_text(settings, encoding="utf-8")
@@ -232,10 +232,11 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
         ConfigurationError: The run to resume has other settings.
     """
     path = Path(config.output)
+    # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
     config = _resolved(config)
-    new = [folder for folder in (target, *target.parents) if not folder.exists()]
+    new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
             if (path / CONFIG).exists() and not config.overwrite:
@@ -249,7 +250,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
                         (path / name).unlink(missing_ok=True)
     finally:
         if not (path / CONFIG).exists():
-            for folder in new:
+            for folder in new_folders:
                 with suppress(OSError):  # another process has added a file
                     folder.rmdir()
 
@@ -264,7 +265,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _startable(config: TrainConfig) -> dict[str, Any]:
+def _saved_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings for config.yaml: all but `resume` and `overwrite`, which apply to one session."""
     settings = config.as_dict()
     del settings["resume"], settings["overwrite"]
@@ -291,8 +292,10 @@ def _require_run_or_empty(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    # Deletes the result first and the configuration last: if this is interrupted, the folder contains an unfinished
-    # run, which can be resumed or overwritten.
+    """Delete the files of a run, the result first and the configuration last.
+
+    If this is interrupted, the folder contains an unfinished run, which can be resumed or overwritten.
+    """
     entries = [RESULT, *(n for n in (*FILES, *FOLDERS) if n not in (RESULT, CONFIG)), CONFIG]
     for name in entries:
         entry = path / name
@@ -304,6 +307,7 @@ def _delete(path: Path) -> None:
 
 
 def _require_resumable(path: Path, config: TrainConfig) -> None:
+    """Reject an existing run unless `config` resumes it with equal settings."""
     if not config.resume:
         state = "a finished run" if (path / RESULT).exists() else "an unfinished run"
         raise RunFolderError(
@@ -315,7 +319,7 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             raise RunFolderError(
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
-    then, now = flat_settings(read_settings(path)), flat_settings(_startable(config))
+    then, now = flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
     differences = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())

@@ -29,10 +29,10 @@ def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> 
     rise = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     if step < rise:
         return (step + 1) / rise
-    left = (total - step) / max(total - rise, 1)
+    remaining = (total - step) / max(total - rise, 1)  # from 1 after the warm-up to almost 0
     if schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return left if schedule == "linear" else 1.0
+        return 0.5 * (1 - math.cos(math.pi * remaining))
+    return remaining if schedule == "linear" else 1.0
 
 
 class StepPlan:

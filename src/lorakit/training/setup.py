@@ -134,13 +134,14 @@ class Job:
     def inputs(self) -> Inputs:
         """Digests of the base, the data and a custom task's file, which a resumed run must match."""
         sets = {"train data": self.train, "validation data": self.validation}
+        # The adapter's record excludes the parameters that are trained in full; a resumed run compares all.
         record = base_record(self.model) if self.base_record.excluded else self.base_record
         weights = record.weights
         file = file_of(self.train.task)
         return {
             "base model": {
                 "source": self.config.base.name,
-                "sha256": weights.exact or weights.dtype,
+                "sha256": weights.exact or weights.dtype,  # without a hash, dtype is the reason
             },
             **{
                 split: {"source": data.report.source, "sha256": data.sha256}
@@ -219,14 +220,15 @@ def prepare(config: TrainConfig) -> Job:
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
     """
-    rows = RowReader()
-    task = task_of(config.data, rows=rows)
+    reader = RowReader()
+    task = task_of(config.data, rows=reader)
     _check_task(config, task)
     base = open_base(config.base, task, seed=config.seed)
     assert base.tokenizer is not None  # open_base rejects a base without one
+    # With the task set, load_examples does not infer it again for each split.
     data = dataclasses.replace(config.data, task=task.name)
     sets = {
-        split: load_examples(data, split, base.tokenizer, labels=task.labels, rows=rows)
+        split: load_examples(data, split, base.tokenizer, labels=task.labels, rows=reader)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
@@ -290,9 +292,10 @@ def assemble(
 def autocast_of(
     dtype: torch.dtype, adapters: Adapters, device: torch.device
 ) -> AbstractContextManager[Any]:
-    """Return autocast to `dtype` if copies of base weights are trained, which are kept in float32.
+    """Return autocast to `dtype` if the adapter trains copies of base tensors, else a null context.
 
-    Low-rank factors need no autocast: their product casts them.
+    The copies are float32 (see `attach_method`), and autocast computes their products in `dtype`. Low-rank factors
+    need no autocast: `lorakit.ops.lora_linear` casts them.
     """
     trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
     if dtype == torch.float32 or not trains_base:
@@ -327,13 +330,15 @@ def attach_method(
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
         parameter.data = parameter.data.float()
+    # BitFit trains the bias of a LayerNorm in float32, next to a frozen weight in the base's dtype.
     let_norms_compute(model)
     return adapters
 
 
 def _check_task(config: TrainConfig, task: DataTask) -> None:
-    always = ("loss", "perplexity") if task.generates else ("loss",)
-    scores = (*always, *task.type.quick_scores)
+    # TrainConfig cannot check these settings while data.task is auto.
+    losses = ("loss", "perplexity") if task.generates else ("loss",)
+    scores = (*losses, *task.type.quick_scores)
     if config.evaluation.metric not in scores:
         raise ConfigurationError(
             f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "

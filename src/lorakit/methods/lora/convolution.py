@@ -84,6 +84,7 @@ class ConvLoRA(_ConvolutionLoRA):
                 "express, so the adapter cannot be merged. Use it unmerged, or train an adapter with lorakit, whose "
                 "factors are grouped."
             )
+        # G groups, R = rank / G, O outputs of a group, K inputs of a group times kernel elements.
         A_GRK = A.flatten(1).unflatten(0, (self.groups, -1))
         B_GOR = B.flatten(1).unflatten(0, (self.groups, -1))
         return (B_GOR @ A_GRK).flatten(0, 1)

@@ -37,7 +37,9 @@ class LoRALayer(AdapterModule):
     """
 
     kind: str = ""
+    """Name of the layer type, which determines the layout of A and B in files."""
     weight_name: str = "weight"
+    """Attribute of the layer that holds W."""
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class LoRALayer(AdapterModule):
         self.out_features = self.dimensions(layer)[1]
         rows = sum(s.total for s in slices) or self.out_features
         self.magnitude = nn.Parameter(torch.empty(rows, **options)) if dora else None
+        # The frozen initial factors of PiSSA; None for other initialisations.
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
 
@@ -157,6 +160,7 @@ class LoRALayer(AdapterModule):
         return A, B
 
     def _as_matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stored factors as matrices of the whole layer; B is zero in rows outside the slices."""
         if not self.slices:
             return A, B
         whole_B = B.new_zeros(self.out_features, A.shape[0])
@@ -172,6 +176,7 @@ class LoRALayer(AdapterModule):
     # --- effect ----------------------------------------------------------------------------------
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        """Return ``output + weight * scaling * B A x``, or the output with DoRA's magnitudes."""
         A, B = self.factors()
         x = self.drop(x)
         if self.magnitude is None:

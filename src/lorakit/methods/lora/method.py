@@ -111,18 +111,20 @@ class LoRA:
         from lorakit.methods.lora.kinds import kind_of, tied_head
         from lorakit.models.roles import resolve_targets
 
-        by_path: dict[str, list[Place]] = {}
+        by_path: dict[
+            str, list[Place]
+        ] = {}  # a fused projection has one place for each adapted slice
         for place in resolve_targets(model, self.targets):
             by_path.setdefault(place.path, []).append(place)
         self._check_patterns(list(by_path))
         modules: dict[str, AdapterModule] = {}
         for path, places in by_path.items():
             layer = model.get_submodule(path)
-            kind = kind_of(layer, model, path)
+            lora_class = kind_of(layer, model, path)
             slices = tuple(place.slice for place in places if place.slice is not None)
             rank, alpha = self.rank_of(path), self.alpha_of(path)
-            kind.check_rank(path, layer, rank, slices)
-            module = kind(
+            lora_class.check_rank(path, layer, rank, slices)
+            module = lora_class(
                 layer,
                 rank=rank,
                 scaling=self.scaling_for(rank, alpha),
