@@ -75,7 +75,7 @@ def forget_base(model: nn.Module) -> None:
     """
     if unties(model, model.state_dict()):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    merged = 0
+    merged = 0  # quantised weights only
     for _, layer, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
             merged_weight = layer._parameters[attribute]
