@@ -38,8 +38,8 @@ class LinearLoRA(LoRALayer):
         A, B = self.factors()
         # Layers of other libraries (quantised ones) may return a buffer that they still need, and
         # another forward hook may have stored the output.
-        known = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
-        in_place = known and len(layer._forward_hooks) == 1
+        is_plain = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
+        in_place = is_plain and len(layer._forward_hooks) == 1
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
