@@ -19,8 +19,8 @@ from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.methods.module import AdapterModule
 from lorakit.models.compiling import compile_blocks
-from lorakit.training.mixed_precision import let_norms_compute
-from lorakit.training.setup import checkpoint_activations
+from lorakit.training.mixed_precision import cast_mixed_norms
+from lorakit.training.setup import enable_gradient_checkpointing
 
 PACKABLE = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "granite"]
 DECODERS = [*PACKABLE, "bloom"]
@@ -311,7 +311,7 @@ def test_rows_with_adapters_of_their_own_are_computed_in_full():
 
 def test_blocks_that_are_computed_again_are_computed_as_they_were():
     model = adapted("llama", "causal-lm", "lora")
-    checkpoint_activations(model)
+    enable_gradient_checkpointing(model)
     assert not last_block(model).divides
 
 
@@ -342,7 +342,7 @@ def test_prefix_methods_divide_too(method):
 def test_norms_whose_bias_alone_is_wide_divide_too():
     model = tiny_models.build("bert", "sequence-classification").bfloat16()
     lorakit.attach(model, lorakit.BitFit(), dtype=torch.float32)
-    let_norms_compute(model)
+    cast_mixed_norms(model)
     assert last_block(model).divides
 
 

@@ -168,7 +168,13 @@ def test_a_side_longer_than_the_context(
     row = {"prompt": "river", "completion": " pub", side: LONG}
     long = write_rows(Path("long.jsonl"), [*ROWS, row])
     line = f"{on_data(command, str(base))}{data} --data.validation {long} --data.max_length 1000"
-    shell.refuses(line, "long.jsonl:9", f"{side} tokens", "the encoder and the decoder of", "data.max_length to")
+    shell.refuses(
+        line,
+        "long.jsonl:9",
+        f"{side} tokens",
+        "the encoder and the decoder of",
+        "data.max_length to",
+    )
 
 
 def test_a_prompt_longer_than_an_encoder_s_context(

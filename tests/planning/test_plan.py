@@ -153,7 +153,7 @@ def test_full_fine_tuning_is_predicted_for_comparison(base, tmp_path):
     [
         lambda: lorakit.LoRA(rank=2),
         lambda: lorakit.Combined(methods=(lorakit.LoRA(rank=2), lorakit.PrefixEmbedding())),
-        lambda: registry.own_method(OWN_METHOD, {"targets": ["mlp.up"]}),
+        lambda: registry.user_method(OWN_METHOD, {"targets": ["mlp.up"]}),
     ],
     ids=["lora", "combined", "of one's own"],
 )

@@ -18,7 +18,7 @@ from lorakit.models.faster import make_faster
 from lorakit.planning.shape import new_mode, planning
 from lorakit.planning.step import run_step, shorten
 from lorakit.tasks import LabelledExample, LanguageExample
-from lorakit.training.setup import checkpoint_activations
+from lorakit.training.setup import enable_gradient_checkpointing
 
 
 def decoder(arch: str, layers: int = 6, **settings):
@@ -57,7 +57,7 @@ def planned(make, method, objective, batch, *, whole: bool = False, checkpointin
         model = make()
         lorakit.attach(model, method)
         if checkpointing:
-            checkpoint_activations(model)
+            enable_gradient_checkpointing(model)
         model.train()
         make_faster(model)
         blocks = [] if whole else shorten(model)

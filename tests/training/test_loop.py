@@ -131,7 +131,7 @@ def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> 
     config = tiny_runs.config(tmp_path, base, max_steps=1, seed=5, packing=False)
     job = prepare(config)
     job.model.train()
-    (groups,) = job.plan.steps()
+    (groups,) = job.step_plan.steps()
     batches = [job.collate([job.train[i] for i in group]) for group in groups]
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0

@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.loop import train
-from lorakit.training.mixed_precision import let_norms_compute
+from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.setup import prepare
 
 
@@ -20,7 +20,7 @@ def test_a_norm_computes_with_both_in_float32_and_keeps_its_own():
     norm.weight.requires_grad_(False)
     weight, bias = norm.weight, nn.Parameter(torch.randn(8))
     norm.bias = bias
-    let_norms_compute(norm)
+    cast_mixed_norms(norm)
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     expected = F.layer_norm(x.float(), (8,), weight.float(), bias)
     torch.testing.assert_close(norm(x).float(), expected, atol=2e-2, rtol=2e-2)

@@ -140,7 +140,9 @@ def keep_base_weights(
     prefix: str,
     *unused: Any,
 ) -> None:
-    """Keep the base weights of marked layers, as the file's contain an adapter (`load_state_dict` pre-hook).
+    """Keep the model's base weights of marked layers: the file's contain an adapter's effect.
+
+    This is a `load_state_dict` pre-hook; it changes `state_dict` in place.
 
     Raises:
         AdapterStateError: An adapter is merged, and its merged weights would no longer match its tensors;
@@ -148,7 +150,7 @@ def keep_base_weights(
     """
     _refuse_unknown_layers(model, state_dict, prefix)
     for path, layer, adapters in adapted_layers(model):
-        start = f"{prefix}{path}." if path else prefix
+        start = f"{prefix}{path}." if path else prefix  # of the layer's keys
         if adapters.merged and any(key.startswith(f"{start}{ADAPTERS}.") for key in state_dict):
             raise AdapterStateError(
                 "An adapter is merged, and loading new tensors for it would not change the merged weights. "
@@ -216,7 +218,7 @@ def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained copies of base tensors by their keys in the adapters, tied ones under every key."""
+    """Return the trained copies of base tensors by their keys in the model; one of a tied tensor under every key."""
     copies = {}
     for path, _, adapters in adapted_layers(model):
         for name, module in adapters.items():

@@ -108,7 +108,7 @@ class Adapters:
                 in its weight (DoRA, trained biases or modules) is mixed or weighted.
         """
         self._refuse_merged("activate another adapter")
-        self._set(self._resolve(choice))
+        self._set_active(self._resolve(choice))
 
     @contextlib.contextmanager
     def per_sample(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -129,11 +129,11 @@ class Adapters:
             if name is not None:
                 self._get(name)
         before = self._activation.active
-        self._set(Active(rows=tuple(names)))
+        self._set_active(Active(rows=tuple(names)))
         try:
             yield
         finally:
-            self._set(before)
+            self._set_active(before)
 
     def merge(self, choice: Choice = None, *, keep_base: bool = True) -> None:
         """Merge adapters into the weights: ``W + scaling * B A`` in float32, rounded once to W's dtype.
@@ -158,7 +158,7 @@ class Adapters:
                 f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
             )
         with self.deactivated():
-            self._swap_trained(active)
+            self._swap_trained(active)  # the merged model keeps the trained biases and heads
             merging.merge(self.model, active)
         self._merged = active
         if not keep_base:
@@ -180,7 +180,7 @@ class Adapters:
             raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
         active, self._merged = self._merged, None
         merging.unmerge(self.model)
-        self._set(active)
+        self._set_active(active)
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`."""
@@ -190,7 +190,7 @@ class Adapters:
             self.detach()
             return
         if name in self._activation.active.names:
-            self._set(Active())
+            self._set_active(Active())
         self._remove(adapter)
 
     def detach(self) -> None:
@@ -200,7 +200,7 @@ class Adapters:
         self._refuse_inside_per_sample("detach")
         if self._merged is not None:
             self.unmerge()
-        self._set(Active())
+        self._set_active(Active())
         self._remove_all()
 
     def stored(self, name: str | None = None) -> StoredAdapter:
@@ -272,14 +272,15 @@ class Adapters:
     def deactivated(self) -> Iterator[None]:
         """Deactivate all adapters, so that the base has its own weights.
 
-        An error in the block reactivates them. Otherwise the caller activates or merges what it added.
+        They are reactivated only after an error. Otherwise the model is left without an active adapter, and the
+        caller activates or merges one.
         """
         before = self._activation.active
-        self._set(Active())
+        self._set_active(Active())
         try:
             yield
         except BaseException:
-            self._set(before)
+            self._set_active(before)
             raise
 
     def add(
@@ -305,7 +306,7 @@ class Adapters:
         return adapter
 
     def _set_up_model(self) -> None:
-        """Prepare a model for its first adapter: compiled graphs, the handle, saving and loading."""
+        """Put the handle on the model, and replace its saving and loading, when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -325,6 +326,7 @@ class Adapters:
         uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
+        """Remove all adapters and undo `_set_up_model`."""
         for adapter in list(self._installed.values()):
             self._remove(adapter)
         for name, parameter in base_parameters(self.model):
@@ -336,12 +338,15 @@ class Adapters:
             if getattr(hook, "hook", hook) is export.keep_base_weights:
                 del hooks[key]
 
-    def _set(self, active: Active) -> None:
+    def _set_active(self, active: Active) -> None:
         self._swap_trained(active)
         self._activation.active = active
 
     def _swap_trained(self, active: Active) -> None:
-        """Replace base parameters by the trained copies of the one active adapter."""
+        """Restore the base parameters, then replace those that the active adapter trains in full by its copies.
+
+        `_resolve` allows such an adapter only alone and with weight 1.
+        """
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
         for name, _ in active.weights:
@@ -353,7 +358,7 @@ class Adapters:
                     adapters.replace(layer, attribute, copy)
 
     def _resolve(self, choice: Choice) -> Active:
-        """Return the active adapters that `choice` means, after checking its names and weights."""
+        """Validate a choice of adapters and return it with all weights."""
         if choice is None:
             return Active()
         if not isinstance(choice, (str, Mapping)):
@@ -376,7 +381,7 @@ class Adapters:
         return Active(weights=tuple((name, float(weight)) for name, weight in weights.items()))
 
     def _get(self, name: str | None) -> InstalledAdapter:
-        """Return the adapter `name`, or for None the only one."""
+        """Return the adapter of this name; None is the only one of the model."""
         if name is None:
             if len(self._installed) == 1:
                 return next(iter(self._installed.values()))
@@ -400,6 +405,7 @@ class Adapters:
             )
 
     def _refuse_merged(self, action: str) -> None:
+        """Raise an AdapterStateError while an adapter is merged, or inside per_sample; `action` is for the message."""
         self._refuse_inside_per_sample(action)
         if self._merged is not None:
             raise AdapterStateError(

@@ -34,8 +34,7 @@ class InstalledAdapter:
     modules: dict[str, AdapterModule]
     """The adapter's modules by the path of the adapted layer."""
     trained: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Layer path and attribute of each base parameter trained in full, by its name. A tied parameter has one entry,
-    under the first of its names."""
+    """Layer path and attribute of each base parameter trained in full, by its name; a tied one by its first name."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,7 +53,7 @@ class InstalledAdapter:
         yield from unique.values()
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
-        """Return the trained copies of base parameters, by the names in `trained`."""
+        """Return the trained copies of base parameters, by the same names as in `trained`."""
         return {
             name: self.modules[path].trained[attribute]
             for name, (path, attribute) in self.trained.items()
@@ -73,18 +72,26 @@ def install(
 
     `modules` receives a plain `AdapterModule` for each layer that only has trained copies.
 
+    Args:
+        model: The model.
+        name: The adapter's name.
+        method: Its method.
+        modules: Its modules by layer path.
+        trained_names: Names of the base parameters to train in full.
+        activation: The active adapters of the model.
+
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
         AdapterStateError: A layer already has another attribute named `adapters`.
     """
     refuse_quantised(model, trained_names)
     installed = InstalledAdapter(name, method, modules)
-    tied_names: dict[int, list[str]] = {}  # names of one tied parameter share one copy
+    names_of: dict[int, list[str]] = {}  # a tied parameter has several, which share one copy
     for parameter_name in trained_names:
         path, _, attribute = parameter_name.rpartition(".")
         parameter = base_parameter(model.get_submodule(path), attribute)
-        tied_names.setdefault(id(parameter), []).append(parameter_name)
-    for names in tied_names.values():
+        names_of.setdefault(id(parameter), []).append(parameter_name)
+    for names in names_of.values():
         path, _, attribute = names[0].rpartition(".")
         installed.trained[names[0]] = path, attribute
         base = base_parameter(model.get_submodule(path), attribute)

@@ -16,8 +16,8 @@ from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
 MARK = "holds_merged_weights"
-"""Buffer of a layer's adapters while a merged or trained tensor replaces a base parameter. In a state dict
-it marks that the base keys contain an adapter's effect."""
+"""Name of a buffer of `LayerAdapters`, which exists while a merged or trained tensor replaces a base parameter.
+In a state dict its key means that the layer's base keys contain an adapter's effect."""
 
 
 class LayerAdapters(AdapterSlot):
@@ -46,7 +46,10 @@ class LayerAdapters(AdapterSlot):
     # --- effect on the forward pass ----------------------------------------------------------------
 
     def shadow(self, layer: nn.Module) -> None:
-        """Shadow weights that are read directly, without a call of the layer, with the effective weights."""
+        """Set the effective weights for one call, where an adapter cannot add its effect to the layer's output.
+
+        `nn.MultiheadAttention`, for example, reads `out_proj.weight` without calling `out_proj`.
+        """
         self.unshadow(layer)
         active = self._active_here()
         if active.rows is not None and any(
@@ -89,7 +92,7 @@ class LayerAdapters(AdapterSlot):
         return not (active.rows is not None and modules) and all(map(condition, modules))
 
     def _active_here(self) -> Active:
-        """Return the active adapters of this call, which may be a recomputation."""
+        """Return the adapters active in this pass; in a recomputed checkpoint, those of its first run."""
         active = self.activation.moment().active
         if self.merged and active.names:
             raise AdapterStateError(
@@ -99,7 +102,7 @@ class LayerAdapters(AdapterSlot):
         return active
 
     def _adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
-        """Apply to each row of the batch the adapter that `per_sample` names for it."""
+        """Apply each adapter of `per_sample` to its rows of the batch."""
         rows = active.rows
         assert rows is not None
         if x.shape[0] % len(rows):
@@ -117,7 +120,7 @@ class LayerAdapters(AdapterSlot):
         return output
 
     def _adapt_with(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """Return the output of some rows, all of which use the adapter `name`."""
+        """Apply one adapter to rows of a batch; `x` and `output` contain only these rows."""
         module, activation = self[name], self.activation
         if module.trained:  # recompute these rows with the trained parameters
             base, previous_part = dict(layer._parameters), activation.part
@@ -137,7 +140,8 @@ class LayerAdapters(AdapterSlot):
     ) -> Tensor:
         """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W.
 
-        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in).
+        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in). An adapter whose merged weight is
+        not such a sum (DoRA) is always active alone and with weight 1 (`Adapters.activate`).
         """
         W = getattr(layer, attribute)
         quantised = quantised_weight(layer, W)
@@ -294,7 +298,7 @@ def add_module(
     """
     if ADAPTERS not in layer._modules:
         layer.register_module(ADAPTERS, LayerAdapters(activation))
-        listen(layer)
+        add_adapter_hook(layer)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     add_hooks(layer, module.layer_hooks)
     layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
@@ -305,8 +309,8 @@ def add_module(
         caller.register_forward_hook(unshadow_weights, always_call=True)
 
 
-def computes_its_own(layer: nn.Module) -> bool:
-    """Return whether the layer's output depends on its own (or trained) parameters only: no hook changes it."""
+def output_is_unadapted(layer: nn.Module) -> bool:
+    """Return whether the layer computes its output from its own (or trained) parameters, and no hook changes it."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
@@ -315,7 +319,7 @@ def computes_its_own(layer: nn.Module) -> bool:
 
 
 def _leaves_output(module: AdapterModule) -> bool:
-    """Return whether the module does not override `adapt`, which by default leaves the output unchanged."""
+    """Return whether the module has no effect on the output: it only holds trained copies."""
     return type(module).adapt is AdapterModule.adapt
 
 
@@ -330,13 +334,13 @@ def hooks_act_by_token(layer: nn.Module) -> bool:
     return True
 
 
-def listen(layer: nn.Module) -> None:
+def add_adapter_hook(layer: nn.Module) -> None:
     """Register the forward hook that applies the layer's adapters."""
     if after_forward not in layer._forward_hooks.values():
         layer.register_forward_hook(after_forward, with_kwargs=True)
 
 
-def stop_listening(layer: nn.Module) -> None:
+def remove_adapter_hook(layer: nn.Module) -> None:
     """Remove the forward hook of a layer with nothing to apply; this saves 1 to 2 microseconds a call."""
     _remove_hooks(layer, after_forward)
 

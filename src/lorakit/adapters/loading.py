@@ -83,7 +83,7 @@ def load_stored(
     handle.check_can_add(name)
     model = handle.model
     _check_base(model, stored, Path(path), allow_other_base)
-    # Other dtype, a rank above the width, another base that allow_other_base accepts.
+    # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
     for notice in stored.notices:
         _LOG.warning("%s: %s", path, notice)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
@@ -97,7 +97,14 @@ def put_on(
     trainable: bool,
     origin: str = "the adapter",
 ) -> Adapters:
-    """Build a stored adapter's modules on the model's layers and activate it.
+    """Build a stored adapter's modules on the model's layers and activate it; `load_stored` without its checks.
+
+    Args:
+        model: The base.
+        stored: The adapter.
+        name: Its name on this model.
+        trainable: Whether its tensors require a gradient.
+        origin: The adapter's file, or a phrase for it, for messages.
 
     Raises:
         AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
@@ -173,6 +180,7 @@ def _restore_originals(peft_model: nn.Module) -> None:
 def _build_modules(
     model: nn.Module, stored: StoredAdapter, origin: str
 ) -> dict[str, AdapterModule]:
+    """Return the adapter's modules with the file's tensors, by layer path; the model is not changed."""
     known = dict(model.named_modules())
     missing = [path for path in stored.layers if path not in known]
     if missing:
@@ -226,38 +234,41 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _build_layer(
-    model: nn.Module, path: str, at_rest: StoredLayer, stored: StoredAdapter, origin: str
+    model: nn.Module, path: str, stored_layer: StoredLayer, stored: StoredAdapter, origin: str
 ) -> LoRALayer:
+    """Return the LoRA module of one layer with the file's tensors, in the file's dtype."""
     layer = model.get_submodule(path)
-    kind = LoralibConvLoRA if at_rest.kind == LoralibConvLoRA.kind else kind_of(layer, model, path)
-    if kind.kind != at_rest.kind:
+    # The model's layer does not show loralib's factorisation of a convolution; only the file does.
+    is_loralib_conv = stored_layer.kind == LoralibConvLoRA.kind
+    lora_class = LoralibConvLoRA if is_loralib_conv else kind_of(layer, model, path)
+    if lora_class.kind != stored_layer.kind:
         raise AdapterFileError(
-            f"{origin} holds {at_rest.kind} factors for '{path}', which is a {type(layer).__name__} in this model. "
-            "Load it on the model class it was trained with."
+            f"{origin} holds {stored_layer.kind} factors for '{path}', which is a {type(layer).__name__} in this "
+            "model. Load it on the model class it was trained with."
         )
     options: dict[str, Any] = {}
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and kind is ConvLoRA:
-        options["grouped"] = at_rest.A.shape[1] == layer.weight.shape[1]
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and lora_class is ConvLoRA:
+        options["grouped"] = stored_layer.A.shape[1] == layer.weight.shape[1]
     lora = lora_of(stored.method)
     dropout = lora.dropout if lora is not None else 0.0
-    module = kind(
+    module = lora_class(
         layer,
-        rank=at_rest.rank,
-        scaling=at_rest.scaling,
-        alpha=at_rest.alpha,
-        dropout=0.0 if kind.shadows else dropout,
-        slices=at_rest.slices,
-        dora=at_rest.magnitude is not None,
-        dtype=at_rest.A.dtype,
+        rank=stored_layer.rank,
+        scaling=stored_layer.scaling,
+        alpha=stored_layer.alpha,
+        dropout=0.0 if lora_class.shadows else dropout,  # a shadowed weight has no branch
+        slices=stored_layer.slices,
+        dora=stored_layer.magnitude is not None,
+        dtype=stored_layer.A.dtype,
         **options,
     )
     A, B = module.lora_A, module.lora_B
     for attribute, tensor, expected in (
-        ("lora_A", at_rest.A, A),
-        ("lora_B", at_rest.B, B),
-        ("magnitude", at_rest.magnitude, module.magnitude),
-        ("initial_A", at_rest.initial_A, A),
-        ("initial_B", at_rest.initial_B, B),
+        ("lora_A", stored_layer.A, A),
+        ("lora_B", stored_layer.B, B),
+        ("magnitude", stored_layer.magnitude, module.magnitude),
+        ("initial_A", stored_layer.initial_A, A),
+        ("initial_B", stored_layer.initial_B, B),
     ):
         if tensor is None or expected is None:
             continue
@@ -275,6 +286,7 @@ def _build_layer(
 
 
 def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None:
+    """Reject a parameter trained in full that the model lacks or has in another shape."""
     known = dict(model.named_parameters(remove_duplicate=False)) | dict(base_parameters(model))
     for name, tensor in stored.trained.items():
         if name not in known:
@@ -290,7 +302,14 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
             )
 
 
-def _check_base(model: nn.Module, stored: StoredAdapter, path: Path, allow: bool) -> None:
+def _check_base(
+    model: nn.Module, stored: StoredAdapter, path: Path, allow_other_base: bool
+) -> None:
+    """Validate and complete `stored` against the model, and compare the model with the recorded base.
+
+    Raises:
+        WrongBaseError: It is another base, and `allow_other_base` is False; if True, a notice is added.
+    """
     formats.check_targets(stored, path, model)
     if stored.base is None:
         return
@@ -298,6 +317,6 @@ def _check_base(model: nn.Module, stored: StoredAdapter, path: Path, allow: bool
     try:
         stored.notices.extend(formats.compare(stored.base, live) or [])
     except WrongBaseError as error:
-        if not allow:
+        if not allow_other_base:
             raise
         stored.notices.append(f"loaded on another base because allow_other_base is set: {error}")

@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.adapters.activation import Active
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
-from lorakit.adapters.layer_adapters import listen, stop_listening
+from lorakit.adapters.layer_adapters import add_adapter_hook, remove_adapter_hook
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 
@@ -48,7 +48,7 @@ def merge(model: nn.Module, active: Active) -> None:
         adapters.merged = True
         # In training the hook stays: it rejects the recomputation of a checkpointed block.
         if not model.training and not adapters.activation.recomputation_pending:
-            stop_listening(layer)
+            remove_adapter_hook(layer)
 
 
 def require_mergeable(model: nn.Module, active: Active) -> None:
@@ -65,7 +65,7 @@ def unmerge(model: nn.Module) -> None:
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
         adapters.merged = False
-        listen(layer)
+        add_adapter_hook(layer)
 
 
 def forget_base(model: nn.Module) -> None:
@@ -75,7 +75,7 @@ def forget_base(model: nn.Module) -> None:
     """
     if unties(model, model.state_dict()):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    merged = 0
+    merged = 0  # quantised weights only
     for _, layer, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
             merged_weight = layer._parameters[attribute]

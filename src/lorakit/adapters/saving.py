@@ -28,8 +28,8 @@ def store(
         for path, module in adapter.modules.items()
         if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
     }
-    modules = {path: _own_tensors(module) for path, module in adapter.modules.items()}
-    trained = {name: at_rest(tensor) for name, tensor in adapter.trained_tensors().items()}
+    modules = {path: _added_tensors(module) for path, module in adapter.modules.items()}
+    trained = {name: _cpu_copy(tensor) for name, tensor in adapter.trained_tensors().items()}
     return StoredAdapter(
         method=adapter.method,
         layers=layers,
@@ -61,16 +61,17 @@ def save(
 
 
 def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
+    """Return the stored form of the adapter on one layer."""
     return StoredLayer(
         kind=module.kind,  # type: ignore[arg-type]
-        A=at_rest(module.lora_A),
-        B=at_rest(module.lora_B),
+        A=_cpu_copy(module.lora_A),
+        B=_cpu_copy(module.lora_B),
         scaling=module.scaling,
         alpha=module.alpha,
-        magnitude=None if module.magnitude is None else at_rest(module.magnitude),
+        magnitude=None if module.magnitude is None else _cpu_copy(module.magnitude),
         slices=module.slices,
-        initial_A=None if module.initial_A is None else at_rest(module.initial_A),
-        initial_B=None if module.initial_B is None else at_rest(module.initial_B),
+        initial_A=None if module.initial_A is None else _cpu_copy(module.initial_A),
+        initial_B=None if module.initial_B is None else _cpu_copy(module.initial_B),
         base_norms=_base_norms(layer, module),
     )
 
@@ -82,18 +83,18 @@ def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
     adapters = layer.adapters
     assert isinstance(adapters, LayerAdapters)
     with adapters.base_weights_in_place(layer):
-        return at_rest(module.row_norms(layer))
+        return _cpu_copy(module.row_norms(layer))
 
 
-def _own_tensors(module: AdapterModule) -> dict[str, Tensor]:
-    """Return a module's tensors without copies of base tensors; LoRA tensors are stored as layers."""
+def _added_tensors(module: AdapterModule) -> dict[str, Tensor]:
+    """Return the tensors that a method adds to a layer, without trained copies; none for LoRA (`_store_layer`)."""
     if isinstance(module, LoRALayer):
         return {}
     state = module.state_dict()
-    return {name: at_rest(t) for name, t in state.items() if not name.startswith("trained.")}
+    return {name: _cpu_copy(t) for name, t in state.items() if not name.startswith("trained.")}
 
 
-def at_rest(tensor: Tensor) -> Tensor:
+def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()

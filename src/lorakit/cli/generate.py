@@ -79,17 +79,18 @@ def run(argv: Sequence[str]) -> None:
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter = AdapterFile.read(config.adapter)
-    style = PromptFormat()
+    prompting = PromptFormat()
     if not config.chat:
-        style = prompt_format(adapter, config.task, config.encoding)
-    prompts = _prompts(config, style.task)
-    if style.note:
-        print(f"note: {style.note}", file=sys.stderr)
+        prompting = prompt_format(adapter, config.task, config.encoding)
+    prompts = _prompts(config, prompting.task)  # before the base, which takes longer to load
+    if prompting.note:
+        print(f"note: {prompting.note}", file=sys.stderr)
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
     tokenizer = base.tokenizer
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
-    if style.task is not None:
-        task = style.task(tokenizer, max_length=sys.maxsize, encoding=style.encoding)
+    if prompting.task is not None:
+        # No maximum length: `generate` compares each prompt with the model's context.
+        task = prompting.task(tokenizer, max_length=sys.maxsize, encoding=prompting.encoding)
         prompts = [_task_prompt(task, prompt) for prompt in prompts]
         ids = [task.prompt_ids(str(prompt)) for prompt in prompts]
         decoding = config.decoding.over(task.decoding)
@@ -121,9 +122,11 @@ class _TaskRow:
 
 
 Prompt = str | list[dict[str, Any]] | _TaskRow
+"""A text, the messages of a chat, or a row that the task formats."""
 
 
 def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Prompt]:
+    """Read the prompts from the options or their file; rows of a .jsonl file may have the columns of `task`."""
     if config.prompt is not None:
         return [config.prompt]
     assert config.file is not None
@@ -138,6 +141,7 @@ def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Promp
 
 
 def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
+    """Return the prompt of one line of a .jsonl file; `where` is its file and line, for messages."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -174,6 +178,7 @@ def _task_prompt(task: NamedText, prompt: Prompt) -> str:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], chat: bool
 ) -> list[int]:
+    """Return the token ids of a text as it is, or of messages in the chat template; `chat` makes a text a message."""
     if isinstance(prompt, str) and not chat:
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

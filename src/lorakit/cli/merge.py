@@ -10,7 +10,7 @@ from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
 
 SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model")
-"""File suffixes of a saved model and its tokenizer."""
+"""Suffixes of the files that `save_pretrained` of a model and its tokenizer writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class MergeConfig:
     output: str
     """Folder for the merged model. Must not exist unless overwrite is set."""
     base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter, in the dtype of its weights."""
+    """The base model; its dtype is that of the merged model. Default: the base recorded in the adapter, in dtype
+    auto."""
     allow_other_base: bool = False
     """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
@@ -32,7 +33,7 @@ class MergeConfig:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Merge, save, and compare the logits of both models."""
+    """Merge and save, and print the largest change of the logits on a probe sentence."""
     import torch
     from transformers.utils import logging
 
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
     handle = handle_of(model)
     assert handle is not None
-    handle.require_mergeable()
+    handle.require_mergeable()  # fail before the first forward pass
     probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     probe = probe.to(model.device)
     if model.config.is_encoder_decoder:  # the logits depend on both inputs
@@ -85,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _require_replaceable(output: Path) -> None:
-    """Reject overwriting a folder with files that `save_pretrained` does not write."""
+    """Reject overwriting a folder that is not a merged model's: it has other files, or no config.json."""
     if not output.is_dir():
         return
     others = sorted(p.name for p in output.iterdir() if p.suffix not in SAVED)

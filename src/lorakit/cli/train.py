@@ -86,8 +86,8 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
 
 def _next(config: TrainConfig, result: RunResult) -> str:
     """Return the command that shows the adapter, with the file of a custom method."""
-    from lorakit.methods.registry import is_own
+    from lorakit.methods.registry import is_user_method
 
-    custom = [name for name in config.method_names if is_own(name)]
+    custom = [name for name in config.method_names if is_user_method(name)]
     option = ["--method", custom[0]] if custom else []
     return shlex.join(["lorakit", "inspect", str(result.adapter), *option])

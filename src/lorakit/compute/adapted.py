@@ -19,7 +19,7 @@ from lorakit.models.loading import Base
 from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
 
 TEXT = DataTask(name="completion", labels=())
-"""The task of a model without a recorded or configured one: text generation."""
+"""The task if neither the configuration nor the adapter's file names one: text generation."""
 
 ADAPTER = "adapter"
 """Name of the adapter on its model."""
@@ -27,7 +27,7 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter that has been read once, for its record and for its tensors."""
+    """An adapter that has been read from disk; the command then needs both its record and its tensors."""
 
     path: str
     stored: StoredAdapter
@@ -43,17 +43,22 @@ class AdapterFile:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the file records about its training; empty for a file of PEFT."""
+        """What the file records about its training. A PEFT folder has only `peft`, some of its options."""
         return self.stored.provenance
 
 
 def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:
-    """Return the task that an adapter records; None for a file without a record, as PEFT's are.
+    """Return the task that an adapter records; None for a file that records none, such as PEFT's.
+
+    A custom task is code, which never runs because a file names it. Unless the configuration names the same task, it
+    is replaced by the generic task that it inherits from, which the file records too.
 
     Args:
         adapter: The adapter.
-        configured: The task that the configuration names. A custom task is code: it runs if the user names it, never
-            because a file does. Otherwise such an adapter counts as one of the generic task.
+        configured: The task that the configuration names.
+
+    Raises:
+        AdapterFileError: The recorded task or labels are invalid.
     """
     record = adapter.provenance
     if "task" not in record:
@@ -62,8 +67,8 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
     if name not in TASKS and record.get("generic_task") in GENERIC:
         is_configured = configured is not None and task_type(configured).name == name
         name = str(configured) if is_configured else record["generic_task"]
-    known = isinstance(name, str) and (name in TASKS or name == configured)
-    if not known or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+    is_valid = isinstance(name, str) and (name in TASKS or name == configured)
+    if not is_valid or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
         raise AdapterFileError(
             f"The adapter {adapter.path} records the task {name!r} with the labels {labels!r}; a task is one of "
             f"{', '.join(TASKS)}, with a list of names as labels."
@@ -73,13 +78,14 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """The format of an adapter's prompts in training."""
+    """How prompts are formatted before generation: as in the adapter's training, unless the user chooses a task."""
 
     task: type[NamedText] | None = None
-    """The named task that formats them; None for plain text."""
+    """The named task that formats them; None leaves them unchanged."""
     encoding: str | None = None
+    """The task's encoding, paper or prompt; None without a task."""
     note: str = ""
-    """A note for the user."""
+    """A sentence for the user."""
 
 
 def prompt_format(
@@ -92,6 +98,7 @@ def prompt_format(
     """
     record = adapter.provenance if adapter else {}
     recorded, path = record.get("task"), adapter.path if adapter else ""
+    # An encoding but no task of lorakit: a custom task, whose code never runs because a file names it.
     if task is None and recorded not in TASKS and record.get("encoding"):
         return PromptFormat(
             note=f"the adapter {path} was trained for the custom task '{recorded}', and prompts are used unchanged. "
@@ -135,7 +142,8 @@ def open_adapted(
     Args:
         base: The base model; None is the one that the adapter records.
         adapter: The adapter; None leaves the base as it is.
-        task: What the model's head is for; None is the task that the adapter records, else text generation.
+        task: The task, which determines the model's head; None is the one that the adapter records, else text
+            generation.
         allow_other_base: Accept a base other than the one the adapter records.
 
     Returns:

@@ -44,7 +44,7 @@ class Decoding:
     def __post_init__(self) -> None:
         conform(self, "decoding")
         least = {"max_new_tokens": 1, "beams": 1, "batch_size": 1}
-        for name, value in self._set().items():
+        for name, value in self._settings().items():
             if name not in ("length_penalty", "top_p"):
                 require_at_least(f"decoding.{name}", value, least.get(name, 0))
         if self.seed is not None and self.seed >= 2**63:
@@ -66,8 +66,9 @@ class Decoding:
     def over(self, defaults: Mapping[str, Any] | None) -> Decoding:
         """Return these settings, with `defaults` for the unset ones. Sampling ignores defaults of beam search."""
         ignored = SEARCH if self.temperature else ()
-        used = {name: value for name, value in (defaults or {}).items() if name not in ignored}
-        return Decoding(**{**used, **self._set()})
+        applied = {name: value for name, value in (defaults or {}).items() if name not in ignored}
+        return Decoding(**{**applied, **self._settings()})
 
-    def _set(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings other than None."""
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -62,7 +62,7 @@ def generate(
     ]
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
-    ids = model_prompts(model, tokenizer, ids)
+    ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = _generation_config(model, tokenizer, decoding)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     processors = LogitsProcessorList()
@@ -92,26 +92,33 @@ def generate(
 @contextmanager
 def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
     """Seed the generators; restore the model and the random states at the end."""
-    own = model.generation_config
+    previous = model.generation_config
     # `generate` would fill unset values from the model's own configuration: a temperature, a repetition penalty.
     model.generation_config = settings
     try:
         with evaluating(model), seeded(seed, (p.device for p in model.parameters())):
             yield
     finally:
-        model.generation_config = own
+        model.generation_config = previous
 
 
-def _check_lengths(model: PreTrainedModel, ids: list[list[int]], new: int, virtual: int) -> None:
+def _check_lengths(
+    model: PreTrainedModel, ids: list[list[int]], new_tokens: int, virtual: int
+) -> None:
+    """Reject a prompt that exceeds the model's context together with its new tokens.
+
+    `ids` include the ids of the adapter's virtual tokens, `virtual` in each prompt.
+    """
     context = context_length(model)
     and_virtual = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
         # The encoder and the decoder have separate contexts.
-        needed = max(len(prompt), new) if model.config.is_encoder_decoder else len(prompt) + new
+        sides = (len(prompt), new_tokens)
+        needed = max(sides) if model.config.is_encoder_decoder else sum(sides)
         if context and needed > context:
             raise DataError(
                 f"Prompt {number} has {len(prompt) - virtual} tokens{and_virtual}; with max_new_tokens "
-                f"{new} that exceeds the model's context of {context}. Shorten the prompt or "
+                f"{new_tokens} that exceeds the model's context of {context}. Shorten the prompt or "
                 "lower max_new_tokens."
             )
 
@@ -172,6 +179,7 @@ class NoRepeatedNGrams(LogitsProcessor):
 def _left_pad(
     prompts: list[list[int]], pad: int | None, device: torch.device
 ) -> dict[str, torch.Tensor]:
+    """Return input_ids and attention_mask (B, longest prompt)."""
     width = max(map(len, prompts))
     return {
         "input_ids": torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),

@@ -17,9 +17,9 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
-_KINDS = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
+_CLASSES = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
 
-METHODS: dict[str, type[Method]] = {kind.__name__: kind for kind in _KINDS}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _CLASSES}
 """The methods of lorakit, by the name that files record."""
 
 ENTRY_POINTS = "lorakit.methods"
@@ -29,6 +29,7 @@ DEFAULT_RATE = 5e-4
 """Peak learning rate of a user's method without `default_rate`."""
 
 _OWN: dict[str, type[Method]] = {}
+"""Methods of users that `use_method` has registered, by class name."""
 
 
 def use_method(method: str | type[Method]) -> type[Method]:
@@ -45,51 +46,54 @@ def use_method(method: str | type[Method]) -> type[Method]:
         ConfigurationError: The method does not exist, or is not a method class.
     """
     name = method if isinstance(method, str) else repr(method)
-    kind = _load(method) if isinstance(method, str) else method
-    if not _is_method(kind):
+    method_class = _load(method) if isinstance(method, str) else method
+    if not _is_method(method_class):
         raise ConfigurationError(
-            f"method is {name}, which is {kind!r:.80}; a method is a frozen dataclass with the functions modules and "
-            "trained_parameters (see lorakit.methods.Method)."
+            f"method is {name}, which is {method_class!r:.80}; a method is a frozen dataclass with the functions "
+            "modules and trained_parameters (see lorakit.methods.Method)."
         )
-    if kind.__name__ in METHODS:
+    if method_class.__name__ in METHODS:
         raise ConfigurationError(
-            f"method is {name}, and a method of lorakit is called {kind.__name__}. Give the class another name."
+            f"method is {name}, and a method of lorakit is called {method_class.__name__}. Give the class another name."
         )
-    _OWN[kind.__name__] = kind
-    return kind
+    _OWN[method_class.__name__] = method_class
+    return method_class
 
 
-def own_method(name: str, settings: Mapping[str, Any]) -> Method:
+def user_method(name: str, settings: Mapping[str, Any]) -> Method:
     """Return a user's method with `settings`.
 
     Raises:
         ConfigurationError: The method does not exist, or has no such setting.
     """
-    kind = use_method(name)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    method_class = use_method(name)
+    known = [field.name for field in dataclasses.fields(method_class) if field.init]  # type: ignore[arg-type]
     for setting in settings:
         if setting not in known:
             raise ConfigurationError(
-                f"method_settings has {setting!r}, and {kind.__name__} has the settings {', '.join(known) or 'none'}."
-                + nearest(setting, known)
+                f"method_settings has {setting!r}, and {method_class.__name__} has the settings "
+                f"{', '.join(known) or 'none'}." + nearest(setting, known)
             )
     try:
-        return kind(**settings)
+        return method_class(**settings)
     except TypeError as error:
-        raise ConfigurationError(f"method_settings do not fit {kind.__name__}: {error}.") from error
+        raise ConfigurationError(
+            f"method_settings do not fit {method_class.__name__}: {error}."
+        ) from error
 
 
 def recorded_method(name: object) -> type[Method] | None:
     """Return the method class of the name that an adapter's file records; None if it is unknown."""
     if not isinstance(name, str):
         return None
-    if kind := METHODS.get(name) or _OWN.get(name):
-        return kind
+    if method_class := METHODS.get(name) or _OWN.get(name):
+        return method_class
+    # A file records the class's name, an installed package registers it under any name.
     point = next((p for p in installed(ENTRY_POINTS).values() if p.attr == name), None)
     return None if point is None else use_method(point.name)
 
 
-def is_own(name: str) -> bool:
+def is_user_method(name: str) -> bool:
     """Return whether a configured method name refers to a user's method: a file or an installed package."""
     return names_a_file(name) or name in installed(ENTRY_POINTS)
 

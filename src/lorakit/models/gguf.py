@@ -23,6 +23,7 @@ _CONVERSION = 1
 _RECORD = "conversion.json"
 
 _GPT2_SPLIT = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
+"""llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
 _GPT2_SPLIT_AFTER_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
@@ -66,7 +67,7 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def conversion_of(gguf: Path) -> Path | None:
-    """Return the cached conversion of a GGUF file, or None if it has not been converted."""
+    """Return the folder of `converted_folder` if the file has been converted, else None; never convert it."""
     folder = _folder_of(gguf)
     return folder if _is_complete(folder) else None
 
@@ -130,7 +131,8 @@ def _read_header(gguf: Path) -> tuple[dict[str, Any], torch.dtype]:
     halves = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
     stored = {tensor.tensor_type for tensor in reader.tensors} - {Kind.F32}
     dtype = halves.get(next(iter(stored))) if len(stored) == 1 else None
-    if dtype is not None:  # such a file has norms in float32, though most fit in 16 bits
+    # The norms are float32 even in a 16-bit file. Most fit in 16 bits; if one does not, use float32.
+    if dtype is not None:
         full = (torch.tensor(t.data) for t in reader.tensors if t.tensor_type == Kind.F32)
         if not all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in full):
             dtype = None

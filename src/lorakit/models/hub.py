@@ -9,7 +9,7 @@ from lorakit.models.sources import ModelSource, did_you_mean
 
 
 def locate_on_hub(source: ModelSource) -> tuple[str | None, bool]:
-    """Return the model's commit and whether the hub is reachable; if not, the commit is the cached one.
+    """Return the model's commit, and whether the hub is reachable: if not, it is the commit in the local cache.
 
     One request distinguishes a wrong name from a network failure; ``from_pretrained`` would retry
     for half a minute. Model and tokenizer then come from the same commit.

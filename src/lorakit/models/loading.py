@@ -34,7 +34,7 @@ ModelHead = Literal[
     "image-classification",
     "base",
 ]
-"""The model's task, which determines its head."""
+"""The model's head, by the task it is for."""
 
 _MODEL_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -47,6 +47,7 @@ _MODEL_CLASSES: dict[str, str] = {
 }
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
 _WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
+"""Tasks for which a checkpoint may lack the head; it is then initialised and trained."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,7 +55,7 @@ class Base:
     """A loaded base model.
 
     Attributes:
-        model: in eval mode, on the CPU.
+        model: in eval mode, on the CPU; `compute.base.open_base` moves it to the device.
         tokenizer: with a padding token; None if the source has none.
         source: where it was loaded from; for the hub, its revision is the commit.
         notices: sentences for the user: newly initialised heads, a missing padding token.
@@ -122,7 +123,7 @@ def load_base(
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
     base = Base(model.eval(), tokenizer, source, notices)
-    _settle_padding(base)
+    _set_padding(base)
     return base
 
 
@@ -215,7 +216,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
-    """Convert exceptions of transformers to BaseModelError."""
+    """Convert exceptions of transformers to a BaseModelError with the cause and, if it is known, the fix."""
     try:
         yield
     except LorakitError:
@@ -251,6 +252,7 @@ def _load_model(
     seed: int,
     options: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model, and transformers' report of missing, unexpected and mismatched weights."""
     settings = dict(options)
     if task == "regression":
         settings |= {"num_labels": 1, "problem_type": "regression"}
@@ -306,6 +308,7 @@ def _some(names: list[str]) -> str:
 
 
 def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer; None if the model has none. A damaged one raises transformers' error."""
     from transformers import AutoTokenizer
 
     try:
@@ -321,7 +324,7 @@ def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBa
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
-def _settle_padding(base: Base) -> None:
+def _set_padding(base: Base) -> None:
     """Set the padding token of the tokenizer, and the same one in the model's configuration."""
     model, tokenizer = base.model, base.tokenizer
     if tokenizer is None:

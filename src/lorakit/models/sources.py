@@ -45,7 +45,7 @@ class PackagedModel:
         file: the GGUF file or the model folder inside the module.
         description: a phrase that describes the weights.
         hub_id: the model's id on the hub.
-        same_on_hub: whether the hub has identical weights.
+        same_on_hub: whether the hub has identical weights; if not, only the alias may mean those on the hub.
     """
 
     name: str
@@ -58,7 +58,7 @@ class PackagedModel:
 
     def path(self) -> Path | None:
         """Return the GGUF file or folder, or None if the package is not installed."""
-        # Located, never imported: both packages import others that lorakit does not need.
+        # Find the package without importing it: it imports others that lorakit does not need.
         spec = importlib.util.find_spec(self.distribution.replace("-", "_"))
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(folder) / self.file).exists():
@@ -192,6 +192,7 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
 
 
 def _nearest_neighbour(text: str) -> str:
+    """Return a sentence with the entry of the folder whose name is closest, or that the folder is missing."""
     path = Path(os.path.expanduser(text))
     if not path.parent.is_dir():
         return f" Neither does its folder, '{path.parent}'."

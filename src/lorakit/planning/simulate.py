@@ -28,7 +28,7 @@ from lorakit.training.setup import (
     ADAPTER,
     attach_method,
     autocast_of,
-    checkpoint_activations,
+    enable_gradient_checkpointing,
 )
 
 
@@ -76,7 +76,7 @@ def simulate(
         adapters = attach_method(base, config, task, method)
         trained = adapters.trainable_parameters(ADAPTER)
         if config.gradient_checkpointing:
-            checkpoint_activations(model)
+            enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         model.train()
         computation = choose_computation(

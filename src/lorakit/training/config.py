@@ -18,7 +18,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
-from lorakit.methods.registry import DEFAULT_RATE, is_own, own_method, use_method
+from lorakit.methods.registry import DEFAULT_RATE, is_user_method, use_method, user_method
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
@@ -275,7 +275,7 @@ class TrainConfig:
         names = self.method_names
         custom = [name for name in names if name not in DEFAULT_RATES]
         for name in names:
-            if name not in DEFAULT_RATES and not is_own(name):
+            if name not in DEFAULT_RATES and not is_user_method(name):
                 raise ConfigurationError(
                     f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, several joined by a "
                     f"plus, or your own class in a file, path/to/file.py:Class.{nearest(name, DEFAULT_RATES)}"
@@ -318,7 +318,9 @@ class TrainConfig:
     def chosen_method(self) -> Method:
         """The configured method, with the settings of its section."""
         chosen = tuple(
-            getattr(self, name) if name in DEFAULT_RATES else own_method(name, self.method_settings)
+            getattr(self, name)
+            if name in DEFAULT_RATES
+            else user_method(name, self.method_settings)
             for name in self.method_names
         )
         return chosen[0] if len(chosen) == 1 else Combined(methods=chosen)

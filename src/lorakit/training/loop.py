@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> RunResult:
         ):
             if not state.started:
                 validate(run, job, state, log, show)
-            for batches_of_indices in job.plan.steps(start=state.step):
+            for batches_of_indices in job.step_plan.steps(start=state.step):
                 if job.is_over(state) or interruption.requested:
                     break
                 began = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorakit.models.layers import by_token
 
 
-def let_norms_compute(model: nn.Module) -> None:
+def cast_mixed_norms(model: nn.Module) -> None:
     """Cast the frozen weight to float32 during each call of a LayerNorm whose bias alone is trained (BitFit).
 
     A LayerNorm rejects a bfloat16 weight with a float32 bias, and autocast on a CPU does not cast the parameters of

@@ -22,7 +22,7 @@ class Reporter:
 
     def __init__(self, job: Job, state: State) -> None:
         self._lines = job.describe()
-        self._total, self._device = job.plan.total, job.device
+        self._total, self._device = job.step_plan.total, job.device
         self._start = dataclasses.replace(state)
         self._console = Console(stderr=True)
         self._shown = time.monotonic()

@@ -35,7 +35,7 @@ from lorakit.tasks import Example, Task, file_of, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
-from lorakit.training.mixed_precision import let_norms_compute
+from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.schedule import StepPlan, rate_factor
 from lorakit.training.warm_start import warm_start
 
@@ -58,7 +58,7 @@ class Job:
     scored: Sequence[Example]
     """The validation examples scored during training."""
     computation: Computation
-    plan: StepPlan
+    step_plan: StepPlan
 
     @property
     def model(self) -> PreTrainedModel:
@@ -108,22 +108,22 @@ class Job:
         """Return the factor on the peak learning rate after `step` finished steps."""
         settings = self.config.optimizer
         return rate_factor(
-            step, total=self.plan.total, warmup=settings.warmup, schedule=settings.schedule
+            step, total=self.step_plan.total, warmup=settings.warmup, schedule=settings.schedule
         )
 
     def is_over(self, state: State) -> bool:
         """Return whether the run has made its last step or was stopped early."""
-        return state.stopped_early or state.step >= self.plan.total
+        return state.stopped_early or state.step >= self.step_plan.total
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation is due after `step` finished steps."""
-        every = self.config.evaluation.every or self.plan.steps_per_epoch
-        return step % every == 0 or step == self.plan.total
+        every = self.config.evaluation.every or self.step_plan.steps_per_epoch
+        return step % every == 0 or step == self.step_plan.total
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` finished steps; the last one is always written."""
-        every = self.config.checkpoints.every or self.plan.steps_per_epoch
-        return step % every == 0 and step < self.plan.total
+        every = self.config.checkpoints.every or self.step_plan.steps_per_epoch
+        return step % every == 0 and step < self.step_plan.total
 
     @cached_property
     def base_record(self) -> BaseRecord:
@@ -200,8 +200,8 @@ class Job:
             f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
         lines.append(
-            f"steps     {self.plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
-            f"{self.plan.steps_per_epoch:,} per epoch"
+            f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
+            f"{self.step_plan.steps_per_epoch:,} per epoch"
         )
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
@@ -253,7 +253,7 @@ def assemble(
         if examples is not None:
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
-        checkpoint_activations(model)
+        enable_gradient_checkpointing(model)
     choice = choose_computation(
         model,
         task,
@@ -278,7 +278,7 @@ def assemble(
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
         computation=computation,
-        plan=StepPlan(
+        step_plan=StepPlan(
             BatchSampler(
                 train.lengths, config.batch_size, config.seed, groups=groups_of(config, train)
             ),
@@ -331,7 +331,7 @@ def attach_method(
         # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
         parameter.data = parameter.data.float()
     # BitFit trains the bias of a LayerNorm in float32, next to a frozen weight in the base's dtype.
-    let_norms_compute(model)
+    cast_mixed_norms(model)
     return adapters
 
 
@@ -355,7 +355,7 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
         )
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the model's blocks in the backward pass instead of keeping their activations."""
     # Reentrant checkpoints give no gradient where a block's input requires none, as above a frozen embedding.
     if hasattr(model, "activation_checkpointing_enable"):

@@ -48,8 +48,8 @@ TOKENIZER_FILES = (
 )
 """File names of a tokenizer saved by transformers."""
 
-_MARKS = (lorakit_json.NAME, peft.CONFIG_NAME)
-"""The files that mark a folder as an adapter."""
+_CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
+"""A folder with one of these files is an adapter."""
 
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
@@ -107,7 +107,7 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     notices: list[str] = []
-    form = None
+    form: peft.PeftForm | None = None  # stays None if PEFT cannot load the adapter
     try:
         form = write_peft(stored, folder)
     except NotExpressibleError as error:
@@ -141,7 +141,7 @@ def check_replaceable(folder: str | Path) -> None:
     folder = Path(folder)
     with storage.reading(folder, RunFolderError):
         has_files = folder.is_dir() and any(folder.iterdir())
-        is_adapter = any((folder / mark).exists() for mark in _MARKS)
+        is_adapter = any((folder / name).exists() for name in _CONFIG_NAMES)
     if has_files and not is_adapter:
         raise RunFolderError(
             f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
@@ -151,7 +151,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
     tensors = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
-    if path.name in (*tensors, *_MARKS):
+    if path.name in (*tensors, *_CONFIG_NAMES):
         raise AdapterFileError(
             f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
         )
@@ -159,6 +159,7 @@ def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
 
 
 def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None:
+    """Reject an `alpha` that contradicts the one in the file."""
     recorded = {layer.alpha for layer in stored.layers.values()}
     if alpha is not None and recorded != {alpha}:
         raise ConfigurationError(
@@ -168,8 +169,9 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 
 def _no_adapter_in(folder: Path) -> str:
+    """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
-    adapters = [p for p in entries if p.is_dir() and any((p / m).exists() for m in _MARKS)]
+    adapters = [p for p in entries if p.is_dir() and any((p / n).exists() for n in _CONFIG_NAMES)]
     tensors = [p for p in entries if p.name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     hint = ""
     if adapters:

@@ -1,9 +1,9 @@
 """Fingerprints of base models, to check that a live model is the base of an adapter.
 
 A fingerprint has three parts: the architecture, the name of the source, and a hash of the weights.
-The weights are hashed twice, exactly and rounded to bfloat16, to recognise the same weights in
-another dtype. The second hash of a quantised weight is that of the original weight, to recognise a
-quantised base and the unquantised one as the same.
+The weights are hashed twice: exactly, and rounded to bfloat16 to recognise the same weights in another
+dtype. The second hash of a quantised weight is that of the original weight before quantisation, to
+recognise a quantised base and the unquantised one as the same.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Weights:
     exact: str | None
     """SHA-256 of the weights in their own dtype."""
     bfloat16: str | None
-    """SHA-256 of the weights rounded to bfloat16; None if the originals of quantised weights are not known."""
+    """SHA-256 of the weights rounded to bfloat16, of quantised ones before quantisation; None if not known."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,16 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     ):
         if a != b:
             raise _wrong_base(recorded, live, f"its {attribute} is {b}, not {a}")
+    # An unknown method's packed weights have other shapes than the weights they hold.
     packed = "quantised" in (recorded.weights.dtype, live.weights.dtype)
-    if then.shapes != now.shapes and not packed:  # packed weights have other shapes
+    if then.shapes != now.shapes and not packed:
         reason = "it has other parameters or other shapes (another size or vocabulary)"
         raise _wrong_base(recorded, live, reason)
     return _compare_weights(recorded, live)
 
 
 def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
+    """Compare the hashes; without hashes, or after a rounding, the names of the sources decide."""
     then, now = recorded.weights, live.weights
     if then.exact is not None and then.exact == now.exact:
         return []
@@ -186,10 +188,10 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         return [f"{change}; rounded to bfloat16 they are the same."]
     same_source = recorded.source.name is not None and recorded.source == live.source
     if then.bfloat16 is None or now.bfloat16 is None:
-        unknown = then if then.bfloat16 is None and now.bfloat16 is not None else now
+        unhashed = now if now.bfloat16 is None else then
         if same_source:
             return [
-                f"{change}, both of '{live.source.name}'. {unknown.dtype} weights cannot be compared."
+                f"{change}, both of '{live.source.name}'. {unhashed.dtype} weights cannot be compared."
             ]
         if recorded.source.name is None or live.source.name is None:
             return [
@@ -236,7 +238,7 @@ def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Wei
         hashed = {name: pair for (name, _), pair in zip(by_size, digests_of, strict=True)}
     rounded = {name: d.bfloat16 for name, d in hashed.items() if d.bfloat16 is not None}
     return Weights(
-        _name_dtypes(w for _, w in weights),
+        _dtype_label(w for _, w in weights),
         _combine({name: d.exact for name, d in hashed.items()}),
         _combine(rounded) if rounded.keys() == hashed.keys() else None,
     )
@@ -246,18 +248,19 @@ def _digests(weight: Tensor | QuantisedWeight) -> Digests:
     return digests(weight) if isinstance(weight, Tensor) else weight.digests()
 
 
-def _name_dtypes(weights: Iterable[Tensor | QuantisedWeight]) -> str:
+def _dtype_label(weights: Iterable[Tensor | QuantisedWeight]) -> str:
     """Return the kind of quantisation, else the one dtype of all weights, else "mixed"."""
     names = {dtype_name(w.dtype) if isinstance(w, Tensor) else w.kind for w in weights}
     names = names & KINDS or names  # a quantised model still has norms and embeddings in a dtype
     return names.pop() if len(names) == 1 else "mixed"
 
 
-def _combine(digests: dict[str, bytes]) -> str:
+def _combine(digest_of: dict[str, bytes]) -> str:
+    """Return one SHA-256 of the digests of all weights, by name, in the order of the names."""
     whole = hashlib.sha256()
-    for name in sorted(digests):
+    for name in sorted(digest_of):
         whole.update(f"{name}\0".encode())
-        whole.update(digests[name])
+        whole.update(digest_of[name])
     return whole.hexdigest()
 
 

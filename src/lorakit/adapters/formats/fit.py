@@ -1,4 +1,4 @@
-"""Validate an adapter from a PEFT or loralib file against the live model."""
+"""Validate an adapter that was read from a file against the live model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lorakit.methods.lora import LoRA
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
-    """Validate an adapter from a PEFT or loralib file against the live model, and complete it.
+    """Validate an adapter that was read from a file against the live model, and complete it.
 
-    Every layer that PEFT's options select must have tensors, and every layer with tensors must be
-    selected. loralib's factors get the kind of the model's layer. Copies of base weights that equal
-    the model's are dropped; others count as trained. A trained tied parameter is listed under all
-    its names.
+    PEFT: every layer that the options select must have tensors, and every layer with tensors must be
+    selected. loralib: factors get the kind of the model's layer. Both: copies of base weights that
+    equal the model's are dropped; others count as trained. Every format: a trained parameter that the
+    model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -51,12 +51,12 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
                 f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. The "
                 f"file has {' and '.join(parts)}. Load it on the model class it was trained with."
             )
-    elif stored.base is None:
+    elif stored.base is None:  # a loralib file records no base
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
     layout = base_layout(model)
     if stored.base_copies:
-        _settle_base_copies(stored, path, layout)
-    _settle_tied(stored, path, model, layout)
+        _sort_base_copies(stored, path, layout)
+    _list_tied(stored, path, model, layout)
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
@@ -68,7 +68,8 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _settle_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLayout) -> None:
+def _sort_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLayout) -> None:
+    """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
     live = layout.parameters
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
@@ -108,7 +109,7 @@ def _settle_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLay
         )
 
 
-def _settle_tied(
+def _list_tied(
     stored: StoredAdapter, path: str | Path, model: nn.Module, layout: BaseLayout
 ) -> None:
     """List a trained parameter that the model ties under every name that the method trains."""

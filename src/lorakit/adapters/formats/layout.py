@@ -25,7 +25,7 @@ class BaseLayout:
     parameters: dict[str, Tensor]
     """The base's parameters, by each of their names (not copied)."""
     beyond_peft: dict[str, str]
-    """Layer path -> why PEFT computes something else on that layer."""
+    """Layers on which PEFT computes something else than lorakit: path -> reason."""
     transposed: frozenset[str]
     """Paths of the layers that store their weight as (in, out)."""
     output_head: str | None

@@ -113,17 +113,17 @@ def read(folder: Path) -> StoredAdapter:
             path: {name: _pop(tensors, f"modules.{path}.{name}") for name in names}
             for path, names in record.get("modules", {}).items()
         }
-        is_own = tensors_name == TENSORS_NAME
+        in_peft_form = tensors_name == peft.TENSORS_NAME
         layers, trained = {}, {}
         for layer_path, description in record["layers"].items():
             with located(f"'{layer_path}'"):
-                if is_own:
-                    layers[layer_path] = _own_layer(layer_path, description, tensors)
-                else:
+                if in_peft_form:
                     layers[layer_path] = _layer_from_peft(description, tensors)
+                else:
+                    layers[layer_path] = _unchanged_layer(layer_path, description, tensors)
         for name, key in record["trained"].items():
             with located(f"the trained '{name}'"):
-                trained[name] = _pop(tensors, f"trained.{name}" if is_own else key)
+                trained[name] = _pop(tensors, key if in_peft_form else f"trained.{name}")
         for key in record["repeated"]:
             tensors.pop(key, None)
         if tensors:
@@ -159,6 +159,7 @@ def _method_record(method: Method) -> dict[str, Any]:
 
 
 def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
+    """Return a layer's fields other than tensors; `key` is the prefix of its keys in PEFT's file, if it is in one."""
     description: dict[str, Any] = {
         **{name: getattr(layer, name) for name in _FIELDS},
         "rank": layer.rank,
@@ -173,18 +174,19 @@ def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
 
 
 def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
-    """Return keys that only PEFT needs: tied copies, and zeros that pad a module."""
-    read = set(form.trained_keys.values())
+    """Return the keys in PEFT's file that `read` ignores: copies of tied tensors, frozen weights, added zeros."""
+    needed = set(form.trained_keys.values())
     for path, layer in stored.layers.items():
         dora = layer.magnitude is not None
-        read.update(factor_keys(form.layer_keys[path], layer.kind, dora=dora).values())
-    return sorted(form.tensors.keys() - read)
+        needed.update(factor_keys(form.layer_keys[path], layer.kind, dora=dora).values())
+    return sorted(form.tensors.keys() - needed)
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def _check_record(record: Mapping[str, Any], path: Path) -> None:
+    """Reject a file of another format, of a newer version, or with a wrong checksum of its own."""
     version = record.get("format_version")
     if record.get("format") != "lorakit" or type(version) is not int:
         raise AdapterFileError(
@@ -199,6 +201,7 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Verify the checksum of every listed file; return a notice if the model card was edited."""
     files = record.get("files")
     if not isinstance(files, Mapping):
         raise AdapterFileError(f"'{folder / NAME}' has no valid list of files.")
@@ -223,9 +226,10 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _method(record: Any) -> Method:
+    """Build the method that `_method_record` described."""
     name = record.get("name") if isinstance(record, Mapping) else record
-    kind = recorded_method(name)
-    if kind is None or not isinstance(record, Mapping):
+    method_class = recorded_method(name)
+    if method_class is None or not isinstance(record, Mapping):
         raise AdapterFileError(
             f"its method is {name!r}, but this lorakit knows only {', '.join(METHODS)}. Update lorakit. For a method "
             "of your own, name its class: method path/to/file.py:Class (in Python, lorakit.use_method)."
@@ -233,26 +237,27 @@ def _method(record: Any) -> Method:
     settings = {
         key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key != "name"
     }
-    if kind is Combined:
+    if method_class is Combined:
         settings["methods"] = tuple(map(_method, record["methods"]))
-    unknown = settings.keys() - {f.name for f in dataclasses.fields(kind)}
+    unknown = settings.keys() - {f.name for f in dataclasses.fields(method_class)}
     if unknown:
         raise AdapterFileError(
             f"its method has settings that this lorakit does not know: {sorted(unknown)}. Update lorakit."
         )
-    return kind(**settings)
+    return method_class(**settings)
 
 
 def _pop(tensors: dict[str, Tensor], key: str) -> Tensor:
+    """Remove and return a tensor; `read` rejects the tensors that remain at the end."""
     if key not in tensors:
         raise AdapterFileError(f"the tensor file has no '{key}'.")
     return tensors.pop(key)
 
 
-def _own_layer(
+def _unchanged_layer(
     path: str, description: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> StoredLayer:
-    """Remove the tensors of a layer in lorakit's form from `tensors`, and return the layer."""
+    """Remove the tensors of a layer that `write_tensors` wrote from `tensors`, and return the layer."""
     parts: dict[str, Any] = {name: _pop(tensors, f"layers.{path}.{name}") for name in ("A", "B")}
     for name, factor in parts.items():
         if list(factor.shape) != description[name]:
@@ -266,10 +271,10 @@ def _own_layer(
 
 def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> StoredLayer:
     """Remove the tensors of a layer in PEFT's form from `tensors`, and return the original layer."""
-    # Validate the described shapes against the tensors before allocating tensors of those shapes.
     keys = factor_keys(description["key"], description["kind"], dora=description["dora"])
     parts = {name: _pop(tensors, key) for name, key in keys.items()}
     A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    # An untrusted description could make `from_peft` allocate any amount: bound its shapes by the tensors in the file.
     for factor, name in ((A, "A"), (B, "B")):
         if torch.Size(description[name]).numel() > factor.numel():
             raise AdapterFileError(
@@ -287,12 +292,14 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     if magnitude is not None:
         shapes["magnitude"] = torch.empty(shapes["B"].shape[0], device="meta")
         magnitude = magnitude.flatten()
-    pattern = _build(description, shapes)
-    rank = peft_rank(pattern)
-    return from_peft(pattern, A[:rank], B[:, : rank // pattern.groups], magnitude)
+    original = _build(description, shapes)
+    # PEFT has one rank for both projections of an attention module; zeros pad the smaller one. Cut them off.
+    rank = peft_rank(original)
+    return from_peft(original, A[:rank], B[:, : rank // original.groups], magnitude)
 
 
 def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
+    """Return the layer that `_describe` described, with these tensors."""
     shape = description["weight_shape"]
     return StoredLayer(
         slices=tuple(RowSlice(**piece) for piece in description["slices"]),

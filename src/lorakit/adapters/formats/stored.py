@@ -35,7 +35,7 @@ class StoredAdapter:
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was trained (configuration, data, scores); JSON values."""
     notices: list[str] = field(default_factory=list)
-    """Sentences for the user."""
+    """Sentences for the user, which `load` logs as warnings."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
     """Base parameters in the file that training may not have changed (PEFT stores those of adapted
     embeddings, a loralib file of a whole model all of them). `formats.check_targets` drops those that
@@ -53,7 +53,7 @@ class StoredAdapter:
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
         layout = self.base.layout if self.base is not None else None
-        if layout is not None:  # the live model also shows what tensors alone do not
+        if layout is not None:  # being saved from a live model, which tells more than the tensors
             self.layers = {
                 path: layout.describe(path, layer) for path, layer in self.layers.items()
             }
@@ -64,11 +64,11 @@ class StoredAdapter:
     def module_tensors(self) -> dict[str, Tensor]:
         """The tensors in `modules` by layer path and name, joined by a dot."""
         modules = self.modules.items()
-        return {f"{path}.{name}": t for path, own in modules for name, t in own.items()}
+        return {f"{path}.{name}": t for path, tensors in modules for name, t in tensors.items()}
 
     @property
     def parameters(self) -> int:
-        """Number of trained numbers in the file."""
+        """Number of trained numbers in the file: without PiSSA's start, base norms and base copies."""
         factors = [t for layer in self.layers.values() for t in (layer.A, layer.B, layer.magnitude)]
         others = [*self.module_tensors.values(), *self.trained.values()]
         return sum(t.numel() for t in (*factors, *others) if t is not None)

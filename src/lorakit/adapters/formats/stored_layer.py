@@ -26,7 +26,8 @@ TENSORS = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
 class StoredLayer:
     """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``.
 
-    By kind, with r the rank, A and B have these shapes:
+    A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. By kind, with r the rank and K the kernel's
+    width, A and B have these shapes:
 
     ============== ===================================== =======================================
     kind           A                                     B
@@ -56,10 +57,11 @@ class StoredLayer:
     """The adapted output rows of a fused projection; empty means all rows."""
     initial_A: Tensor | None = None  # noqa: N815
     initial_B: Tensor | None = None  # noqa: N815
-    """PiSSA's start, whose product is subtracted; shaped as A and B."""
+    """PiSSA's A0 and B0, the values of A and B before training; shaped as A and B."""
     base_norms: Tensor | None = None
-    """DoRA on slices: the norms of all rows of the base weight, (out,). Only those outside the
-    slices are read: with them as magnitudes, PEFT's DoRA leaves those rows unchanged."""
+    """DoRA on slices: the norms of all rows of the base weight, (out,), for export to PEFT. PEFT has a magnitude
+    for every row; with its base norm as magnitude, a row outside the slices stays unchanged. The norms of rows in
+    the slices are never read."""
     weight_shape: tuple[int, ...] | None = None
     """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
     grouped: bool = True
@@ -103,6 +105,7 @@ class StoredLayer:
         """K of a "conv-loralib" layer; loralib supports only square kernels and the scaling alpha / r."""
         if self.weight_shape is not None:
             return self.weight_shape[-1]
+        # A has r * K rows, and scaling / alpha is 1 / r.
         return max(1, round(self.A.shape[0] * self.scaling / self.alpha))
 
     @property
@@ -210,7 +213,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Begin the message of an error with the file or the layer in which it occurs."""
+    """Prefix an error's message with `where`, the file or layer; once, if nested blocks name the same."""
     try:
         yield
     except LorakitError as error:
@@ -221,15 +224,15 @@ def located(where: str) -> Iterator[None]:
 
 def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
     """Return a notice if the rank of layers exceeds their width; such files still load."""
-    above = [
+    too_high = [
         f"'{path}' (rank {layer.rank}, width {width})"
         for path, layer in layers.items()
         if layer.kind in ("linear", "attention", "embedding")
         and layer.rank > (width := min(layer.A.shape[1], layer.B.shape[0]))
     ]
-    if not above:
+    if not too_high:
         return []
     return [
-        f"The rank exceeds the layer's width in {len(above)} layers, the first {above[0]}. "
+        f"The rank exceeds the layer's width in {len(too_high)} layers, the first {too_high[0]}. "
         "The adapter works, but a smaller rank represents the same delta."
     ]

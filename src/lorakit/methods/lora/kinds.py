@@ -41,12 +41,12 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
     Raises:
         ConfigurationError: The embedding is not adapted, or the head is not tied to it.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
+    path_of = {id(module): path for path, module in model.named_modules()}
     table, head = (
         getattr(model, name, lambda: None)()
         for name in ("get_input_embeddings", "get_output_embeddings")
     )
-    source = modules.get(paths.get(id(table), "")) if table is not None else None
+    source = modules.get(path_of.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
         raise ConfigurationError(
             "tie_head applies the embedding's adapter to the output head, and no target adapts the input embedding. "
@@ -57,8 +57,8 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
             "tie_head is set, and this model's output head does not share the embedding's weights. "
             "Remove tie_head; to adapt the head as well, add 'head' to targets."
         )
-    if paths[id(head)] in modules:
+    if path_of[id(head)] in modules:
         raise ConfigurationError(
             "tie_head and a target for the head both adapt the output head. Choose one of the two."
         )
-    return paths[id(head)], TiedHeadLoRA(head, source)
+    return path_of[id(head)], TiedHeadLoRA(head, source)

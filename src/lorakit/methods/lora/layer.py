@@ -3,7 +3,8 @@
 Each subclass treats its weight as one matrix ``W`` of shape (out, in), and its adapter as two thin factors
 ``B`` (out, R) and ``A`` (R, in). Merging, DoRA, PiSSA and export then need one implementation:
 
-- a fused projection stacks one A per adapted slice and writes each B to its slice's rows (zero elsewhere);
+- a fused projection has one pair of factors per adapted slice: R is rank * slices, A stacks them, and B is zero
+  outside the rows and columns of each slice;
 - PiSSA appends its frozen initial factors with a minus sign: ``[B, -B0] [A; A0]``;
 - a tied output head uses the transposed factors of the embedding.
 """
@@ -37,9 +38,9 @@ class LoRALayer(AdapterModule):
     """
 
     kind: str = ""
-    """Name of the layer type, which determines the layout of A and B in files."""
+    """The `kind` under which files store the layer (`formats.stored_layer.Kind`)."""
     weight_name: str = "weight"
-    """Attribute of the layer that holds W."""
+    """The attribute of the adapted layer that holds W."""
 
     def __init__(
         self,
@@ -185,6 +186,7 @@ class LoRALayer(AdapterModule):
         norms = self.row_norms(layer, A.detach(), B.detach())
         rows = self._rows()
         magnitude = self.magnitude.to(norms.dtype)
+        # Rows outside the slices keep the factor 1.
         factor = torch.ones_like(norms).index_copy(0, rows, magnitude / norms[rows])
         shape = self.output_shape(output)
         factor = factor.to(output.dtype).view(shape)

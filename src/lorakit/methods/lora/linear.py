@@ -37,10 +37,10 @@ class LinearLoRA(LoRALayer):
         if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
-        # Layers of other libraries (quantised ones) may return a buffer that they still need. A forward hook
-        # besides the one that calls `adapt` may have stored the output.
-        is_stock = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
-        in_place = is_stock and len(layer._forward_hooks) == 1
+        # Layers of other libraries (quantised ones) may return a buffer that they still need, and
+        # another forward hook may have stored the output.
+        is_plain = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
+        in_place = is_plain and len(layer._forward_hooks) == 1
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

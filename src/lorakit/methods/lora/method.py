@@ -111,9 +111,7 @@ class LoRA:
         from lorakit.methods.lora.kinds import kind_of, tied_head
         from lorakit.models.roles import resolve_targets
 
-        by_path: dict[
-            str, list[Place]
-        ] = {}  # a fused projection has one place for each adapted slice
+        by_path: dict[str, list[Place]] = {}  # a fused layer has one place for each adapted slice
         for place in resolve_targets(model, self.targets):
             by_path.setdefault(place.path, []).append(place)
         self._check_patterns(list(by_path))
@@ -162,6 +160,7 @@ class LoRA:
         return list(dict.fromkeys(names))
 
     def _bias_names(self, model: nn.Module, adapted: set[str]) -> list[str]:
+        """Return the biases that `bias` selects; `adapted` are the paths of the adapted layers."""
         from lorakit.models.layers import is_of_adapter
 
         if self.bias == "none":
@@ -180,6 +179,7 @@ class LoRA:
         return names
 
     def _check_patterns(self, paths: list[str]) -> None:
+        """Reject a rank or alpha pattern that matches no adapted layer: most likely a typo."""
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
                 if not any(_matches(key, path) for path in paths):
@@ -202,11 +202,13 @@ class LoRA:
         return alpha / math.sqrt(rank) if self.scaling == "rslora" else alpha / rank
 
 
-def _lookup(patterns: dict, path: str, default):
+def _lookup(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """Return the value of the first pattern that covers the module `path`, else the default."""
     return next((value for key, value in patterns.items() if _matches(key, path)), default)
 
 
-def _entries(name: str, patterns: dict) -> list[tuple[str, Any]]:
+def _entries(name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the entries of a pattern option, each named as in the user's configuration."""
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
 
 

@@ -29,6 +29,7 @@ _GPT2_FIRST = re.compile(
 )
 _GPT2_FUSED = "c_attn"
 _GPT2_BASE_NAMES = {"g": "weight", "w": "weight", "b": "bias"}
+"""OpenAI's names of GPT-2's parameters -> those of transformers: g and b are of a norm, w and b of a Conv1D."""
 
 
 def read_loralib(
@@ -64,8 +65,8 @@ def read_loralib(
     with located(f"'{path}'"):
         factors, others = _sort(_state_dict(path))
         layers = {
-            place: _layer(place, parts, others, float(alpha), enable_lora or {})
-            for place, parts in factors.items()
+            layer_path: _layer(layer_path, parts, others, float(alpha), enable_lora or {})
+            for layer_path, parts in factors.items()
         }
         if not layers:
             raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
@@ -86,11 +87,11 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if match := _FACTOR.fullmatch(key):
-            place, part = match["path"], match["factor"]
+            layer_path, part = match["path"], match["factor"]
         elif match := _DEBERTA_OLD.fullmatch(key):
-            place, part = f"{match['start']}{match['name']}_proj", match["factor"].upper()
+            layer_path, part = f"{match['start']}{match['name']}_proj", match["factor"].upper()
         elif match := _GPT2_FIRST.fullmatch(key):
-            place = f"{match['start']}.{_GPT2_FUSED}"
+            layer_path = f"{match['start']}.{_GPT2_FUSED}"
             part = f"{'A' if match['factor'] == '1' else 'B'}_{match['letter']}"
         elif "lora_" in key or "_adapter" in key:
             raise AdapterFileError(
@@ -99,51 +100,52 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         else:
             others[key] = tensor
             continue
-        if part in factors.setdefault(place, {}):
-            raise AdapterFileError(f"'{place}' has factors under two names.")
-        factors[place][part] = tensor
+        if part in factors.setdefault(layer_path, {}):
+            raise AdapterFileError(f"'{layer_path}' has factors under two names.")
+        factors[layer_path][part] = tensor
     return factors, others
 
 
 def _layer(
-    place: str,
+    layer_path: str,
     parts: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
     alpha: float,
     enable_lora: EnableLora,
 ) -> StoredLayer:
+    """Return a layer from its factors; the shape of its weight in `others`, if any, shows its type."""
     if any("_" in part for part in parts):
-        return _first_gpt2_layer(place, parts, alpha)
+        return _first_gpt2_layer(layer_path, parts, alpha)
     if parts.keys() != {"A", "B"}:
         missing = "B" if "A" in parts else "A"
-        raise AdapterFileError(f"'{place}' has no lora_{missing}.")
+        raise AdapterFileError(f"'{layer_path}' has no lora_{missing}.")
     A, B = parts["A"], parts["B"]
     if A.ndim != 2 or B.ndim != 2 or 0 in (*A.shape, *B.shape) or A.shape[0] % B.shape[1]:
         raise AdapterFileError(
-            f"'{place}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
+            f"'{layer_path}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
             "lora_A (rank, in) and lora_B (out, rank) were expected."
         )
     n_in, n_out = A.shape[1], B.shape[0]
     rank = B.shape[1]
-    weight = others.get(f"{place}.conv.weight", others.get(f"{place}.weight"))
+    weight = others.get(f"{layer_path}.conv.weight", others.get(f"{layer_path}.weight"))
     options: dict[str, Any] = {"kind": "linear"}
     if weight is not None and weight.ndim > 2:
         options = {"kind": "conv-loralib", "weight_shape": tuple(weight.shape)}
         rank = A.shape[0] // weight.shape[-1]
     elif weight is not None and tuple(weight.shape) == (n_in, n_out) != (n_out, n_in):
         # Stored as (in, out): GPT-2's layout, or an embedding table, which its name shows.
-        is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", place) is not None
+        is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", layer_path) is not None
         options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
     else:
         weight_rows = None if weight is None else _rows_of(weight, A)
-        options["slices"] = _slices(place, A, B, weight_rows, enable_lora)
-        options["transposed"] = place.rpartition(".")[2] == _GPT2_FUSED
-    with located(f"'{place}'"):
+        options["slices"] = _slices(layer_path, A, B, weight_rows, enable_lora)
+        options["transposed"] = layer_path.rpartition(".")[2] == _GPT2_FUSED
+    with located(f"'{layer_path}'"):
         return StoredLayer(A=A, B=B, scaling=alpha / max(1, rank), alpha=alpha, **options)
 
 
 def _rows_of(weight: Tensor, A: Tensor) -> int | None:
-    """Return the layer's number of output rows, for a weight stored as (out, in) or (in, out)."""
+    """Return the number of output rows of a weight stored as (out, in) or (in, out), the larger if both fit A."""
     sides = [
         weight.shape[1 - i] for i in (0, 1) if weight.ndim == 2 and weight.shape[i] == A.shape[1]
     ]
@@ -151,29 +153,37 @@ def _rows_of(weight: Tensor, A: Tensor) -> int | None:
 
 
 def _slices(
-    place: str, A: Tensor, B: Tensor, n_out: int | None, enable_lora: EnableLora
+    layer_path: str, A: Tensor, B: Tensor, n_out: int | None, enable_lora: EnableLora
 ) -> tuple[RowSlice, ...]:
-    """Return the slices of loralib's MergedLinear, each with rank rows of A; none for a plain layer."""
+    """Return the slices of loralib's MergedLinear, each with rank rows of A; none for a plain layer.
+
+    Args:
+        layer_path: Path of the layer.
+        A: lora_A, (adapted slices * rank, in).
+        B: lora_B, (sum of the adapted slices' widths, rank).
+        n_out: Output rows of the whole layer; None if the file has no weight that shows them.
+        enable_lora: As for `read_loralib`.
+    """
     count = A.shape[0] // B.shape[1]
     enabled = next(
-        (flags for end, flags in enable_lora.items() if f".{place}".endswith(f".{end}")), None
+        (flags for end, flags in enable_lora.items() if f".{layer_path}".endswith(f".{end}")), None
     )
     if enabled is None:
         if count == 1 and n_out in (None, B.shape[0]):
             return ()
-        if place.rpartition(".")[2] == _GPT2_FUSED and count in (2, 3):
+        if layer_path.rpartition(".")[2] == _GPT2_FUSED and count in (2, 3):
             enabled = (True, count == 3, True)
         elif n_out is not None and n_out == B.shape[0]:
             enabled = (True,) * count
         else:
             raise ConfigurationError(
-                f"'{place}' is a fused layer with {count} adapted slices, but the file does not record which. "
-                f"Set them as in loralib's MergedLinear: enable_lora={{'{place.rpartition('.')[2]}': "
+                f"'{layer_path}' is a fused layer with {count} adapted slices, but the file does not record which. "
+                f"Set them as in loralib's MergedLinear: enable_lora={{'{layer_path.rpartition('.')[2]}': "
                 "[True, False, True]}."
             )
     if sum(map(bool, enabled)) != count or B.shape[0] % count:
         raise ConfigurationError(
-            f"enable_lora names {sum(map(bool, enabled))} slices for '{place}', but its factors have {count}."
+            f"enable_lora names {sum(map(bool, enabled))} slices for '{layer_path}', but its factors have {count}."
         )
     width = B.shape[0] // count
     stride = len(enabled) * width
@@ -184,20 +194,20 @@ def _slices(
     )
 
 
-def _first_gpt2_layer(place: str, parts: Mapping[str, Tensor], alpha: float) -> StoredLayer:
+def _first_gpt2_layer(layer_path: str, parts: Mapping[str, Tensor], alpha: float) -> StoredLayer:
     """Return a layer of the first release: q_proj_adapter1 (A), q_proj_adapter2 (B), slices of c_attn."""
     letters = [letter for letter in "qkv" if f"A_{letter}" in parts or f"B_{letter}" in parts]
     expected = {f"{factor}_{letter}" for factor in "AB" for letter in letters}
     if parts.keys() != expected:
         raise AdapterFileError(
-            f"'{place}' has factors {sorted(parts)}; {sorted(expected)} were expected."
+            f"'{layer_path}' has factors {sorted(parts)}; {sorted(expected)} were expected."
         )
     As, Bs = ([parts[f"{factor}_{letter}"] for letter in letters] for factor in "AB")
     if (
         any(t.ndim != 2 for t in (*As, *Bs))
         or len({(a.shape, b.shape) for a, b in zip(As, Bs, strict=True)}) > 1
     ):
-        raise AdapterFileError(f"'{place}': the factors of its slices differ in shape.")
+        raise AdapterFileError(f"'{layer_path}': the factors of its slices differ in shape.")
     width = Bs[0].shape[0]
     slices = tuple(
         RowSlice(groups=1, stride=3 * width, offset="qkv".index(letter) * width, width=width)
@@ -246,13 +256,18 @@ def _adapter(
 def _trained_and_copies(
     layers: Mapping[str, StoredLayer], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Separate trained tensors from copies of frozen base weights, which only whole-model files have."""
+    """Separate trained tensors from copies of frozen base weights.
+
+    Only the file of a whole model has copies; it is recognised by the weight of an adapted layer.
+    """
     is_whole_model = any(
-        f"{place}.{w}" in others for place in layers for w in ("weight", "w", "conv.weight")
+        f"{layer_path}.{name}" in others
+        for layer_path in layers
+        for name in ("weight", "w", "conv.weight")
     )
     if not is_whole_model:
         return {_base_name(name, layers): tensor for name, tensor in others.items()}, {}
-    roots = {place.partition(".")[0] for place in layers}
+    roots = {layer_path.partition(".")[0] for layer_path in layers}
     body = {name: tensor for name, tensor in others.items() if name.partition(".")[0] in roots}
     trained, copies = {}, {}
     for name, tensor in others.items():
@@ -268,17 +283,19 @@ def _trained_and_copies(
 
 def _base_name(name: str, layers: Mapping[str, StoredLayer]) -> str:
     """Return the base's name of a tensor: without loralib's `conv` level, and with GPT-2's long names."""
-    place, _, attribute = name.rpartition(".")
-    if place.endswith(".conv") and place.removesuffix(".conv") in layers:
-        place = place.removesuffix(".conv")
-    return f"{place}.{_GPT2_BASE_NAMES.get(attribute, attribute)}" if place else name
+    layer_path, _, attribute = name.rpartition(".")
+    if layer_path.endswith(".conv") and layer_path.removesuffix(".conv") in layers:
+        layer_path = layer_path.removesuffix(".conv")
+    return f"{layer_path}.{_GPT2_BASE_NAMES.get(attribute, attribute)}" if layer_path else name
 
 
 def _outermost(names: Iterable[str], layers: Mapping[str, StoredLayer]) -> list[str]:
     """Return the largest modules that contain a trained tensor and no adapted layer: the heads."""
     modules: dict[str, None] = {}
     for name in names:
-        free = [p for p in parents(name) if not any(is_inside(place, p) for place in layers)]
+        free = [
+            p for p in parents(name) if not any(is_inside(layer_path, p) for layer_path in layers)
+        ]
         if free:
             modules[free[0]] = None
     return list(modules)
@@ -287,10 +304,10 @@ def _outermost(names: Iterable[str], layers: Mapping[str, StoredLayer]) -> list[
 def _targets(layers: Mapping[str, StoredLayer]) -> tuple[str, ...]:
     """Return targets that select the same layers."""
     targets: dict[str, None] = {}
-    for place, layer in layers.items():
+    for layer_path, layer in layers.items():
         for piece in layer.slices:
-            if place.rpartition(".")[2] == _GPT2_FUSED and piece.stride == 3 * piece.width:
+            if layer_path.rpartition(".")[2] == _GPT2_FUSED and piece.stride == 3 * piece.width:
                 targets[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
         if not layer.slices:
-            targets[place.rpartition(".")[2]] = None
+            targets[layer_path.rpartition(".")[2]] = None
     return tuple(targets) or tuple(layers)

@@ -157,6 +157,7 @@ class PeftConfig:
         )
 
     def _layer_index_fits(self, path: str) -> bool:
+        """Whether layers_to_transform lists the block number in `path`, by PEFT's rule."""
         patterns = [rf"(?:^|.*?\.){name}" for name in self.layers_pattern] or [r".*?\.[^.]*"]
         for pattern in patterns:
             match = _search("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
@@ -169,7 +170,7 @@ _IMPLEMENTED = {"peft_type", *(option.name for option in fields(PeftConfig))}
 
 
 def parse(options: Mapping[str, Any]) -> PeftConfig:
-    """Validate PEFT's options.
+    """Validate PEFT's options, as adapter_config.json holds them.
 
     Raises:
         AdapterFileError: The adapter is not LoRA, a value has the wrong type, or an option that
@@ -185,11 +186,11 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig(**values)
 
 
-def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | None:
+def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | None:
     """Return the layers of a live model that PEFT would adapt with these options.
 
     Args:
-        config: The content of adapter_config.json.
+        options: The content of adapter_config.json.
         model: The base model; lorakit's adapters on it are skipped.
 
     Returns:
@@ -199,15 +200,15 @@ def expected_layers(config: Mapping[str, Any], model: nn.Module) -> set[str] | N
     Raises:
         AdapterFileError: The options are not valid, or a pattern takes too long.
     """
-    options = parse(config)
-    if options.target_modules is None:
+    config = parse(options)
+    if config.target_modules is None:
         return None
     modules = {
         path: module for path, module in model.named_modules() if path and not is_of_adapter(path)
     }
-    if isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear":
-        options = replace(options, target_modules=tuple(_all_linear(options, model, modules)))
-    targets = {path for path in modules if options.is_target(path)}
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
+    targets = {path for path in modules if config.is_target(path)}
     attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
     return targets | {f"{path}.out_proj" for path in attention}
 
@@ -250,6 +251,7 @@ V = TypeVar("V")
 
 
 def _first_match(option: str, patterns: Mapping[str, V], path: str, default: V) -> V:
+    """Return the value of the first pattern that matches the end of `path`, else the default."""
     for key, value in patterns.items():
         if matches(option, rf"(.*\.)?({key})", path):
             return value

@@ -30,7 +30,7 @@ class NotExpressibleError(AdapterFileError):
 def to_peft(layer: StoredLayer) -> StoredLayer:
     """Return the layer as one full-width pair of factors, with DoRA's magnitudes of all rows.
 
-    Its alpha belongs to the rank of these factors, so the scaling does not change.
+    alpha grows with the rank of these factors, so that alpha / rank, PEFT's scaling, does not change.
 
     Raises:
         NotExpressibleError: PEFT's form cannot represent it exactly.
@@ -76,20 +76,20 @@ def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None
     Raises:
         AdapterFileError: The tensors are not of that form.
     """
-    own_A, own_B, extras = A, B, {}
+    trained_A, trained_B, extras = A, B, {}
     if layer.initial_A is not None:
-        own_A, A0 = _separate(A, layer.groups)
-        own_B, B0 = B.chunk(2, dim=1)
-        A0, B0 = _own_width(layer, A0, -B0)
+        trained_A, A0 = _separate(A, layer.groups)
+        trained_B, B0 = B.chunk(2, dim=1)
+        A0, B0 = _stored_width(layer, A0, -B0)
         extras |= {"initial_A": A0.contiguous(), "initial_B": B0.contiguous()}
-    own_A, own_B = _own_width(layer, own_A, own_B)
+    trained_A, trained_B = _stored_width(layer, trained_A, trained_B)
     if magnitude is not None and layer.slices:
         rows = layer.rows()
         # PEFT's form lacks the base's norms of the adapted rows, which are never read.
         extras["base_norms"] = magnitude.index_fill(0, rows, 0)
         magnitude = magnitude[rows]
     restored = replace(
-        layer, A=own_A.contiguous(), B=own_B.contiguous(), magnitude=magnitude, **extras
+        layer, A=trained_A.contiguous(), B=trained_B.contiguous(), magnitude=magnitude, **extras
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
@@ -102,6 +102,7 @@ def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None
 
 
 def _full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a pair of the layer's factors (A and B, or A0 and B0) as PEFT's pair for all rows and channels."""
     if layer.slices:
         blocks = torch.block_diag(*B.split([s.total for s in layer.slices]))
         placed = B.new_zeros(layer.slices[0].groups * layer.slices[0].stride, A.shape[0])
@@ -118,7 +119,8 @@ def _full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     return A, B
 
 
-def _own_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _stored_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `_full_width`: return the pair as `StoredLayer` holds it."""
     if layer.slices:
         blocks = B[layer.rows()].split([s.total for s in layer.slices])
         rank = layer.rank
@@ -136,6 +138,7 @@ def _own_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor
 
 
 def _loralib_full_width(layer: StoredLayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loralib's pair as A (r * K * K, in, *kernel), block-diagonal, and B (out, r * K * K, 1, ...)."""
     if layer.weight_shape is None:
         raise NotExpressibleError(
             "loralib's factors of a convolution do not show its shape. Save the adapter from a live model."
@@ -159,11 +162,13 @@ def _interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
 
 
 def _separate(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Undo `_interleave`."""
     A, A0 = both.unflatten(0, (groups, -1)).chunk(2, dim=1)
     return A.flatten(0, 1), A0.flatten(0, 1)
 
 
 def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
+    """Return DoRA's magnitudes of all rows: PEFT normalises every row, so the others get their base norm."""
     if layer.magnitude is None or not layer.slices:
         return layer.magnitude
     if layer.base_norms is None:

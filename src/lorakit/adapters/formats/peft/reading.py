@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
-from lorakit.adapters.formats.peft.writing import MAGNITUDE, PREFIX, TENSORS_NAME
+from lorakit.adapters.formats.peft.trained import PREFIX
+from lorakit.adapters.formats.peft.writing import MAGNITUDE, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
@@ -25,6 +26,7 @@ _PART = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
 )
 _OUT_PROJ = ".base_layer.out_proj"
+"""End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
 _TABLES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out")
 """Last names of input and output embeddings, which PEFT saves if they were resized."""
 
@@ -84,24 +86,27 @@ def _adapter(
             parts.setdefault(match["path"], {})[part] = tensor
     layers = {}
     for key, layer_parts in parts.items():
-        attention = key.removesuffix(_OUT_PROJ)
-        if key != attention and attention not in parts:
-            raise AdapterFileError(f"'{key}' has factors, but its parent '{attention}' has none.")
-        path = key if key == attention else f"{attention}.out_proj"
+        # PEFT looks up the options of an out_proj under the attention module's path, of any other layer under its own.
+        options_path = key.removesuffix(_OUT_PROJ)
+        is_out_proj = options_path != key
+        if is_out_proj and options_path not in parts:
+            raise AdapterFileError(
+                f"'{key}' has factors, but its parent '{options_path}' has none."
+            )
+        path = f"{options_path}.out_proj" if is_out_proj else key
         if path in layers:
             raise AdapterFileError(f"'{path}' has factors under two names.")
         is_attention = key + _OUT_PROJ in parts
-        # PEFT looks up the options of both projections under the attention module's path.
-        layers[path] = _layer(path, attention, layer_parts, config, is_attention=is_attention)
-    classified = _Others(config, parts, others)
-    modules = classified.modules
-    if config.modules_to_save and not modules:
+        layers[path] = _layer(path, options_path, layer_parts, config, is_attention=is_attention)
+    classified = _OtherTensors(config, parts, others)
+    saved_modules = classified.saved_modules
+    if config.modules_to_save and not saved_modules:
         raise AdapterFileError(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
     adapter = StoredAdapter(
-        method=_method(config, layers, modules),
+        method=_method(config, layers, saved_modules),
         layers=layers,
         trained=classified.trained,
         base_copies=classified.base_copies,
@@ -118,8 +123,14 @@ def _adapter(
 
 
 def _layer(
-    path: str, options: str, parts: Mapping[str, Tensor], config: PeftConfig, *, is_attention: bool
+    path: str,
+    options_path: str,
+    parts: Mapping[str, Tensor],
+    config: PeftConfig,
+    *,
+    is_attention: bool,
 ) -> StoredLayer:
+    """Return the layer at `path`, with the rank and alpha that PEFT looks up under `options_path`."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if parts.keys() - {MAGNITUDE} != set(names):
@@ -140,7 +151,7 @@ def _layer(
                 f"'{path}': {MAGNITUDE} has shape {tuple(magnitude.shape)}; {expected} was expected."
             )
         magnitude = magnitude.flatten()
-    rank = config.rank_of(options)
+    rank = config.rank_of(options_path)
     if A.shape[:1] != (rank,):
         raise AdapterFileError(
             f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
@@ -153,8 +164,8 @@ def _layer(
             kind=kind,
             A=A,
             B=B,
-            scaling=config.scaling_of(options),
-            alpha=config.alpha_of(options),
+            scaling=config.scaling_of(options_path),
+            alpha=config.alpha_of(options_path),
             magnitude=magnitude,
             transposed=config.fan_in_fan_out and kind == "linear",
         )
@@ -168,8 +179,12 @@ def _layer(
     return layer
 
 
-class _Others:
-    """The tensors other than factors, classified as PEFT would use them."""
+class _OtherTensors:
+    """The tensors other than factors, classified as PEFT would use them.
+
+    Raises:
+        AdapterFileError: PEFT would ignore one of them.
+    """
 
     def __init__(
         self, config: PeftConfig, layers: Iterable[str], tensors: Mapping[str, Tensor]
@@ -177,7 +192,8 @@ class _Others:
         self.config, self.layers, self.tensors = config, set(layers), tensors
         self.trained: dict[str, Tensor] = {}
         self.base_copies: dict[str, Tensor] = {}
-        self.modules: set[str] = set()
+        self.saved_modules: set[str] = set()
+        """The entries of modules_to_save for which the file has tensors."""
         surplus = [key for key in tensors if not self._classify(key)]
         if surplus:
             hint = ""
@@ -189,19 +205,19 @@ class _Others:
             )
 
     def _classify(self, key: str) -> bool:
-        """Store a tensor as trained or as a base copy; return whether it is explained."""
+        """Store a tensor as trained or as a base copy; return whether the options explain it."""
         tensor, name = self.tensors[key], self._base_name(key)
         if "lora_" in key:
             return False
-        if self._repeats_a_module(key):
+        if self._is_duplicate(key):
             return True
-        module = self._trained_module(name)
-        if module is not None:
-            self.modules.add(module)
+        entry = self._entry_of(name)
+        if entry is not None:
+            self.saved_modules.add(entry)
             self.trained[name] = tensor
             return True
         *_, owner, attribute = ("", *name.split("."))
-        in_layer = name != key
+        in_layer = name != key  # the key has a `base_layer`, so it belongs to an adapted layer
         if (self.config.bias == "all" and "bias" in name) or (
             self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
         ):
@@ -223,7 +239,7 @@ class _Others:
                 name = f"{name}.{step}" if name else step
         return name
 
-    def _trained_module(self, name: str) -> str | None:
+    def _entry_of(self, name: str) -> str | None:
         """Return the entry of modules_to_save under which PEFT saves this parameter, or None."""
         for path in parents(name):
             for entry in self.config.modules_to_save:
@@ -232,7 +248,7 @@ class _Others:
                     return entry
         return None
 
-    def _repeats_a_module(self, key: str) -> bool:
+    def _is_duplicate(self, key: str) -> bool:
         """Whether the tensor is a duplicate: with bias "all" PEFT saves biases of wrapped modules twice."""
         match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save)\.(.+)", key)
         if match is None or self.config.bias != "all":
@@ -245,14 +261,15 @@ class _Others:
         return False
 
 
-def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[str]) -> LoRA:
+def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules: set[str]) -> LoRA:
+    """Return lorakit's settings with the same meaning as PEFT's options."""
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
     if isinstance(listed, tuple) and listed and not restricted:
         targets = tuple(sorted(listed))
     elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
         targets = (listed,)
-    else:
+    else:  # lorakit has no equal of these options, so list the layers
         targets = tuple(layers)
     try:
         return LoRA(
@@ -266,7 +283,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], modules: set[
             dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
-            train_modules=tuple(entry for entry in config.modules_to_save if entry in modules),
+            train_modules=tuple(e for e in config.modules_to_save if e in saved_modules),
         )
     except ConfigurationError as error:
         raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error

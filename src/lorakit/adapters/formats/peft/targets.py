@@ -15,8 +15,8 @@ def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> lis
             returned.
 
     Returns:
-        A list, which every reader of PEFT files supports, or a pattern if no list separates a target
-        from another module (one whose path ends in the target's whole path).
+        A list if possible, since every reader of PEFT files supports lists. A pattern of whole paths if
+        some other module's path ends in a target's whole path: any list would match that module too.
     """
     targets = set(targets)
     others = set(modules or ()) - targets

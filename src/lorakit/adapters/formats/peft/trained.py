@@ -18,6 +18,13 @@ from lorakit.models.layers import parents
 PREFIX = "base_model.model."
 """Prefix of every key in a PEFT file."""
 
+_CLASSES_BY_TASK = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
+"""PEFT's task_type -> the table in transformers' modeling_auto with the model classes of this task."""
+
 
 @dataclass
 class TrainedForm:
@@ -25,15 +32,15 @@ class TrainedForm:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
-    """The key of each parameter, by its name in the base."""
+    """The key of each parameter, by its name in the base; of a tied one, the key of its first copy."""
     modules: list[str] = field(default_factory=list)
     """The entries of modules_to_save."""
 
 
-def place(
+def assign_keys(
     stored: StoredAdapter, layout: BaseLayout | None, layer_keys: Mapping[str, str]
 ) -> TrainedForm:
-    """Assign PEFT's key to each trained parameter: as a bias, or as part of a whole module.
+    """Assign PEFT's key to each parameter trained in full: that of a bias, or of a part of a whole module.
 
     Args:
         stored: The adapter.
@@ -53,15 +60,15 @@ def place(
     form = TrainedForm(modules=modules)
     for tensors in frozen.values():
         form.tensors.update({PREFIX + name: tensor for name, tensor in tensors.items()})
-    for name, first in names.items():
-        whole = any(name.startswith(f"{module}.") for module in modules)
-        if not whole and not _is_trained_bias(name, stored, layer_keys):
+    for name, stored_name in names.items():
+        in_module = any(name.startswith(f"{module}.") for module in modules)
+        if not in_module and not _is_trained_bias(name, stored, layer_keys):
             raise NotExpressibleError(
                 f"'{name}' is trained, but PEFT saves only biases and whole modules."
             )
-        key = PREFIX + (name if whole else _bias_key(name, layer_keys))
-        form.tensors[key] = stored.trained[first]
-        form.keys.setdefault(first, key)
+        key = PREFIX + (name if in_module else _bias_key(name, layer_keys))
+        form.tensors[key] = stored.trained[stored_name]
+        form.keys.setdefault(stored_name, key)
     return form
 
 
@@ -72,7 +79,7 @@ def task_type(
     if stored.base is None:
         return None
     class_name = stored.base.architecture.class_name
-    for task, table in _TASKS.items():
+    for task, table in _CLASSES_BY_TASK.items():
         if class_name in getattr(modeling_auto, table).values():
             # With SEQ_CLS, PEFT assumes that the file contains the classification head.
             known = layout.modules if layout is not None else modules
@@ -80,13 +87,6 @@ def task_type(
             stored_heads = heads and all(path.endswith(tuple(modules)) for path in heads)
             return None if task == "SEQ_CLS" and not stored_heads else task
     return None
-
-
-_TASKS = {
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-}
 
 
 def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str, str]:
@@ -106,6 +106,7 @@ def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str,
 def _modules_to_save(
     stored: StoredAdapter, names: Collection[str], layer_keys: Mapping[str, str]
 ) -> list[str]:
+    """Return the modules that PEFT must save whole: those with a trained parameter other than a trained bias."""
     outermost: dict[str, None] = {}
     for name in names:
         roots = trained_parents(name, stored)
@@ -117,6 +118,7 @@ def _modules_to_save(
 
 
 def _check_not_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) -> None:
+    """Reject an adapted layer that is or is inside a module of modules_to_save: PEFT would not adapt it."""
     for module in modules:
         for path in layer_keys:
             if re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path):  # PEFT's rule
@@ -126,6 +128,7 @@ def _check_not_adapted(modules: Iterable[str], layer_keys: Mapping[str, str]) ->
 
 
 def _check_whole(modules: list[str], layout: BaseLayout, names: Collection[str]) -> None:
+    """Reject a module that PEFT cannot save whole: trained in part, with another one inside, or unsupported."""
     for module in modules:
         if module in layout.beyond_peft:
             raise NotExpressibleError(f"'{module}': {layout.beyond_peft[module]}.")
@@ -169,13 +172,13 @@ def _is_trained_bias(name: str, stored: StoredAdapter, layer_keys: Mapping[str, 
 
 
 def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
-    """PEFT moves an adapted layer's own parameters to its child `base_layer`."""
+    """Return PEFT's name of a bias: PEFT moves an adapted layer's own parameters to its child `base_layer`."""
     path, _, attribute = name.rpartition(".")
     return f"{layer_keys[path]}.base_layer.{attribute}" if path in layer_keys else name
 
 
 def trained_parents(name: str, stored: StoredAdapter) -> list[str]:
-    """Return the parents of a parameter that train_modules names, the outermost first."""
+    """Return the modules that train_modules names and that contain the parameter, the outermost first."""
     assert isinstance(stored.method, LoRA)
     entries = stored.method.train_modules
     return [p for p in parents(name) if any(p == e or p.endswith(f".{e}") for e in entries)]

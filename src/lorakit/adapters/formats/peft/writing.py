@@ -36,7 +36,7 @@ class PeftForm:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     layer_keys: dict[str, str] = field(default_factory=dict)
-    """Prefix of the keys of each layer of the adapter, by path."""
+    """Prefix of the keys of each adapted layer, without `PREFIX`, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
 
@@ -82,18 +82,18 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
-    whole = trained.place(stored, layout, keys)
-    form.tensors.update(whole.tensors)
-    form.trained_keys = whole.keys
+    trained_form = trained.assign_keys(stored, layout, keys)
+    form.tensors.update(trained_form.tensors)
+    form.trained_keys = trained_form.keys
     form.config = {
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets, layout.modules if layout else None),
-        "modules_to_save": whole.modules or None,
+        "modules_to_save": trained_form.modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
-        **_base_options(stored, trained.task_type(stored, layout, whole.modules)),
+        **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -148,6 +148,7 @@ def _both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str
 
 
 def _key_start(path: str, attention: set[str]) -> str:
+    """Return the start of PEFT's keys of a layer: its path, except for the out_proj of an attention module."""
     parent, _, name = path.rpartition(".")
     return f"{parent}.base_layer.{name}" if parent in attention and name == "out_proj" else path
 
