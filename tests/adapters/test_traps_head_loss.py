@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.adapters import attach
-from lorakit.compute.objective import language_modelling
+from lorakit.compute.objective import confirm_loss_path
 from lorakit.data.batches import IGNORED
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -64,11 +64,11 @@ def test_loss_and_gradients_are_the_models_own(case: str, chosen: str) -> None:
     base = whole(model, examples).item()
     adapters = attach(model, method)
     if chosen == "fresh":
-        objective = language_modelling(model, examples)
+        objective = confirm_loss_path(model, examples)
         randomise(adapters)
     else:
         randomise(adapters)
-        objective = language_modelling(model, examples)
+        objective = confirm_loss_path(model, examples)
     expected = whole(model, examples)
     assert abs(expected.item() - base) > 1e-2
     actual = objective.loss_sum(model, examples)
@@ -97,7 +97,7 @@ def test_a_way_that_was_chosen_earlier_is_not_taken_on_trust(change: str) -> Non
     model = tiny_models.build("llama")
     examples = batch()
     adapters = attach(model, LoRA(rank=2, targets="mlp"))
-    objective = language_modelling(model, examples)
+    objective = confirm_loss_path(model, examples)
     CHANGES[change](adapters)
     randomise(adapters)
     torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
@@ -109,5 +109,5 @@ def test_merged_adapter_on_the_head() -> None:
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="head"))
     randomise(adapters)
     adapters.merge()
-    objective = language_modelling(model, examples)
+    objective = confirm_loss_path(model, examples)
     torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))

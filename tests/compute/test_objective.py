@@ -13,7 +13,7 @@ from lorakit.compute.objective import (
     LanguageModellingLoss,
     RegressionLoss,
     SequenceToSequenceLoss,
-    language_modelling,
+    confirm_loss_path,
     why_not_fused,
 )
 from lorakit.methods.full import FullFineTuning
@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(arch: str, label_smoothing
     model = tiny_models.build(arch)
     adapters = attach(model, LoRA(rank=4, targets="attention.qv"))
     batch = batch_of_two()
-    objective = language_modelling(model, batch, label_smoothing=label_smoothing)
+    objective = confirm_loss_path(model, batch, label_smoothing=label_smoothing)
     assert objective.path == PATHS[arch]
     randomise(adapters)
     assert objective.count(batch) == 7
@@ -92,7 +92,7 @@ def test_adapter_on_the_head_takes_part(arch: str) -> None:
     adapters = attach(model, LoRA(rank=4, targets=("attention.qv", "head")))
     batch = batch_of_two()
     # The check sees B = 0, where the head with adapter equals the head without.
-    objective = language_modelling(model, batch)
+    objective = confirm_loss_path(model, batch)
     before = objective.loss_sum(model, batch)
     randomise(adapters)
     ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
@@ -109,7 +109,7 @@ def test_adapter_on_a_tied_embedding_takes_part_in_the_head() -> None:
     model = tiny_models.build("llama", tie_word_embeddings=True)
     adapters = attach(model, LoRA(rank=4, targets="embedding", tie_head=True))
     batch = batch_of_two()
-    objective = language_modelling(model, batch)
+    objective = confirm_loss_path(model, batch)
     randomise(adapters)
     torch.testing.assert_close(
         objective.loss_sum(model, batch), plain_loss(model, batch), rtol=1e-5, atol=1e-5
@@ -123,7 +123,7 @@ def test_full_fine_tuning_projects_in_chunks_too(arch: str, tied: bool) -> None:
     model = tiny_models.build(arch, tie_word_embeddings=tied)
     adapters = attach(model, FullFineTuning())
     batch = batch_of_two()
-    objective = language_modelling(model, batch, label_smoothing=0.1)
+    objective = confirm_loss_path(model, batch, label_smoothing=0.1)
     assert objective.path == "fused"
     head = model.get_output_embeddings()
     assert (head.weight is model.get_input_embeddings().weight) == tied
@@ -136,7 +136,7 @@ def test_full_fine_tuning_projects_in_chunks_too(arch: str, tied: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     (mean,) = torch.autograd.grad(model(**batch).loss, [head.weight])  # the model's own: a mean
     (summed,) = torch.autograd.grad(
-        language_modelling(model, batch).loss_sum(model, batch), [head.weight]
+        confirm_loss_path(model, batch).loss_sum(model, batch), [head.weight]
     )
     torch.testing.assert_close(summed / objective.count(batch), mean, rtol=1e-3, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_a_head_trained_beside_lora() -> None:
     model = tiny_models.build("llama", tie_word_embeddings=False)
     adapters = attach(model, LoRA(rank=4, train_modules="lm_head"))
     batch = batch_of_two()
-    objective = language_modelling(model, batch)
+    objective = confirm_loss_path(model, batch)
     assert objective.path == "fused"
     randomise(adapters)
     ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
@@ -162,7 +162,7 @@ def test_a_master_of_the_head_gets_its_gradient_under_autocast() -> None:
         parameter.data = parameter.data.float()
     batch = batch_of_two()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        objective = language_modelling(model, batch)
+        objective = confirm_loss_path(model, batch)
         assert objective.path == "fused"
         ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=0)
@@ -201,7 +201,7 @@ def test_a_head_that_does_more_than_we_know_is_found_out() -> None:
     model.forward = louder
     batch = batch_of_two()
     assert why_not_fused(model) == ""
-    objective = language_modelling(model, batch)
+    objective = confirm_loss_path(model, batch)
     assert objective.path == "whole logits"
     assert "not fused: its loss" in objective.note
     torch.testing.assert_close(objective.loss_sum(model, batch), plain_loss(model, batch))
@@ -210,20 +210,20 @@ def test_a_head_that_does_more_than_we_know_is_found_out() -> None:
 def test_a_hook_on_the_whole_model_is_not_bypassed() -> None:
     model = tiny_models.build("llama").requires_grad_(False)
     model.register_forward_hook(lambda module, args, output: output)
-    objective = language_modelling(model, batch_of_two())
+    objective = confirm_loss_path(model, batch_of_two())
     assert objective.path == "own head"
     assert "hook" in objective.note
 
 
 def test_choosing_leaves_the_training_flag() -> None:
     model = tiny_models.build("llama").train()
-    language_modelling(model, batch_of_two())
+    confirm_loss_path(model, batch_of_two())
     assert model.training
 
 
 def test_bfloat16_keeps_the_loss_in_float32() -> None:
     model = tiny_models.build("llama").bfloat16().requires_grad_(False)
-    objective = language_modelling(model, batch_of_two())
+    objective = confirm_loss_path(model, batch_of_two())
     assert objective.path == "fused"
     batch = batch_of_two()
     ours = objective.loss_sum(model, batch)

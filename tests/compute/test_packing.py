@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lorakit
 from lorakit.compute.adapted import TEXT
 from lorakit.compute.computation import choose_computation
-from lorakit.compute.objective import LanguageModellingLoss, language_modelling
+from lorakit.compute.objective import LanguageModellingLoss, confirm_loss_path
 from lorakit.compute.trials import why_not_packed
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
@@ -195,7 +195,7 @@ def test_a_model_that_ignores_the_mask_is_found_out():
 def test_every_path_of_the_loss_takes_packed_batches(path):
     model = tiny_models.build("llama", "causal-lm")
     examples = [example([1, 5, 3, 8, *tail], 3) for tail in ([2], [2, 7], [9, 9, 4])]
-    objective = language_modelling(model, collate(examples[:2], pad_id=0), label_smoothing=0.1)
+    objective = confirm_loss_path(model, collate(examples[:2], pad_id=0), label_smoothing=0.1)
     objective.path = path
     packed, padded = pack(examples, pad_id=0), collate(examples, pad_id=0)
     assert objective.count(packed) == objective.count(padded)

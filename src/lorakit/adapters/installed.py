@@ -21,6 +21,7 @@ from lorakit.adapters.layer_adapters import (
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
+from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
@@ -117,11 +118,6 @@ def uninstall(
     needed = [hook for other in others for hook in other.backbone_hooks]
     remove_hooks(backbone_of(model), adapter.backbone_hooks, needed)
     remove_idle_hooks(model)
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the part of a model that computes hidden states; the model itself if it has no head."""
-    return getattr(model, "base_model", model)  # type: ignore[return-value]
 
 
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from lorakit.adapters.installed import backbone_of
 from lorakit.compute.batching import collator
 from lorakit.compute.last_block import last_block
 from lorakit.compute.model_input import model_examples
@@ -22,11 +21,12 @@ from lorakit.compute.objective import (
     LanguageModellingLoss,
     RegressionLoss,
     SequenceToSequenceLoss,
-    language_modelling,
+    confirm_loss_path,
     loss_paths,
 )
 from lorakit.compute.trials import Faster, try_faster, try_last_block, why_not_packed
 from lorakit.data import DataTask
+from lorakit.models.heads import backbone_of
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
 
@@ -144,7 +144,7 @@ def _confirmed_objective(
     # Examples of different lengths, so that the first padding token is not mistaken for the last of a text.
     probe = collator(base)([pick(examples[:50], key=len) for pick in (max, min)])
     if isinstance(chosen, LanguageModellingLoss):
-        confirmed = language_modelling(model, probe, label_smoothing=chosen.label_smoothing)
+        confirmed = confirm_loss_path(model, probe, label_smoothing=chosen.label_smoothing)
     else:
         confirmed = replace(chosen, last_block=None)
     return confirmed if chosen.last_block is None else try_last_block(confirmed, model, probe)

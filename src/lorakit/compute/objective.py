@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapters.installed import backbone_of
 from lorakit.adapters.layer_adapters import output_is_unadapted
 from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
+from lorakit.models.heads import backbone_of
 from lorakit.ops import linear_cross_entropy
 
 Batch = Mapping[str, Tensor]
@@ -205,7 +205,7 @@ def _head_positions(model: nn.Module, batch: Batch, reads: Literal["first", "las
     return first + ((ids != pad) * torch.arange(width, device=ids.device)).argmax(-1)
 
 
-def language_modelling(
+def confirm_loss_path(
     model: nn.Module, probe: Batch, *, label_smoothing: float = 0.0
 ) -> LanguageModellingLoss:
     """Return the objective with the cheapest path whose loss on `probe` equals that of the model's full logits.

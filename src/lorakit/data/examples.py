@@ -155,7 +155,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     labels: Sequence[str] | None = None,
-    rows: RowReader | None = None,
+    reader: RowReader | None = None,
 ) -> ExampleSet:
     """Return the examples of a split.
 
@@ -166,8 +166,8 @@ def load_examples(
         DataError: The data is missing or empty, its columns fit no task, a label is unknown, or a row is bad or too
             long and the configuration says stop. The message names files and lines.
     """
-    rows = rows or RowReader()
-    data = rows.read(config, split)
+    reader = reader or RowReader()
+    data = reader.read(config, split)
     columns = ColumnMap(config, data.columns, data.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
@@ -177,7 +177,7 @@ def load_examples(
     ):
         resolved = _infer_task(config, data, columns)
     else:
-        resolved = task_of(config, rows=rows)
+        resolved = task_of(config, reader=reader)
     # Checks the columns of this split. It needs no rows, because the task is no longer "auto".
     task_class = columns.task(resolved.name, [])
     task = task_class(
@@ -209,7 +209,7 @@ def load_examples(
 
 
 def task_of(
-    config: DataConfig, split: Split = "train", *, rows: RowReader | None = None
+    config: DataConfig, split: Split = "train", *, reader: RowReader | None = None
 ) -> DataTask:
     """Return task and labels of the training set, or of `split` without a training set. Needs no tokenizer.
 
@@ -221,7 +221,7 @@ def task_of(
     if config.own is not None and config.own.settles_labels:
         return DataTask(name=config.task, labels=config.own.task.classes)
     split = "train" if config.has("train") else split
-    data = (rows or RowReader()).read(config, split)
+    data = (reader or RowReader()).read(config, split)
     return _infer_task(config, data, ColumnMap(config, data.columns, data.name))
 
 

@@ -117,9 +117,9 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
     lenient = dataclasses.replace(
         config, bad_rows="skip", too_long="skip" if config.too_long == "stop" else config.too_long
     )
-    rows = RowReader()
+    reader = RowReader()
     sets: dict[Split, ExampleSet] = {
-        split: load_examples(lenient, split, tokenizer, rows=rows)
+        split: load_examples(lenient, split, tokenizer, reader=reader)
         for split in SPLITS
         if config.source(split) is not None
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lorakit.errors import DataError
-from lorakit.tasks.task import kind
+from lorakit.tasks.task import json_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ BINARY = (".parquet",)
 def _row(value: Any, origin: str) -> Row | Problem:
     if isinstance(value, dict):
         return Row(value, origin)
-    return Problem(origin, f"found {kind(value)}, expected an object {{...}}")
+    return Problem(origin, f"found {json_type(value)}, expected an object {{...}}")
 
 
 def _checked_header(record: list[str], path: Path) -> list[str]:

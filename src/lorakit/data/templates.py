@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from string import Formatter
 
 from lorakit.errors import ConfigurationError, DataError, nearest
-from lorakit.tasks.task import BadRow, kind
+from lorakit.tasks.task import BadRow, json_type
 
 
 class Template:
@@ -77,4 +77,4 @@ def as_text(value: object, column: str) -> str:
         raise BadRow("is missing", column)
     if isinstance(value, int | float):
         return str(value)
-    raise BadRow(f"is {kind(value)}, expected text", column)
+    raise BadRow(f"is {json_type(value)}, expected text", column)

@@ -67,14 +67,16 @@ def evaluate(
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    adapter, rows = AdapterFile.read(config.adapter), RowReader()
-    task = _task(config, adapter, rows)
+    adapter, reader = AdapterFile.read(config.adapter), RowReader()
+    task = _task(config, adapter, reader)
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
     data = dataclasses.replace(config.data, task=task.name)
     split = config.split or task.type.scored_split
-    examples = load_examples(data, split, base.tokenizer, labels=task.labels, rows=rows).examples
+    examples = load_examples(
+        data, split, base.tokenizer, labels=task.labels, reader=reader
+    ).examples
     check_context(base, examples)
     if task.generates:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
@@ -209,7 +211,7 @@ def by_prompt(
     return dict(list(groups.items())[:limit])
 
 
-def _task(config: EvaluateConfig, adapter: AdapterFile | None, rows: RowReader) -> DataTask:
+def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:
     """Return the task that the adapter was trained for, whose labels its head has; else the task of the data."""
     configured = config.data.task_type
     recorded = None
@@ -217,7 +219,7 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, rows: RowReader) 
         recorded = recorded_task(adapter, None if configured is None else config.data.task)
     if recorded is None:
         split = config.split or ("test" if configured is None else configured.scored_split)
-        return task_of(config.data, split, rows=rows)
+        return task_of(config.data, split, reader=reader)
     if configured is None or config.data.task == recorded.name:
         return recorded
     # A named task inherits the format of its generic task, so that one adapter serves both.

@@ -8,6 +8,11 @@ from lorakit.models.architectures import architecture_of
 from lorakit.models.layers import LocatedModule, is_inside, why_not_adaptable
 
 
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that computes hidden states; the model itself if it has no head."""
+    return getattr(model, "base_model", model)  # type: ignore[return-value]
+
+
 def classification_head(model: nn.Module) -> list[str]:
     """Return the paths of the modules that a task head adds to the pre-trained model.
 
@@ -15,7 +20,7 @@ def classification_head(model: nn.Module) -> list[str]:
     ``["pooler", "classifier"]`` for DeBERTa-v2, ``["score"]`` for Llama. The list is empty for
     language models and for models without a head.
     """
-    base = getattr(model, "base_model", model)
+    base = backbone_of(model)
     if base is model or output_embeddings(model) is not None:
         return []
     return [

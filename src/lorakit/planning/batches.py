@@ -45,15 +45,15 @@ def from_data(config: TrainConfig) -> Batches:
         LorakitError: The data or the tokenizer cannot be read.
     """
     limit = min(config.data.limit or ROWS, ROWS)
-    rows = RowReader()
-    task = task_of(dataclasses.replace(config.data, limit=limit), rows=rows)
+    reader = RowReader()
+    task = task_of(dataclasses.replace(config.data, limit=limit), reader=reader)
     tokenizer = load_tokenizer(
         config.base.name,
         revision=config.base.revision,
         trust_remote_code=config.base.trust_remote_code,
     )
     data = dataclasses.replace(config.data, task=task.name, limit=limit)
-    train = load_examples(data, "train", tokenizer, labels=task.labels, rows=rows)
+    train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     sampler = BatchSampler(
         train.lengths, config.batch_size, config.seed, groups=groups_of(config, train.examples)
     )

@@ -13,7 +13,6 @@ import torch
 from lorakit.adapters import formats
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import collator
-from lorakit.compute.computation import choose_computation
 from lorakit.data import DataTask
 from lorakit.methods import METHODS
 from lorakit.models.dtypes import compute_dtype
@@ -28,6 +27,7 @@ from lorakit.training.setup import (
     ADAPTER,
     attach_method,
     autocast_of,
+    choice_of,
     enable_gradient_checkpointing,
 )
 
@@ -79,14 +79,7 @@ def simulate(
             enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         model.train()
-        computation = choose_computation(
-            model,
-            task,
-            training=True,
-            packing=config.packing,
-            compiled=config.compile,
-            label_smoothing=config.label_smoothing,
-        )
+        computation = choice_of(config, model, task)
         if computation.faster == "layers":
             make_faster(model)
         dtype = compute_dtype(config.base.dtype, device)

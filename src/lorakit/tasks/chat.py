@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
 from lorakit.tasks.language_modelling import TextTask, end_id, fit
-from lorakit.tasks.task import BadRow, Fields, LanguageExample, checked_text, kind
+from lorakit.tasks.task import BadRow, Fields, LanguageExample, checked_text, json_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,7 +197,7 @@ def checked_messages(fields: Fields) -> list[Message]:
     if messages is None:
         raise _bad("is missing")
     if not isinstance(messages, list | tuple):
-        raise _bad(f"is {kind(messages)}, expected a list of {{role, content}}")
+        raise _bad(f"is {json_type(messages)}, expected a list of {{role, content}}")
     if not messages:
         raise _bad("is empty")
     return [_checked_message(message, number) for number, message in enumerate(messages, start=1)]
@@ -210,7 +210,7 @@ def _bad(problem: str) -> BadRow:
 
 def _checked_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
-        raise _bad(f"has {kind(message)} as message {number}, expected {{role, content}}")
+        raise _bad(f"has {json_type(message)} as message {number}, expected {{role, content}}")
     # In Parquet files every message has all keys; unused ones are null.
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
@@ -228,7 +228,7 @@ def _checked_message(message: Any, number: int) -> Message:
     if content is None:
         raise _bad(f"has no 'content' in message {number} ({role})")
     if not isinstance(content, str | list):
-        raise _bad(f"has {kind(content)} as 'content' of message {number}, expected text")
+        raise _bad(f"has {json_type(content)} as 'content' of message {number}, expected text")
     text = content_text(message)
     if not text.strip() and role == "assistant" and not message.get("tool_calls"):
         raise _bad(f"has an empty assistant turn (message {number})")
@@ -252,5 +252,5 @@ def checked_tools(fields: Fields) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise BadRow(f"is {kind(tools)}, expected a list of JSON schemas", "tools")
+        raise BadRow(f"is {json_type(tools)}, expected a list of JSON schemas", "tools")
     return tools

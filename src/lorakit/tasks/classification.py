@@ -18,7 +18,7 @@ from lorakit.tasks.task import (
     Task,
     TooLong,
     UnknownLabel,
-    kind,
+    json_type,
     text_field,
 )
 
@@ -177,7 +177,7 @@ def class_name(label: object) -> str:
         return str(int(label))
     if isinstance(label, str):
         return text_field({"label": label}, "label").strip()
-    raise BadRow(f"is {kind(label)}, expected a name or a whole number", "label")
+    raise BadRow(f"is {json_type(label)}, expected a name or a whole number", "label")
 
 
 def number(value: object, column: str) -> float:
@@ -185,7 +185,7 @@ def number(value: object, column: str) -> float:
     if value is None:
         raise BadRow("is missing", column)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise BadRow(f"is {kind(value)}, expected a number", column)
+        raise BadRow(f"is {json_type(value)}, expected a number", column)
     try:
         result = float(value)
     except (ValueError, OverflowError):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from lorakit import metrics
 from lorakit.tasks.language_modelling import references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, json_type, text_field
 
 SLOT = re.compile(r"\s*([^\[\],]+)\[([^\[\]]*)\]\s*")
 
@@ -167,7 +167,7 @@ class DART(Triples):
         column = "tripleset"
         triples = fields.get(column)
         if not isinstance(triples, Sequence) or isinstance(triples, str):
-            raise BadRow(f"is {kind(triples)}, expected a list of triples", column)
+            raise BadRow(f"is {json_type(triples)}, expected a list of triples", column)
         parts = []
         for triple in triples:
             if not isinstance(triple, Sequence) or isinstance(triple, str) or len(triple) != 3:
@@ -207,7 +207,7 @@ def _split(triple: object, column: str) -> Sequence[str]:
 def _member(fields: Fields, column: str, name: str) -> Any:
     value = fields.get(column)
     if not isinstance(value, Mapping):
-        raise BadRow(f"is {kind(value)}, expected an object with '{name}'", column)
+        raise BadRow(f"is {json_type(value)}, expected an object with '{name}'", column)
     return value.get(name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lorakit import metrics
 from lorakit.tasks.language_modelling import TextTask, references
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, checked_text, json_type, text_field
 
 
 class SAMSum(NamedText):
@@ -30,7 +30,7 @@ class SAMSum(NamedText):
         """Return the turns, one per line."""
         dialogue = fields.get("dialogue")
         if not isinstance(dialogue, str):
-            raise BadRow(f"is {kind(dialogue)}, expected text", "dialogue")
+            raise BadRow(f"is {json_type(dialogue)}, expected text", "dialogue")
         return "\n".join(checked_text(dialogue, "dialogue").splitlines()).strip()
 
     def answers(self, fields: Fields) -> Iterable[str]:

@@ -240,7 +240,7 @@ def text_field(fields: Fields, column: str) -> str:
     if value is None:
         raise BadRow("is missing", column)
     if not isinstance(value, str):
-        raise BadRow(f"is {kind(value)}, expected text", column)
+        raise BadRow(f"is {json_type(value)}, expected text", column)
     if not value.strip():
         raise BadRow("is empty", column)
     return checked_text(value, column)
@@ -260,7 +260,7 @@ def checked_text(text: str, column: str) -> str:
     return text
 
 
-def kind(value: object) -> str:
+def json_type(value: object) -> str:
     """Return the type of a value in JSON terms, for messages."""
     if value is None:
         return "null"

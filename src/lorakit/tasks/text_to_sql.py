@@ -11,7 +11,7 @@ from lorakit.errors import DataError
 from lorakit.metrics.text_to_sql import spelt
 from lorakit.tasks.language_modelling import TextTask
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, kind, text_field
+from lorakit.tasks.task import BadRow, DataSet, Fields, Groups, json_type, text_field
 
 CONDITION = ("column_index", "operator_index", "condition")
 """The hub's names for the parts of conditions, each in a separate list."""
@@ -87,7 +87,7 @@ class WikiSQL(NamedText):
 def _mapping(fields: Fields, column: str) -> Mapping[str, Any]:
     value = fields.get(column)
     if not isinstance(value, Mapping):
-        raise BadRow(f"is {kind(value)}, expected an object", column)
+        raise BadRow(f"is {json_type(value)}, expected an object", column)
     return value
 
 

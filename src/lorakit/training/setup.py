@@ -221,14 +221,14 @@ def prepare(config: TrainConfig) -> Job:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
     """
     reader = RowReader()
-    task = task_of(config.data, rows=reader)
+    task = task_of(config.data, reader=reader)
     _check_task(config, task)
     base = open_base(config.base, task, seed=config.seed)
     assert base.tokenizer is not None  # open_base rejects a base without one
     # With the task set, load_examples does not infer it again for each split.
     data = dataclasses.replace(config.data, task=task.name)
     sets = {
-        split: load_examples(data, split, base.tokenizer, labels=task.labels, rows=reader)
+        split: load_examples(data, split, base.tokenizer, labels=task.labels, reader=reader)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
@@ -254,14 +254,7 @@ def assemble(
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    choice = choose_computation(
-        model,
-        task,
-        training=True,
-        packing=config.packing,
-        compiled=config.compile,
-        label_smoothing=config.label_smoothing,
-    )
+    choice = choice_of(config, model, task)
     with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
         computation = confirm_computation(choice, base, train.examples)
     if config.compile:
@@ -286,6 +279,18 @@ def assemble(
             epochs=config.epochs,
             max_steps=config.max_steps,
         ),
+    )
+
+
+def choice_of(config: TrainConfig, model: PreTrainedModel, task: DataTask) -> Computation:
+    """Return how a run is computed by its settings and the model's structure, before any trial."""
+    return choose_computation(
+        model,
+        task,
+        training=True,
+        packing=config.packing,
+        compiled=config.compile,
+        label_smoothing=config.label_smoothing,
     )
 
 
