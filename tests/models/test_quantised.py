@@ -187,6 +187,7 @@ def test_scales_follow_their_weight_to_another_device() -> None:
 # --- whole models ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, "M2M100", "ModernBert", "UMT5"])
 def test_a_model_computes_what_its_whole_twin_does(arch: str, kind) -> None:
