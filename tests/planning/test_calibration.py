@@ -96,7 +96,6 @@ def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
     assert read_calibration(CPU, torch.float32) is None  # damaged: measured anew
 
 
-@pytest.mark.slow
 def test_a_trial_reports_its_own_memory():
     """What its parent holds counts for a child in the usage of resources that the system reports."""
     held = torch.ones(2**28)
