@@ -8,6 +8,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "method", "trainable"),
     [

@@ -160,6 +160,7 @@ def adapted_twin(
     return twin, logits(twin), attach(twin, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["active", "inactive", "merged"])
 @pytest.mark.parametrize("loaded_into", ["active", "inactive"])
 def test_state_dict_round_trip(

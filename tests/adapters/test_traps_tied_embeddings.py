@@ -91,6 +91,7 @@ def test_tie_head_acts_on_the_head_too(arch: str) -> None:
     assert head.weight is table.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "tie_head"),
     [*((arch, False) for arch in ARCHITECTURES), ("gpt2", True), ("llama", True), ("gemma2", True)],

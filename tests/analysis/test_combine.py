@@ -43,6 +43,7 @@ def adapted_gpt2(**settings) -> lorakit.Adapters:
     return handle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("how", ["sum", "ties", "dare"])
 def test_one_adapter_with_weight_1_is_itself(option, how, tmp_path):

@@ -32,6 +32,7 @@ def pair(rows: int, columns: int, strength: float, rank: int = 4):
     return W, W + strength * B @ A
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.1, 2.0, 6.0])
 @pytest.mark.parametrize("shape", [(60, 60), (40, 90), (90, 40), (600, 640), (700, 560)])
 def test_random_weights(shape, strength):

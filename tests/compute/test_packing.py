@@ -71,6 +71,7 @@ def adapted(request):
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(examples=forests())
 def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, examples):

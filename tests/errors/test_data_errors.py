@@ -141,6 +141,7 @@ def test_example_longer_than_max_length(command: str, shell: Shell, base: str, d
     shell.refuses(line, "long.jsonl:9", "max_length 32", "too_long", "truncate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("command", "split"),

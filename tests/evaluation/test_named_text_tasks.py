@@ -114,6 +114,7 @@ def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch)
     assert calls[-1][1] == Decoding(temperature=1.0, no_repeat_ngram=4, max_new_tokens=64)
 
 
+@pytest.mark.slow
 def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: Path) -> None:
     scores = json.loads((trained / "wikisql" / "result.json").read_text())["scores"]
     assert scores["logical_form"] == 1  # the model has memorised the only query

@@ -68,6 +68,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method", "trainable"), ROWS, ids=str)
 def test_counts_of_the_paper(model, method, trainable):
     counts = count_parameters(paper_model(model), method)

@@ -183,6 +183,7 @@ def test_scales_follow_their_weight_to_another_device() -> None:
 # --- whole models ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", [*tiny_models.ARCHITECTURES, "M2M100", "ModernBert", "UMT5"])
 def test_a_model_equals_its_dequantised_twin(arch: str, kind) -> None:

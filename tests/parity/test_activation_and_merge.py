@@ -132,6 +132,7 @@ def test_weighted_activation_adds_the_scaled_deltas(arch: str):
     assert_same(model(**batch).logits, alone, TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in LAYOUTS if arch != "deberta-v2"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_per_sample_equals_the_separate_runs(arch: str, dora: bool):

@@ -156,6 +156,7 @@ def test_lorakit_reads_what_peft_wrote(net: str, option: str, tmp_path):
     assert torch.equal(run(ours, x), base)
 
 
+@pytest.mark.slow
 @every_pair
 def test_peft_reads_what_lorakit_wrote(net: str, option: str, tmp_path):
     ours, theirs, again, x = *(NETS[net].build() for _ in range(3)), NETS[net].x()

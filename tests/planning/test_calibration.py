@@ -95,7 +95,6 @@ def test_a_calibration_is_cached_and_used(tmp_path, monkeypatch):
     assert read_calibration(CPU, torch.float32) is None  # damaged: ignored
 
 
-@pytest.mark.slow
 def test_a_trial_reports_its_own_memory():
     """getrusage in a child process includes the memory of its parent."""
     held = torch.ones(2**28)

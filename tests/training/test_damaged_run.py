@@ -227,6 +227,7 @@ def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
         train(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
 def test_a_damaged_environment(damage, half: TrainConfig) -> None:
     damage(Path(half.output) / "environment.json")
