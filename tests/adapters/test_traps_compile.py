@@ -138,6 +138,7 @@ def test_multihead_attention_under_compilation() -> None:
     torch.testing.assert_close(compiled(x), base)
 
 
+@pytest.mark.slow
 def test_attach_to_the_compiled_model_adapts_the_model(tmp_path) -> None:
     model, compiled, base = compiled_llama("eager")
     adapters = attach(compiled, METHOD)

@@ -80,6 +80,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "words"), NUMBERS.values(), ids=NUMBERS)
 def test_rank_0_and_alpha_0(
     settings: dict[str, Any],

@@ -124,6 +124,7 @@ def test_no_training_data_is_needed(kind: str, adapter: bool, request) -> None:
     assert evaluate(alone).scores == evaluate(config).scores
 
 
+@pytest.mark.slow
 def test_a_label_that_was_not_trained_is_an_error(classifier, tmp_path) -> None:
     test = tiny_runs.write_rows(tmp_path / "test.jsonl", [{"text": "river", "label": "damp"}])
     config = settings(classifier, adapter=str(classifier / "run" / "adapter"))

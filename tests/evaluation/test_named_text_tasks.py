@@ -126,6 +126,7 @@ def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: 
     assert record["table"] == {"header": ["river", "park"]}
 
 
+@pytest.mark.slow
 def test_what_evaluation_writes_is_what_score_reads(trained: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.jsonl"
     evaluate(config(trained, "wikisql", output=str(output)))

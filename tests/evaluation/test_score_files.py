@@ -53,6 +53,7 @@ def test_plain_text_with_one_reference_for_each_output(
     assert score_files(outputs, references, "rouge") == rouge(OUTPUTS, [[text] for text in first])
 
 
+@pytest.mark.slow
 def test_the_golden_files(shared: Path) -> None:
     folder = shared / "metrics" / "e2e_golden"
     scores = score_files(folder / "outputs.txt", folder / "references.txt", "e2e", java=False)

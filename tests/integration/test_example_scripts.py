@@ -75,6 +75,7 @@ def test_every_example_is_tested() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_training(name: str, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     names = run(name)

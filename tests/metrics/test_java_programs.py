@@ -13,6 +13,7 @@ from lorakit.metrics.meteor import meteor
 from lorakit.metrics.penn_treebank import ptb_tokens
 
 
+@pytest.mark.slow
 def test_a_program_that_hangs_is_stopped(fake_java, tmp_path) -> None:
     fake_java(f"echo $$ > {tmp_path / 'pid'}; exec sleep 60")
     with pytest.raises(LorakitError, match=r"was stopped after 1 seconds.*java=False"):

@@ -12,6 +12,7 @@ from lorakit.cli.paper import _amplification
 from lorakit.paper.run_table import run_table
 
 
+@pytest.mark.slow
 def test_a_row_is_the_amplification_of_the_query_in_the_middle(table2, tmp_path):
     rows = [
         {

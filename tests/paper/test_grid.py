@@ -32,6 +32,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in records}
 
 
+@pytest.mark.slow
 def test_a_table_from_runs_to_page(table2, tmp_path):
     config = table2()
     found = run_table(config, silent)

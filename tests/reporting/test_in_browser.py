@@ -16,6 +16,8 @@ from lorakit.planning.report import plan_page
 from lorakit.reporting import read_run, run_page
 from lorakit.reporting.comparison import comparison_page
 
+pytestmark = pytest.mark.slow  # each page starts a browser
+
 MEGABYTE = 1_000_000
 CHARTS = {"run": 5, "comparison": 5, "plan": 4}
 """Least number of charts of each page."""
