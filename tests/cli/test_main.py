@@ -1,11 +1,14 @@
 """The command line: help, misspelt names, exit statuses."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
 from lorakit.cli import COMMANDS, main
+from lorakit.training.config import DEFAULT_RATES, TrainConfig
 
 
 def run(capsys, *argv):
@@ -99,3 +102,14 @@ def test_version_and_module_entry_point_do_not_wait_for_pytorch():
         [sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=True
     )
     assert version.stdout.startswith("lorakit ")
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_lists_the_settings_of_every_method(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    sections = {field.name: field.default_factory for field in dataclasses.fields(TrainConfig)}
+    for method in DEFAULT_RATES:
+        for setting in dataclasses.fields(sections[method]):
+            assert re.search(rf"--{method}\.{setting.name}[ ,\n]", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from lorakit.configuration import conform
@@ -42,10 +43,15 @@ class Method(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainsModules:
-    """Base of methods with a setting ``train_modules``: names of modules that are trained in full."""
+    """Base of methods with a setting ``train_modules``: names of modules that are trained in full.
 
-    train_modules: tuple[str, ...] | str
+    It has no field, so that a subclass orders its own, and is a dataclass, so that the command line lists them.
+    """
+
+    if TYPE_CHECKING:
+        train_modules: tuple[str, ...] | str
 
     def __post_init__(self) -> None:
         conform(self)
