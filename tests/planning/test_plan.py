@@ -273,3 +273,15 @@ def test_gpt3_is_planned_without_a_checkpoint(tmp_path):
     assert planned.chosen.memory.base == pytest.approx(349.2e9, rel=0.001)
     assert planned.paper
     assert not Path("gpt3-175b").exists()
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_that_generates_is_planned(tmp_path):
+    config = tiny_models.ARCHITECTURES["t5"]()
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    run = tiny_runs.config(tmp_path, str(tmp_path))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, task="completion"))
+    planned = plan(run, length=32, machine=MACHINE)
+    assert planned.chosen.memory.activations > 0
+    assert not planned.packed
