@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import AutoConfig
 
@@ -27,7 +27,7 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
     device = pick_device(config.device)
     base = load_base(
         config.name,
-        task=_model_task(config, task),
+        task=model_head(task, lambda: _is_encoder_decoder(config)),
         num_labels=len(task.labels) or None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
@@ -84,12 +84,13 @@ def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
                 )
 
 
-def _model_task(config: BaseConfig, task: DataTask) -> ModelHead:
+def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelHead:
+    """Return the head that a model needs for `task`; only text generation has to know the architecture."""
     if task.kind == "classification":
         return "sequence-classification"
     if task.kind == "regression":
         return "regression"
-    return "seq2seq-lm" if _is_encoder_decoder(config) else "causal-lm"
+    return "seq2seq-lm" if is_encoder_decoder() else "causal-lm"
 
 
 def _is_encoder_decoder(config: BaseConfig) -> bool:

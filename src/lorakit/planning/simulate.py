@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from lorakit.adapters import formats
-from lorakit.compute.base import check_context
+from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
-from lorakit.data import DataTask
 from lorakit.methods import METHODS
 from lorakit.models.dtypes import compute_dtype
 from lorakit.models.faster import make_faster
-from lorakit.models.loading import Base, ModelHead
+from lorakit.models.loading import Base
 from lorakit.models.sources import ModelSource
 from lorakit.planning.batches import Batches
 from lorakit.planning.shape import Shape, base_bytes, build, new_mode, planning
@@ -69,7 +68,8 @@ def simulate(
     start, fake = config.from_adapter, new_mode()
     method = config.chosen_method if start is None else formats.read(start).method
     with planning(fake):
-        model = build(shape, config.base, _task(shape, task), len(task.labels), device=device)
+        head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
+        model = build(shape, config.base, head, len(task.labels), device=device)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
         source = ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, source)
@@ -132,14 +132,6 @@ def as_full(config: TrainConfig) -> TrainConfig:
         optimizer=optimizer,
         **sections,
     )
-
-
-def _task(shape: Shape, task: DataTask) -> ModelHead:
-    if task.kind == "classification":
-        return "sequence-classification"
-    if task.kind == "regression":
-        return "regression"
-    return "seq2seq-lm" if getattr(shape.config, "is_encoder_decoder", False) else "causal-lm"
 
 
 _NO_TOKENIZER: Any = SimpleNamespace(
