@@ -225,9 +225,10 @@ def test_rows_of_a_module_that_holds_adapted_layers(
         separate[choice] = model(**batch).logits
     parameters = adapters.trainable_parameters()
     for rows in (["a", None], ["a", None, "a", None], [None, None, "a", None]):
-        every = [row for row in rows for _ in range(4 // len(rows))]
+        repeat = 4 // len(rows)
+        every = [row for row in rows for _ in range(repeat)]
         expected = torch.stack([separate[row][i] for i, row in enumerate(every)])
-        with adapters.per_sample(rows):
+        with adapters.per_sample(rows, repeat=repeat):
             actual = (
                 checkpoint(lambda: model(**batch).logits, use_reentrant=False)
                 if checkpointing

@@ -6,6 +6,7 @@ PyTorch compares shapes only, so gradients of another adapter would come out wit
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -257,3 +258,110 @@ def test_a_reentrant_block_that_switches_gradients_on_keeps_its_choice():
 
     expected = gradient(lambda: None)
     torch.testing.assert_close(gradient(lambda: adapters.activate("b")), expected)
+
+
+# --- changes between the forward and the backward pass -------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("only_one", [False, True], ids=["", "only one choice ever"])
+def test_detach_before_backward_is_refused(use_reentrant: bool, only_one: bool) -> None:
+    """The recomputation would run the base: all gradients would be zero, without a word."""
+    model, adapters = build(use_reentrant=use_reentrant)
+    if only_one:
+        adapters.remove("a")
+    value = loss(model)
+    adapters.detach()
+    with pytest.raises(AdapterStateError, match="detached between"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_detach_and_attach_before_backward_is_refused(use_reentrant: bool) -> None:
+    model, adapters = build(use_reentrant=use_reentrant)
+    value = loss(model)
+    adapters.detach()
+    attach(model, METHOD, name="a")
+    with pytest.raises(AdapterStateError, match="detached between"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_block_adapted_after_its_forward_pass_is_refused(use_reentrant: bool) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2, targets="model.layers.0.self_attn.q_proj"), name="a")
+    randomise(adapters)
+    block, x = model.model.layers[1].mlp, torch.randn(1, 3, 32, requires_grad=True)
+    value = checkpoint(block, x, use_reentrant=use_reentrant).sum()
+    attach(model, LoRA(rank=2, targets="mlp"), name="b")
+    with pytest.raises(AdapterStateError, match="ran without its adapters"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_merge_and_unmerge_before_backward_is_refused(use_reentrant: bool) -> None:
+    model, adapters = build(use_reentrant=use_reentrant)
+    adapters.activate("a")
+    value = loss(model)
+    adapters.merge()
+    adapters.unmerge()
+    with pytest.raises(AdapterStateError, match="merged between"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_changes_after_backward_are_free(use_reentrant: bool) -> None:
+    model, adapters = build(use_reentrant=use_reentrant)
+    value = loss(model)
+    value.backward()
+    adapters.merge()  # `value` and its graph are alive
+    adapters.unmerge()
+    adapters.remove("b")
+    adapters.detach()
+    attach(model, METHOD, name="a")
+    loss(model).backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_very_first_step_reads_its_record(use_reentrant: bool) -> None:
+    """Only one choice has ever existed; the block that opens later must not reach the recomputation."""
+
+    def step(use_reentrant: bool | None) -> Gradients:
+        model, adapters = build(use_reentrant=use_reentrant)
+        value = loss(model)
+        with adapters.per_sample([None, None]):
+            value.backward()
+        return gradients(adapters)
+
+    assert_same(step(use_reentrant), step(None))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_backward_pass_in_another_thread_reads_the_record(use_reentrant: bool) -> None:
+    """As on a GPU, whose backward pass runs in a thread of its own with an empty context."""
+
+    def step(use_reentrant: bool | None) -> Gradients:
+        model, adapters = build(use_reentrant=use_reentrant)
+        with adapters.per_sample(["a", "b"]):
+            value = loss(model)
+            backward = threading.Thread(target=value.backward)
+            backward.start()
+            backward.join()
+        return gradients(adapters)
+
+    assert_same(step(use_reentrant), step(None))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_rows_with_trained_copies_are_right_or_refused(use_reentrant: bool) -> None:
+    method = LoRA(rank=2, targets="mlp.down", train_modules=("input_layernorm", "q_proj"))
+
+    def step(use_reentrant: bool | None) -> Gradients:
+        model, adapters = build(method, use_reentrant)
+        adapters.activate(None)
+        with adapters.per_sample(["a", "b"]):
+            value = loss(model)
+        value.backward()
+        return gradients(adapters)
+
+    assert_same(step(use_reentrant), step(None))

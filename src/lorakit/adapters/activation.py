@@ -1,188 +1,408 @@
-"""The active adapters, and those that were active when a checkpointed block first ran."""
+"""Who chooses what acts: `activate` for all threads, a block for its thread or task, a checkpoint for its second run.
+
+A forward pass fixes its choice when it enters the model (`begin_pass`). The adapted layers read it from
+`Activation.moment`. From the inside out, the choice is that of
+
+1. the first run, in the recomputation of a checkpointed block (`checkpoints.py`);
+2. the innermost open block of this thread or task: `per_sample`, `per_token`, or a running `generate`;
+3. `activate`, which every thread sees.
+
+A block lives in a context variable, so tasks beside it do not see it. New threads start with an empty context and
+see what `activate` set.
+"""
 
 from __future__ import annotations
 
-import inspect
+import asyncio
+import contextlib
+import itertools
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
 
+from lorakit.adapters.checkpoints import forbid_recomputation, running_checkpoints
+from lorakit.adapters.choice import BASE, Choice
 from lorakit.errors import AdapterStateError
 
 
 @dataclass(frozen=True)
-class Active:
-    """The active adapters: by weight for the whole batch, or by name for each row."""
+class Pass:
+    """A forward pass: its choice, and the facts about its batch that a choice by row or token needs."""
 
-    weights: tuple[tuple[str, float], ...] = ()
-    """Name and weight of each active adapter (see `Adapters.activate`)."""
-    rows: tuple[str | None, ...] | None = None
-    """Adapter name of each row of the batch, inside `Adapters.per_sample`; otherwise None."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the adapters that are active on at least one row."""
-        if self.rows is not None:
-            return frozenset(name for name in self.rows if name is not None)
-        return frozenset(name for name, _ in self.weights)
-
-    def rows_of(self, name: str, batch: int) -> list[int]:
-        """Return the rows of a batch that use an adapter; requires `rows`.
-
-        Beam search repeats each row in place, and a flattened (batch, length) keeps rows together.
-        """
-        assert self.rows is not None
-        repeat = max(min(batch, 1), batch // len(self.rows))  # an empty batch has no rows
-        return [
-            i * repeat + j for i, row in enumerate(self.rows) if row == name for j in range(repeat)
-        ]
-
-    def rows_by_adapter(self, batch: int) -> Iterator[tuple[str, list[int] | None]]:
-        """Yield each adapter with the rows of the batch that use it; None means every row."""
-        if self.rows is None:
-            yield from ((name, None) for name, _ in self.weights)
-            return
-        for name in dict.fromkeys(self.rows):
-            if name is not None:
-                yield name, self.rows_of(name, batch)
+    choice: Choice
+    batch: int | None = None
+    """Number of rows; None if unknown, or if the choice is for the whole batch."""
+    lengths: frozenset[int] = frozenset()
+    """Lengths of the sequences that entered the model."""
+    inputs: frozenset[tuple[int, ...]] = frozenset()
+    """Address and first stride of each tensor that entered the model with one entry for each row."""
+    is_part: bool = False
+    """Whether this is no pass of its own: a layer computes some rows again for one adapter."""
 
 
 class Moment(NamedTuple):
-    """The active adapters and the state of a forward pass."""
+    """What an adapted layer reads in a forward pass."""
 
-    active: Active
-    pass_state: Any
-    """See `Activation.pass_state`."""
+    of_pass: Pass
+    state: Any
+    """See `Activation.state`."""
+    active: Choice
+    """What `activate` had set: it decides which trained copies replace base tensors."""
 
 
-class Activation:
-    """The active adapters of one model, shared by all of its adapted layers.
+@dataclass(eq=False)
+class _Block:
+    """An open `per_sample` or `per_token` block, or a running `generate`."""
 
-    Gradient checkpointing runs a block again in the backward pass. Until then the active adapters may have
-    changed (a `per_sample` block has ended, another adapter is active). `moment` then returns those of the
-    first run. It raises an error if their tensors have left the model, because the gradients would silently
-    be those of another adapter.
-    """
+    activation: Activation
+    choice: Choice
+    adapters: dict[str, int]
+    """Serial number of each adapter when the block began."""
+    is_generation: bool = False
+    is_open: bool = True
 
-    def __init__(self) -> None:
-        self.active = Active()
-        self.part: Active | None = None
-        """The active adapter of some rows, while a layer is recomputed for these rows only."""
-        self.names: set[str] = set()
-        """Names of all adapters of the model."""
-        self.swapping: set[str] = set()
-        """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
-        self.pass_state: Any = None
-        """State of the current forward pass, set and cleared by the hooks that adapter modules declare. It is
-        immutable, because a checkpoint records it for the recomputation."""
-        self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
-        """The moment of each checkpoint's first run; an entry is dropped with its checkpoint."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The recorded checkpoints recompute this model, not a copy of it.
-        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+_BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("lorakit_blocks", default=())
+"""The blocks of this thread or task, of all models, innermost last."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _records=WeakKeyDictionary())
+_SERIALS = itertools.count()
 
-    def moment(self) -> Moment:
-        """Return the active adapters and the pass state of the current forward pass, first run or recomputation."""
-        now = Moment(self.part or self.active, self.pass_state)
-        if torch.compiler.is_compiling():
-            return now  # Dynamo guards on the active adapters
-        checkpoints = _checkpoints() + _reentrant_checkpoints()
-        if not checkpoints:
-            return now
-        # The layer that sets `part` has already looked up the record.
-        if self.part is None:
-            recomputed = next((checkpoint for checkpoint, again in checkpoints if again), None)
-            now = now if recomputed is None else self._replay(self._records.get(recomputed, now))
-        for checkpoint, again in checkpoints:
-            if not again:
-                self._records.setdefault(checkpoint, now)
-        return now
+
+@dataclass(eq=False)
+class _Running:
+    """A forward pass or a generation that runs in some thread."""
+
+    of_pass: Pass | None
+    """None for a generation, whose passes have their own entries."""
+    frame: FrameType | None = None
+    """The Python frame of a forward pass."""
 
     @property
-    def recomputation_pending(self) -> bool:
-        """Whether a backward pass may still recompute a checkpoint."""
-        return bool(self._records)
+    def has_ended(self) -> bool:
+        """Whether an interrupt ended the pass: PyTorch calls no hook after a KeyboardInterrupt."""
+        if self.frame is None:
+            return False
+        try:
+            self.frame.clear()  # refused while the frame runs
+        except RuntimeError:
+            return False
+        return True
 
-    def _replay(self, first_run: Moment) -> Moment:
-        """Return the moment of a checkpoint's first run, if its tensors are still in the model."""
-        recorded = first_run.active
-        if removed := recorded.names - self.names:
+
+class _Thread(threading.local):
+    """What one thread knows; Dynamo can read it, unlike a context variable."""
+
+    state: Any = None
+    choice: Choice | None = None
+
+
+@dataclass(eq=False)
+class Activation:
+    """The choice of one model's adapters, shared by all of its adapted layers.
+
+    Gradient checkpointing runs a block again in the backward pass, on a GPU in another thread. By then the
+    surroundings may choose other adapters, so `moment` records each first run and returns the record.
+    """
+
+    active: Choice = BASE
+    """What `activate` set."""
+    adapters: dict[str, int] = field(default_factory=dict)
+    """Each adapter of the model, with a serial number that no other adapter ever has."""
+    swapping: set[str] = field(default_factory=set)
+    """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
+    merged: bool = False
+    """Whether merged weights replace the base's."""
+
+    def __post_init__(self) -> None:
+        self._thread = _Thread()
+        self._lock = threading.RLock()
+        self._running: dict[int, list[_Running]] = {}
+        self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
+        self._open_blocks = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Running passes, open blocks and checkpoints belong to this model, not to a copy of it.
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    # --- reading the choice ------------------------------------------------------------------------------
+
+    @property
+    def choice(self) -> Choice:
+        """The choice of a forward pass that begins now, in this thread or task.
+
+        Raises:
+            AdapterStateError: An adapter of the open block was merged or removed.
+        """
+        if torch.compiler.is_compiling():
+            return self._choice_in_graph()
+        block = self.block
+        if block is None:
+            return self.active
+        if self.merged:
             raise AdapterStateError(
-                f"'{min(removed)}' was removed between the forward and the backward pass of a checkpointed block. "
-                "Remove it after backward() has returned."
+                "An adapter was merged while a per_sample or per_token block was open. Call unmerge(), or leave the "
+                "block."
             )
-        if recorded != self.active and (recorded.names | self.active.names) & self.swapping:
+        for name in block.choice.names:
+            if self.adapters.get(name) != block.adapters[name]:
+                raise AdapterStateError(
+                    f"'{name}' was removed while a per_sample or per_token block that uses it was open. Leave the "
+                    "block and choose again."
+                )
+        return block.choice
+
+    @property
+    def block(self) -> _Block | None:
+        """The innermost open block of this thread or task, if any."""
+        return next(self._blocks(), None)
+
+    @property
+    def users_block(self) -> _Block | None:
+        """The innermost `per_sample` or `per_token` block of this thread or task, if any."""
+        return next((block for block in self._blocks() if not block.is_generation), None)
+
+    def _blocks(self) -> Iterator[_Block]:
+        return (b for b in reversed(_BLOCKS.get()) if b.activation is self and b.is_open)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a block is open in any thread or task."""
+        return self._open_blocks > 0
+
+    def _choice_in_graph(self) -> Choice:
+        """Return the choice in a compiled graph; Dynamo guards on what this reads."""
+        choice = self._thread.choice
+        if choice is not None:
+            return choice
+        if self._open_blocks:
+            raise AdapterStateError(
+                "A compiled model was called while another thread or an asyncio task has an open per_sample or "
+                "per_token block, and a compiled graph cannot tell whether the block applies to it. Call the model "
+                "uncompiled, or open the block in the thread that calls it."
+            )
+        return self.active
+
+    @property
+    def state(self) -> Any:
+        """State of the thread's forward pass, set and cleared by the hooks that adapter modules declare.
+
+        It is immutable, because a checkpoint records it for the recomputation.
+        """
+        return self._thread.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._thread.state = state
+
+    @property
+    def now(self) -> Pass:
+        """The pass that this thread runs; if it runs none, one that begins now."""
+        running = self._running.get(threading.get_ident())
+        of_pass = running[-1].of_pass if running else None
+        return Pass(self.choice) if of_pass is None else of_pass
+
+    def moment(self) -> Moment:
+        """Return the choice of the running forward pass; in a recomputation, that of the first run.
+
+        Raises:
+            AdapterStateError: The first run's choice is unknown or can no longer be computed. The gradients would
+                silently be those of another adapter.
+        """
+        if torch.compiler.is_compiling():
+            return Moment(Pass(self._choice_in_graph()), self._thread.state, self.active)
+        moment = Moment(self.now, self._thread.state, self.active)
+        if moment.of_pass.is_part:
+            return moment  # the layer that computes the part has looked up the record
+        checkpoints = running_checkpoints()
+        for checkpoint in checkpoints:
+            if checkpoint.is_recomputation:
+                moment = self._replay(checkpoint.key)
+                break
+        for checkpoint in checkpoints:
+            if not checkpoint.is_recomputation:
+                self._records.setdefault(checkpoint.key, moment)
+        return moment
+
+    def _replay(self, checkpoint: Any) -> Moment:
+        """Return the moment of a checkpoint's first run."""
+        moment = self._records.get(checkpoint)
+        if moment is None:
+            raise AdapterStateError(
+                "A checkpointed block is recomputed whose forward pass ran without its adapters: they were attached "
+                "or unmerged after it. Call backward() first, then attach or unmerge."
+            )
+        if moment.active != self.active and (
+            (moment.active.names | self.active.names) & self.swapping
+        ):
             raise AdapterStateError(
                 "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
                 "biases or modules trained in full were swapped. Keep the same adapter active until backward() "
                 "has returned."
             )
-        return first_run
+        return moment
+
+    # --- changing the choice -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def local(self, choice: Choice, *, is_generation: bool = False) -> Iterator[None]:
+        """Let a choice act in this thread or task, for the length of a `with` block.
+
+        Raises:
+            AdapterStateError: The block ended in another thread or task than it began in.
+        """
+        block = _Block(self, choice, dict(self.adapters), is_generation)
+        before = self._thread.choice
+        _BLOCKS.set((*_BLOCKS.get(), block))
+        with self._lock:
+            self._open_blocks += 1
+        # Several tasks share a thread, so a graph could not tell them apart.
+        self._thread.choice = None if _in_task() else choice
+        try:
+            yield
+        finally:
+            block.is_open = False
+            with self._lock:
+                self._open_blocks -= 1
+            self._thread.choice = before
+            blocks = _BLOCKS.get()
+            _BLOCKS.set(tuple(b for b in blocks if b is not block))
+        if block not in blocks:
+            raise AdapterStateError(
+                "A per_sample or per_token block ended in another thread or task than it began in (a generator may "
+                "have been resumed elsewhere), so it was not in force all the time. Discard what was computed."
+            )
+
+    @contextlib.contextmanager
+    def part(self, of_pass: Pass) -> Iterator[None]:
+        """Let the layers inside a layer compute some rows for one adapter."""
+        with self._run(_Running(of_pass)):
+            yield
+
+    @contextlib.contextmanager
+    def generation(self, choice: Choice) -> Iterator[None]:
+        """Keep a choice for all forward passes of a generation."""
+        if self.merged:  # the merged weights act, and cannot change while the generation runs
+            with self._run(_Running(None)):
+                yield
+            return
+        with self.local(choice, is_generation=True), self._run(_Running(None)):
+            yield
+
+    @contextlib.contextmanager
+    def _run(self, running: _Running) -> Iterator[None]:
+        with self._lock:
+            self._running.setdefault(threading.get_ident(), []).append(running)
+        try:
+            yield
+        finally:
+            self._remove(running)
+
+    def _remove(self, running: _Running) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            entries = self._running.get(thread, [])
+            if running in entries:
+                del entries[entries.index(running) :]  # with passes inside it that were interrupted
+            if not entries:
+                self._running.pop(thread, None)
+
+    @contextlib.contextmanager
+    def exclusive(self, action: str, *, within_own_pass: bool = False) -> Iterator[None]:
+        """Change the model's adapters while no forward pass or generation runs; new ones wait for the end.
+
+        Args:
+            action: For the message.
+            within_own_pass: Accept a pass of this thread, which keeps the choice that it began with.
+
+        Raises:
+            AdapterStateError: A forward pass or a generation runs.
+        """
+        with self._lock:
+            own = threading.get_ident()
+            for thread, entries in list(self._running.items()):
+                ended = next((i for i, entry in enumerate(entries) if entry.has_ended), None)
+                if ended is not None:
+                    del entries[ended:]
+                if not entries:
+                    del self._running[thread]
+                elif thread != own or not within_own_pass:
+                    whose = "this thread" if thread == own else "another thread"
+                    raise AdapterStateError(
+                        f"You cannot {action} while {whose} runs a forward pass or a generation of this model. Wait "
+                        "for its end. To choose adapters for one thread only, use per_sample."
+                    )
+            yield
+
+    def forbid_recomputation(self, action: str, names: frozenset[str] | None = None) -> None:
+        """Let the recomputation of pending checkpoints raise an error, because what they need has left the model.
+
+        Args:
+            action: What was done, for the message: "removed", "merged".
+            names: Only checkpoints that used one of these adapters; None is all.
+        """
+        for checkpoint, moment in list(self._records.items()):
+            swapped = moment.active.names & self.swapping
+            if names is None or names & (moment.of_pass.choice.names | swapped):
+                error = AdapterStateError(
+                    f"An adapter was {action} between the forward and the backward pass of a checkpointed block, "
+                    "which cannot be recomputed any more. Do that after backward() has returned."
+                )
+                forbid_recomputation(checkpoint, error)
+
+    def add(self, name: str, *, swaps: bool) -> None:
+        """Register an adapter; `swaps` says that it has trained copies of base tensors."""
+        self.adapters[name] = next(_SERIALS)
+        if swaps:
+            self.swapping.add(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        del self.adapters[name]
+        self.swapping.discard(name)
+
+    # --- forward passes ----------------------------------------------------------------------------------
+
+    def begin(self, of_pass: Pass, frame: FrameType) -> None:
+        """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
+        entries = self._running.setdefault(threading.get_ident(), [])
+        ended = next((i for i, entry in enumerate(entries) if entry.has_ended), None)
+        if ended is not None:
+            del entries[ended:]
+        entries.append(_Running(of_pass, frame))
+
+    def end(self, frame: FrameType) -> None:
+        """Remove the forward pass that `begin` registered for this frame; none if `begin` was not reached."""
+        for entry in self._running.get(threading.get_ident(), ()):
+            # After an error PyTorch calls the hooks from the frame around the one that began the pass.
+            if entry.frame is not None and (entry.frame is frame or entry.frame.f_back is frame):
+                self._remove(entry)
+                return
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a forward pass begins and while adapters change."""
+        return self._lock
 
 
-_SAVED_TENSOR_HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+def caller_frame() -> FrameType:
+    """Return the frame that called a hook."""
+    return sys._getframe(2)
 
 
-def _checkpoints() -> list[tuple[Any, bool]]:
-    """Return the running non-reentrant checkpoints, innermost first, each with True if this is the recomputation.
-
-    PyTorch pushes saved-tensor hooks around both runs. Their closures reference one frame object, which
-    lives as long as the checkpoint. Checkpoints can be nested, and PyTorch exposes only the top of the stack.
-    """
-    if _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True) is None:
-        return []
-    stack = []
-    while (hooks := _SAVED_TENSOR_HOOKS._top_saved_tensors_default_hooks(True)) is not None:
-        stack.append(hooks)
-        _SAVED_TENSOR_HOOKS._pop_saved_tensors_default_hooks()
-    for pack, unpack in reversed(stack):
-        _SAVED_TENSOR_HOOKS._push_saved_tensors_default_hooks(pack, unpack)
-    return [frame for pack, _ in stack if (frame := _frame_of(pack)) is not None]
-
-
-def _frame_of(pack_hook: Any) -> tuple[Any, bool] | None:
-    """Return the checkpoint frame of a saved-tensor hook, and True in the recomputation; None for other hooks."""
-    pack_hook = inspect.unwrap(pack_hook)
-    code = getattr(pack_hook, "__code__", None)
-    if code is None:
-        return None
-    for name, cell in zip(code.co_freevars, pack_hook.__closure__ or (), strict=True):
-        if name == "frame" and hasattr(cell.cell_contents, "recompute_fn"):
-            return cell.cell_contents, False
-        if name == "target_frame_ref":
-            return cell.cell_contents(), True
-    return None
-
-
-_FIRST_RUN = CheckpointFunction.forward.__code__
-_SECOND_RUN = CheckpointFunction.backward.__code__
-
-
-def _reentrant_checkpoints() -> list[tuple[Any, bool]]:
-    """Return the running reentrant checkpoints, as `_checkpoints` does.
-
-    The autograd function's forward is the first run, and its backward the recomputation. Both have the
-    function's context in their stack frame. It lives as long as the graph. A checkpoint is not found if its block
-    switches inference mode or forward-mode gradients.
-    """
-    if torch.is_inference_mode_enabled():
-        return []
-    if torch._C._is_fwd_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        return []  # the first run disables forward-mode gradients, no_grad does not
-    checkpoints = []
-    caller = sys._getframe(1)
-    while caller is not None:
-        code = caller.f_code
-        if code is _FIRST_RUN or code is _SECOND_RUN:
-            checkpoints.append((caller.f_locals["ctx"], code is _SECOND_RUN))
-        caller = caller.f_back
-    return checkpoints
+def _in_task() -> bool:
+    """Whether this code runs in an asyncio task."""
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # no running event loop
+        return False

@@ -98,15 +98,16 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     result = dict(state)
     replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
-        active = adapters.activation.active
-        if active.rows is not None and active.names:
+        if adapters.activation.users_block is not None:
             raise AdapterStateError(
-                "The model cannot be saved inside per_sample: rows have different weights. Leave the block first."
+                "The model cannot be saved inside per_sample or per_token: rows have different weights. Leave the "
+                "block first."
             )
+        blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
-        names = [name for name, _ in active.weights]
+        names = [name for name, _ in blend]
         for attribute in adapters.weights_changed_by(path, layer, names):
-            result[prefix + attribute] = adapters.effective_weight(layer, attribute, active.weights)
+            result[prefix + attribute] = adapters.effective_weight(layer, attribute, blend)
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
             replaced.add(prefix + attribute)
         replaced.update(prefix + attribute for attribute in adapters.replaced)

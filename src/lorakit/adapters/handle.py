@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from lorakit.adapters import export, merging, saving
-from lorakit.adapters.activation import Activation, Active
+from lorakit.adapters.activation import Activation
+from lorakit.adapters.choice import BASE, AdapterChoice, Blend, Choice
+from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
@@ -25,15 +27,13 @@ from lorakit.adapters.installed import (
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.row_layout import RowLayout
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.quantised import require_exact_layers
-
-Choice = str | Mapping[str, float] | None
-"""One adapter, several by weight, or none."""
 
 _HANDLE = "_lorakit_adapters"
 
@@ -49,7 +49,7 @@ class Adapters:
         self.model = model
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
-        self._merged: Active | None = None
+        self._merged: Choice | None = None
         self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
 
     @property
@@ -59,13 +59,13 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """The active adapters and their weights."""
-        return dict(self._activation.active.weights)
+        """The adapters that `activate` set, and their weights."""
+        return dict(self._activation.active.blends[0])
 
     @property
     def merged(self) -> dict[str, float]:
         """The merged adapters and their weights; empty when nothing is merged."""
-        return dict(self._merged.weights) if self._merged else {}
+        return dict(self._merged.blends[0]) if self._merged else {}
 
     def method(self, name: str | None = None) -> Method:
         """Return the settings of an adapter."""
@@ -86,7 +86,8 @@ class Adapters:
     @property
     def virtual_tokens(self) -> VirtualTokens:
         """The virtual tokens that the active adapters need in each sequence; most methods need none."""
-        methods = (self._installed[name].method for name in self.active)
+        blend = self._activation.choice.whole or ()
+        methods = (self._installed[name].method for name, _ in blend)
         tokens = (getattr(method, "virtual_tokens", None) for method in methods)
         return next(filter(None, tokens), VirtualTokens())
 
@@ -97,45 +98,78 @@ class Adapters:
     def __repr__(self) -> str:
         return f"Adapters({', '.join(self.names)}; active: {self.active or 'none'})"
 
-    def activate(self, choice: Choice) -> None:
-        """Activate one adapter, several by weight, or none (the base alone).
+    def activate(self, choice: AdapterChoice) -> None:
+        """Activate one adapter, several by weight, or none (the base alone), for all threads.
+
+        A forward pass or a generation of this thread keeps the choice that it began with.
 
         Args:
             choice: A name, ``{name: weight}`` (each delta is scaled by its weight), or None.
 
         Raises:
-            AdapterStateError: A name is unknown, an adapter is merged, or an adapter whose effect is not linear
-                in its weight (DoRA, trained biases or modules) is mixed or weighted.
+            AdapterStateError: A name is unknown, an adapter is merged, another thread runs the model, or an adapter
+                whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted.
         """
-        self._refuse_merged("activate another adapter")
-        self._set_active(self._resolve(choice))
+        with self._activation.exclusive("activate another adapter", within_own_pass=True):
+            self._refuse_merged("activate another adapter")
+            self._set_active(_for_the_batch(self._resolve(choice)))
 
     @contextlib.contextmanager
-    def per_sample(self, names: Sequence[str | None]) -> Iterator[None]:
+    def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
 
+        The block holds for its thread or asyncio task (and for what copies its context, such as
+        `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice of its first forward
+        pass, and repeats rows for its beams. Do not suspend a generator inside the block.
+
         Args:
-            names: One adapter name, or None for the base alone, for each row of the batch.
+            names: For each row of the batch, in order: a name, ``{name: weight}``, or None for the base alone.
+            repeat: The batch may also hold each row this many times, one after the other.
 
         Raises:
-            AdapterStateError: A name is unknown, or an adapter is merged.
+            AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
+                number of rows, or a layer sees something else than whole rows in order.
         """
-        self._refuse_merged("choose adapters by row")
-        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        if isinstance(names, str) or not isinstance(names, Sequence):
             raise AdapterStateError(
                 f"per_sample takes one name (or None) for each row of the batch, not {names!r}."
             )
-        for name in names:
-            if name is not None:
-                self._get(name)
-        before = self._activation.active
-        self._set_active(Active(rows=tuple(names)))
-        try:
+        if not isinstance(repeat, int) or repeat < 1:
+            raise AdapterStateError(
+                f"repeat is {repeat!r}; it must be a whole number of at least 1."
+            )
+        self._refuse_while_merged("choose adapters by row")
+        rows = Choice(tuple(map(self._resolve, names)), "row")
+        with self._activation.local(rows.repeated(repeat)):
             yield
-        finally:
-            self._set_active(before)
 
-    def merge(self, choice: Choice = None, *, keep_base: bool = True) -> None:
+    @contextlib.contextmanager
+    def per_token(self, spans: Sequence[tuple[AdapterChoice, int]]) -> Iterator[None]:
+        """Use a different adapter for each span of tokens, for the length of a `with` block, as `per_sample` does.
+
+        Packed batches hold several sequences in one row. Only adapters whose effect on a token is independent of
+        other tokens can be used.
+
+        Args:
+            spans: Choice and number of tokens of each span, in order. They cover all tokens of the batch
+                (batch, length), row after row, padding included.
+
+        Raises:
+            AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
+                number of tokens, or a layer or an adapter mixes tokens.
+        """
+        self._refuse_while_merged("choose adapters by token")
+        for span in spans:
+            is_pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
+            if not is_pair or type(span[1]) is not int or span[1] < 0:
+                raise AdapterStateError(
+                    f"per_token takes (name, number of tokens) for each span, not {span!r}."
+                )
+        blends = tuple(self._resolve(choice) for choice, _ in spans)
+        with self._activation.local(Choice(blends, "token", tuple(count for _, count in spans))):
+            yield
+
+    def merge(self, choice: AdapterChoice = None, *, keep_base: bool = True) -> None:
         """Merge adapters into the weights: ``W + scaling * B A`` in float32, rounded once to W's dtype.
 
         For a quantised W the delta is added to ``W_q``, and the sum is not quantised again.
@@ -149,26 +183,31 @@ class Adapters:
                 export, and the handle cannot be used afterwards. All other quantised layers are dequantised too.
 
         Raises:
-            AdapterStateError: Nothing is active, something is merged already, or an adapter cannot be merged.
+            AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, or the
+                model runs.
         """
-        self._refuse_merged("merge")
-        active = self._activation.active if choice is None else self._resolve(choice)
-        if not active.weights:
-            raise AdapterStateError(
-                f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
+        with self._activation.exclusive("merge"):
+            self._refuse_merged("merge")
+            merged = (
+                self._activation.active if choice is None else _for_the_batch(self._resolve(choice))
             )
-        with self.deactivated():
-            self._swap_trained(active)  # the merged model keeps the trained biases and heads
-            merging.merge(self.model, active)
-        self._merged = active
-        if not keep_base:
-            merging.forget_base(self.model)
-            self._merged = None
-            self._remove_all()
+            if not merged.names:
+                raise AdapterStateError(
+                    f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
+                )
+            with self.deactivated():
+                self._swap_trained(merged)  # the merged model keeps the trained biases and heads
+                merging.merge(self.model, merged.blends[0])
+            self._merged, self._activation.merged = merged, True
+            self._activation.forbid_recomputation("merged")
+            if not keep_base:
+                merging.forget_base(self.model)
+                self._merged, self._activation.merged = None, False
+                self._remove_all()
 
     def require_mergeable(self) -> None:
         """Raise an AdapterStateError if the effect of an active adapter is not a weight change."""
-        merging.require_mergeable(self.model, self._activation.active)
+        merging.require_mergeable(self.model, self._activation.active.names)
 
     def unmerge(self) -> None:
         """Restore the base's weights bit for bit, and activate the merged adapters.
@@ -176,32 +215,38 @@ class Adapters:
         Raises:
             AdapterStateError: Nothing is merged.
         """
-        if self._merged is None:
-            raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-        active, self._merged = self._merged, None
-        merging.unmerge(self.model)
-        self._set_active(active)
+        with self._activation.exclusive("unmerge"):
+            if self._merged is None:
+                raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
+            active, self._merged, self._activation.merged = self._merged, None, False
+            merging.unmerge(self.model)
+            self._activation.forbid_recomputation("unmerged")
+            self._set_active(active)
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`."""
-        self._refuse_merged("remove an adapter")
-        adapter = self._get(name)
-        if len(self._installed) == 1:
-            self.detach()
-            return
-        if name in self._activation.active.names:
-            self._set_active(Active())
-        self._remove(adapter)
+        with self._activation.exclusive("remove an adapter"):
+            self._refuse_merged("remove an adapter")
+            adapter = self._get(name)
+            if len(self._installed) == 1:
+                self.detach()
+                return
+            self._activation.forbid_recomputation("removed", frozenset({name}))
+            if name in self._activation.active.names:
+                self._set_active(BASE)
+            self._remove(adapter)
 
     def detach(self) -> None:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys."""
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
-        self._refuse_inside_per_sample("detach")
-        if self._merged is not None:
-            self.unmerge()
-        self._set_active(Active())
-        self._remove_all()
+        with self._activation.exclusive("detach"):
+            self._refuse_inside_block("detach")
+            self._activation.forbid_recomputation("detached", frozenset(self._installed))
+            if self._merged is not None:
+                self.unmerge()
+            self._set_active(BASE)
+            self._remove_all()
 
     def stored(self, name: str | None = None) -> StoredAdapter:
         """Return the content of the adapter's file: settings, tensors, base record, provenance."""
@@ -259,7 +304,7 @@ class Adapters:
             raise ConfigurationError(
                 f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
             )
-        if hasattr(LayerAdapters(self._activation), name):
+        if hasattr(LayerAdapters(self._activation, RowLayout("")), name):
             raise ConfigurationError(
                 f"'{name}' is an attribute of PyTorch's modules or of lorakit's. Choose another name."
             )
@@ -275,13 +320,14 @@ class Adapters:
         They are reactivated only after an error. Otherwise the model is left without an active adapter, and the
         caller activates or merges one.
         """
-        before = self._activation.active
-        self._set_active(Active())
-        try:
-            yield
-        except BaseException:
-            self._set_active(before)
-            raise
+        with self._activation.exclusive("add or merge an adapter"):
+            before = self._activation.active
+            self._set_active(BASE)
+            try:
+                yield
+            except BaseException:
+                self._set_active(before)
+                raise
 
     def add(
         self,
@@ -293,14 +339,18 @@ class Adapters:
     ) -> InstalledAdapter:
         """Add an adapter's modules and a copy of each base parameter named in `trained`; freeze the base."""
         require_exact_layers(self.model)
-        adapter = install(self.model, name, method, modules, trained, self._activation)
+        is_first = handle_of(self.model) is None
+        if is_first:
+            self._set_up_model()
+        try:
+            adapter = install(self.model, name, method, modules, trained, self._activation)
+        except BaseException:
+            if is_first:
+                self._remove_all()
+            raise
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
-        self._activation.names.add(name)
-        if adapter.trained:
-            self._activation.swapping.add(name)
-        if handle_of(self.model) is None:
-            self._set_up_model()
+        self._activation.add(name, swaps=bool(adapter.trained))
         for _, parameter in base_parameters(self.model):
             parameter.requires_grad_(False)
         return adapter
@@ -313,6 +363,7 @@ class Adapters:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
+        watch(self.model, self._activation)
         if hasattr(self.model, "save_pretrained"):
             self.model.__dict__["save_pretrained"] = functools.partial(
                 export.save_pretrained, self.model
@@ -321,8 +372,7 @@ class Adapters:
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
-        self._activation.names.discard(adapter.name)
-        self._activation.swapping.discard(adapter.name)
+        self._activation.remove(adapter.name)
         uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
@@ -332,24 +382,25 @@ class Adapters:
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._requires_grad.get(name, False))
         self.model.__dict__.pop(_HANDLE, None)
+        unwatch(self.model)
         self.model.__dict__.pop("save_pretrained", None)
         hooks = self.model._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) is export.keep_base_weights:
                 del hooks[key]
 
-    def _set_active(self, active: Active) -> None:
+    def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)
         self._activation.active = active
 
-    def _swap_trained(self, active: Active) -> None:
+    def _swap_trained(self, active: Choice) -> None:
         """Restore the base parameters, then replace those that the active adapter trains in full by its copies.
 
         `_resolve` allows such an adapter only alone and with weight 1.
         """
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
-        for name, _ in active.weights:
+        for name in active.names:
             for path, module in self._installed[name].modules.items():
                 layer = self.model.get_submodule(path)
                 adapters = layer.adapters
@@ -357,10 +408,10 @@ class Adapters:
                 for attribute, copy in module.trained.items():
                     adapters.replace(layer, attribute, copy)
 
-    def _resolve(self, choice: Choice) -> Active:
+    def _resolve(self, choice: AdapterChoice) -> Blend:
         """Validate a choice of adapters and return it with all weights."""
         if choice is None:
-            return Active()
+            return ()
         if not isinstance(choice, (str, Mapping)):
             raise AdapterStateError(
                 f"{choice!r} is not a choice of adapters. Give a name, {{name: weight}} for several, or None."
@@ -378,7 +429,7 @@ class Adapters:
                     f"'{name}' ({type(adapter.method).__name__}) has parts whose effect is not linear in a weight "
                     "(DoRA, or biases or modules trained in full). Activate it alone and with weight 1."
                 )
-        return Active(weights=tuple((name, float(weight)) for name, weight in weights.items()))
+        return tuple((name, float(weight)) for name, weight in weights.items())
 
     def _get(self, name: str | None) -> InstalledAdapter:
         """Return the adapter of this name; None is the only one of the model."""
@@ -398,19 +449,26 @@ class Adapters:
     def _known(self) -> str:
         return ", ".join(self.names) or "none"
 
-    def _refuse_inside_per_sample(self, action: str) -> None:
-        if self._activation.active.rows is not None:
+    def _refuse_inside_block(self, action: str) -> None:
+        if self._activation.users_block is not None:
             raise AdapterStateError(
-                f"You cannot {action} inside per_sample. Leave the block first."
+                f"You cannot {action} inside per_sample or per_token. Leave the block first."
             )
 
     def _refuse_merged(self, action: str) -> None:
-        """Raise an AdapterStateError while an adapter is merged, or inside per_sample; `action` is for the message."""
-        self._refuse_inside_per_sample(action)
+        """Raise an AdapterStateError while an adapter is merged, or inside a block; `action` is for the message."""
+        self._refuse_inside_block(action)
+        self._refuse_while_merged(action)
+
+    def _refuse_while_merged(self, action: str) -> None:
         if self._merged is not None:
             raise AdapterStateError(
                 f"{', '.join(self.merged)} is merged into the weights. Call unmerge() before you {action}."
             )
+
+
+def _for_the_batch(blend: Blend) -> Choice:
+    return Choice((blend,)) if blend else BASE
 
 
 def handle_of(model: nn.Module) -> Adapters | None:

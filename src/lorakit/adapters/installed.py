@@ -18,6 +18,7 @@ from lorakit.adapters.layer_adapters import (
     remove_hooks,
     remove_idle_hooks,
 )
+from lorakit.adapters.row_layout import row_layouts
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
@@ -102,9 +103,10 @@ def install(
             modules.setdefault(path, AdapterModule()).trained[attribute] = copy
     for path in modules:  # check all before the first change
         check_free(path, model.get_submodule(path))
+    layouts = row_layouts(model, list(modules))
     for path, module in modules.items():
         owner = model.get_submodule(path.rpartition(".")[0])
-        add_module(model.get_submodule(path), owner, name, module, activation)
+        add_module(model.get_submodule(path), owner, name, module, activation, layouts[path])
     add_hooks(backbone_of(model), installed.backbone_hooks)
     return installed
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.activation import Activation, Active
+from lorakit.adapters.activation import Activation, Pass
+from lorakit.adapters.choice import Blend
+from lorakit.adapters.entry import foreign_hooks
+from lorakit.adapters.entry import remove_hooks as remove_functions
+from lorakit.adapters.mixed_batch import Call, adapt_by_part
+from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
 from lorakit.models.layers import ADAPTERS, AdapterSlot
@@ -25,11 +30,12 @@ class LayerAdapters(AdapterSlot):
 
     Args:
         activation: The active adapters of the whole model.
+        layout: Where the rows of a batch are in the layer's input.
     """
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, activation: Activation, layout: RowLayout) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.layout = activation, layout
         # Base parameters that a trained or merged tensor replaces. A plain dict hides them from
         # `model.parameters()`; a buffer with the same data follows the model to another device.
         self.replaced: dict[str, nn.Parameter] = {}
@@ -40,6 +46,7 @@ class LayerAdapters(AdapterSlot):
     if TYPE_CHECKING:
 
         def __getitem__(self, key: str) -> AdapterModule: ...
+        def keys(self) -> KeysView[str]: ...
         def values(self) -> ValuesView[AdapterModule]: ...
         def items(self) -> ItemsView[str, AdapterModule]: ...
 
@@ -51,87 +58,75 @@ class LayerAdapters(AdapterSlot):
         `nn.MultiheadAttention`, for example, reads `out_proj.weight` without calling `out_proj`.
         """
         self.unshadow(layer)
-        active = self._active_here()
-        if active.rows is not None and any(
-            self[n].shadows or self[n].trained for n in active.names if n in self
-        ):
+        choice = self._pass_here().choice
+        blend = choice.whole
+        if blend is None and (choice.names & self.keys() or self.replaced):
             raise AdapterStateError(
                 f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
                 "weights directly. Run one batch for each adapter."
             )
-        shadowing = [(n, w) for n, w in active.weights if n in self and self[n].shadows]
+        blend = blend or ()
+        layer.__dict__.update(self.own_parameters(layer, blend))
+        shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
         for name in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
             # A tensor in the instance's `__dict__` hides the parameter of that name during the call.
             layer.__dict__[name] = self.effective_weight(layer, name, shadowing)
 
     def unshadow(self, layer: nn.Module) -> None:
         """Remove the effective weights that `shadow` has set."""
-        for module in self.values():
-            for attribute in module.shadows:
-                layer.__dict__.pop(attribute, None)
+        for attribute in layer._parameters:
+            layer.__dict__.pop(attribute, None)
 
-    def after(self, layer: nn.Module, x: Any, output: Any) -> Any:
+    def after(self, call: Call, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
         if isinstance(output, tuple):  # a block's hidden states and further outputs
-            return (self.after(layer, x, output[0]), *output[1:])
-        active = self._active_here()
-        if active.rows is not None:  # inside per_sample
-            return self._adapt_rows(layer, x, output, active)
-        # This runs in every call of the layer, and a lookup in ModuleDict is slow.
+            return (self.after(call, output[0]), *output[1:])
+        of_pass = self._pass_here()
+        choice = of_pass.choice
+        if choice is not self.activation.active:
+            return adapt_by_part(self, call, output, of_pass)
+        # `activate` chose for the whole batch, and trained copies are in place. This runs in every call of the
+        # layer, and a lookup in ModuleDict is slow.
         modules = self._modules
-        for name, weight in active.weights:
+        for name, weight in choice.blends[0]:
             module = modules.get(name)
             if module is not None and not module.shadows:
-                output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
+                output = module.adapt(call.layer, call.x, output, weight)  # type: ignore[operator]
         return output
 
-    def all_active(self, condition: Callable[[AdapterModule], bool]) -> bool:
-        """Return whether every active module meets a condition, and all rows of a batch use the same modules."""
-        active = self.activation.active
-        modules = [self[name] for name in active.names if name in self]
-        return not (active.rows is not None and modules) and all(map(condition, modules))
+    def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
+        """Return the modules that act on the output; None if rows differ, or the layer's parameters are others'."""
+        choice = self.activation.now.choice
+        names = choice.names & self.keys()
+        if names and choice.whole is None:
+            return None
+        if choice is not self.activation.active and self.own_parameters(layer, choice.whole or ()):
+            return None
+        return [self[name] for name in names]
 
-    def _active_here(self) -> Active:
-        """Return the adapters active in this pass; in a recomputed checkpoint, those of its first run."""
-        active = self.activation.moment().active
-        if self.merged and active.names:
+    def _pass_here(self) -> Pass:
+        """Return the running forward pass; in a recomputed checkpoint, the first run."""
+        of_pass = self.activation.moment().of_pass
+        if self.merged and of_pass.choice.names:
             raise AdapterStateError(
                 "An adapter was merged between the forward and the backward pass of a checkpointed block. "
                 "Merge after backward() has returned."
             )
-        return active
+        return of_pass
 
-    def _adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, active: Active) -> Tensor:
-        """Apply each adapter of `per_sample` to its rows of the batch."""
-        rows = active.rows
-        assert rows is not None
-        if x.shape[0] % len(rows):
-            raise AdapterStateError(
-                f"per_sample names {len(rows)} rows, and {type(layer).__name__} received a batch of {x.shape[0]}. "
-                "Give one name (or None) for each row of the batch."
-            )
-        for name in dict.fromkeys(rows):
-            if name is None or name not in self:
-                continue
-            index = torch.tensor(active.rows_of(name, x.shape[0]), device=x.device)
-            output = output.index_copy(
-                0, index, self._adapt_with(name, layer, x[index], output[index])
-            )
-        return output
+    def own_parameters(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
+        """Return the layer's parameters under a blend that are not in their place now."""
+        if self.merged:
+            return {}
+        wanted: dict[str, Tensor] = {a: self.base(layer, a) for a in self.replaced}
+        for name, _ in blend:
+            if name in self:
+                wanted.update(self[name].trained)
+        return {a: tensor for a, tensor in wanted.items() if layer._parameters.get(a) is not tensor}
 
-    def _adapt_with(self, name: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """Apply one adapter to rows of a batch; `x` and `output` contain only these rows."""
-        module, activation = self[name], self.activation
-        if module.trained:  # recompute these rows with the trained parameters
-            base, previous_part = dict(layer._parameters), activation.part
-            try:
-                layer._parameters.update(module.trained)
-                activation.part = Active(rows=(name,))  # for the layers inside this one
-                output = layer.forward(x)
-            finally:
-                layer._parameters.update(base)
-                activation.part = previous_part
-        return module.adapt(layer, x, output, 1.0)
+    def changes(self, layer: nn.Module, blend: Blend) -> bool:
+        """Whether the layer's output has to change for a blend."""
+        return any(name in self for name, _ in blend) or bool(self.own_parameters(layer, blend))
 
     # --- effective weights -------------------------------------------------------------------------
 
@@ -252,7 +247,7 @@ class LayerAdapters(AdapterSlot):
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
     x = args[0] if args else next(iter(kwargs.values()), None)
-    return layer._modules[ADAPTERS].after(layer, x, output)  # type: ignore[operator, union-attr]
+    return layer._modules[ADAPTERS].after(Call(layer, x, args, kwargs), output)  # type: ignore[operator, union-attr]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
@@ -285,7 +280,12 @@ def check_free(path: str, layer: nn.Module) -> None:
 
 
 def add_module(
-    layer: nn.Module, owner: nn.Module, name: str, module: AdapterModule, activation: Activation
+    layer: nn.Module,
+    owner: nn.Module,
+    name: str,
+    module: AdapterModule,
+    activation: Activation,
+    layout: RowLayout,
 ) -> None:
     """Add an adapter's module to a layer, with the `adapters` child and the hooks that it needs.
 
@@ -295,9 +295,10 @@ def add_module(
         name: Name of the adapter.
         module: Its tensors for this layer.
         activation: The active adapters of the whole model.
+        layout: Where the rows of a batch are in the layer's input.
     """
     if ADAPTERS not in layer._modules:
-        layer.register_module(ADAPTERS, LayerAdapters(activation))
+        layer.register_module(ADAPTERS, LayerAdapters(activation, layout))
         add_adapter_hook(layer)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     add_hooks(layer, module.layer_hooks)
@@ -311,23 +312,20 @@ def add_module(
 
 def output_is_unadapted(layer: nn.Module) -> bool:
     """Return whether the layer computes its output from its own (or trained) parameters, and no hook changes it."""
-    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    hooks = foreign_hooks(layer)
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        return adapters.all_active(_leaves_output)
+        acting = adapters.acting(layer)
+        return acting is not None and all(module.leaves_output for module in acting)
     return not hooks
-
-
-def _leaves_output(module: AdapterModule) -> bool:
-    """Return whether the module has no effect on the output: it only holds trained copies."""
-    return type(module).adapt is AdapterModule.adapt
 
 
 def hooks_act_by_token(layer: nn.Module) -> bool:
     """Return whether no hook on the layer mixes tokens."""
     for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
         if hook is after_forward:
-            if not layer.adapters.all_active(lambda m: m.by_token or _leaves_output(m)):  # type: ignore[operator, union-attr]
+            acting = layer.adapters.acting(layer)  # type: ignore[operator, union-attr]
+            if acting is None or not all(m.by_token or m.leaves_output for m in acting):
                 return False
         elif not getattr(hook, "by_token", False):
             return False
@@ -342,7 +340,7 @@ def add_adapter_hook(layer: nn.Module) -> None:
 
 def remove_adapter_hook(layer: nn.Module) -> None:
     """Remove the forward hook of a layer with nothing to apply; this saves 1 to 2 microseconds a call."""
-    _remove_hooks(layer, after_forward)
+    remove_functions(layer, after_forward)
 
 
 def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
@@ -359,7 +357,7 @@ def remove_hooks(
 ) -> None:
     """Remove declared hooks from a module, except those in `needed`."""
     needed_functions = {hook.run for hook in needed}
-    _remove_hooks(module, *(hook.run for hook in hooks if hook.run not in needed_functions))
+    remove_functions(module, *(hook.run for hook in hooks if hook.run not in needed_functions))
 
 
 def remove_adapter(layer: nn.Module, name: str) -> None:
@@ -372,24 +370,11 @@ def remove_adapter(layer: nn.Module, name: str) -> None:
     remove_hooks(layer, removed.layer_hooks, [h for m in adapters.values() for h in m.layer_hooks])
     if not adapters:
         del layer._modules[ADAPTERS]
-        _remove_hooks(layer, after_forward)
+        remove_functions(layer, after_forward)
 
 
 def remove_idle_hooks(model: nn.Module) -> None:
     """Remove the hooks of modules that no longer read an adapted weight."""
     for module in model.modules():
         if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
-            _remove_hooks(module, shadow_weights, unshadow_weights)
-
-
-def _remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
-    """Remove forward hooks and pre-hooks by function, with PyTorch's flags for them."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, hook in hooks.items() if hook in functions]:
-            del hooks[key]
-            for flags in (
-                module._forward_hooks_with_kwargs,
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(key, None)
+            remove_functions(module, shadow_weights, unshadow_weights)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from lorakit.adapters.activation import Active
+from lorakit.adapters.choice import Blend
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
 from lorakit.adapters.layer_adapters import add_adapter_hook, remove_adapter_hook
@@ -18,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def merge(model: nn.Module, active: Active) -> None:
+def merge(model: nn.Module, blend: Blend) -> None:
     """Replace the weight of every layer that an active adapter changes by ``W + sum of weight * delta``.
 
     All merged tensors are computed before the first is swapped in, so an error changes nothing. For a weight
@@ -29,8 +30,8 @@ def merge(model: nn.Module, active: Active) -> None:
         AdapterStateError: A weight has an unsupported quantisation or is not a parameter, or an adapter cannot
             be merged.
     """
-    require_mergeable(model, active)
-    names = [name for name, _ in active.weights]
+    names = [name for name, _ in blend]
+    require_mergeable(model, names)
     merged = []
     for path, layer, adapters in adapted_layers(model):
         for attribute in adapters.weights_changed_by(path, layer, names):
@@ -40,20 +41,20 @@ def merge(model: nn.Module, active: Active) -> None:
                     f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
                     "can be added to it. Merge into a base loaded in bfloat16 or float32."
                 )
-            weight = adapters.effective_weight(layer, attribute, active.weights)
+            weight = adapters.effective_weight(layer, attribute, blend)
             merged.append((layer, adapters, attribute, weight))
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
     for _, layer, adapters in adapted_layers(model):
         adapters.merged = True
-        # In training the hook stays: it rejects the recomputation of a checkpointed block.
-        if not model.training and not adapters.activation.recomputation_pending:
+        # In training the hook stays: it records the pass of a checkpointed block.
+        if not model.training:
             remove_adapter_hook(layer)
 
 
-def require_mergeable(model: nn.Module, active: Active) -> None:
-    """Raise an AdapterStateError if an active adapter cannot be merged."""
-    for path, name in unmergeable(model, [name for name, _ in active.weights]):
+def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise an AdapterStateError if one of these adapters cannot be merged."""
+    for path, name in unmergeable(model, names):
         raise AdapterStateError(
             f"'{name}' cannot be merged: its effect at '{path}' is not a weight change. Use it unmerged, with "
             "activate()."

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.adapters.entry import foreign_hooks
 from lorakit.adapters.layer_adapters import output_is_unadapted
 from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
@@ -261,7 +262,7 @@ def why_not_fused(model: nn.Module) -> str:
         return "the model has no separate backbone and head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
-    if model._forward_hooks or model._forward_pre_hooks or not output_is_unadapted(head):
+    if foreign_hooks(model) or not output_is_unadapted(head):
         return "the head has an adapter or another hook"
     if getattr(model.config, "final_logit_softcapping", None):
         return "the logits are capped"

@@ -20,6 +20,16 @@ class ModuleHook(NamedTuple):
     """Whether it runs before the forward pass."""
 
 
+class LowRank(NamedTuple):
+    """The product ``scaling * B A x`` of a linear layer."""
+
+    A: Tensor
+    """Shape (rank, in)."""
+    B: Tensor
+    """Shape (out, rank)."""
+    scaling: float
+
+
 class AdapterModule(nn.Module):
     """The tensors of one adapter on one layer of the base model, and their effect.
 
@@ -53,6 +63,15 @@ class AdapterModule(nn.Module):
         For a layer that returns a tuple, `output` is the first entry: a block's hidden states.
         """
         return output
+
+    @property
+    def leaves_output(self) -> bool:
+        """Whether the module has no effect on the output: it only holds trained copies."""
+        return type(self).adapt is AdapterModule.adapt
+
+    def low_rank(self) -> LowRank | None:
+        """Return the product that `adapt` adds to the output, if that is its whole effect; else None."""
+        return None
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the tensors that a merge adds to the layer's weights, by attribute, in float32 (or wider)."""

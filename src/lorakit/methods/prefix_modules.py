@@ -7,7 +7,7 @@ and, for PrefixLayer, before each block. All hooks are module-level functions, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,10 @@ class VirtualPositions:
             return cls(ids)
         return cls(ids, *(ids >= PREFIX_START).nonzero(as_tuple=True))
 
-    def among(self, rows: Sequence[int]) -> VirtualPositions:
+    def among(self, rows: slice | Tensor) -> VirtualPositions:
         """Return the positions in some rows only, as indices into the whole batch."""
         selected = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
-        selected[list(rows)] = True
+        selected[rows] = True
         return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
 
     def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
@@ -81,8 +81,8 @@ def _vector_index(ids: Tensor, prefix: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """A forward pass of the backbone (`Activation.pass_state`)."""
+class PassState:
+    """A forward pass of the backbone (`Activation.state`)."""
 
     is_first: bool
     """Whether the cache is empty."""
@@ -100,11 +100,13 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     # The name of the cache argument differs between architectures.
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     is_first = not any(cache.get_seq_length() for cache in caches)
-    adapters.activation.pass_state = Pass(is_first)
-    if kwargs.get("inputs_embeds") is not None and any(_vectors_by_row(adapters, 1)):
+    adapters.activation.state = PassState(is_first)
+    if kwargs.get("inputs_embeds") is not None and _needs_vectors(
+        adapters, adapters.activation.now.choice
+    ):
         raise AdapterStateError(
             "The model was called with inputs_embeds, and the active adapter finds its virtual tokens by their ids. "
-            "Pass input_ids, or call activate(None)."
+            "PassState input_ids, or call activate(None)."
         )
 
 
@@ -121,13 +123,13 @@ def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     adapters: Any = embedding.adapters
     if ids.ndim != 2:
         return args, kwargs  # not a batch of sequences
-    state = adapters.activation.pass_state or Pass(is_first=False)
+    state = adapters.activation.state or PassState(is_first=False)
     positions = VirtualPositions.of(ids)
     has_virtual = True  # unknown in a compiled graph
     if not torch.compiler.is_compiling():
         _check_ids(adapters, positions, is_first=state.is_first)
         has_virtual = positions.rows is not None and len(positions.rows) > 0
-    adapters.activation.pass_state = replace(state, virtual=positions if has_virtual else None)
+    adapters.activation.state = replace(state, virtual=positions if has_virtual else None)
     if has_virtual:
         ids = ids.masked_fill(ids >= PREFIX_START, 0)
     return ((ids, *args[1:]), kwargs) if args else ((), {**kwargs, "input": ids})
@@ -150,7 +152,7 @@ def put_before_block(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
     """Write the vectors of the active adapters into hidden states (B, T, d) at the virtual tokens."""
     adapters: Any = layer.adapters
-    active, state = adapters.activation.moment()
+    of_pass, state, _ = adapters.activation.moment()
     if state is None or state.virtual is None:
         return hidden
     positions = state.virtual
@@ -160,28 +162,53 @@ def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
             f"{tuple(positions.ids.shape)}, so the adapter cannot locate its virtual tokens. Call the model with ids "
             "of shape (batch, length), or call activate(None)."
         )
-    for name, rows in active.rows_by_adapter(len(hidden)):
-        module = _vectors_of(adapters, name)
-        if module is not None:
-            in_rows = positions if rows is None else positions.among(rows)
-            hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
+    for module, rows in _rows_by_vectors(adapters, of_pass, len(hidden)):
+        in_rows = positions if rows is None else positions.among(rows)
+        hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
     return hidden
 
 
-def _vectors_of(adapters: Any, name: str) -> VirtualVectors | None:
-    module = adapters[name] if name in adapters else None  # noqa: SIM401, nn.ModuleDict has no get
-    return module if isinstance(module, VirtualVectors) else None
+def _needs_vectors(adapters: Any, choice: Any) -> bool:
+    """Return whether an adapter with virtual tokens acts on some row."""
+    return any(isinstance(adapters[n], VirtualVectors) for n in choice.names if n in adapters)
+
+
+def _rows_by_vectors(
+    adapters: Any, of_pass: Any, batch: int
+) -> Iterator[tuple[VirtualVectors, Any]]:
+    """Yield the vectors of each active adapter with the rows that use them; None means every row.
+
+    Raises:
+        AdapterStateError: The choice is by token, or for another number of rows.
+    """
+    choice = of_pass.choice
+    if not _needs_vectors(adapters, choice):
+        return
+    if choice.unit == "token":
+        raise AdapterStateError(
+            "per_token cannot use an adapter with virtual tokens, which are placed by row. Use per_sample."
+        )
+    if choice.unit == "row" and batch not in choice.rows:
+        raise AdapterStateError(
+            f"per_sample names {len(choice.blends)} rows, and the model received a batch of {batch}. Give one name (or "
+            "None) for each row of the batch."
+        )
+    device = torch.device("cpu")
+    whole = choice.whole
+    parts = [(whole, None)] if whole is not None else choice.parts(batch, device)
+    for blend, rows in parts:
+        for name, _ in blend:
+            if name in adapters and isinstance(adapters[name], VirtualVectors):
+                yield adapters[name], rows
 
 
 def _vectors_by_row(adapters: Any, batch: int) -> list[VirtualVectors | None]:
     """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
     by_row: list[VirtualVectors | None] = [None] * batch
-    for name, rows in adapters.activation.moment().active.rows_by_adapter(batch):
-        module = _vectors_of(adapters, name)
-        if module is not None:
-            for row in range(batch) if rows is None else rows:
-                if row < batch:
-                    by_row[row] = module
+    for module, rows in _rows_by_vectors(adapters, adapters.activation.moment().of_pass, batch):
+        all_rows = torch.arange(batch, device="cpu")
+        for row in (all_rows if rows is None else all_rows[rows]).tolist():
+            by_row[row] = module
     return by_row
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.module import LowRank
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops import lora_linear
 
@@ -42,6 +43,11 @@ class LinearLoRA(LoRALayer):
         is_plain = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
         in_place = is_plain and len(layer._forward_hooks) == 1
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
+
+    def low_rank(self) -> LowRank | None:
+        if self.magnitude is not None or (self.training and self.dropout):
+            return None
+        return LowRank(*self.factors(), self.scaling)
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))

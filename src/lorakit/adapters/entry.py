@@ -1,0 +1,112 @@
+"""The ways into a model: a forward pass or a generation fixes the choice of adapters when it begins."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.adapters.activation import Activation, caller_frame
+from lorakit.adapters.row_layout import describe_pass
+from lorakit.errors import AdapterStateError
+from lorakit.models.heads import backbone_of
+from lorakit.models.layers import by_token
+
+_ACTIVATION = "_lorakit_activation"
+"""Attribute of the model and of its backbone, for the hooks."""
+
+
+def watch(model: nn.Module, activation: Activation) -> None:
+    """Let the calls of a model and of its backbone, and `generate`, fix their choice when they begin."""
+    for module in _entries(model):
+        setattr(module, _ACTIVATION, activation)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
+    if hasattr(model, "generate"):
+        own = model.__dict__.get("generate")  # a method of the user's
+        model.__dict__["generate"] = functools.partial(_generate, model, own)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo `watch`."""
+    current = model.__dict__.get("generate")
+    if isinstance(current, functools.partial) and current.func is _generate:
+        del model.__dict__["generate"]
+        if (own := current.args[1]) is not None:
+            model.__dict__["generate"] = own
+    for module in _entries(model):
+        module.__dict__.pop(_ACTIVATION, None)
+        remove_hooks(module, enter, leave)
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """Return the model and its backbone, each once."""
+    return list(dict.fromkeys((model, backbone_of(model))))
+
+
+@by_token
+def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a model: begin a pass."""
+    if torch.compiler.is_compiling():
+        return  # a compiled graph is specialised to its choice
+    activation: Activation = module.__dict__[_ACTIVATION]
+    if getattr(module, "_is_replica", False) and activation.has_blocks:
+        raise AdapterStateError(
+            "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
+            "itself, or use one process for each device."
+        )
+    with activation.lock:  # no other thread changes the adapters in between
+        activation.begin(describe_pass(activation.choice, module, args, kwargs), caller_frame())
+
+
+@by_token
+def leave(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a model, called after errors too: end the pass."""
+    if not torch.compiler.is_compiling():
+        module.__dict__[_ACTIVATION].end(caller_frame())
+
+
+def _generate(model: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's own `generate`, all of whose forward passes keep the choice of its first."""
+    activation: Activation = model.__dict__[_ACTIVATION]
+    own = own or functools.partial(type(model).generate, model)  # type: ignore[attr-defined]
+    choice = activation.choice
+    if choice.unit == "row":
+        choice = choice.repeated(_returned_per_row(model, args, kwargs))
+    with activation.generation(choice):
+        return own(*args, **kwargs)
+
+
+def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Return how many times `generate` repeats each row: for its beams, or for the sequences to return."""
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    counts = []
+    for name in ("num_beams", "num_return_sequences"):
+        values = (
+            kwargs.get(name),
+            *(getattr(c, name, None) for c in (given, model.generation_config)),
+        )
+        counts.append(next((value for value in values if value is not None), 1))
+    return max(counts)
+
+
+def remove_hooks(module: nn.Module, *functions: Any) -> None:
+    """Remove forward hooks and pre-hooks by function, with PyTorch's flags for them."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, hook in hooks.items() if hook in functions]:
+            del hooks[key]
+            for flags in (
+                module._forward_hooks_with_kwargs,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                flags.pop(key, None)
+
+
+def foreign_hooks(module: nn.Module) -> Iterable[Any]:
+    """Return the forward hooks and pre-hooks of a module without those of `watch`."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in hooks if hook not in (enter, leave)]

@@ -1,0 +1,93 @@
+"""Addition of the low-rank products of several adapters, each to its own tokens of a batch.
+
+Tokens of one adapter are gathered, multiplied by its thin matrices, and scattered back. No product is ever masked:
+NaN of one adapter stays in its tokens.
+
+Suffixes name dimensions: N tokens of the batch, M tokens of one segment, D inputs, R rank, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops.autocast import no_autocast
+from lorakit.ops.lora_linear import lora_linear
+
+
+class Segment(NamedTuple):
+    """One adapter's tokens and matrices."""
+
+    tokens: slice | Tensor
+    """Slice, or int64 index of unique tokens."""
+    A: Tensor
+    """Shape (rank, in)."""
+    B: Tensor
+    """Shape (out, rank)."""
+    scaling: float
+
+
+def lora_segments(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Return ``out + scaling * x A^T B^T``, with the A, B and scaling of each token's segments.
+
+    Computes what `lora_linear` computes for the tokens of each segment. Tokens outside all segments keep `out`.
+
+    Args:
+        x: Input of the layer, shape (N, in).
+        out: Output of the frozen layer, shape (N, out).
+        segments: Their tokens may overlap: the products are then added.
+
+    Returns:
+        Shape (N, out), the dtype of `out`; a new tensor.
+    """
+    if x.dtype != out.dtype:
+        x = x.to(out.dtype)
+    with no_autocast(out):
+        if torch.is_grad_enabled():
+            factors = [t for segment in segments for t in (segment.A, segment.B)]
+            return _LoraSegments.apply(x, out, [(s.tokens, s.scaling) for s in segments], *factors)
+        total = out.clone()
+        for tokens, A, B, scaling in segments:
+            part = total[tokens]
+            adapted = lora_linear(x[tokens], part, A, B, scaling, in_place=False)
+            total[tokens] = adapted
+        return total
+
+
+class _LoraSegments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, out, segments, *factors):
+        total, hidden = out.clone(), []
+        for (tokens, scaling), A, B in zip(segments, factors[::2], factors[1::2], strict=True):
+            h_MR = x[tokens] @ A.to(out.dtype).T
+            total[tokens] = torch.addmm(total[tokens], h_MR, B.to(out.dtype).T, alpha=scaling)
+            hidden.append(h_MR)
+        indices = [tokens for tokens, _ in segments if isinstance(tokens, Tensor)]
+        ctx.save_for_backward(x, *factors, *hidden, *indices)
+        ctx.segments = [(None if isinstance(t, Tensor) else t, scaling) for t, scaling in segments]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        count = len(ctx.segments)
+        x, *rest = ctx.saved_tensors
+        factors, hidden, indices = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        indices = iter(indices)
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grads = []
+        for i, (tokens, scaling) in enumerate(ctx.segments):
+            A, B, h_MR = factors[2 * i], factors[2 * i + 1], hidden[i]
+            tokens = next(indices) if tokens is None else tokens
+            grad_MO = grad[tokens]
+            needs_A, needs_B = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            grad_h_MR = (grad_MO @ B.to(grad.dtype)).mul_(scaling)
+            grads.append((grad_h_MR.T @ x[tokens]).to(A.dtype) if needs_A else None)
+            grads.append((grad_MO.T @ h_MR).mul_(scaling).to(B.dtype) if needs_B else None)
+            if grad_x is not None:
+                grad_x[tokens] = torch.addmm(grad_x[tokens], grad_h_MR, A.to(grad.dtype))
+        return grad_x, grad, None, *grads

@@ -1,0 +1,406 @@
+"""Which adapter acts: for all threads, for one thread or task, and for all passes of a generation."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+
+from lorakit.adapters import Adapters, attach, handle_of
+from lorakit.errors import AdapterStateError
+from lorakit.methods.lora.method import LoRA
+
+IDS = torch.arange(3, 17).view(2, 7)
+
+
+class Toy(nn.Module):
+    """Two layers, and a callback between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.between()
+        return self.second(h)
+
+
+@pytest.fixture
+def toy() -> tuple[Toy, Adapters]:
+    model = Toy()
+    for seed, name in enumerate(("a", "b")):
+        adapters = attach(model, LoRA(rank=2, targets=("first", "second")), name=name)
+        randomise(adapters, name, seed=seed)
+    return model, adapters
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 4)
+
+
+@pytest.fixture
+def expected(toy: tuple[Toy, Adapters], x: Tensor) -> dict[str | None, Tensor]:
+    """The output under each adapter alone, and of the base."""
+    model, adapters = toy
+    outputs: dict[str | None, Tensor] = {}
+    for choice in (None, "a", "b"):
+        adapters.activate(choice)
+        outputs[choice] = model(x)
+    assert not torch.allclose(outputs["a"], outputs["b"])
+    return outputs
+
+
+@pytest.fixture
+def other_thread() -> Iterator[Callable[[Callable], object]]:
+    """Run a function in a new thread and return its result."""
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda function: pool.submit(function).result(timeout=60)
+
+
+# --- threads and tasks ---------------------------------------------------------------------------------
+
+
+def test_activate_holds_in_a_fresh_thread(toy, x, expected, other_thread) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    assert torch.equal(other_thread(lambda: model(x)), expected["a"])
+
+
+def test_per_sample_is_local_to_its_thread(toy, x, expected, other_thread) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    with adapters.per_sample(["b", "b"]):
+        assert torch.equal(other_thread(lambda: model(x)), expected["a"])
+        torch.testing.assert_close(model(x), expected["b"])
+    assert torch.equal(model(x), expected["a"])
+
+
+def test_per_token_is_local_to_its_thread(toy, x, expected, other_thread) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    with adapters.per_token([("b", 6)]):
+        assert torch.equal(other_thread(lambda: model(x)), expected["a"])
+        torch.testing.assert_close(model(x), expected["b"])
+    assert torch.equal(model(x), expected["a"])
+
+
+def test_two_threads_with_rows_of_their_own(toy, x, expected) -> None:
+    model, adapters = toy
+    both_inside = threading.Barrier(2, timeout=60)
+
+    def run(rows: list[str | None]) -> list[Tensor]:
+        with adapters.per_sample(rows):
+            both_inside.wait()
+            outputs = [model(x) for _ in range(20)]
+            both_inside.wait()
+        return outputs
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [(rows, pool.submit(run, rows)) for rows in (["a", None], ["b", "a"])]
+        for rows, future in runs:
+            for output in future.result(timeout=60):
+                for i, name in enumerate(rows):
+                    torch.testing.assert_close(output[i], expected[name][i])
+
+
+def test_per_sample_is_local_to_its_task(toy, x, expected) -> None:
+    model, adapters = toy
+    adapters.activate("b")
+
+    async def rows(name: str | None) -> Tensor:
+        with adapters.per_sample([name, name]):
+            await asyncio.sleep(0)
+            output = model(x)
+            await asyncio.sleep(0)
+        return output
+
+    async def surroundings() -> Tensor:
+        await asyncio.sleep(0)
+        return model(x)
+
+    async def run() -> list[Tensor]:
+        return await asyncio.gather(rows("a"), surroundings(), rows(None))
+
+    for output, name in zip(asyncio.run(run()), ("a", "b", None), strict=True):
+        torch.testing.assert_close(output, expected[name])
+
+
+def test_a_thread_that_inherits_the_context_is_inside_the_block(toy, x, expected) -> None:
+    model, adapters = toy
+
+    async def run() -> tuple[Tensor, Tensor]:
+        gate = threading.Event()
+
+        def after_the_block() -> Tensor:
+            gate.wait(60)
+            return model(x)
+
+        with adapters.per_sample(["a", "a"]):
+            inside = await asyncio.to_thread(model, x)
+            late = asyncio.create_task(asyncio.to_thread(after_the_block))
+            await asyncio.sleep(0)
+        gate.set()
+        return inside, await late
+
+    adapters.activate("b")
+    inside, late = asyncio.run(run())
+    torch.testing.assert_close(inside, expected["a"])
+    assert torch.equal(late, expected["b"])  # the block had ended
+
+
+def test_a_block_inside_a_block(toy, x, expected) -> None:
+    model, adapters = toy
+    with adapters.per_sample(["a", "a"]):
+        with adapters.per_sample([None, "b"]):
+            output = model(x)
+        torch.testing.assert_close(model(x), expected["a"])
+    torch.testing.assert_close(output, torch.stack([expected[None][0], expected["b"][1]]))
+
+
+def test_a_block_that_ends_in_another_thread_is_an_error(toy, other_thread) -> None:
+    _, adapters = toy
+
+    def stream() -> Iterator[int]:
+        with adapters.per_sample(["a", "a"]):
+            yield 1
+
+    stepwise = stream()
+    other_thread(lambda: next(stepwise))
+    with pytest.raises(AdapterStateError, match="another thread or task"):
+        next(stepwise)
+
+
+def test_two_models_do_not_share_a_block(toy, x, expected) -> None:
+    model, adapters = toy
+    adapters.activate("b")
+    with adapters.per_sample(["a", "a"]):
+        other = copy.deepcopy(model)
+        assert torch.equal(other(x), expected["b"])  # the block is for the original
+    copied = handle_of(other)
+    assert copied is not None
+    with copied.per_sample(["a", "a"]):
+        assert torch.equal(model(x), expected["b"])
+        torch.testing.assert_close(other(x), expected["a"])
+
+
+# --- changes beside a running pass ---------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Adapters], object]] = {
+    "activate": lambda adapters: adapters.activate("b"),
+    "merge": lambda adapters: adapters.merge(),
+    "remove": lambda adapters: adapters.remove("b"),
+    "detach": lambda adapters: adapters.detach(),
+    "attach": lambda adapters: attach(adapters.model, LoRA(rank=1, targets="first"), name="c"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_refused_while_another_thread_runs(toy, x, expected, change) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        go_on.wait(60)
+
+    model.between = wait
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(model, x)
+        assert inside.wait(60)
+        with pytest.raises(AdapterStateError, match="another thread"):
+            change(adapters)
+        go_on.set()
+        assert torch.equal(output.result(60), expected["a"])
+    assert adapters.active == {"a": 1.0}
+    change(adapters)  # the pass has ended
+
+
+@pytest.mark.parametrize("change", [c for n, c in CHANGES.items() if n != "activate"])
+def test_changes_are_refused_inside_the_own_pass(toy, x, change) -> None:
+    model, adapters = toy
+    model.between = lambda: change(adapters)
+    with pytest.raises(AdapterStateError, match="this thread"):
+        model(x)
+    model.between = lambda: None
+    change(adapters)
+
+
+def test_a_pass_keeps_the_choice_that_it_began_with(toy, x, expected) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    model.between = lambda: adapters.activate("b")
+    assert torch.equal(model(x), expected["a"])
+    assert torch.equal(model(x), expected["b"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_was_interrupted_is_over(toy, x, expected, error, other_thread) -> None:
+    """PyTorch calls no hook after a KeyboardInterrupt."""
+    model, adapters = toy
+    adapters.activate("a")
+
+    def interrupt() -> None:
+        raise error
+
+    model.between = interrupt
+    with pytest.raises(error):
+        model(x)
+    model.between = lambda: None
+    other_thread(lambda: adapters.activate("b"))
+    assert torch.equal(model(x), expected["b"])
+    adapters.detach()
+
+
+def test_an_adapter_of_an_open_block_that_was_removed_is_an_error(toy, x, other_thread) -> None:
+    model, adapters = toy
+    with adapters.per_sample(["b", "a"]):
+        other_thread(lambda: adapters.remove("b"))
+        with pytest.raises(AdapterStateError, match="'b' was removed"):
+            model(x)
+        other_thread(lambda: attach(model, LoRA(rank=1, targets="first"), name="b"))
+        with pytest.raises(AdapterStateError, match="'b' was removed"):
+            model(x)  # another adapter of the same name
+
+
+def test_a_merge_beside_an_open_block_is_an_error(toy, x, expected, other_thread) -> None:
+    model, adapters = toy
+    with adapters.per_sample(["b", None]):
+        other_thread(lambda: adapters.merge("a"))
+        with pytest.raises(AdapterStateError, match="merged while"):
+            model(x)
+        other_thread(adapters.unmerge)
+        torch.testing.assert_close(model(x)[1], expected[None][1])
+
+
+# --- trained copies beside a block ---------------------------------------------------------------------
+
+
+def test_rows_do_not_see_the_copies_that_activate_put_in_place() -> None:
+    model, x = Toy(), torch.randn(3, 4)
+    trained = attach(model, LoRA(rank=2, targets="first", train_modules="second"), name="t")
+    attach(model, LoRA(rank=2, targets="first"), name="a")
+    randomise(trained)
+    outputs = {}
+    for choice in ("t", "a", None):
+        trained.activate(choice)
+        outputs[choice] = model(x)
+    for active in ("t", "a", None):
+        trained.activate(active)
+        with trained.per_sample(["a", "t", None]):
+            together = model(x)
+        for i, name in enumerate(("a", "t", None)):
+            torch.testing.assert_close(together[i], outputs[name][i])
+        for name in ("t", "a", None):
+            with trained.per_sample([name] * 3):
+                torch.testing.assert_close(model(x), outputs[name])
+        assert torch.equal(model(x), outputs[active])
+
+
+# --- generations ---------------------------------------------------------------------------------------
+
+
+def generator() -> tuple[nn.Module, Adapters]:
+    model = tiny_models.build("llama")
+    for seed, name in enumerate(("a", "b")):
+        adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), name=name)
+        randomise(adapters, name, seed=seed)
+    return model, adapters
+
+
+def generate(model: nn.Module, **options) -> Tensor:
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
+    return model.generate(IDS, pad_token_id=0, **options)  # type: ignore[operator]
+
+
+def test_a_fresh_thread_generates_with_what_activate_set(other_thread) -> None:
+    model, adapters = generator()
+    adapters.activate(None)
+    base = generate(model)
+    adapters.activate("a")
+    alone = generate(model)
+    assert not torch.equal(alone, base)
+    assert torch.equal(other_thread(lambda: generate(model)), alone)
+
+
+class Between:
+    """A stopping criterion that calls a function after the first token."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function: Callable[[], object] | None = function
+
+    def __call__(self, ids: Tensor, scores: Tensor, **_) -> Tensor:
+        function, self.function = self.function, None
+        if function is not None:
+            function()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def test_a_generation_keeps_the_choice_of_its_first_pass() -> None:
+    model, adapters = generator()
+    adapters.activate("a")
+    alone = generate(model)
+    change = Between(lambda: adapters.activate("b"))
+    assert torch.equal(generate(model, stopping_criteria=[change]), alone)
+    assert change.function is None
+    assert adapters.active == {"b": 1.0}
+    assert not torch.equal(generate(model), alone)
+
+
+def test_activate_is_refused_between_two_passes_of_another_thread() -> None:
+    model, adapters = generator()
+    adapters.activate("a")
+    inside, go_on = threading.Event(), threading.Event()
+    pause = Between(lambda: (inside.set(), go_on.wait(60)))
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(generate, model, stopping_criteria=[pause])
+        assert inside.wait(60)
+        with pytest.raises(AdapterStateError, match="another thread"):
+            adapters.activate("b")
+        go_on.set()
+        assert torch.equal(output.result(60), generate(model))
+
+
+def test_a_block_inside_a_generation_is_for_its_own_calls() -> None:
+    """Contrastive decoding compares with the base between two passes."""
+    model, adapters = generator()
+    adapters.activate(None)
+    base = model(IDS).logits  # type: ignore[operator]
+    adapters.activate("a")
+    alone, seen = generate(model), []
+
+    def compare() -> None:
+        with adapters.per_sample([None, None]):
+            seen.append(model(IDS).logits)  # type: ignore[operator]
+
+    assert torch.equal(generate(model, stopping_criteria=[Between(compare)]), alone)
+    torch.testing.assert_close(seen[0], base)
+
+
+def test_generate_is_the_models_own_after_detach() -> None:
+    model, adapters = generator()
+    assert "generate" in vars(model)
+    adapters.detach()
+    assert "generate" not in vars(model)
+    assert not hasattr(model, "_lorakit_activation")
+
+
+def test_generate_of_the_user_is_kept() -> None:
+    model = tiny_models.build("llama")
+    own = lambda *args, **kwargs: "mine"  # noqa: E731
+    model.generate = own
+    adapters = attach(model, LoRA())
+    assert model.generate(IDS) == "mine"
+    adapters.detach()
+    assert model.generate is own
