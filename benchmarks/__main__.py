@@ -25,6 +25,7 @@ from benchmarks.workloads import WORKLOADS
 PARTS = {
     "training": "benchmarks.training",
     "inference": "benchmarks.inference",
+    "mixed": "benchmarks.mixed_batch",
     "table1": "benchmarks.table1",
     "adapter": "benchmarks.adapter",
     "merge": "benchmarks.merge_drift",

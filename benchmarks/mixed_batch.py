@@ -1,0 +1,215 @@
+"""A batch of 8 rows with 8 adapters: lorakit's `per_sample` beside one adapter, and PEFT's `adapter_names`.
+
+Every process loads the models in a different order and interleaves their steps, as in benchmarks.inference. Before
+timing, the logits of each mixed batch are compared with those of each adapter alone.
+
+python -m benchmarks.mixed_batch --dtype bfloat16 --result FILE    one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+import lorakit
+from benchmarks import report
+from benchmarks.inference import ALPHA, BASE, BASE_MODEL, CONTEXT, RANK, latencies
+from benchmarks.latency import in_turn
+from benchmarks.runs import runs_of
+from benchmarks.systems.peft_trainer import TARGETS
+from benchmarks.workloads import SEED
+from lorakit.models.dtypes import dtype_name, resolved_dtype
+from lorakit.models.loading import load_base
+
+ROWS, LENGTH = 8, 64
+NAMES = [f"adapter{i}" for i in range(ROWS)]
+"""One adapter for each row."""
+ROUNDS = 3
+STEPS = {"prefill": 8, "decode": 40}
+QUICK_STEPS = {"prefill": 4, "decode": 20}
+
+Run = Callable[..., Any]
+"""Calls a model with the arguments of a forward pass."""
+
+
+# --- one process -------------------------------------------------------------------------------------
+
+
+def variants(base: PreTrainedModel) -> dict[str, Callable[[], Run]]:
+    """Return a function that builds each model, by its name in the tables."""
+    builders: dict[str, Callable[[], Run]] = {
+        BASE: lambda: copy.deepcopy(base).eval(),
+        "lorakit, one adapter": lambda: _lorakit(base, mixed=False),
+        "lorakit, 8 adapters": lambda: _lorakit(base, mixed=True),
+    }
+    settings: dict[str, dict[str, Any]] = {"": {}}
+    if base.dtype != torch.float32:
+        settings[f", adapters in {dtype_name(base.dtype)}"] = {"autocast_adapter_dtype": False}
+    for suffix, options in settings.items():
+        builders[f"PEFT, one adapter{suffix}"] = lambda o=options: _peft(base, mixed=False, **o)
+        builders[f"PEFT, 8 adapters{suffix}"] = lambda o=options: _peft(base, mixed=True, **o)
+    return builders
+
+
+def _lorakit(base: PreTrainedModel, *, mixed: bool) -> Run:
+    model = copy.deepcopy(base).eval()
+    method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
+    for name in NAMES:
+        handle = lorakit.attach(model, method, name=name, seed=SEED)
+    _fill_lora_b(model)
+    if not mixed:
+        handle.activate(NAMES[0])
+        return model
+
+    def run(**inputs: Any) -> Any:
+        with handle.per_sample(NAMES):
+            return model(**inputs)
+
+    return run
+
+
+def _peft(base: PreTrainedModel, *, mixed: bool, **options: Any) -> Run:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS["all-linear"]
+    )
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name=NAMES[0], **options)
+    assert isinstance(model, PeftModel)
+    for name in NAMES[1:]:
+        model.add_adapter(name, config, **options)
+    _fill_lora_b(model)
+    model.eval()
+    return partial(model, adapter_names=NAMES) if mixed else model
+
+
+def _fill_lora_b(model: nn.Module) -> None:
+    """Fill each adapter's lora_B, which starts at zero, with values of its own."""
+    for i, name in enumerate(NAMES):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED + i)
+        for path, parameter in model.named_parameters():
+            if "lora_B" in path and name in path.split("."):
+                parameter.data.normal_(std=0.02, generator=generator)
+
+
+@torch.no_grad()
+def check_rows(base: PreTrainedModel, prompts: Tensor) -> float:
+    """Return the largest difference between a mixed batch and each adapter alone, relative to the logits.
+
+    Raises:
+        AssertionError: It exceeds the rounding of the dtype, or the adapters do not differ.
+    """
+    model = copy.deepcopy(base).eval()
+    method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
+    for name in NAMES:
+        handle = lorakit.attach(model, method, name=name, seed=SEED)
+    _fill_lora_b(model)
+    with handle.per_sample(NAMES):
+        mixed = model(input_ids=prompts, logits_to_keep=1).logits.float()
+    alone = []
+    for i, name in enumerate(NAMES):
+        handle.activate(name)
+        alone.append(model(input_ids=prompts, logits_to_keep=1).logits[i].float())
+    expected = torch.stack(alone)
+    scale = expected.abs().max()
+    assert (expected[0] - expected[1]).abs().max() > 0.05 * scale
+    difference = float((mixed - expected).abs().max() / scale)
+    assert difference < (1e-4 if base.dtype == torch.float32 else 0.05), difference
+    return difference
+
+
+@torch.no_grad()
+def decode_call(run: Run, config: Any, prompts: Tensor) -> Callable[[], object]:
+    """Return a function that decodes one token per row, with a cache that grows with each call."""
+    cache = DynamicCache(config=config)
+    run(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return partial(run, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
+
+
+def measure(dtype: str, steps: dict[str, int], seed: int) -> dict[str, Any]:
+    """Build the models in random order, and time their interleaved steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(BASE_MODEL, dtype=dtype).model.to(device)  # type: ignore[arg-type]
+    base.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> Tensor:
+        shape = (ROWS, length)
+        return torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
+
+    difference = check_rows(base, tokens(16))
+    builders = list(variants(base).items())
+    random.Random(seed).shuffle(builders)
+    models = {name: build() for name, build in builders}
+    prompts, context = tokens(LENGTH), tokens(CONTEXT)
+    calls = {
+        "prefill": {
+            name: partial(run, input_ids=prompts, use_cache=True, logits_to_keep=1)
+            for name, run in models.items()
+        },
+        "decode": {name: decode_call(run, base.config, context) for name, run in models.items()},
+    }
+    figures: dict[str, Any] = {kind: in_turn(calls[kind], steps[kind], seed=seed) for kind in calls}
+    return {**figures, "difference": difference}
+
+
+def run() -> None:
+    """Measure in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prefill", type=int, default=STEPS["prefill"], help="steps")
+    parser.add_argument("--decode", type=int, default=STEPS["decode"], help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    figures = measure(args.dtype, {"prefill": args.prefill, "decode": args.decode}, args.seed)
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+def main(*, quick: bool) -> None:
+    """Measure latencies, and write their tables."""
+    report.say("\nmixed: a batch of 8 rows with 8 adapters, interleaved")
+    record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
+    best = resolved_dtype("auto")
+    rounds = {best: 1} if quick else {"float32": 1, best: ROUNDS}
+    for dtype in sorted(rounds):
+        runs = runs_of("mixed", dtype, quick)
+        record[dtype] = []
+        steps = STEPS if rounds[dtype] > 1 else QUICK_STEPS
+        for number in range(rounds[dtype]):
+            command = ["benchmarks.mixed_batch", "--dtype", dtype, "--seed", str(number)]
+            command += [word for kind in steps for word in (f"--{kind}", str(steps[kind]))]
+            figures = runs.run(str(number), *command)
+            record[dtype].append(figures)
+            report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
+    report.publish("mixed", record, sections(record), quick)
+
+
+def sections(record: dict[str, Any]) -> Iterator[report.Section]:
+    """Yield the tables."""
+    titles = {
+        "prefill": f"Prefill of {ROWS} rows of {LENGTH} tokens",
+        "decode": f"Decode step, {ROWS} rows after {CONTEXT} tokens",
+    }
+    for dtype in (name for name in record if name in ("bfloat16", "float32")):
+        for kind, title in titles.items():
+            yield report.Section(
+                f"{title}: {record['base']}, {dtype}",
+                latencies([run[kind] for run in record[dtype]], kind),
+            )
+
+
+if __name__ == "__main__":
+    run()
