@@ -301,12 +301,13 @@ class Adapters:
             self._activation.swapping.add(name)
         if handle_of(self.model) is None:
             self._set_up_model()
+        export.guard_loading(self.model)
         for _, parameter in base_parameters(self.model):
             parameter.requires_grad_(False)
         return adapter
 
     def _set_up_model(self) -> None:
-        """Put the handle on the model, and replace its saving and loading, when it gets its first adapter."""
+        """Put the handle on the model, and replace its `save_pretrained`, when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -317,13 +318,13 @@ class Adapters:
             self.model.__dict__["save_pretrained"] = functools.partial(
                 export.save_pretrained, self.model
             )
-        self.model.register_load_state_dict_pre_hook(export.keep_base_weights)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
         self._activation.names.discard(adapter.name)
         self._activation.swapping.discard(adapter.name)
         uninstall(self.model, adapter, self._installed.values())
+        export.guard_loading(self.model)
 
     def _remove_all(self) -> None:
         """Remove all adapters and undo `_set_up_model`."""
@@ -333,10 +334,6 @@ class Adapters:
             parameter.requires_grad_(self._requires_grad.get(name, False))
         self.model.__dict__.pop(_HANDLE, None)
         self.model.__dict__.pop("save_pretrained", None)
-        hooks = self.model._load_state_dict_pre_hooks
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) is export.keep_base_weights:
-                del hooks[key]
 
     def _set_active(self, active: Active) -> None:
         self._swap_trained(active)

@@ -6,6 +6,8 @@ import logging
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lorakit.adapters.activation import Active
 from lorakit.adapters.export import unties
@@ -52,12 +54,28 @@ def merge(model: nn.Module, active: Active) -> None:
 
 
 def require_mergeable(model: nn.Module, active: Active) -> None:
-    """Raise an AdapterStateError if an active adapter cannot be merged."""
+    """Raise an AdapterStateError if an active adapter cannot be merged, or if FSDP2 has sharded the model."""
+    sharded = _sharded(model)
+    if sharded is not None:
+        raise AdapterStateError(
+            f"'{sharded}' is sharded over processes (FSDP2), which would ignore a merged weight. Save the adapter with "
+            "save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a "
+            "base that is not sharded."
+        )
     for path, name in unmergeable(model, [name for name, _ in active.weights]):
         raise AdapterStateError(
             f"'{name}' cannot be merged: its effect at '{path}' is not a weight change. Use it unmerged, with "
             "activate()."
         )
+
+
+def _sharded(model: nn.Module) -> str | None:
+    """Return the name of a module or parameter that is sharded over processes; None if the model is whole."""
+    for path, module in model.named_modules():
+        # Between forward and backward FSDP2 may hold plain parameters.
+        if isinstance(module, FSDPModule):
+            return path or type(module).__name__
+    return next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
 
 
 def unmerge(model: nn.Module) -> None:
