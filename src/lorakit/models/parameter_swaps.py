@@ -27,7 +27,7 @@ from lorakit.models.quantised import quantised_weight
 # --- for the length of a call ------------------------------------------------------------------------
 
 _RUNNING = "_calls_that_hide_parameters"
-"""Attribute of a layer, only while such calls run: the calls, innermost first called last."""
+"""Attribute of a layer while such calls run: the calls, the innermost last."""
 _CHANGED = threading.Condition()
 """Guards the running calls of all layers; notified when a call ends."""
 _POLL = 0.1
@@ -35,7 +35,12 @@ _POLL = 0.1
 
 
 class _Call:
-    """A running call: its thread, the frame that runs its hooks, and the tensors that the call around it hides."""
+    """A running call.
+
+    Args:
+        frame: The frame that runs its hooks, or its `with` block.
+        outer: Tensors that hide parameters for the call around this one, to be restored after it.
+    """
 
     def __init__(self, frame: FrameType, outer: dict[str, Tensor]) -> None:
         self.thread = threading.get_ident()
@@ -53,7 +58,7 @@ class _Call:
 class _Calls(list[_Call]):
     """The running calls of one layer, all in one thread; a copy of the layer has none."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # for deepcopy and pickle
         return _Calls, ()
 
 
@@ -100,8 +105,9 @@ def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
     """Return ``layer.forward(*args, **kwargs)`` with `tensors` in place of the parameters of their names.
 
     The forward pass runs on a shallow copy of the layer, so calls in other threads do not see the tensors. It shares
-    children and buffers; an attribute that it sets is lost. A layer with a `forward` of its own instance (as
-    accelerate sets) can be bound to the layer, so its parameters are hidden instead: other threads must not call it.
+    children and buffers; an attribute that it sets is lost. A `forward` that is an attribute of the instance (as
+    accelerate sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may call
+    the layer meanwhile.
     """
     if torch.compiler.is_compiling() or "forward" in layer.__dict__:
         with hidden_parameters(layer, tensors):
@@ -115,36 +121,32 @@ def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
 
 
 def _begin(layer: nn.Module, frame: FrameType) -> None:
-    """Wait for the calls of other threads, and restore the layer's own parameters for this one."""
+    """Wait for the calls of other threads, and show the layer's own parameters to this one."""
     with _CHANGED:
-        _drop_ended(layer)
-        running = layer.__dict__.get(_RUNNING)
-        while running and running[-1].thread != threading.get_ident():
+        while (running := _running(layer)) and running[-1].thread != threading.get_ident():
             _CHANGED.wait(_POLL)
-            _drop_ended(layer)
-            running = layer.__dict__.get(_RUNNING)
-        running = layer.__dict__.setdefault(_RUNNING, _Calls())
-        running.append(_Call(frame, _show(layer)))
+        layer.__dict__.setdefault(_RUNNING, running).append(_Call(frame, _show(layer)))
 
 
 def _end(layer: nn.Module, frame: FrameType) -> None:
-    """End the call with this frame; after an exception its frame is no longer on the stack."""
+    """End the call with this frame; after an exception the frame is no longer on the stack."""
     with _CHANGED:
         running = layer.__dict__.get(_RUNNING)
         if running and running[-1].frame is frame:
             _drop_last(layer, running)
         else:
-            _drop_ended(layer)
+            _running(layer)
         _CHANGED.notify_all()
 
 
-def _drop_ended(layer: nn.Module) -> None:
-    """Drop the calls that were interrupted, with their tensors."""
-    running = layer.__dict__.get(_RUNNING)
-    if not running:
-        _show(layer)  # tensors of an interrupted call that was compiled
+def _running(layer: nn.Module) -> _Calls:
+    """Drop the interrupted calls of a layer with their tensors, and return the others."""
+    running = layer.__dict__.get(_RUNNING, _Calls())
     while running and running[-1].has_ended():
         _drop_last(layer, running)
+    if not running:
+        _show(layer)  # tensors of an interrupted call that was compiled
+    return running
 
 
 def _drop_last(layer: nn.Module, running: _Calls) -> None:
