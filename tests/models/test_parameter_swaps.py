@@ -303,6 +303,13 @@ def test_call_with_is_seen_by_no_other_thread() -> None:
     assert_own(layer)
 
 
+def test_call_with_inside_a_block_that_hides_the_same_parameter() -> None:
+    layer = Scale()
+    with hidden_parameters(layer, {"weight": TWO}):
+        assert call_with(layer, {"weight": THREE}, None).item() == 3
+        assert layer(None).item() == 2
+
+
 def test_call_with_keeps_the_other_parameters_and_buffers() -> None:
     layer = nn.BatchNorm1d(4)
     x, weight = torch.randn(3, 4), torch.randn(4, requires_grad=True)

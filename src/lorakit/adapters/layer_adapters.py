@@ -1,4 +1,4 @@
-"""The adapters of one layer by name, the hooks that run them, and the base tensors that they replace."""
+"""The adapters of one layer by name, and the hooks that run them."""
 
 from __future__ import annotations
 
