@@ -121,6 +121,19 @@ def test_trained_modules_under_compilation() -> None:
 
 
 @pytest.mark.slow
+def test_rows_with_trained_modules_under_compilation() -> None:
+    model, compiled, base = compiled_llama("aot_eager")
+    adapters = attach(model, LoRA(rank=2, targets="attention.q", train_modules="lm_head"))
+    randomise(adapters)
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    for rows in (["default", None], [None, "default"]):
+        expected = [adapted[i] if row else base[i] for i, row in enumerate(rows)]
+        with adapters.per_sample(rows):
+            torch.testing.assert_close(logits(compiled), torch.stack(expected))
+
+
+@pytest.mark.slow
 def test_multihead_attention_under_compilation() -> None:
     model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model.requires_grad_(False)

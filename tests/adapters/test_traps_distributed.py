@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, load
+from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -144,3 +145,43 @@ def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> 
     plain = tiny_models.build("llama")
     load(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("stage", ["sharded", "before backward"])
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["lora", "with trained copies"])
+def test_merge_into_a_sharded_model_is_refused(
+    stage: str, options: dict, process_group: None
+) -> None:
+    """FSDP2 computes with its own shards, so the merged weights would be ignored."""
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, LoRA(rank=2, targets="all-linear", **options))
+    randomise(adapters)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    expected = model(IDS).logits
+    if stage == "sharded":
+        expected.sum().backward()
+    for merge in (adapters.merge, adapters.require_mergeable):
+        with pytest.raises(AdapterStateError, match=r"sharded over processes.*lorakit merge"):
+            merge()
+    assert not adapters.merged
+    assert adapters.active == {"default": 1.0}
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_merge_into_one_sharded_block_is_refused(process_group: None) -> None:
+    model, adapters = adapted(torch.float32)
+    fully_shard(model.model.layers[1], mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(AdapterStateError, match=r"'model\.layers\.1' is sharded"):
+        adapters.merge()
+    assert not adapters.merged
+
+
+def test_merge_inside_a_sharded_wrapper_is_refused(process_group: None) -> None:
+    """The model itself is no FSDP module, but its parameters are sharded."""
+    model, adapters = adapted(torch.float32)
+    fully_shard(nn.Sequential(model), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(AdapterStateError, match=r"'model\.embed_tokens\.weight' is sharded"):
+        adapters.merge()
+    assert not adapters.merged

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.adapters import Adapters, attach, handle_of
+from lorakit.adapters.export import adapted_state_dict
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
 from lorakit.methods.lora.method import LoRA
 
@@ -217,6 +220,52 @@ def test_an_exception_in_the_call_leaves_nothing_behind(
     adapters.detach()
     assert_nothing_left(model.modules())
     torch.testing.assert_close(model(x), base)
+
+
+@pytest.mark.parametrize("target", ["attn", "attention.o"])
+def test_merge_and_save_after_an_interrupted_call(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter must not be added to the weights that the interrupted call has left."""
+    model, adapters = adapted(target)
+    x = example()
+    expected = model(x)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "multi_head_attention_forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    state = adapted_state_dict(model, model.state_dict())
+    merged = {name: tensor for name, tensor in state.items() if ".adapters." not in name}
+    torch.testing.assert_close(without_adapters(model, merged, x), expected)
+    adapters.merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("target", ["attn", "attention.o"])
+def test_two_threads_call_one_module(target: str) -> None:
+    """One uses the adapter and one the base, and each gets its own output every time."""
+    model, adapters = adapted(target)
+    model.requires_grad_(False)
+    x = example()
+    start = threading.Barrier(2)
+
+    def outputs(name: str | None) -> list[Tensor]:
+        with adapters.per_sample([name] * len(x)):
+            start.wait(10)
+            return [model(x) for _ in range(100)]
+
+    with ThreadPoolExecutor(2) as threads:
+        with_adapter, base = threads.map(outputs, ("default", None))
+    expected = model(x)
+    adapters.activate(None)
+    assert (expected - model(x)).abs().max() > 1e-2
+    assert all(torch.equal(output, expected) for output in with_adapter)
+    assert all(torch.equal(output, model(x)) for output in base)
+    assert_nothing_left(model.modules())
 
 
 def test_a_wrong_input_leaves_nothing_behind() -> None:

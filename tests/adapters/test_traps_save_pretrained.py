@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
@@ -57,7 +57,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
 
 
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -209,17 +209,108 @@ def test_saved_tensors_load_into_an_adapted_model(
     assert torch.equal(logits(twin), base)
 
 
-def test_load_state_dict_into_a_merged_model_is_refused() -> None:
-    """New factors would not match the merged weights of the old ones."""
-    model = tiny_models.build("llama")
-    adapters = attach(model, LoRA(rank=2))
+PARTS: dict[str, tuple[str, bool]] = {
+    "model": ("", True),
+    "block": ("transformer.h.1", True),
+    "adapted layer": ("transformer.h.1.attn.c_attn", True),
+    "adapters": ("", False),
+}
+"""A module that loads a state dict, and whether the dict holds the base's keys (else the adapters')."""
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "partial"])
+@pytest.mark.parametrize("part", PARTS)
+def test_load_state_dict_into_a_merged_model_is_refused(part: str, strict: bool) -> None:
+    """Base weights would overwrite the merged ones, and new factors would not match them. Nothing is changed."""
+    path, of_base = PARTS[part]
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, LoRA(rank=2, targets="attention.qv"))
     randomise(adapters)
-    state = tensors(model)
+    module = model.get_submodule(path)
+    state = {
+        key: tensor + 1
+        for key, tensor in module.state_dict().items()
+        if ("adapters." in key) != of_base
+    }
     adapters.merge()
-    merged = logits(model)
-    with pytest.raises(AdapterStateError, match=r"unmerge\(\)"):
-        model.load_state_dict(state)
-    assert torch.equal(logits(model), merged)
+    before = tensors(model)
+    with pytest.raises(AdapterStateError, match=r"Call unmerge\(\) before load_state_dict"):
+        module.load_state_dict(state, strict=strict)
+    assert_same_tensors(tensors(model), before)
+    adapters.unmerge()
+    module.load_state_dict(state, strict=False)
+    assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def test_other_parts_of_a_merged_model_can_be_loaded() -> None:
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, LoRA(rank=2, targets="attention.qv"))
+    adapters.merge()
+    norm = model.transformer.ln_f
+    norm.load_state_dict({"weight": norm.weight + 1, "bias": norm.bias + 2})
+    assert norm.bias.abs().max() >= 1
+    outer = nn.ModuleDict({"model": model, "head": nn.Linear(2, 2)})
+    outer.load_state_dict({"head.weight": torch.ones(2, 2)}, strict=False)
+    assert torch.equal(outer["head"].weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("path", ["", "transformer", "transformer.ln_f"])
+def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
+    model = tiny_models.build("gpt2")
+    module = model.get_submodule(path)
+    base = tensors(module)
+    adapters = attach(model, LoRA(rank=2, targets="attention.qv", train_modules="ln_f"))
+    randomise(adapters)
+    expected = logits(model)
+    module.load_state_dict(base, strict=False)  # the base's own weights change nothing
+    assert torch.equal(logits(model), expected)
+
+    key = (
+        f"{'transformer.' if not path else ''}{'ln_f.' if path != 'transformer.ln_f' else ''}weight"
+    )
+    other = {name: tensor + 1 for name, tensor in base.items()}
+    before = tensors(model)
+    with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*Call activate\(None\)"):
+        module.load_state_dict(other, strict=False)
+    assert_same_tensors(tensors(model), before)
+
+    adapters.activate(None)
+    module.load_state_dict(other, strict=False)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in other.items())
+    adapters.activate("default")
+    assert torch.equal(model.transformer.ln_f.weight, before["transformer.ln_f.weight"])
+
+
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
+@pytest.mark.parametrize("path", ["transformer", "transformer.h.0.attn.c_attn", "transformer.ln_f"])
+def test_state_dict_of_a_part_round_trip(path: str, loaded_into: str) -> None:
+    """As for the whole model: the base keys of the part contain the adapter."""
+    method = LoRA(rank=2, targets="attention.qv", bias="all", train_modules="ln_f")
+    model = tiny_models.build("gpt2")
+    twin, base, handle = adapted_twin(model, method)
+    adapters = attach(model, method)
+    randomise(adapters)
+    part = model.get_submodule(path)
+    expected = tensors(part)
+    handle.activate("default" if loaded_into == "active" else None)
+    twin.get_submodule(path).load_state_dict(part.state_dict())
+    handle.activate("default")
+    assert_same_tensors(tensors(twin.get_submodule(path)), expected)
+    handle.activate(None)
+    assert torch.equal(logits(twin), base)
+
+
+def test_detach_removes_the_hooks_of_load_state_dict() -> None:
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, LoRA(rank=2, targets="attention.qv"))
+    attach(model, LoRA(rank=2, targets="mlp"), name="mlp")
+    layer = model.transformer.h[0].mlp.c_fc
+    assert layer._load_state_dict_pre_hooks
+    adapters.remove("mlp")
+    assert not layer._load_state_dict_pre_hooks
+    assert model.transformer.h[0].attn._load_state_dict_pre_hooks
+    adapters.detach()
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
 
 
 def test_state_dict_of_a_detached_model_is_the_base() -> None:

@@ -286,6 +286,11 @@ class Activation:
     @contextlib.contextmanager
     def part(self, of_pass: Pass) -> Iterator[None]:
         """Let the layers inside a layer compute some rows for one adapter."""
+        if torch.compiler.is_compiling():
+            before, self._thread.choice = self._thread.choice, of_pass.choice
+            yield
+            self._thread.choice = before
+            return
         with self._run(_Running(of_pass)):
             yield
 

@@ -3,7 +3,7 @@
 A folder written by `save_pretrained` must never load as the base without the adapter. So the base keys
 hold the merged weights, which every reader understands. The file also holds the adapter's own tensors, and a
 mark for each adapted layer. A model that has the adapter (a resumed training run) keeps its own base weights
-for marked layers when it loads such a file.
+for marked layers when it loads such a file. Pre-hooks of `load_state_dict` do this, also for a part of the model.
 
 An adapter that cannot be merged (a bottleneck, virtual tokens) leaves the base weights in the base keys.
 The configuration of such a folder names no weight file, so `from_pretrained` fails on it. A resumed training
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
 from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
-from lorakit.adapters.layer_adapters import MARK
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS
+from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
@@ -135,54 +137,105 @@ def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[
         state[key] = weight.in_layout(state[key]) if key in replaced else weight.whole()
 
 
-def keep_base_weights(
-    model: nn.Module,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-    *unused: Any,
-) -> None:
-    """Keep the model's base weights of marked layers: the file's contain an adapter's effect.
+def guard_loading(model: nn.Module) -> None:
+    """Register the `load_state_dict` pre-hooks that the model's adapters need, and remove all others of ours.
 
-    This is a `load_state_dict` pre-hook; it changes `state_dict` in place.
+    Every module that contains an adapted layer gets `refuse_loading`, so that a refused load of the model, or of a part
+    of it, changes nothing.
+    """
+    for module in model.modules():
+        adapted = isinstance(module._modules.get(ADAPTERS), LayerAdapters)
+        contains = not isinstance(module, LayerAdapters) and any(
+            isinstance(m, LayerAdapters) for m in module.modules()
+        )
+        _register_loading(module, refuse_loading, contains)
+        _register_loading(module, keep_base_weights, adapted)
+
+
+def _register_loading(module: nn.Module, hook: Callable[..., None], wanted: bool) -> None:
+    hooks = module._load_state_dict_pre_hooks
+    registered = [key for key, h in hooks.items() if getattr(h, "hook", h) is hook]
+    if wanted and not registered:
+        module.register_load_state_dict_pre_hook(hook)
+    for key in registered if not wanted else ():
+        del hooks[key]
+
+
+def refuse_loading(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any
+) -> None:
+    """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
+
+    For a quantised weight it replaces the equal dequantised one in `state_dict`.
 
     Raises:
-        AdapterStateError: An adapter is merged, and its merged weights would no longer match its tensors;
-            or the file holds an adapter for a layer that has none in this model.
+        AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
+            copy replaces; or the file holds an adapter for a layer that has none in this model.
     """
-    _refuse_unknown_layers(model, state_dict, prefix)
-    for path, layer, adapters in adapted_layers(model):
+    _refuse_unknown_layers(module, state_dict, prefix)
+    for path, _, adapters in adapted_layers(module):
         start = f"{prefix}{path}." if path else prefix  # of the layer's keys
-        if adapters.merged and any(key.startswith(f"{start}{ADAPTERS}.") for key in state_dict):
+        if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
             raise AdapterStateError(
-                "An adapter is merged, and loading new tensors for it would not change the merged weights. "
-                "Call unmerge() before load_state_dict()."
+                "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
+                "adapter would not change them. Call unmerge() before load_state_dict()."
             )
-        mark = f"{start}{ADAPTERS}.{MARK}"
-        if state_dict.pop(mark, None) is not None:
-            # A trained copy that was active when the file was written is stored under the base key only.
-            for name, module in adapters.items():
-                for attribute, copy in module.trained.items():
-                    key = f"{start}{ADAPTERS}.{name}.trained.{attribute}"
-                    if layer._parameters[attribute] is not copy and start + attribute in state_dict:
-                        state_dict.setdefault(key, state_dict[start + attribute])
-            for attribute, parameter in layer._parameters.items():
-                copied = any(
-                    parameter is copy for m in adapters.values() for copy in m.trained.values()
+        if f"{start}{ADAPTERS}.{MARK}" in state_dict:
+            continue
+        for attribute in adapters.replaced:
+            key = start + attribute
+            if key in state_dict and not _equal(state_dict[key], adapters.original_data(attribute)):
+                raise AdapterStateError(
+                    f"'{key}' differs from the base's weight, and an active adapter has replaced that one by its "
+                    "trained copy. Call activate(None) before load_state_dict(), and activate the adapter again after "
+                    "it."
                 )
-                if parameter is not None and not copied and start + attribute in state_dict:
-                    state_dict[start + attribute] = parameter.detach()
-        if adapters.replaced:  # the live layer has this buffer, so strict loading expects the key
-            state_dict[mark] = getattr(adapters, MARK)
-    _keep_quantised(model, state_dict, prefix)
+    _keep_quantised(module, state_dict, prefix)
+
+
+def _equal(loaded: Tensor, original: Tensor) -> bool:
+    same_shape = loaded.shape == original.shape
+    return same_shape and not original.is_meta and loaded.to(original).equal(original)
+
+
+def keep_base_weights(
+    layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any
+) -> None:
+    """Load only those base keys of an adapted layer that belong in its parameters; a `load_state_dict` pre-hook.
+
+    Base keys of a marked layer contain the effect of an adapter. They belong in a trained copy, never in a parameter of
+    the base. Base keys without a mark never belong in a trained copy.
+    """
+    adapters = layer.adapters
+    assert isinstance(adapters, LayerAdapters)
+    mark = f"{prefix}{ADAPTERS}.{MARK}"
+    marked = state_dict.pop(mark, None) is not None
+    if marked:
+        # A trained copy that was active when the file was written is stored under the base key only.
+        for name, module in adapters.items():
+            for attribute, copy in module.trained.items():
+                key = f"{prefix}{ADAPTERS}.{name}.trained.{attribute}"
+                if layer._parameters[attribute] is not copy and prefix + attribute in state_dict:
+                    state_dict.setdefault(key, state_dict[prefix + attribute])
+    copies = {id(copy) for module in adapters.values() for copy in module.trained.values()}
+    for attribute, parameter in layer._parameters.items():
+        key = prefix + attribute
+        if parameter is not None and key in state_dict and marked != (id(parameter) in copies):
+            state_dict[key] = parameter.detach()
+    if adapters.replaced:  # the live layer has this buffer, so strict loading expects the key
+        state_dict[mark] = getattr(adapters, MARK)
 
 
 def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Keep quantised weights for which the file holds the equal dequantised weight."""
     for path, weight in quantised_weights(model):
-        key = f"{prefix}{path}.weight"
+        start = f"{prefix}{path}." if path else prefix
+        key = f"{start}weight"
         in_file = state_dict.get(key)
         packed = weight.packed
         if in_file is None or (in_file.shape, in_file.dtype) == (packed.shape, packed.dtype):
+            continue
+        if f"{start}{ADAPTERS}.{MARK}" in state_dict:  # `keep_base_weights` keeps it
             continue
         if not (in_file.shape == weight.shape and in_file.to(packed.device).equal(weight.whole())):
             raise AdapterStateError(

@@ -351,12 +351,13 @@ class Adapters:
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
         self._activation.add(name, swaps=bool(adapter.trained))
+        export.guard_loading(self.model)
         for _, parameter in base_parameters(self.model):
             parameter.requires_grad_(False)
         return adapter
 
     def _set_up_model(self) -> None:
-        """Put the handle on the model, and replace its saving and loading, when it gets its first adapter."""
+        """Put the handle on the model, and replace its `save_pretrained`, when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -368,12 +369,12 @@ class Adapters:
             self.model.__dict__["save_pretrained"] = functools.partial(
                 export.save_pretrained, self.model
             )
-        self.model.register_load_state_dict_pre_hook(export.keep_base_weights)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
         self._activation.remove(adapter.name)
         uninstall(self.model, adapter, self._installed.values())
+        export.guard_loading(self.model)
 
     def _remove_all(self) -> None:
         """Remove all adapters and undo `_set_up_model`."""
@@ -384,10 +385,6 @@ class Adapters:
         self.model.__dict__.pop(_HANDLE, None)
         unwatch(self.model)
         self.model.__dict__.pop("save_pretrained", None)
-        hooks = self.model._load_state_dict_pre_hooks
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) is export.keep_base_weights:
-                del hooks[key]
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)

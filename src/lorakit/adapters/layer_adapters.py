@@ -1,15 +1,13 @@
-"""The adapters of one layer by name, the hooks that run them, and the base tensors that they replace."""
+"""The adapters of one layer by name, and the hooks that run them."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterable, KeysView, ValuesView
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.activation import Activation, Pass
+from lorakit.adapters.activation import Activation
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import foreign_hooks
 from lorakit.adapters.entry import remove_hooks as remove_functions
@@ -17,15 +15,16 @@ from lorakit.adapters.mixed_batch import Call, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
-from lorakit.models.layers import ADAPTERS, AdapterSlot
-from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
+from lorakit.models.layers import ADAPTERS
+from lorakit.models.parameter_swaps import (
+    ReplacedParameters,
+    hide_parameters,
+    show_parameters,
+)
+from lorakit.models.quantised import quantised_weight
 
-MARK = "holds_merged_weights"
-"""Name of a buffer of `LayerAdapters`, which exists while a merged or trained tensor replaces a base parameter.
-In a state dict its key means that the layer's base keys contain an adapter's effect."""
 
-
-class LayerAdapters(AdapterSlot):
+class LayerAdapters(ReplacedParameters):
     """The adapters on one layer, by name: the layer's child module `adapters`.
 
     Args:
@@ -36,12 +35,6 @@ class LayerAdapters(AdapterSlot):
     def __init__(self, activation: Activation, layout: RowLayout) -> None:
         super().__init__()
         self.activation, self.layout = activation, layout
-        # Base parameters that a trained or merged tensor replaces. A plain dict hides them from
-        # `model.parameters()`; a buffer with the same data follows the model to another device.
-        self.replaced: dict[str, nn.Parameter] = {}
-        self.quantised_class: type[nn.Module] | None = None
-        """The layer's class, while a merged weight replaces a quantised one."""
-        self.merged = False
 
     if TYPE_CHECKING:
 
@@ -52,13 +45,12 @@ class LayerAdapters(AdapterSlot):
 
     # --- effect on the forward pass ----------------------------------------------------------------
 
-    def shadow(self, layer: nn.Module) -> None:
-        """Set the effective weights for one call, where an adapter cannot add its effect to the layer's output.
+    def effective_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the weights to use in one call, where an adapter cannot add its effect to the layer's output.
 
         `nn.MultiheadAttention`, for example, reads `out_proj.weight` without calling `out_proj`.
         """
-        self.unshadow(layer)
-        choice = self._pass_here().choice
+        choice = self.activation.moment().of_pass.choice
         blend = choice.whole
         if blend is None and (choice.names & self.keys() or self.replaced):
             raise AdapterStateError(
@@ -66,22 +58,18 @@ class LayerAdapters(AdapterSlot):
                 "weights directly. Run one batch for each adapter."
             )
         blend = blend or ()
-        layer.__dict__.update(self.own_parameters(layer, blend))
+        tensors = self.own_parameters(layer, blend)
+        layer.__dict__.update(tensors)  # the adapters add to these
         shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
-        for name in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
-            # A tensor in the instance's `__dict__` hides the parameter of that name during the call.
-            layer.__dict__[name] = self.effective_weight(layer, name, shadowing)
-
-    def unshadow(self, layer: nn.Module) -> None:
-        """Remove the effective weights that `shadow` has set."""
-        for attribute in layer._parameters:
-            layer.__dict__.pop(attribute, None)
+        for attribute in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
+            tensors[attribute] = self.effective_weight(layer, attribute, shadowing)
+        return tensors
 
     def after(self, call: Call, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
         if isinstance(output, tuple):  # a block's hidden states and further outputs
             return (self.after(call, output[0]), *output[1:])
-        of_pass = self._pass_here()
+        of_pass = self.activation.moment().of_pass
         choice = of_pass.choice
         if choice is not self.activation.active:
             return adapt_by_part(self, call, output, of_pass)
@@ -104,19 +92,9 @@ class LayerAdapters(AdapterSlot):
             return None
         return [self[name] for name in names]
 
-    def _pass_here(self) -> Pass:
-        """Return the running forward pass; in a recomputed checkpoint, the first run."""
-        of_pass = self.activation.moment().of_pass
-        if self.merged and of_pass.choice.names:
-            raise AdapterStateError(
-                "An adapter was merged between the forward and the backward pass of a checkpointed block. "
-                "Merge after backward() has returned."
-            )
-        return of_pass
-
     def own_parameters(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
         """Return the layer's parameters under a blend that are not in their place now."""
-        if self.merged:
+        if self.activation.merged:
             return {}
         wanted: dict[str, Tensor] = {a: self.base(layer, a) for a in self.replaced}
         for name, _ in blend:
@@ -166,6 +144,7 @@ class LayerAdapters(AdapterSlot):
         Raises:
             AdapterStateError: One is not a parameter, so it cannot be replaced.
         """
+        show_parameters(layer)  # after an interrupted call
         modules = [self[name] for name in names if name in self]
         changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
         for attribute in changed:
@@ -179,67 +158,6 @@ class LayerAdapters(AdapterSlot):
                 )
         return list(changed)
 
-    # --- replacing parameters ------------------------------------------------------------------------
-
-    def replace(self, layer: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
-        """Replace a parameter of the layer, and keep the original."""
-        assert attribute not in self.replaced
-        original = layer._parameters[attribute]
-        assert original is not None
-        if quantised_weight(layer, original) is not None:
-            self.quantised_class = compute_whole(layer)
-        else:
-            self.register_buffer(f"base_{attribute}", original.data, persistent=False)
-        self.replaced[attribute] = original
-        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
-        layer._parameters[attribute] = parameter
-
-    def restore(self, layer: nn.Module) -> None:
-        """Restore all replaced parameters of the layer, on the model's current device and dtype."""
-        for attribute in list(self.replaced):
-            self._restore(layer, attribute)
-
-    def _restore(self, layer: nn.Module, attribute: str) -> None:
-        data = getattr(self, f"base_{attribute}", None)
-        quantised_class = self.quantised_class
-        original = self.forget(attribute)
-        if data is None:  # a quantised weight has no buffer
-            assert quantised_class is not None
-            compute_quantised(layer, original, quantised_class)
-            return
-        compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
-        if compatible(original.data, data):
-            original.data = data
-        else:  # on another device type, which needs a new parameter object
-            original = nn.Parameter(data, requires_grad=original.requires_grad)
-        layer._parameters[attribute] = original
-
-    def forget(self, attribute: str) -> nn.Parameter:
-        """Drop and return the original of a replaced parameter; the replacement stays."""
-        if f"base_{attribute}" in self._buffers:
-            delattr(self, f"base_{attribute}")
-        else:
-            self.quantised_class = None
-        original = self.replaced.pop(attribute)
-        if not self.replaced:
-            delattr(self, MARK)
-        return original
-
-    def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
-        """Return the layer's own parameter, also while it is replaced."""
-        replaced = self.replaced.get(attribute)
-        return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
-
-    @contextlib.contextmanager
-    def base_weights_in_place(self, layer: nn.Module) -> Iterator[None]:
-        """Restore the base's parameters for the length of a `with` block."""
-        current = dict(layer._parameters)
-        layer._parameters.update(self.replaced)
-        try:
-            yield
-        finally:
-            layer._parameters.update(current)
-
 
 # The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.
 
@@ -251,15 +169,15 @@ def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> A
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a module that reads adapted weights directly: set the effective weights."""
+    """Forward pre-hook of a module that reads adapted weights directly: hide them by the effective weights."""
     for layer in _read_by(caller):
-        layer.adapters.shadow(layer)  # type: ignore[operator, union-attr]
+        hide_parameters(layer, layer.adapters.effective_weights)  # type: ignore[union-attr]
 
 
 def unshadow_weights(caller: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook that also runs after an exception: remove the effective weights."""
+    """Forward hook that also runs after an exception: show the layer's own weights again."""
     for layer in _read_by(caller):
-        layer.adapters.unshadow(layer)  # type: ignore[operator, union-attr]
+        show_parameters(layer)
 
 
 def _read_by(caller: nn.Module) -> list[nn.Module]:
@@ -364,7 +282,7 @@ def remove_adapter(layer: nn.Module, name: str) -> None:
     """Remove one adapter from a layer, with the hooks that no other adapter on it needs."""
     adapters = layer._modules[ADAPTERS]
     assert isinstance(adapters, LayerAdapters)
-    adapters.unshadow(layer)
+    show_parameters(layer)  # after an interrupted call
     removed = adapters[name]
     del adapters[name]
     remove_hooks(layer, removed.layer_hooks, [h for m in adapters.values() for h in m.layer_hooks])

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.export import unties
@@ -45,15 +47,21 @@ def merge(model: nn.Module, blend: Blend) -> None:
             merged.append((layer, adapters, attribute, weight))
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
-    for _, layer, adapters in adapted_layers(model):
-        adapters.merged = True
+    for _, layer, _ in adapted_layers(model):
         # In training the hook stays: it records the pass of a checkpointed block.
         if not model.training:
             remove_adapter_hook(layer)
 
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise an AdapterStateError if one of these adapters cannot be merged."""
+    """Raise an AdapterStateError if one of these adapters cannot be merged, or if FSDP2 has sharded the model."""
+    sharded = _sharded(model)
+    if sharded is not None:
+        raise AdapterStateError(
+            f"'{sharded}' is sharded over processes (FSDP2), which would ignore a merged weight. Save the adapter with "
+            "save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a "
+            "base that is not sharded."
+        )
     for path, name in unmergeable(model, names):
         raise AdapterStateError(
             f"'{name}' cannot be merged: its effect at '{path}' is not a weight change. Use it unmerged, with "
@@ -61,11 +69,19 @@ def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def _sharded(model: nn.Module) -> str | None:
+    """Return the name of a module or parameter that is sharded over processes; None if the model is whole."""
+    for path, module in model.named_modules():
+        # Between forward and backward FSDP2 may hold plain parameters.
+        if isinstance(module, FSDPModule):
+            return path or type(module).__name__
+    return next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+
+
 def unmerge(model: nn.Module) -> None:
     """Restore every base parameter."""
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
-        adapters.merged = False
         add_adapter_hook(layer)
 
 

@@ -16,6 +16,7 @@ from lorakit.adapters.choice import Blend, Choice, put, take
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule
+from lorakit.models.parameter_swaps import call_with
 from lorakit.ops.lora_segments import Segment, lora_segments
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -140,12 +141,3 @@ def _features(layer: nn.Module) -> int:
     if isinstance(layer, nn.Embedding):
         return 0
     return layer.weight.ndim - 1 if isinstance(layer, _CONVOLUTIONS) else 1
-
-
-def call_with(layer: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    base = dict(layer._parameters)
-    try:
-        layer._parameters.update(parameters)
-        return layer.forward(*args, **kwargs)
-    finally:
-        layer._parameters.update(base)

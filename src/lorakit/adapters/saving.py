@@ -17,6 +17,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
+from lorakit.models.parameter_swaps import hidden_parameters
 
 
 def store(
@@ -82,7 +83,7 @@ def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
         return None
     adapters = layer.adapters
     assert isinstance(adapters, LayerAdapters)
-    with adapters.base_weights_in_place(layer):
+    with hidden_parameters(layer, adapters.replaced):
         return _cpu_copy(module.row_norms(layer))
 
 

@@ -132,10 +132,10 @@ def quantised_weight(
     layer: nn.Module, parameter: nn.Parameter | None = None
 ) -> QuantisedWeight | None:
     """Return the layer's weight, or `parameter` while another replaces it, if it is quantised; else None."""
-    packed: Any = layer._parameters.get("weight") if parameter is None else parameter
     bnb = _loaded_library()
     if bnb is None or not isinstance(layer, nn.Linear):
         return None
+    packed: Any = getattr(layer, "weight", None) if parameter is None else parameter
     four_bits = isinstance(packed, bnb.nn.Params4bit) and packed.quant_state is not None
     eight_bits = isinstance(packed, bnb.nn.Int8Params) and packed.dtype == torch.int8
     return QuantisedWeight(layer, packed) if four_bits or eight_bits else None
@@ -155,36 +155,6 @@ def _loaded_library() -> Any:
 
 
 # --- dequantising ----------------------------------------------------------------------------------
-
-
-def compute_whole(layer: nn.Module) -> type[nn.Module]:
-    """Turn a quantised layer into an `nn.Linear`, its base class, so that it can use a plain weight.
-
-    Returns:
-        The layer's class, which `compute_quantised` needs.
-
-    Raises:
-        AdapterStateError: The layer's `forward` is wrapped, and the wrapper would still call it.
-    """
-    if "forward" in layer.__dict__:
-        raise AdapterStateError(
-            "The forward of a quantised layer is wrapped (accelerate does so for a model that is spread over devices "
-            "or offloaded), so it would ignore a merged weight. Load the base on one device, or unquantised."
-        )
-    quantised_class = type(layer)
-    layer.__class__ = nn.Linear
-    return quantised_class
-
-
-def compute_quantised(
-    layer: nn.Module, packed: nn.Parameter, quantised_class: type[nn.Module]
-) -> None:
-    """Undo `compute_whole`: restore the packed weight unchanged, on the layer's current device."""
-    device = layer._parameters["weight"].device  # type: ignore[union-attr]
-    layer._parameters["weight"] = packed
-    layer.__class__ = quantised_class
-    if packed.device != device:
-        layer.to(device)
 
 
 def make_whole(model: nn.Module) -> int:

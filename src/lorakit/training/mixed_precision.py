@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.layers import by_token
+from lorakit.models.parameter_swaps import hide_parameters, show_parameters
 
 
 def cast_mixed_norms(model: nn.Module) -> None:
@@ -25,13 +26,17 @@ def cast_mixed_norms(model: nn.Module) -> None:
 
 @by_token
 def _widen(norm: nn.Module, args: Any) -> None:
-    for name, parameter in norm._parameters.items():
-        if isinstance(parameter, Tensor) and not parameter.requires_grad:
-            # An entry of the instance's dict hides the parameter of that name during the call.
-            norm.__dict__[name] = parameter.to(torch.float32)
+    hide_parameters(norm, _in_float32)
 
 
 @by_token
 def _narrow(norm: nn.Module, args: Any, output: Any) -> None:
-    for name in norm._parameters:
-        norm.__dict__.pop(name, None)
+    show_parameters(norm)
+
+
+def _in_float32(norm: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen parameters of a norm in float32."""
+    parameters = norm._parameters.items()
+    return {
+        name: p.to(torch.float32) for name, p in parameters if p is not None and not p.requires_grad
+    }

@@ -1,0 +1,268 @@
+"""Use other tensors in place of a layer's parameters: for the length of a call, or until undone.
+
+**For the length of a call**, a tensor in the instance's `__dict__` hides the parameter of that name:
+`hide_parameters` and `show_parameters` in a pair of forward hooks, `hidden_parameters` around a block. Calls of one
+layer that hide its parameters run one after the other, so that no thread computes with the tensors of another.
+`call_with` calls a layer with other tensors and needs no such order.
+
+**Until undone**, `ReplacedParameters` puts another parameter into the layer and keeps the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import AdapterStateError
+from lorakit.models.layers import AdapterSlot
+from lorakit.models.quantised import quantised_weight
+
+# --- for the length of a call ------------------------------------------------------------------------
+
+_RUNNING = "_calls_that_hide_parameters"
+"""Attribute of a layer while such calls run: the calls, the innermost last."""
+_CHANGED = threading.Condition()
+"""Guards the running calls of all layers; notified when a call ends."""
+_POLL = 0.1
+"""Seconds between two checks for an interrupted call, which ends without notification."""
+
+
+class _Call:
+    """A running call.
+
+    Args:
+        frame: The frame that runs its hooks, or its `with` block.
+        outer: Tensors that hide parameters for the call around this one, to be restored after it.
+    """
+
+    def __init__(self, frame: FrameType, outer: dict[str, Tensor]) -> None:
+        self.thread = threading.get_ident()
+        self.frame = frame
+        self.outer = outer
+
+    def has_ended(self) -> bool:
+        """Return whether the frame is no longer on the stack of its thread."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
+
+
+class _Calls(list[_Call]):
+    """The running calls of one layer, all in one thread; a copy of the layer has none."""
+
+    def __reduce__(self) -> Any:  # for deepcopy and pickle
+        return _Calls, ()
+
+
+def hide_parameters(layer: nn.Module, tensors: Callable[[nn.Module], Mapping[str, Tensor]]) -> None:
+    """Hide parameters of `layer` in a forward pre-hook; `show_parameters` in an `always_call` hook undoes it.
+
+    Every call of the layer must run both hooks, also one with nothing to hide: a call waits until the calls in other
+    threads have ended. After a KeyboardInterrupt PyTorch skips the second hook, so the next call undoes the first.
+    While `torch.compile` traces, nothing waits.
+
+    Args:
+        layer: The module of the hook, or one whose weights it reads.
+        tensors: Computes from `layer`, with its own parameters in place, the tensors by the name of the parameter.
+    """
+    if torch.compiler.is_compiling():
+        _show(layer)
+    else:
+        _begin(layer, sys._getframe(2))  # the caller of the hook
+    layer.__dict__.update(tensors(layer))
+
+
+def show_parameters(layer: nn.Module) -> None:
+    """Undo `hide_parameters` of the same call, and of interrupted calls."""
+    if torch.compiler.is_compiling():
+        _show(layer)
+    else:
+        _end(layer, sys._getframe(2))
+
+
+@contextlib.contextmanager
+def hidden_parameters(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hide parameters of `layer` by `tensors` for the length of a `with` block."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(2)  # of the block
+    if frame is not None:
+        _begin(layer, frame)
+    layer.__dict__.update(tensors)
+    try:
+        yield
+    finally:
+        _show(layer) if frame is None else _end(layer, frame)
+
+
+def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Return ``layer.forward(*args, **kwargs)`` with `tensors` in place of the parameters of their names.
+
+    The forward pass runs on a shallow copy of the layer, so calls in other threads do not see the tensors. It shares
+    children and buffers; an attribute that it sets is lost. A `forward` that is an attribute of the instance (as
+    accelerate sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may call
+    the layer meanwhile.
+    """
+    if torch.compiler.is_compiling() or "forward" in layer.__dict__:
+        with hidden_parameters(layer, tensors):
+            return layer.forward(*args, **kwargs)
+    twin = object.__new__(type(layer))  # without `__init__`, and FSDP's `__new__` calls it
+    twin.__dict__.update(layer.__dict__)
+    twin.__dict__["_parameters"] = {**layer._parameters, **tensors}
+    for name in tensors:
+        twin.__dict__.pop(name, None)
+    return twin.forward(*args, **kwargs)
+
+
+def _begin(layer: nn.Module, frame: FrameType) -> None:
+    """Wait for the calls of other threads, and show the layer's own parameters to this one."""
+    with _CHANGED:
+        while (running := _running(layer)) and running[-1].thread != threading.get_ident():
+            _CHANGED.wait(_POLL)
+        layer.__dict__.setdefault(_RUNNING, running).append(_Call(frame, _show(layer)))
+
+
+def _end(layer: nn.Module, frame: FrameType) -> None:
+    """End the call with this frame; after an exception the frame is no longer on the stack."""
+    with _CHANGED:
+        running = layer.__dict__.get(_RUNNING)
+        if running and running[-1].frame is frame:
+            _drop_last(layer, running)
+        else:
+            _running(layer)
+        _CHANGED.notify_all()
+
+
+def _running(layer: nn.Module) -> _Calls:
+    """Drop the interrupted calls of a layer with their tensors, and return the others."""
+    running = layer.__dict__.get(_RUNNING, _Calls())
+    while running and running[-1].has_ended():
+        _drop_last(layer, running)
+    if not running:
+        _show(layer)  # tensors of an interrupted call that was compiled
+    return running
+
+
+def _drop_last(layer: nn.Module, running: _Calls) -> None:
+    _show(layer)
+    layer.__dict__.update(running.pop().outer)
+    if not running:
+        del layer.__dict__[_RUNNING]
+
+
+def _show(layer: nn.Module) -> dict[str, Tensor]:
+    """Show the layer's own parameters again, and return the tensors that hid them."""
+    hiding = [name for name in layer._parameters if name in layer.__dict__]
+    return {name: layer.__dict__.pop(name) for name in hiding}
+
+
+# --- until undone --------------------------------------------------------------------------------------
+
+MARK = "holds_merged_weights"
+"""Name of a buffer of `ReplacedParameters`, which exists while a merged or trained tensor replaces a parameter.
+In a state dict its key means that the layer's base keys contain an adapter's effect."""
+
+
+class ReplacedParameters(AdapterSlot):
+    """A child module of a layer that keeps the original parameters while others replace them.
+
+    The replacement is an entry in the layer's `_parameters`, so it follows `to`, deepcopy, pickle and `state_dict`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A plain dict hides the originals from `model.parameters()`; a buffer with the same data follows the model
+        # to another device.
+        self.replaced: dict[str, nn.Parameter] = {}
+        self.quantised_class: type[nn.Module] | None = None
+        """The layer's class, while a merged weight replaces a quantised one."""
+
+    def replace(self, layer: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+        """Replace a parameter of the layer, and keep the original."""
+        assert attribute not in self.replaced
+        original = layer._parameters[attribute]
+        assert original is not None
+        if quantised_weight(layer, original) is not None:
+            self.quantised_class = _make_plain(layer)
+        else:
+            self.register_buffer(f"base_{attribute}", original.data, persistent=False)
+        self.replaced[attribute] = original
+        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
+        layer._parameters[attribute] = parameter
+
+    def restore(self, layer: nn.Module) -> None:
+        """Restore all replaced parameters of the layer, on the model's current device and dtype."""
+        for attribute in list(self.replaced):
+            self._restore(layer, attribute)
+
+    def _restore(self, layer: nn.Module, attribute: str) -> None:
+        data = self._buffers.get(f"base_{attribute}")
+        quantised_class = self.quantised_class
+        original = self.forget(attribute)
+        if data is None:  # a quantised weight has no buffer
+            assert quantised_class is not None
+            _make_quantised(layer, original, quantised_class)
+            return
+        compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
+        if compatible(original.data, data):
+            original.data = data
+        else:  # on another device type, which needs a new parameter object
+            original = nn.Parameter(data, requires_grad=original.requires_grad)
+        layer._parameters[attribute] = original
+
+    def forget(self, attribute: str) -> nn.Parameter:
+        """Drop and return the original of a replaced parameter; the replacement stays."""
+        if f"base_{attribute}" in self._buffers:
+            delattr(self, f"base_{attribute}")
+        else:
+            self.quantised_class = None
+        original = self.replaced.pop(attribute)
+        if not self.replaced:
+            delattr(self, MARK)
+        return original
+
+    def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
+        """Return the layer's own parameter, also while it is replaced."""
+        replaced = self.replaced.get(attribute)
+        return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
+
+    def original_data(self, attribute: str) -> Tensor:
+        """Return the data of a replaced parameter on the model's current device."""
+        data = self._buffers.get(f"base_{attribute}")
+        return self.replaced[attribute].detach() if data is None else data
+
+
+def _make_plain(layer: nn.Module) -> type[nn.Module]:
+    """Turn a quantised layer into an `nn.Linear`, its base class, so that it can use a plain weight.
+
+    Returns:
+        The layer's class, which `_make_quantised` needs.
+
+    Raises:
+        AdapterStateError: The layer's `forward` is wrapped, and the wrapper would still call it.
+    """
+    if "forward" in layer.__dict__:
+        raise AdapterStateError(
+            "The forward of a quantised layer is wrapped (accelerate does so for a model that is spread over devices "
+            "or offloaded), so it would ignore a merged weight. Load the base on one device, or unquantised."
+        )
+    quantised_class = type(layer)
+    layer.__class__ = nn.Linear
+    return quantised_class
+
+
+def _make_quantised(
+    layer: nn.Module, packed: nn.Parameter, quantised_class: type[nn.Module]
+) -> None:
+    """Undo `_make_plain`: restore the packed weight unchanged, on the layer's current device."""
+    device = layer._parameters["weight"].device  # type: ignore[union-attr]
+    layer._parameters["weight"] = packed
+    layer.__class__ = quantised_class
+    if packed.device != device:
+        layer.to(device)
