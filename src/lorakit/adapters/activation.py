@@ -30,6 +30,7 @@ import torch
 from lorakit.adapters.checkpoints import forbid_recomputation, running_checkpoints
 from lorakit.adapters.choice import BASE, Choice
 from lorakit.errors import AdapterStateError
+from lorakit.models.frames import has_ended
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,7 @@ class _Running:
     of_pass: Pass | None
     """None for a generation, whose passes have their own entries."""
     frame: FrameType | None = None
-    """The Python frame of a forward pass."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether an interrupt ended the pass: PyTorch calls no hook after a KeyboardInterrupt."""
-        if self.frame is None:
-            return False
-        try:
-            self.frame.clear()  # refused while the frame runs
-        except RuntimeError:
-            return False
-        return True
+    """The Python frame of a forward pass. An interrupt ends it without a call of `end`."""
 
 
 class _Thread(threading.local):
@@ -336,9 +326,7 @@ class Activation:
         with self._lock:
             own = threading.get_ident()
             for thread, entries in list(self._running.items()):
-                ended = next((i for i, entry in enumerate(entries) if entry.has_ended), None)
-                if ended is not None:
-                    del entries[ended:]
+                _drop_interrupted(entries, thread)
                 if not entries:
                     del self._running[thread]
                 elif thread != own or not within_own_pass:
@@ -380,10 +368,9 @@ class Activation:
 
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
-        entries = self._running.setdefault(threading.get_ident(), [])
-        ended = next((i for i, entry in enumerate(entries) if entry.has_ended), None)
-        if ended is not None:
-            del entries[ended:]
+        thread = threading.get_ident()
+        entries = self._running.setdefault(thread, [])
+        _drop_interrupted(entries, thread)
         entries.append(_Running(of_pass, frame))
 
     def end(self, frame: FrameType) -> None:
@@ -398,6 +385,14 @@ class Activation:
     def lock(self) -> threading.RLock:
         """Held while a forward pass begins and while adapters change."""
         return self._lock
+
+
+def _drop_interrupted(entries: list[_Running], thread: int) -> None:
+    """Drop the first pass of a thread that was interrupted, with all inside it."""
+    for i, entry in enumerate(entries):
+        if entry.frame is not None and has_ended(entry.frame, thread):
+            del entries[i:]
+            return
 
 
 def caller_frame() -> FrameType:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterStateError
+from lorakit.models.frames import has_ended
 from lorakit.models.layers import AdapterSlot
 from lorakit.models.quantised import quantised_weight
 
@@ -49,10 +50,7 @@ class _Call:
 
     def has_ended(self) -> bool:
         """Return whether the frame is no longer on the stack of its thread."""
-        frame = sys._current_frames().get(self.thread)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is None
+        return has_ended(self.frame, self.thread)
 
 
 class _Calls(list[_Call]):
