@@ -22,6 +22,7 @@ from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, 
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
+from lorakit.methods.lora.forms import LoralibConvForm
 from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
@@ -238,17 +239,15 @@ def _build_layer(
 ) -> LoRALayer:
     """Return the LoRA module of one layer with the file's tensors, in the file's dtype."""
     layer = model.get_submodule(path)
+    lora_class = kind_of(layer, model, path)
     # The model's layer does not show loralib's factorisation of a convolution; only the file does.
-    is_loralib_conv = stored_layer.kind == LoralibConvLoRA.kind
-    lora_class = LoralibConvLoRA if is_loralib_conv else kind_of(layer, model, path)
-    if lora_class.kind != stored_layer.kind:
+    if lora_class is ConvLoRA and isinstance(stored_layer.form, LoralibConvForm):
+        lora_class = LoralibConvLoRA
+    if lora_class.form_class.kind != stored_layer.kind:
         raise AdapterFileError(
             f"{origin} holds {stored_layer.kind} factors for '{path}', which is a {type(layer).__name__} in this "
             "model. Load it on the model class it was trained with."
         )
-    options: dict[str, Any] = {}
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and lora_class is ConvLoRA:
-        options["grouped"] = stored_layer.A.shape[1] == layer.weight.shape[1]
     lora = lora_of(stored.method)
     dropout = lora.dropout if lora is not None else 0.0
     module = lora_class(
@@ -258,9 +257,9 @@ def _build_layer(
         alpha=stored_layer.alpha,
         dropout=0.0 if lora_class.shadows else dropout,  # a shadowed weight has no branch
         slices=stored_layer.slices,
+        grouped=stored_layer.grouped,
         dora=stored_layer.magnitude is not None,
         dtype=stored_layer.A.dtype,
-        **options,
     )
     A, B = module.lora_A, module.lora_B
     for attribute, tensor, expected in (

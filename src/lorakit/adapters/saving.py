@@ -63,14 +63,18 @@ def save(
 
 def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
     """Return the stored form of the adapter on one layer."""
+    form = module.form
     return StoredLayer(
-        kind=module.kind,  # type: ignore[arg-type]
+        kind=form.kind,
         A=_cpu_copy(module.lora_A),
         B=_cpu_copy(module.lora_B),
         scaling=module.scaling,
         alpha=module.alpha,
         magnitude=None if module.magnitude is None else _cpu_copy(module.magnitude),
-        slices=module.slices,
+        slices=form.slices,
+        grouped=form.grouped,
+        transposed=form.transposed,
+        weight_shape=form.weight_shape,
         initial_A=None if module.initial_A is None else _cpu_copy(module.initial_A),
         initial_B=None if module.initial_B is None else _cpu_copy(module.initial_B),
         base_norms=_base_norms(layer, module),

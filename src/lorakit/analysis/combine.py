@@ -292,7 +292,7 @@ def _unsliced(layer: StoredLayer) -> StoredLayer:
     full = to_peft(layer)
     return dataclasses.replace(
         layer,
-        kind="conv" if layer.kind == "conv-loralib" else layer.kind,
+        kind=full.kind,
         A=full.A,
         B=full.B,
         slices=(),

@@ -19,7 +19,6 @@ from lorakit.analysis.deltas import (
     notices,
     part_rank,
     parts_of,
-    rank_unit,
     read,
     with_parts,
 )
@@ -129,7 +128,7 @@ def fit(
     Returns:
         The layer, and its rank and error.
     """
-    unit = rank_unit(layer)
+    unit = layer.form.taps
     if rank is None:
         assert energy is not None
         k = max(change.rank_for(energy) for change in changes)

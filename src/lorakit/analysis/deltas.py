@@ -177,9 +177,9 @@ def notices(stored: StoredAdapter) -> list[str]:
 
 def parts_of(layer: StoredLayer) -> list[Factors]:
     """Return the layer's factors, one pair per slice or group (see the module's docstring)."""
-    parts = _split(layer, layer.A, layer.B)
+    parts = layer.form.parts(layer.A, layer.B)
     if layer.initial_A is not None and layer.initial_B is not None:
-        initial = _split(layer, layer.initial_A, layer.initial_B)
+        initial = layer.form.parts(layer.initial_A, layer.initial_B)
         parts = [
             (torch.cat([a, a0]), torch.cat([b, -b0], dim=1))
             for (a, b), (a0, b0) in zip(parts, initial, strict=True)
@@ -192,35 +192,27 @@ def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.
 
     The parts are the whole change: `parts_of` includes PiSSA's initial factors, so the result has none.
     """
-    A, B = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
-    if layer.kind == "conv":
-        A = A.unflatten(1, tuple(layer.A.shape[1:]))
-        B = B.view(*B.shape, *(1 for _ in layer.B.shape[2:]))
-    rank = A.shape[0] // (max(1, len(layer.slices)) * rank_unit(layer))
+    A = torch.cat([a for a, _ in parts]).unflatten(1, layer.A.shape[1:])
+    B = torch.cat([b for _, b in parts])
     return replace(
         layer,
         A=A.contiguous(),
-        B=B.contiguous(),
+        B=B.view(*B.shape, *layer.B.shape[2:]).contiguous(),
         scaling=scaling,
-        alpha=scaling * rank,
+        alpha=scaling * layer.form.rank(A),
         initial_A=None,
         initial_B=None,
     )
 
 
-def rank_unit(layer: StoredLayer) -> int:
-    """Return the rank of a part per rank of the layer; above 1 only for loralib's convolutions."""
-    return layer.kernel_width if layer.kind == "conv-loralib" else 1
-
-
 def part_rank(layer: StoredLayer, rank: int) -> int:
     """Return the rank of each part of a layer of this rank, at least 1. A convolution divides it among its groups."""
-    return -(-rank // layer.groups) * rank_unit(layer)
+    return -(-rank // layer.groups) * layer.form.taps
 
 
 def weight_name(path: str, layer: StoredLayer) -> str:
     """Return the name of the base parameter that the layer's factors change."""
-    return f"{path}.{'in_proj_weight' if layer.kind == 'attention' else 'weight'}"
+    return f"{path}.{layer.form.weight_name}"
 
 
 def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
@@ -234,25 +226,14 @@ def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
             f"The factors of '{path}' mix all input channels of a grouped convolution. The base's weight has no "
             "entries for such pairs of channels, so the two cannot be compared."
         )
-    matrix = W
-    if layer.kind == "embedding" or (layer.kind == "linear" and layer.transposed):
-        matrix = W.mT
-    elif layer.kind == "conv":
-        matrix = W.flatten(1)
-    elif layer.kind == "conv-loralib" and W.numel() == layer.B.shape[0] * layer.A.shape[1]:
-        matrix = W.reshape(layer.B.shape[0], layer.A.shape[1])
-    columns = layer.A.flatten(1).shape[1]
-    rows = layer.slices[0].groups * layer.slices[0].stride if layer.slices else layer.B.shape[0]
-    if layer.kind == "linear" and matrix.shape != (rows, columns) == tuple(matrix.mT.shape):
-        matrix = matrix.mT  # a loralib file does not record whether the base transposes its weight
+    rows, columns = layer.form.out_features(layer.B), layer.A[0].numel()
+    matrix = layer.form.matrix(W, (rows, columns))
     if matrix.shape != (rows, columns):
         raise AdapterFileError(
             f"The base's weight of '{path}' has shape {tuple(W.shape)}, but the adapter changes a matrix of "
             f"{rows} x {columns}. Name the base that the adapter was trained on: --base.name MODEL."
         )
-    if layer.slices:
-        return [matrix[piece.rows()] for piece in layer.slices]
-    return list(matrix.chunk(layer.groups))
+    return layer.form.weight_parts(matrix)
 
 
 def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tensor]) -> Tensor:
@@ -264,16 +245,6 @@ def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tenso
     """
     layer = stored.layers[delta.path]
     return weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
-
-
-def _split(layer: StoredLayer, A: Tensor, B: Tensor) -> list[Factors]:
-    if layer.slices:
-        blocks = B.split([piece.total for piece in layer.slices])
-        return list(zip(A.chunk(len(layer.slices)), blocks, strict=True))
-    if layer.kind == "conv":
-        A, B = A.flatten(1), B.flatten(1)
-        return list(zip(A.chunk(layer.groups), B.chunk(layer.groups), strict=True))
-    return [(A, B)]
 
 
 def _deltas(stored: StoredAdapter) -> Iterator[Delta]:

@@ -14,6 +14,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -60,10 +61,11 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
-    """Return the layer with the kind of the live one, which loralib's names do not show."""
-    if layer.kind == "linear" and isinstance(live, nn.Embedding):
-        return replace(layer, kind="embedding", transposed=False)
-    if layer.kind == "linear" and isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    """Return the layer with the kind of the live one: loralib's names do not show it, so `read` assumes linear."""
+    is_linear = isinstance(layer.form, LinearForm)
+    if is_linear and isinstance(live, nn.Embedding):
+        return replace(layer, kind=EmbeddingForm.kind, transposed=False)
+    if is_linear and isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return layer.as_loralib_conv(live.weight.shape)
     return layer
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.installed import base_parameter
+from lorakit.methods.lora.forms import EmbeddingForm
 from lorakit.models.layers import is_of_adapter
 
 
@@ -26,28 +26,16 @@ class BaseLayout:
     """The base's parameters, by each of their names (not copied)."""
     beyond_peft: dict[str, str]
     """Layers on which PEFT computes something else than lorakit: path -> reason."""
-    transposed: frozenset[str]
-    """Paths of the layers that store their weight as (in, out)."""
     output_head: str | None
     """Path of the output embeddings, or None if the model does not name them."""
-
-    def describe(self, path: str, layer: StoredLayer) -> StoredLayer:
-        """Return the stored layer with the fields that only the model knows."""
-        shape = self.shapes.get(f"{path}.weight", ())
-        if layer.kind == "conv-loralib" and len(shape) > 2:
-            return replace(layer, weight_shape=shape)
-        if layer.kind == "conv" and len(shape) > 2:
-            return replace(layer, grouped=layer.A.shape[1] == shape[1])
-        if layer.kind == "linear":
-            return replace(layer, transposed=path in self.transposed)
-        return layer
 
     def with_tied_head(self, layers: dict[str, StoredLayer]) -> dict[str, StoredLayer]:
         """Return the layers, with `tied_head` set on the embedding that shares its weight with the head."""
         head = self.output_head
         return {
             path: replace(layer, tied_head=head)
-            if layer.kind == "embedding" and f"{head}.weight" in self.names_of(f"{path}.weight")
+            if isinstance(layer.form, EmbeddingForm)
+            and f"{head}.weight" in self.names_of(f"{path}.weight")
             else layer
             for path, layer in layers.items()
         }
@@ -102,7 +90,6 @@ def base_layout(model: nn.Module) -> BaseLayout:
         aliases={first: tuple(others) for first, *others in names.values() if others},
         parameters=parameters,
         beyond_peft=beyond,
-        transposed=frozenset(path for path, m in modules.items() if isinstance(m, Conv1D)),
         output_head=next((p for p, m in modules.items() if head is not None and m is head), None),
     )
 

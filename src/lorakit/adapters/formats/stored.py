@@ -53,12 +53,8 @@ class StoredAdapter:
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
         layout = self.base.layout if self.base is not None else None
-        if layout is not None:  # being saved from a live model, which tells more than the tensors
-            self.layers = {
-                path: layout.describe(path, layer) for path, layer in self.layers.items()
-            }
-            if lora is not None and lora.tie_head:
-                self.layers = layout.with_tied_head(self.layers)
+        if layout is not None and lora is not None and lora.tie_head:  # saved from a live model
+            self.layers = layout.with_tied_head(self.layers)
 
     @property
     def module_tensors(self) -> dict[str, Tensor]:

@@ -6,17 +6,25 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.methods.lora.forms import (
+    AttentionForm,
+    ConvForm,
+    EmbeddingForm,
+    FactorForm,
+    LinearForm,
+    LoralibConvForm,
+)
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.roles import RowSlice
 
-Kind = Literal["linear", "embedding", "conv", "conv-loralib", "attention"]
-KINDS: tuple[str, ...] = Kind.__args__
+KINDS = tuple(
+    form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)
+)
 
 TENSORS = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
 """Fields of a `StoredLayer` that hold its tensors."""
@@ -26,27 +34,15 @@ TENSORS = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
 class StoredLayer:
     """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``.
 
-    A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. By kind, with r the rank and K the kernel's
-    width, A and B have these shapes:
-
-    ============== ===================================== =======================================
-    kind           A                                     B
-    ============== ===================================== =======================================
-    linear         (r, in)                               (out, r)
-    attention      (r, embed_dim)                        (3 * embed_dim, r)
-    embedding      (r, num_embeddings)                   (embedding_dim, r)
-    conv           (r, in or in / groups, *kernel)       (out, r / groups, 1, ...)
-    conv-loralib   (r * K, in * K)                       (out / groups * K, r * K)
-    ============== ===================================== =======================================
-
-    A linear or attention layer may be adapted by slices of its output rows. A then stacks r rows
-    for each slice, (number of slices * r, in), and B the rows of the slices, (sum of widths, r).
+    A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. `FactorForm` documents `slices`, `weight_shape`,
+    `grouped` and `transposed`, and its module the shapes of A and B on each kind of layer.
 
     Raises:
         AdapterFileError: Shapes disagree, a number is not finite, or the adapter has no effect.
     """
 
-    kind: Kind
+    kind: str
+    """One of `KINDS`."""
     A: Tensor
     B: Tensor
     scaling: float
@@ -54,7 +50,6 @@ class StoredLayer:
     magnitude: Tensor | None = None
     """DoRA's magnitudes, one for each row of B, (rows,)."""
     slices: tuple[RowSlice, ...] = ()
-    """The adapted output rows of a fused projection; empty means all rows."""
     initial_A: Tensor | None = None  # noqa: N815
     initial_B: Tensor | None = None  # noqa: N815
     """PiSSA's A0 and B0, the values of A and B before training; shaped as A and B."""
@@ -63,11 +58,8 @@ class StoredLayer:
     for every row; with its base norm as magnitude, a row outside the slices stays unchanged. The norms of rows in
     the slices are never read."""
     weight_shape: tuple[int, ...] | None = None
-    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
     grouped: bool = True
-    """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
     transposed: bool = False
-    """linear: the base stores its weight as (in, out), as GPT-2's Conv1D does."""
     tied_head: str | None = None
     """embedding: path of the output head on which the same factors act, transposed."""
 
@@ -89,24 +81,31 @@ class StoredLayer:
         self._check_extras()
 
     @property
+    def form(self) -> FactorForm:
+        """The form of A and B on this kind of layer."""
+        match self.kind:
+            case LinearForm.kind:
+                return LinearForm(slices=self.slices, transposed=self.transposed)
+            case AttentionForm.kind:
+                return AttentionForm(slices=self.slices)
+            case EmbeddingForm.kind:
+                return EmbeddingForm()
+            case ConvForm.kind:
+                are_kernels = min(self.A.ndim, self.B.ndim) > 1
+                groups = self.A.shape[0] // self.B.shape[1] if are_kernels else 1
+                return ConvForm(groups=groups, grouped=self.grouped)
+            case _:
+                return LoralibConvForm(taps=self._taps(), weight_shape=self.weight_shape)
+
+    @property
     def rank(self) -> int:
         """Rank of the adapter; of each slice, for a fused projection."""
-        if self.kind == "conv-loralib":
-            return self.A.shape[0] // self.kernel_width
-        return self.A.shape[0] // max(1, len(self.slices))
+        return self.form.rank(self.A)
 
     @property
     def groups(self) -> int:
         """Groups of the convolution that a "conv" layer adapts."""
-        return self.A.shape[0] // self.B.shape[1] if self.kind == "conv" else 1
-
-    @property
-    def kernel_width(self) -> int:
-        """K of a "conv-loralib" layer; loralib supports only square kernels and the scaling alpha / r."""
-        if self.weight_shape is not None:
-            return self.weight_shape[-1]
-        # A has r * K rows, and scaling / alpha is 1 / r.
-        return max(1, round(self.A.shape[0] * self.scaling / self.alpha))
+        return self.form.groups
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -123,54 +122,41 @@ class StoredLayer:
         """
         shape = tuple(weight_shape)
         scaling = self.alpha * shape[-1] / self.A.shape[0]
-        return replace(self, kind="conv-loralib", weight_shape=shape, scaling=scaling)
+        return replace(self, kind=LoralibConvForm.kind, weight_shape=shape, scaling=scaling)
+
+    def _taps(self) -> int:
+        """Return K of loralib's convolution; loralib supports only square kernels and the scaling alpha / r."""
+        if self.weight_shape is not None:
+            return self.weight_shape[-1]
+        # A has r * K rows, and scaling / alpha is 1 / r.
+        return max(1, round(self.A.shape[:1].numel() * self.scaling / self.alpha))
 
     def _check_factors(self) -> None:
-        A, B = self.A, self.B
-        if self.kind == "conv":
-            fits = 3 <= A.ndim <= 5 and B.ndim == A.ndim and B[0, 0].numel() == 1
-            expected = "A (rank, in, *kernel) and B (out, rank / groups, 1, ...)"
-            if fits:
-                fits = A.shape[0] % B.shape[1] == 0 and B.shape[0] % self.groups == 0
-        else:
-            fits = A.ndim == B.ndim == 2
-            expected = "A (rank, in) and B (out, rank)"
-            if fits and self.slices:
-                rows = sum(s.total for s in self.slices)
-                expected = f"A ({len(self.slices)} * rank, in) and B ({rows}, rank)"
-                fits = A.shape[0] % len(self.slices) == 0 and B.shape[0] == rows
-            if fits and self.kind == "conv-loralib":
-                K = self.kernel_width
-                expected = f"A (rank * {K}, in * {K}) and B (out / groups * {K}, rank * {K})"
-                fits = all(n % K == 0 for n in (*A.shape, B.shape[0]))
-                if self.weight_shape is not None:
-                    fits = fits and A.shape[1] * B.shape[0] == math.prod(self.weight_shape)
-            if fits:
-                factor = self.kernel_width if self.kind == "conv-loralib" else 1
-                fits = B.shape[1] == self.rank * factor
-        if not fits:
+        required = self.form.required_shapes(self.A, self.B)
+        if required is not None:
             raise AdapterFileError(
-                f"A has shape {tuple(A.shape)} and B has shape {tuple(B.shape)}; a {self.kind} layer "
-                f"needs {expected}."
+                f"A has shape {tuple(self.A.shape)} and B has shape {tuple(self.B.shape)}; a {self.kind} layer "
+                f"needs {required}."
             )
 
     def _check_extras(self) -> None:
-        if self.slices and self.kind not in ("linear", "attention"):
+        form = self.form
+        if self.slices != form.slices:
             raise AdapterFileError(f"a {self.kind} layer cannot be adapted by slices of its rows.")
         if self.slices:
-            rows = self.rows()
+            rows = form.rows()
             one_layer = len({s.groups * s.stride for s in self.slices}) == 1
             if not one_layer or rows.unique().numel() < len(rows):
                 raise AdapterFileError(
                     f"the slices {', '.join(map(str, self.slices))} overlap, or are of different layers."
                 )
-        if self.magnitude is not None and self.kind == "conv-loralib":
+        if self.magnitude is not None and not form.supports_dora:
             raise AdapterFileError("loralib's convolution factors cannot have DoRA magnitudes.")
         expected_shapes = {
             "magnitude": (self.B.shape[0],),
             "initial_A": tuple(self.A.shape),
             "initial_B": tuple(self.B.shape),
-            "base_norms": (self.slices[0].groups * self.slices[0].stride,) if self.slices else None,
+            "base_norms": (form.out_features(self.B),) if self.slices else None,
         }
         for name, expected in expected_shapes.items():
             tensor = getattr(self, name)
@@ -182,10 +168,6 @@ class StoredLayer:
             raise AdapterFileError(
                 "one of initial_A and initial_B is missing; both or neither were expected."
             )
-
-    def rows(self) -> Tensor:
-        """Return the indices of the adapted rows of a fused projection, slice by slice."""
-        return torch.cat([s.rows() for s in self.slices])
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -227,7 +209,7 @@ def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
     too_high = [
         f"'{path}' (rank {layer.rank}, width {width})"
         for path, layer in layers.items()
-        if layer.kind in ("linear", "attention", "embedding")
+        if layer.form.limits_rank
         and layer.rank > (width := min(layer.A.shape[1], layer.B.shape[0]))
     ]
     if not too_high:

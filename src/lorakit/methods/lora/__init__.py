@@ -1,4 +1,4 @@
-"""LoRA: its settings (method.py), the class for each layer type (kinds.py), and one file for each class."""
+"""LoRA: its settings (method.py), the forms of A and B (forms.py), and the module for each layer type (kinds.py)."""
 
 from lorakit.methods.lora.method import LoRA
 

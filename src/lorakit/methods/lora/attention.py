@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorakit.methods.lora.forms import AttentionForm
 from lorakit.methods.lora.layer import LoRALayer, unsupported
 from lorakit.methods.lora.linear import LinearLoRA
 
@@ -15,8 +16,7 @@ from lorakit.methods.lora.linear import LinearLoRA
 class AttentionLoRA(LoRALayer):
     """Adapts `in_proj_weight`, whole or by its q, k and v rows."""
 
-    kind = "attention"
-    weight_name = "in_proj_weight"
+    form_class = AttentionForm
     shadows = ("in_proj_weight",)
 
     def __init__(self, layer: nn.Module, **options) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterStateError, ConfigurationError
+from lorakit.methods.lora.forms import ConvForm, LoralibConvForm
 from lorakit.methods.lora.layer import LoRALayer, unsupported
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -23,12 +24,6 @@ class _ConvolutionLoRA(LoRALayer):
         assert isinstance(layer, Convolution)
         return layer.weight[0].numel(), layer.out_channels
 
-    def weight_matrix(self, layer: nn.Module) -> Tensor:
-        return layer.weight.flatten(1)  # type: ignore[union-attr, operator]
-
-    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        return matrix.view(layer.weight.shape)  # type: ignore[union-attr]
-
 
 class ConvLoRA(_ConvolutionLoRA):
     """PEFT's factorisation: A is a convolution with the layer's kernel into `rank` channels, B is pointwise.
@@ -38,21 +33,20 @@ class ConvLoRA(_ConvolutionLoRA):
     grouped layer has an ungrouped A (rank, in, *kernel), which can be used but not merged.
     """
 
-    kind = "conv"
+    form_class = ConvForm
 
-    def __init__(self, layer: nn.Module, *, grouped: bool = True, **options) -> None:
+    def __init__(self, layer: nn.Module, **options) -> None:
         assert isinstance(layer, Convolution)
         if options["rank"] % layer.groups:
             raise ConfigurationError(
                 f"Rank {options['rank']} is not a multiple of the convolution's {layer.groups} groups. "
                 f"Use a multiple of {layer.groups}; rank_pattern sets the rank of single layers."
             )
-        self.groups, self.grouped_A = layer.groups, grouped
         super().__init__(layer, **options)
 
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         assert isinstance(layer, Convolution)
-        channels = layer.in_channels // (layer.groups if self.grouped_A else 1)
+        channels = layer.in_channels // (layer.groups if self.form.grouped else 1)
         pointwise = (1,) * len(layer.kernel_size)
         return (
             (self.rank, channels, *layer.kernel_size),
@@ -60,7 +54,7 @@ class ConvLoRA(_ConvolutionLoRA):
         )
 
     def _initialise_pissa(self, layer: nn.Module) -> None:
-        if self.groups > 1:
+        if self.form.groups > 1:
             raise unsupported(layer, "init='pissa' with groups > 1")
         super()._initialise_pissa(layer)
 
@@ -70,23 +64,23 @@ class ConvLoRA(_ConvolutionLoRA):
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
-        convolve, groups = _CONVOLVE[A.ndim], self.groups if self.grouped_A else 1
+        convolve, groups = _CONVOLVE[A.ndim], layer.groups if self.form.grouped else 1
         h = convolve(x, A.to(x.dtype), None, layer.stride, padding, layer.dilation, groups)
-        return _CONVOLVE[B.ndim](h, B.to(x.dtype), groups=self.groups)
+        return _CONVOLVE[B.ndim](h, B.to(x.dtype), groups=layer.groups)
 
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.lora_A.ndim - 2)
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        if self.groups > 1 and not self.grouped_A:
+        if self.form.groups > 1 and not self.form.grouped:
             raise AdapterStateError(
                 "This adapter's file mixes all input channels of a grouped convolution, which a grouped kernel cannot "
                 "express, so the adapter cannot be merged. Use it unmerged, or train an adapter with lorakit, whose "
                 "factors are grouped."
             )
         # G groups, R = rank / G, O outputs of a group, K inputs of a group times kernel elements.
-        A_GRK = A.flatten(1).unflatten(0, (self.groups, -1))
-        B_GOR = B.flatten(1).unflatten(0, (self.groups, -1))
+        A_GRK = A.flatten(1).unflatten(0, (self.form.groups, -1))
+        B_GOR = B.flatten(1).unflatten(0, (self.form.groups, -1))
         return (B_GOR @ A_GRK).flatten(0, 1)
 
 
@@ -97,7 +91,7 @@ class LoralibConvLoRA(_ConvolutionLoRA):
     mixes rows and kernel elements, so the kernel is replaced during the call, and dropout is impossible.
     """
 
-    kind = "conv-loralib"
+    form_class = LoralibConvForm
     shadows = ("weight",)
 
     def __init__(self, layer: nn.Module, **options) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.methods.lora.forms import EmbeddingForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
@@ -18,7 +19,7 @@ class EmbeddingLoRA(LoRALayer):
     loralib: a zero B would leave A's sparse gradient at zero for every row but the batch's.
     """
 
-    kind = "embedding"
+    form_class = EmbeddingForm
     by_token = True
 
     @classmethod
@@ -28,12 +29,6 @@ class EmbeddingLoRA(LoRALayer):
     def _initialise_factors(self, init: Init) -> None:
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B, std=GAUSSIAN_STD if init == "gaussian" else 1.0)
-
-    def weight_matrix(self, layer: nn.Module) -> Tensor:
-        return layer.weight.T  # type: ignore[union-attr, return-value]
-
-    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        return matrix.T.contiguous()
 
     def drop(self, x: Tensor) -> Tensor:
         return x  # token ids; loralib and PEFT have no dropout here either
@@ -51,8 +46,6 @@ class TiedHeadLoRA(LinearLoRA):
 
     ``logits = E h + scaling * A^T B^T h`` with the transposed factors of the embedding. It has no tensors itself.
     """
-
-    kind = "tied-head"
 
     def __init__(self, layer: nn.Module, source: EmbeddingLoRA) -> None:
         with torch.device("meta"):

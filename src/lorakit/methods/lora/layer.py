@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
+from lorakit.methods.lora.forms import FactorForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule, merge_dtype
 from lorakit.models.roles import RowSlice
@@ -33,14 +34,13 @@ class LoRALayer(AdapterModule):
         alpha: The alpha of `scaling`, recorded in the file.
         dropout: Dropout probability of the branch's input.
         slices: Adapted rows of a fused projection; empty adapts all rows.
+        grouped: Whether A of a grouped convolution reads the input channels of one group, or of all.
         dora: Train one magnitude per adapted output row.
         dtype: Dtype of the trained tensors.
     """
 
-    kind: str = ""
-    """The `kind` under which files store the layer (`formats.stored_layer.Kind`)."""
-    weight_name: str = "weight"
-    """The attribute of the adapted layer that holds W."""
+    form_class: type[FactorForm]
+    """The form of A and B on this layer type."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class LoRALayer(AdapterModule):
         alpha: float,
         dropout: float = 0.0,
         slices: tuple[RowSlice, ...] = (),
+        grouped: bool = True,
         dora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -58,9 +59,9 @@ class LoRALayer(AdapterModule):
         if dropout and self.shadows:
             raise unsupported(layer, "dropout on the adapter's branch")
         self.rank, self.scaling, self.alpha, self.dropout = rank, scaling, alpha, dropout
-        self.slices = slices
+        self.form = self.form_class.of(layer, slices, grouped)
         self.scales = not dora
-        weight = getattr(layer, self.weight_name)
+        weight = getattr(layer, self.form.weight_name)
         A_shape, B_shape = self.factor_shapes(layer)
         options = {"dtype": dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(A_shape, **options))
@@ -71,6 +72,11 @@ class LoRALayer(AdapterModule):
         # The frozen initial factors of PiSSA; None for other initialisations.
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
+
+    @property
+    def slices(self) -> tuple[RowSlice, ...]:
+        """The adapted rows of a fused projection; empty adapts all rows."""
+        return self.form.slices
 
     # --- for subclasses to override --------------------------------------------------------------
 
@@ -103,11 +109,8 @@ class LoRALayer(AdapterModule):
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         """Return the layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised."""
-        return getattr(layer, self.weight_name)
-
-    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        """Convert an (out, in) matrix to the layout of the layer's weight."""
-        return matrix
+        n_in, n_out = self.dimensions(layer)
+        return self.form.matrix(getattr(layer, self.form.weight_name), (n_out, n_in))
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return ``B A x`` (unscaled) in the shape of the layer's output."""
@@ -138,9 +141,8 @@ class LoRALayer(AdapterModule):
         if W.is_meta:
             return
         W = W.to(merge_dtype(W))
-        parts = [W[s.rows().to(W.device)] for s in self.slices] or [W]
         A_parts, B_parts = [], []
-        for part in parts:
+        for part in self.form.weight_parts(W):
             U, S, Vh = torch.linalg.svd(part, full_matrices=False)
             root = (S[: self.rank] / abs(self.scaling)).sqrt()
             A_parts.append(root[:, None] * Vh[: self.rank])
@@ -154,25 +156,17 @@ class LoRALayer(AdapterModule):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (R, in) and B (out, R) of the whole layer, with ``delta W = scaling * B A``."""
-        A, B = self._as_matrices(self.lora_A, self.lora_B)
+        A, B = self.form.all_rows(self.lora_A, self.lora_B)
         if self.initial_A is not None:
-            A0, B0 = self._as_matrices(self.initial_A, self.initial_B)
+            A0, B0 = self.form.all_rows(self.initial_A, self.initial_B)
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         return A, B
-
-    def _as_matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stored factors as matrices of the whole layer; B is zero in rows outside the slices."""
-        if not self.slices:
-            return A, B
-        whole_B = B.new_zeros(self.out_features, A.shape[0])
-        blocks = torch.block_diag(*B.split([s.total for s in self.slices]))
-        return A, whole_B.index_copy(0, self._rows(), blocks)
 
     def _rows(self) -> Tensor:
         """Return the indices of the adapted output rows, slice after slice."""
         if not self.slices:
             return torch.arange(self.out_features, device=self.lora_B.device)
-        return torch.cat([s.rows() for s in self.slices]).to(self.lora_B.device)
+        return self.form.rows().to(self.lora_B.device)
 
     # --- effect ----------------------------------------------------------------------------------
 
@@ -225,11 +219,16 @@ class LoRALayer(AdapterModule):
         """Return ``B A`` as an (out, in) matrix."""
         return B @ A
 
+    def _as_weight(self, matrix: Tensor, layer: nn.Module) -> dict[str, Tensor]:
+        """Return an (out, in) matrix in the layout of the layer's weight, by the weight's name."""
+        name = self.form.weight_name
+        return {name: self.form.weight(matrix, getattr(layer, name).shape)}
+
     def changed_weights(self, layer: nn.Module) -> list[str]:
-        return [self.weight_name]
+        return [self.form.weight_name]
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {self.weight_name: self.to_weight(self.delta_matrix(), layer)}
+        return self._as_weight(self.delta_matrix(), layer)
 
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         if self.magnitude is None:
@@ -240,10 +239,10 @@ class LoRALayer(AdapterModule):
         norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
         magnitude = self.magnitude.to(merged.dtype)
         factor = torch.ones_like(merged[:, 0]).index_copy(0, rows, magnitude / norms)
-        return {self.weight_name: self.to_weight(factor[:, None] * merged, layer)}
+        return self._as_weight(factor[:, None] * merged, layer)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.kind}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.form.kind}"
 
 
 def unsupported(layer: nn.Module, option: str) -> ConfigurationError:

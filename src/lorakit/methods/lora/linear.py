@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.methods.lora.forms import LinearForm
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
 from lorakit.models.quantised import quantised_weight
@@ -15,7 +16,7 @@ from lorakit.ops import lora_linear
 class LinearLoRA(LoRALayer):
     """``y = W x + b + scaling * B A x`` on a linear layer, whole or by slices of its output rows."""
 
-    kind = "linear"
+    form_class = LinearForm
     by_token = True
 
     @classmethod
@@ -26,12 +27,7 @@ class LinearLoRA(LoRALayer):
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         quantised = quantised_weight(layer)
-        if quantised is not None:
-            return quantised.matrix()
-        return layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # type: ignore[return-value, union-attr]
-
-    def to_weight(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        return matrix.T.contiguous() if isinstance(layer, Conv1D) else matrix
+        return super().weight_matrix(layer) if quantised is None else quantised.matrix()
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         """Return `LoRALayer.adapt`, by one autograd function that adds in place if possible."""

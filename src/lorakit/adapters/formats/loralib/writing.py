@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -61,20 +60,12 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
     """Return A, B and the rank of the equivalent loralib layer."""
     if layer.magnitude is not None:
         raise AdapterFileError("loralib has no DoRA.")
-    if layer.kind == "attention":
-        raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
-    if layer.kind == "conv" and (layer.groups > 1 or math.prod(layer.A.shape[2:]) > 1):
-        raise AdapterFileError(
-            "loralib factorises convolutions differently; it supports only pointwise ones without groups."
-        )
+    A, B = layer.form.to_loralib(layer.A, layer.B)
     _check_slices(layer)
-    A, B = layer.A, layer.B
-    if layer.kind == "conv":
-        A, B = A.flatten(1), B.flatten(1)
     if layer.initial_A is None or layer.initial_B is None:
         return A, B, layer.rank
     # Subtract PiSSA's initial factors, slice by slice, at twice the rank.
-    A0, B0 = layer.initial_A.reshape(A.shape), layer.initial_B.reshape(B.shape)
+    A0, B0 = layer.form.to_loralib(layer.initial_A, layer.initial_B)
     slices = max(1, len(layer.slices))
     both = torch.cat([A.unflatten(0, (slices, -1)), A0.unflatten(0, (slices, -1))], dim=1)
     return both.flatten(0, 1), torch.cat([B, -B0], dim=1), 2 * layer.rank

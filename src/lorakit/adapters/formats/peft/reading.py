@@ -14,7 +14,7 @@ from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig
 from lorakit.adapters.formats.peft.trained import PREFIX
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import Kind, StoredLayer, located, rank_notices
+from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
@@ -156,7 +156,7 @@ def _layer(
         raise AdapterFileError(
             f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
         )
-    kind: Kind = "conv" if A.ndim > 2 else "linear"
+    kind = "conv" if A.ndim > 2 else "linear"
     if embedding or is_attention:
         kind = "embedding" if embedding else "attention"
     with located(f"'{path}'"):

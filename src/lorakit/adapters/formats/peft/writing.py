@@ -21,12 +21,18 @@ from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora.forms import AttentionForm, EmbeddingForm, LinearForm
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = trained.PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
+
+_KEYS = {
+    LinearForm.kind: ("lora_A.weight", "lora_B.weight"),
+    EmbeddingForm.kind: ("lora_embedding_A", "lora_embedding_B"),
+}
 
 
 @dataclass
@@ -108,7 +114,7 @@ def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
         if entry.tied_head is not None:
             if entry.magnitude is not None:
                 raise NotExpressibleError(f"'{path}': PEFT cannot tie DoRA's magnitudes to a head.")
-            heads[entry.tied_head] = replace(entry, kind="linear", A=entry.B.T, B=entry.A.T)
+            heads[entry.tied_head] = replace(entry, kind=LinearForm.kind, A=entry.B.T, B=entry.A.T)
     return heads
 
 
@@ -116,7 +122,7 @@ def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
 
 
 def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
-    attention = {path for path, layer in layers.items() if layer.kind == "attention"}
+    attention = {path for path, layer in layers.items() if isinstance(layer.form, AttentionForm)}
     if layout is not None:
         parents = {path.rpartition(".")[0] for path in layers if path.endswith(".out_proj")}
         attention |= {path for path in parents if layout.is_attention(path)}
@@ -158,9 +164,7 @@ def _key_start(path: str, attention: set[str]) -> str:
 
 def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
     """Return the keys of a layer's A, B and magnitude, for the prefix `key` of the layer."""
-    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
-    if kind == "embedding":
-        names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+    names = dict(zip("AB", _KEYS.get(kind, _KEYS[LinearForm.kind]), strict=True))
     if dora:
         names["magnitude"] = MAGNITUDE
     return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}

@@ -1,0 +1,279 @@
+"""The form of A and B on each kind of layer: their shapes, and the weight that they change.
+
+Adapters on a live model (`LoRALayer`) and in a file (`StoredLayer`) use the same classes. An instance holds only
+facts that A and B do not show. With r the rank and K the kernel's width, A and B have these shapes:
+
+============== ===================================== =======================================
+kind           A                                     B
+============== ===================================== =======================================
+linear         (r, in)                               (out, r)
+attention      (r, embed_dim)                        (3 * embed_dim, r)
+embedding      (r, num_embeddings)                   (embedding_dim, r)
+conv           (r, in or in / groups, *kernel)       (out, r / groups, 1, ...)
+conv-loralib   (r * K, in * K)                       (out / groups * K, r * K)
+============== ===================================== =======================================
+
+A linear or attention layer may be adapted by slices of its output rows. A then stacks r rows for each slice,
+(number of slices * r, in), and B the rows of the slices, (sum of widths, r).
+
+`to_peft` and `from_peft` convert to PEFT's one pair for the whole layer and back. They only move numbers, so both are
+exact to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.errors import AdapterFileError
+from lorakit.models.roles import RowSlice
+
+Factors = tuple[Tensor, Tensor]
+"""A and B."""
+
+
+class NotExpressibleError(AdapterFileError):
+    """PEFT's format cannot represent an adapter."""
+
+
+class FactorForm:
+    """Two matrices A (r, in) and B (out, r), or such a pair for each slice. Subclasses override what differs."""
+
+    kind: str
+    """Name of the kind of layer in files."""
+    weight_name = "weight"
+    """Attribute of the adapted layer that holds the changed weight."""
+    supports_dora = True
+    limits_rank = True
+    """Whether a rank above the sizes of A and B is superfluous."""
+    slices: tuple[RowSlice, ...] = ()
+    """The adapted output rows of a fused projection; empty means all rows."""
+    transposed: bool = False
+    """linear: the layer stores its weight as (in, out), as GPT-2's Conv1D does."""
+    groups: int = 1
+    """conv: groups of the convolution."""
+    grouped: bool = True
+    """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
+    taps: int = 1
+    """conv-loralib: K."""
+    weight_shape: tuple[int, ...] | None = None
+    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
+
+    @classmethod
+    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> FactorForm:
+        """Return the form on a live layer; each kind uses the arguments that apply to it."""
+        return cls()
+
+    def required_shapes(self, A: Tensor, B: Tensor) -> str | None:
+        """Return the shapes that A and B must have, or None if they have them."""
+        count, rows = len(self.slices), sum(s.total for s in self.slices)
+        if (
+            A.ndim == B.ndim == 2
+            and A.shape[0] == max(1, count) * B.shape[1]
+            and rows in (0, len(B))
+        ):
+            return None
+        return (
+            f"A ({count} * rank, in) and B ({rows}, rank)"
+            if count
+            else "A (rank, in) and B (out, rank)"
+        )
+
+    def rank(self, A: Tensor) -> int:
+        """Return the rank of the adapter; of each slice, for a fused projection."""
+        return A.shape[0] // (max(1, len(self.slices)) * self.taps)
+
+    def out_features(self, B: Tensor) -> int:
+        """Return the number of rows of the weight as a matrix."""
+        return self.slices[0].groups * self.slices[0].stride if self.slices else B.shape[0]
+
+    def rows(self) -> Tensor:
+        """Return the indices of the adapted rows of a fused projection, slice by slice."""
+        return torch.cat([s.rows() for s in self.slices])
+
+    # --- the weight and its change as matrices ---------------------------------------------------
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Return a view of the weight as a matrix (out, in) of this shape; of another one if W does not fit."""
+        return W
+
+    def weight(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo `matrix`: return the weight, for convolutions in this shape."""
+        return matrix.reshape(shape)
+
+    def parts(self, A: Tensor, B: Tensor) -> list[Factors]:
+        """Return A (rank, in) and B (rows, rank) of each slice of a fused projection or group of a convolution."""
+        A, B = A.flatten(1), B.flatten(1)
+        blocks = B.split([s.total for s in self.slices]) if self.slices else B.chunk(self.groups)
+        return list(zip(A.chunk(len(blocks)), blocks, strict=True))
+
+    def weight_parts(self, matrix: Tensor) -> list[Tensor]:
+        """Return the rows of the weight's matrix to which each of the `parts` is added."""
+        if self.slices:
+            return [matrix[s.rows().to(matrix.device)] for s in self.slices]
+        return list(matrix.chunk(self.groups))
+
+    def all_rows(self, A: Tensor, B: Tensor) -> Factors:
+        """Return A and B of all rows of the layer; B is zero outside the slices."""
+        if not self.slices:
+            return A, B
+        blocks = torch.block_diag(*B.split([s.total for s in self.slices]))
+        whole = B.new_zeros(self.out_features(B), A.shape[0])
+        return A, whole.index_copy(0, self.rows().to(B.device), blocks)
+
+    # --- other libraries -------------------------------------------------------------------------
+
+    def to_peft(self, A: Tensor, B: Tensor) -> Factors:
+        """Return PEFT's A and B, of all rows and input channels; raise `NotExpressibleError` if there are none."""
+        return self.all_rows(A, B)
+
+    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
+        """Undo `to_peft`."""
+        if not self.slices:
+            return A, B
+        blocks = enumerate(B[self.rows()].split([s.total for s in self.slices]))
+        return A, torch.cat([block.chunk(len(self.slices), dim=1)[i] for i, block in blocks])
+
+    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
+        """Return loralib's A and B; raise `AdapterFileError` if there are none."""
+        return A.flatten(1), B.flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearForm(FactorForm):
+    """A linear layer or GPT-2's `Conv1D`, whole or by slices of a fused projection."""
+
+    kind = "linear"
+    slices: tuple[RowSlice, ...] = ()
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> LinearForm:
+        return cls(slices=slices, transposed=isinstance(layer, Conv1D))
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        matrix = W.mT if self.transposed else W
+        # A loralib file does not record whether the base transposes its weight.
+        return matrix.mT if matrix.shape != shape == tuple(matrix.mT.shape) else matrix
+
+    def weight(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return matrix.mT.contiguous() if self.transposed else matrix
+
+
+class AttentionForm(LinearForm):
+    """The input projections of `nn.MultiheadAttention`, whole or by slices."""
+
+    kind = "attention"
+    weight_name = "in_proj_weight"
+
+    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
+        raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
+
+
+@dataclass(frozen=True)
+class EmbeddingForm(FactorForm):
+    """An embedding table as a linear map from one-hot ids, W = E^T."""
+
+    kind = "embedding"
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        return W.mT
+
+    def weight(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return matrix.mT.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvForm(FactorForm):
+    """PEFT's factors of a convolution: A has the layer's kernel, B is pointwise."""
+
+    kind = "conv"
+    limits_rank = False
+    groups: int = 1
+    grouped: bool = True
+
+    @classmethod
+    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> ConvForm:
+        return cls(groups=layer.groups, grouped=grouped)
+
+    def required_shapes(self, A: Tensor, B: Tensor) -> str | None:
+        are_kernels = 3 <= A.ndim == B.ndim <= 5 and B.shape[2:].numel() == 1
+        fit = (
+            are_kernels and A.shape[0] == self.groups * B.shape[1] and not B.shape[0] % self.groups
+        )
+        return None if fit else "A (rank, in, *kernel) and B (out, rank / groups, 1, ...)"
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        return W.flatten(1)
+
+    def to_peft(self, A: Tensor, B: Tensor) -> Factors:
+        """Return A with zeros at the input channels of the other groups, and B."""
+        if not self.grouped:
+            return A, B
+        wide = torch.block_diag(*A.flatten(1).chunk(self.groups))
+        return wide.view(A.shape[0], -1, *A.shape[2:]), B
+
+    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
+        if not self.grouped:
+            return A, B
+        parts = enumerate(A.chunk(self.groups))
+        return torch.cat([part.chunk(self.groups, dim=1)[group] for group, part in parts]), B
+
+    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
+        if self.groups > 1 or A.shape[2:].numel() > 1:
+            raise AdapterFileError(
+                "loralib factorises convolutions differently; it supports only pointwise ones without groups."
+            )
+        return super().to_loralib(A, B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoralibConvForm(FactorForm):
+    """loralib's factors of a convolution with a square kernel: ``dW = (B A)`` viewed in the weight's shape."""
+
+    kind = "conv-loralib"
+    supports_dora = False
+    limits_rank = False
+    taps: int = 1
+    weight_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> LoralibConvForm:
+        return cls(taps=layer.kernel_size[0], weight_shape=tuple(layer.weight.shape))
+
+    def required_shapes(self, A: Tensor, B: Tensor) -> str | None:
+        K, shape = self.taps, self.weight_shape
+        fit = super().required_shapes(A, B) is None and not any(n % K for n in (*A.shape, len(B)))
+        fit = fit and (shape is None or math.prod(shape) == A.shape[1] * B.shape[0])
+        return None if fit else f"A (rank * {K}, in * {K}) and B (out / groups * {K}, rank * {K})"
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        return W.reshape(shape) if W.numel() == math.prod(shape) else W
+
+    def to_peft(self, A: Tensor, B: Tensor) -> Factors:
+        """Return A (r * K * K, in, *kernel), block-diagonal with K copies, and B (out, r * K * K, 1, ...).
+
+        The delta is ``[B_0 A | B_1 A | ...]`` over the K taps of the kernel's height.
+        """
+        if self.weight_shape is None:
+            raise NotExpressibleError(
+                "loralib's factors of a convolution do not show its shape. Save the adapter from a live model."
+            )
+        n_out, n_in, *kernel = self.weight_shape
+        if A.shape[1] != n_in * self.taps:
+            raise NotExpressibleError(
+                "loralib's factors of a grouped convolution mix its groups, but PEFT's cannot."
+            )
+        wide = torch.block_diag(*[A] * self.taps).view(-1, n_in, *kernel)
+        side_by_side = B.unflatten(0, (n_out, self.taps)).flatten(1)
+        return wide, side_by_side.view(n_out, -1, *(1 for _ in kernel))
+
+    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
+        rank, n_in = A.shape[0] // self.taps, A.shape[1]
+        first = A[:rank].flatten(1)[:, : n_in * self.taps]
+        return first, B.flatten(1).unflatten(1, (self.taps, rank)).flatten(0, 1)
