@@ -291,7 +291,10 @@ class Adapters:
         trained: list[str],
         provenance: dict[str, Any] | None = None,
     ) -> InstalledAdapter:
-        """Add an adapter's modules and a copy of each base parameter named in `trained`; freeze the base."""
+        """Add an adapter's modules and a copy of each base parameter named in `trained`.
+
+        The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
+        """
         require_exact_layers(self.model)
         adapter = install(self.model, name, method, modules, trained, self._activation)
         adapter.provenance = provenance or {}
@@ -301,8 +304,8 @@ class Adapters:
             self._activation.swapping.add(name)
         if handle_of(self.model) is None:
             self._set_up_model()
-        for _, parameter in base_parameters(self.model):
-            parameter.requires_grad_(False)
+            for _, parameter in base_parameters(self.model):
+                parameter.requires_grad_(False)
         return adapter
 
     def _set_up_model(self) -> None:
