@@ -17,7 +17,9 @@ IDS = torch.tensor([[2, 5, PADDING], [PADDING, 2, 7]])
 
 def table() -> nn.Sequential:
     model = nn.Sequential(nn.Embedding(9, 8, padding_idx=PADDING))
-    nn.init.normal_(model[0].weight)  # a pre-trained table may have a padding vector that is not zero
+    nn.init.normal_(
+        model[0].weight
+    )  # a pre-trained table may have a padding vector that is not zero
     return model
 
 
@@ -33,7 +35,7 @@ def test_the_padding_row_gets_no_gradient(options: dict) -> None:
     assert gradient[:, [2, 5, 7]].abs().min() > 0
 
 
-def test_the_gradient_of_A_is_that_of_the_table() -> None:
+def test_the_gradient_is_that_of_the_table() -> None:
     """``dA = scaling * B^T dE^T``, with dE from `nn.Embedding` on the merged table."""
     model = table()
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="0"))
