@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.activation import Activation, Active
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
-from lorakit.models.layers import ADAPTERS, AdapterSlot
+from lorakit.models.layers import ADAPTERS, AdapterSlot, layer_input
 from lorakit.models.quantised import compute_quantised, compute_whole, quantised_weight
 
 MARK = "holds_merged_weights"
@@ -251,7 +251,7 @@ class LayerAdapters(AdapterSlot):
 
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x = layer_input(layer, args, kwargs)
     return layer._modules[ADAPTERS].after(layer, x, output)  # type: ignore[operator, union-attr]
 
 
