@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.adapters.activation import Active
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
-from lorakit.adapters.layer_adapters import add_adapter_hook, remove_adapter_hook
+from lorakit.adapters.layer_adapters import after_forward, remove_adapter_hook
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 
@@ -46,17 +46,18 @@ def merge(model: nn.Module, active: Active) -> None:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
     for _, layer, adapters in adapted_layers(model):
         adapters.merged = True
-        # In training the hook stays: it rejects the recomputation of a checkpointed block.
-        if not model.training and not adapters.activation.recomputation_pending:
+        # In training the hook stays: it rejects the recomputation of a checkpointed block. Among other hooks it stays
+        # too, because they must run before or after the adapter again once it is unmerged.
+        is_alone = len(layer._forward_hooks) == 1
+        if is_alone and not model.training and not adapters.activation.recomputation_pending:
             remove_adapter_hook(layer)
 
 
 def require_mergeable(model: nn.Module, active: Active) -> None:
-    """Raise an AdapterStateError if an active adapter cannot be merged."""
-    for path, name in unmergeable(model, [name for name, _ in active.weights]):
+    """Raise an AdapterStateError if an active adapter cannot be merged: merging would change the model's function."""
+    for name, reason in unmergeable(model, [name for name, _ in active.weights]):
         raise AdapterStateError(
-            f"'{name}' cannot be merged: its effect at '{path}' is not a weight change. Use it unmerged, with "
-            "activate()."
+            f"'{name}' cannot be merged: {reason}. Use it unmerged, with activate()."
         )
 
 
@@ -65,7 +66,10 @@ def unmerge(model: nn.Module) -> None:
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
         adapters.merged = False
-        add_adapter_hook(layer)
+        if (
+            after_forward not in layer._forward_hooks.values()
+        ):  # it was alone, so hooks added since run after it
+            layer.register_forward_hook(after_forward, with_kwargs=True, prepend=True)
 
 
 def forget_base(model: nn.Module) -> None:

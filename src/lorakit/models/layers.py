@@ -153,24 +153,24 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def layer_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return the input among the arguments of a layer's call; None if there is none."""
-    position, name = _input_parameter(type(layer))
+    position, name = input_parameter(type(layer))
     if position < len(args):
         return args[position]
     return kwargs[name] if name in kwargs else next(iter(kwargs.values()), None)
 
 
 @torch.compiler.assume_constant_result  # Dynamo traces neither `inspect` nor a cache
-def _input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
+def input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
+    """Return position and name of the parameter of ``kind.forward`` that takes the layer's input.
+
+    It is the first parameter with a usual name (``input``, ``x``, ``hidden_states``, ...), else the first of all. A
+    forward method that passes on ``*args, **kwargs`` has the parameters of the method that it overrides.
+    """
     return _find_input_parameter(kind)
 
 
 @functools.cache
 def _find_input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
-    """Return position and name of the parameter of ``kind.forward`` that takes the layer's input.
-
-    It is the first parameter with one of `_INPUT_NAMES`, else the first of all. A forward method that passes on
-    ``*args, **kwargs`` has the parameters of the method that it overrides.
-    """
     for owner in kind.__mro__:
         if "forward" not in vars(owner):
             continue
