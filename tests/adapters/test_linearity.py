@@ -171,6 +171,18 @@ class SameConvolution(nn.Conv2d):
         return super().forward(input)
 
 
+class WithBias(nn.Linear):
+    """Returns its bias beside its output."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(input), self.bias
+
+
+def watched(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
 def aligned(layer: nn.Module) -> nn.Module:
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     return layer
@@ -179,6 +191,7 @@ def aligned(layer: nn.Module) -> nn.Module:
 FORMULAS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "falcon": (lambda: FalconLinear(8, 8), (torch.ones(2, 3, 8),)),
     "accelerate": (lambda: aligned(nn.Linear(8, 8)), (torch.ones(2, 8),)),
+    "tuple": (lambda: watched(WithBias(8, 8)), (torch.ones(2, 8),)),
     "scaled embedding": (lambda: GemmaTextScaledWordEmbedding(9, 8, 0, 3.0), (IDS,)),
     "convolution": (
         lambda: SameConvolution(4, 4, (3, 1), padding=(2, 1), dilation=2, padding_mode="circular"),

@@ -6,9 +6,10 @@ the adapter's may change the output.
 
 Only layers for which this is in doubt are tried: those whose forward method is not their type's own, and those with
 such a hook. The trial has two samples, the layer's dtype and device, and fixed seeds; the global random generators
-are restored. The forward method runs on a shallow copy of the layer in evaluation mode, so attributes and buffers
-that it sets are dropped. A hook is called once, as in a forward pass: one that counts or collects outputs sees one
-more. Hooks of PyTorch (FSDP, profilers) and of lorakit are trusted and not called.
+are restored. The forward method runs on a shallow copy of the layer in evaluation mode: attributes and buffers that it
+sets are dropped, but a list that it appends to gets one more entry. A hook is called once, as in a forward pass: one
+that counts or collects outputs sees one more. Hooks of PyTorch (FSDP, profilers) and of lorakit are trusted and not
+called.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def why_hooks_change_output(path: str, layer: nn.Module) -> str | None:
         output = _forward(layer, x)
         for hook, with_kwargs in hooks:
             name = f"the forward hook {getattr(hook, '__qualname__', repr(hook))} on '{path}'"
-            given = output.clone()
+            given = _hidden(output).clone()
             arguments = ((x,), {}) if with_kwargs else ((x,),)
             try:
                 result = hook(layer, *arguments, output)
@@ -115,8 +116,7 @@ def _forward(layer: nn.Module, x: Tensor) -> Any:
     """Return the output of the layer's forward method on a copy of `x`, without hooks and without a change of state."""
     position, name = input_parameter(type(layer))
     forward = _copy(layer).forward
-    output = forward(x.clone()) if position == 0 else forward(**{name: x.clone()})
-    return output[0] if isinstance(output, tuple) else output
+    return forward(x.clone()) if position == 0 else forward(**{name: x.clone()})
 
 
 def _copy(layer: nn.Module) -> nn.Module:
@@ -147,10 +147,14 @@ def _hooks_before_adapter(layer: nn.Module) -> Iterator[tuple[Callable[..., Any]
                 yield hook, key in with_kwargs
 
 
+def _hidden(output: Any) -> Any:
+    """Return the output to which an adapter adds: the first entry of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _equal(actual: Any, expected: Tensor) -> bool:
     """Return whether two outputs are equal up to rounding, in each sample relative to its largest value."""
-    if isinstance(actual, tuple):
-        actual = actual[0]
+    actual = _hidden(actual)
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return False
     # 1e-3 allows for TF32 products.

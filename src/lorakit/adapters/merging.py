@@ -66,9 +66,8 @@ def unmerge(model: nn.Module) -> None:
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
         adapters.merged = False
-        if (
-            after_forward not in layer._forward_hooks.values()
-        ):  # it was alone, so hooks added since run after it
+        # A hook that was removed was alone, so those registered since run after it.
+        if after_forward not in layer._forward_hooks.values():
             layer.register_forward_hook(after_forward, with_kwargs=True, prepend=True)
 
 
