@@ -20,7 +20,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> Adapters:
-    """Add a new adapter to a model, freeze the base and activate the adapter.
+    """Add a new adapter to a model and activate it; a model's first adapter freezes the base.
 
     Args:
         model: Any PyTorch model; roles as targets need a supported `transformers` architecture.

@@ -55,7 +55,7 @@ def save_pretrained(
     names = {
         n for _, _, adapters in adapted_layers(model) for n in adapters.activation.active.names
     }
-    _, unmerged = next(unmergeable(model, names), ("", None))
+    unmerged, _ = next(unmergeable(model, names), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):
         raise AdapterStateError(
             f"'{unmerged}' cannot be merged into the weights, so the base would be pushed without it. Push the folder "

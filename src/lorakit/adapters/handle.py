@@ -337,7 +337,10 @@ class Adapters:
         trained: list[str],
         provenance: dict[str, Any] | None = None,
     ) -> InstalledAdapter:
-        """Add an adapter's modules and a copy of each base parameter named in `trained`; freeze the base."""
+        """Add an adapter's modules and a copy of each base parameter named in `trained`.
+
+        The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
+        """
         require_exact_layers(self.model)
         is_first = handle_of(self.model) is None
         if is_first:
@@ -352,8 +355,9 @@ class Adapters:
         self._installed[name] = adapter
         self._activation.add(name, swaps=bool(adapter.trained))
         export.guard_loading(self.model)
-        for _, parameter in base_parameters(self.model):
-            parameter.requires_grad_(False)
+        if is_first:
+            for _, parameter in base_parameters(self.model):
+                parameter.requires_grad_(False)
         return adapter
 
     def _set_up_model(self) -> None:

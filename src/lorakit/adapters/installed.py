@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from lorakit.adapters.layer_adapters import (
     remove_hooks,
     remove_idle_hooks,
 )
+from lorakit.adapters.linearity import why_hooks_change_output, why_not_linear
 from lorakit.adapters.row_layout import row_layouts
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
@@ -25,6 +27,8 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +76,8 @@ def install(
 ) -> InstalledAdapter:
     """Add an adapter's modules to the model's layers, with a copy of each base tensor in `trained_names`.
 
-    `modules` receives a plain `AdapterModule` for each layer that only has trained copies.
+    `modules` receives a plain `AdapterModule` for each layer that only has trained copies. A warning names each layer
+    into which the adapter cannot be merged because of its forward method (`lorakit.adapters.linearity`).
 
     Args:
         model: The model.
@@ -106,7 +111,10 @@ def install(
     layouts = row_layouts(model, list(modules))
     for path, module in modules.items():
         owner = model.get_submodule(path.rpartition(".")[0])
-        add_module(model.get_submodule(path), owner, name, module, activation, layouts[path])
+        layer = model.get_submodule(path)
+        add_module(layer, owner, name, module, activation, layouts[path])
+        if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
+            _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
     return installed
 
@@ -141,11 +149,23 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdap
 
 
 def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield layer path and adapter name of every module whose effect is not a weight change."""
-    for path, _, adapters in adapted_layers(model):
-        for name in names:
-            if name in adapters and not adapters[name].merges:
-                yield path, name
+    """Yield the name of each adapter that cannot be merged at a layer, and why."""
+    for path, layer, adapters in adapted_layers(model):
+        modules = {name: adapters[name] for name in names if name in adapters}
+        for name, module in modules.items():
+            if not module.merges:
+                yield name, f"its effect at '{path}' is not a weight change"
+        adding = [name for name, module in modules.items() if _merges_an_addition(module)]
+        if adding and (
+            reason := why_not_linear(path, layer) or why_hooks_change_output(path, layer)
+        ):
+            yield adding[0], reason
+
+
+def _merges_an_addition(module: AdapterModule) -> bool:
+    """Return whether a merge replaces what the module adds to its layer's output by a change of the weight."""
+    leaves_output = module.shadows or type(module).adapt is AdapterModule.adapt
+    return module.merges and not leaves_output
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

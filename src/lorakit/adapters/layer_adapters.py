@@ -15,7 +15,7 @@ from lorakit.adapters.mixed_batch import Call, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, layer_input
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
     hide_parameters,
@@ -164,7 +164,7 @@ class LayerAdapters(ReplacedParameters):
 
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
-    x = args[0] if args else next(iter(kwargs.values()), None)
+    x = layer_input(layer, args, kwargs)
     return layer._modules[ADAPTERS].after(Call(layer, x, args, kwargs), output)  # type: ignore[operator, union-attr]
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.export import unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
-from lorakit.adapters.layer_adapters import add_adapter_hook, remove_adapter_hook
+from lorakit.adapters.layer_adapters import after_forward, remove_adapter_hook
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 
@@ -48,13 +48,14 @@ def merge(model: nn.Module, blend: Blend) -> None:
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
     for _, layer, _ in adapted_layers(model):
-        # In training the hook stays: it records the pass of a checkpointed block.
-        if not model.training:
+        # In training the hook stays: it records the pass of a checkpointed block. Among other hooks it stays too,
+        # because they must run before or after the adapter again once it is unmerged.
+        if not model.training and len(layer._forward_hooks) == 1:
             remove_adapter_hook(layer)
 
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise an AdapterStateError if one of these adapters cannot be merged, or if FSDP2 has sharded the model."""
+    """Raise an AdapterStateError if one of these adapters cannot be merged: it would change the model's function."""
     sharded = _sharded(model)
     if sharded is not None:
         raise AdapterStateError(
@@ -62,10 +63,9 @@ def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
             "save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a "
             "base that is not sharded."
         )
-    for path, name in unmergeable(model, names):
+    for name, reason in unmergeable(model, names):
         raise AdapterStateError(
-            f"'{name}' cannot be merged: its effect at '{path}' is not a weight change. Use it unmerged, with "
-            "activate()."
+            f"'{name}' cannot be merged: {reason}. Use it unmerged, with activate()."
         )
 
 
@@ -82,7 +82,9 @@ def unmerge(model: nn.Module) -> None:
     """Restore every base parameter."""
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
-        add_adapter_hook(layer)
+        # A hook that was removed was alone, so those registered since run after it.
+        if after_forward not in layer._forward_hooks.values():
+            layer.register_forward_hook(after_forward, with_kwargs=True, prepend=True)
 
 
 def forget_base(model: nn.Module) -> None:

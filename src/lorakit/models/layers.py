@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 ADAPTERS = "adapters"
 """Name of the child module that holds a layer's adapters (``<layer>.adapters.<name>``)."""
 
+
+_INPUT_NAMES = ("input", "x", "hidden_states", "hidden", "inputs", "input_ids")
+"""Names of the parameter that takes a layer's input: in PyTorch, in transformers, and in common use."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -143,6 +149,38 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
     assert isinstance(weight, torch.Tensor)
     return tuple(weight.shape)
+
+
+def layer_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return the input among the arguments of a layer's call; None if there is none."""
+    position, name = input_parameter(type(layer))
+    if position < len(args):
+        return args[position]
+    return kwargs[name] if name in kwargs else next(iter(kwargs.values()), None)
+
+
+@torch.compiler.assume_constant_result  # Dynamo traces neither `inspect` nor a cache
+def input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
+    """Return position and name of the parameter of ``kind.forward`` that takes the layer's input.
+
+    It is the first parameter with a usual name (``input``, ``x``, ``hidden_states``, ...), else the first of all. A
+    forward method that passes on ``*args, **kwargs`` has the parameters of the method that it overrides.
+    """
+    return _find_input_parameter(kind)
+
+
+@functools.cache
+def _find_input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
+    for owner in kind.__mro__:
+        if "forward" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(vars(owner)["forward"]).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if names:
+            name = next((n for n in names if n in _INPUT_NAMES), names[0])
+            is_positional = parameters[names.index(name)].kind is not inspect.Parameter.KEYWORD_ONLY
+            return names.index(name) if is_positional else sys.maxsize, name
+    return 0, "input"
 
 
 def is_inside(path: str, root: str) -> bool:

@@ -30,16 +30,22 @@ def lora_linear(
         A: Shape (rank, in).
         B: Shape (out, rank).
         scaling: Factor on the product.
-        in_place: Write into `out`, which no other code may use afterwards. False returns a new tensor.
+        in_place: Write into `out`, which no other code may use afterwards. False returns a new tensor. So does True
+            if `out` is a view or not contiguous.
 
     Returns:
-        Shape (..., out), the dtype of `out`.
+        Shape (..., out), the dtype of `out`. Never a view, so the caller may modify it in place.
     """
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
     # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
     # addition anyway.
-    in_place = in_place and not torch.compiler.is_compiling() and not out._is_view()
+    in_place = (
+        in_place
+        and not torch.compiler.is_compiling()
+        and out.is_contiguous()
+        and not out._is_view()
+    )
     with no_autocast(out):
         if torch.is_grad_enabled():
             return _LoraLinear.apply(x, out, A, B, scaling, in_place)
@@ -61,12 +67,15 @@ def _add_product(
 
 
 def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
-    """Return ``out + scaling * h B^T``, written into `out` if it is contiguous and `in_place` is set."""
-    out_NO = out.reshape(-1, out.shape[-1])
-    if in_place and out.is_contiguous():
-        out_NO.addmm_(h_NR, B.T, alpha=scaling)
-        return out
-    return torch.addmm(out_NO, h_NR, B.T, alpha=scaling).view(out.shape)
+    """Return ``out + scaling * h B^T``: `out` itself if `in_place` is set, else a new tensor.
+
+    Autograd rejects in-place operations on a view that a custom function returns, and models apply them to outputs
+    of layers (Falcon's residual sum, `nn.ReLU(inplace=True)`). So the product is added to a copy of `out`;
+    `torch.addmm` makes the same copy, but its result would have to be viewed in the shape of `out`.
+    """
+    total = out if in_place else out.clone(memory_format=torch.contiguous_format)
+    total.view(-1, total.shape[-1]).addmm_(h_NR, B.T, alpha=scaling)
+    return total
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -77,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x_ND, h_NR, A, B)
         ctx.scaling, ctx.x_shape = scaling, x.shape
         total = _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
-        if total is out:
+        if in_place:
             ctx.mark_dirty(out)
         return total
 

@@ -17,6 +17,9 @@ class EmbeddingLoRA(LoRALayer):
 
     A is (rank, num_embeddings) and starts at zero, B is (embedding_dim, rank) and starts random, as in
     loralib: a zero B would leave A's sparse gradient at zero for every row but the batch's.
+
+    As in `nn.Embedding`, the vector of `padding_idx` is looked up like any other and is not trained: its column of A
+    gets no gradient. That column starts at zero (except with PiSSA), so the vector stays the base's.
     """
 
     form_class = EmbeddingForm
@@ -36,7 +39,7 @@ class EmbeddingLoRA(LoRALayer):
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         # Some models scale the looked up vectors (Gemma by sqrt(d)), so scale their change too.
         scale = getattr(layer, "embed_scale", None)
-        vectors = F.embedding(x, A.T) @ B.T
+        vectors = F.embedding(x, A.T, layer.padding_idx) @ B.T  # type: ignore[arg-type]
         vectors = vectors if scale is None else vectors * scale
         return vectors.to(layer.weight.dtype)  # type: ignore[union-attr]
 

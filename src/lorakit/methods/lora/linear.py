@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.methods.lora.forms import LinearForm
@@ -11,6 +12,10 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops import lora_linear
+
+_NEW_TENSOR = (nn.Linear.forward, Conv1D.forward)
+"""Forward methods that return a new tensor and keep no reference to it. Others, such as those of quantised layers, may
+return a buffer that they still need."""
 
 
 class LinearLoRA(LoRALayer):
@@ -34,10 +39,7 @@ class LinearLoRA(LoRALayer):
         if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
-        # Layers of other libraries (quantised ones) may return a buffer that they still need, and
-        # another forward hook may have stored the output.
-        is_plain = type(layer).__module__.startswith(("torch.nn.", "transformers.pytorch_utils"))
-        in_place = is_plain and len(layer._forward_hooks) == 1
+        in_place = _output_is_unshared(layer)
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
 
     def low_rank(self) -> LowRank | None:
@@ -47,3 +49,13 @@ class LinearLoRA(LoRALayer):
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+def _output_is_unshared(layer: nn.Module) -> bool:
+    """Return whether no code but the adapter's hook can hold the layer's output: no other forward hook saw it."""
+    return (
+        type(layer).forward in _NEW_TENSOR
+        and "forward" not in layer.__dict__
+        and len(layer._forward_hooks) == 1
+        and not _global_forward_hooks
+    )
