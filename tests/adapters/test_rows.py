@@ -269,6 +269,65 @@ def test_a_table_that_looks_up_an_input_of_the_model() -> None:
     torch.testing.assert_close(actual, separately(adapters, rows, call))
 
 
+class Flattened(nn.Module):
+    """Nothing tells whether the tokens are in the order (batch, length) or (length, batch)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1).reshape(-1, 4)).view_as(x)
+
+
+def test_tokens_in_one_axis_of_an_unknown_model() -> None:
+    model, x = Flattened(), torch.randn(2, 3, 4)
+    adapters = adapted(model, "layer")
+    refuses(adapters, ["a", "b"], lambda: model(x), "layer")
+
+
+def test_tokens_in_one_axis_of_a_known_model() -> None:
+    """OPT's feed-forward layers see them so, in the order of the rows."""
+    model = tiny_models.build("opt")
+    adapters = adapted(model, "all-linear")
+    ids = torch.arange(3, 17).view(2, 7)
+    rows: Rows = ["a", "c"]
+    with adapters.per_sample(rows):
+        actual = model(ids).logits
+    torch.testing.assert_close(
+        actual, separately(adapters, rows, lambda: model(ids).logits), atol=1e-5, rtol=1e-4
+    )
+
+
+class Pooling(nn.Module):
+    """A module with parameters of its own that mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x @ self.scores).softmax(-1).unsqueeze(-1)
+
+
+def test_a_trained_module_that_mixes_tokens_is_refused_by_token() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Pooling()), torch.randn(2, 3, 4)
+    adapters = attach(model, LoRA(rank=1, targets="0", train_modules="1"), name="t")
+    attach(model, LoRA(rank=1, targets="0"), name="a")
+    randomise(adapters)
+    for active in (None, "t"):
+        adapters.activate(active)
+        with (
+            adapters.per_token([("t", 2), (None, 4)]),
+            pytest.raises(AdapterStateError, match=r"'1' cannot use.*mix the tokens"),
+        ):
+            model(x)
+    rows: Rows = ["t", "a"]
+    with adapters.per_sample(rows):
+        actual = model(x)
+    torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
+
+
 # --- products by segments ------------------------------------------------------------------------------
 
 MIXED = ["a", None, {"a": 0.5, "c": -2.0}, "b", "a", "c"]

@@ -107,8 +107,8 @@ class Activation:
     """Each adapter of the model, with a serial number that no other adapter ever has."""
     swapping: set[str] = field(default_factory=set)
     """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
-    merged: bool = False
-    """Whether merged weights replace the base's."""
+    merged: Choice | None = None
+    """What is merged into the weights, if anything."""
 
     def __post_init__(self) -> None:
         self._thread = _Thread()
@@ -139,7 +139,7 @@ class Activation:
         block = self.block
         if block is None:
             return self.active
-        if self.merged:
+        if self.merged is not None:
             raise AdapterStateError(
                 "An adapter was merged while a per_sample or per_token block was open. Call unmerge(), or leave the "
                 "block."
@@ -287,7 +287,9 @@ class Activation:
     @contextlib.contextmanager
     def generation(self, choice: Choice) -> Iterator[None]:
         """Keep a choice for all forward passes of a generation."""
-        if self.merged:  # the merged weights act, and cannot change while the generation runs
+        if (
+            self.merged is not None
+        ):  # the merged weights act, and cannot change while the generation runs
             with self._run(_Running(None)):
                 yield
             return

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from lorakit.errors import AdapterStateError
 
 AdapterChoice = str | Mapping[str, float] | None
 """One adapter, a blend of adapters by weight, or none, as users write it."""
@@ -74,6 +77,75 @@ class Choice:
 
 BASE = Choice()
 """The base alone."""
+
+
+class Adapter(Protocol):
+    """What a choice needs to know of an adapter (`InstalledAdapter`)."""
+
+    @property
+    def method(self) -> object: ...
+    @property
+    def scales(self) -> bool: ...
+
+
+Get = Callable[[str], Adapter]
+"""Returns the adapter of a name, or raises an error with the known names."""
+
+
+def choice_for_batch(choice: AdapterChoice, get: Get) -> Choice:
+    """Return a user's choice for the whole batch (`Adapters.activate`)."""
+    blend = _blend(choice, get)
+    return Choice((blend,)) if blend else BASE
+
+
+def choice_by_row(rows: Sequence[AdapterChoice], repeat: int, get: Get) -> Choice:
+    """Return a user's choice for each row (`Adapters.per_sample`)."""
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        raise AdapterStateError(
+            f"per_sample takes one name (or None) for each row of the batch, not {rows!r}."
+        )
+    if type(repeat) is not int or repeat < 1:
+        raise AdapterStateError(f"repeat is {repeat!r}; it must be a whole number of at least 1.")
+    return Choice(tuple(_blend(row, get) for row in rows), "row").repeated(repeat)
+
+
+def choice_by_token(spans: Sequence[tuple[AdapterChoice, int]], get: Get) -> Choice:
+    """Return a user's choice for each span of tokens (`Adapters.per_token`)."""
+    for span in spans:
+        is_pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
+        if not is_pair or type(span[1]) is not int or span[1] < 0:
+            raise AdapterStateError(
+                f"per_token takes (name, number of tokens) for each span, not {span!r}."
+            )
+    blends = tuple(_blend(choice, get) for choice, _ in spans)
+    return Choice(blends, "token", tuple(count for _, count in spans))
+
+
+def _blend(choice: AdapterChoice, get: Get) -> Blend:
+    """Validate a choice of adapters and return it with all weights."""
+    if choice is None:
+        return ()
+    if not isinstance(choice, (str, Mapping)):
+        raise AdapterStateError(
+            f"{choice!r} is not a choice of adapters. Give a name, {{name: weight}} for several, or None."
+        )
+    weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    for name, weight in weights.items():
+        adapter = get(name)
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight):
+            raise AdapterStateError(
+                f"The weight of '{name}' is {weight!r}; it must be a finite number."
+            )
+        if not adapter.scales and (len(weights) > 1 or weight != 1):
+            raise AdapterStateError(
+                f"'{name}' ({type(adapter.method).__name__}) has parts whose effect is not linear in a weight "
+                "(DoRA, or biases or modules trained in full). Activate it alone and with weight 1."
+            )
+    return tuple((name, float(weight)) for name, weight in weights.items())
+
+
+# --- entries of an axis --------------------------------------------------------------------------------
 
 
 def _parts(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,14 @@ from torch import nn
 
 from lorakit.adapters import export, merging, saving
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.choice import BASE, AdapterChoice, Blend, Choice
+from lorakit.adapters.choice import (
+    BASE,
+    AdapterChoice,
+    Choice,
+    choice_by_row,
+    choice_by_token,
+    choice_for_batch,
+)
 from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -49,7 +55,6 @@ class Adapters:
         self.model = model
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
-        self._merged: Choice | None = None
         self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
 
     @property
@@ -65,7 +70,7 @@ class Adapters:
     @property
     def merged(self) -> dict[str, float]:
         """The merged adapters and their weights; empty when nothing is merged."""
-        return dict(self._merged.blends[0]) if self._merged else {}
+        return dict((self._activation.merged or BASE).blends[0])
 
     def method(self, name: str | None = None) -> Method:
         """Return the settings of an adapter."""
@@ -112,7 +117,7 @@ class Adapters:
         """
         with self._activation.exclusive("activate another adapter", within_own_pass=True):
             self._refuse_merged("activate another adapter")
-            self._set_active(_for_the_batch(self._resolve(choice)))
+            self._set_active(choice_for_batch(choice, self._get))
 
     @contextlib.contextmanager
     def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
@@ -130,17 +135,8 @@ class Adapters:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
                 number of rows, or a layer sees something else than whole rows in order.
         """
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise AdapterStateError(
-                f"per_sample takes one name (or None) for each row of the batch, not {names!r}."
-            )
-        if not isinstance(repeat, int) or repeat < 1:
-            raise AdapterStateError(
-                f"repeat is {repeat!r}; it must be a whole number of at least 1."
-            )
         self._refuse_while_merged("choose adapters by row")
-        rows = Choice(tuple(map(self._resolve, names)), "row")
-        with self._activation.local(rows.repeated(repeat)):
+        with self._activation.local(choice_by_row(names, repeat, self._get)):
             yield
 
     @contextlib.contextmanager
@@ -159,14 +155,7 @@ class Adapters:
                 number of tokens, or a layer or an adapter mixes tokens.
         """
         self._refuse_while_merged("choose adapters by token")
-        for span in spans:
-            is_pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
-            if not is_pair or type(span[1]) is not int or span[1] < 0:
-                raise AdapterStateError(
-                    f"per_token takes (name, number of tokens) for each span, not {span!r}."
-                )
-        blends = tuple(self._resolve(choice) for choice, _ in spans)
-        with self._activation.local(Choice(blends, "token", tuple(count for _, count in spans))):
+        with self._activation.local(choice_by_token(spans, self._get)):
             yield
 
     def merge(self, choice: AdapterChoice = None, *, keep_base: bool = True) -> None:
@@ -188,9 +177,9 @@ class Adapters:
         """
         with self._activation.exclusive("merge"):
             self._refuse_merged("merge")
-            merged = (
-                self._activation.active if choice is None else _for_the_batch(self._resolve(choice))
-            )
+            merged = self._activation.active
+            if choice is not None:
+                merged = choice_for_batch(choice, self._get)
             if not merged.names:
                 raise AdapterStateError(
                     f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
@@ -198,11 +187,11 @@ class Adapters:
             with self.deactivated():
                 self._swap_trained(merged)  # the merged model keeps the trained biases and heads
                 merging.merge(self.model, merged.blends[0])
-            self._merged, self._activation.merged = merged, True
+            self._activation.merged = merged
             self._activation.forbid_recomputation("merged")
             if not keep_base:
                 merging.forget_base(self.model)
-                self._merged, self._activation.merged = None, False
+                self._activation.merged = None
                 self._remove_all()
 
     def require_mergeable(self) -> None:
@@ -216,12 +205,13 @@ class Adapters:
             AdapterStateError: Nothing is merged.
         """
         with self._activation.exclusive("unmerge"):
-            if self._merged is None:
+            merged = self._activation.merged
+            if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-            active, self._merged, self._activation.merged = self._merged, None, False
+            self._activation.merged = None
             merging.unmerge(self.model)
             self._activation.forbid_recomputation("unmerged")
-            self._set_active(active)
+            self._set_active(merged)
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`."""
@@ -243,7 +233,7 @@ class Adapters:
         with self._activation.exclusive("detach"):
             self._refuse_inside_block("detach")
             self._activation.forbid_recomputation("detached", frozenset(self._installed))
-            if self._merged is not None:
+            if self._activation.merged is not None:
                 self.unmerge()
             self._set_active(BASE)
             self._remove_all()
@@ -397,7 +387,7 @@ class Adapters:
     def _swap_trained(self, active: Choice) -> None:
         """Restore the base parameters, then replace those that the active adapter trains in full by its copies.
 
-        `_resolve` allows such an adapter only alone and with weight 1.
+        `choice_for_batch` allows such an adapter only alone and with weight 1.
         """
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
@@ -408,29 +398,6 @@ class Adapters:
                 assert isinstance(adapters, LayerAdapters)
                 for attribute, copy in module.trained.items():
                     adapters.replace(layer, attribute, copy)
-
-    def _resolve(self, choice: AdapterChoice) -> Blend:
-        """Validate a choice of adapters and return it with all weights."""
-        if choice is None:
-            return ()
-        if not isinstance(choice, (str, Mapping)):
-            raise AdapterStateError(
-                f"{choice!r} is not a choice of adapters. Give a name, {{name: weight}} for several, or None."
-            )
-        weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
-        for name, weight in weights.items():
-            adapter = self._get(name)
-            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not is_number or not math.isfinite(weight):
-                raise AdapterStateError(
-                    f"The weight of '{name}' is {weight!r}; it must be a finite number."
-                )
-            if not adapter.scales and (len(weights) > 1 or weight != 1):
-                raise AdapterStateError(
-                    f"'{name}' ({type(adapter.method).__name__}) has parts whose effect is not linear in a weight "
-                    "(DoRA, or biases or modules trained in full). Activate it alone and with weight 1."
-                )
-        return tuple((name, float(weight)) for name, weight in weights.items())
 
     def _get(self, name: str | None) -> InstalledAdapter:
         """Return the adapter of this name; None is the only one of the model."""
@@ -462,14 +429,10 @@ class Adapters:
         self._refuse_while_merged(action)
 
     def _refuse_while_merged(self, action: str) -> None:
-        if self._merged is not None:
+        if self._activation.merged is not None:
             raise AdapterStateError(
                 f"{', '.join(self.merged)} is merged into the weights. Call unmerge() before you {action}."
             )
-
-
-def _for_the_batch(blend: Blend) -> Choice:
-    return Choice((blend,)) if blend else BASE
 
 
 def handle_of(model: nn.Module) -> Adapters | None:

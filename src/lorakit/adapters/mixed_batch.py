@@ -10,6 +10,7 @@ from collections.abc import KeysView, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.activation import Activation, Pass
 from lorakit.adapters.choice import Blend, Choice, put, take
@@ -78,9 +79,11 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Tensor, of_pass: Pass)
     if choice.whole is not None:
         return _adapt(adapters, call, x, output, choice.whole)
     if choice.unit == "token":
-        for name in acting:
-            if not adapters[name].by_token and not adapters[name].leaves_output:
-                raise adapters.layout.refuse(f"'{name}' mixes the tokens of a sequence there")
+        modules = [adapters[name] for name in acting]
+        copies = adapters.replaced or any(module.trained for module in modules)
+        by_token = all(module.by_token or module.leaves_output for module in modules)
+        if not by_token or (copies and not _computes_by_token(layer)):
+            raise adapters.layout.refuse("the adapters there may mix the tokens of a sequence")
         shape = output.shape
         x, output = x.reshape(size, *x.shape[axes:]), output.reshape(size, *shape[axes:])
         return _adapt_parts(adapters, call, x, output, choice).view(shape)
@@ -134,6 +137,12 @@ def _adapt(adapters: Adapting, call: Call, x: Tensor, output: Tensor, blend: Ble
         if name in adapters and not adapters[name].shadows:
             output = adapters[name].adapt(call.layer, x, output, weight)
     return output
+
+
+def _computes_by_token(layer: nn.Module) -> bool:
+    """Return whether the layer is of a type that computes each token on its own."""
+    known = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
+    return isinstance(layer, known) or type(layer).__name__.endswith("RMSNorm")
 
 
 def _features(layer: nn.Module) -> int:

@@ -64,7 +64,7 @@ class RowLayout:
         size = x.shape[self.axis] if axes > self.axis else -1
         batches = (of_pass.batch,) if of_pass.batch is not None else choice.rows
         allowed = set(batches)
-        if axes == 1:  # (batch * length, ...)
+        if axes == 1 and self.is_known:  # (batch * length, ...)
             allowed |= {batch * length for batch in batches for length in of_pass.lengths}
         if size not in allowed:
             rows = " or ".join(map(str, batches))

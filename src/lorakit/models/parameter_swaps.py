@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterStateError
+from lorakit.models.faster_layers import FasterForward
 from lorakit.models.frames import has_ended
 from lorakit.models.layers import AdapterSlot
 from lorakit.models.quantised import quantised_weight
@@ -103,16 +104,19 @@ def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
     """Return ``layer.forward(*args, **kwargs)`` with `tensors` in place of the parameters of their names.
 
     The forward pass runs on a shallow copy of the layer, so calls in other threads do not see the tensors. It shares
-    children and buffers; an attribute that it sets is lost. A `forward` that is an attribute of the instance (as
-    accelerate sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may call
-    the layer meanwhile.
+    children and buffers; an attribute that it sets is lost. A foreign `forward` that is an attribute of the instance
+    (as accelerate sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may
+    call the layer meanwhile.
     """
-    if torch.compiler.is_compiling() or "forward" in layer.__dict__:
+    own = layer.__dict__.get("forward")
+    if torch.compiler.is_compiling() or not (own is None or isinstance(own, FasterForward)):
         with hidden_parameters(layer, tensors):
             return layer.forward(*args, **kwargs)
     twin = object.__new__(type(layer))  # without `__init__`, and FSDP's `__new__` calls it
     twin.__dict__.update(layer.__dict__)
     twin.__dict__["_parameters"] = {**layer._parameters, **tensors}
+    if own is not None:
+        twin.__dict__["forward"] = own.on(twin)
     for name in tensors:
         twin.__dict__.pop(name, None)
     return twin.forward(*args, **kwargs)
