@@ -212,9 +212,9 @@ class Activation:
         if torch.compiler.is_compiling():
             return Moment(Pass(self._choice_in_graph()), self._thread.state, self.active)
         moment = Moment(self.now, self._thread.state, self.active)
-        if moment.of_pass.is_part:
-            return moment  # the layer that computes the part has looked up the record
         checkpoints = running_checkpoints()
+        if not checkpoints or moment.of_pass.is_part:
+            return moment  # the layer that computes a part has looked up the record
         for checkpoint in checkpoints:
             if checkpoint.is_recomputation:
                 moment = self._replay(checkpoint.key)

@@ -41,7 +41,7 @@ def running_checkpoints() -> list[Checkpoint]:
 
     A reentrant checkpoint is not found if its block switches inference mode or forward-mode gradients.
     """
-    return [*_non_reentrant(), *_reentrant()]
+    return _non_reentrant() + _reentrant()
 
 
 def forbid_recomputation(key: Any, error: Exception) -> None:

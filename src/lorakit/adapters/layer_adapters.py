@@ -65,21 +65,22 @@ class LayerAdapters(ReplacedParameters):
             tensors[attribute] = self.effective_weight(layer, attribute, shadowing)
         return tensors
 
-    def after(self, call: Call, output: Any) -> Any:
+    def after(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
         if isinstance(output, tuple):  # a block's hidden states and further outputs
-            return (self.after(call, output[0]), *output[1:])
+            return (self.after(layer, args, kwargs, output[0]), *output[1:])
+        x = layer_input(layer, args, kwargs)
         of_pass = self.activation.moment().of_pass
         choice = of_pass.choice
         if choice is not self.activation.active:
-            return adapt_by_part(self, call, output, of_pass)
+            return adapt_by_part(self, Call(layer, x, args, kwargs), output, of_pass)
         # `activate` chose for the whole batch, and trained copies are in place. This runs in every call of the
         # layer, and a lookup in ModuleDict is slow.
         modules = self._modules
         for name, weight in choice.blends[0]:
             module = modules.get(name)
             if module is not None and not module.shadows:
-                output = module.adapt(call.layer, call.x, output, weight)  # type: ignore[operator]
+                output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
         return output
 
     def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
@@ -164,8 +165,7 @@ class LayerAdapters(ReplacedParameters):
 
 def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Forward hook of every adapted layer."""
-    x = layer_input(layer, args, kwargs)
-    return layer._modules[ADAPTERS].after(Call(layer, x, args, kwargs), output)  # type: ignore[operator, union-attr]
+    return layer._modules[ADAPTERS].after(layer, args, kwargs, output)  # type: ignore[operator, union-attr]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
