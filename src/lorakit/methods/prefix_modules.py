@@ -7,7 +7,7 @@ and, for PrefixLayer, before each block. All hooks are module-level functions, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,10 @@ class VirtualPositions:
             return cls(ids)
         return cls(ids, *(ids >= PREFIX_START).nonzero(as_tuple=True))
 
-    def among(self, rows: slice | Tensor) -> VirtualPositions:
+    def among(self, rows: Sequence[int]) -> VirtualPositions:
         """Return the positions in some rows only, as indices into the whole batch."""
         selected = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
-        selected[rows] = True
+        selected[list(rows)] = True
         return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
 
     def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
@@ -162,28 +162,29 @@ def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
             f"{tuple(positions.ids.shape)}, so the adapter cannot locate its virtual tokens. Call the model with ids "
             "of shape (batch, length), or call activate(None)."
         )
-    for module, rows in _rows_by_vectors(adapters, of_pass, len(hidden)):
-        in_rows = positions if rows is None else positions.among(rows)
-        hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
+    by_row = _vectors_by_row(adapters, of_pass, len(hidden))
+    for module in dict.fromkeys(by_row):
+        if module is not None:
+            rows = [row for row, of_row in enumerate(by_row) if of_row is module]
+            in_rows = positions if len(rows) == len(by_row) else positions.among(rows)
+            hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
     return hidden
 
 
 def _needs_vectors(adapters: Any, choice: Any) -> bool:
     """Return whether an adapter with virtual tokens acts on some row."""
-    return any(isinstance(adapters[n], VirtualVectors) for n in choice.names if n in adapters)
+    return any(isinstance(_module(adapters, name), VirtualVectors) for name in choice.names)
 
 
-def _rows_by_vectors(
-    adapters: Any, of_pass: Any, batch: int
-) -> Iterator[tuple[VirtualVectors, Any]]:
-    """Yield the vectors of each active adapter with the rows that use them; None means every row.
+def _vectors_by_row(adapters: Any, of_pass: Any, batch: int) -> list[VirtualVectors | None]:
+    """Return the module with the vectors of each row's virtual tokens, or None for a row without.
 
     Raises:
         AdapterStateError: The choice is by token, or for another number of rows.
     """
     choice = of_pass.choice
     if not _needs_vectors(adapters, choice):
-        return
+        return [None] * batch
     if choice.unit == "token":
         raise AdapterStateError(
             "per_token cannot use an adapter with virtual tokens, which are placed by row. Use per_sample."
@@ -193,23 +194,18 @@ def _rows_by_vectors(
             f"per_sample names {len(choice.blends)} rows, and the model received a batch of {batch}. Give one name (or "
             "None) for each row of the batch."
         )
-    device = torch.device("cpu")
-    whole = choice.whole
-    parts = [(whole, None)] if whole is not None else choice.parts(batch, device)
-    for blend, rows in parts:
-        for name, _ in blend:
-            if name in adapters and isinstance(adapters[name], VirtualVectors):
-                yield adapters[name], rows
+    by_blend = [
+        next(
+            (m for name, _ in blend if isinstance(m := _module(adapters, name), VirtualVectors)),
+            None,
+        )
+        for blend in choice.blends
+    ]
+    return [module for module in by_blend for _ in range(batch // len(by_blend))]
 
 
-def _vectors_by_row(adapters: Any, batch: int) -> list[VirtualVectors | None]:
-    """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
-    by_row: list[VirtualVectors | None] = [None] * batch
-    for module, rows in _rows_by_vectors(adapters, adapters.activation.moment().of_pass, batch):
-        all_rows = torch.arange(batch, device="cpu")
-        for row in (all_rows if rows is None else all_rows[rows]).tolist():
-            by_row[row] = module
-    return by_row
+def _module(adapters: Any, name: str) -> Any:
+    return adapters[name] if name in adapters else None  # noqa: SIM401, nn.ModuleDict has no get
 
 
 def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) -> None:
@@ -219,7 +215,7 @@ def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) ->
         AdapterStateError: With the row, its virtual tokens and the fix.
     """
     batch = len(positions.ids)
-    modules = _vectors_by_row(adapters, batch)
+    modules = _vectors_by_row(adapters, adapters.activation.moment().of_pass, batch)
     assert positions.rows is not None
     if not len(positions.rows) and not any(modules):
         return
