@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -11,6 +12,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, handle_of
+from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -191,3 +193,28 @@ def test_inductor() -> None:
     )
     adapters.detach()
     torch.testing.assert_close(compiled(x), base)
+
+
+@pytest.mark.slow
+def test_blocks_of_threads_under_compilation() -> None:
+    """A graph sees the blocks of its own thread; beside those of others it cannot tell, and raises an error."""
+    model, compiled, base = compiled_llama("eager")
+    adapters = attach(model, METHOD)
+    randomise(adapters)
+    adapted = logits(model)
+    with ThreadPoolExecutor(1) as other:
+        with adapters.per_sample(["default", None]):
+            with pytest.raises(Exception, match="another thread or an asyncio task"):
+                other.submit(logits, compiled).result()
+            torch.testing.assert_close(logits(compiled), torch.stack([adapted[0], base[1]]))
+        torch.testing.assert_close(other.submit(logits, compiled).result(), adapted)
+
+        def stream():
+            with adapters.per_sample([None, None]):
+                yield logits(compiled)
+
+        stepwise = stream()
+        torch.testing.assert_close(next(stepwise), base)
+        with pytest.raises(AdapterStateError, match="another thread or task"):
+            other.submit(next, stepwise).result()
+        torch.testing.assert_close(logits(compiled), adapted)  # the block has ended

@@ -90,7 +90,8 @@ class _Thread(threading.local):
     """What one thread knows; Dynamo can read it, unlike a context variable."""
 
     state: Any = None
-    choice: Choice | None = None
+    block: _Block | None = None
+    """The innermost block that this thread opened outside asyncio tasks; it may have ended in another thread."""
 
 
 @dataclass(eq=False)
@@ -172,9 +173,9 @@ class Activation:
 
     def _choice_in_graph(self) -> Choice:
         """Return the choice in a compiled graph; Dynamo guards on what this reads."""
-        choice = self._thread.choice
-        if choice is not None:
-            return choice
+        block = self._thread.block
+        if block is not None and block.is_open:
+            return block.choice
         if self._open_blocks:
             raise AdapterStateError(
                 "A compiled model was called while another thread or an asyncio task has an open per_sample or "
@@ -252,19 +253,21 @@ class Activation:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
         block = _Block(self, choice, dict(self.adapters), is_generation)
-        before = self._thread.choice
+        before, thread = self._thread.block, threading.get_ident()
         _BLOCKS.set((*_BLOCKS.get(), block))
         with self._lock:
             self._open_blocks += 1
         # Several tasks share a thread, so a graph could not tell them apart.
-        self._thread.choice = None if _in_task() else choice
+        if not _in_task():
+            self._thread.block = block
         try:
             yield
         finally:
             block.is_open = False
             with self._lock:
                 self._open_blocks -= 1
-            self._thread.choice = before
+            if threading.get_ident() == thread:
+                self._thread.block = before
             blocks = _BLOCKS.get()
             _BLOCKS.set(tuple(b for b in blocks if b is not block))
         if block not in blocks:
@@ -277,9 +280,9 @@ class Activation:
     def part(self, of_pass: Pass) -> Iterator[None]:
         """Let the layers inside a layer compute some rows for one adapter."""
         if torch.compiler.is_compiling():
-            before, self._thread.choice = self._thread.choice, of_pass.choice
+            before, self._thread.block = self._thread.block, _Block(self, of_pass.choice, {})
             yield
-            self._thread.choice = before
+            self._thread.block = before
             return
         with self._run(_Running(of_pass)):
             yield
