@@ -16,6 +16,7 @@ from lorakit.adapters.activation import Activation, Pass
 from lorakit.adapters.choice import Blend, Choice, put, take
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
+from lorakit.methods.lora.linear import output_is_unshared
 from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import call_with
 from lorakit.ops.lora_segments import Segment, lora_segments
@@ -88,6 +89,8 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Tensor, of_pass: Pass)
         x, output = x.reshape(size, *x.shape[axes:]), output.reshape(size, *shape[axes:])
         return _adapt_parts(adapters, call, x, output, choice).view(shape)
     axis = adapters.layout.axis
+    if axis == 0:
+        return _adapt_parts(adapters, call, x, output, choice)
     x, output = x.transpose(0, axis), output.transpose(0, axis)
     return _adapt_parts(adapters, call, x, output, choice).transpose(0, axis)
 
@@ -98,8 +101,10 @@ def _adapt_parts(
     """Apply each part of a choice to its entries of the first axis of `x` and `output`."""
     segments = _segments(adapters, call.layer, x, choice)
     if segments is not None:
-        adapted = lora_segments(x.flatten(0, -2), output.flatten(0, -2), segments)
-        return adapted.view(output.shape)
+        is_plain = output.is_contiguous() and not output._is_view()
+        in_place = is_plain and output_is_unshared(call.layer)
+        flat = output.flatten(0, -2)
+        return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
     for blend, entries in choice.parts(len(x), x.device):
         if adapters.changes(call.layer, blend):
             rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
@@ -113,8 +118,12 @@ def _segments(
     """Return the low-rank products of a choice; None if an adapter has another effect on the layer."""
     low_rank = {}
     for name in choice.names & adapters.keys():
-        low_rank[name] = adapters[name].low_rank()
-    if None in low_rank.values() or any(adapters.own_parameters(layer, b) for b in choice.blends):
+        module = adapters[name]
+        product = module.low_rank()
+        if product is None or module.trained:
+            return None
+        low_rank[name] = product
+    if adapters.replaced:
         return None
     return [
         Segment(tokens, low_rank[name].A, low_rank[name].B, weight * low_rank[name].scaling)

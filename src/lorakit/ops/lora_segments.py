@@ -8,6 +8,7 @@ Suffixes name dimensions: N tokens of the batch, M tokens of one segment, D inpu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops.autocast import no_autocast
-from lorakit.ops.lora_linear import lora_linear
 
 
 class Segment(NamedTuple):
@@ -31,7 +31,9 @@ class Segment(NamedTuple):
     scaling: float
 
 
-def lora_segments(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
+def lora_segments(
+    x: Tensor, out: Tensor, segments: Sequence[Segment], *, in_place: bool = False
+) -> Tensor:
     """Return ``out + scaling * x A^T B^T``, with the A, B and scaling of each token's segments.
 
     Computes what `lora_linear` computes for the tokens of each segment. Tokens outside all segments keep `out`.
@@ -40,9 +42,10 @@ def lora_segments(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor
         x: Input of the layer, shape (N, in).
         out: Output of the frozen layer, shape (N, out).
         segments: Their tokens may overlap: the products are then added.
+        in_place: Without gradients, write into `out`, which no other code may use afterwards.
 
     Returns:
-        Shape (N, out), the dtype of `out`; a new tensor.
+        Shape (N, out), the dtype of `out`; a new tensor unless `in_place` is set.
     """
     if x.dtype != out.dtype:
         x = x.to(out.dtype)
@@ -50,12 +53,33 @@ def lora_segments(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor
         if torch.is_grad_enabled():
             factors = [t for segment in segments for t in (segment.A, segment.B)]
             return _LoraSegments.apply(x, out, [(s.tokens, s.scaling) for s in segments], *factors)
-        total = out.clone()
+        return _add_products(x, out if in_place else out.clone(), segments)
+
+
+def _add_products(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Compute `lora_segments` without gradients, in `out`."""
+    dtypes = {t.dtype for segment in segments for t in (segment.A, segment.B)}
+    wide = functools.reduce(torch.promote_types, dtypes, out.dtype)
+    if wide == out.dtype or x.numel() > sum(segment.A.numel() for segment in segments):
         for tokens, A, B, scaling in segments:
-            part = total[tokens]
-            adapted = lora_linear(x[tokens], part, A, B, scaling, in_place=False)
-            total[tokens] = adapted
-        return total
+            _add_product(out, tokens, x[tokens] @ A.to(out.dtype).T, B.to(out.dtype), scaling)
+        return out
+    # For few tokens, casting them has less overhead than casting the matrices (as in `lora_linear`).
+    delta, x = torch.zeros_like(out, dtype=wide), x.to(wide)
+    for tokens, A, B, scaling in segments:
+        _add_product(delta, tokens, x[tokens] @ A.to(wide).T, B.to(wide), scaling)
+    return out.add_(delta.to(out.dtype))
+
+
+def _add_product(
+    total: Tensor, tokens: slice | Tensor, h_MR: Tensor, B: Tensor, scaling: float
+) -> None:
+    """Add ``scaling * h B^T`` to the tokens of `total`."""
+    if isinstance(tokens, slice):
+        total[tokens].addmm_(h_MR, B.T, alpha=scaling)
+    else:
+        sums = torch.addmm(total[tokens], h_MR, B.T, alpha=scaling)
+        total.index_copy_(0, tokens, sums)
 
 
 class _LoraSegments(torch.autograd.Function):
@@ -64,7 +88,7 @@ class _LoraSegments(torch.autograd.Function):
         total, hidden = out.clone(), []
         for (tokens, scaling), A, B in zip(segments, factors[::2], factors[1::2], strict=True):
             h_MR = x[tokens] @ A.to(out.dtype).T
-            total[tokens] = torch.addmm(total[tokens], h_MR, B.to(out.dtype).T, alpha=scaling)
+            _add_product(total, tokens, h_MR, B.to(out.dtype), scaling)
             hidden.append(h_MR)
         indices = [tokens for tokens, _ in segments if isinstance(tokens, Tensor)]
         ctx.save_for_backward(x, *factors, *hidden, *indices)

@@ -39,7 +39,7 @@ class LinearLoRA(LoRALayer):
         if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
-        in_place = _output_is_unshared(layer)
+        in_place = output_is_unshared(layer)
         return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
 
     def low_rank(self) -> LowRank | None:
@@ -51,7 +51,7 @@ class LinearLoRA(LoRALayer):
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
-def _output_is_unshared(layer: nn.Module) -> bool:
+def output_is_unshared(layer: nn.Module) -> bool:
     """Return whether no code but the adapter's hook can hold the layer's output: no other forward hook saw it."""
     return (
         type(layer).forward in _NEW_TENSOR
