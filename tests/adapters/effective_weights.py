@@ -135,8 +135,10 @@ class PlainAdapter:
         tensors = {}
         for key, tensor in self.tensors.items():
             value = tensor.detach()
-            noisy = value.float().double() if change is None else value + change * random(
-                value.shape, generator
+            noisy = (
+                value.float().double()
+                if change is None
+                else value + change * random(value.shape, generator)
             )
             tensors[key] = noisy.clone().requires_grad_()
         return PlainAdapter(self.method, tensors)
