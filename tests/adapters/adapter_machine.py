@@ -96,6 +96,8 @@ class AdapterMachine(MachineState):
     def added(self, name: str, adapter: PlainAdapter) -> None:
         self.adapters[name] = adapter
         self.active = ((name, 1.0),)
+        for waiting in self.passes:
+            waiting.disturbed = True
 
     def write(self, name: str) -> None:
         """Write the reference's tensors into the live adapter."""
@@ -129,7 +131,7 @@ class AdapterMachine(MachineState):
             self.active = ()
         for waiting in self.passes:
             # Without the last adapter, the base's own tensors may require gradients again.
-            waiting.removed |= not self.adapters or bool(names & waiting.names)
+            waiting.disturbed |= not self.adapters or bool(names & waiting.names)
         if not self.adapters:
             self.identities = self.identities or self.base()
 

@@ -111,8 +111,8 @@ class Pass:
     """The adapters that were merged in the forward pass."""
     source: object
     """Where it found its choice (`MachineState.source`)."""
-    removed: bool = False
-    """Whether one of its adapters has left the model since."""
+    disturbed: bool = False
+    """Whether an adapter has been added, or one of its adapters removed, since."""
 
 
 def started(function: Callable[[], T]) -> Future[T]:
@@ -256,8 +256,12 @@ class MachineState(RuleBasedStateMachine):
 
     @invariant()
     def outputs_follow_the_choice(self) -> None:
-        with torch.no_grad():
-            self.check(self.model(self.ids()), self.choices())
+        try:
+            with torch.no_grad():
+                output = self.model(self.ids())
+        except AdapterStateError as error:
+            raise AssertionError("forward refused without a reason") from error
+        self.check(output, self.choices())
 
     @invariant()
     def handle_and_base_are_as_recorded(self) -> None:
@@ -307,10 +311,9 @@ class MachineState(RuleBasedStateMachine):
     def may_refuse(self, waiting: Pass) -> bool:
         """Return whether a recomputation may raise an error.
 
-        Its adapters have left the model, weights have been merged or unmerged, or tensors trained in full have been
-        swapped.
+        Adapters have come or gone, weights have been merged or unmerged, or tensors trained in full have been swapped.
         """
-        if waiting.removed or self.merged is not None or waiting.merged is not None:
+        if waiting.disturbed or self.merged is not None or waiting.merged is not None:
             return True
         now = {name for choice in self.choices() for name, _ in choice}
         swapped = any(self.adapters[name].trained for name in now | waiting.names)
