@@ -308,6 +308,31 @@ def test_rows_do_not_see_the_copies_that_activate_put_in_place() -> None:
         assert torch.equal(model(x), outputs[active])
 
 
+def test_the_backbone_keeps_the_choice_of_the_pass_around_it() -> None:
+    model, adapters = generator()
+    adapters.activate("a")
+    expected = model(IDS).logits  # type: ignore[operator]
+    model.model.register_forward_pre_hook(lambda *_: adapters.activate("b"))  # type: ignore[union-attr]
+    assert torch.equal(model(IDS).logits, expected)  # type: ignore[operator]
+
+
+def test_an_interrupted_pass_does_not_outlive_its_block() -> None:
+    """A part that is called alone must not find the rows of the dead pass."""
+    model, adapters = generator()
+    adapters.activate(None)
+    head, hidden = model.lm_head, torch.randn(2, 3, 32)
+    base = head(hidden)  # type: ignore[operator]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = head.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt), adapters.per_sample(["a", "b"]):
+        model(IDS)
+    hook.remove()
+    assert torch.equal(head(hidden), base)  # type: ignore[operator]
+
+
 # --- generations ---------------------------------------------------------------------------------------
 
 

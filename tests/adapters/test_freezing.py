@@ -42,3 +42,11 @@ def test_a_loaded_adapter_leaves_what_the_user_unfroze(tmp_path: Path) -> None:
     weight = model[1].weight.requires_grad_(True)
     load(model, tmp_path / "first", name="second")
     assert weight.requires_grad
+
+
+def test_detach_leaves_what_was_added_after_attach() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    model.append(nn.Linear(4, 2))
+    adapters.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import Adapters, attach
@@ -244,3 +246,14 @@ def test_an_output_nobody_holds_is_written_into() -> None:
     with Record():
         output = model(torch.randn(2, 5, 8))
     assert output.data_ptr() == made[0]
+
+
+def test_outputs_that_a_selective_checkpoint_caches_are_not_written_into() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    attach(model, LoRA(rank=2, targets=("0", "2")))
+    policy = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    x = torch.randn(3, 4, requires_grad=True)
+    checkpoint(model, x, use_reentrant=False, context_fn=policy).sum().backward()
+    gradient, x.grad = x.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(gradient, x.grad)

@@ -9,6 +9,13 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.choice import Choice
@@ -323,6 +330,89 @@ def test_a_trained_module_that_mixes_tokens_is_refused_by_token() -> None:
         ):
             model(x)
     rows: Rows = ["t", "a"]
+    with adapters.per_sample(rows):
+        actual = model(x)
+    torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
+
+
+def test_a_table_of_positions_that_is_as_long_as_the_batch() -> None:
+    """DeBERTa also calls its projections with positions (1, 2 * buckets, d)."""
+    model = tiny_models.build("deberta-v2")
+    adapters = adapted(model, "query_proj")
+    ids = torch.arange(3, 19)[None]
+    with (
+        adapters.per_token([("a", 8), (None, 8)]),
+        pytest.raises(AdapterStateError, match=r"query_proj.*table of positions"),
+    ):
+        model(ids)
+
+
+def test_relative_positions_by_token() -> None:
+    model = tiny_models.build("t5")
+    adapters = adapted(model, "relative_attention_bias")
+    ids = torch.arange(3, 19).view(4, 4)
+    with (
+        adapters.per_token([("a", 8), (None, 8)]),
+        pytest.raises(
+            AdapterStateError, match=r"relative_attention_bias.*not known to be an input"
+        ),
+    ):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+class Prototypes(nn.Module):
+    """Its layer sees a table with as many rows as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layer(self.table).T
+
+
+def test_a_parameter_is_no_batch() -> None:
+    model, x = Prototypes(), torch.randn(2, 4)
+    adapters = adapted(model, "layer")
+    refuses(adapters, ["a", "b"], lambda: model(x), "layer")
+
+
+def test_images_are_not_rows() -> None:
+    """Both images are in the first row."""
+    vision = CLIPVisionConfig(
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "image_size": 8, "patch_size": 4},
+    )
+    text = LlamaConfig(
+        **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        num_attention_heads=4,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        **{"image_token_index": 98, "image_seq_length": 4, "vision_feature_layer": -1},
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    adapters = adapted(model, ("linear_1", "q_proj"))
+    image = 98
+    patches = [image] * 4
+    ids = torch.tensor([[1, *patches, 5, *patches, 6, 7], [1, *range(5, 16)]])
+    pixels = torch.randn(2, 3, 8, 8)
+
+    def call() -> Tensor:
+        return model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+
+    refuses(adapters, ["a", "b"], call, r"model\.vision_tower.*")
+
+
+def test_a_pass_without_data_leaves_no_trace() -> None:
+    """A pass under FakeTensorMode, to plan memory, makes indices without data."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    adapters = adapted(model, "0")
+    rows: Rows = ["a", "b", "a"]
+    with mode, adapters.per_sample(rows):
+        model(mode.from_tensor(x))
     with adapters.per_sample(rows):
         actual = model(x)
     torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))

@@ -322,3 +322,25 @@ def test_state_dict_of_a_detached_model_is_the_base() -> None:
     adapters.detach()
     assert_same_tensors(tensors(model), before)
     model.load_state_dict(before)
+
+
+def test_the_backbone_is_saved_with_its_adapter(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2, targets="all-linear"))
+    randomise(adapters)
+    ids = torch.arange(3, 17).view(2, 7)
+    expected = model.model(ids).last_hidden_state
+    model.model.save_pretrained(tmp_path)
+    loaded = type(model.model).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(loaded(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+    adapters.detach()
+    assert "save_pretrained" not in vars(model.model)
+
+
+def test_load_with_assign_while_a_trained_copy_is_active_is_refused() -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2, train_modules="lm_head"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterStateError, match="assign"):
+        model.load_state_dict(state, assign=True)
+    assert adapters.trainable_parameters()[0].requires_grad

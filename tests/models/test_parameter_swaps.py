@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.parameter_swaps import (
-    call_with,
     hidden_parameters,
     hide_parameters,
     show_parameters,
+    with_parameters,
 )
 
 TIMEOUT = 10.0
@@ -292,7 +292,12 @@ def test_a_block_hides_and_shows_again() -> None:
     assert_own(layer)
 
 
-def test_call_with_is_seen_by_no_other_thread() -> None:
+def call_with(layer: nn.Module, tensors: dict[str, Tensor], *args) -> Tensor:
+    with with_parameters(layer, tensors) as twin:
+        return twin.forward(*args)
+
+
+def test_a_copy_is_seen_by_no_other_thread() -> None:
     layer = Scale()
     during = []
     result = call_with(
@@ -303,14 +308,14 @@ def test_call_with_is_seen_by_no_other_thread() -> None:
     assert_own(layer)
 
 
-def test_call_with_inside_a_block_that_hides_the_same_parameter() -> None:
+def test_a_copy_inside_a_block_that_hides_the_same_parameter() -> None:
     layer = Scale()
     with hidden_parameters(layer, {"weight": TWO}):
         assert call_with(layer, {"weight": THREE}, None).item() == 3
         assert layer(None).item() == 2
 
 
-def test_call_with_keeps_the_other_parameters_and_buffers() -> None:
+def test_a_copy_keeps_the_other_parameters_and_buffers() -> None:
     layer = nn.BatchNorm1d(4)
     x, weight = torch.randn(3, 4), torch.randn(4, requires_grad=True)
     twin = copy.deepcopy(layer)
@@ -325,7 +330,7 @@ def test_call_with_keeps_the_other_parameters_and_buffers() -> None:
     torch.testing.assert_close(weight.grad, twin.weight.grad)
 
 
-def test_call_with_a_forward_of_the_instance() -> None:
+def test_a_copy_a_forward_of_the_instance() -> None:
     """accelerate binds one to the layer, so only the layer's own parameters are read."""
     layer = nn.Linear(2, 2)
     own = layer.forward

@@ -77,3 +77,24 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert x.grad is None
     assert segments[0].A.grad is None
     assert segments[0].B.grad is not None
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_second_derivative(segmented: bool) -> None:
+    """A gradient penalty: PyTorch would give no gradient, without an error, to a function that has none."""
+    x, out, segments = inputs()
+    if not segmented:
+        segments = [Segment(slice(0, N), segments[0].A, segments[0].B, 0.5)]
+    tensors = [x, *(t for s in segments for t in (s.A, s.B))]
+
+    def penalties(total: Tensor) -> tuple[Tensor, ...]:
+        (gradient,) = torch.autograd.grad(total[:, 1].sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), tensors, materialize_grads=True)
+
+    if segmented:
+        actual = penalties(lora_segments(x, out, segments))
+    else:
+        _, A, B, scaling = segments[0]
+        actual = penalties(lora_linear(x, out, A, B, scaling, in_place=False))
+    torch.testing.assert_close(actual, penalties(by_hand(x, out, segments)), **TIGHT)
+    assert all(gradient.abs().max() > 0 for gradient in actual[1:3])

@@ -3,7 +3,7 @@
 A forward pass fixes its choice when it enters the model (`begin_pass`). The adapted layers read it from
 `Activation.moment`. From the inside out, the choice is that of
 
-1. the first run, in the recomputation of a checkpointed block (`checkpoints.py`);
+1. the first run, in the recomputation of a checkpointed block (`models/checkpoints.py`);
 2. the innermost open block of this thread or task: `per_sample`, `per_token`, or a running `generate`;
 3. `activate`, which every thread sees.
 
@@ -27,9 +27,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lorakit.adapters.checkpoints import forbid_recomputation, running_checkpoints
-from lorakit.adapters.choice import BASE, Choice
+from lorakit.adapters.choice import BASE, Blend, Choice, Entries
 from lorakit.errors import AdapterStateError
+from lorakit.models.checkpoints import forbid_recomputation, running_checkpoints
 from lorakit.models.frames import has_ended
 
 
@@ -43,9 +43,21 @@ class Pass:
     lengths: frozenset[int] = frozenset()
     """Lengths of the sequences that entered the model."""
     inputs: frozenset[tuple[int, ...]] = frozenset()
-    """Address and first stride of each tensor that entered the model with one entry for each row."""
+    """Storage and first stride of each tensor that entered the model with one entry for each row."""
     is_part: bool = False
     """Whether this is no pass of its own: a layer computes some rows again for one adapter."""
+    known_parts: dict[Any, list[tuple[Blend, Entries]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def parts(self, size: int, device: torch.device) -> list[tuple[Blend, Entries]]:
+        """Return `Choice.parts`, the same lists for all layers of the pass."""
+        if torch.compiler.is_compiling():
+            return self.choice.parts(size, device)
+        key = size, device
+        if key not in self.known_parts:
+            self.known_parts[key] = self.choice.parts(size, device)
+        return self.known_parts[key]
 
 
 class Moment(NamedTuple):
@@ -84,6 +96,8 @@ class _Running:
     """None for a generation, whose passes have their own entries."""
     frame: FrameType | None = None
     """The Python frame of a forward pass. An interrupt ends it without a call of `end`."""
+    blocks: tuple[_Block, ...] = ()
+    """The blocks that were open when a forward pass began."""
 
 
 class _Thread(threading.local):
@@ -108,6 +122,8 @@ class Activation:
     """Each adapter of the model, with a serial number that no other adapter ever has."""
     swapping: set[str] = field(default_factory=set)
     """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
+    read_directly: dict[str, str] = field(default_factory=dict)
+    """By adapter, the path of a layer with a trained copy that the model may read without calling the layer."""
     merged: Choice | None = None
     """What is merged into the weights, if anything."""
 
@@ -150,6 +166,13 @@ class Activation:
                 raise AdapterStateError(
                     f"'{name}' was removed while a per_sample or per_token block that uses it was open. Leave the "
                     "block and choose again."
+                )
+        if block.choice.whole != self.active.whole:
+            for name in (block.choice.names | self.active.names) & self.read_directly.keys():
+                raise AdapterStateError(
+                    f"'{name}' trains '{self.read_directly[name]}' in full, and the model may read that table without "
+                    f"calling it, so per_sample and per_token cannot replace it. Use activate('{name}') for a whole "
+                    "batch, and activate(None) before a block of other adapters."
                 )
         return block.choice
 
@@ -252,6 +275,7 @@ class Activation:
         Raises:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
+        self._drop_interrupted()
         block = _Block(self, choice, dict(self.adapters), is_generation)
         before, thread = self._thread.block, threading.get_ident()
         _BLOCKS.set((*_BLOCKS.get(), block))
@@ -270,6 +294,7 @@ class Activation:
                 self._thread.block = before
             blocks = _BLOCKS.get()
             _BLOCKS.set(tuple(b for b in blocks if b is not block))
+            self._drop_interrupted()
         if block not in blocks:
             raise AdapterStateError(
                 "A per_sample or per_token block ended in another thread or task than it began in (a generator may "
@@ -316,6 +341,7 @@ class Activation:
                 del entries[entries.index(running) :]  # with passes inside it that were interrupted
             if not entries:
                 self._running.pop(thread, None)
+                self._thread.state = None
 
     @contextlib.contextmanager
     def exclusive(self, action: str, *, within_own_pass: bool = False) -> Iterator[None]:
@@ -358,25 +384,39 @@ class Activation:
                 )
                 forbid_recomputation(checkpoint, error)
 
-    def add(self, name: str, *, swaps: bool) -> None:
+    def add(self, name: str, *, swaps: bool, read_directly: str | None) -> None:
         """Register an adapter; `swaps` says that it has trained copies of base tensors."""
         self.adapters[name] = next(_SERIALS)
         if swaps:
             self.swapping.add(name)
+        if read_directly is not None:
+            self.read_directly[name] = read_directly
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""
         del self.adapters[name]
         self.swapping.discard(name)
+        self.read_directly.pop(name, None)
 
     # --- forward passes ----------------------------------------------------------------------------------
 
+    def entering(self) -> Choice:
+        """Return the choice of a forward pass that enters the model, or a part of the model inside a pass."""
+        for checkpoint in running_checkpoints():
+            if checkpoint.is_recomputation:
+                return self._replay(checkpoint.key).of_pass.choice
+        running = self._running.get(threading.get_ident())
+        outer = running[-1] if running else None
+        if outer is not None and outer.of_pass is not None and outer.blocks is _BLOCKS.get():
+            return outer.of_pass.choice
+        return self.choice
+
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
-        thread = threading.get_ident()
-        entries = self._running.setdefault(thread, [])
-        _drop_interrupted(entries, thread)
-        entries.append(_Running(of_pass, frame))
+        self._drop_interrupted()
+        entries = self._running.setdefault(threading.get_ident(), [])
+        entries.append(_Running(of_pass, frame, _BLOCKS.get()))
+        self.moment()  # a checkpoint around the model records it
 
     def end(self, frame: FrameType) -> None:
         """Remove the forward pass that `begin` registered for this frame; none if `begin` was not reached."""
@@ -385,6 +425,17 @@ class Activation:
             if entry.frame is not None and (entry.frame is frame or entry.frame.f_back is frame):
                 self._remove(entry)
                 return
+
+    def _drop_interrupted(self) -> None:
+        """Drop the passes of this thread that were interrupted."""
+        thread = threading.get_ident()
+        with self._lock:
+            entries = self._running.get(thread)
+            if entries:
+                _drop_interrupted(entries, thread)
+            if not entries:
+                self._running.pop(thread, None)
+                self._thread.state = None
 
     @property
     def lock(self) -> threading.RLock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,11 +67,7 @@ class Choice:
         """
         counts = self.tokens or (size // len(self.blends),) * len(self.blends)
         assert sum(counts) == size
-        if torch.compiler.is_compiling():
-            return _parts(self.blends, counts, device)
-        # An index that was made in inference mode could not be saved for a later backward pass.
-        with torch.inference_mode(False):
-            return _cached_parts(self.blends, counts, device)
+        return _parts(self.blends, counts, device)
 
 
 BASE = Choice()
@@ -168,10 +163,6 @@ def _parts(
             indices = [i for first, last in own for i in range(first, last)]
             parts.append((blend, torch.tensor(indices, device=device)))
     return parts
-
-
-# Every adapted layer of a pass asks for the same parts.
-_cached_parts = functools.lru_cache(maxsize=64)(_parts)
 
 
 def take(x: Tensor, entries: Entries) -> Tensor:

@@ -59,7 +59,8 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             "itself, or use one process for each device."
         )
     with activation.lock:  # no other thread changes the adapters in between
-        activation.begin(describe_pass(activation.choice, module, args, kwargs), caller_frame())
+        of_pass = describe_pass(activation.entering(), module, args, kwargs)
+        activation.begin(of_pass, caller_frame())
 
 
 @by_token

@@ -162,7 +162,11 @@ def _register_loading(module: nn.Module, hook: Callable[..., None], wanted: bool
 
 
 def refuse_loading(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    *unused: Any,
 ) -> None:
     """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
 
@@ -179,6 +183,11 @@ def refuse_loading(
             raise AdapterStateError(
                 "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
                 "adapter would not change them. Call unmerge() before load_state_dict()."
+            )
+        if adapters.replaced and metadata.get("assign_to_params_buffers"):
+            raise AdapterStateError(
+                "load_state_dict(assign=True) would separate an active adapter's trained copy from the layer that it "
+                "is used in. Load without assign, or call activate(None) first."
             )
         if f"{start}{ADAPTERS}.{MARK}" in state_dict:
             continue

@@ -343,7 +343,11 @@ class Adapters:
             raise
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
-        self._activation.add(name, swaps=bool(adapter.trained))
+        self._activation.add(
+            name,
+            swaps=bool(adapter.trained),
+            read_directly=next(adapter.read_directly(self.model), None),
+        )
         export.guard_loading(self.model)
         if is_first:
             for _, parameter in base_parameters(self.model):
@@ -359,10 +363,11 @@ class Adapters:
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
         watch(self.model, self._activation)
-        if hasattr(self.model, "save_pretrained"):
-            self.model.__dict__["save_pretrained"] = functools.partial(
-                export.save_pretrained, self.model
-            )
+        for module in self.model.modules():  # also parts of it, such as the backbone
+            if hasattr(module, "save_pretrained"):
+                module.__dict__["save_pretrained"] = functools.partial(
+                    export.save_pretrained, module
+                )
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -375,10 +380,11 @@ class Adapters:
         for adapter in list(self._installed.values()):
             self._remove(adapter)
         for name, parameter in base_parameters(self.model):
-            parameter.requires_grad_(self._requires_grad.get(name, False))
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         self.model.__dict__.pop(_HANDLE, None)
         unwatch(self.model)
-        self.model.__dict__.pop("save_pretrained", None)
+        for module in self.model.modules():
+            module.__dict__.pop("save_pretrained", None)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)

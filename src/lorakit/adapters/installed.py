@@ -53,6 +53,13 @@ class InstalledAdapter:
         """Hooks that the adapter's modules declare for the model's backbone."""
         return [hook for module in self.modules.values() for hook in module.backbone_hooks]
 
+    def read_directly(self, model: nn.Module) -> Iterator[str]:
+        """Yield the paths of the layers with trained copies whose weights the model may read without a call."""
+        for path, module in self.modules.items():
+            adapters: Any = model.get_submodule(path).adapters
+            if module.trained and adapters.layout.is_read_directly:
+                yield path
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's tensors, each once."""
         unique = {id(p): p for module in self.modules.values() for p in module.parameters()}
@@ -94,9 +101,14 @@ def install(
     refuse_quantised(model, trained_names)
     installed = InstalledAdapter(name, method, modules)
     names_of: dict[int, list[str]] = {}  # a tied parameter has several, which share one copy
+    seen: set[tuple[int, str]] = set()
     for parameter_name in trained_names:
         path, _, attribute = parameter_name.rpartition(".")
-        parameter = base_parameter(model.get_submodule(path), attribute)
+        layer = model.get_submodule(path)
+        if (id(layer), attribute) in seen:  # one module at two paths
+            continue
+        seen.add((id(layer), attribute))
+        parameter = base_parameter(layer, attribute)
         names_of.setdefault(id(parameter), []).append(parameter_name)
     for names in names_of.values():
         path, _, attribute = names[0].rpartition(".")

@@ -68,10 +68,9 @@ class LayerAdapters(ReplacedParameters):
     def after(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""
         if isinstance(output, tuple):  # a block's hidden states and further outputs
-            return (self.after(layer, args, kwargs, output[0]), *output[1:])
-        x = layer_input(layer, args, kwargs)
+            return self._after_block(layer, args, kwargs, output)
         of_pass = self.activation.moment().of_pass
-        choice = of_pass.choice
+        choice, x = of_pass.choice, layer_input(layer, args, kwargs)
         if choice is not self.activation.active:
             return adapt_by_part(self, Call(layer, x, args, kwargs), output, of_pass)
         # `activate` chose for the whole batch, and trained copies are in place. This runs in every call of the
@@ -82,6 +81,14 @@ class LayerAdapters(ReplacedParameters):
             if module is not None and not module.shadows:
                 output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
         return output
+
+    def _after_block(self, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
+        choice = self.activation.moment().of_pass.choice
+        if choice is not self.activation.active and any(
+            self.own_parameters(layer, blend) for blend in choice.blends
+        ):
+            raise self.layout.refuse("it returns several tensors, which trained copies change")
+        return (self.after(layer, args, kwargs, output[0]), *output[1:])
 
     def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
         """Return the modules that act on the output; None if rows differ, or the layer's parameters are others'."""

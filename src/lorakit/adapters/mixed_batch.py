@@ -10,6 +10,8 @@ from collections.abc import KeysView, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.activation import Activation, Pass
@@ -18,7 +20,7 @@ from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.linear import output_is_unshared
 from lorakit.methods.module import AdapterModule
-from lorakit.models.parameter_swaps import call_with
+from lorakit.models.parameter_swaps import with_parameters
 from lorakit.ops.lora_segments import Segment, lora_segments
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,15 +65,21 @@ class Call(NamedTuple):
         return args, {name: x if v is self.x else v for name, v in self.kwargs.items()}
 
 
-def adapt_by_part(adapters: Adapting, call: Call, output: Tensor, of_pass: Pass) -> Tensor:
+def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) -> Any:
     """Return a layer's output, with the adapters of each row or token on that row or token.
 
     Raises:
-        AdapterStateError: The layer may not see whole rows in order, or an adapter mixes the tokens of a row.
+        AdapterStateError: The layer may not see whole rows in order, an adapter mixes the tokens of a row, or trained
+            copies cannot be used in this layer for some rows only.
     """
     choice, layer, x = of_pass.choice, call.layer, call.x
     acting = choice.names & adapters.keys()
-    if not x.numel() or not (acting or adapters.replaced):
+    if not (acting or adapters.replaced):
+        return output
+    for name, value in (("input", x), ("output", output)):
+        if not isinstance(value, Tensor):
+            raise adapters.layout.refuse(f"its {name} is a {type(value).__name__}")
+    if not x.numel():
         return output
     if choice.unit == "batch":
         return _adapt(adapters, call, x, output, choice.whole or ())
@@ -87,47 +95,45 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Tensor, of_pass: Pass)
             raise adapters.layout.refuse("the adapters there may mix the tokens of a sequence")
         shape = output.shape
         x, output = x.reshape(size, *x.shape[axes:]), output.reshape(size, *shape[axes:])
-        return _adapt_parts(adapters, call, x, output, choice).view(shape)
+        return _adapt_parts(adapters, call, x, output, of_pass).view(shape)
     axis = adapters.layout.axis
     if axis == 0:
-        return _adapt_parts(adapters, call, x, output, choice)
+        return _adapt_parts(adapters, call, x, output, of_pass)
     x, output = x.transpose(0, axis), output.transpose(0, axis)
-    return _adapt_parts(adapters, call, x, output, choice).transpose(0, axis)
+    return _adapt_parts(adapters, call, x, output, of_pass).transpose(0, axis)
 
 
 def _adapt_parts(
-    adapters: Adapting, call: Call, x: Tensor, output: Tensor, choice: Choice
+    adapters: Adapting, call: Call, x: Tensor, output: Tensor, of_pass: Pass
 ) -> Tensor:
     """Apply each part of a choice to its entries of the first axis of `x` and `output`."""
-    segments = _segments(adapters, call.layer, x, choice)
+    segments = _segments(adapters, x, of_pass)
     if segments is not None:
         is_plain = output.is_contiguous() and not output._is_view()
         in_place = is_plain and output_is_unshared(call.layer)
         flat = output.flatten(0, -2)
         return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
-    for blend, entries in choice.parts(len(x), x.device):
+    for blend, entries in of_pass.parts(len(x), x.device):
         if adapters.changes(call.layer, blend):
             rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
             output = put(output, entries, rows)
     return output
 
 
-def _segments(
-    adapters: Adapting, layer: nn.Module, x: Tensor, choice: Choice
-) -> list[Segment] | None:
+def _segments(adapters: Adapting, x: Tensor, of_pass: Pass) -> list[Segment] | None:
     """Return the low-rank products of a choice; None if an adapter has another effect on the layer."""
+    if adapters.replaced:
+        return None
     low_rank = {}
-    for name in choice.names & adapters.keys():
+    for name in of_pass.choice.names & adapters.keys():
         module = adapters[name]
         product = module.low_rank()
         if product is None or module.trained:
             return None
         low_rank[name] = product
-    if adapters.replaced:
-        return None
     return [
         Segment(tokens, low_rank[name].A, low_rank[name].B, weight * low_rank[name].scaling)
-        for blend, tokens in choice.parts(x.shape[:-1].numel(), x.device)
+        for blend, tokens in of_pass.parts(x.shape[:-1].numel(), x.device)
         for name, weight in blend
         if name in low_rank
     ]
@@ -136,16 +142,43 @@ def _segments(
 def _adapt(adapters: Adapting, call: Call, x: Tensor, output: Tensor, blend: Blend) -> Tensor:
     """Return `output`, the layer's output for `x`, with the effect of one blend."""
     parameters = adapters.own_parameters(call.layer, blend)
-    if parameters:
-        args, kwargs = call.with_input(x)
-        inside = Pass(Choice((blend,)), is_part=True)  # for the layers inside this one
+    if not parameters:
+        return _add(adapters, call.layer, x, output, blend)
+    if reason := _why_not_computed_again(call.layer, parameters):
+        raise adapters.layout.refuse(reason)
+    args, kwargs = call.with_input(x)
+    inside = Pass(Choice((blend,)), is_part=True)  # for the layers inside this one
+    with with_parameters(call.layer, parameters) as layer:
         with adapters.activation.part(inside):
-            output = call_with(call.layer, parameters, *args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
+            output = layer.forward(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise adapters.layout.refuse(f"its output is a {type(output).__name__}")
+        return _add(adapters, layer, x, output, blend)
+
+
+def _add(adapters: Adapting, layer: nn.Module, x: Tensor, output: Tensor, blend: Blend) -> Tensor:
+    """Return `output` with the effects of a blend on a layer that has the blend's parameters."""
     for name, weight in blend:
         if name in adapters and not adapters[name].shadows:
-            output = adapters[name].adapt(call.layer, x, output, weight)
+            output = adapters[name].adapt(layer, x, output, weight)
     return output
+
+
+def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Tensor]) -> str | None:
+    """Return why calling the layer's forward with other parameters may not give what calling the layer gives."""
+    hooks = (
+        *(*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()),
+        *(
+            *torch_module._global_forward_pre_hooks.values(),
+            *torch_module._global_forward_hooks.values(),
+        ),
+    )
+    for hook in hooks:
+        if not (getattr(hook, "__module__", None) or "").startswith("lorakit."):
+            return f"its hook {getattr(hook, '__qualname__', repr(hook))} would not run for rows with trained copies"
+    if not parameters.keys() <= layer._parameters.keys() or is_parametrized(layer):
+        return "its parameters are computed from other tensors"
+    return None
 
 
 def _computes_by_token(layer: nn.Module) -> bool:

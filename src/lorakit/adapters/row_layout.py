@@ -17,6 +17,7 @@ from lorakit.adapters.activation import Pass
 from lorakit.adapters.choice import Choice
 from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
+from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import parents, walk
 
 _MAIN_INPUTS = (
@@ -36,10 +37,14 @@ class RowLayout:
     """Axis of the rows: 1 inside PyTorch's sequence-first modules."""
     is_known: bool = False
     """Whether the architecture is known to pass (batch, length, ...) to this layer."""
+    is_flattened: bool = False
+    """Whether the architecture is known to pass (batch * length, ...) to it."""
     is_table: bool = False
     """Whether the layer is an embedding that may look up something else than the model's input, such as positions."""
-    routed_by: str | None = None
-    """Path of the module that passes the layer tokens of its own choice (an expert), if any."""
+    is_read_directly: bool = False
+    """Whether the model reads the weight of this embedding without calling it, or may do so."""
+    refused: str | None = None
+    """Why the layer sees something else than the rows of the batch, if that is known."""
 
     def entries(self, x: Tensor, of_pass: Pass, *, axes: int) -> int:
         """Return the length of the axis of rows, of which each row has an equal stretch; or the number of tokens.
@@ -56,40 +61,46 @@ class RowLayout:
         if choice.whole is not None and of_pass.batch is not None:
             return (
                 of_pass.batch
-            )  # every row has the same adapters, and the batch was checked when it entered
-        if self.routed_by is not None:
-            raise self.refuse(f"'{self.routed_by}' passes it tokens of its own choice")
-        if choice.unit == "token":
-            return self._check_tokens(x, choice, axes)
-        size = x.shape[self.axis] if axes > self.axis else -1
+            )  # every row has the same adapters, and the batch was counted when it entered
         batches = (of_pass.batch,) if of_pass.batch is not None else choice.rows
+        size = x.shape[self.axis] if axes > self.axis else -1
+        if choice.whole is not None and size in batches:
+            return size
+        if self.refused is not None:
+            raise self.refuse(self.refused)
+        if isinstance(x, nn.Parameter):
+            raise self.refuse("its input is a parameter")
+        if self.is_table and not _entered_the_model(x, of_pass):
+            raise self.refuse("its input is not known to be an input of the model")
+        if choice.unit == "token":
+            return self._count_tokens(x, of_pass, axes)
         allowed = set(batches)
-        if axes == 1 and self.is_known:  # (batch * length, ...)
+        if axes == 1 and self.is_flattened:
             allowed |= {batch * length for batch in batches for length in of_pass.lengths}
         if size not in allowed:
             rows = " or ".join(map(str, batches))
             raise self.refuse(f"its input of shape {tuple(x.shape)} does not hold {rows} rows")
-        if self.is_table and not _entered_the_model(x, of_pass):
-            raise self.refuse("its input is not an input of the model")
         ambiguous = axes > 1 and x.shape[0] == x.shape[1] > 1
-        if ambiguous and not self.is_known:
+        if ambiguous and not (self.is_known or self.is_table):
             raise self.refuse(
                 f"its input of shape {tuple(x.shape)} has as many rows as tokens, so it may be sequence-first"
             )
         return size
 
-    def _check_tokens(self, x: Tensor, choice: Choice, axes: int) -> int:
-        total = sum(choice.tokens)
+    def _count_tokens(self, x: Tensor, of_pass: Pass, axes: int) -> int:
+        total = sum(of_pass.choice.tokens)
         if self.axis != 0:
             raise self.refuse("it is sequence-first")
-        if x.shape[:axes].numel() != total:
+        in_rows = axes > 1 and of_pass.batch in (None, x.shape[0])
+        if x.shape[:axes].numel() != total or not (in_rows or axes == 1):
             raise self.refuse(f"its input of shape {tuple(x.shape)} does not hold {total} tokens")
         return total
 
     def refuse(self, reason: str) -> AdapterStateError:
         """Return the error for a layer that cannot use different adapters in one batch."""
+        name = self.path or "the model itself"
         return AdapterStateError(
-            f"'{self.path}' cannot use different adapters in one batch: {reason}. Run one batch for each adapter, or "
+            f"'{name}' cannot use different adapters in one batch: {reason}. Run one batch for each adapter, or "
             "adapt other layers."
         )
 
@@ -100,16 +111,46 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     inputs = {id(table) for table in _input_tables(model)}
     layouts = {}
     for path in paths:
-        layer = model.get_submodule(path)
+        layer, config = model.get_submodule(path), configs.get(path)
         around = [model, *(model.get_submodule(parent) for parent in parents(path)), layer]
+        is_known = architecture_of(config) is not None or _declares_axis(around)
+        is_table = isinstance(layer, nn.Embedding) and id(layer) not in inputs
         layouts[path] = RowLayout(
             path,
             axis=_batch_axis(around),
-            is_known=architecture_of(configs.get(path)) is not None or _declares_axis(around),
-            is_table=isinstance(layer, nn.Embedding) and id(layer) not in inputs,
-            routed_by=_router(path),
+            is_known=is_known,
+            is_flattened=getattr(config, "model_type", None) in _FLATTENING,
+            is_table=is_table,
+            is_read_directly=is_table and (not is_known or path.endswith(_READ_DIRECTLY)),
+            refused=_why_refused(model, path, config),
         )
     return layouts
+
+
+_FLATTENING = ("opt",)
+"""Architectures that pass all tokens of a batch in one axis to some layers."""
+
+_READ_DIRECTLY = ("rel_embeddings",)
+"""Tables whose weight known architectures read without calling them (DeBERTa-v2)."""
+
+_READ_POSITIONS = {"deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj")}
+"""Layers that architectures also call with a table of positions, whose length may equal that of the batch."""
+
+
+def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
+    """Return why a layer sees something else than the rows of the batch, or None if that is not known."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.startswith("expert"):
+            return f"'{'.'.join(parts[:i]) or part}' passes it tokens of its own choice"
+    if parts[-1] in _READ_POSITIONS.get(getattr(config, "model_type", ""), ()):
+        return "it is also called with a table of positions"
+    root = getattr(model, "config", None)
+    if getattr(root, "sub_configs", None) and not getattr(root, "is_encoder_decoder", False):
+        text: Any = root.get_text_config()  # type: ignore[union-attr]
+        if config is not text and model.get_submodule(path) is not output_embeddings(model):
+            return "the images or sounds that it sees are not the rows of the batch"
+    return None
 
 
 def _input_tables(model: nn.Module) -> Iterator[nn.Module]:
@@ -121,15 +162,6 @@ def _input_tables(model: nn.Module) -> Iterator[nn.Module]:
             continue
         if table is not None:
             yield table
-
-
-def _router(path: str) -> str | None:
-    """Return the path of the module that holds the layer's experts, if it is inside one."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.startswith("expert"):
-            return ".".join(parts[:i]) or part
-    return None
 
 
 def _declaring(around: list[nn.Module]) -> nn.Module | None:
@@ -152,7 +184,12 @@ def _batch_axis(around: list[nn.Module]) -> int:
 
 
 def _entered_the_model(x: Tensor, of_pass: Pass) -> bool:
-    return x.ndim > 0 and (x.data_ptr(), x.stride(0)) in of_pass.inputs
+    return x.ndim > 0 and _identity(x) in of_pass.inputs
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """Return what a tensor shares with its views that have the same rows."""
+    return x.untyped_storage()._cdata, x.stride(0)
 
 
 def describe_pass(choice: Choice, module: nn.Module, args: tuple, kwargs: dict) -> Pass:
@@ -189,7 +226,7 @@ def describe_pass(choice: Choice, module: nn.Module, args: tuple, kwargs: dict) 
         choice,
         batch=batch,
         lengths=frozenset(t.shape[1] for t in of_batch if t.ndim > 1),
-        inputs=frozenset((t.data_ptr(), t.stride(0)) for t in of_batch),
+        inputs=frozenset(map(_identity, of_batch)),
     )
 
 

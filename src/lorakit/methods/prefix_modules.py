@@ -113,7 +113,7 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
 @by_token
 def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the backbone: drop the positions."""
-    _embedding_adapters(backbone).activation.pass_state = None
+    _embedding_adapters(backbone).activation.state = None
 
 
 @by_token

@@ -3,7 +3,7 @@
 **For the length of a call**, a tensor in the instance's `__dict__` hides the parameter of that name:
 `hide_parameters` and `show_parameters` in a pair of forward hooks, `hidden_parameters` around a block. Calls of one
 layer that hide its parameters run one after the other, so that no thread computes with the tensors of another.
-`call_with` calls a layer with other tensors and needs no such order.
+`with_parameters` gives a copy of the layer with other tensors and needs no such order.
 
 **Until undone**, `ReplacedParameters` puts another parameter into the layer and keeps the original.
 """
@@ -88,30 +88,31 @@ def show_parameters(layer: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def hidden_parameters(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Hide parameters of `layer` by `tensors` for the length of a `with` block."""
+def hidden_parameters(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Hide parameters of `layer` by `tensors` for the length of a `with` block, which gets the layer."""
     frame = None if torch.compiler.is_compiling() else sys._getframe(2)  # of the block
     if frame is not None:
         _begin(layer, frame)
     layer.__dict__.update(tensors)
     try:
-        yield
+        yield layer
     finally:
         _show(layer) if frame is None else _end(layer, frame)
 
 
-def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Return ``layer.forward(*args, **kwargs)`` with `tensors` in place of the parameters of their names.
+def with_parameters(
+    layer: nn.Module, tensors: Mapping[str, Tensor]
+) -> contextlib.AbstractContextManager[nn.Module]:
+    """Return a context manager that gives the layer with `tensors` in place of the parameters of their names.
 
-    The forward pass runs on a shallow copy of the layer, so calls in other threads do not see the tensors. It shares
-    children and buffers; an attribute that it sets is lost. A foreign `forward` that is an attribute of the instance
-    (as accelerate sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may
-    call the layer meanwhile.
+    It gives a shallow copy of the layer, so other threads do not see the tensors. The copy shares children and buffers;
+    an attribute that its forward sets is lost. A foreign `forward` that is an attribute of the instance (as accelerate
+    sets) would still read the layer itself, so there `hidden_parameters` is used: no other thread may call the layer
+    meanwhile.
     """
     own = layer.__dict__.get("forward")
     if torch.compiler.is_compiling() or not (own is None or isinstance(own, FasterForward)):
-        with hidden_parameters(layer, tensors):
-            return layer.forward(*args, **kwargs)
+        return hidden_parameters(layer, tensors)
     twin = object.__new__(type(layer))  # without `__init__`, and FSDP's `__new__` calls it
     twin.__dict__.update(layer.__dict__)
     twin.__dict__["_parameters"] = {**layer._parameters, **tensors}
@@ -119,7 +120,7 @@ def call_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwa
         twin.__dict__["forward"] = own.on(twin)
     for name in tensors:
         twin.__dict__.pop(name, None)
-    return twin.forward(*args, **kwargs)
+    return contextlib.nullcontext(twin)
 
 
 def _begin(layer: nn.Module, frame: FrameType) -> None:

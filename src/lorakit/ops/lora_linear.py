@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.ops.autocast import no_autocast
 
@@ -83,17 +82,19 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, out, A, B, scaling, in_place):
         x_ND = x.reshape(-1, x.shape[-1])
         h_NR = x_ND @ A.to(out.dtype).T
-        ctx.save_for_backward(x_ND, h_NR, A, B)
-        ctx.scaling, ctx.x_shape = scaling, x.shape
+        ctx.save_for_backward(x, h_NR, A, B)
+        ctx.scaling = scaling
         total = _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
         if in_place:
             ctx.mark_dirty(out)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_ND, h_NR, A, B = ctx.saved_tensors
+        x, h_NR, A, B = ctx.saved_tensors
+        x_ND = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # for a second derivative, which h has too
+            h_NR = x_ND @ A.to(x.dtype).T
         needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_A = grad_B = None
@@ -104,5 +105,5 @@ class _LoraLinear(torch.autograd.Function):
             if needs_A:
                 grad_A = (grad_h_NR.T @ x_ND).to(A.dtype)
             if needs_x:
-                grad_x = (grad_h_NR @ A.to(grad.dtype)).view(ctx.x_shape)
+                grad_x = (grad_h_NR @ A.to(grad.dtype)).view(x.shape)
         return grad_x, grad, grad_A, grad_B, None, None

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.ops.autocast import no_autocast
 
@@ -96,7 +95,6 @@ class _LoraSegments(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         count = len(ctx.segments)
         x, *rest = ctx.saved_tensors
@@ -107,11 +105,13 @@ class _LoraSegments(torch.autograd.Function):
         for i, (tokens, scaling) in enumerate(ctx.segments):
             A, B, h_MR = factors[2 * i], factors[2 * i + 1], hidden[i]
             tokens = next(indices) if tokens is None else tokens
+            if torch.is_grad_enabled():  # for a second derivative, which h has too
+                h_MR = x[tokens] @ A.to(x.dtype).T
             grad_MO = grad[tokens]
             needs_A, needs_B = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
-            grad_h_MR = (grad_MO @ B.to(grad.dtype)).mul_(scaling)
+            grad_h_MR = (grad_MO @ B.to(grad.dtype)) * scaling
             grads.append((grad_h_MR.T @ x[tokens]).to(A.dtype) if needs_A else None)
-            grads.append((grad_MO.T @ h_MR).mul_(scaling).to(B.dtype) if needs_B else None)
+            grads.append(((grad_MO.T @ h_MR) * scaling).to(B.dtype) if needs_B else None)
             if grad_x is not None:
                 grad_x[tokens] = torch.addmm(grad_x[tokens], grad_h_MR, A.to(grad.dtype))
         return grad_x, grad, None, *grads

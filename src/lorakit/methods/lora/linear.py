@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.methods.lora.forms import LinearForm
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
+from lorakit.models.checkpoints import caches_outputs
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops import lora_linear
 
@@ -52,10 +53,11 @@ class LinearLoRA(LoRALayer):
 
 
 def output_is_unshared(layer: nn.Module) -> bool:
-    """Return whether no code but the adapter's hook can hold the layer's output: no other forward hook saw it."""
+    """Return whether no code but the adapter's hook can hold the layer's output: no other hook or cache saw it."""
     return (
         type(layer).forward in _NEW_TENSOR
         and "forward" not in layer.__dict__
         and len(layer._forward_hooks) == 1
         and not _global_forward_hooks
+        and not caches_outputs()
     )

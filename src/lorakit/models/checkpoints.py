@@ -1,12 +1,14 @@
 """Which gradient checkpoints are running: the only file that reads private names of PyTorch's checkpointing.
 
 PyTorch offers no public way to ask whether code runs inside a checkpoint, or whether this is its first run or the
-recomputation in the backward pass. `tests/adapters/test_checkpoints.py` fails first when one of these names moves:
+recomputation in the backward pass. `tests/models/test_checkpoints.py` fails first when one of these names moves:
 
 - `torch.utils.checkpoint._CheckpointFrame.recompute_fn`, and the free variables `frame` and `target_frame_ref` of the
   saved-tensor hooks that hold it (non-reentrant checkpoints);
 - `torch.utils.checkpoint.CheckpointFunction`: the local variable `ctx` of its forward and backward, and
   `ctx.run_function` (reentrant checkpoints);
+- `torch.utils.checkpoint._CachingTorchDispatchMode` and `_CachedTorchDispatchMode` (selective checkpoints),
+  `torch._C._len_torch_dispatch_stack`, `torch.utils._python_dispatch._get_current_dispatch_mode_stack`;
 - `torch._C._autograd._top_saved_tensors_default_hooks`, `_push_...` and `_pop_saved_tensors_default_hooks`,
   `torch._C._is_fwd_grad_enabled` and `torch._C._current_graph_task_id`.
 
@@ -20,9 +22,15 @@ import sys
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import (
+    CheckpointFunction,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+)
 
 _HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _FIRST_RUN = CheckpointFunction.forward.__code__
 _SECOND_RUN = CheckpointFunction.backward.__code__
 
@@ -42,6 +50,13 @@ def running_checkpoints() -> list[Checkpoint]:
     A reentrant checkpoint is not found if its block switches inference mode or forward-mode gradients.
     """
     return _non_reentrant() + _reentrant()
+
+
+def caches_outputs() -> bool:
+    """Whether a selective checkpoint caches the outputs of operations, which nobody may then modify in place."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 def forbid_recomputation(key: Any, error: Exception) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.adapters.checkpoints import Checkpoint, forbid_recomputation, running_checkpoints
+from lorakit.models.checkpoints import Checkpoint, forbid_recomputation, running_checkpoints
 
 BOTH = pytest.mark.parametrize("use_reentrant", [False, True])
 

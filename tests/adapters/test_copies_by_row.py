@@ -1,0 +1,194 @@
+"""Trained copies of base tensors in rows of their own: right, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from lorakit.adapters import Adapters, attach
+from lorakit.errors import AdapterStateError
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora.method import LoRA
+
+Rows = list[str | None]
+IDS = torch.arange(3, 27).view(4, 6)
+
+
+def adapted(model: nn.Module, **methods: object) -> Adapters:
+    for name, method in methods.items():
+        adapters = attach(model, method, name=name)  # type: ignore[arg-type]
+    randomise(adapters)
+    return adapters
+
+
+def assert_right(adapters: Adapters, rows: Rows, active: str | None, call: Callable) -> None:
+    """Compare a mixed batch, beside what `activate` put in place, with one run for each row."""
+    separate = []
+    for i, row in enumerate(rows):
+        adapters.activate(row)
+        separate.append(call()[i])
+    adapters.activate(active)
+    with adapters.per_sample(rows):
+        together = call()
+    torch.testing.assert_close(together, torch.stack(separate), atol=1e-5, rtol=1e-4)
+
+
+def assert_refused(adapters: Adapters, rows: Rows, active: str | None, call: Callable) -> None:
+    adapters.activate(active)
+    with adapters.per_sample(rows), pytest.raises(AdapterStateError, match=r"cannot|read that"):
+        call()
+
+
+DORA = LoRA(rank=2, targets="mlp", dora=True)
+DORA_BIAS = LoRA(rank=2, targets="mlp", dora=True, bias="lora_only")
+PFEIFFER = BottleneckAdapter(size=4, kind="pfeiffer")
+PFEIFFER_NORM = BottleneckAdapter(size=4, kind="pfeiffer", train_modules=("output.LayerNorm",))
+
+
+@pytest.mark.parametrize("active", ["copies", "bitfit", "plain", None])
+@pytest.mark.parametrize(
+    ("plain", "copies"), [(DORA, DORA_BIAS), (PFEIFFER, PFEIFFER_NORM)], ids=["dora", "pfeiffer"]
+)
+def test_effects_that_read_the_layer(plain, copies, active: str | None) -> None:
+    """They read the bias or call the forward of their layer, whose tensors are those of the row."""
+    model = tiny_models.build("bert")
+    adapters = adapted(model, plain=plain, copies=copies, bitfit=BitFit())
+    for rows in (["copies", "plain", None, "bitfit"], ["plain"] * 4, ["copies"] * 4, [None] * 4):
+        assert_right(adapters, rows, active, lambda: model(IDS).logits)
+
+
+def test_gradients_of_effects_that_read_the_layer() -> None:
+    model = tiny_models.build("llama")
+    adapters = adapted(model, dora=DORA, full=FullFineTuning(top_layers=1))
+    adapters.activate("full")
+    with adapters.per_sample(["dora"] * 4):
+        model(IDS).logits.square().sum().backward()
+    assert all(p.grad is None for p in adapters.trainable_parameters("full"))
+    gradients = [p.grad for p in adapters.trainable_parameters("dora")]
+    adapters.activate("dora")
+    model.zero_grad()
+    model(IDS).logits.square().sum().backward()
+    expected = [p.grad for p in adapters.trainable_parameters("dora")]
+    torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_pass_that_activates_copies_keeps_its_own_parameters() -> None:
+    model = tiny_models.build("llama")
+    adapters = adapted(model, dora=DORA, full=FullFineTuning(top_layers=1))
+    adapters.activate("dora")
+    expected = model(IDS).logits
+    model.model.layers[0].register_forward_pre_hook(lambda *_: adapters.activate("full"))
+    torch.testing.assert_close(model(IDS).logits, expected)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.inner(x) * self.scale
+        return h, h.mean(1)
+
+
+class UsesSecond(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TwoOutputs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)[1]
+
+
+class NamedOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.inner(x) * self.scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [UsesSecond, NamedOutputs])
+@pytest.mark.parametrize("rows", [["t", "a"], ["t", "t"]])
+def test_layers_with_several_outputs_are_refused(kind: type[nn.Module], rows: Rows) -> None:
+    model, x = kind(), torch.randn(2, 3, 8)
+    adapters = adapted(model, t=FullFineTuning(), a=LoRA(rank=2, targets="inner"))
+    assert_refused(adapters, rows, None, lambda: model(x))
+
+
+def test_a_trained_router_is_refused() -> None:
+    model = tiny_models.build("mixtral")
+    adapters = adapted(model, t=LoRA(rank=2, train_modules=("mlp.gate",)), a=LoRA(rank=2))
+    assert_refused(adapters, ["t", "a", None, "t"], None, lambda: model(IDS))
+    assert_refused(adapters, [None] * 4, "t", lambda: model(IDS))
+    assert_right(adapters, ["a", None, "a", "a"], None, lambda: model(IDS).logits)
+
+
+class ReadsTable(nn.Module):
+    """Its logits read the table without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(30, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(self.table(ids)) @ self.table.weight.T
+
+
+def test_tables_that_are_read_without_a_call_are_refused() -> None:
+    model = ReadsTable()
+    method = LoRA(rank=2, targets="inner", train_modules=("table",))
+    adapters = adapted(model, t=method, a=LoRA(rank=2, targets="inner"))
+    for rows in (["t", "a"] * 2, ["t"] * 4):
+        assert_refused(adapters, rows, None, lambda: model(IDS))
+    assert_refused(adapters, ["a"] * 4, "t", lambda: model(IDS))
+    assert_right(adapters, ["a", None] * 2, None, lambda: model(IDS))
+
+
+def test_relative_embeddings_of_deberta_are_refused() -> None:
+    model = tiny_models.build("deberta-v2")
+    adapters = adapted(model, t=FullFineTuning(), a=LoRA(rank=2, targets="mlp"))
+    assert_refused(adapters, ["t"] * 4, None, lambda: model(IDS))
+    assert_refused(adapters, ["a"] * 4, "t", lambda: model(IDS))
+    assert_right(adapters, ["a", None] * 2, None, lambda: model(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "normalise",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm],
+)
+def test_parameters_that_are_computed_are_refused(normalise: Callable) -> None:
+    model = nn.Sequential(normalise(nn.Linear(8, 8)), nn.Linear(8, 4)).eval()
+    method = LoRA(rank=2, targets="1", train_modules=("0",))
+    adapters = adapted(model, t=method, a=LoRA(rank=2, targets="1"))
+    x = torch.randn(2, 8)
+    assert_refused(adapters, ["t", "a"], None, lambda: model(x))
+    assert_refused(adapters, [None, None], "t", lambda: model(x))
+
+
+def test_hooks_of_the_user_are_not_dropped() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].register_forward_hook(lambda layer, args, output: output * 2)
+    adapters = adapted(model, t=LoRA(rank=2, targets="0", train_modules=("1",)))
+    assert_refused(adapters, ["t", None], None, lambda: model(torch.randn(2, 8)))
+
+
+def test_one_module_at_two_paths() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    x = torch.randn(2, 4)
+    base = model(x)
+    adapters = adapted(model, t=FullFineTuning())
+    assert_right(adapters, ["t", None], None, lambda: model(x))
+    adapters.detach()
+    assert torch.equal(model(x), base)
