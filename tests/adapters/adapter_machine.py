@@ -96,6 +96,9 @@ class AdapterMachine(MachineState):
     def added(self, name: str, adapter: PlainAdapter) -> None:
         self.adapters[name] = adapter
         self.active = ((name, 1.0),)
+        self.disturb_passes()
+
+    def disturb_passes(self) -> None:
         for waiting in self.passes:
             waiting.disturbed = True
 
@@ -177,9 +180,9 @@ class AdapterMachine(MachineState):
     @precondition(lambda self: self.idle() and self.unmerged_outside())
     @rule(rows=ROWS, repeat=REPEATS, batch=st.integers(1, 7))
     def wrong_number_of_rows(self, rows: list[Choice], repeat: int, batch: int) -> None:
-        count = len(rows) * repeat
         context, _ = self.rows(rows, repeat)
-        if batch % count or (BY_TOKEN and batch != count):
+        expected = (len(rows), len(rows) * repeat)
+        if batch not in expected if BY_TOKEN else batch % len(rows):
             with context:
                 self.assert_refused(lambda: self.model(IDS[:batch]))
         if BY_TOKEN:
@@ -197,7 +200,6 @@ class AdapterMachine(MachineState):
             lambda: handle.remove("missing"),
             lambda: handle.save(self.folder / "missing", "missing"),
             lambda: handle.per_sample([None, "missing"]).__enter__(),
-            lambda: handle.per_sample([]).__enter__(),
             lambda: handle.per_sample("ab").__enter__(),
             lambda: attach(self.model, BitFit(), name=name),
         ]
@@ -225,10 +227,14 @@ class AdapterMachine(MachineState):
     @precondition(MachineState.idle)
     @rule()
     def call_layers_alone(self) -> None:
-        """A layer that is called outside of the model's forward pass follows the same choice."""
+        """A layer that is called outside of the model's forward pass follows the same choice, or refuses rows."""
         model = self.model
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def call() -> None:
             self.check(model.scores(model.block(model.table(self.ids()))), self.choices())
+
+        self.attempt(call, optional=bool(self.blocks))
 
     @precondition(MachineState.idle)
     @rule(name=USED)
@@ -274,9 +280,9 @@ class AdapterMachine(MachineState):
                 other_thread=other_thread,
                 loss=(output.tanh() * target).sum(),
                 gradients=list(zip(live, gradients, strict=True)),
-                names={name for choice in choices for name, _ in choice},
-                merged=self.merged,
+                names=self.acting(),
                 source=self.source(),
+                disturbed=self.merged is not None,
             )
         )
 
@@ -291,6 +297,7 @@ class AdapterMachine(MachineState):
         if self.attempt(lambda: self.handle.merge(choice), optional=not weights):
             assert weights
             self.merged = weights
+            self.disturb_passes()
 
     @precondition(lambda self: self.merged is not None)
     @rule()

@@ -26,8 +26,9 @@ from lorakit.methods.lora.method import LoRA
 BY_TOKEN = hasattr(Adapters, "per_token")
 """Whether blocks are local to a thread, nest, repeat rows, take weights, and go by token."""
 
-LENGTH = 4
 BATCH = 3
+LENGTH = 5
+"""No batch by row has as many rows: in a model of unknown layout, such a batch is refused."""
 IDS = torch.randint(7, (12, LENGTH), generator=torch.Generator().manual_seed(0))
 
 Choice = str | dict[str, float] | None
@@ -106,13 +107,11 @@ class Pass:
     gradients: list[tuple[Tensor, Tensor]]
     """Live tensors, each with the gradient that the backward pass must give."""
     names: set[str]
-    """The adapters that acted in the forward pass."""
-    merged: Weights | None
-    """The adapters that were merged in the forward pass."""
+    """The adapters that acted in the forward pass, and those that were active."""
     source: object
     """Where it found its choice (`MachineState.source`)."""
-    disturbed: bool = False
-    """Whether an adapter has been added, or one of its adapters removed, since."""
+    disturbed: bool
+    """Whether weights were or have been merged, an adapter has been added, or one of `names` removed."""
 
 
 def started(function: Callable[[], T]) -> Future[T]:
@@ -221,8 +220,12 @@ class MachineState(RuleBasedStateMachine):
         return (choice,) * BATCH * LENGTH
 
     def source(self) -> object:
-        """Return where the next forward pass finds its choice: rows that are all equal are not `activate`."""
-        return bool(self.blocks), self.choices()
+        """Return where the next forward pass finds its choice, and what is active beneath the blocks."""
+        return bool(self.blocks), self.choices(), self.active
+
+    def acting(self) -> set[str]:
+        """Return the adapters of the next forward pass, and the active ones, whose trained copies are in place."""
+        return {name for choice in (*self.choices(), self.active) for name, _ in choice}
 
     def ids(self) -> Tensor:
         return IDS[: len(self.choices()) // LENGTH]
@@ -313,8 +316,7 @@ class MachineState(RuleBasedStateMachine):
 
         Adapters have come or gone, weights have been merged or unmerged, or tensors trained in full have been swapped.
         """
-        if waiting.disturbed or self.merged is not None or waiting.merged is not None:
+        if waiting.disturbed:
             return True
-        now = {name for choice in self.choices() for name, _ in choice}
-        swapped = any(self.adapters[name].trained for name in now | waiting.names)
+        swapped = any(self.adapters[name].trained for name in self.acting() | waiting.names)
         return swapped and self.source() != waiting.source

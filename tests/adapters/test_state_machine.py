@@ -23,7 +23,7 @@ FIXED = settings(
     stateful_step_count=25,
     derandomize=True,
     deadline=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.generate, Phase.shrink],
 )
 UNTIL_FOUND = settings(FIXED, max_examples=800, phases=[Phase.generate], report_multiple_bugs=False)
