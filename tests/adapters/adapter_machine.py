@@ -25,7 +25,6 @@ from hypothesis.stateful import initialize, precondition, rule
 from machine_state import (
     ANY_CHOICE,
     BATCH,
-    BY_TOKEN,
     CHOICE,
     IDS,
     LENGTH,
@@ -150,24 +149,23 @@ class AdapterMachine(MachineState):
         self, rows: Sequence[Choice], repeat: int
     ) -> tuple[contextlib.AbstractContextManager[None], tuple[Weights, ...]]:
         """Return the context manager of `per_sample`, and the choice of each token."""
-        options = {"repeat": repeat} if BY_TOKEN else {}
         choices = tuple(weights_of(row) for row in rows for _ in range(repeat * LENGTH))
-        return self.handle.per_sample(rows, **options), choices  # type: ignore[arg-type]
+        return self.handle.per_sample(rows, repeat=repeat), choices
 
     @precondition(MachineState.unmerged)
     @rule(rows=ROWS, repeat=REPEATS)
     def enter_rows(self, rows: list[Choice], repeat: int) -> None:
         context, choices = self.rows(rows, repeat)
-        if self.attempt(context.__enter__, optional=bool(self.blocks) and not BY_TOKEN):
-            self.blocks.append(OpenBlock(context, choices))
+        context.__enter__()
+        self.blocks.append(OpenBlock(context, choices))
 
-    @precondition(MachineState.by_token)
+    @precondition(MachineState.unmerged)
     @rule(spans=SPANS)
     def enter_spans(self, spans: list[tuple[Choice, int]]) -> None:
         """The last span is extended to a whole row."""
         *others, (last, length) = spans
         length += -sum(count for _, count in spans) % LENGTH
-        context = self.handle.per_token([*others, (last, length)])  # type: ignore[attr-defined]
+        context = self.handle.per_token([*others, (last, length)])
         context.__enter__()
         choices = (weights_of(c) for c, count in [*others, (last, length)] for _ in range(count))
         self.blocks.append(OpenBlock(context, tuple(choices)))
@@ -181,13 +179,11 @@ class AdapterMachine(MachineState):
     @rule(rows=ROWS, repeat=REPEATS, batch=st.integers(1, 7))
     def wrong_number_of_rows(self, rows: list[Choice], repeat: int, batch: int) -> None:
         context, _ = self.rows(rows, repeat)
-        expected = (len(rows), len(rows) * repeat)
-        if batch not in expected if BY_TOKEN else batch % len(rows):
+        if batch not in (len(rows), len(rows) * repeat):
             with context:
                 self.assert_refused(lambda: self.model(IDS[:batch]))
-        if BY_TOKEN:
-            with self.handle.per_token([(rows[0], batch * LENGTH + 1)]):  # type: ignore[attr-defined]
-                self.assert_refused(lambda: self.model(IDS[:batch]))
+        with self.handle.per_token([(rows[0], batch * LENGTH + 1)]):
+            self.assert_refused(lambda: self.model(IDS[:batch]))
 
     @precondition(MachineState.idle)
     @rule(choice=ANY_CHOICE, name=USED)
@@ -205,8 +201,7 @@ class AdapterMachine(MachineState):
         ]
         if not self.reference.accepts(weights_of(choice)):
             calls += [lambda: handle.activate(choice), lambda: handle.merge(choice)]
-            if BY_TOKEN:
-                calls.append(lambda: handle.per_sample([name, choice]).__enter__())  # type: ignore[list-item]
+            calls.append(lambda: handle.per_sample([name, choice]).__enter__())
         if self.merged is None:
             calls.append(handle.unmerge)
         else:
@@ -306,7 +301,7 @@ class AdapterMachine(MachineState):
         self.handle.unmerge()
         self.active, self.merged = self.merged, None
 
-    @precondition(lambda self: self.attached() and (BY_TOKEN or not self.blocks))
+    @precondition(MachineState.attached)
     @rule(
         copied=st.sampled_from([copy.deepcopy, through_pickle, through_torch_save]),
         continue_with_copy=st.booleans(),
@@ -346,7 +341,7 @@ class AdapterMachine(MachineState):
 
     # --- threads and tasks -------------------------------------------------------------------------------
 
-    @precondition(MachineState.by_token)
+    @precondition(MachineState.unmerged)
     @rule(rows=ROWS, repeat=REPEATS)
     def rows_in_another_thread(self, rows: list[Choice], repeat: int) -> None:
         """A block holds in its own thread only, and another thread sees what `activate` has set."""
@@ -373,7 +368,7 @@ class AdapterMachine(MachineState):
         self.check(before, self.everywhere())
         self.check(after, self.everywhere())
 
-    @precondition(lambda self: self.by_token() and not self.blocks)
+    @precondition(MachineState.unmerged_outside)
     @rule(rows=ROWS, repeat=REPEATS)
     def rows_in_another_task(self, rows: list[Choice], repeat: int) -> None:
         context, choices = self.rows(rows, repeat)
@@ -395,7 +390,7 @@ class AdapterMachine(MachineState):
 
         self.check(asyncio.run(both()), choices)
 
-    @precondition(lambda self: BY_TOKEN and self.attached())
+    @precondition(MachineState.attached)
     @rule(call=st.sampled_from(["activate", "merge", "unmerge", "remove", "detach"]), name=USED)
     def change_during_a_pass(self, call: str, name: str) -> None:
         """Every change is refused while another thread's forward pass is between two layers."""

@@ -23,9 +23,6 @@ from lorakit.errors import AdapterStateError
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.lora.method import LoRA
 
-BY_TOKEN = hasattr(Adapters, "per_token")
-"""Whether blocks are local to a thread, nest, repeat rows, take weights, and go by token."""
-
 BATCH = 3
 LENGTH = 5
 """No batch by row has as many rows: in a model of unknown layout, such a batch is refused."""
@@ -47,10 +44,9 @@ ANY_CHOICE = (
 # These depend on the machine's adapters, so that calls have an effect.
 USED = st.runner().flatmap(lambda machine: st.sampled_from(sorted(machine.adapters)))
 UNUSED = st.runner().flatmap(lambda machine: st.sampled_from(machine.unused()))
-CHOICE = st.runner().flatmap(lambda machine: machine.valid_choices(mixed=True))
-ROW = st.runner().flatmap(lambda machine: machine.valid_choices(mixed=BY_TOKEN))
-ROWS = st.lists(ROW, min_size=1, max_size=3)
-REPEATS = st.sampled_from([1, 1, 2]) if BY_TOKEN else st.just(1)
+CHOICE = st.runner().flatmap(lambda machine: machine.valid_choices())
+ROWS = st.lists(CHOICE, min_size=1, max_size=3)
+REPEATS = st.sampled_from([1, 1, 2])
 SPANS = st.lists(st.tuples(CHOICE, st.integers(1, 2 * LENGTH)), min_size=1, max_size=4)
 
 
@@ -182,11 +178,11 @@ class MachineState(RuleBasedStateMachine):
     def unused(self) -> list[str]:
         return [name for name in NAMES if name not in self.adapters]
 
-    def valid_choices(self, mixed: bool) -> st.SearchStrategy[Choice]:
-        """Return the choices that the adapters permit; `mixed` includes weights."""
+    def valid_choices(self) -> st.SearchStrategy[Choice]:
+        """Return the choices that the adapters permit."""
         linear = [name for name, adapter in sorted(self.adapters.items()) if adapter.linear]
         choices: st.SearchStrategy[Choice] = st.none() | st.sampled_from(sorted(self.adapters))
-        if not mixed or not linear:
+        if not linear:
             return choices
         return choices | st.dictionaries(st.sampled_from(linear), WEIGHTS, min_size=1, max_size=2)
 
@@ -204,9 +200,6 @@ class MachineState(RuleBasedStateMachine):
     def idle(self) -> bool:
         """Whether no pass waits for its backward pass, so that values may change."""
         return self.attached() and not self.passes
-
-    def by_token(self) -> bool:
-        return BY_TOKEN and self.unmerged()
 
     # --- comparing -------------------------------------------------------------------------------------
 
