@@ -25,7 +25,6 @@ from hypothesis.stateful import initialize, precondition, rule
 from machine_state import (
     ANY_CHOICE,
     BATCH,
-    BY_TOKEN,
     CHOICE,
     IDS,
     LENGTH,
@@ -96,6 +95,9 @@ class AdapterMachine(MachineState):
     def added(self, name: str, adapter: PlainAdapter) -> None:
         self.adapters[name] = adapter
         self.active = ((name, 1.0),)
+        self.disturb_passes()
+
+    def disturb_passes(self) -> None:
         for waiting in self.passes:
             waiting.disturbed = True
 
@@ -147,24 +149,23 @@ class AdapterMachine(MachineState):
         self, rows: Sequence[Choice], repeat: int
     ) -> tuple[contextlib.AbstractContextManager[None], tuple[Weights, ...]]:
         """Return the context manager of `per_sample`, and the choice of each token."""
-        options = {"repeat": repeat} if BY_TOKEN else {}
         choices = tuple(weights_of(row) for row in rows for _ in range(repeat * LENGTH))
-        return self.handle.per_sample(rows, **options), choices  # type: ignore[arg-type]
+        return self.handle.per_sample(rows, repeat=repeat), choices
 
     @precondition(MachineState.unmerged)
     @rule(rows=ROWS, repeat=REPEATS)
     def enter_rows(self, rows: list[Choice], repeat: int) -> None:
         context, choices = self.rows(rows, repeat)
-        if self.attempt(context.__enter__, optional=bool(self.blocks) and not BY_TOKEN):
-            self.blocks.append(OpenBlock(context, choices))
+        context.__enter__()
+        self.blocks.append(OpenBlock(context, choices))
 
-    @precondition(MachineState.by_token)
+    @precondition(MachineState.unmerged)
     @rule(spans=SPANS)
     def enter_spans(self, spans: list[tuple[Choice, int]]) -> None:
         """The last span is extended to a whole row."""
         *others, (last, length) = spans
         length += -sum(count for _, count in spans) % LENGTH
-        context = self.handle.per_token([*others, (last, length)])  # type: ignore[attr-defined]
+        context = self.handle.per_token([*others, (last, length)])
         context.__enter__()
         choices = (weights_of(c) for c, count in [*others, (last, length)] for _ in range(count))
         self.blocks.append(OpenBlock(context, tuple(choices)))
@@ -177,14 +178,12 @@ class AdapterMachine(MachineState):
     @precondition(lambda self: self.idle() and self.unmerged_outside())
     @rule(rows=ROWS, repeat=REPEATS, batch=st.integers(1, 7))
     def wrong_number_of_rows(self, rows: list[Choice], repeat: int, batch: int) -> None:
-        count = len(rows) * repeat
         context, _ = self.rows(rows, repeat)
-        if batch % count or (BY_TOKEN and batch != count):
+        if batch not in (len(rows), len(rows) * repeat):
             with context:
                 self.assert_refused(lambda: self.model(IDS[:batch]))
-        if BY_TOKEN:
-            with self.handle.per_token([(rows[0], batch * LENGTH + 1)]):  # type: ignore[attr-defined]
-                self.assert_refused(lambda: self.model(IDS[:batch]))
+        with self.handle.per_token([(rows[0], batch * LENGTH + 1)]):
+            self.assert_refused(lambda: self.model(IDS[:batch]))
 
     @precondition(MachineState.idle)
     @rule(choice=ANY_CHOICE, name=USED)
@@ -197,14 +196,12 @@ class AdapterMachine(MachineState):
             lambda: handle.remove("missing"),
             lambda: handle.save(self.folder / "missing", "missing"),
             lambda: handle.per_sample([None, "missing"]).__enter__(),
-            lambda: handle.per_sample([]).__enter__(),
             lambda: handle.per_sample("ab").__enter__(),
             lambda: attach(self.model, BitFit(), name=name),
         ]
         if not self.reference.accepts(weights_of(choice)):
             calls += [lambda: handle.activate(choice), lambda: handle.merge(choice)]
-            if BY_TOKEN:
-                calls.append(lambda: handle.per_sample([name, choice]).__enter__())  # type: ignore[list-item]
+            calls.append(lambda: handle.per_sample([name, choice]).__enter__())
         if self.merged is None:
             calls.append(handle.unmerge)
         else:
@@ -225,10 +222,14 @@ class AdapterMachine(MachineState):
     @precondition(MachineState.idle)
     @rule()
     def call_layers_alone(self) -> None:
-        """A layer that is called outside of the model's forward pass follows the same choice."""
+        """A layer that is called outside of the model's forward pass follows the same choice, or refuses rows."""
         model = self.model
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def call() -> None:
             self.check(model.scores(model.block(model.table(self.ids()))), self.choices())
+
+        self.attempt(call, optional=bool(self.blocks))
 
     @precondition(MachineState.idle)
     @rule(name=USED)
@@ -274,9 +275,9 @@ class AdapterMachine(MachineState):
                 other_thread=other_thread,
                 loss=(output.tanh() * target).sum(),
                 gradients=list(zip(live, gradients, strict=True)),
-                names={name for choice in choices for name, _ in choice},
-                merged=self.merged,
+                names=self.acting(),
                 source=self.source(),
+                disturbed=self.merged is not None,
             )
         )
 
@@ -291,6 +292,7 @@ class AdapterMachine(MachineState):
         if self.attempt(lambda: self.handle.merge(choice), optional=not weights):
             assert weights
             self.merged = weights
+            self.disturb_passes()
 
     @precondition(lambda self: self.merged is not None)
     @rule()
@@ -299,7 +301,7 @@ class AdapterMachine(MachineState):
         self.handle.unmerge()
         self.active, self.merged = self.merged, None
 
-    @precondition(lambda self: self.attached() and (BY_TOKEN or not self.blocks))
+    @precondition(MachineState.attached)
     @rule(
         copied=st.sampled_from([copy.deepcopy, through_pickle, through_torch_save]),
         continue_with_copy=st.booleans(),
@@ -339,7 +341,7 @@ class AdapterMachine(MachineState):
 
     # --- threads and tasks -------------------------------------------------------------------------------
 
-    @precondition(MachineState.by_token)
+    @precondition(MachineState.unmerged)
     @rule(rows=ROWS, repeat=REPEATS)
     def rows_in_another_thread(self, rows: list[Choice], repeat: int) -> None:
         """A block holds in its own thread only, and another thread sees what `activate` has set."""
@@ -366,7 +368,7 @@ class AdapterMachine(MachineState):
         self.check(before, self.everywhere())
         self.check(after, self.everywhere())
 
-    @precondition(lambda self: self.by_token() and not self.blocks)
+    @precondition(MachineState.unmerged_outside)
     @rule(rows=ROWS, repeat=REPEATS)
     def rows_in_another_task(self, rows: list[Choice], repeat: int) -> None:
         context, choices = self.rows(rows, repeat)
@@ -388,7 +390,7 @@ class AdapterMachine(MachineState):
 
         self.check(asyncio.run(both()), choices)
 
-    @precondition(lambda self: BY_TOKEN and self.attached())
+    @precondition(MachineState.attached)
     @rule(call=st.sampled_from(["activate", "merge", "unmerge", "remove", "detach"]), name=USED)
     def change_during_a_pass(self, call: str, name: str) -> None:
         """Every change is refused while another thread's forward pass is between two layers."""

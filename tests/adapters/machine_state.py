@@ -23,11 +23,9 @@ from lorakit.errors import AdapterStateError
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.lora.method import LoRA
 
-BY_TOKEN = hasattr(Adapters, "per_token")
-"""Whether blocks are local to a thread, nest, repeat rows, take weights, and go by token."""
-
-LENGTH = 4
 BATCH = 3
+LENGTH = 5
+"""No batch by row has as many rows: in a model of unknown layout, such a batch is refused."""
 IDS = torch.randint(7, (12, LENGTH), generator=torch.Generator().manual_seed(0))
 
 Choice = str | dict[str, float] | None
@@ -46,10 +44,9 @@ ANY_CHOICE = (
 # These depend on the machine's adapters, so that calls have an effect.
 USED = st.runner().flatmap(lambda machine: st.sampled_from(sorted(machine.adapters)))
 UNUSED = st.runner().flatmap(lambda machine: st.sampled_from(machine.unused()))
-CHOICE = st.runner().flatmap(lambda machine: machine.valid_choices(mixed=True))
-ROW = st.runner().flatmap(lambda machine: machine.valid_choices(mixed=BY_TOKEN))
-ROWS = st.lists(ROW, min_size=1, max_size=3)
-REPEATS = st.sampled_from([1, 1, 2]) if BY_TOKEN else st.just(1)
+CHOICE = st.runner().flatmap(lambda machine: machine.valid_choices())
+ROWS = st.lists(CHOICE, min_size=1, max_size=3)
+REPEATS = st.sampled_from([1, 1, 2])
 SPANS = st.lists(st.tuples(CHOICE, st.integers(1, 2 * LENGTH)), min_size=1, max_size=4)
 
 
@@ -106,13 +103,11 @@ class Pass:
     gradients: list[tuple[Tensor, Tensor]]
     """Live tensors, each with the gradient that the backward pass must give."""
     names: set[str]
-    """The adapters that acted in the forward pass."""
-    merged: Weights | None
-    """The adapters that were merged in the forward pass."""
+    """The adapters that acted in the forward pass, and those that were active."""
     source: object
     """Where it found its choice (`MachineState.source`)."""
-    disturbed: bool = False
-    """Whether an adapter has been added, or one of its adapters removed, since."""
+    disturbed: bool
+    """Whether weights were or have been merged, an adapter has been added, or one of `names` removed."""
 
 
 def started(function: Callable[[], T]) -> Future[T]:
@@ -183,11 +178,11 @@ class MachineState(RuleBasedStateMachine):
     def unused(self) -> list[str]:
         return [name for name in NAMES if name not in self.adapters]
 
-    def valid_choices(self, mixed: bool) -> st.SearchStrategy[Choice]:
-        """Return the choices that the adapters permit; `mixed` includes weights."""
+    def valid_choices(self) -> st.SearchStrategy[Choice]:
+        """Return the choices that the adapters permit."""
         linear = [name for name, adapter in sorted(self.adapters.items()) if adapter.linear]
         choices: st.SearchStrategy[Choice] = st.none() | st.sampled_from(sorted(self.adapters))
-        if not mixed or not linear:
+        if not linear:
             return choices
         return choices | st.dictionaries(st.sampled_from(linear), WEIGHTS, min_size=1, max_size=2)
 
@@ -206,9 +201,6 @@ class MachineState(RuleBasedStateMachine):
         """Whether no pass waits for its backward pass, so that values may change."""
         return self.attached() and not self.passes
 
-    def by_token(self) -> bool:
-        return BY_TOKEN and self.unmerged()
-
     # --- comparing -------------------------------------------------------------------------------------
 
     def choices(self) -> tuple[Weights, ...]:
@@ -221,8 +213,12 @@ class MachineState(RuleBasedStateMachine):
         return (choice,) * BATCH * LENGTH
 
     def source(self) -> object:
-        """Return where the next forward pass finds its choice: rows that are all equal are not `activate`."""
-        return bool(self.blocks), self.choices()
+        """Return where the next forward pass finds its choice, and what is active beneath the blocks."""
+        return bool(self.blocks), self.choices(), self.active
+
+    def acting(self) -> set[str]:
+        """Return the adapters of the next forward pass, and the active ones, whose trained copies are in place."""
+        return {name for choice in (*self.choices(), self.active) for name, _ in choice}
 
     def ids(self) -> Tensor:
         return IDS[: len(self.choices()) // LENGTH]
@@ -313,8 +309,7 @@ class MachineState(RuleBasedStateMachine):
 
         Adapters have come or gone, weights have been merged or unmerged, or tensors trained in full have been swapped.
         """
-        if waiting.disturbed or self.merged is not None or waiting.merged is not None:
+        if waiting.disturbed:
             return True
-        now = {name for choice in self.choices() for name, _ in choice}
-        swapped = any(self.adapters[name].trained for name in now | waiting.names)
+        swapped = any(self.adapters[name].trained for name in self.acting() | waiting.names)
         return swapped and self.source() != waiting.source

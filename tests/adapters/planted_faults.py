@@ -20,13 +20,14 @@ Fault = Callable[[], contextlib.AbstractContextManager[None]]
 @contextlib.contextmanager
 def stale_choice() -> Iterator[None]:
     """A layer uses the choice of the lookup before: that of an earlier pass after a change."""
-    original, last = Activation.moment, "_last_moment"
+    original = Activation.moment
 
     def moment(self: Activation) -> Moment:
         now = original(self)
-        before = self.__dict__.get(last, now)
-        setattr(self, last, now)
-        return before if before.active.names <= self.names else now
+        before, self._last = getattr(self, "_last", now), now  # type: ignore[attr-defined]
+        fits = before.of_pass.batch == now.of_pass.batch
+        known = before.of_pass.choice.names <= self.adapters.keys()
+        return before if fits and known else now
 
     with mock.patch.object(Activation, "moment", moment):
         yield
@@ -73,10 +74,7 @@ def unmerge_activates_another() -> Iterator[None]:
 @contextlib.contextmanager
 def recomputation_reads_the_surroundings() -> Iterator[None]:
     """A recomputed checkpoint uses the choice that holds now, not the recorded one."""
-    with (
-        mock.patch.object(activation, "_checkpoints", list),
-        mock.patch.object(activation, "_reentrant_checkpoints", list),
-    ):
+    with mock.patch.object(activation, "running_checkpoints", list):
         yield
 
 
