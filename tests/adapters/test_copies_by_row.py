@@ -192,3 +192,15 @@ def test_one_module_at_two_paths() -> None:
     assert_right(adapters, ["t", None], None, lambda: model(x))
     adapters.detach()
     assert torch.equal(model(x), base)
+
+
+def test_the_base_of_a_moved_model() -> None:
+    """`.to` moves the base that a copy has replaced."""
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    base = model(x)
+    adapters = adapted(model, t=FullFineTuning())
+    model.double()
+    with adapters.per_sample([None, "t"]):
+        together = model(x.double())
+    torch.testing.assert_close(together[0], base[0].double())
+    torch.testing.assert_close(together[1], model(x.double())[1])

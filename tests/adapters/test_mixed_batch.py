@@ -186,6 +186,26 @@ def test_sequence_first_inputs(length: int) -> None:
     torch.testing.assert_close(actual, separately(adapters, ["b", "b"], lambda: model(x)))
 
 
+def test_square_batches_are_known_once_rows_came_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = adapted(model, "0")
+    rows: Rows = ["a", "b"]
+    square = torch.randn(2, 2, 4)
+    refuses(adapters, rows, lambda: model(square), "0")
+    with adapters.per_sample(rows):
+        model(torch.randn(2, 3, 4))
+        actual = model(square)
+    torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(square)))
+
+
+def test_one_adapter_for_all_rows_proves_no_order() -> None:
+    model = SequenceFirst()
+    adapters = adapted(model, "layer")
+    with adapters.per_sample(["a", "a"]):
+        model(torch.randn(2, 3, 4))
+    refuses(adapters, ["a", "b"], lambda: model(torch.randn(2, 2, 4)), "layer")
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("length", [2, 3])
 def test_layers_of_pytorch_that_declare_their_axis(batch_first: bool, length: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import tiny_models
@@ -310,6 +311,22 @@ def test_merge_and_unmerge_before_backward_is_refused(use_reentrant: bool) -> No
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+def test_detach_after_a_pass_of_the_merged_model_is_refused(use_reentrant: bool) -> None:
+    """In evaluation a merge removes the hooks; a pass with gradients needs them to record its checkpoints."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    adapters = attach(model, LoRA(rank=2, targets="0"), name="a")
+    randomise(adapters)
+    adapters.merge()
+    assert not model[0]._forward_hooks
+    x = torch.randn(3, 8, requires_grad=True)
+    value = checkpoint(model, x, use_reentrant=use_reentrant).sum()
+    adapters.detach()
+    attach(model, LoRA(rank=2, targets="1"), name="b")
+    with pytest.raises(AdapterStateError, match="between the forward and the backward"):
+        value.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
 def test_changes_after_backward_are_free(use_reentrant: bool) -> None:
     model, adapters = build(use_reentrant=use_reentrant)
     value = loss(model)
@@ -362,6 +379,29 @@ def test_rows_with_trained_copies_are_right_or_refused(use_reentrant: bool) -> N
         with adapters.per_sample(["a", "b"]):
             value = loss(model)
         value.backward()
+        return gradients(adapters)
+
+    assert_same(step(use_reentrant), step(None))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_the_model_keeps_its_rows(use_reentrant: bool) -> None:
+    """The backward pass may run inside a block for another batch."""
+
+    def step(use_reentrant: bool | None) -> Gradients:
+        torch.manual_seed(0)
+        model, adapters = build()
+
+        def block(embeddings: Tensor) -> Tensor:
+            return model(inputs_embeds=embeddings, use_cache=False).logits.tanh().sum()
+
+        x = torch.randn(2, 7, 32, requires_grad=True)
+        with adapters.per_sample(["a", "b"]):
+            run = block if use_reentrant is None else partial(checkpoint, block)
+            options = {} if use_reentrant is None else {"use_reentrant": use_reentrant}
+            value = run(x, **options)
+        with adapters.per_sample(["b"] * 5):
+            value.backward()
         return gradients(adapters)
 
     assert_same(step(use_reentrant), step(None))

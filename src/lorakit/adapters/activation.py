@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
@@ -126,6 +126,9 @@ class Activation:
     """By adapter, the path of a layer with a trained copy that the model may read without calling the layer."""
     merged: Choice | None = None
     """What is merged into the weights, if anything."""
+
+    before_gradients: Callable[[], None] | None = None
+    """Called before the next pass with gradients: adds hooks that a merge has removed, and a checkpoint needs."""
 
     def __post_init__(self) -> None:
         self._thread = _Thread()
@@ -413,6 +416,8 @@ class Activation:
 
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
+        if self.before_gradients is not None and torch.is_grad_enabled():
+            self.before_gradients()
         self._drop_interrupted()
         entries = self._running.setdefault(threading.get_ident(), [])
         entries.append(_Running(of_pass, frame, _BLOCKS.get()))

@@ -104,7 +104,7 @@ class LayerAdapters(ReplacedParameters):
         """Return the layer's parameters under a blend that are not in their place now."""
         if self.activation.merged:
             return {}
-        wanted: dict[str, Tensor] = {a: self.base(layer, a) for a in self.replaced}
+        wanted: dict[str, Tensor] = {a: self.current_base(layer, a) for a in self.replaced}
         for name, _ in blend:
             if name in self:
                 wanted.update(self[name].trained)

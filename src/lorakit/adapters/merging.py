@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 
@@ -47,11 +48,21 @@ def merge(model: nn.Module, blend: Blend) -> None:
             merged.append((layer, adapters, attribute, weight))
     for layer, adapters, attribute, weight in merged:
         adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
-    for _, layer, _ in adapted_layers(model):
-        # In training the hook stays: it records the pass of a checkpointed block. Among other hooks it stays too,
-        # because they must run before or after the adapter again once it is unmerged.
-        if not model.training and len(layer._forward_hooks) == 1:
+    if model.training:
+        return  # the hooks record the passes of checkpointed blocks
+    for _, layer, adapters in adapted_layers(model):
+        # Among other hooks it stays: they must run before or after the adapter again once it is unmerged.
+        if len(layer._forward_hooks) == 1:
             remove_adapter_hook(layer)
+            adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+
+
+def _restore_hooks(model: nn.Module) -> None:
+    """Add the hooks that a merge has removed. Each was alone, so those registered since run after it."""
+    for _, layer, adapters in adapted_layers(model):
+        adapters.activation.before_gradients = None
+        if after_forward not in layer._forward_hooks.values():
+            layer.register_forward_hook(after_forward, with_kwargs=True, prepend=True)
 
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
@@ -82,9 +93,7 @@ def unmerge(model: nn.Module) -> None:
     """Restore every base parameter."""
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
-        # A hook that was removed was alone, so those registered since run after it.
-        if after_forward not in layer._forward_hooks.values():
-            layer.register_forward_hook(after_forward, with_kwargs=True, prepend=True)
+    _restore_hooks(model)
 
 
 def forget_base(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ low-rank products are one operation (`ops.lora_segments`).
 from __future__ import annotations
 
 from collections.abc import KeysView, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -97,6 +98,8 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) ->
         x, output = x.reshape(size, *x.shape[axes:]), output.reshape(size, *shape[axes:])
         return _adapt_parts(adapters, call, x, output, of_pass).view(shape)
     axis = adapters.layout.axis
+    if axis == 0 and axes > 1 and x.shape[0] != x.shape[1] and not adapters.layout.is_known:
+        adapters.layout = replace(adapters.layout, is_known=True)  # also in later square batches
     if axis == 0:
         return _adapt_parts(adapters, call, x, output, of_pass)
     x, output = x.transpose(0, axis), output.transpose(0, axis)

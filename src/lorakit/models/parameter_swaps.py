@@ -235,6 +235,12 @@ class ReplacedParameters(AdapterSlot):
         replaced = self.replaced.get(attribute)
         return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
+    def current_base(self, layer: nn.Module, attribute: str) -> Tensor:
+        """Return the layer's own parameter; its data alone if the model has moved since it was replaced."""
+        base, data = self.base(layer, attribute), self.original_data(attribute)
+        is_same = (base.dtype, base.device) == (data.dtype, data.device) and base.is_set_to(data)
+        return base if is_same else data
+
     def original_data(self, attribute: str) -> Tensor:
         """Return the data of a replaced parameter on the model's current device."""
         data = self._buffers.get(f"base_{attribute}")
