@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -27,37 +26,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lorakit.adapters.choice import BASE, Blend, Choice, Entries
+from lorakit.adapters.choice import BASE, Choice
+from lorakit.adapters.passes import Pass, RunningPasses
 from lorakit.errors import AdapterStateError
 from lorakit.models.checkpoints import forbid_recomputation, running_checkpoints
-from lorakit.models.frames import has_ended
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass: its choice, and the facts about its batch that a choice by row or token needs."""
-
-    choice: Choice
-    batch: int | None = None
-    """Number of rows; None if unknown, or if the choice is for the whole batch."""
-    lengths: frozenset[int] = frozenset()
-    """Lengths of the sequences that entered the model."""
-    inputs: frozenset[tuple[int, ...]] = frozenset()
-    """Storage and first stride of each tensor that entered the model with one entry for each row."""
-    is_part: bool = False
-    """Whether this is no pass of its own: a layer computes some rows again for one adapter."""
-    known_parts: dict[Any, list[tuple[Blend, Entries]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    def parts(self, size: int, device: torch.device) -> list[tuple[Blend, Entries]]:
-        """Return `Choice.parts`, the same lists for all layers of the pass."""
-        if torch.compiler.is_compiling():
-            return self.choice.parts(size, device)
-        key = size, device
-        if key not in self.known_parts:
-            self.known_parts[key] = self.choice.parts(size, device)
-        return self.known_parts[key]
 
 
 class Moment(NamedTuple):
@@ -88,22 +60,9 @@ _BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("lorakit_blocks", default=(
 _SERIALS = itertools.count()
 
 
-@dataclass(eq=False)
-class _Running:
-    """A forward pass or a generation that runs in some thread."""
-
-    of_pass: Pass | None
-    """None for a generation, whose passes have their own entries."""
-    frame: FrameType | None = None
-    """The Python frame of a forward pass. An interrupt ends it without a call of `end`."""
-    blocks: tuple[_Block, ...] = ()
-    """The blocks that were open when a forward pass began."""
-
-
 class _Thread(threading.local):
     """What one thread knows; Dynamo can read it, unlike a context variable."""
 
-    state: Any = None
     block: _Block | None = None
     """The innermost block that this thread opened outside asyncio tasks; it may have ended in another thread."""
 
@@ -131,15 +90,15 @@ class Activation:
     """Called before the next pass with gradients: adds hooks that a merge has removed, and a checkpoint needs."""
 
     def __post_init__(self) -> None:
+        self.running = RunningPasses()
         self._thread = _Thread()
-        self._lock = threading.RLock()
-        self._running: dict[int, list[_Running]] = {}
         self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
         self._open_blocks = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # Running passes, open blocks and checkpoints belong to this model, not to a copy of it.
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        left_out = ("running", "_thread", "_records", "_open_blocks")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -216,17 +175,17 @@ class Activation:
 
         It is immutable, because a checkpoint records it for the recomputation.
         """
-        return self._thread.state
+        return self.running.of_thread.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._thread.state = state
+        self.running.of_thread.state = state
 
     @property
     def now(self) -> Pass:
         """The pass that this thread runs; if it runs none, one that begins now."""
-        running = self._running.get(threading.get_ident())
-        of_pass = running[-1].of_pass if running else None
+        innermost = self.running.innermost
+        of_pass = None if innermost is None else innermost.of_pass
         return Pass(self.choice) if of_pass is None else of_pass
 
     def moment(self) -> Moment:
@@ -237,8 +196,8 @@ class Activation:
                 silently be those of another adapter.
         """
         if torch.compiler.is_compiling():
-            return Moment(Pass(self._choice_in_graph()), self._thread.state, self.active)
-        moment = Moment(self.now, self._thread.state, self.active)
+            return Moment(Pass(self._choice_in_graph()), self.state, self.active)
+        moment = Moment(self.now, self.state, self.active)
         checkpoints = running_checkpoints()
         if not checkpoints or moment.of_pass.is_part:
             return moment  # the layer that computes a part has looked up the record
@@ -278,11 +237,11 @@ class Activation:
         Raises:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
-        self._drop_interrupted()
+        self.running.drop_interrupted()
         block = _Block(self, choice, dict(self.adapters), is_generation)
         before, thread = self._thread.block, threading.get_ident()
         _BLOCKS.set((*_BLOCKS.get(), block))
-        with self._lock:
+        with self.running.lock:
             self._open_blocks += 1
         # Several tasks share a thread, so a graph could not tell them apart.
         if not _in_task():
@@ -291,13 +250,13 @@ class Activation:
             yield
         finally:
             block.is_open = False
-            with self._lock:
+            with self.running.lock:
                 self._open_blocks -= 1
             if threading.get_ident() == thread:
                 self._thread.block = before
             blocks = _BLOCKS.get()
             _BLOCKS.set(tuple(b for b in blocks if b is not block))
-            self._drop_interrupted()
+            self.running.drop_interrupted()
         if block not in blocks:
             raise AdapterStateError(
                 "A per_sample or per_token block ended in another thread or task than it began in (a generator may "
@@ -312,63 +271,18 @@ class Activation:
             yield
             self._thread.block = before
             return
-        with self._run(_Running(of_pass)):
+        with self.running.within(of_pass):
             yield
 
     @contextlib.contextmanager
     def generation(self, choice: Choice) -> Iterator[None]:
         """Keep a choice for all forward passes of a generation."""
-        if (
-            self.merged is not None
-        ):  # the merged weights act, and cannot change while the generation runs
-            with self._run(_Running(None)):
-                yield
-            return
-        with self.local(choice, is_generation=True), self._run(_Running(None)):
-            yield
-
-    @contextlib.contextmanager
-    def _run(self, running: _Running) -> Iterator[None]:
-        with self._lock:
-            self._running.setdefault(threading.get_ident(), []).append(running)
-        try:
-            yield
-        finally:
-            self._remove(running)
-
-    def _remove(self, running: _Running) -> None:
-        thread = threading.get_ident()
-        with self._lock:
-            entries = self._running.get(thread, [])
-            if running in entries:
-                del entries[entries.index(running) :]  # with passes inside it that were interrupted
-            if not entries:
-                self._running.pop(thread, None)
-                self._thread.state = None
-
-    @contextlib.contextmanager
-    def exclusive(self, action: str, *, within_own_pass: bool = False) -> Iterator[None]:
-        """Change the model's adapters while no forward pass or generation runs; new ones wait for the end.
-
-        Args:
-            action: For the message.
-            within_own_pass: Accept a pass of this thread, which keeps the choice that it began with.
-
-        Raises:
-            AdapterStateError: A forward pass or a generation runs.
-        """
-        with self._lock:
-            own = threading.get_ident()
-            for thread, entries in list(self._running.items()):
-                _drop_interrupted(entries, thread)
-                if not entries:
-                    del self._running[thread]
-                elif thread != own or not within_own_pass:
-                    whose = "this thread" if thread == own else "another thread"
-                    raise AdapterStateError(
-                        f"You cannot {action} while {whose} runs a forward pass or a generation of this model. Wait "
-                        "for its end. To choose adapters for one thread only, use per_sample."
-                    )
+        with contextlib.ExitStack() as stack:
+            if (
+                self.merged is None
+            ):  # merged weights act anyway, and cannot change while the generation runs
+                stack.enter_context(self.local(choice, is_generation=True))
+            stack.enter_context(self.running.within(None))
             yield
 
     def forbid_recomputation(self, action: str, names: frozenset[str] | None = None) -> None:
@@ -408,9 +322,8 @@ class Activation:
         for checkpoint in running_checkpoints():
             if checkpoint.is_recomputation:
                 return self._replay(checkpoint.key).of_pass.choice
-        running = self._running.get(threading.get_ident())
-        outer = running[-1] if running else None
-        if outer is not None and outer.of_pass is not None and outer.blocks is _BLOCKS.get():
+        outer = self.running.innermost
+        if outer is not None and outer.of_pass is not None and outer.began_with is _BLOCKS.get():
             return outer.of_pass.choice
         return self.choice
 
@@ -418,47 +331,8 @@ class Activation:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
         if self.before_gradients is not None and torch.is_grad_enabled():
             self.before_gradients()
-        self._drop_interrupted()
-        entries = self._running.setdefault(threading.get_ident(), [])
-        entries.append(_Running(of_pass, frame, _BLOCKS.get()))
+        self.running.begin(of_pass, frame, began_with=_BLOCKS.get())
         self.moment()  # a checkpoint around the model records it
-
-    def end(self, frame: FrameType) -> None:
-        """Remove the forward pass that `begin` registered for this frame; none if `begin` was not reached."""
-        for entry in self._running.get(threading.get_ident(), ()):
-            # After an error PyTorch calls the hooks from the frame around the one that began the pass.
-            if entry.frame is not None and (entry.frame is frame or entry.frame.f_back is frame):
-                self._remove(entry)
-                return
-
-    def _drop_interrupted(self) -> None:
-        """Drop the passes of this thread that were interrupted."""
-        thread = threading.get_ident()
-        with self._lock:
-            entries = self._running.get(thread)
-            if entries:
-                _drop_interrupted(entries, thread)
-            if not entries:
-                self._running.pop(thread, None)
-                self._thread.state = None
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Held while a forward pass begins and while adapters change."""
-        return self._lock
-
-
-def _drop_interrupted(entries: list[_Running], thread: int) -> None:
-    """Drop the first pass of a thread that was interrupted, with all inside it."""
-    for i, entry in enumerate(entries):
-        if entry.frame is not None and has_ended(entry.frame, thread):
-            del entries[i:]
-            return
-
-
-def caller_frame() -> FrameType:
-    """Return the frame that called a hook."""
-    return sys._getframe(2)
 
 
 def _in_task() -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapters.activation import Activation, caller_frame
+from lorakit.adapters.activation import Activation
 from lorakit.adapters.row_layout import describe_pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import backbone_of
@@ -58,16 +59,16 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
             "itself, or use one process for each device."
         )
-    with activation.lock:  # no other thread changes the adapters in between
+    with activation.running.lock:  # no other thread changes the adapters in between
         of_pass = describe_pass(activation.entering(), module, args, kwargs)
-        activation.begin(of_pass, caller_frame())
+        activation.begin(of_pass, sys._getframe(1))
 
 
 @by_token
 def leave(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a model, called after errors too: end the pass."""
     if not torch.compiler.is_compiling():
-        module.__dict__[_ACTIVATION].end(caller_frame())
+        module.__dict__[_ACTIVATION].running.end(sys._getframe(1))
 
 
 def _generate(model: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:

@@ -115,7 +115,7 @@ class Adapters:
             AdapterStateError: A name is unknown, an adapter is merged, another thread runs the model, or an adapter
                 whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted.
         """
-        with self._activation.exclusive("activate another adapter", within_own_pass=True):
+        with self._activation.running.exclusive("activate another adapter", within_own_pass=True):
             self._refuse_merged("activate another adapter")
             self._set_active(choice_for_batch(choice, self._get))
 
@@ -175,7 +175,7 @@ class Adapters:
             AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, or the
                 model runs.
         """
-        with self._activation.exclusive("merge"):
+        with self._activation.running.exclusive("merge"):
             self._refuse_merged("merge")
             merged = self._activation.active
             if choice is not None:
@@ -204,7 +204,7 @@ class Adapters:
         Raises:
             AdapterStateError: Nothing is merged.
         """
-        with self._activation.exclusive("unmerge"):
+        with self._activation.running.exclusive("unmerge"):
             merged = self._activation.merged
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
@@ -215,7 +215,7 @@ class Adapters:
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`."""
-        with self._activation.exclusive("remove an adapter"):
+        with self._activation.running.exclusive("remove an adapter"):
             self._refuse_merged("remove an adapter")
             adapter = self._get(name)
             if len(self._installed) == 1:
@@ -230,7 +230,7 @@ class Adapters:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys."""
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
-        with self._activation.exclusive("detach"):
+        with self._activation.running.exclusive("detach"):
             self._refuse_inside_block("detach")
             self._activation.forbid_recomputation("detached", frozenset(self._installed))
             if self._activation.merged is not None:
@@ -310,7 +310,7 @@ class Adapters:
         They are reactivated only after an error. Otherwise the model is left without an active adapter, and the
         caller activates or merges one.
         """
-        with self._activation.exclusive("add or merge an adapter"):
+        with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
             self._set_active(BASE)
             try:

@@ -15,8 +15,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.activation import Activation, Pass
+from lorakit.adapters.activation import Activation
 from lorakit.adapters.choice import Blend, Choice, put, take
+from lorakit.adapters.passes import Pass
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.linear import output_is_unshared

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.activation import Pass
 from lorakit.adapters.choice import Choice
+from lorakit.adapters.passes import Pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.heads import output_embeddings
