@@ -10,6 +10,7 @@ from collections.abc import KeysView, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
@@ -113,8 +114,12 @@ def _adapt_parts(
     """Apply each part of a choice to its entries of the first axis of `x` and `output`."""
     segments = _segments(adapters, x, of_pass)
     if segments is not None:
-        is_plain = output.is_contiguous() and not output._is_view()
-        in_place = is_plain and output_is_unshared(call.layer)
+        in_place = (
+            not torch.compiler.is_compiling()
+            and output.is_contiguous()
+            and not output._is_view()
+            and output_is_unshared(call.layer)
+        )
         flat = output.flatten(0, -2)
         return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
     for blend, entries in of_pass.parts(len(x), x.device):

@@ -183,6 +183,8 @@ class ReplacedParameters(AdapterSlot):
         # A plain dict hides the originals from `model.parameters()`; a buffer with the same data follows the model
         # to another device.
         self.replaced: dict[str, nn.Parameter] = {}
+        self.unmoved: dict[str, Tensor] = {}
+        """The buffers as they were registered: another object in their place shows that the model has moved."""
         self.quantised_class: type[nn.Module] | None = None
         """The layer's class, while a merged weight replaces a quantised one."""
 
@@ -194,7 +196,8 @@ class ReplacedParameters(AdapterSlot):
         if quantised_weight(layer, original) is not None:
             self.quantised_class = _make_plain(layer)
         else:
-            self.register_buffer(f"base_{attribute}", original.data, persistent=False)
+            self.unmoved[attribute] = original.data
+            self.register_buffer(f"base_{attribute}", self.unmoved[attribute], persistent=False)
         self.replaced[attribute] = original
         self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
         layer._parameters[attribute] = parameter
@@ -226,6 +229,7 @@ class ReplacedParameters(AdapterSlot):
         else:
             self.quantised_class = None
         original = self.replaced.pop(attribute)
+        self.unmoved.pop(attribute, None)
         if not self.replaced:
             delattr(self, MARK)
         return original
@@ -237,9 +241,9 @@ class ReplacedParameters(AdapterSlot):
 
     def current_base(self, layer: nn.Module, attribute: str) -> Tensor:
         """Return the layer's own parameter; its data alone if the model has moved since it was replaced."""
-        base, data = self.base(layer, attribute), self.original_data(attribute)
-        is_same = (base.dtype, base.device) == (data.dtype, data.device) and base.is_set_to(data)
-        return base if is_same else data
+        data = self._buffers.get(f"base_{attribute}")
+        has_moved = data is not self.unmoved.get(attribute)
+        return self.original_data(attribute) if has_moved else self.base(layer, attribute)
 
     def original_data(self, attribute: str) -> Tensor:
         """Return the data of a replaced parameter on the model's current device."""
