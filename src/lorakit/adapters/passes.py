@@ -131,7 +131,7 @@ class RunningPasses:
         """Drop the interrupted passes of a thread with all inside them; return whether others run."""
         entries = self._entries.get(thread, [])
         for i, entry in enumerate(entries):
-            if entry.frame is not None and has_ended(entry.frame, thread):
+            if entry.frame is not None and has_ended(entry.frame):
                 del entries[i:]
                 break
         if not entries:

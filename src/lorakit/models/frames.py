@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from types import FrameType
 
 
-def has_ended(frame: FrameType, thread: int) -> bool:
-    """Return whether `frame` is no longer on the stack of the thread with this identifier."""
-    running = sys._current_frames().get(thread)
-    while running is not None and running is not frame:
-        running = running.f_back
-    return running is None
+def has_ended(frame: FrameType) -> bool:
+    """Return whether a function's frame has ended, by a return or an exception; its local variables are then dropped.
+
+    Not by `sys._current_frames`, which can deadlock if it starts a garbage collection (Python 3.11).
+    """
+    try:
+        frame.clear()
+    except RuntimeError:  # the frame is executing, in any thread
+        return False
+    return True

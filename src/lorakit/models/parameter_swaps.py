@@ -50,8 +50,8 @@ class _Call:
         self.outer = outer
 
     def has_ended(self) -> bool:
-        """Return whether the frame is no longer on the stack of its thread."""
-        return has_ended(self.frame, self.thread)
+        """Return whether the frame has ended, by an interrupt too."""
+        return has_ended(self.frame)
 
 
 class _Calls(list[_Call]):
