@@ -8,6 +8,7 @@ module, and writes the tables.
 training.py         training speed of lorakit, PEFT, loralib and full fine-tuning; tables in training_tables.py
 compiled.py         training speed with and without torch.compile
 inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
+mixed_batch.py      latency of 8 rows with 8 adapters, in lorakit and in PEFT
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py          time to attach, save and load an adapter
 merge_drift.py      changes in the base weights after merging and unmerging
