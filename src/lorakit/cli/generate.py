@@ -15,7 +15,7 @@ from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import BadRow, NamedText
-from lorakit.tasks.chat import checked_messages
+from lorakit.tasks.chat import checked_messages, checked_tools, without_answer
 from lorakit.tasks.chat import prompt_ids as chat_prompt_ids
 from lorakit.tasks.language_modelling import prompt_ids
 from lorakit.tasks.task import checked_text
@@ -39,8 +39,8 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: str | None = None
-    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. `-` reads standard
-    input."""
+    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. A last assistant turn is the
+    answer, and is left out. `-` reads standard input."""
     task: str | None = None
     """Named task of the prompts. Formats them as in training; rows of a file may have the task's columns instead of
     `prompt`. Default: the adapter's task. completion leaves prompts unchanged."""
@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
         decoding = config.decoding.over(task.decoding)
         texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, decoding)]
     else:
-        ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]  # type: ignore[arg-type]
+        ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
         texts = generate(base.model, tokenizer, ids, config.decoding)
     if config.output:
         with (
@@ -104,9 +104,9 @@ def run(argv: Sequence[str]) -> None:
             temporary.open("w", encoding="utf-8") as file,
         ):
             for prompt, text in zip(prompts, texts, strict=True):
-                file.write(
-                    json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False) + "\n"
-                )
+                written = prompt.fields["messages"] if isinstance(prompt, _Row) else prompt
+                record = {"prompt": written, "output": text}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
         return
     for text in texts:
@@ -114,15 +114,15 @@ def run(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _TaskRow:
-    """A row with the columns of a task, and its file and line for error messages."""
+class _Row:
+    """A row with `messages`, or with the columns of a named task; and its file and line for error messages."""
 
     fields: dict[str, Any]
     where: str
 
 
-Prompt = str | list[dict[str, Any]] | _TaskRow
-"""A text, the messages of a chat, or a row that the task formats."""
+Prompt = str | _Row
+"""A text, or a row that the task formats."""
 
 
 def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Prompt]:
@@ -153,8 +153,9 @@ def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
         if isinstance(row.get("prompt"), str):
             return checked_text(row["prompt"], "prompt")
         if task is not None:
-            return _TaskRow(row, where)
-        return checked_messages(row)
+            return _Row(row, where)
+        messages = without_answer(checked_messages(row))
+        return _Row({"messages": messages, "tools": checked_tools(row)}, where)
     except BadRow as error:
         raise DataError(
             f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."
@@ -165,7 +166,6 @@ def _task_prompt(task: NamedText, prompt: Prompt) -> str:
     """Format a prompt as the task does in training."""
     if isinstance(prompt, str):
         return task.around(prompt)
-    assert isinstance(prompt, _TaskRow)
     try:
         return task.prompt(prompt.fields)
     except BadRow as error:
@@ -175,11 +175,13 @@ def _task_prompt(task: NamedText, prompt: Prompt) -> str:
         ) from None
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], chat: bool
-) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> list[int]:
     """Return the token ids of a text as it is, or of messages in the chat template; `chat` makes a text a message."""
-    if isinstance(prompt, str) and not chat:
+    if isinstance(prompt, _Row):
+        try:
+            return chat_prompt_ids(tokenizer, prompt.fields["messages"], prompt.fields["tools"])
+        except BadRow as error:
+            raise DataError(f"{prompt.where}: {error}.") from None
+    if not chat:
         return prompt_ids(tokenizer, prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return chat_prompt_ids(tokenizer, messages)
+    return chat_prompt_ids(tokenizer, [{"role": "user", "content": prompt}])

@@ -186,9 +186,24 @@ class ChatTemplate:
             raise _bad(f"was rejected by the chat template: {error}") from error
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list | None = None
+) -> list[int]:
     """Return the token ids to generate the assistant's next turn from."""
-    return ChatTemplate(tokenizer).ids(list(messages), answer=True)
+    return ChatTemplate(tokenizer).ids(list(messages), tools, answer=True)
+
+
+def without_answer(messages: list[Message]) -> list[Message]:
+    """Return the messages that the assistant answers: without a last assistant turn, which is the answer.
+
+    Raises:
+        BadRow: No other message is left.
+    """
+    if messages[-1]["role"] != "assistant":
+        return messages
+    if len(messages) == 1:
+        raise _bad("has no message before the assistant's turn")
+    return messages[:-1]
 
 
 def checked_messages(fields: Fields) -> list[Message]:
