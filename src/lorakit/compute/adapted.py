@@ -16,7 +16,7 @@ from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
-from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
+from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
 TEXT = DataTask(name="completion", labels=())
 """The task if neither the configuration nor the adapter's file names one: text generation."""
@@ -80,8 +80,8 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
 class PromptFormat:
     """How prompts are formatted before generation: as in the adapter's training, unless the user chooses a task."""
 
-    task: type[NamedText] | None = None
-    """The named task that formats them; None leaves them unchanged."""
+    task: type[NamedText] | type[Chat] | None = None
+    """The named task, or the chat template, that formats them; None leaves them unchanged."""
     encoding: str | None = None
     """The task's encoding, paper or prompt; None without a task."""
     note: str = ""
@@ -98,6 +98,11 @@ def prompt_format(
     """
     record = adapter.provenance if adapter else {}
     recorded, path = record.get("task"), adapter.path if adapter else ""
+    if task is encoding is None and adapter is not None and recorded is None:
+        return PromptFormat(
+            note=f"the adapter {path} does not record its task, and plain prompts are used unchanged. --chat true "
+            "formats them with the chat template."
+        )
     # An encoding but no task of lorakit: a custom task, whose code never runs because a file names it.
     if task is None and recorded not in TASKS and record.get("encoding"):
         return PromptFormat(
@@ -105,6 +110,14 @@ def prompt_format(
             "Name its file, --task path/to/file.py:Class, to format them as in training."
         )
     chosen = task_type(task) if task else TASKS.get(str(recorded))
+    if task is None and recorded not in TASKS and record.get("generic_task") == Chat.name:
+        chosen = Chat
+    if chosen is not None and issubclass(chosen, Chat) and encoding is None:
+        note = (
+            f"the adapter {path} was trained for {recorded}: prompts are user messages in the chat template. "
+            "--raw true uses them unchanged."
+        )
+        return PromptFormat(task=Chat, note="" if task else note)
     if chosen is None or not issubclass(chosen, NamedText):
         if encoding is not None:
             raise ConfigurationError(
