@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -166,21 +166,43 @@ def open_adapted(
     Raises:
         LorakitError: The base or the adapter cannot be read, or do not fit each other.
     """
+    base = base_of(base, adapter)
     if adapter is None:
-        if base is None:
-            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
         return open_base(base, task or TEXT)
-    if base is None:
-        record = adapter.stored.base
-        if record is None or record.source.name is None:
-            raise ConfigurationError(
-                f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
-            )
-        base = BaseConfig(name=record.source.name)
     opened = open_base(base, task or recorded_task(adapter) or TEXT)
+    opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
+    return opened
+
+
+def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
+    """Return the configured base, or without one the base that the adapter records.
+
+    Raises:
+        ConfigurationError: Neither names a base.
+    """
+    if base is not None:
+        return base
+    if adapter is None:
+        raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+    record = adapter.stored.base
+    if record is None or record.source.name is None:
+        raise ConfigurationError(
+            f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
+        )
+    return BaseConfig(name=record.source.name)
+
+
+def add_adapter(
+    base: Base, adapter: AdapterFile, *, name: str = ADAPTER, allow_other_base: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Load and activate an adapter on an open base; return the tokenizer of the adapter's folder, else the base's.
+
+    Raises:
+        LorakitError: The base and the adapter do not fit each other.
+    """
     load_stored(
-        opened.model, adapter.stored, adapter.path, name=ADAPTER, allow_other_base=allow_other_base
+        base.model, adapter.stored, adapter.path, name=name, allow_other_base=allow_other_base
     )
     if (Path(adapter.path) / "tokenizer_config.json").exists():
-        opened.tokenizer = AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
-    return opened
+        return AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
+    return base.tokenizer
