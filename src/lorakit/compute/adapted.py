@@ -131,15 +131,15 @@ def prompt_format(
         if encoding == "prompt" and settings.get("prompt_template"):
             raise ConfigurationError(
                 f"The adapter {path} was trained with the prompt_template {settings['prompt_template']!r}. Write whole "
-                "prompts in this form, and use them unchanged: --task completion."
+                "prompts in this form, and use them unchanged: --raw true."
             )
     encoding = encoding or chosen.encodings[0]
     require_choice("encoding", encoding, chosen.encodings)
     return PromptFormat(
         task=chosen,
         encoding=encoding,
-        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --task completion "
-        "uses them unchanged.",
+        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --raw true uses "
+        "them unchanged.",
     )
 
 
