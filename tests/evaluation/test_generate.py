@@ -86,6 +86,19 @@ def test_generation_stops_at_any_of_the_models_end_tokens(model, tokenizer) -> N
     assert shorter == ids[: place + 1]
 
 
+def test_generation_stops_at_the_tasks_stop_ids_and_when_interrupted(model, tokenizer) -> None:
+    ids = greedy_by_hand(model, tokenizer, PROMPTS[0], 12)
+    place = next(i for i in range(2, 12) if ids[i] not in ids[:i])
+    settings = Decoding(max_new_tokens=12)
+    stopped = generate(model, Ids(tokenizer), PROMPTS[:1], settings, stop_ids=[ids[place]])
+    assert stopped == [ids[: place + 1]]
+    checks = iter([False, False, True])
+    stopped = generate(
+        model, Ids(tokenizer), PROMPTS[:1], settings, interrupted=lambda: next(checks)
+    )
+    assert stopped == [ids[:3]]
+
+
 def test_draws_follow_their_seed_and_leave_the_random_state(model, tokenizer) -> None:
     state = torch.get_rng_state()
     draws = [

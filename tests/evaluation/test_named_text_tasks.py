@@ -171,7 +171,7 @@ def test_generate_decodes_as_the_task_does_where_nothing_is_set(trained, monkeyp
     calls = []
     monkeypatch.setattr(
         "lorakit.evaluation.generate.generate",
-        lambda model, tokenizer, ids, decoding: [calls.append(decoding) or "x" for _ in ids],
+        lambda model, tokenizer, ids, decoding, **_: [calls.append(decoding) or "x" for _ in ids],
     )
     adapter = ["--adapter", str(trained / "e2e_nlg" / "adapter"), "--prompt", "name : Alimentum"]
     generated(trained, capsys, *adapter, "--decoding.beams", "2")
@@ -204,7 +204,10 @@ def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
         (["--prompt", "x", "--encoding", "word"], "encoding is 'word'; it must be one of paper"),
         (["--prompt", "x", "--task", "wikisq"], "'wikisq'.*Did you mean 'wikisql'"),
         (["--prompt", "x", "--task", "chat", "--encoding", "paper"], "no named task of texts"),
-        (["--prompt", "x", "--task", "wikisql", "--chat", "true"], "chat and task exclude each"),
+        (
+            ["--prompt", "x", "--task", "wikisql", "--chat", "true"],
+            "chat and task exclude each other",
+        ),
     ],
 )
 def test_generate_says_what_does_not_fit(

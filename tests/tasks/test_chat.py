@@ -7,7 +7,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Chat, TooLong
-from lorakit.tasks.chat import prompt_ids
+from lorakit.tasks.chat import ChatTemplate
 
 # The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
 TAGGED = (
@@ -64,7 +64,7 @@ def test_loss_is_on_the_assistants_turns_and_their_ends_alone(template):
     rendered = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert tokenizer.decode(example.input_ids) == rendered.rstrip("\n")
     assert example.completion == "It is cheap."
-    assert example.prompt_ids == prompt_ids(tokenizer, TURNS[:-1])
+    assert example.prompt_ids == ChatTemplate(tokenizer).ids(TURNS[:-1], answer=True)
     assert example.prompt == tokenizer.decode(example.prompt_ids)
 
 
@@ -85,6 +85,15 @@ def test_prefix_rendering_and_generation_tags_agree(exchanges):
     assert by_prefix == by_tag
     answers = [answer + "<|im_end|>" for _, answer in exchanges]
     assert target_text(by_prefix, tokenizer) == answers
+
+
+def test_the_prompt_has_the_header_of_the_turn_even_if_it_is_tagged_as_generated():
+    header = "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    template = TAGGED.replace(header, "{% if m['role'] != 'assistant' %}" + header + "{% endif %}")
+    template = template.replace("{% generation %}", "{% generation %}" + header)
+    example, tokenizer = encode(TURNS, template)
+    assert example.prompt_ids == ChatTemplate(tokenizer).ids(TURNS[:-1], answer=True)
+    assert target_text(example, tokenizer)[-1] == "<|im_start|>assistant\nIt is cheap.<|im_end|>"
 
 
 def test_eos_follows_the_last_turn_where_the_template_writes_no_end():

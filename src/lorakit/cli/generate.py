@@ -6,22 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit import storage
-from lorakit.data.readers import lines_of
-from lorakit.errors import ConfigurationError, DataError
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
-from lorakit.tasks import BadRow, NamedText
-from lorakit.tasks.chat import checked_messages
-from lorakit.tasks.chat import prompt_ids as chat_prompt_ids
-from lorakit.tasks.language_modelling import prompt_ids
-from lorakit.tasks.task import checked_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorakit.evaluation.prompts import Prompt
+    from lorakit.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +33,20 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: str | None = None
-    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. `-` reads standard
-    input."""
+    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. A last assistant turn is the
+    answer, and is left out. `-` reads standard input."""
     task: str | None = None
     """Named task of the prompts. Formats them as in training; rows of a file may have the task's columns instead of
-    `prompt`. Default: the adapter's task. completion leaves prompts unchanged."""
+    `prompt`. Default: the adapter's task."""
     encoding: str | None = None
     """The task's encoding, paper or prompt. Default: the adapter's, else the task's first."""
     chat: bool = False
-    """Format each prompt as a user message with the tokenizer's chat template."""
+    """Format each prompt as a user message with the tokenizer's chat template. Default: as in training."""
+    raw: bool = False
+    """Use prompts unchanged, whatever the adapter's task."""
+    system: str | None = None
+    """Text of a system turn at the start of each conversation. If the chat template has no system role, it starts the
+    first user message."""
     output: str | None = None
     """Write prompts and outputs to this .jsonl file instead of printing them."""
     overwrite: bool = False
@@ -56,9 +55,11 @@ class GenerateConfig:
     """Greedy, sampling or beam search. Unset fields take the named task's values (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
-        if self.chat and (self.task or self.encoding):
+        named = bool(self.task or self.encoding)
+        formats = [n for n, on in {"chat": self.chat, "raw": self.raw, "task": named}.items() if on]
+        if len(formats) > 1:
             raise ConfigurationError(
-                "chat and task exclude each other: both set the prompt format. Remove one of them."
+                f"{' and '.join(formats)} exclude each other: each sets the prompt format. Keep one of them."
             )
         if (self.prompt is None) == (self.file is None):
             raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
@@ -67,9 +68,12 @@ class GenerateConfig:
 def run(argv: Sequence[str]) -> None:
     """Generate text, then print it or write it to the output file."""
     from lorakit.cli.parsing import parse
-    from lorakit.compute.adapted import AdapterFile, PromptFormat, open_adapted, prompt_format
+    from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format
     from lorakit.evaluation.generate import generate
+    from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.methods.registry import use_method
+    from lorakit.tasks import Chat, Completion
+    from lorakit.tasks.chat import ChatTemplate
 
     config = parse(
         GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
@@ -79,107 +83,64 @@ def run(argv: Sequence[str]) -> None:
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter = AdapterFile.read(config.adapter)
-    prompting = PromptFormat()
-    if not config.chat:
-        prompting = prompt_format(adapter, config.task, config.encoding)
-    prompts = _prompts(config, prompting.task)  # before the base, which takes longer to load
+    task = Chat.name if config.chat else Completion.name if config.raw else config.task
+    prompting = prompt_format(adapter, task, config.encoding)
+    # Read the prompts before the base, which takes longer to load.
+    prompts = (
+        [config.prompt]
+        if config.prompt is not None
+        else read_prompts(str(config.file), prompting.task)
+    )
+    _check_conversations(config, prompting.task, prompts)
     if prompting.note:
-        print(f"note: {prompting.note}", file=sys.stderr)
+        _note(prompting.note)
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
-    tokenizer = base.tokenizer
-    assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
-    if prompting.task is not None:
-        # No maximum length: `generate` compares each prompt with the model's context.
-        task = prompting.task(tokenizer, max_length=sys.maxsize, encoding=prompting.encoding)
-        prompts = [_task_prompt(task, prompt) for prompt in prompts]
-        ids = [task.prompt_ids(str(prompt)) for prompt in prompts]
-        decoding = config.decoding.over(task.decoding)
-        texts = [task.answer(t) for t in generate(base.model, tokenizer, ids, decoding)]
-    else:
-        ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]  # type: ignore[arg-type]
-        texts = generate(base.model, tokenizer, ids, config.decoding)
+    assert base.tokenizer is not None  # open_adapted rejects a base without a tokenizer
+    is_undecided = task is None and adapter is None and isinstance(prompts[0], str)
+    if is_undecided and base.tokenizer.chat_template:
+        _note("prompts are used unchanged; --chat true formats them with the chat template.")
+    if config.system and not ChatTemplate(base.tokenizer).has_system_role():
+        _note(
+            "the chat template has no system role; the system text starts the first user message."
+        )
+    encoded = encode_prompts(base, prompts, prompting, config.system)
+    decoding = config.decoding.over(encoded.decoding)
+    texts = generate(base.model, base.tokenizer, encoded.ids, decoding, stop_ids=encoded.stop_ids)
+    texts = [encoded.answer(text) for text in texts]
     if config.output:
         with (
             storage.atomic_file(config.output) as temporary,
             temporary.open("w", encoding="utf-8") as file,
         ):
-            for prompt, text in zip(prompts, texts, strict=True):
-                file.write(
-                    json.dumps({"prompt": prompt, "output": text}, ensure_ascii=False) + "\n"
-                )
+            for prompt, text in zip(encoded.shown, texts, strict=True):
+                record = {"prompt": prompt, "output": text}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
         return
     for text in texts:
         print(text)
 
 
-@dataclass(frozen=True)
-class _TaskRow:
-    """A row with the columns of a task, and its file and line for error messages."""
+def _check_conversations(
+    config: GenerateConfig, task: type[Task] | None, prompts: Sequence[Prompt]
+) -> None:
+    """Reject `raw` with messages, which need the template, and `system` with prompts outside of it.
 
-    fields: dict[str, Any]
-    where: str
-
-
-Prompt = str | list[dict[str, Any]] | _TaskRow
-"""A text, the messages of a chat, or a row that the task formats."""
-
-
-def _prompts(config: GenerateConfig, task: type[NamedText] | None) -> list[Prompt]:
-    """Read the prompts from the options or their file; rows of a .jsonl file may have the columns of `task`."""
-    if config.prompt is not None:
-        return [config.prompt]
-    assert config.file is not None
-    with storage.reading(config.file, DataError):
-        text = sys.stdin.read() if config.file == "-" else Path(config.file).read_text("utf-8")
-    lines = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"'{config.file}' contains no prompt. Write one prompt per line.")
-    if not config.file.endswith(".jsonl"):
-        return [line for _, line in lines]
-    return [_row_prompt(line, f"{config.file}:{n}", task) for n, line in lines]
+    Raises:
+        ConfigurationError: A prompt does not fit these options.
+    """
+    if config.raw and any(not isinstance(prompt, str) for prompt in prompts):
+        raise ConfigurationError(
+            f"raw uses prompts unchanged, but '{config.file}' has 'messages', which need the chat template. Remove "
+            "--raw."
+        )
+    is_text = task is None and any(isinstance(prompt, str) for prompt in prompts)
+    if config.system and (is_text or (task is not None and task.name != "chat")):
+        raise ConfigurationError(
+            "system is a turn of the chat template, but these prompts do not use it. Set --chat true, or remove "
+            "--system."
+        )
 
 
-def _row_prompt(line: str, where: str, task: type[NamedText] | None) -> Prompt:
-    """Return the prompt of one line of a .jsonl file; `where` is its file and line, for messages."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg}). Write one JSON object per line."
-        ) from None
-    row = row if isinstance(row, dict) else {}
-    try:
-        if isinstance(row.get("prompt"), str):
-            return checked_text(row["prompt"], "prompt")
-        if task is not None:
-            return _TaskRow(row, where)
-        return checked_messages(row)
-    except BadRow as error:
-        raise DataError(
-            f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."
-        ) from None
-
-
-def _task_prompt(task: NamedText, prompt: Prompt) -> str:
-    """Format a prompt as the task does in training."""
-    if isinstance(prompt, str):
-        return task.around(prompt)
-    assert isinstance(prompt, _TaskRow)
-    try:
-        return task.prompt(prompt.fields)
-    except BadRow as error:
-        raise DataError(
-            f"{prompt.where}: {error}. A row needs the columns of task {task.name} "
-            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a string."
-        ) from None
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], chat: bool
-) -> list[int]:
-    """Return the token ids of a text as it is, or of messages in the chat template; `chat` makes a text a message."""
-    if isinstance(prompt, str) and not chat:
-        return prompt_ids(tokenizer, prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return chat_prompt_ids(tokenizer, messages)
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

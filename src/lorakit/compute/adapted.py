@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -16,7 +16,7 @@ from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
-from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
+from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
 TEXT = DataTask(name="completion", labels=())
 """The task if neither the configuration nor the adapter's file names one: text generation."""
@@ -80,8 +80,8 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
 class PromptFormat:
     """How prompts are formatted before generation: as in the adapter's training, unless the user chooses a task."""
 
-    task: type[NamedText] | None = None
-    """The named task that formats them; None leaves them unchanged."""
+    task: type[NamedText] | type[Chat] | None = None
+    """The named task, or the chat template, that formats them; None leaves them unchanged."""
     encoding: str | None = None
     """The task's encoding, paper or prompt; None without a task."""
     note: str = ""
@@ -98,6 +98,11 @@ def prompt_format(
     """
     record = adapter.provenance if adapter else {}
     recorded, path = record.get("task"), adapter.path if adapter else ""
+    if task is encoding is None and adapter is not None and recorded is None:
+        return PromptFormat(
+            note=f"the adapter {path} does not record its task, and plain prompts are used unchanged. --chat true "
+            "formats them with the chat template."
+        )
     # An encoding but no task of lorakit: a custom task, whose code never runs because a file names it.
     if task is None and recorded not in TASKS and record.get("encoding"):
         return PromptFormat(
@@ -105,6 +110,14 @@ def prompt_format(
             "Name its file, --task path/to/file.py:Class, to format them as in training."
         )
     chosen = task_type(task) if task else TASKS.get(str(recorded))
+    if task is None and recorded not in TASKS and record.get("generic_task") == Chat.name:
+        chosen = Chat
+    if chosen is not None and issubclass(chosen, Chat) and encoding is None:
+        note = (
+            f"the adapter {path} was trained for {recorded}: prompts are user messages in the chat template. "
+            "--raw true uses them unchanged."
+        )
+        return PromptFormat(task=Chat, note="" if task else note)
     if chosen is None or not issubclass(chosen, NamedText):
         if encoding is not None:
             raise ConfigurationError(
@@ -118,15 +131,15 @@ def prompt_format(
         if encoding == "prompt" and settings.get("prompt_template"):
             raise ConfigurationError(
                 f"The adapter {path} was trained with the prompt_template {settings['prompt_template']!r}. Write whole "
-                "prompts in this form, and use them unchanged: --task completion."
+                "prompts in this form, and use them unchanged: --raw true."
             )
     encoding = encoding or chosen.encodings[0]
     require_choice("encoding", encoding, chosen.encodings)
     return PromptFormat(
         task=chosen,
         encoding=encoding,
-        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --task completion "
-        "uses them unchanged.",
+        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --raw true uses "
+        "them unchanged.",
     )
 
 
@@ -153,21 +166,43 @@ def open_adapted(
     Raises:
         LorakitError: The base or the adapter cannot be read, or do not fit each other.
     """
+    base = base_of(base, adapter)
     if adapter is None:
-        if base is None:
-            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
         return open_base(base, task or TEXT)
-    if base is None:
-        record = adapter.stored.base
-        if record is None or record.source.name is None:
-            raise ConfigurationError(
-                f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
-            )
-        base = BaseConfig(name=record.source.name)
     opened = open_base(base, task or recorded_task(adapter) or TEXT)
+    opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
+    return opened
+
+
+def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
+    """Return the configured base, or without one the base that the adapter records.
+
+    Raises:
+        ConfigurationError: Neither names a base.
+    """
+    if base is not None:
+        return base
+    if adapter is None:
+        raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+    record = adapter.stored.base
+    if record is None or record.source.name is None:
+        raise ConfigurationError(
+            f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
+        )
+    return BaseConfig(name=record.source.name)
+
+
+def add_adapter(
+    base: Base, adapter: AdapterFile, *, name: str = ADAPTER, allow_other_base: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Load and activate an adapter on an open base; return the tokenizer of the adapter's folder, else the base's.
+
+    Raises:
+        LorakitError: The base and the adapter do not fit each other.
+    """
     load_stored(
-        opened.model, adapter.stored, adapter.path, name=ADAPTER, allow_other_base=allow_other_base
+        base.model, adapter.stored, adapter.path, name=name, allow_other_base=allow_other_base
     )
     if (Path(adapter.path) / "tokenizer_config.json").exists():
-        opened.tokenizer = AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
-    return opened
+        return AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
+    return base.tokenizer

@@ -50,10 +50,10 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
     return make
 
 
-def encoder_input(base: Base, example: LanguageExample) -> list[int]:
+def encoder_input(base: Base, prompt_ids: Sequence[int]) -> list[int]:
     """Return the tokens of a prompt for an encoder: with an end-of-sequence token."""
     assert base.tokenizer is not None
-    return [*example.prompt_ids, int(base.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+    return [*prompt_ids, int(base.tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
 
 def _encoder_decoder_batch(
@@ -64,7 +64,7 @@ def _encoder_decoder_batch(
     generation = getattr(base.model, "generation_config", None)
     forced = getattr(generation, "forced_bos_token_id", None)
     start = [] if forced is None else [int(forced)]
-    inputs = [encoder_input(base, e) for e in examples]
+    inputs = [encoder_input(base, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
     width, length = max(map(len, inputs)), max(map(len, targets))
     return {

@@ -182,11 +182,14 @@ def generated(
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
     encodes = base.model.config.is_encoder_decoder
     prompts = [
-        encoder_input(base, group[0]) if encodes else group[0].prompt_ids
+        encoder_input(base, group[0].prompt_ids) if encodes else group[0].prompt_ids
         for group in groups.values()
     ]
     assert base.tokenizer is not None  # open_base rejects a base without one
-    texts = generate(base.model, base.tokenizer, prompts, decoding, progress=progress)
+    stop_ids = task.stop_ids(base.tokenizer)
+    texts = generate(
+        base.model, base.tokenizer, prompts, decoding, progress=progress, stop_ids=stop_ids
+    )
     outputs = [
         {
             "prompt": group[0].prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,7 +14,10 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating
@@ -33,6 +37,9 @@ def generate(
     decoding: Decoding | None = None,
     *,
     progress: Callable[[int], None] | None = None,
+    stop_ids: Sequence[int] = (),
+    streamer: BaseStreamer | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> list[str]:
     """Continue each prompt and return only the new text, without special tokens.
 
@@ -45,6 +52,9 @@ def generate(
         prompts: Texts, or token ids (evaluation passes exactly the tokens of training).
         decoding: By default greedy, up to 128 tokens.
         progress: Called after each batch with the number of finished prompts.
+        stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
+        streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
+        interrupted: Called after each token; generation ends once it returns True.
 
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier.
@@ -63,12 +73,13 @@ def generate(
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
-    settings = _generation_config(model, tokenizer, decoding)
+    settings = _generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     processors = LogitsProcessorList()
     if decoding.no_repeat_ngram:
         # GenerationConfig.no_repeat_ngram_size would index the vocabulary with the ids of virtual tokens.
         processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
+    stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     size = decoding.batch_size or 16
@@ -77,7 +88,11 @@ def generate(
             batch = order[start : start + size]
             inputs = _left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
             outputs = model.generate(  # type: ignore[operator]
-                **inputs, generation_config=settings, logits_processor=processors
+                **inputs,
+                generation_config=settings,
+                logits_processor=processors,
+                stopping_criteria=stopping,
+                streamer=streamer,
             )
             if not model.config.is_encoder_decoder:
                 outputs = outputs[:, inputs["input_ids"].shape[1] :]
@@ -124,9 +139,12 @@ def _check_lengths(
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+    stop_ids: Sequence[int],
 ) -> GenerationConfig:
-    """Return the generation configuration, with only the start, end and padding tokens of the model.
+    """Return the generation configuration, with only the start, end and padding tokens of the model, and `stop_ids`.
 
     Other defaults of a model would give the same settings different meanings on different models.
     """
@@ -134,8 +152,9 @@ def _generation_config(
     assert own is not None  # every model with generate() has one
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+    if tokenizer.eos_token_id is not None:
         ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    ends = list(dict.fromkeys([*ends, *stop_ids]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     samples, beams = bool(decoding.temperature), decoding.beams or 1
     penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
@@ -154,6 +173,17 @@ def _generation_config(
         forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
     )
+
+
+class Interrupted(StoppingCriteria):
+    """Ends the generation of all rows once a function returns True."""
+
+    def __init__(self, interrupted: Callable[[], bool]) -> None:
+        self.interrupted = interrupted
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        """Return for each row (B) whether its text ends."""
+        return torch.full((len(input_ids),), self.interrupted(), device=input_ids.device)
 
 
 class NoRepeatedNGrams(LogitsProcessor):

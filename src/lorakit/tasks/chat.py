@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
@@ -37,6 +37,15 @@ class Chat(TextTask):
         self.template = ChatTemplate(tokenizer)
         self.end = end_id(tokenizer)
 
+    @classmethod
+    def stop_ids(cls, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token that ends the assistant's turns in training. It need not be eos."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            return cls(tokenizer, max_length=sys.maxsize).encode({"messages": turns}).input_ids[-1:]
+        except DataError:  # the template can format prompts but not training examples
+            return []
+
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the conversation up to its last assistant turn. Every assistant turn is a target.
 
@@ -55,10 +64,12 @@ class Chat(TextTask):
         for start, stop in spans:
             mask[start:stop] = [True] * (stop - start)
         mask[0] = False
+        # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
+        prompt = self.template.ids(messages[:-1], tools, answer=True)
         example = LanguageExample(
             input_ids=ids,
             loss_mask=mask,
-            prompt_length=spans[-1][0],
+            prompt_length=len(prompt) if ids[: len(prompt)] == prompt else spans[-1][0],
             prompt=self.template.text(messages[:-1], tools, answer=True),
             completion=content_text(messages[-1]),
         )
@@ -95,8 +106,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
             raise DataError(
-                f"rows have 'messages', but the tokenizer ({type(tokenizer).__name__}) has no chat "
-                "template; use the tokenizer of an instruct model, or rows with prompt and completion"
+                f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which 'messages' need; use the "
+                "tokenizer of an instruct model, or rows with prompt and completion"
             )
         self.special_ids = set(tokenizer.all_special_ids) | {
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -114,6 +125,31 @@ class ChatTemplate:
     ) -> str:
         """Return the rendered conversation; with `answer`, followed by the generation prompt."""
         return self._apply(messages, tools, answer, tokenize=False)
+
+    def has_system_role(self) -> bool:
+        """Return whether the template writes a system turn. Others reject it (Gemma) or drop it."""
+        probe = "lorakit-system-probe"
+        turns = [{"role": "system", "content": probe}, {"role": "user", "content": "a"}]
+        try:
+            return probe in self.text(turns, answer=True)
+        except BadRow:
+            return False
+
+    def with_system(self, messages: list[Message], system: str) -> list[Message]:
+        """Return the messages with a system turn; without a system role, with its text before the first user message.
+
+        Raises:
+            BadRow: They have a system turn already, or there is neither a system role nor a user message.
+        """
+        if messages[0]["role"] in ("system", "developer"):
+            raise _bad("has a system turn already; remove it, or set no other system text")
+        if self.has_system_role():
+            return [{"role": "system", "content": system}, *messages]
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if first is None:
+            raise _bad("has no user message to write the system text into")
+        content = f"{system}\n\n{content_text(messages[first])}"
+        return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
     def ids(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
@@ -186,9 +222,17 @@ class ChatTemplate:
             raise _bad(f"was rejected by the chat template: {error}") from error
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids to generate the assistant's next turn from."""
-    return ChatTemplate(tokenizer).ids(list(messages), answer=True)
+def without_answer(messages: list[Message]) -> list[Message]:
+    """Return the messages that the assistant answers: without a last assistant turn, which is the answer.
+
+    Raises:
+        BadRow: No other message is left.
+    """
+    if messages[-1]["role"] != "assistant":
+        return messages
+    if len(messages) == 1:
+        raise _bad("has no message before the assistant's turn")
+    return messages[:-1]
 
 
 def checked_messages(fields: Fields) -> list[Message]:

@@ -229,6 +229,12 @@ class Task(ABC):
         """Raise a ConfigurationError if a package that `score` needs is missing. Called before generation starts."""
 
     @classmethod
+    def stop_ids(cls, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids that end a generated text, besides eos."""
+        del tokenizer
+        return []
+
+    @classmethod
     def answer(cls, text: str) -> str:
         """Return the part of a generated text that is scored."""
         return text.strip()

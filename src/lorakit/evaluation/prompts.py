@@ -1,0 +1,152 @@
+"""Prompts of a user: read from a file, and encoded with the token ids that training had before a completion."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit import storage
+from lorakit.compute.adapted import PromptFormat
+from lorakit.compute.batching import encoder_input
+from lorakit.data.readers import lines_of
+from lorakit.errors import DataError
+from lorakit.models.loading import Base
+from lorakit.tasks import BadRow, Chat, NamedText, Task
+from lorakit.tasks.chat import ChatTemplate, checked_messages, checked_tools, without_answer
+from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.task import checked_text
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row with `messages`, or with the columns of a named task; and its file and line for error messages."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+Prompt = str | PromptRow
+"""A text, or a row that the task formats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompts:
+    """Prompts as token ids, and how to generate from them."""
+
+    ids: list[list[int]]
+    shown: list[Any]
+    """Each prompt as it is written to a file: a text, or the messages of a conversation."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Token ids that end a text, besides eos."""
+    decoding: Mapping[str, Any] | None = None
+    """The task's settings of text generation; None without any."""
+    answer: Callable[[str], str] = str
+    """Returns the part of a generated text that is the task's answer."""
+
+
+def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
+    """Return the prompts of a file: one per line, or .jsonl, whose rows may have the columns of `task`.
+
+    A conversation ends before a last assistant turn, which is the answer. `-` reads standard input.
+
+    Raises:
+        DataError: The file cannot be read, has no prompt, or a row is invalid.
+    """
+    with storage.reading(file, DataError):
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    lines = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"'{file}' contains no prompt. Write one prompt per line.")
+    if not file.endswith(".jsonl"):
+        return [line for _, line in lines]
+    return [_row_prompt(line, f"{file}:{n}", task) for n, line in lines]
+
+
+def _row_prompt(line: str, where: str, task: type[Task] | None) -> Prompt:
+    """Return the prompt of one line of a .jsonl file; `where` is its file and line, for messages."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not JSON ({error.msg}). Write one JSON object per line."
+        ) from None
+    row = row if isinstance(row, dict) else {}
+    try:
+        if isinstance(row.get("prompt"), str):
+            return checked_text(row["prompt"], "prompt")
+        if task is not None and issubclass(task, NamedText):
+            return PromptRow(row, where)
+        messages = without_answer(checked_messages(row))
+        return PromptRow({"messages": messages, "tools": checked_tools(row)}, where)
+    except BadRow as error:
+        raise DataError(
+            f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."
+        ) from None
+
+
+def encode_prompts(
+    base: Base, prompts: Sequence[Prompt], prompting: PromptFormat, system: str | None = None
+) -> EncodedPrompts:
+    """Return the token ids of prompts, formatted as `prompting` says. `system` starts each conversation.
+
+    Rows with `messages` are always conversations.
+
+    Raises:
+        DataError: A row does not fit the task or the chat template, or the tokenizer has no template.
+    """
+    tokenizer, task = base.tokenizer, prompting.task
+    assert tokenizer is not None  # open_adapted rejects a base without one
+    if task is not None and issubclass(task, NamedText):
+        # No maximum length: `generate` compares each prompt with the model's context.
+        named = task(tokenizer, max_length=sys.maxsize, encoding=prompting.encoding)
+        texts = [_task_prompt(named, prompt) for prompt in prompts]
+        ids = [named.prompt_ids(text) for text in texts]
+        encoded = EncodedPrompts(ids=ids, shown=texts, decoding=named.decoding, answer=named.answer)
+    elif task is Chat or any(isinstance(prompt, PromptRow) for prompt in prompts):
+        template, is_chat = ChatTemplate(tokenizer), task is Chat
+        ids = [_chat_ids(template, prompt, is_chat, system) for prompt in prompts]
+        shown = [
+            prompt if isinstance(prompt, str) else prompt.fields["messages"] for prompt in prompts
+        ]
+        encoded = EncodedPrompts(ids=ids, shown=shown, stop_ids=Chat.stop_ids(tokenizer))
+    else:
+        ids = [prompt_ids(tokenizer, str(prompt)) for prompt in prompts]
+        encoded = EncodedPrompts(ids=ids, shown=list(prompts))
+    if base.model.config.is_encoder_decoder:
+        encoded.ids[:] = [encoder_input(base, prompt) for prompt in ids]
+    return encoded
+
+
+def _task_prompt(task: NamedText, prompt: Prompt) -> str:
+    """Format a prompt as the task does in training."""
+    if isinstance(prompt, str):
+        return task.around(prompt)
+    try:
+        return task.prompt(prompt.fields)
+    except BadRow as error:
+        raise DataError(
+            f"{prompt.where}: {error}. A row needs the columns of task {task.name} "
+            f"({' or '.join(' + '.join(layout) for layout in task.layouts)}), or 'prompt', its context as a string."
+        ) from None
+
+
+def _chat_ids(
+    template: ChatTemplate, prompt: Prompt, is_chat: bool, system: str | None
+) -> list[int]:
+    """Return the token ids of messages in the chat template; of a text unchanged, or with `is_chat` as a message."""
+    if isinstance(prompt, str):
+        if not is_chat:
+            return prompt_ids(template.tokenizer, prompt)
+        prompt = PromptRow(
+            {"messages": [{"role": "user", "content": prompt}]}, f"prompt {prompt!r:.40}"
+        )
+    messages = prompt.fields["messages"]
+    try:
+        messages = template.with_system(messages, system) if system else messages
+        return template.ids(messages, prompt.fields.get("tools"), answer=True)
+    except BadRow as error:
+        raise DataError(f"{prompt.where}: {error}.") from None

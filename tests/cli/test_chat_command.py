@@ -1,0 +1,178 @@
+"""`lorakit chat` through a pipe and on a terminal: the answers, its commands, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+from random_adapters import randomise
+from tiny_tokenizer import tiny_tokenizer
+from transformers import TextStreamer
+
+import lorakit
+from lorakit.cli import main
+from lorakit.errors import DataError
+from lorakit.evaluation.conversation import Conversation
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.generate import generate
+
+NEW = 8
+"""New tokens per answer."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and two of its adapters that change every answer."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("llama", vocab_size=len(tokenizer), max_position_embeddings=128)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for seed, name in enumerate(("first", "second")):
+        adapters = lorakit.attach(
+            lorakit.load_base(folder / "base", dtype="float32").model, lorakit.LoRA(rank=4)
+        )
+        randomise(adapters, seed=seed)
+        adapters.save(folder / name / "adapter", provenance={"task": "chat", "labels": []})
+    return folder
+
+
+class Pipe(io.StringIO):
+    """Standard input with these lines."""
+
+    def __init__(self, *lines: str, terminal: bool = False) -> None:
+        super().__init__("".join(f"{line}\n" for line in lines))
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture
+def chat(folder: Path, monkeypatch, capsys):
+    """Run `lorakit chat` on lines of input; return its status, output and notes."""
+
+    def run(*lines: str, terminal: bool = False, options: tuple[str, ...] = ()):
+        monkeypatch.setattr(sys, "stdin", Pipe(*lines, terminal=terminal))
+        base = ["--base.name", str(folder / "base"), "--base.dtype", "float32"]
+        status = main(["chat", *base, "--decoding.max_new_tokens", str(NEW), *options])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run
+
+
+def answers(folder: Path, adapter: str | None, *messages: str, system: str = "") -> list[str]:
+    """Generate each answer from the whole conversation before it."""
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    if adapter:
+        lorakit.load(base.model, folder / adapter / "adapter")
+    text, texts = f"<|im_start|>system\n{system}<|im_end|>\n" if system else "", []
+    for message in messages:
+        text += f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tiny_tokenizer().encode(text)
+        texts += generate(base.model, tiny_tokenizer(), [ids], Decoding(max_new_tokens=NEW))
+        text += f"{texts[-1].strip()}<|im_end|>\n"
+    return texts
+
+
+def test_each_line_is_answered_from_the_conversation_before_it(folder, chat) -> None:
+    status, out, err = chat("The river", "", "pub", options=("--system", "Be brief."))
+    expected = answers(folder, None, "The river", "pub", system="Be brief.")
+    assert (status, out, err) == (0, "".join(f"{text}\n" for text in expected), "")
+
+
+@pytest.mark.slow
+def test_commands_choose_the_adapter_and_start_anew(folder, chat) -> None:
+    first, second = (str(folder / name / "adapter") for name in ("first", "second"))
+    lines = ["river", "/reset", f"/adapter {second}", "river", "/reset", "/base", "river"]
+    lines += ["/reset", "/adapter first", "river", "/quit", "river"]
+    status, out, err = chat(*lines, options=("--adapter", first))
+    expected = [answers(folder, name, "river")[0] for name in ("first", "second", None, "first")]
+    assert len(set(expected)) == 3
+    assert (status, out) == (0, "".join(f"{text}\n" for text in expected))
+    assert [line.split(", ")[-1] for line in err.splitlines() if "adapter" in line] == [
+        *("adapter first", "adapter second", "no adapter", "adapter first")
+    ]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(folder, chat, monkeypatch) -> None:
+    put, calls = TextStreamer.put, []
+
+    def interrupting(self, value) -> None:
+        calls.append(value)
+        if len(calls) == 4:  # the prompt and three tokens
+            signal.raise_signal(signal.SIGINT)
+        put(self, value)
+
+    monkeypatch.setattr(TextStreamer, "put", interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    status, out, _ = chat("river", "/reset", "river")
+    (whole,) = answers(folder, None, "river")
+    stopped = out.removesuffix(f"\n{whole}\n")
+    assert status == 0
+    assert stopped != out
+    assert whole.startswith(stopped.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert len(calls) < 2 * (1 + NEW)  # fewer tokens than two whole answers
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/adaptor x", "Unknown command '/adaptor'. Did you mean '/adapter'?"),
+        ("/adapter nowhere", "nowhere"),
+        ("pub " * 100, "fills the model's context of 128"),
+        ("\udcff", "is not UTF-8 (byte 0xff)"),
+    ],
+)
+def test_an_error_ends_a_pipe_but_not_a_terminal(line, message, folder, chat) -> None:
+    (answer,) = answers(folder, None, "river")
+    status, out, err = chat(line, "river")
+    assert (status, out) == (1, "")
+    assert message in err
+    status, out, err = chat(line, "river", terminal=True)
+    assert (status, out) == (0, f"> > {answer}\n> ")
+    assert message in err
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_for_something_else_says_so(folder, chat, tmp_path) -> None:
+    for provenance in ({"task": "completion", "labels": []}, {}):
+        adapters = lorakit.attach(
+            lorakit.load_base(folder / "base", dtype="float32").model, lorakit.LoRA(rank=1)
+        )
+        name = tmp_path / (provenance.get("task") or "peft")
+        adapters.save(name, provenance=provenance)
+    _, _, err = chat(f"/adapter {tmp_path / 'completion'}", f"/adapter {tmp_path / 'peft'}")
+    assert "was trained for completion, not for chat" in err
+    assert "peft does not record its task; messages use the chat template" in err
+
+
+def test_a_base_without_a_chat_template_is_refused_at_once(folder, chat, tmp_path) -> None:
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    lorakit.load_base(folder / "base", dtype="float32").model.save_pretrained(tmp_path)
+    status, out, err = chat("river", options=("--base.name", str(tmp_path)))
+    assert (status, out) == (1, "")
+    assert "has no chat template" in err
+
+
+def test_beams_are_refused(chat) -> None:
+    assert "needs one beam" in chat("river", options=("--decoding.beams", "2"))[2]
+
+
+def test_an_answer_ends_at_the_context_and_an_error_keeps_the_messages(folder) -> None:
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    base.model.generation_config.eos_token_id = None
+    conversation = Conversation(base)
+    conversation.reply("river")  # 512 tokens do not fit
+    messages = list(conversation.messages)
+    with pytest.raises(DataError, match="/reset"):
+        conversation.reply("pub")
+    assert conversation.messages == messages
+    conversation.reset()
+    assert conversation.messages == []

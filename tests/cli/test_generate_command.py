@@ -1,0 +1,222 @@
+"""`lorakit generate` on conversations: the prompt has the token ids that training had before the answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_runs
+from tiny_tokenizer import tiny_tokenizer
+
+from lorakit.cli import main
+from lorakit.compute.adapted import AdapterFile, prompt_format
+from lorakit.data import DataConfig, load_examples
+from lorakit.tasks import Chat
+from lorakit.training.config import HeldOutConfig
+from lorakit.training.loop import train
+
+USER = {"role": "user", "content": "Where is the river pub?"}
+ANSWER = {"role": "assistant", "content": "Near the park."}
+AGAIN = {"role": "user", "content": "Is it cheap?"}
+LAST = {"role": "assistant", "content": "It is."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ROWS: list[dict[str, Any]] = [
+    {"messages": [USER, ANSWER]},
+    {"messages": [SYSTEM, USER, ANSWER]},
+    {"messages": [USER, ANSWER, AGAIN, LAST]},
+    {"messages": [USER, ANSWER], "tools": [{"name": "search"}]},
+]
+TEMPLATE = (
+    "{% if tools %}{{ tools[0]['name'] + '\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_base(folder: Path, template: str | None = TEMPLATE) -> str:
+    """Write the tiny model with a chat template."""
+    base = tiny_runs.save_base(folder, max_position_embeddings=256)
+    tiny_tokenizer(chat_template=template).save_pretrained(base)
+    return base
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on conversations, its data and its base."""
+    folder = tmp_path_factory.mktemp("chat")
+    base = save_base(folder / "base")
+    data = DataConfig(train=tiny_runs.write_rows(folder / "train.jsonl", ROWS))
+    once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
+    train(tiny_runs.config(folder, base, data=data, **once))
+    return folder
+
+
+@pytest.fixture
+def prompts(monkeypatch) -> list[list[int]]:
+    """The token ids that `lorakit generate` passes on. Nothing is generated."""
+    seen: list[list[int]] = []
+
+    def spy(model, tokenizer, ids, *_: Any, **__: Any) -> list[str]:
+        seen.extend(ids)
+        return ["" for _ in ids]
+
+    monkeypatch.setattr("lorakit.evaluation.generate.generate", spy)
+    return seen
+
+
+def trained_prompts(folder: Path) -> list[list[int]]:
+    """Return the token ids before each answer of the training data."""
+    config = DataConfig(train=str(folder / "train.jsonl"))
+    tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
+    return [example.prompt_ids for example in load_examples(config, "train", tokenizer)]
+
+
+def options(base: Path | str) -> list[str]:
+    return ["--base.name", str(base), "--base.dtype", "float32", "--base.device", "cpu"]
+
+
+def generate(folder: Path, *arguments: str) -> None:
+    assert main(["generate", *options(folder / "base"), *arguments]) == 0
+
+
+def user_turn(text: str) -> list[int]:
+    """Return the token ids of a user message, up to the answer."""
+    turn = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return tiny_tokenizer().encode(turn)
+
+
+def test_the_prompts_of_a_file_end_before_the_last_answer(trained, prompts, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    generate(trained, "--file", str(trained / "train.jsonl"), "--output", str(output))
+    assert prompts == trained_prompts(trained)
+    written = [json.loads(line)["prompt"] for line in output.read_text().splitlines()]
+    assert written == [row["messages"][:-1] for row in ROWS]
+
+
+def test_a_conversation_that_ends_with_the_user_is_kept_whole(trained, prompts, tmp_path) -> None:
+    rows = [{"messages": [USER, ANSWER, AGAIN]}, ROWS[2]]
+    generate(trained, "--file", tiny_runs.write_rows(tmp_path / "open.jsonl", rows))
+    assert prompts[0] == prompts[1]
+
+
+def test_a_row_with_an_answer_alone_is_named(trained, tmp_path, capsys) -> None:
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROWS[0], {"messages": [ANSWER]}])
+    assert main(["generate", "--base.name", str(trained / "base"), "--file", file]) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: 'messages' has no message before the assistant's turn" in error
+
+
+def test_prompts_of_a_chat_adapter_have_the_ids_of_its_training(trained, prompts, capsys) -> None:
+    adapter = ["--adapter", str(trained / "run" / "adapter"), "--prompt", USER["content"]]
+    generate(trained, *adapter)
+    assert prompts == trained_prompts(trained)[:1]
+    assert "was trained for chat: prompts are user messages in the chat template" in (
+        capsys.readouterr().err
+    )
+    generate(trained, *adapter, "--system", SYSTEM["content"])
+    assert prompts[1] == trained_prompts(trained)[1]
+    generate(trained, *adapter, "--raw", "true")
+    assert prompts[2] == tiny_tokenizer().encode(USER["content"])
+    generate(trained, *adapter[2:], "--task", "chat")  # the base alone
+    assert prompts[3] == prompts[0]
+
+
+def test_lines_and_rows_of_a_chat_adapter_are_user_messages(trained, prompts, tmp_path) -> None:
+    adapter = ["--adapter", str(trained / "run" / "adapter")]
+    (tmp_path / "lines.txt").write_text(f"{USER['content']}\n{AGAIN['content']}\n")
+    generate(trained, *adapter, "--file", str(tmp_path / "lines.txt"))
+    rows = [{"prompt": USER["content"]}, {"messages": [AGAIN]}]
+    generate(trained, *adapter, "--file", tiny_runs.write_rows(tmp_path / "rows.jsonl", rows))
+    assert prompts[:2] == prompts[2:] == [user_turn(m["content"]) for m in (USER, AGAIN)]
+
+
+def test_an_adapter_without_record_leaves_prompts_unchanged_and_says_so(
+    trained, prompts, tmp_path, capsys
+) -> None:
+    adapter = shutil.copytree(trained / "run" / "adapter", tmp_path / "peft")
+    (adapter / "lorakit.json").unlink()
+    generate(trained, "--adapter", str(adapter), "--prompt", "river")
+    assert prompts == [tiny_tokenizer().encode("river")]
+    assert "does not record its task, and plain prompts are used unchanged. --chat true" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(
+    trained, prompts, capsys
+) -> None:
+    generate(trained, "--prompt", "river")
+    assert "prompts are used unchanged; --chat true formats them" in capsys.readouterr().err
+    generate(trained, "--prompt", "river", "--raw", "true")
+    assert prompts == [tiny_tokenizer().encode("river")] * 2
+    assert "note" not in capsys.readouterr().err
+
+
+def test_a_custom_chat_task_is_formatted_as_chat(trained) -> None:
+    adapter = AdapterFile.read(trained / "run" / "adapter")
+    assert adapter is not None
+    adapter.provenance["task"] = "support"
+    prompting = prompt_format(adapter, None, None)
+    assert prompting.task is Chat
+    assert "was trained for support: prompts are user messages" in prompting.note
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPPING = TEMPLATE.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
+
+
+@pytest.mark.parametrize("template", [REFUSING + TEMPLATE, DROPPING], ids=["refuses", "drops"])
+def test_without_a_system_role_the_system_text_starts_the_first_message(
+    template, prompts, tmp_path, capsys
+) -> None:
+    save_base(tmp_path / "base", template)
+    generate(tmp_path, "--prompt", "river", "--chat", "true", "--system", "Be brief.")
+    assert prompts == [user_turn("Be brief.\n\nriver")]
+    assert "no system role; the system text starts the first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--raw", "true", "--chat", "true"], "chat and raw exclude each other"),
+        (["--prompt", "x", "--system", "y"], "system is a turn of the chat template"),
+        (["--file", "{train}", "--raw", "true"], "has 'messages', which need the chat template"),
+        (["--file", "{train}", "--system", "y"], r"train.jsonl:2: 'messages' has a system turn"),
+    ],
+)
+def test_options_that_do_not_fit_the_prompts(arguments, message, trained, capsys) -> None:
+    arguments = [word.format(train=trained / "train.jsonl") for word in arguments]
+    assert main(["generate", *options(trained / "base"), *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_text_ends_where_an_answer_ended_in_training(tmp_path, capsys, monkeypatch) -> None:
+    """The template's end of a turn is a token other than eos, as in Llama 3 and base models."""
+    base = save_base(tmp_path / "base", TEMPLATE.replace("<|im_end|>", "<|bos|>"))
+    seen = []
+
+    def spy(model, tokenizer, ids, decoding, *, stop_ids, **_: Any) -> list[str]:
+        seen.append(tokenizer.convert_ids_to_tokens(stop_ids))
+        return [""]
+
+    monkeypatch.setattr("lorakit.evaluation.generate.generate", spy)
+    arguments = ["--prompt", "x", "--chat", "true"]
+    assert main(["generate", *options(base), *arguments]) == 0
+    assert seen == [["<|bos|>"]]
+
+
+def test_an_encoder_gets_the_end_token_of_its_training(prompts, tmp_path) -> None:
+    tiny_runs.save_base(tmp_path / "base", "t5")
+    generate(tmp_path, "--prompt", "river")
+    tokenizer = tiny_tokenizer()
+    assert prompts == [[*tokenizer.encode("river"), tokenizer.eos_token_id]]
