@@ -21,7 +21,9 @@ class ColumnMap:
     def __init__(self, config: DataConfig, columns: Sequence[str], source_name: str) -> None:
         self.source_name = source_name
         self.columns = list(columns)
-        self.renamed = config.columns
+        self.renamed = dict(config.columns)
+        if "messages" not in (*self.columns, *self.renamed) and "conversations" in self.columns:
+            self.renamed["messages"] = "conversations"  # the name in ShareGPT's files
         for name, column in self.renamed.items():
             if column not in self.columns:
                 raise DataError(
@@ -44,6 +46,9 @@ class ColumnMap:
             names = (*self.renamed, *self.columns)
         self.fields = [name for name in dict.fromkeys(names) if name in present]
         """Fields that the rows can have."""
+        unnamed = [name for name in self.columns if name not in self.renamed.values()]
+        self.present = {*unnamed, *self.renamed, *self.templates}
+        """Fields and columns by which "auto" chooses the task; a column that has become a field counts as that."""
 
     def column_of(self, field: str) -> str:
         """Return the column that holds a field."""
@@ -88,7 +93,7 @@ class ColumnMap:
             name = "completion"
         if name == "auto":
             candidates = list(GENERIC.values())
-            fitting = [task for task in candidates if task.reads(self.fields, rows)]
+            fitting = [task for task in candidates if task.reads(self.present, rows)]
             if len(fitting) == 1:
                 return fitting[0]
             if fitting:
@@ -101,7 +106,9 @@ class ColumnMap:
             if any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
                 return candidates[0]
         expected = "".join(
-            f"\n  {task.name + ':':<16}" + " | ".join(" + ".join(layout) for layout in task.layouts)
+            f"\n  {task.name + ':':<16}"
+            + " | ".join(" + ".join(layout) for layout in task.layouts)
+            + task.condition
             for task in candidates
         )
         task_name = "any task" if name == "auto" else f"task {name}"

@@ -16,6 +16,7 @@ Split = Literal["train", "validation", "test"]
 
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
+    "input",
     "tools",
 )
 """Fields that `columns` can map to a column."""
@@ -45,9 +46,9 @@ class DataConfig:
     test_split: str | None = None
     """Split of a hub data set to test on (default: test), or the file name of a named task's split."""
     task: str = "auto"
-    """auto (chosen by the columns); a generic task: completion, chat, classification or regression; a named task with
-    its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart, wikisql or samsum; or a class
-    of yours, `path/to/file.py:Class`."""
+    """auto (chosen by the columns); a generic task: completion, chat, text (language modelling), classification or
+    regression; a named task with its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart,
+    wikisql or samsum; or a class of yours, `path/to/file.py:Class`."""
     root: str | None = None
     """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
     hub."""
@@ -56,7 +57,8 @@ class DataConfig:
     instruction in words, which prompt_template can replace."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column for each field: `{prompt: meaning_representation, completion: human_reference}`.
-    Fields are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
+    Fields are prompt, completion, messages, tools, instruction, input, output, text, sentence1, sentence2, label and
+    score."""
     prompt_template: str | None = None
     """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Double the
     braces for literal ones."""

@@ -46,6 +46,11 @@ class DataTask:
         """Return whether the model's output is text."""
         return self.kind == "text"
 
+    @property
+    def has_references(self) -> bool:
+        """Return whether generated text can be scored. Plain text has no prompts and references."""
+        return self.generates and bool(self.type.scores)
+
 
 @dataclass(kw_only=True)
 class Report:
@@ -109,6 +114,8 @@ class ExampleSet(Sequence[Example]):
     report: Report
     sha256: str
     """Digest of the source's content."""
+    format: str = ""
+    """Format of the rows in a few words."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -205,6 +212,7 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
+        format=task_class.source_format(columns.present, list(_fields(data, columns))),
     )
 
 

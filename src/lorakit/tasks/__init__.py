@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
-from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.language_modelling import Completion, PlainText
 from lorakit.tasks.named_text import NamedText
 from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
 from lorakit.tasks.task import (
@@ -40,6 +40,7 @@ __all__ = [
     "LabelledExample",
     "LanguageExample",
     "NamedText",
+    "PlainText",
     "Regression",
     "RowError",
     "Task",
