@@ -8,7 +8,7 @@ from typing import Any
 from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
-from lorakit.tasks import GENERIC, Task, task_type
+from lorakit.tasks import GENERIC, Labelled, Task, task_type
 
 
 class ColumnMap:
@@ -105,6 +105,27 @@ class ColumnMap:
             candidates = [task_type(name)]
             if any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
                 return candidates[0]
+        raise self._misfit(name, candidates)
+
+    def check_inputs(self, task: type[Labelled]) -> None:
+        """Check that rows without labels have the texts of `task`.
+
+        Raises:
+            DataError: A column is missing.
+        """
+        texts = [
+            tuple(name for name in layout if name not in task.targets) for layout in task.layouts
+        ]
+        if not any(set(layout) <= set(self.fields) for layout in texts):
+            expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
+            raise DataError(
+                f"{self.source_name}: its columns are {', '.join(self.columns)}; task {task.name} predicts from "
+                f"{expected}. Rename the columns with data.columns, for example "
+                f"{{{texts[0][0]}: {self.columns[0]}}}."
+            )
+
+    def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:
+        """Return the error that the columns fit none of the candidates."""
         expected = "".join(
             f"\n  {task.name + ':':<16}"
             + " | ".join(" + ".join(layout) for layout in task.layouts)
@@ -119,7 +140,7 @@ class ColumnMap:
             )
         else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
-        raise DataError(
+        return DataError(
             f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
             f"Rename the columns with data.columns, {advice}."
         )

@@ -7,7 +7,7 @@ set `data.task: path/to/file.py:Class`, or register the class under the entry po
 from __future__ import annotations
 
 from lorakit.tasks.chat import Chat
-from lorakit.tasks.classification import Classification, Regression
+from lorakit.tasks.classification import Classification, Labelled, Regression
 from lorakit.tasks.language_modelling import Completion, PlainText
 from lorakit.tasks.named_text import NamedText
 from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
@@ -37,6 +37,7 @@ __all__ = [
     "Example",
     "Fields",
     "Kind",
+    "Labelled",
     "LabelledExample",
     "LanguageExample",
     "NamedText",
