@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN
 from lorakit.data.templates import Template
@@ -22,6 +22,7 @@ FIELDS = (
 """Fields that `columns` can map to a column."""
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Data for training and evaluation."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.methods.registry import use_method
 from lorakit.models.base_config import BaseConfig
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """Settings of `lorakit predict`, which applies a trained classifier or regressor to rows without labels."""
