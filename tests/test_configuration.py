@@ -18,6 +18,7 @@ from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.methods import BitFit, FullFineTuning, LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
@@ -208,6 +209,7 @@ CONFIGURATIONS: list[Any] = [
     DATA,
     Decoding(),
     EvaluateConfig(data=DATA),
+    PredictConfig(data=DataConfig(test="new.jsonl"), adapter="a", output="out.jsonl"),
     OptimizerConfig(),
     HeldOutConfig(),
     CheckpointConfig(),

@@ -167,7 +167,7 @@ def _built(value: Any, kind: Any, path: str) -> Any:
     """
     if isinstance(value, str) and hasattr(kind, "shorthand"):
         value = {kind.shorthand: value}
-    if not is_dataclass(kind) or not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not hasattr(kind, "__dataclass_fields__"):
         return value
     _check_names(kind, value, path)
     return kind(**value)

@@ -301,7 +301,8 @@ class Activation:
         if block not in blocks:
             raise AdapterStateError(
                 "A per_sample, per_token or disabled block ended in another thread or task than it began in (a "
-                "generator may have been resumed elsewhere), so it was not in force all the time. Discard what was computed."
+                "generator may have been resumed elsewhere), so it was not in force all the time. Discard what was "
+                "computed."
             )
 
     @contextlib.contextmanager
