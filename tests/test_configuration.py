@@ -18,6 +18,7 @@ from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.methods import BitFit, FullFineTuning, LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
@@ -152,6 +153,51 @@ def test_a_message_says_the_section_and_repeats_no_more_than_a_line() -> None:
     assert len(str(raised.value)) < 200
 
 
+def test_sections_may_be_mappings_and_the_base_its_name() -> None:
+    short = TrainConfig(
+        base="minilm-l6",  # type: ignore[arg-type]
+        data={"train": "train.jsonl"},  # type: ignore[arg-type]
+        lora={"rank": 4, "targets": "attention.qv"},  # type: ignore[arg-type]
+        output="run",
+    )
+    assert short == TrainConfig(
+        base=BaseConfig(name="minilm-l6"),
+        data=DATA,
+        lora=LoRA(rank=4, targets="attention.qv"),
+        output="run",
+    )
+
+
+UNKNOWN = {
+    "PEFT's r": (lambda: LoRA(r=8), "LoRA has no setting 'r'. Its name in lorakit is 'rank'."),
+    "PEFT's name in a section": (
+        lambda: TrainConfig(base="b", data=DATA, output="o", lora={"lora_alpha": 8}),
+        "lora has no setting 'lora_alpha'. Its name in lorakit is 'alpha'.",
+    ),
+    "a misspelt name": (lambda: LoRA(rnk=8), "LoRA has no setting 'rnk'. Did you mean 'rank'?"),
+    "a name of a section": (
+        lambda: TrainConfig(base="b", data=DATA, output="o", alpha=8),
+        "TrainConfig has no setting 'alpha'. Its name in lorakit is lora.alpha: write lora=dict(alpha=...).",
+    ),
+    "another library's name of a section": (
+        lambda: TrainConfig(base="b", data=DATA, output="o", lr=8),
+        "write optimizer=dict(learning_rate=...).",
+    ),
+    "a required name": (lambda: TrainConfig(base="b", data=DATA), "TrainConfig needs output"),
+    "a required name of a section": (
+        lambda: TrainConfig(base={"dtype": "float32"}, data=DATA, output="o"),
+        "base needs name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), UNKNOWN.values(), ids=UNKNOWN)
+def test_an_unknown_or_missing_setting_names_what_to_write(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        make()
+    assert message in str(raised.value)
+
+
 # --- every configuration of the library -----------------------------------------------------------
 
 DATA = DataConfig(train="train.jsonl")
@@ -163,6 +209,7 @@ CONFIGURATIONS: list[Any] = [
     DATA,
     Decoding(),
     EvaluateConfig(data=DATA),
+    PredictConfig(data=DataConfig(test="new.jsonl"), adapter="a", output="out.jsonl"),
     OptimizerConfig(),
     HeldOutConfig(),
     CheckpointConfig(),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.evaluation.evaluate_config import EvaluateConfig
+    from lorakit.evaluation.predict import predict
+    from lorakit.evaluation.predict_config import PredictConfig
     from lorakit.methods.bitfit import BitFit
     from lorakit.methods.bottleneck import BottleneckAdapter
     from lorakit.methods.combined import Combined
@@ -46,6 +48,8 @@ _HOME = {
     "LorakitError": "lorakit.errors",
     "EvaluateConfig": "lorakit.evaluation.evaluate_config",
     "evaluate": "lorakit.evaluation.evaluate",
+    "PredictConfig": "lorakit.evaluation.predict_config",
+    "predict": "lorakit.evaluation.predict",
     "BitFit": "lorakit.methods.bitfit",
     "BottleneckAdapter": "lorakit.methods.bottleneck",
     "Combined": "lorakit.methods.combined",
@@ -70,6 +74,7 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "LorakitError",
+    "PredictConfig",
     "PrefixEmbedding",
     "PrefixLayer",
     "TrainConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "load_base",
     "metrics",
+    "predict",
     "targets",
     "train",
     "use_method",

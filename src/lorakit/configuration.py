@@ -11,11 +11,14 @@ import os
 import types
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.other_names import OTHER_NAMES
+
+Config = TypeVar("Config")
 
 _SHOWN = 100
 """Longest excerpt of a wrong value in a message, in characters."""
@@ -34,7 +37,7 @@ def conform(config: Any, section: str = "") -> None:
     """Convert every field of a configuration to its annotated type. Call it in `__post_init__`.
 
     Equivalent values are converted: a list to a tuple, a whole number to a float, NumPy's numbers to
-    Python's, a path to a string.
+    Python's, a path to a string, a mapping to a section.
 
     Args:
         config: A dataclass, frozen or not.
@@ -90,7 +93,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
             for key, item in value.items()
         }
     if origin is None:
-        return _convert_scalar(value, annotation, path)
+        return _convert_scalar(_built(value, annotation, path), annotation, path)
     raise _WrongType(path, value, _name(annotation))
 
 
@@ -141,3 +144,55 @@ def _name(annotation: Any, several: bool = False) -> str:
         number = f"{len(args)} " if _is_fixed(annotation) else ""
         return f"a list of {number}{_name(args[0], True)}"
     return f"{annotation.__name__}(...)"
+
+
+def strict(config: type[Config]) -> type[Config]:
+    """Decorate a dataclass: an unknown or a missing setting is a ConfigurationError that names what to write."""
+    initialise = config.__init__
+
+    @functools.wraps(initialise)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        if not args:  # the dataclass itself rejects positional arguments
+            _check_names(config, settings, config.__name__)
+        initialise(self, *args, **settings)
+
+    config.__init__ = checked
+    return config
+
+
+def _built(value: Any, kind: Any, path: str) -> Any:
+    """Return the section that a mapping of its settings describes; other values unchanged.
+
+    A section with a `shorthand`, the name of a setting, may also be the text of that setting.
+    """
+    if isinstance(value, str) and hasattr(kind, "shorthand"):
+        value = {kind.shorthand: value}
+    if not isinstance(value, Mapping) or not hasattr(kind, "__dataclass_fields__"):
+        return value
+    _check_names(kind, value, path)
+    return kind(**value)
+
+
+def _check_names(config: Any, settings: Mapping[str, Any], path: str) -> None:
+    """Raise a ConfigurationError unless `settings` has known names only, and all that are required."""
+    known = {field.name: field for field in fields(config)}
+    for name in settings:
+        if name not in known:
+            raise ConfigurationError(f"{path} has no setting {name!r}.{_instead(str(name), known)}")
+    required = [n for n, f in known.items() if f.default is f.default_factory is MISSING]
+    if missing := [name for name in required if name not in settings]:
+        raise ConfigurationError(f"{path} needs {', '.join(missing)}; set {missing[0]}=...")
+
+
+def _instead(name: str, known: Mapping[str, Field]) -> str:
+    """Return a sentence with the setting to write instead of an unknown one, or an empty string."""
+    section, _, ours = OTHER_NAMES.get(name, "").rpartition(".")
+    if ours in known:
+        return f" Its name in lorakit is '{ours}'."
+    if not ours:
+        kinds = {key: field.default_factory for key, field in known.items()}
+        having = [key for key, kind in kinds.items() if is_dataclass(kind) and name in _hints(kind)]
+        section, ours = (having[0], name) if having else ("", "")
+    if section in known:
+        return f" Its name in lorakit is {section}.{ours}: write {section}=dict({ours}=...)."
+    return nearest(name, known)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import AdapterStateError
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -166,6 +167,46 @@ def test_a_block_inside_a_block(toy, x, expected) -> None:
             output = model(x)
         torch.testing.assert_close(model(x), expected["a"])
     torch.testing.assert_close(output, torch.stack([expected[None][0], expected["b"][1]]))
+
+
+def test_disabled_is_the_base_in_its_thread_alone(toy, x, expected, other_thread) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    with adapters.disabled():
+        assert torch.equal(model(x), expected[None])
+        assert torch.equal(other_thread(lambda: model(x)), expected["a"])
+        with adapters.per_sample(["b", None]):
+            torch.testing.assert_close(model(x)[0], expected["b"][0])
+        with pytest.raises(AdapterStateError, match="inside per_sample, per_token or disabled"):
+            adapters.activate("b")
+    assert torch.equal(model(x), expected["a"])
+    adapters.merge()
+    with (
+        pytest.raises(AdapterStateError, match=r"unmerge\(\) before you use the base alone"),
+        adapters.disabled(),
+    ):
+        raise AssertionError("the block of a merged adapter has begun")
+
+
+METHODS = {
+    "DoRA": LoRA(rank=2, dora=True),
+    "a trained head": LoRA(rank=2, train_modules=("lm_head",)),
+    "a trained norm": LoRA(rank=2, train_modules=("norm",)),
+    "all weights": FullFineTuning(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_disabled_is_the_base_bit_for_bit(method) -> None:
+    model = tiny_models.build("llama").eval()
+    base = model(IDS).logits
+    adapters = attach(model, method)
+    randomise(adapters, "default", seed=1)
+    adapted = model(IDS).logits
+    with adapters.disabled():
+        assert torch.equal(model(IDS).logits, base)
+    assert torch.equal(model(IDS).logits, adapted)
+    assert not torch.allclose(adapted, base)
 
 
 def test_a_block_that_ends_in_another_thread_is_an_error(toy, other_thread) -> None:

@@ -33,6 +33,9 @@ def load(train, split="train", *, tokenizer=TOKENIZER, labels=None, **settings):
     [
         ({"prompt": "a", "completion": "b"}, "completion"),
         ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "chat"),
+        ({"conversations": [{"from": f, "value": "x"} for f in ("human", "gpt")]}, "chat"),
+        ({"instruction": "a", "input": "", "output": "b"}, "completion"),
+        ({"text": "a"}, "text"),
         ({"text": "a", "label": 1}, "classification"),
         ({"sentence1": "a", "sentence2": "b", "label": "yes"}, "classification"),
         ({"text": "a", "label": 1.5}, "regression"),
@@ -266,3 +269,73 @@ def test_encoder_pairs_from_csv(tmp_path):
     assert examples.labels == ("entailment", "neutral")
     assert examples[0].prompt == "a, b\nc"
     assert examples[1].origin == f"{path}:3"
+
+
+INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+def test_alpacas_rows_have_alpacas_prompt(write):
+    examples = load(write([INSTRUCTION, {"instruction": "Say hi.", "input": "", "output": "hi"}]))
+    assert examples[0].prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n"
+    )
+    assert "### Input" not in examples[1].prompt
+    assert [example.completion for example in examples] == ["3", "hi"]
+    assert examples.format.startswith("Alpaca's instruction, input and output")
+
+
+def test_alpacas_rows_are_chat_if_the_task_is(write):
+    examples = load(write([INSTRUCTION]), task="chat")
+    assert "user\nAdd.\n\n1 2<|im_end|>" in examples[0].prompt
+    assert examples[0].completion == "3"
+
+
+def test_a_template_replaces_alpacas_prompt(write):
+    path = write([INSTRUCTION])
+    examples = load(path, prompt_template="{instruction} {input} =", completion_template="{output}")
+    assert (examples[0].prompt, examples[0].completion) == ("Add. 1 2 =", "3")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "output": ""}, r":1: 'output' is empty"),
+        ({"instruction": "a", "input": 3, "output": "b"}, r":1: 'input' is a number"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, ":1: 'conversations' has no assist"),
+    ],
+)
+def test_an_invalid_row_is_named_by_its_own_column(write, row, message):
+    with pytest.raises(DataError, match=message):
+        load(write([row]))
+
+
+def test_the_format_of_the_rows_is_said(write):
+    def chat(key, role, content):
+        return [{key: who, content: [{"type": "text", "text": "x"}]} for who in role]
+
+    path = write([{"conversations": chat("from", ("human", "gpt"), "value")}])
+    assert load(path).format == (
+        "ShareGPT's conversations of from and value, contents as lists of parts"
+    )
+    path = write([{"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}])
+    assert load(path).format == "messages of role and content"
+    assert load(write(PAIRS)).format == "prompt and completion"
+    assert (
+        load(write([{"text": "a"}])).format == "plain text, every token after the first is a target"
+    )
+
+
+def test_a_text_beside_other_columns_is_not_language_modelling_by_itself(write):
+    path = write([{"text": "a", "sentiment": "good"}])
+    with pytest.raises(
+        DataError, match=r"text: +text, if it is the only column or data\.task is text"
+    ):
+        load(path)
+    assert load(path, task="text").task == "text"
+
+
+def test_plain_texts_can_be_held_out(write):
+    path = write([{"text": f"river {n}"} for n in range(20)])
+    assert len(load(path, validation_fraction=0.25)) == 15

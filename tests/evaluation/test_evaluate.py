@@ -183,3 +183,23 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
 def test_outputs_do_not_go_where_the_report_goes(trained):
     with pytest.raises(ConfigurationError, match=r"must end in \.jsonl"):
         settings(trained, output="w/o.html")
+
+
+@pytest.mark.slow
+def test_plain_text_is_trained_and_scored_by_its_loss_alone(tmp_path, capsys) -> None:
+    base = tiny_runs.save_base(tmp_path / "base")
+    rows = [{"text": f"the river pub {n % 3}"} for n in range(24)]
+    data = DataConfig(
+        train=tiny_runs.write_rows(tmp_path / "texts.jsonl", rows),
+        test=tiny_runs.write_rows(tmp_path / "held.jsonl", rows[:3]),
+        validation_fraction=0.3,
+    )
+    train(tiny_runs.config(tmp_path, base, data=data))
+    assert "task      text: plain text" in capsys.readouterr().err
+    adapter = str(tmp_path / "run" / "adapter")
+    result = evaluate(settings(tmp_path, data=data, adapter=adapter))
+    assert set(result.scores) == {"loss", "perplexity"}
+    before = evaluate(settings(tmp_path, data=data))
+    assert result.scores["loss"] < before.scores["loss"]
+    limited = evaluate(settings(tmp_path, data=data, adapter=adapter, limit=1))
+    assert limited.scores["loss"] != result.scores["loss"]

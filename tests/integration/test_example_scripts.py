@@ -18,7 +18,7 @@ from lorakit.compute.adapted import AdapterFile, recorded_task
 from lorakit.data import DataTask
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "accelerate_loop")
+TRAINING = ("plain_pytorch_loop", "transformers_trainer", "trl_sft", "trl_dpo", "accelerate_loop")
 
 pytestmark = [
     # transformers' Trainer requests pinned memory even without an accelerator.
@@ -179,3 +179,18 @@ def test_own_method(run: Callable[..., dict[str, Any]]) -> None:
     assert names["adapters"].names == ("again",)
     loaded = names["adapters"].modules("again").values()
     assert max((module.vector - 1).abs().max() for module in loaded) > 0.1
+
+
+@pytest.mark.slow
+def test_the_reference_of_dpo_is_the_base(run: Callable[..., dict[str, Any]]) -> None:
+    """The new adapter has no effect yet when TRL computes the reference."""
+    names = run("trl_dpo")
+    trainer, adapters = names["trainer"], names["adapters"]
+    assert trainer.ref_model is None
+    row = trainer.train_dataset[0]
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]], device=trainer.model.device)
+    with adapters.disabled(), torch.no_grad():
+        scores = trainer.model(ids).logits.float().log_softmax(-1)[0, :-1]
+    each = scores.gather(1, ids[0, 1:, None]).squeeze(1)
+    chosen = each[len(row["prompt_ids"]) - 1 :].sum().item()
+    assert chosen == pytest.approx(row["ref_chosen_logps"], rel=1e-3)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,6 +155,73 @@ def test_null_entries_of_parquet_rows_are_ignored():
     assert encode(messages)[0] == encode(TURNS)[0]
 
 
+def sharegpt(messages):
+    senders = {"user": "human", "assistant": "gpt"}
+    return [
+        {"from": senders.get(m["role"], m["role"]), "value": m["content"], "weight": None}
+        for m in messages
+    ]
+
+
+def test_sharegpt_messages_are_read():
+    assert encode(sharegpt(TURNS))[0] == encode(TURNS)[0]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace(" + ", " ~ ")])
+def test_contents_as_lists_of_parts_are_read_as_text(template):
+    # With ~ a template would write the list as Python prints it, without an error.
+    parts = [
+        {**m, "content": [{"type": "text", "text": m["content"][:3]}, {"text": m["content"][3:]}]}
+        for m in TURNS
+    ]
+    assert encode(parts, template)[0] == encode(TURNS, template)[0]
+
+
+def test_alpacas_rows_become_a_question_and_an_answer():
+    task = Chat(tiny_tokenizer(), max_length=1000)
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    (fields,) = task.rows(row)
+    expected = [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
+    assert task.encode(fields) == encode(expected)[0]
+
+
+CALL = {"role": "assistant", "tool_calls": [{"name": "search"}]}
+TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}" + CHAT_TEMPLATE.replace(
+    "message['content']",
+    "message['content'] + (message.tool_calls[0].function.arguments | tojson if message.tool_calls else '')",
+)
+
+
+def calling(arguments):
+    function = {"name": "search", "arguments": arguments}
+    return {**CALL, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def test_arguments_as_json_text_are_not_encoded_twice():
+    example, tokenizer = encode([TURNS[1], calling('{"city": "Rome"}')], TOOL_TEMPLATE)
+    assert target_text(example, tokenizer) == ['{"city": "Rome"}<|im_end|>']
+
+
+def test_tools_may_be_json_text():
+    tools = [{"name": "search"}]
+    text, tokenizer = encode(TURNS, TOOL_TEMPLATE, tools=json.dumps(tools))
+    assert text == encode(TURNS, TOOL_TEMPLATE, tools=tools)[0]
+    assert tokenizer.decode(text.input_ids).startswith('[{"name": "search"}]')
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{"name": "search"}], "the tokenizer's chat template does not write tools"),
+        ("search", "'tools' is text but not JSON"),
+        ({"name": "search"}, "'tools' is an object, expected a list of JSON schemas"),
+    ],
+)
+def test_tools_that_the_model_would_not_see_are_rejected(tools, message):
+    with pytest.raises(BadRow, match=message):
+        encode(TURNS, tools=tools)
+
+
 USER = {"role": "user", "content": "x"}
 
 
@@ -167,7 +236,17 @@ USER = {"role": "user", "content": "x"}
         ([TURNS[2]], "has no message before the assistant's turn"),
         ([TURNS[2], USER, TURNS[2]], "starts with an assistant turn"),
         ([USER, {"role": "asistant", "content": "y"}], "role 'asistant' .* mean 'assistant'"),
-        ([USER, {"from": "gpt", "value": "y"}], r"without 'role' \(message 2 has: from, value\)"),
+        ([USER, {"speaker": "gpt", "text": "y"}], r"'role' \(message 2 has: speaker, text\)"),
+        ([USER, {"from": "gtp", "value": "y"}], "role 'gtp' in message 2; .* mean 'gpt'"),
+        ([USER, {"from": "gpt"}], r"no 'content' in message 2 \(assistant\)"),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "x"}]}, TURNS[2]],
+            "a part of type 'image' in message 1; .* Remove the part",
+        ),
+        ([USER, CALL | {"tool_calls": "search"}], "has text as 'tool_calls' of message 2"),
+        ([USER, calling("Paris")], "message 2 whose 'arguments' is not JSON"),
+        ([USER, calling("[1]")], "whose 'arguments' is a list as JSON; write an object"),
+        ([USER, CALL], "does not write tool_calls, so the model would not see them"),
         ([USER, {"role": "assistant"}], r"no 'content' in message 2 \(assistant\)"),
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Completion, TooLong
+from lorakit.tasks import BadRow, Completion, PlainText, TooLong
 from lorakit.tasks.language_modelling import prompt_ids
 
 TOKENIZER = tiny_tokenizer()
@@ -135,3 +135,20 @@ def test_bad_fields_are_named(fields, message):
 def test_a_tokenizer_without_eos_is_rejected():
     with pytest.raises(DataError, match="no end-of-sequence token"):
         Completion(tiny_encoder_tokenizer(), max_length=99)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, WITH_BOS], ids=["no bos", "bos"])
+def test_all_of_a_plain_text_but_its_first_token_is_a_target(tokenizer):
+    text = "The river pub"
+    example = PlainText(tokenizer, max_length=100).encode({"text": text})
+    assert example.input_ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert example.loss_mask == [False] + [True] * (len(example) - 1)
+
+
+def test_a_plain_text_that_is_too_long_loses_its_end():
+    whole = PlainText(TOKENIZER, max_length=100).encode({"text": "The river pub"})
+    with pytest.raises(TooLong):
+        PlainText(TOKENIZER, max_length=3).encode({"text": "The river pub"})
+    short = PlainText(TOKENIZER, max_length=3, truncate=True).encode({"text": "The river pub"})
+    assert short.input_ids == whole.input_ids[:3]
+    assert short.truncated

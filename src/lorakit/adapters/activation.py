@@ -120,8 +120,8 @@ class Activation:
             return self.active
         if self.merged is not None:
             raise AdapterStateError(
-                "An adapter was merged while a per_sample or per_token block was open. Call unmerge(), or leave the "
-                "block."
+                "An adapter was merged while a per_sample, per_token or disabled block was open. Call unmerge(), or "
+                "leave the block."
             )
         for name in block.choice.names:
             if self.adapters.get(name) != block.adapters[name]:
@@ -259,8 +259,9 @@ class Activation:
             self.running.drop_interrupted()
         if block not in blocks:
             raise AdapterStateError(
-                "A per_sample or per_token block ended in another thread or task than it began in (a generator may "
-                "have been resumed elsewhere), so it was not in force all the time. Discard what was computed."
+                "A per_sample, per_token or disabled block ended in another thread or task than it began in (a "
+                "generator may have been resumed elsewhere), so it was not in force all the time. Discard what was "
+                "computed."
             )
 
     @contextlib.contextmanager

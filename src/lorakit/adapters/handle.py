@@ -120,6 +120,17 @@ class Adapters:
             self._set_active(choice_for_batch(choice, self._get))
 
     @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Use the base alone, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
+
+        Raises:
+            AdapterStateError: An adapter is merged.
+        """
+        self._refuse_while_merged("use the base alone")
+        with self._activation.local(BASE):
+            yield
+
+    @contextlib.contextmanager
     def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
 
@@ -426,7 +437,7 @@ class Adapters:
     def _refuse_inside_block(self, action: str) -> None:
         if self._activation.users_block is not None:
             raise AdapterStateError(
-                f"You cannot {action} inside per_sample or per_token. Leave the block first."
+                f"You cannot {action} inside per_sample, per_token or disabled. Leave the block first."
             )
 
     def _refuse_merged(self, action: str) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "recipes": "List the paper's hyper-parameters for lorakit train --recipe NAME",
     "paper": "Reproduce a table of the paper on your model, next to the published rows",
     "evaluate": "Score a base model or an adapter on held-out data",
+    "predict": "Predict the labels or scores of rows that have none",
     "report": "Write the HTML report of a run, or compare several runs",
     "score": "Score a file of generated texts with the paper's metrics",
     "generate": "Generate text for a prompt or a file of prompts",

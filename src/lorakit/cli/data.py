@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -15,8 +16,9 @@ from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
-    from lorakit.data.preview import Preview, SplitPreview
+    from lorakit.data.preview import Preview, PreviewExample, SplitPreview
 
 BAR = 40
 """Width of the longest bar of the length histogram, in characters."""
@@ -67,14 +69,18 @@ def run(argv: Sequence[str]) -> None:
 
 def _print(console: Console, preview: Preview) -> None:
     labels = f", labels {', '.join(preview.labels)}" if preview.labels else ""
-    console.print(f"[bold]task[/bold] {preview.task}{escape(labels)}")
+    console.print(f"[bold]task[/bold] {preview.task}: {escape(preview.format + labels)}")
+    in_colour = console.color_system is not None and not console.no_color
     for example in preview.examples:
         console.print(f"\n[dim]{escape(example.origin)}, {len(example.tokens)} tokens[/dim]")
-        console.print(_marked(example))
+        console.print(_marked(example, in_colour=in_colour))
         if example.label is not None:
             console.print(f"label: {example.label}", markup=False)
     if preview.examples and preview.examples[0].label is None:
-        console.print("\n[dim]Green tokens contribute to the loss; dots separate tokens.[/dim]")
+        marked = "Green tokens" if in_colour else "Tokens between [[ and ]]"
+        console.print(
+            f"\n[dim]{escape(marked)} contribute to the loss; dots separate tokens.[/dim]"
+        )
     for name, split in preview.splits.items():
         _print_split(console, name, split)
     for overlap in preview.overlaps:
@@ -86,15 +92,16 @@ def _print(console: Console, preview: Preview) -> None:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
-def _marked(example: Any) -> Any:
+def _marked(example: PreviewExample, *, in_colour: bool) -> Text:
+    """Return the tokens of an example: targets on green, or without colours between [[ and ]]."""
     from rich.text import Text
 
-    text = Text()
-    for i, token in enumerate(example.tokens):
-        if i:
-            text.append("·", style="dim")
-        text.append(token.text, style="black on green" if token.target else "")
-    return text
+    dot, runs = Text("·", style="dim"), []
+    for target, tokens in groupby(example.tokens, key=lambda token: token.target):
+        style = "black on green" if target and in_colour else ""
+        run = dot.join(Text(token.text, style) for token in tokens)
+        runs.append(Text("[[") + run + "]]" if target and not in_colour else run)
+    return dot.join(runs)
 
 
 def _print_split(console: Console, name: str, split: SplitPreview) -> None:

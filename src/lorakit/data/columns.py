@@ -8,7 +8,7 @@ from typing import Any
 from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
-from lorakit.tasks import GENERIC, Task, task_type
+from lorakit.tasks import GENERIC, Labelled, Task, task_type
 
 
 class ColumnMap:
@@ -21,7 +21,9 @@ class ColumnMap:
     def __init__(self, config: DataConfig, columns: Sequence[str], source_name: str) -> None:
         self.source_name = source_name
         self.columns = list(columns)
-        self.renamed = config.columns
+        self.renamed = dict(config.columns)
+        if "messages" not in (*self.columns, *self.renamed) and "conversations" in self.columns:
+            self.renamed["messages"] = "conversations"  # the name in ShareGPT's files
         for name, column in self.renamed.items():
             if column not in self.columns:
                 raise DataError(
@@ -44,6 +46,9 @@ class ColumnMap:
             names = (*self.renamed, *self.columns)
         self.fields = [name for name in dict.fromkeys(names) if name in present]
         """Fields that the rows can have."""
+        unnamed = [name for name in self.columns if name not in self.renamed.values()]
+        self.present = {*unnamed, *self.renamed, *self.templates}
+        """Fields and columns by which "auto" chooses the task; a column that has become a field counts as that."""
 
     def column_of(self, field: str) -> str:
         """Return the column that holds a field."""
@@ -88,7 +93,7 @@ class ColumnMap:
             name = "completion"
         if name == "auto":
             candidates = list(GENERIC.values())
-            fitting = [task for task in candidates if task.reads(self.fields, rows)]
+            fitting = [task for task in candidates if task.reads(self.present, rows)]
             if len(fitting) == 1:
                 return fitting[0]
             if fitting:
@@ -100,8 +105,31 @@ class ColumnMap:
             candidates = [task_type(name)]
             if any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
                 return candidates[0]
+        raise self._misfit(name, candidates)
+
+    def check_inputs(self, task: type[Labelled]) -> None:
+        """Check that rows without labels have the texts of `task`.
+
+        Raises:
+            DataError: A column is missing.
+        """
+        texts = [
+            tuple(name for name in layout if name not in task.targets) for layout in task.layouts
+        ]
+        if not any(set(layout) <= set(self.fields) for layout in texts):
+            expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
+            raise DataError(
+                f"{self.source_name}: its columns are {', '.join(self.columns)}; task {task.name} predicts from "
+                f"{expected}. Rename the columns with data.columns, for example "
+                f"{{{texts[0][0]}: {self.columns[0]}}}."
+            )
+
+    def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:
+        """Return the error that the columns fit none of the candidates."""
         expected = "".join(
-            f"\n  {task.name + ':':<16}" + " | ".join(" + ".join(layout) for layout in task.layouts)
+            f"\n  {task.name + ':':<16}"
+            + " | ".join(" + ".join(layout) for layout in task.layouts)
+            + task.condition
             for task in candidates
         )
         task_name = "any task" if name == "auto" else f"task {name}"
@@ -112,7 +140,7 @@ class ColumnMap:
             )
         else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
-        raise DataError(
+        return DataError(
             f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
             f"Rename the columns with data.columns, {advice}."
         )

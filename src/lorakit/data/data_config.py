@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN
 from lorakit.data.templates import Template
@@ -16,11 +16,13 @@ Split = Literal["train", "validation", "test"]
 
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
+    "input",
     "tools",
 )
 """Fields that `columns` can map to a column."""
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Data for training and evaluation."""
@@ -45,9 +47,9 @@ class DataConfig:
     test_split: str | None = None
     """Split of a hub data set to test on (default: test), or the file name of a named task's split."""
     task: str = "auto"
-    """auto (chosen by the columns); a generic task: completion, chat, classification or regression; a named task with
-    its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart, wikisql or samsum; or a class
-    of yours, `path/to/file.py:Class`."""
+    """auto (chosen by the columns); a generic task: completion, chat, text (language modelling), classification or
+    regression; a named task with its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart,
+    wikisql or samsum; or a class of yours, `path/to/file.py:Class`."""
     root: str | None = None
     """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
     hub."""
@@ -56,7 +58,8 @@ class DataConfig:
     instruction in words, which prompt_template can replace."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column for each field: `{prompt: meaning_representation, completion: human_reference}`.
-    Fields are prompt, completion, messages, tools, text, sentence1, sentence2, label and score."""
+    Fields are prompt, completion, messages, tools, instruction, input, output, text, sentence1, sentence2, label and
+    score."""
     prompt_template: str | None = None
     """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Double the
     braces for literal ones."""

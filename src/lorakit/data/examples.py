@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,18 @@ from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.readers import Problem, Row
 from lorakit.data.sources import DataRows, read_source
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Example, Kind, RowError, Task, TooLong, UnknownLabel, task_type
+from lorakit.tasks import (
+    BadRow,
+    Example,
+    Fields,
+    Kind,
+    Labelled,
+    RowError,
+    Task,
+    TooLong,
+    UnknownLabel,
+    task_type,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +56,11 @@ class DataTask:
     def generates(self) -> bool:
         """Return whether the model's output is text."""
         return self.kind == "text"
+
+    @property
+    def has_references(self) -> bool:
+        """Return whether generated text can be scored. Plain text has no prompts and references."""
+        return self.generates and bool(self.type.scores)
 
 
 @dataclass(kw_only=True)
@@ -109,6 +125,8 @@ class ExampleSet(Sequence[Example]):
     report: Report
     sha256: str
     """Digest of the source's content."""
+    format: str = ""
+    """Format of the rows in a few words."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -188,12 +206,7 @@ def load_examples(
         encoding=config.encoding,
     )
     report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
-    examples = list(_encode(data, columns, task, config, report))
-    if not examples:
-        raise DataError(
-            f"{data.name}: none of its {report.read:,} rows is valid"
-            f"{_listing(report.bad + report.too_long)}"
-        )
+    examples = [example for _, example in _encode(data, columns, task, task.encode, config, report)]
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
@@ -205,7 +218,34 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
+        format=task_class.source_format(columns.present, list(_fields(data, columns))),
     )
+
+
+def load_unlabelled(
+    config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase, task: DataTask
+) -> tuple[list[dict[str, Any]], list[Example], Report]:
+    """Return the rows to predict, with all of their columns, the example of each, and the report.
+
+    Raises:
+        DataError: The data is missing or empty, it lacks the texts of the task, or a row is bad or too long and the
+            configuration says stop.
+    """
+    assert issubclass(task.type, Labelled)
+    data = RowReader().read(config, split)
+    columns = ColumnMap(config, data.columns, data.name)
+    columns.check_inputs(task.type)
+    encoder = task.type(
+        tokenizer,
+        max_length=config.max_length,
+        truncate=config.too_long == "truncate",
+        labels=task.labels,
+    )
+    report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
+    pairs = list(_encode(data, columns, encoder, encoder.encode_unlabelled, config, report))
+    report.kept = len(pairs)
+    report.truncated = sum(example.truncated for _, example in pairs)
+    return [row.values for row, _ in pairs], [example for _, example in pairs], report
 
 
 def task_of(
@@ -244,12 +284,18 @@ def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
 
 
 def _encode(
-    data: DataRows, columns: ColumnMap, task: Task, config: DataConfig, report: Report
-) -> Iterator[Example]:
-    """Yield the examples of the valid rows, and add the other rows to `report`.
+    data: DataRows,
+    columns: ColumnMap,
+    task: Task,
+    encode: Callable[[Fields], Example],
+    config: DataConfig,
+    report: Report,
+) -> Iterator[tuple[Row, Example]]:
+    """Yield the valid rows with their examples, and add the other rows to `report`.
 
     With "stop", the error comes after the last row, so that one run reports all invalid rows.
     """
+    valid = 0
     for row, split in zip(data.rows, data.splits, strict=True):
         if isinstance(row, Problem):
             report.bad.append(row)
@@ -263,7 +309,7 @@ def _encode(
         report.without += not examples
         for fields in examples:
             try:
-                example = task.encode(fields)
+                example = encode(fields)
             except UnknownLabel as error:
                 raise DataError(str(_problem(row, error, columns))) from None
             except BadRow as error:
@@ -273,7 +319,8 @@ def _encode(
                 report.longest = max(report.longest, error.length)
             else:
                 example.origin, example.split = row.origin, split
-                yield example
+                valid += 1
+                yield row, example
     if report.bad and config.bad_rows == "stop":
         raise DataError(
             f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
@@ -284,6 +331,11 @@ def _encode(
             f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
             f"{config.max_length:,}, the longest with {report.longest:,} tokens"
             f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate."
+        )
+    if not valid:
+        raise DataError(
+            f"{data.name}: none of its {report.read:,} rows is valid"
+            f"{_listing(report.bad + report.too_long)}"
         )
 
 

@@ -93,6 +93,8 @@ class Preview:
     """The output of `lorakit data`."""
 
     task: str
+    format: str
+    """Format of the rows in a few words."""
     labels: tuple[str, ...]
     splits: dict[str, SplitPreview]
     examples: list[PreviewExample]
@@ -128,6 +130,7 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
     first, examples = next(iter(sets.items()))
     return Preview(
         task=examples.task,
+        format=examples.format,
         labels=examples.labels,
         splits={str(split): _split_preview(split_set) for split, split_set in sets.items()},
         examples=[_preview_example(example, tokenizer) for example in examples.examples[:n]],
@@ -235,7 +238,7 @@ def _notes(
                 "YAML, with $'...' in a shell"
             )
     language = [example for example in sets[first] if isinstance(example, LanguageExample)]
-    if spaced := sum(example.prompt.endswith(" ") for example in language):
+    if spaced := sum(example.prompt.endswith(" ") for example in language if example.completion):
         yield (
             f"{spaced:,} prompts of {first} end in a space, which most tokenizers merge with the next word: "
             "start the completion with the space instead"

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, require_at_least
 
 SEARCH = ("beams", "length_penalty")
 """Settings of `Decoding` for beam search only."""
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """Settings of text generation: greedy by default, sampling above temperature 0, beam search above one beam.

@@ -78,7 +78,7 @@ def evaluate(
         data, split, base.tokenizer, labels=task.labels, reader=reader
     ).examples
     check_context(base, examples)
-    if task.generates:
+    if task.has_references:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]
         if "text" in config.scores:
@@ -86,7 +86,7 @@ def evaluate(
     else:
         examples = examples[: config.limit]
     result = Evaluation()
-    if "loss" in config.scores or not task.generates:
+    if "loss" in config.scores or not task.has_references:
         objective = objective_for(base, task, examples)
         result = held_out(
             base.model,
@@ -97,7 +97,7 @@ def evaluate(
             task=task.type,
             labels=task.labels,
         )
-    if "text" in config.scores and task.generates:
+    if "text" in config.scores and task.has_references:
         text = generated(
             base,
             examples,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.evaluation.decoding import Decoding
@@ -16,6 +16,7 @@ from lorakit.models.base_config import BaseConfig
 Score = Literal["loss", "text"]
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Settings of `lorakit evaluate`, which scores a base model with or without an adapter on held-out data."""

@@ -15,8 +15,8 @@ from lorakit.compute.batching import encoder_input
 from lorakit.data.readers import lines_of
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
-from lorakit.tasks import BadRow, Chat, NamedText, Task
-from lorakit.tasks.chat import ChatTemplate, checked_messages, checked_tools, without_answer
+from lorakit.tasks import BadRow, Chat, NamedText, Task, conversion
+from lorakit.tasks.chat import ChatTemplate, checked_messages, without_answer
 from lorakit.tasks.language_modelling import prompt_ids
 from lorakit.tasks.task import checked_text
 
@@ -81,7 +81,7 @@ def _row_prompt(line: str, where: str, task: type[Task] | None) -> Prompt:
         if task is not None and issubclass(task, NamedText):
             return PromptRow(row, where)
         messages = without_answer(checked_messages(row))
-        return PromptRow({"messages": messages, "tools": checked_tools(row)}, where)
+        return PromptRow({"messages": messages, "tools": conversion.tools(row.get("tools"))}, where)
     except BadRow as error:
         raise DataError(
             f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."

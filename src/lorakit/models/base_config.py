@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError
 
 DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The base model: which one, and how it is computed."""
+    """The base model: which one, and how it is computed. In Python its name alone will do: `base="minilm-l6"`."""
+
+    shorthand: ClassVar[str] = "name"
 
     name: str
     """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6)."""

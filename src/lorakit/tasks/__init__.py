@@ -7,8 +7,8 @@ set `data.task: path/to/file.py:Class`, or register the class under the entry po
 from __future__ import annotations
 
 from lorakit.tasks.chat import Chat
-from lorakit.tasks.classification import Classification, Regression
-from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.classification import Classification, Labelled, Regression
+from lorakit.tasks.language_modelling import Completion, PlainText
 from lorakit.tasks.named_text import NamedText
 from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
 from lorakit.tasks.task import (
@@ -37,9 +37,11 @@ __all__ = [
     "Example",
     "Fields",
     "Kind",
+    "Labelled",
     "LabelledExample",
     "LanguageExample",
     "NamedText",
+    "PlainText",
     "Regression",
     "RowError",
     "Task",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
+from lorakit.tasks import conversion
 from lorakit.tasks.language_modelling import TextTask, end_id, fit
 from lorakit.tasks.task import BadRow, Fields, LanguageExample, checked_text, json_type
 
@@ -26,11 +28,12 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Chat(TextTask):
     """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
 
-    A row may also have `tools`, a list of JSON schemas that is passed to the template.
+    A row may also have `tools`, a list of JSON schemas that is passed to the template. Messages of ShareGPT
+    (`{from, value}`) and Alpaca's rows (`instruction`, `input`, `output`) are converted.
     """
 
     name = "chat"
-    layouts = (("messages",),)
+    layouts = (("messages",), conversion.ALPACA)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -46,12 +49,44 @@ class Chat(TextTask):
         except DataError:  # the template can format prompts but not training examples
             return []
 
+    @classmethod
+    def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
+        """Return whether there are messages. Alpaca's rows are chat only if the configuration says so."""
+        del rows
+        return "messages" in columns
+
+    @classmethod
+    def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
+        """Return how the rows write conversations: whose keys, with contents as parts, with tools."""
+        if "messages" not in columns:
+            return "Alpaca's instruction, input and output as a user's and an assistant's message"
+        first = [row["messages"] for row in rows if isinstance(row.get("messages"), list)]
+        messages = [m for conversation in first for m in conversation if isinstance(m, dict)]
+        keys = "messages of role and content"
+        if any(map(conversion.is_sharegpt, messages)):
+            keys = "ShareGPT's conversations of from and value"
+        extras = {
+            "contents as lists of parts": any(
+                isinstance(m.get("content", m.get("value")), list) for m in messages
+            ),
+            "tools": "tools" in columns,
+            "tool calls": any(m.get("tool_calls") for m in messages),
+        }
+        return ", ".join([keys, *(name for name, present in extras.items() if present)])
+
+    def rows(self, fields: Fields) -> Iterable[Fields]:
+        """Yield the row, with messages where it is one of Alpaca's."""
+        if "messages" not in fields and conversion.is_alpaca(fields):
+            fields = {**fields, "messages": conversion.alpaca_messages(fields)}
+        yield fields
+
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the conversation up to its last assistant turn. Every assistant turn is a target.
 
         Messages after the last assistant turn are dropped: no target depends on them.
         """
-        messages, tools = checked_messages(fields), checked_tools(fields)
+        messages, tools = checked_messages(fields), conversion.tools(fields.get("tools"))
+        self.template.check_tools(messages, tools)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if last is None:
             raise _bad("has no assistant turn, so the example has no target")
@@ -71,7 +106,7 @@ class Chat(TextTask):
             loss_mask=mask,
             prompt_length=len(prompt) if ids[: len(prompt)] == prompt else spans[-1][0],
             prompt=self.template.text(messages[:-1], tools, answer=True),
-            completion=content_text(messages[-1]),
+            completion=messages[-1]["content"],
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
@@ -120,6 +155,19 @@ class ChatTemplate:
             return self._turns_by_tag(messages, tools)
         return self._turns_by_prefix(messages, tools)
 
+    def check_tools(self, messages: list[Message], tools: list | None) -> None:
+        """Reject tools and tool calls that the template would leave out without a word."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        used = {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}
+        for name, given in used.items():
+            if given and name not in template:
+                raise BadRow(
+                    f"{'is set' if name == 'tools' else 'has tool_calls'}, but the tokenizer's chat template does "
+                    f"not write {name}, so the model would not see them. Use the tokenizer of a model trained with "
+                    f"tools, or remove {name} from the row",
+                    "tools" if name == "tools" else "messages",
+                )
+
     def text(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> str:
@@ -148,7 +196,7 @@ class ChatTemplate:
         first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
         if first is None:
             raise _bad("has no user message to write the system text into")
-        content = f"{system}\n\n{content_text(messages[first])}"
+        content = f"{system}\n\n{messages[first]['content']}"
         return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
     def ids(
@@ -237,7 +285,7 @@ def without_answer(messages: list[Message]) -> list[Message]:
 
 def checked_messages(fields: Fields) -> list[Message]:
     """Return the messages of a row after validation, each as `{role, content, ...}` without null entries."""
-    messages = fields.get("messages")
+    messages = fields.get("messages", fields.get("conversations"))
     if messages is None:
         raise _bad("is missing")
     if not isinstance(messages, list | tuple):
@@ -257,44 +305,49 @@ def _checked_message(message: Any, number: int) -> Message:
         raise _bad(f"has {json_type(message)} as message {number}, expected {{role, content}}")
     # In Parquet files every message has all keys; unused ones are null.
     message = {key: value for key, value in message.items() if value is not None}
+    senders: Collection[str] = ROLES
+    if conversion.is_sharegpt(message):
+        message, senders = conversion.role_and_content(message), conversion.SENDERS
     role = message.get("role")
     if role is None:
         keys = ", ".join(map(str, message)) or "nothing"
         raise _bad(f"has a message without 'role' (message {number} has: {keys})")
     if role not in ROLES:
         raise _bad(
-            f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
-            + nearest(str(role), ROLES)
+            f"has the unknown role {role!r} in message {number}; roles are {', '.join(senders)}."
+            + nearest(str(role), senders)
         )
-    if "tool_calls" in message and "content" not in message:
-        message["content"] = ""
+    if "tool_calls" in message:
+        message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)
+        message.setdefault("content", "")
     content = message.get("content")
     if content is None:
         raise _bad(f"has no 'content' in message {number} ({role})")
     if not isinstance(content, str | list):
-        raise _bad(f"has {json_type(content)} as 'content' of message {number}, expected text")
-    text = content_text(message)
+        raise _bad(
+            f"has {json_type(content)} as 'content' of message {number}, expected text or a list of "
+            "{type: text, text: ...}"
+        )
+    # Templates of text models expect text. Some would write a list as Python prints it.
+    text = message["content"] = _joined(content, number)
     if not text.strip() and role == "assistant" and not message.get("tool_calls"):
         raise _bad(f"has an empty assistant turn (message {number})")
     checked_text(text, "messages")
     return message
 
 
-def content_text(message: Message) -> str:
-    """Return the text of a message whose content is text, or a list of `{type: text, text}` parts."""
-    content = message["content"]
+def _joined(content: str | list[Any], number: int) -> str:
+    """Return the content of message `number` as text; its parts are `{type: text, text: ...}` or text."""
     if isinstance(content, str):
         return content
-    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
-    raise _bad("has content that is not text; this task reads text only")
-
-
-def checked_tools(fields: Fields) -> list[Any] | None:
-    """Return the tools of a row after validation; None without any."""
-    tools = fields.get("tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise BadRow(f"is {json_type(tools)}, expected a list of JSON schemas", "tools")
-    return tools
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type", "unknown") if isinstance(part, dict) else json_type(part)
+            raise _bad(
+                f"has a part of type {kind!r} in message {number}; this task reads text only. Remove the part, or "
+                "write it as {type: text, text: ...}"
+            )
+        texts.append(text)
+    return "".join(texts)

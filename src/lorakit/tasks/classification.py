@@ -31,6 +31,8 @@ class Labelled(Task):
 
     texts: ClassVar[tuple[str, ...]] = ()
     """Columns of the text or the pair of texts; if empty, `text`, or `sentence1` and `sentence2`."""
+    targets: ClassVar[tuple[str, ...]] = ("label", "score")
+    """Columns of the target, which rows to predict lack."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -38,6 +40,10 @@ class Labelled(Task):
         # Some tokenizers (GPT-2) add no special token between two texts. A line feed separates them.
         specials = tokenizer.num_special_tokens_to_add
         self.separator = "" if specials(pair=True) > specials(pair=False) else "\n"
+
+    def encode_unlabelled(self, fields: Fields) -> LabelledExample:
+        """Return the example of a row to predict. Its label is 0 and has no meaning."""
+        return self._encode(fields, 0, "")
 
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
         """Tokenise the text or the pair of texts. `answer` is the label as text."""

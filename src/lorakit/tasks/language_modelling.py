@@ -1,12 +1,13 @@
-"""Language modelling on prompt and completion. The targets are the completion and eos."""
+"""Language modelling on prompt and completion, and on plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.metrics.overlap import text_scores
+from lorakit.tasks import conversion
 from lorakit.tasks.task import BadRow, Fields, Groups, LanguageExample, Task, TooLong, text_field
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ class TextTask(Task):
 
 
 class Completion(TextTask):
-    """Completion of a `prompt` by a `completion`, both plain text."""
+    """Completion of a `prompt` by a `completion`, both plain text.
+
+    Alpaca's rows (`instruction`, `input`, `output`) are converted.
+    """
 
     name = "completion"
-    layouts = (("prompt", "completion"),)
+    layouts = (("prompt", "completion"), conversion.ALPACA)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -43,6 +47,23 @@ class Completion(TextTask):
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids to generate from. Training uses the same ids before a completion."""
         return self.start + encode_text(self.tokenizer, prompt) + self.before_completion
+
+    @classmethod
+    def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
+        """Return the columns that the prompt and the completion come from."""
+        if {"prompt", "completion"} <= set(columns) or not conversion.is_alpaca(columns):
+            return super().source_format(columns, rows)
+        return (
+            "Alpaca's instruction, input and output, the first two in Alpaca's prompt (data.task chat uses the chat "
+            "template)"
+        )
+
+    def rows(self, fields: Fields) -> Iterable[Fields]:
+        """Yield the row, with prompt and completion where it is one of Alpaca's."""
+        if conversion.is_alpaca(fields) and not {"prompt", "completion"} <= set(fields):
+            prompt, completion = conversion.alpaca_prompt(fields), text_field(fields, "output")
+            fields = {"prompt": prompt, "completion": completion, **fields}
+        yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the example `[prompt, completion, eos]`. The completion and eos are targets."""
@@ -63,6 +84,59 @@ class Completion(TextTask):
             completion=completion,
         )
         return fit(example, self.max_length, truncate=self.truncate, keep=len(self.start))
+
+
+class PlainText(Task):
+    """Language modelling on a `text`. Every token after the first is a target, and so is the eos at the end."""
+
+    name = "text"
+    kind = "text"
+    layouts = (("text",),)
+    condition = ", if it is the only column or data.task is text"
+
+    @classmethod
+    def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
+        """Return whether `text` is the only column. Beside others it may be the input of a classifier."""
+        del rows
+        return set(columns) == {"text"}
+
+    @classmethod
+    def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
+        """Return what the model learns: the whole text."""
+        del columns, rows
+        return "plain text, every token after the first is a target"
+
+    def encode(self, fields: Fields) -> LanguageExample:
+        """Return the example `[text, eos]`; a text that is too long loses its end.
+
+        The example's prompt is the whole text, since equal prompts stay in one split.
+        """
+        text = text_field(fields, "text")
+        ids = [
+            *start_ids(self.tokenizer),
+            *encode_text(self.tokenizer, text),
+            end_id(self.tokenizer),
+        ]
+        truncated = len(ids) > self.max_length
+        if truncated and not self.truncate:
+            raise TooLong(len(ids), self.max_length)
+        ids = ids[: self.max_length]
+        if len(ids) < 2:
+            raise BadRow("has no tokens in the vocabulary of this tokenizer", "text")
+        return LanguageExample(
+            input_ids=ids,
+            loss_mask=[False] + [True] * (len(ids) - 1),
+            prompt_length=1,
+            prompt=text,
+            completion="",
+            truncated=truncated,
+        )
+
+    @classmethod
+    def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
+        """Return no scores: only the loss and the perplexity compare a model with plain text."""
+        del outputs, examples, settings
+        return {}
 
 
 def references(task: type[Task], examples: Groups) -> list[list[str]]:

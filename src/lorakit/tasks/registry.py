@@ -11,13 +11,13 @@ from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Regression
 from lorakit.tasks.data_to_text import DATA_TO_TEXT
 from lorakit.tasks.glue import GLUE
-from lorakit.tasks.language_modelling import Completion
+from lorakit.tasks.language_modelling import Completion, PlainText
 from lorakit.tasks.summarization import SAMSum
 from lorakit.tasks.task import Task
 from lorakit.tasks.text_to_sql import WikiSQL
 
 GENERIC: dict[str, type[Task]] = {
-    task.name: task for task in (Completion, Chat, Classification, Regression)
+    task.name: task for task in (Completion, Chat, PlainText, Classification, Regression)
 }
 """Generic tasks, which read any data with their columns."""
 

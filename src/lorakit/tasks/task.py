@@ -124,16 +124,18 @@ class DataSet:
 class Task(ABC):
     """Base class of tasks. A task encodes rows as examples and scores the outputs of a model.
 
-    A generic task (completion, chat, classification, regression) reads any data with its columns. A named task is a
-    subclass of a generic one that defines its data set: location, columns and scores.
+    A generic task (completion, chat, text, classification, regression) reads any data with its columns. A named task
+    is a subclass of a generic one that defines its data set: location, columns and scores.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
     """Sets of field names. A row must have all fields of at least one set."""
+    condition: ClassVar[str] = ""
+    """What the columns must fulfil besides, for messages."""
     metric: ClassVar[str] = "loss"
-    """The main score of the task, one of `scores`."""
+    """The main score of the task, one of `scores`; the loss for a task without scores."""
     scores: ClassVar[tuple[str, ...]] = ()
     """Names of the scores that `score` returns."""
     quick_scores: ClassVar[tuple[str, ...]] = ()
@@ -183,6 +185,14 @@ class Task(ABC):
         """Return whether this task reads rows with these columns. `rows` decide if the columns fit several tasks."""
         del rows
         return any(set(layout) <= set(columns) for layout in cls.layouts)
+
+    @classmethod
+    def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
+        """Return the format of rows with these columns in a few words, for the user."""
+        del rows
+        return next(
+            (" and ".join(layout) for layout in cls.layouts if set(layout) <= set(columns)), ""
+        )
 
     @classmethod
     def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:

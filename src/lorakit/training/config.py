@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.score import DIRECTIONS
@@ -42,6 +42,7 @@ DEFAULT_RATES: dict[str, float] = {
 """Default peak learning rate of each built-in method. Its keys are the names of the built-in methods."""
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019) and its learning rate schedule."""
@@ -90,6 +91,7 @@ class OptimizerConfig:
             )
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
     """Evaluation on the validation data during training, the best adapter and early stopping."""
@@ -119,6 +121,7 @@ class HeldOutConfig:
         require_at_least("evaluation.samples", self.samples, 0)
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints, from which an interrupted run resumes and reaches the same weights."""
@@ -134,6 +137,7 @@ class CheckpointConfig:
         require_at_least("checkpoints.keep", self.keep, 1)
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a training run: base model, data, method, optimizer and output.

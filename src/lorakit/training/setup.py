@@ -184,6 +184,7 @@ class Job:
     def describe(self) -> list[str]:
         """Return the lines printed at the start of a run."""
         lines = [f"base      {self.base.source.name}", f"train     {self.train.report}"]
+        lines.append(f"task      {self.train.task}: {self.train.format}")
         lines[1:1] = [
             f"          {note}" for note in (self.base.source.note, *self.base.notices) if note
         ]
@@ -349,10 +350,10 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
             f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "
             f"{', '.join(scores)}."
         )
-    if config.evaluation.samples and not task.generates:
+    if config.evaluation.samples and not task.has_references:
         raise ConfigurationError(
-            f"evaluation.samples is {config.evaluation.samples}, but task {task.name} generates no text; set it "
-            "to 0."
+            f"evaluation.samples is {config.evaluation.samples}, but task {task.name} has no prompts to answer; set "
+            "it to 0."
         )
     if config.label_smoothing and task.kind == "regression":
         raise ConfigurationError(

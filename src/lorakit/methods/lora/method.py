@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, TargetError, nearest
 from lorakit.methods.lora.init import Init
 from lorakit.methods.method import as_names
@@ -23,6 +23,7 @@ Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """Low-rank adaptation: ``h = W0 x + scaling * B A x`` (Hu et al. 2021, section 4.1).

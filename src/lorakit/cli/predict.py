@@ -1,0 +1,25 @@
+"""`lorakit predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def run(argv: Sequence[str]) -> None:
+    """Predict the rows, write them and print how often each class was predicted."""
+    from lorakit.cli.parsing import parse
+    from lorakit.evaluation.predict import predict
+    from lorakit.evaluation.predict_config import PredictConfig
+
+    config = parse(
+        PredictConfig,
+        "predict",
+        "Predict the labels or scores of rows that have none, with an adapter that was trained for classification or "
+        "regression.",
+        argv,
+    )
+    result = predict(config)
+    print(f"rows         {result.report}")
+    if result.counts:
+        print(f"predictions  {', '.join(f'{name} {n:,}' for name, n in result.counts.items())}")
+    print(f"output       {config.output}")

@@ -1,0 +1,47 @@
+"""Settings of a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.configuration import conform, strict
+from lorakit.data.data_config import DataConfig
+from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.methods.registry import use_method
+from lorakit.models.base_config import BaseConfig
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Settings of `lorakit predict`, which applies a trained classifier or regressor to rows without labels."""
+
+    data: DataConfig
+    """The rows, in `data.test`; a column with labels is ignored."""
+    adapter: str
+    """Adapter folder. It records the task and its labels."""
+    output: str
+    """Write each row with its prediction to this .jsonl file. Classes also have their probabilities."""
+    base: BaseConfig | None = None
+    """The base model; by default the base that the adapter records."""
+    allow_other_base: bool = False
+    """Allow a base other than the one that the adapter records."""
+    method: str | None = None
+    """Your own method, if the adapter was trained with one: path/to/file.py:Class."""
+    batch_size: int = 16
+    """Rows per forward pass."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def __post_init__(self) -> None:
+        conform(self)
+        if self.method is not None:
+            use_method(self.method)
+        if self.data.test is None:
+            raise ConfigurationError(
+                "data.test is not set; set it to the rows to predict, for example --data.test new.csv."
+            )
+        require_at_least("batch_size", self.batch_size, 1)
+        if Path(self.output).suffix != ".jsonl":
+            raise ConfigurationError(f"output is {self.output!r}; it must end in .jsonl.")

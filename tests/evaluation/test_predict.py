@@ -1,0 +1,143 @@
+"""`lorakit predict` on rows without labels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import tiny_models
+import tiny_runs
+import torch
+
+import lorakit
+from lorakit.cli import main
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError, DataError, RunFolderError
+from lorakit.models.base_config import BaseConfig
+from lorakit.training.config import HeldOutConfig
+
+NAMES = ("wet", "dry")
+TEXTS = [row["text"] for row in tiny_runs.labelled(12, seed=5)]
+
+
+@pytest.fixture(scope="module", params=["classification", "regression"])
+def trained(request, tmp_path_factory) -> Path:
+    """A folder with a base and an adapter for labels that is one step old."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = tiny_runs.save_base(folder / "base", "bert", "base")
+    rows = tiny_runs.labelled(16)
+    if request.param == "classification":
+        rows = [{"text": row["text"], "label": NAMES[row["label"]]} for row in rows]
+    else:
+        rows = [{"text": row["text"], "score": row["label"] + 0.5} for row in rows]
+    data = DataConfig(train=tiny_runs.write_rows(folder / "train.jsonl", rows))
+    lorakit.train(
+        tiny_runs.config(
+            folder, base, data=data, max_steps=1, evaluation=HeldOutConfig(), batch_size=8
+        )
+    )
+    return folder
+
+
+def settings(folder: Path, rows: list[dict], tmp_path: Path, **data):
+    return lorakit.PredictConfig(
+        base=BaseConfig(name=str(folder / "base"), dtype="float32", device="cpu"),
+        adapter=str(folder / "run" / "adapter"),
+        data=DataConfig(test=tiny_runs.write_rows(tmp_path / "new.jsonl", rows), **data),
+        output=str(tmp_path / "out.jsonl"),
+        batch_size=5,
+    )
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_model_and_stand_beside_their_rows(trained, tmp_path) -> None:
+    rows = [{"id": i, "body": text} for i, text in enumerate(TEXTS)]
+    config = settings(trained, rows, tmp_path, columns={"text": "body"})
+    result = lorakit.predict(config)
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == result.rows
+    assert [{"id": row["id"], "body": row["body"]} for row in written] == rows
+
+    labels = {"label": "wet"} if trained.name.startswith("class") else {"score": 1.5}
+    known = [{"text": text, **labels} for text in TEXTS]
+    evaluated = lorakit.evaluate(
+        lorakit.EvaluateConfig(
+            base=config.base,
+            adapter=config.adapter,
+            data=DataConfig(test=tiny_runs.write_rows(tmp_path / "known.jsonl", known)),
+        )
+    )
+    if "label" in labels:
+        outputs = [record["output_name"] for record in evaluated.outputs]
+        assert [row["prediction"] for row in written] == outputs
+        for row in written:
+            assert set(row["probabilities"]) == set(NAMES)
+            assert sum(row["probabilities"].values()) == pytest.approx(1)
+            assert max(row["probabilities"], key=row["probabilities"].get) == row["prediction"]
+        mean = sum(torch.log(torch.tensor([r["probabilities"]["wet"] for r in written]))) / 12
+        assert evaluated.scores["loss"] == pytest.approx(-float(mean), rel=1e-5)
+        assert sum(result.counts.values()) == 12
+    else:
+        outputs = [record["output"] for record in evaluated.outputs]
+        assert [row["prediction"] for row in written] == pytest.approx(outputs, rel=1e-5)
+        assert result.counts == {}
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_file_and_counts_the_classes(trained, tmp_path, capsys) -> None:
+    data = tmp_path / "new.csv"
+    data.write_text("text\nriver pub\ncheap food\n")
+    output = tmp_path / "out.jsonl"
+    line = f"predict --adapter {trained / 'run' / 'adapter'} --data.test {data} --output {output}"
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert f"{data}: 2 of 2 rows" in out
+    assert ("predictions" in out) == trained.name.startswith("class")
+    assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"body": "x"}],
+            r"its columns are body; task \w+ predicts from text or sentence1 and sen",
+        ),
+        ([{"text": "x"}, {"text": " "}], r"new\.jsonl:2: 'text' is empty"),
+        ([{"text": "x", "prediction": 1}], "has a column 'prediction'"),
+    ],
+)
+def test_rows_that_cannot_be_predicted_are_named(trained, tmp_path, rows, message) -> None:
+    config = settings(trained, rows, tmp_path)
+    with pytest.raises(DataError, match=message):
+        lorakit.predict(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.slow
+def test_an_existing_output_stays(trained, tmp_path) -> None:
+    config = settings(trained, [{"text": "x"}], tmp_path)
+    Path(config.output).write_text("mine")
+    with pytest.raises(RunFolderError):
+        lorakit.predict(config)
+    assert Path(config.output).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("provenance", "message"),
+    [
+        ({"task": "chat", "labels": []}, "run lorakit generate --adapter .*adapter --file .*new"),
+        ({}, "records no task"),
+    ],
+)
+def test_an_adapter_without_labels_is_refused(tmp_path, provenance, message) -> None:
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2))
+    adapters.save(tmp_path / "run" / "adapter", provenance=provenance)
+    with pytest.raises(ConfigurationError, match=message):
+        lorakit.predict(settings(tmp_path, [{"text": "x"}], tmp_path))
