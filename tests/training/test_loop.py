@@ -132,6 +132,16 @@ def test_conversations_of_several_turns_are_packed(tmp_path: Path, method: str) 
         torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_window_that_one_long_example_exceeds_rules_out_packing(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "mistral", sliding_window=16)
+    short = {"prompt": "pub:", "completion": " park"}
+    for name, long in (("short", short), ("long", {**short, "completion": " park" * 12})):
+        config = tiny_runs.config(tmp_path, base)
+        tiny_runs.write_rows(tmp_path / "train.jsonl", [short, short, long])
+        notes = prepare(config).computation.notes
+        assert ("differ" if name == "long" else "computed once") in notes[0]
+
+
 CUTS = ((8, 1), (4, 2), (2, 4), (3, 3))
 """Batch sizes and accumulations. The first three have 8 examples in a step, the last 9."""
 
