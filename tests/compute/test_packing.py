@@ -21,8 +21,8 @@ PACKABLE = ["llama", "qwen3", "phi3", "gemma", "gpt2", "opt", "gpt-neox", "smoll
 VOCABULARY = 20
 
 
-def example(ids, prompt):
-    mask = [i >= prompt for i in range(len(ids))]
+def example(ids, prompt, mask=None):
+    mask = mask or [i >= prompt for i in range(len(ids))]
     return LanguageExample(
         input_ids=ids, loss_mask=mask, prompt_length=prompt, prompt="", completion=""
     )
@@ -30,7 +30,10 @@ def example(ids, prompt):
 
 @st.composite
 def forests(draw):
-    """Generate examples that share prefixes of any length, also in completions, and duplicates."""
+    """Generate examples that share prefixes of any length, also in completions, and duplicates.
+
+    The targets are one or several runs of tokens, such as the assistant's turns of a conversation.
+    """
     token = st.integers(1, VOCABULARY - 1)
     stems = draw(st.lists(st.lists(token, min_size=1, max_size=12), min_size=1, max_size=3))
     examples = []
@@ -38,7 +41,29 @@ def forests(draw):
         stem = draw(st.sampled_from(stems))
         tail = draw(st.lists(token, min_size=1, max_size=6))
         ids = [*stem, *tail]
-        examples.append(example(ids, draw(st.integers(1, len(ids) - 1))))
+        edges = draw(st.sets(st.integers(1, len(ids) - 1), min_size=1, max_size=5))
+        mask = [sum(edge <= i for edge in edges) % 2 == 1 for i in range(len(ids))]
+        examples.append(example(ids, max(edges), mask))
+    return examples
+
+
+def conversations():
+    """Return conversations of several assistant turns.
+
+    A prefix of one is another, one answer is another user's words, and two end in the same answer.
+    """
+    turns = (([1, 5, 3], [8, 2]), ([7, 9], [4, 2]), ([6, 3, 3], [9, 9, 2]))
+    other = (([1, 5, 3], [8, 2]), ([7, 7], [5, 2]), ([6, 3, 3], [9, 9, 2]))
+    questions = (([1, 5, 3, 8, 2, 7], [9, 4, 2]),)
+    examples = []
+    for rows in (turns, turns[:2], other, questions, turns[1:]):
+        ids = [token for user, assistant in rows for token in (*user, *assistant)]
+        mask = [
+            target
+            for user, assistant in rows
+            for target in (*[False] * len(user), *[True] * len(assistant))
+        ]
+        examples.append(example(ids, len(ids) - len(rows[-1][1]), mask))
     return examples
 
 
@@ -82,6 +107,24 @@ def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, exam
     scale = max(gradient.norm() for gradient in separate)
     for ours, theirs in zip(gradients, separate, strict=True):
         assert (ours - theirs).norm() <= 1e-11 * scale
+
+
+@pytest.mark.parametrize("arch", PACKABLE)
+def test_conversations_have_the_loss_and_gradients_of_separate_examples(arch):
+    """In float32, up to rounding: 1e-5 of the loss and of the largest gradient."""
+    model = tiny_models.build(arch, "causal-lm")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="all-linear"), seed=0)
+    for parameter in handle.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    batch = pack(conversations(), pad_id=0)
+    assert (batch["input_ids"] != 0).sum() < 0.7 * sum(map(len, conversations()))
+    packed, gradients = loss_and_gradients(model, batch)
+    parts = [loss_and_gradients(model, collate([e], pad_id=0)) for e in conversations()]
+    assert packed == pytest.approx(sum(loss for loss, _ in parts), rel=1e-5)
+    separate = [sum(part[1][i] for part in parts) for i in range(len(gradients))]
+    scale = max(gradient.norm() for gradient in separate)
+    for ours, theirs in zip(gradients, separate, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * scale
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,6 +207,31 @@ def test_these_architectures_pack(arch):
     assert why_not_packed(model, example([1, 5, 3, 8, 2, 7, 9, 4, 6], 5)) == ""
 
 
+ANY_EXAMPLE = {
+    "several turns": conversations()[0],
+    "an answer of one token": example([1, 5, 3], 2),
+    "the shortest": example([4, 7], 1),
+    "one token alone": example([4], 1, [False]),
+    "no prompt": example([4, 7, 5], 0, [False, True, True]),
+    "no completion": example([4, 7, 5], 3, [False, True, True]),
+    "one token repeated": example([0] * 6, 3),
+    "the same in both directions": example([1, 2, 5, 9, 5], 2),
+    "equal ends": example([1, 2, 5, 3, 9, 5], 2),
+    "a token after the last target": example(
+        [1, 2, 5, 3, 9], 2, [False] * 2 + [True] * 2 + [False]
+    ),
+    "no target": example([1, 2, 5, 3], 2, [False] * 4),
+}
+
+
+@pytest.mark.parametrize("name", ANY_EXAMPLE)
+def test_the_trial_works_for_any_example(name):
+    model = tiny_models.build("llama", "causal-lm")
+    assert why_not_packed(model, ANY_EXAMPLE[name]) == ""
+    if len(ANY_EXAMPLE[name]) > 1:  # the attention of equal tokens does not depend on their number
+        assert "differ" in why_not_packed(careless(model), ANY_EXAMPLE[name])
+
+
 @pytest.mark.parametrize("arch", PACKABLE)
 def test_the_structure_of_these_allows_packing(arch):
     choice = choose_computation(
@@ -181,14 +249,19 @@ def test_these_do_not_and_say_why(arch):
     assert choice.note == "batches padded, not packed: bloom ignores position ids"
 
 
-def test_a_model_that_ignores_the_mask_is_found_out():
-    model = tiny_models.build("llama", "causal-lm")
+def careless(model):
+    """Return `model`, changed to ignore the mask."""
     forward = model.model.forward
 
-    def careless(input_ids, attention_mask=None, position_ids=None, **kwargs):
+    def without_mask(input_ids, attention_mask=None, position_ids=None, **kwargs):
         return forward(input_ids, position_ids=position_ids, **kwargs)
 
-    model.model.forward = careless
+    model.model.forward = without_mask
+    return model
+
+
+def test_a_model_that_ignores_the_mask_is_found_out():
+    model = careless(tiny_models.build("llama", "causal-lm"))
     assert "differ" in why_not_packed(model, example([1, 5, 3, 8, 2, 7, 9, 4, 6], 5))
 
 

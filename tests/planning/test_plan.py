@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.planning import plan
+from lorakit.planning.batches import from_data
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
+from lorakit.training.setup import prepare
 
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
 
@@ -113,6 +116,23 @@ def test_no_weights_are_needed(base, tmp_path):
     assert 0 <= planned.chosen.memory.base - 4 * planned.parameters < 100
     assert "train.jsonl" in planned.lengths
     assert planned.steps == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation):
+    base = tiny_runs.save_base(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, base, batch_size=batch_size, accumulation=accumulation)
+    batches = from_data(config)
+    job = prepare(config)
+    first_epoch = [
+        [job.train[i].input_ids for i in batch]
+        for step in itertools.islice(job.step_plan.steps(), 9)
+        for batch in step
+    ]
+    for planned in (batches.fullest, batches.middle):
+        assert [example.input_ids for example in planned] in first_epoch
+    assert batches.steps == job.step_plan.total == 18
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import tiny_models
 import tiny_runs
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
 
 from lorakit.data import DataConfig
@@ -86,7 +87,7 @@ def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
             parameter.copy_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
             )
-            assert "lora" in name
+            assert "lora" in name or "vectors" in name
     targets = sum(job.objective.count(batch) for batch in collated)
     for batch in collated:
         (job.objective.loss_sum(job.model, batch) / targets).backward()
@@ -106,25 +107,101 @@ def test_four_batches_of_four_are_one_batch_of_sixteen(tmp_path: Path, base: str
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_accumulation_in_the_loop_equals_the_large_batch(tmp_path: Path, base: str) -> None:
-    # Both runs have one step per epoch, over all examples.
-    losses = []
-    for batch_size, accumulation in ((72, 1), (18, 4)):
+@pytest.mark.parametrize("method", ["lora", "lora+prefix_embedding"])
+def test_conversations_of_several_turns_are_packed(tmp_path: Path, method: str) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", max_position_embeddings=128)
+    turns = [("The river?", "A pub."), ("Cheap?", "Yes."), ("And the park?", "It is near.")]
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    rows = [{"messages": messages[:length]} for length in (6, 4, 6, 2)]
+    tiny_runs.write_rows(tmp_path / "train.jsonl", rows)
+    tiny_runs.write_rows(tmp_path / "validation.jsonl", rows[:1])
+    config = tiny_runs.config(tmp_path, base, method=method)
+    job = prepare(config)
+    assert job.computation.packed
+    assert job.computation.notes[0] == "shared prefixes computed once"
+    batches = [[0, 1], [2, 3]]
+    packed = step_gradients(config, batches)
+    separate = step_gradients(dataclasses.replace(config, packing=False), batches)
+    assert packed.keys() == separate.keys()
+    for name, gradient in separate.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_window_that_one_long_example_exceeds_rules_out_packing(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "mistral", sliding_window=16)
+    short = {"prompt": "pub:", "completion": " park"}
+    for name, long in (("short", short), ("long", {**short, "completion": " park" * 12})):
+        config = tiny_runs.config(tmp_path, base)
+        tiny_runs.write_rows(tmp_path / "train.jsonl", [short, short, long])
+        notes = prepare(config).computation.notes
+        assert ("differ" if name == "long" else "computed once") in notes[0]
+
+
+CUTS = ((8, 1), (4, 2), (2, 4), (3, 3))
+"""Batch sizes and accumulations. The first three have 8 examples in a step, the last 9."""
+
+
+def unequal_rows(count: int) -> list[dict[str, str]]:
+    """Rows of 24 prompts, whose completions have 1 to 15 words."""
+    rows = tiny_runs.pairs(24)
+    return [
+        {**rows[i % 24], "completion": rows[i % 24]["completion"] * (1 + 7 * (i % 3))}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("sampling", ["random", "grouped"])
+def test_a_step_has_the_same_examples_however_it_is_cut(tmp_path, base, sampling) -> None:
+    tiny_runs.write_rows(tmp_path / "train.jsonl", unequal_rows(75))
+    tiny_runs.write_rows(tmp_path / "validation.jsonl", tiny_runs.pairs(2))
+    plans = []
+    for batch_size, accumulation in CUTS:
         config = tiny_runs.config(
-            tmp_path,
-            base,
-            output=str(tmp_path / f"run{accumulation}"),
-            batch_size=batch_size,
-            accumulation=accumulation,
-            max_steps=3,
-            optimizer=CONSTANT,
-            evaluation=HeldOutConfig(),
+            tmp_path, base, batch_size=batch_size, accumulation=accumulation, sampling=sampling
         )
-        train(config)
-        losses.append([r["loss"] for r in metrics(tmp_path / f"run{accumulation}", "train")])
-    # The random numbers of dropout differ, so only the first losses are close.
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+        steps = list(prepare(config).step_plan.steps())
+        assert all(len(batch) <= batch_size for step in steps for batch in step)
+        plans.append([[i for batch in step for i in batch] for step in steps])
+    assert plans[0] == plans[1] == plans[2] != plans[3]
+    for epoch in (plans[0][:10], plans[0][10:]):
+        assert sorted(map(len, epoch)) == [3, *[8] * 9]
+        assert sorted(i for step in epoch for i in step) == list(range(75))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_cut_of_a_step_trains_the_same_weights(tmp_path: Path, packing: bool) -> None:
+    """The loss and the weights of two epochs differ by float32 rounding only: by less than 1e-5 of their size."""
+    base = tiny_runs.save_base(tmp_path / "base")  # without dropout
+    tiny_runs.write_rows(tmp_path / "train.jsonl", unequal_rows(75))
+    tiny_runs.write_rows(tmp_path / "validation.jsonl", tiny_runs.pairs(2))
+    losses, weights = [], []
+    for batch_size, accumulation in CUTS[:3]:
+        run = tmp_path / f"{batch_size}x{accumulation}"
+        train(
+            tiny_runs.config(
+                tmp_path,
+                base,
+                output=str(run),
+                batch_size=batch_size,
+                accumulation=accumulation,
+                packing=packing,
+                optimizer=CONSTANT,
+                evaluation=HeldOutConfig(),
+            )
+        )
+        losses.append([r["loss"] for r in metrics(run, "train")])
+        weights.append(load_file(run / "adapter" / "adapter_model.safetensors"))
+    assert losses[0][0] > 1.1 * losses[0][-1]
+    for loss, tensors in zip(losses[1:], weights[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        for name, expected in weights[0].items():
+            assert (tensors[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> None:

@@ -110,9 +110,12 @@ def confirm_computation(
             faster = "none"
             notes.append(f"stock attention: {why_stock}")
     if packed:
-        (first,) = model_examples(base, examples[:1])  # with virtual tokens, as in a batch
-        assert isinstance(first, LanguageExample)
-        why_padded = why_not_packed(base.model, first)
+        # The longest, since a sliding window changes only examples that are longer than the window.
+        (longest,) = model_examples(
+            base, [max(examples, key=len)]
+        )  # with virtual tokens, as in a batch
+        assert isinstance(longest, LanguageExample)
+        why_padded = why_not_packed(base.model, longest)
         packed = not why_padded
         notes.insert(
             0,

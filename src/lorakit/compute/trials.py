@@ -33,25 +33,45 @@ Faster = Literal["layers", "attention", "none"]
 def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
     """Return why packing changes the results of `model`; empty if it does not.
 
-    The trial takes two completions of one prompt. It computes them together, with the prompt as a shared prefix, and
-    each alone, and compares the hidden states at all targets.
+    The trial computes two completions of one prompt together, with the prompt as a shared prefix, and each alone. It
+    compares the hidden states at all tokens of the completions.
+
+    Args:
+        model: The model.
+        example: Any example, with the virtual tokens that the model expects. The trial uses its tokens.
     """
     objective, device = LanguageModellingLoss(), next(model.parameters()).device
-    ids, cut = example.input_ids, example.prompt_length
-    twin = replace(example, input_ids=[*ids[:cut], *reversed(ids[cut:])])
-    pair = sorted((example, twin), key=lambda e: e.input_ids)  # the order of the targets in `pack`
+    pair = _two_completions(example)
     try:
         together = _used_outputs(objective, model, _to(device, pack(pair, pad_id=0)))
         alone = [_used_outputs(objective, model, _to(device, collate([e], pad_id=0))) for e in pair]
     except Exception as error:  # models can raise any exception; padded batches still work
         return f"it raised {type(error).__name__}: {error}"
-    expected = torch.cat(alone)
-    if together.shape != expected.shape:  # packing merges targets that both completions share
-        return "the two completions of the trial start with the same token"
-    distance = _distance(together, expected)
+    distance = _distance(together, torch.cat(alone))
     if not distance <= _limit(model):
         return f"its hidden states differ by {distance:.2g} from those of separate examples"
     return ""
+
+
+def _two_completions(example: LanguageExample) -> list[LanguageExample]:
+    """Return two examples that share the prompt of `example` and no other token, in the order of `pack`.
+
+    Each completion has at least two tokens, all of them targets. Packing then merges no targets, and each completion
+    has a token whose hidden state depends on the mask.
+    """
+    cut = max(1, min(example.prompt_length, len(example) - 1))
+    prompt, completion = example.input_ids[:cut], example.input_ids[cut:] or example.input_ids
+    first, rest = completion[0], completion[1:] or completion
+    # Token 0 is often padding, whose vector can be zero and show nothing.
+    other = next(token for token in (*completion, 1, 2) if token != first)
+    return [
+        replace(
+            example,
+            input_ids=[*prompt, start, *rest],
+            loss_mask=[False] * cut + [True] * (1 + len(rest)),
+        )
+        for start in sorted((first, other))
+    ]
 
 
 def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") -> str:

@@ -74,7 +74,9 @@ def token_count(batch: Mapping[str, Tensor]) -> int:
 
 
 class BatchSampler:
-    """Sampler of the batches of an epoch. Each epoch yields every example once; the last batch may be short.
+    """Sampler of the batches of an epoch. Each epoch yields every example once; one batch may be short.
+
+    Training draws the examples of a whole optimizer step as one batch and cuts it afterwards (`StepPlan`).
 
     With `bucket`, examples of similar length share a batch, which reduces padding. The sampler shuffles all examples,
     sorts each run of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on
@@ -85,6 +87,9 @@ class BatchSampler:
 
     Args:
         lengths: Tokens of each example.
+        batch_size: Examples of a batch.
+        seed: Seed of the order.
+        bucket: Sort examples by length, within windows.
         groups: Group of each example.
     """
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data import DataTask, RowReader, load_examples, task_of
-from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 from lorakit.training.config import TrainConfig
-from lorakit.training.schedule import StepPlan
-from lorakit.training.setup import groups_of
+from lorakit.training.setup import step_plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,18 +53,10 @@ def from_data(config: TrainConfig) -> Batches:
     )
     data = dataclasses.replace(config.data, task=task.name, limit=limit)
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
-    sampler = BatchSampler(
-        train.lengths, config.batch_size, config.seed, groups=groups_of(config, train.examples)
-    )
-    plan = StepPlan(
-        sampler,
-        accumulation=config.accumulation,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
-    first_epoch = [batch for step in plan.steps() for batch in step][: len(sampler)]
+    plan = step_plan_of(config, train)
+    first_epoch = itertools.islice(plan.steps(), plan.steps_per_epoch)
     batches = sorted(
-        ([train.examples[i] for i in batch] for batch in first_epoch),
+        ([train.examples[i] for i in batch] for step in first_epoch for batch in step),
         key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),
     )
     whole = train.report.read < limit or config.data.limit == limit

@@ -82,7 +82,8 @@ def train(config: TrainConfig) -> RunResult:
 def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Run forward and backward on all batches of a step; return the mean loss over all their targets.
 
-    The mean is over targets, not over batches: 4 batches of 4 examples give the gradient of one batch of 16.
+    The mean is over targets, not over batches, so a batch with more targets counts more. 4 batches of 4 examples give
+    the gradient of one batch of 16.
     """
     target_count = sum(job.objective.count(batch) for batch in batches)
     loss = 0.0

@@ -36,32 +36,40 @@ def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> 
 
 
 class StepPlan:
-    """The examples of each optimizer step: a sampler's batches, `accumulation` of them at a time.
+    """The examples of each optimizer step: one batch of the sampler, cut into batches that fit into memory.
 
-    A step does not cross the end of an epoch, so the last step of an epoch may have fewer batches. Its loss is still
-    the mean over its targets.
+    The sampler draws the examples of whole steps, so the cut does not change the examples of a step. A step does not
+    cross the end of an epoch, so one step of an epoch may have fewer examples. Its loss is still the mean over its
+    targets.
+
+    Args:
+        sampler: Returns the examples of each step of an epoch.
+        batch_size: Examples per forward and backward pass.
+        epochs: Length of the run, in passes over the data.
+        max_steps: Length of the run, in steps; overrides `epochs`.
     """
 
     def __init__(
         self,
         sampler: Callable[[int], Batches],
         *,
-        accumulation: int,
+        batch_size: int,
         epochs: float,
         max_steps: int | None,
     ) -> None:
         self._sampler = sampler
-        self._accumulation = accumulation
-        self.steps_per_epoch = math.ceil(len(sampler(0)) / accumulation)
+        self._batch_size = batch_size
+        self.steps_per_epoch = len(sampler(0))
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def steps(self, start: int = 0) -> Iterator[Batches]:
         """Yield the batches of each step, from step `start` to the end of the run."""
         first_epoch, skipped = divmod(start, self.steps_per_epoch)
         endless = (
-            batches[position : position + self._accumulation]
-            for epoch in itertools.count(first_epoch)
-            for batches in [self._sampler(epoch)]
-            for position in range(0, len(batches), self._accumulation)
+            examples for epoch in itertools.count(first_epoch) for examples in self._sampler(epoch)
         )
-        return itertools.islice(endless, skipped, skipped + self.total - start)
+        for examples in itertools.islice(endless, skipped, skipped + self.total - start):
+            yield [
+                examples[at : at + self._batch_size]
+                for at in range(0, len(examples), self._batch_size)
+            ]

@@ -272,14 +272,7 @@ def assemble(
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
         computation=computation,
-        step_plan=StepPlan(
-            BatchSampler(
-                train.lengths, config.batch_size, config.seed, groups=groups_of(config, train)
-            ),
-            accumulation=config.accumulation,
-            epochs=config.epochs,
-            max_steps=config.max_steps,
-        ),
+        step_plan=step_plan_of(config, train),
     )
 
 
@@ -309,9 +302,21 @@ def autocast_of(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def groups_of(config: TrainConfig, train: Sequence[Example]) -> list[str] | None:
-    """Return the prompt of each example, by which batches are grouped; None for random order."""
-    return [example.prompt for example in train] if config.sampling == "grouped" else None
+def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
+    """Return the examples of each step, in an order that does not depend on how a step is cut into batches."""
+    grouped = config.sampling == "grouped"
+    sampler = BatchSampler(
+        train.lengths,
+        config.batch_size * config.accumulation,
+        config.seed,
+        groups=[example.prompt for example in train] if grouped else None,
+    )
+    return StepPlan(
+        sampler,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )
 
 
 def attach_method(
