@@ -16,6 +16,7 @@ from lorakit.cli.analyze_options import (
     SimilarityConfig,
     SpectrumConfig,
 )
+from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -57,11 +58,11 @@ def _overview() -> str:
 
 
 def _spectrum(argv: Sequence[str]) -> None:
+    config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
     from lorakit import analysis
     from lorakit.analysis import figures
     from lorakit.analysis.spectrum import UNTRAINED
 
-    config = _parse(SpectrumConfig, "spectrum", argv, "adapter")
     found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
     facts = found.to_json(config.energy)
     rows = {
@@ -95,10 +96,10 @@ def _spectrum(argv: Sequence[str]) -> None:
 
 
 def _similarity(argv: Sequence[str]) -> None:
+    config = _parse(SimilarityConfig, "similarity", argv, "first", "second")
     from lorakit import analysis
     from lorakit.analysis import figures
 
-    config = _parse(SimilarityConfig, "similarity", argv, "first", "second")
     found = analysis.adapter_similarity(
         config.first, config.second, alpha=config.alpha, only=config.only
     )
@@ -140,10 +141,10 @@ def _shared(space: str, medians: dict[str, float]) -> str:
 
 
 def _amplification(argv: Sequence[str]) -> None:
+    config = _parse(AmplificationConfig, "amplification", argv, "adapter")
     from lorakit import analysis
     from lorakit.analysis import figures
 
-    config = _parse(AmplificationConfig, "amplification", argv, "adapter")
     stored, weights = _opened(config)
     found = analysis.adapter_amplification(
         stored,
@@ -179,10 +180,10 @@ def _amplification(argv: Sequence[str]) -> None:
 
 
 def _intruders(argv: Sequence[str]) -> None:
+    config = _parse(IntrudersConfig, "intruders", argv, "adapter")
     from lorakit import analysis
     from lorakit.analysis import figures
 
-    config = _parse(IntrudersConfig, "intruders", argv, "adapter")
     stored, weights = _opened(config)
     found = analysis.adapter_intruders(
         stored,
@@ -210,10 +211,10 @@ def _intruders(argv: Sequence[str]) -> None:
 
 
 def _diff(argv: Sequence[str]) -> None:
+    config = _parse(PairConfig, "diff", argv, "first", "second")
     from lorakit import analysis
     from lorakit.analysis import figures
 
-    config = _parse(PairConfig, "diff", argv, "first", "second")
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
     both = {**found.layers, **{f"{name} (whole)": d for name, d in found.trained.items()}}
     rows = {
@@ -239,10 +240,10 @@ def _diff(argv: Sequence[str]) -> None:
 
 
 def _drift(argv: Sequence[str]) -> None:
+    config = _parse(DriftConfig, "drift", argv, "adapter", "text")
     from lorakit import analysis
     from lorakit.analysis import figures
 
-    config = _parse(DriftConfig, "drift", argv, "adapter", "text")
     found = analysis.adapter_drift(
         config.adapter,
         config.text,
@@ -281,6 +282,15 @@ def _drift(argv: Sequence[str]) -> None:
     )
 
 
+CONFIGS = (
+    AmplificationConfig,
+    DriftConfig,
+    IntrudersConfig,
+    PairConfig,
+    SimilarityConfig,
+    SpectrumConfig,
+)
+
 _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "spectrum": _spectrum,
     "similarity": _similarity,
@@ -292,12 +302,9 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def _parse(config_class: type, name: str, argv: Sequence[str], *positional: str) -> Any:
-    from lorakit.cli.parsing import parse
     from lorakit.methods.registry import use_method
 
-    usage = " ".join(field.upper() for field in positional)
-    text = f"{MEASURES[name]}. Usage: lorakit analyze {name} {usage}."
-    config = parse(config_class, f"analyze {name}", text, argv, *positional)
+    config = parse(config_class, f"analyze {name}", f"{MEASURES[name]}.", argv, *positional)
     if config.method is not None:
         use_method(config.method)
     config.require_writable()

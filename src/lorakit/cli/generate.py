@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
+from lorakit.cli.parsing import parse
 from lorakit.data.readers import lines_of
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.evaluation.decoding import Decoding
@@ -64,16 +65,18 @@ class GenerateConfig:
             raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
 
 
+CONFIGS = (GenerateConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Generate text, then print it or write it to the output file."""
-    from lorakit.cli.parsing import parse
+    config = parse(
+        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
+    )
     from lorakit.compute.adapted import AdapterFile, PromptFormat, open_adapted, prompt_format
     from lorakit.evaluation.generate import generate
     from lorakit.methods.registry import use_method
 
-    config = parse(
-        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
-    )
     if config.method is not None:
         use_method(config.method)
     if config.output:
