@@ -68,7 +68,7 @@ def test_evaluation_skips_the_output_of_the_training_run(shared, capsys) -> None
     assert (config.adapter, config.output, config.method) == ("out/first/adapter", None, None)
     assert config.batch_size == 16
     notes = capsys.readouterr().err
-    skipped = "lora, optimizer, output, method, batch_size"
+    skipped = "output, method, batch_size, lora, optimizer"
     assert notes == f"note: {shared}: lorakit evaluate skips {skipped} (of other commands).\n"
 
 

@@ -1,7 +1,7 @@
 """The command line. Each command has one file, which parses options, calls one function and prints.
 
-To add a command, list it in `COMMANDS` and write a module of its name with `run(argv)` and `CONFIGS`, the classes of its
-options. The module imports torch only after it has parsed its arguments.
+To add a command, list it in `COMMANDS` and write a module of its name with `run(argv)` and `CONFIGS`, the classes of
+its options. The module imports torch only after it has parsed its arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lorakit.version import __version__
 
 COMMANDS = {
     "demo": "Adapt a real language model in a few minutes and see what changed",
+    "init": "Write a commented YAML file for your data, which every command reads",
     "data": "Preview a data set: tokens, loss mask, lengths and duplicates",
     "plan": "Predict the memory, time and size of a training run without loading weights",
     "train": "Train an adapter (or the whole model) and save it",

@@ -64,23 +64,22 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = dict(_flat(content, {**every_section, **sections}))
-    skipped = []
+    training = _options_of_training_only()
+    is_of_run = not training.isdisjoint(values) and training.isdisjoint(own)
+    of_run = _top_level_of_training() if is_of_run else set()
     for name in values:
-        if name in own or name in sections:
+        if name in own or name in sections or name in of_run:
             continue
+        if f"--{name}" == typed_only:
+            raise ConfigurationError(
+                f"{path}: --{name} works only on the command line; a YAML file cannot set it."
+            )
         if name not in every or _means_own(name, own):
-            if f"--{name}" == typed_only:
-                raise ConfigurationError(
-                    f"{path}: --{name} works only on the command line; a YAML file cannot set it."
-                )
             raise ConfigurationError(
                 f"{path}: unknown option '{name}'.{suggestion(name, own)} --help lists the options."
             )
-        skipped.append(name)
-    training = _options_of_training_only()
-    if any(name in training for name in skipped) and training.isdisjoint(own):
-        skipped += [name for name in values if name in own and name in _top_level_of_training()]
-    return {name: value for name, value in values.items() if name not in skipped}, skipped
+    used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
+    return used, [name for name in values if name not in used]
 
 
 def shortest_names(skipped: list[str], values: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ def _usage(
 ) -> str:
     words = ["usage: lorakit", command]
     for name in positional:
-        word = name.upper() + (" ..." if options[name].takes_list else "")
+        word = name.rpartition(".")[2].upper() + (" ..." if options[name].takes_list else "")
         words.append(word if name in required else f"[{word}]")
     for name in required:
         if name not in positional:
