@@ -1,7 +1,6 @@
-"""Type checks for configuration dataclasses.
+"""Type checks for configuration dataclasses, the same for Python, YAML and the command line.
 
-The parser checks the types of the command line and of YAML. Python does not check annotations: a rank
-of "8" or a batch size of 2.5 would fail far from where it was written.
+Python does not check annotations: a rank of "8" or a batch size of 2.5 would fail far from where it was written.
 """
 
 from __future__ import annotations
@@ -23,14 +22,21 @@ Config = TypeVar("Config")
 _SHOWN = 100
 """Longest excerpt of a wrong value in a message, in characters."""
 
-_NAMES: dict[Any, tuple[str, str]] = {
+Names = Mapping[Any, tuple[str, str]]
+"""The name of each type in messages, singular and plural."""
+
+PYTHON: Names = {
     str: ("a string", "strings"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     bool: ("True or False", "True or False"),
     type(None): ("None", "None"),
 }
-"""Names of each type in messages, singular and plural."""
+YAML: Names = {
+    **PYTHON,
+    bool: ("true or false", "true or false"),
+    type(None): ("null", "null"),
+}
 
 
 def conform(config: Any, section: str = "") -> None:
@@ -49,11 +55,26 @@ def conform(config: Any, section: str = "") -> None:
     hints = _hints(type(config))
     for field in fields(config):
         path = f"{section}.{field.name}" if section else field.name
-        try:
-            value = _convert(getattr(config, field.name), hints[field.name], path)
-        except _WrongType as error:
-            raise ConfigurationError(str(error)) from None
+        value = converted(getattr(config, field.name), hints[field.name], path)
         object.__setattr__(config, field.name, value)
+
+
+def converted(value: Any, annotation: Any, path: str, names: Names = PYTHON) -> Any:
+    """Return a value as its annotated type.
+
+    Args:
+        value: The value of a setting.
+        annotation: The type of the setting.
+        path: The setting's name, for messages.
+        names: Names of types in messages: those of Python or of YAML.
+
+    Raises:
+        ConfigurationError: The value has another type, or is not one of the choices.
+    """
+    try:
+        return _convert(value, annotation, path)
+    except _WrongType as error:
+        raise ConfigurationError(error.message(names)) from None
 
 
 _hints = functools.cache(get_type_hints)
@@ -62,11 +83,19 @@ _hints = functools.cache(get_type_hints)
 class _WrongType(Exception):
     """A value, or an item inside it, does not have its annotated type."""
 
-    def __init__(self, path: str, value: object, expected: str, hint: str = "") -> None:
-        shown = repr(value)
+    def __init__(self, path: str, value: object, annotation: Any) -> None:
+        super().__init__(path)
+        self.path, self.value, self.annotation = path, value, annotation
+
+    def message(self, names: Names) -> str:
+        """Return the problem and the expected type as a sentence."""
+        shown = repr(self.value)
+        if names is YAML and (self.value is None or isinstance(self.value, bool)):
+            shown = "null" if self.value is None else shown.lower()
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        super().__init__(f"{path} is {shown}; it must be {expected}.{hint}")
-        self.path = path
+        choices = get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+        hint = nearest(self.value, choices) if isinstance(self.value, str) else ""
+        return f"{self.path} is {shown}; it must be {type_name(self.annotation, names)}.{hint}"
 
 
 def _convert(value: Any, annotation: Any, path: str) -> Any:
@@ -75,16 +104,15 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
         return value
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _convert_to_any(value, args, path)
+        return _convert_to_any(value, annotation, path)
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in args):
             return value
-        hint = nearest(value, args) if isinstance(value, str) else ""
-        raise _WrongType(path, value, _name(annotation), hint)
+        raise _WrongType(path, value, annotation)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         kinds = args if _is_fixed(annotation) else args[:1] * len(value)
         if len(kinds) != len(value):
-            raise _WrongType(path, value, _name(annotation))
+            raise _WrongType(path, value, annotation)
         pairs = enumerate(zip(value, kinds, strict=True))
         return origin(_convert(item, kind, f"{path}[{i}]") for i, (item, kind) in pairs)
     if origin is dict and isinstance(value, Mapping):
@@ -94,7 +122,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
         }
     if origin is None:
         return _convert_scalar(_built(value, annotation, path), annotation, path)
-    raise _WrongType(path, value, _name(annotation))
+    raise _WrongType(path, value, annotation)
 
 
 def _convert_scalar(value: Any, kind: type, path: str) -> Any:
@@ -108,12 +136,12 @@ def _convert_scalar(value: Any, kind: type, path: str) -> Any:
                 return float(value)
         if kind is str and isinstance(value, os.PathLike):
             return os.fspath(value)
-    raise _WrongType(path, value, _name(kind))
+    raise _WrongType(path, value, kind)
 
 
-def _convert_to_any(value: Any, kinds: tuple[Any, ...], path: str) -> Any:
+def _convert_to_any(value: Any, union: Any, path: str) -> Any:
     errors = []
-    for kind in kinds:
+    for kind in get_args(union):
         try:
             return _convert(value, kind, path)
         except _WrongType as error:
@@ -121,7 +149,7 @@ def _convert_to_any(value: Any, kinds: tuple[Any, ...], path: str) -> Any:
     innermost = max(errors, key=lambda error: len(error.path))
     if innermost.path != path:  # only an item has the wrong type: report the item
         raise innermost
-    raise _WrongType(path, value, " or ".join(map(_name, kinds)))
+    raise _WrongType(path, value, union)
 
 
 def _is_fixed(annotation: Any) -> bool:
@@ -129,21 +157,25 @@ def _is_fixed(annotation: Any) -> bool:
     return get_origin(annotation) is tuple and get_args(annotation)[-1] is not ...
 
 
-def _name(annotation: Any, several: bool = False) -> str:
+def type_name(annotation: Any, names: Names = PYTHON, several: bool = False) -> str:
+    """Return a type in words, such as "a whole number" or "one of none, all"; `several` gives the plural."""
     origin, args = get_origin(annotation), get_args(annotation)
-    if annotation in _NAMES:
-        return _NAMES[annotation][several]
+    if annotation in names:
+        return names[annotation][several]
     if origin in (Union, types.UnionType):
-        return " or ".join(_name(kind, several) for kind in args)
+        return " or ".join(type_name(kind, names, several) for kind in args)
     if origin is Literal:
         choices = ", ".join(map(str, args))
         return choices if several else f"one of {choices}"
+    if annotation is Any:
+        return "values" if several else "any value"
     if origin is dict:
-        return f"a mapping from {_name(args[0], True)} to {_name(args[1], True)}"
+        keys, values = (type_name(kind, names, True) for kind in args)
+        return f"a mapping from {keys} to {values}"
     if origin in (list, tuple):
         number = f"{len(args)} " if _is_fixed(annotation) else ""
-        return f"a list of {number}{_name(args[0], True)}"
-    return f"{annotation.__name__}(...)"
+        return f"a list of {number}{type_name(args[0], names, True)}"
+    return "a group of options" if names is YAML else f"{annotation.__name__}(...)"
 
 
 def strict(config: type[Config]) -> type[Config]:

@@ -171,7 +171,7 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
     assert f"Report in {page}."[:40] in out.replace("\n", "")
     text = html.unescape(page.read_text())
     assert text.count("<svg") >= 1
-    assert MEASURES[measure] in text
+    assert MEASURES[measure].about in text
     _, facts, _ = run(capsys, *calls(folder)[measure], "--json", "true")
     if measure == "spectrum":
         for layer in json.loads(facts)["layers"].values():

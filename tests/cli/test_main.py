@@ -107,7 +107,7 @@ def test_version_and_module_entry_point_do_not_wait_for_pytorch():
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_help_lists_the_settings_of_every_method(command, capsys):
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([command, "--help", "all"])
     out = capsys.readouterr().out
     sections = {field.name: field.default_factory for field in dataclasses.fields(TrainConfig)}
     for method in DEFAULT_RATES:

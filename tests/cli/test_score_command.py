@@ -49,7 +49,7 @@ def test_names_scores_without_java(capsys, files) -> None:
         (["--metrics", "rouge"], 1, "outputs"),
         (["a.txt", "b.txt"], 1, "metrics"),
         (["a.txt", "b.txt", "--metric", "rouge"], 1, "Did you mean '--metrics'?"),
-        (["a.txt", "b.txt", "--metrics", "blue"], 1, "'e2e', 'webnlg'"),
+        (["a.txt", "b.txt", "--metrics", "blue"], 1, "one of e2e, webnlg"),
         (["nothing.txt", "b.txt", "--metrics", "rouge"], 1, "nothing.txt: No such file"),
     ],
 )

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import jsonargparse
 import pytest
 
+from lorakit.cli.data import DataCommandConfig
+from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 
@@ -50,17 +51,15 @@ def test_docstrings_bring_their_own_splits_and_files_do_not():
 
 def test_the_command_line_sets_the_same_fields():
     arguments = [
+        "--base.name=b",
         "--data.train=[a.jsonl, b.csv]",
         "--data.columns={prompt: question}",
         "--data.too_long=skip",
         "--data.prompt_template={prompt}",
     ]
 
-    def command(data: DataConfig) -> DataConfig:
-        return data
-
-    config = jsonargparse.auto_cli(command, args=arguments)
-    assert config == DataConfig(
+    config = parse(DataCommandConfig, "data", "Preview.", arguments)
+    assert config.data == DataConfig(
         train=["a.jsonl", "b.csv"],
         columns={"prompt": "question"},
         too_long="skip",

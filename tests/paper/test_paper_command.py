@@ -5,18 +5,17 @@ import json
 import pytest
 
 from lorakit.cli import main
-from lorakit.cli.paper import _normalize
-from lorakit.cli.parsing import take_option
+from lorakit.cli.parsing import parse, take_option
 from lorakit.errors import ConfigurationError
+from lorakit.paper.paper_config import PaperConfig
 
 
 def test_lists_and_flags_as_people_type_them():
-    assert _normalize(["table2", "--tasks", "mrpc,rte", "--methods=lora", "--dry-run"]) == [
-        *("table2", "--tasks", "[mrpc,rte]", "--methods=[lora]", "--dry_run=true"),
-    ]
-    assert _normalize(["--dry-run", "false", "--eval-limit", "5"]) == [
-        *("--dry_run", "false", "--eval_limit", "5"),
-    ]
+    argv = ["table2", "--tasks", "mrpc,rte", "--methods=lora", "--dry-run", "--eval-limit", "5"]
+    config = parse(PaperConfig, "paper", "Run a table.", argv, "table")
+    assert (config.tasks, config.methods) == (("mrpc", "rte"), ("lora",))
+    assert (config.dry_run, config.eval_limit) == (True, 5)
+    assert not parse(PaperConfig, "paper", "", ["table2", "--dry-run", "false"], "table").dry_run
 
 
 def test_recipes_are_listed_and_one_is_shown_whole(capsys):

@@ -20,7 +20,7 @@ from lorakit.analysis.diff import AdapterDiff, Difference, adapter_diff, differe
 from lorakit.analysis.drift import Drift, adapter_drift, divergence
 from lorakit.analysis.extract import extract, extract_adapter
 from lorakit.analysis.intruders import AdapterIntruders, Intruders, adapter_intruders, intruders
-from lorakit.analysis.saving import Saved, ScoringConfig, save
+from lorakit.analysis.saving import Saved, save
 from lorakit.analysis.similarity import (
     AdapterSimilarity,
     Similarity,
@@ -29,6 +29,7 @@ from lorakit.analysis.similarity import (
     subspace_similarity,
 )
 from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum, adapter_spectrum, spectrum
+from lorakit.evaluation.scoring_config import ScoringConfig
 
 __all__ = [
     "AdapterAmplification",

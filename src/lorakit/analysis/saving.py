@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -19,39 +19,14 @@ from lorakit.analysis.checkpoints import is_checkpoint, saved_adapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
-from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
-from lorakit.evaluation.evaluate_config import EvaluateConfig, Score
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.environment import versions
 
 TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME, WEIGHTS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
-    """Data and settings for scoring a computed adapter and its inputs."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    """Data to score the result and its inputs on, as in lorakit evaluate; without data nothing is scored."""
-    split: Literal["validation", "test"] = "test"
-    """Split of the data to score."""
-    scores: tuple[Score, ...] = ("loss",)
-    """For text generation: the loss of the split, the scores of generated text, or both."""
-    limit: int | None = None
-    """Score only the first prompts, up to this number; null scores all."""
-    decoding: Decoding = field(default_factory=Decoding)
-    """Decoding settings for generated text."""
-    batch_size: int = 16
-    """Examples per forward pass, except for generation."""
-
-    def __post_init__(self) -> None:
-        if self.data != DataConfig() and self.data.source(self.split) is None:
-            raise ConfigurationError(
-                f"split is {self.split}, but data has no {self.split} data. Set data.{self.split} or split."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""The command line. Each command has one file, which parses options, calls one function and prints."""
+"""The command line. Each command has one file, which parses options, calls one function and prints.
+
+To add a command, list it in `COMMANDS` and write a module of its name with `run(argv)` and `CONFIGS`, the classes of
+its options. The module imports torch only after it has parsed its arguments.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from lorakit.version import __version__
 
 COMMANDS = {
     "demo": "Adapt a real language model in a few minutes and see what changed",
+    "init": "Write a commented YAML file for your data, which every command reads",
     "data": "Preview a data set: tokens, loss mask, lengths and duplicates",
     "plan": "Predict the memory, time and size of a training run without loading weights",
     "train": "Train an adapter (or the whole model) and save it",
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Escape characters that the terminal cannot encode, so that a print never ends a long run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Import late: most commands import PyTorch, which would slow down --help.
+    # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
     module = import_module(f"lorakit.cli.{command}")
     try:
         status = module.run(rest) or 0
@@ -91,5 +96,5 @@ usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]
 
 {commands}
 
-A YAML file can set every option except --recipe, under the same name.
-'lorakit COMMAND --help' lists the options. Start with 'lorakit demo'."""
+A YAML file can set every option except --recipe, under the same name; one file can serve all commands.
+'lorakit COMMAND --help' shows the options that matter, '--help all' the others too. Start with 'lorakit demo'."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorakit.analysis.derived import Derived
-from lorakit.analysis.saving import ScoringConfig, save
-from lorakit.cli.console import console, table
-from lorakit.cli.layer_table import layer_table
+from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
+
+if TYPE_CHECKING:
+    from lorakit.analysis.derived import Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,10 @@ def finish(
     base: BaseConfig | None,
 ) -> None:
     """Score, save and print the computed adapter."""
+    from lorakit.analysis.saving import save
+    from lorakit.cli.console import console, table
+    from lorakit.cli.layer_table import layer_table
+
     of_adapters = isinstance(config, OfAdaptersConfig)
     saved = save(
         derived,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import storage
+from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, DataError, LorakitError, nearest
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
@@ -48,14 +49,11 @@ class ChatConfig:
             )
 
 
+CONFIGS = (ChatConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Answer each line of standard input, from a terminal or a pipe."""
-    from lorakit.cli.parsing import parse
-    from lorakit.compute.adapted import TEXT, AdapterFile, base_of, recorded_task
-    from lorakit.compute.base import open_base
-    from lorakit.evaluation.conversation import Conversation
-    from lorakit.methods.registry import use_method
-
     config = parse(
         ChatConfig,
         "chat",
@@ -63,6 +61,11 @@ def run(argv: Sequence[str]) -> None:
         "answer. /adapter NAME|PATH, /base, /reset and /quit change the adapter, start anew and end the chat.",
         argv,
     )
+    from lorakit.compute.adapted import TEXT, AdapterFile, base_of, recorded_task
+    from lorakit.compute.base import open_base
+    from lorakit.evaluation.conversation import Conversation
+    from lorakit.methods.registry import use_method
+
     if config.method is not None:
         use_method(config.method)
     file = AdapterFile.read(config.adapter)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.cli.algebra import OfAdaptersConfig, finish
+from lorakit.cli.parsing import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class CombineConfig(OfAdaptersConfig):
     adapters: list[str]
     """Adapter folders (lorakit or PEFT), loralib files, or checkpoint folders of runs."""
     weights: list[float] | None = None
-    """One factor per adapter, for example [0.7, 0.3]. Default: 1 for all."""
+    """One factor per adapter, for example 0.7 0.3. Default: 1 for all."""
     how: Literal["sum", "ties", "dare"] = "sum"
     """sum adds the weight updates exactly. ties and dare edit their entries, then approximate the result."""
     density: float = 1.0
@@ -25,20 +26,22 @@ class CombineConfig(OfAdaptersConfig):
     """Seed for the entries that dare drops."""
 
 
+CONFIGS = (CombineConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Combine, score and save."""
-    from lorakit.analysis import combine_adapters
-    from lorakit.analysis.saving import check_output
-    from lorakit.cli.parsing import name_list, parse
-
     config = parse(
         CombineConfig,
         "combine",
         "Combine adapters of one base: their exact weighted sum, TIES or DARE. A single adapter with weight 1 "
-        "stays unchanged, whatever its method. Usage: lorakit combine ADAPTER ADAPTER ... --output OUTPUT "
-        "--weights '[0.7, 0.3]'.",
-        name_list(argv, "--adapters"),
+        "stays unchanged, whatever its method.",
+        argv,
+        "adapters",
     )
+    from lorakit.analysis import combine_adapters
+    from lorakit.analysis.saving import check_output
+
     check_output(config.output, overwrite=config.overwrite)
     settings = {
         name: getattr(config, name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.cli.algebra import OfAdaptersConfig, finish
+from lorakit.cli.parsing import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +17,22 @@ class CompressConfig(OfAdaptersConfig):
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
 
 
+CONFIGS = (CompressConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Compress, score and save."""
-    from lorakit.analysis import compress_adapter
-    from lorakit.analysis.saving import check_output
-    from lorakit.cli.parsing import parse
-
     config = parse(
         CompressConfig,
         "compress",
-        "Reduce the rank of an adapter: the best approximation of each layer's weight update, with its error. "
-        "Usage: lorakit compress ADAPTER OUTPUT --rank 4.",
+        "Reduce the rank of an adapter: the best approximation of each layer's weight update, with its error.",
         argv,
         "adapter",
         "output",
     )
+    from lorakit.analysis import compress_adapter
+    from lorakit.analysis.saving import check_output
+
     check_output(config.output, overwrite=config.overwrite)
     settings = {"rank": config.rank, "energy": config.energy}
     compressed = compress_adapter(config.adapter, **settings, alpha=config.alpha)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lorakit.cli.parsing import parse
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
@@ -23,22 +25,24 @@ class ConvertConfig:
     """Replace an existing output."""
 
 
+CONFIGS = (ConvertConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Read one format and write the other."""
-    from lorakit import storage
-    from lorakit.adapters import formats
-    from lorakit.analysis.saving import check_output
-    from lorakit.cli.parsing import parse
-
     config = parse(
         ConvertConfig,
         "convert",
         "Convert a loralib file to a PEFT folder, or an adapter folder to a loralib file. Copies the tensors bit "
-        "for bit, and the tokenizer if the folder has one. Usage: lorakit convert ADAPTER OUTPUT.",
+        "for bit, and the tokenizer if the folder has one.",
         argv,
         "adapter",
         "output",
     )
+    from lorakit import storage
+    from lorakit.adapters import formats
+    from lorakit.analysis.saving import check_output
+
     if config.to == "loralib":
         storage.require_free_file(config.output, overwrite=config.overwrite)
     else:

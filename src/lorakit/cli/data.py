@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from lorakit.cli.parsing import parse
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import require_at_least
 from lorakit.models.base_config import BaseConfig
@@ -41,13 +42,11 @@ class DataCommandConfig:
         require_at_least("examples", self.examples, 0)
 
 
+CONFIGS = (DataCommandConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Print examples, lengths, labels and duplicates."""
-    from lorakit.cli.console import console
-    from lorakit.cli.parsing import parse
-    from lorakit.data import preview
-    from lorakit.models.loading import load_tokenizer
-
     config = parse(
         DataCommandConfig,
         "data",
@@ -55,6 +54,10 @@ def run(argv: Sequence[str]) -> None:
         "duplicates between training and evaluation.",
         argv,
     )
+    from lorakit.cli.console import console
+    from lorakit.data import preview
+    from lorakit.models.loading import load_tokenizer
+
     tokenizer = load_tokenizer(
         config.base.name,
         revision=config.base.revision,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError, require_at_least
 
 if TYPE_CHECKING:
@@ -47,11 +48,20 @@ class DemoConfig:
         require_at_least("test_texts", self.test_texts, SHOWN)
 
 
+CONFIGS = (DemoConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Score a base, adapt it, score it again, merge it, and print the next commands to try."""
+    config = parse(
+        DemoConfig,
+        "demo",
+        "Train a LoRA adapter that turns the signature of a Python function into a one-line summary. The data are "
+        "the docstrings of the standard library. Prints scores and texts before and after, then merges the adapter.",
+        argv,
+    )
     from lorakit.adapters.loading import load
     from lorakit.cli.console import console as standard_output
-    from lorakit.cli.parsing import parse
     from lorakit.cli.report import write_run_report
     from lorakit.compute.adapted import TEXT
     from lorakit.compute.base import open_base
@@ -60,13 +70,6 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.models.base_config import BaseConfig
     from lorakit.training.loop import train
 
-    config = parse(
-        DemoConfig,
-        "demo",
-        "Train a LoRA adapter that turns the signature of a Python function into a one-line summary. The data are "
-        "the docstrings of the standard library. Prints scores and texts before and after, then merges the adapter.",
-        argv,
-    )
     _require_demo_folder(Path(config.output))
     console = standard_output()
     began = time.monotonic()

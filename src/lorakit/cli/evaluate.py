@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorakit.cli.parsing import parse
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+
+CONFIGS = (EvaluateConfig,)
+
 
 def run(argv: Sequence[str]) -> None:
     """Score a base or an adapter and print the scores."""
-    from lorakit import storage
-    from lorakit.cli.console import print_scores
-    from lorakit.cli.parsing import parse
-    from lorakit.cli.report import try_to_write
-    from lorakit.evaluation.evaluate import evaluate
-    from lorakit.evaluation.evaluate_config import EvaluateConfig
-    from lorakit.reporting.evaluation_report import evaluation_page
-    from lorakit.training.environment import command
-
     config = parse(
         EvaluateConfig,
         "evaluate",
@@ -24,6 +20,13 @@ def run(argv: Sequence[str]) -> None:
         "text, accuracy and F1 of class labels, correlations of regression scores.",
         argv,
     )
+    from lorakit import storage
+    from lorakit.cli.console import print_scores
+    from lorakit.cli.report import try_to_write
+    from lorakit.evaluation.evaluate import evaluate
+    from lorakit.reporting.evaluation_report import evaluation_page
+    from lorakit.training.environment import command
+
     page = None if config.output is None else Path(config.output).with_suffix(".html")
     if page is not None:
         storage.require_free_file(page, overwrite=config.overwrite)

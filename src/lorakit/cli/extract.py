@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorakit.cli.algebra import ResultConfig, finish
+from lorakit.cli.parsing import parse
 from lorakit.models.base_config import BaseConfig
 
 
@@ -23,21 +24,23 @@ class ExtractConfig(ResultConfig):
     """Modules to copy in full from the fine-tuned model (name suffixes), such as a new head."""
 
 
+CONFIGS = (ExtractConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Extract, score and save."""
-    from lorakit.analysis import extract_adapter
-    from lorakit.analysis.saving import check_output
-    from lorakit.cli.parsing import parse
-
     config = parse(
         ExtractConfig,
         "extract",
         "Extract an adapter from the difference between a fine-tuned model and its base. Reports the error of each "
-        "layer and the other tensors that differ. Usage: lorakit extract TUNED OUTPUT --base.name BASE --rank 16.",
+        "layer and the other tensors that differ.",
         argv,
         "tuned",
         "output",
     )
+    from lorakit.analysis import extract_adapter
+    from lorakit.analysis.saving import check_output
+
     check_output(config.output, overwrite=config.overwrite)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     extracted = extract_adapter(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorakit import storage
+from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
@@ -65,9 +66,14 @@ class GenerateConfig:
             raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
 
 
+CONFIGS = (GenerateConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Generate text, then print it or write it to the output file."""
-    from lorakit.cli.parsing import parse
+    config = parse(
+        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
+    )
     from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
@@ -75,9 +81,6 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.tasks import Chat, Completion
     from lorakit.tasks.chat import ChatTemplate
 
-    config = parse(
-        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
-    )
     if config.method is not None:
         use_method(config.method)
     if config.output:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.parsing import parse
+
 if TYPE_CHECKING:
     from lorakit.adapters.formats.stored import StoredAdapter
 
@@ -29,21 +31,23 @@ class InspectConfig:
     """Print JSON."""
 
 
+CONFIGS = (InspectConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Read the adapter's files and print their contents, without the base."""
-    from lorakit.adapters import formats
-    from lorakit.cli.console import console
-    from lorakit.cli.parsing import parse
-    from lorakit.methods.registry import use_method
-
     config = parse(
         InspectConfig,
         "inspect",
         "Show the contents of an adapter without loading its base: method, layers, ranks, norms, base, "
-        "provenance. Usage: lorakit inspect ADAPTER.",
+        "provenance.",
         argv,
         "adapter",
     )
+    from lorakit.adapters import formats
+    from lorakit.cli.console import console
+    from lorakit.methods.registry import use_method
+
     if config.method is not None:
         use_method(config.method)
     alpha = config.alpha

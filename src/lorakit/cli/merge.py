@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
 
@@ -32,26 +33,27 @@ class MergeConfig:
     """Replace an existing output folder."""
 
 
+CONFIGS = (MergeConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Merge and save, and print the largest change of the logits on a probe sentence."""
+    config = parse(
+        MergeConfig,
+        "merge",
+        "Merge an adapter into its base and save an ordinary model, which needs neither lorakit nor PEFT.",
+        argv,
+        "adapter",
+        "output",
+    )
     import torch
     from transformers.utils import logging
 
     from lorakit import storage
     from lorakit.adapters import handle_of
-    from lorakit.cli.parsing import parse
     from lorakit.compute.adapted import AdapterFile, open_adapted
     from lorakit.methods.registry import use_method
 
-    config = parse(
-        MergeConfig,
-        "merge",
-        "Merge an adapter into its base and save an ordinary model, which needs neither lorakit nor PEFT. "
-        "Usage: lorakit merge ADAPTER OUTPUT.",
-        argv,
-        "adapter",
-        "output",
-    )
     if config.method is not None:
         use_method(config.method)
     output = storage.require_free_folder(config.output, overwrite=config.overwrite)

@@ -8,28 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.cli.parsing import parse
+from lorakit.paper.paper_config import PaperConfig
+
 if TYPE_CHECKING:
     from lorakit.models.base_config import BaseConfig
     from lorakit.paper.grid import Grid
-    from lorakit.paper.paper_config import PaperConfig
     from lorakit.paper.runs import TableRun
 
-LISTS = ("--tasks", "--methods")
+CONFIGS = (PaperConfig,)
 QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
 """Matches names of query projections, also of query slices of fused projections."""
 
 
 def run(argv: Sequence[str]) -> None:
     """Run a table of the paper, or list its runs."""
-    from lorakit.cli.parsing import parse
-    from lorakit.paper.paper_config import PaperConfig
-
     config = parse(
         PaperConfig,
         "paper",
         "Run a table of the paper on your model: every method with the same data, training loop and metrics. Print the "
         "published rows and yours. After an interruption, the same command resumes and keeps finished runs.",
-        _normalize(argv),
+        argv,
         "table",
     )
     if config.table == "table1":
@@ -163,27 +162,3 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _normalize(argv: Sequence[str]) -> list[str]:
-    """Convert shorthands to the parser's syntax: --tasks a,b to --tasks [a,b], --dry-run to --dry_run=true."""
-    words = []
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = name.replace("-", "_").replace("__", "--", 1)
-        if name in LISTS and equals:
-            word = f"{name}={_list(value)}"
-        elif i and argv[i - 1] in LISTS:
-            word = _list(word)
-        elif name == "--dry_run" and not equals:
-            following = argv[i + 1] if i + 1 < len(argv) else "--"
-            word = "--dry_run=true" if following.startswith("--") else name
-        elif name.startswith("--"):
-            word = f"{name}{equals}{value}"
-        words.append(word)
-    return words
-
-
-def _list(text: str) -> str:
-    return text if text.startswith("[") else f"[{text}]"

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from jsonargparse import (
-    ArgumentError,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    set_parsing_settings,
-)
 
-from lorakit.errors import ConfigurationError, nearest
-
-# The string under a field is its help text.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from lorakit.cli.config_files import Loader, read_options, shortest_names
+from lorakit.cli.option_names import suggestion
+from lorakit.cli.options import Option, build, options_of, sections_of
+from lorakit.errors import ConfigurationError
 
 Config = TypeVar("Config")
 
-
-class _Formatter(DefaultHelpFormatter):
-    """Help with columns wide enough for nested option names."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=100)
-
-    def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        """List only the required options, because a usage line with every option is unreadable."""
-        needed = [a for a in actions if a.required]
-        super().add_usage(usage, needed, [], prefix)
+_OPTION = re.compile(r"--?[A-Za-z][\w.-]*(=|$)")
+_PATTERN_SIGNS = frozenset("()[]{}\\|")
+"""Characters of regular expressions: a comma between them does not separate names."""
 
 
 def parse(
@@ -46,49 +29,47 @@ def parse(
     *positional: str,
     defaults: Mapping[str, Any] | None = None,
     typed_only: str | None = None,
+    unused: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
 ) -> Config:
     """Return a configuration parsed from `argv` and from the YAML files of `--config`.
+
+    Arguments override files, and later files override earlier ones. Prints the help and exits on `--help`.
 
     Args:
         config_class: Dataclass whose fields are the options; the string under a field is its help.
         command: Name of the command.
         text: Description of the command.
         argv: Arguments after the command's name.
-        positional: Fields that the first arguments may set without option names, in this order.
+        positional: Fields that arguments without an option name set, in this order. A last field that takes a list
+            gets all remaining arguments.
         defaults: Values by dotted name that replace the defaults of the class.
         typed_only: An option that the caller already removed from `argv`, so that no YAML file can set it.
+        unused: From the options in `argv`, the options or sections that a file may have but that have no effect
+            beside them. They are skipped and named.
 
     Raises:
         ConfigurationError: An option is unknown or has an invalid value. Names the nearest option.
     """
-    parser = ArgumentParser(
-        prog=f"lorakit {command}",
-        description=text,
-        formatter_class=_Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_class_arguments(config_class, None)
-    if defaults:
-        parser.set_defaults(dict(defaults))
-    options = [name for action in parser._actions for name in action.option_strings]
-    arguments = _named(list(argv), positional)
-    _check_files(arguments)
-    try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise ConfigurationError(_explain(str(error), options, typed_only)) from None
-    except ValueError as error:  # a setting was rejected inside an optional section
-        raise _refusal(error) or ConfigurationError(
-            _explain(str(error), options, typed_only)
-        ) from None
-    except TypeError:  # a list where a section of options belongs
-        raise ConfigurationError(
-            "A section of options must be a mapping: one 'name: value' per line."
-        ) from None
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-    return config_class(**{name: getattr(parsed, name) for name in names})
+    if "--help" in argv or "-h" in argv:
+        from lorakit.cli.help import show_help
+
+        show_help(config_class, command, text, positional, every="all" in argv)
+        sys.exit(0)
+    files, typed = _typed(argv, config_class, positional, command)
+    values = dict(defaults or {})
+    without_effect = tuple(unused(typed)) if unused else ()
+    for file in files:
+        found, foreign = read_options(file, config_class, typed_only)
+        ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
+        found = {name: value for name, value in found.items() if name not in ignored}
+        reasons = {"of other commands": foreign, "without effect beside the arguments": ignored}
+        parts = [
+            f"{', '.join(shortest_names(n, found))} ({why})" for why, n in reasons.items() if n
+        ]
+        if parts:
+            print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)
+        values.update(found)
+    return build(config_class, {**values, **typed})
 
 
 def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
@@ -115,94 +96,127 @@ def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]
     return (values[0] if values else None), rest
 
 
-def name_list(argv: Sequence[str], option: str) -> list[str]:
-    """Pass all arguments before the first option to `option`, as one list."""
-    values = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    return [*([option, json.dumps(values)] if values else []), *argv[len(values) :]]
+def _typed(
+    argv: Sequence[str], config_class: type, positional: tuple[str, ...], command: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the files of `--config`, and the value of every option in `argv` by dotted name."""
+    options = {"config": _CONFIG, **options_of(config_class)}
+    values: dict[str, Any] = {}
+    files: list[str] = []
+    free: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not _OPTION.match(word):
+            free.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        option, key = _option(flag, options, sections_of(config_class))
+        given = [text] if equals else _take_values(option, words, bool(positional))
+        value = _value(given, option, key)
+        if option is _CONFIG:
+            files.append(value)
+        elif key:
+            values[option.name] = {**values.get(option.name, {}), key: value}
+        else:
+            values[option.name] = value
+    return files, {**_of_positions(free, options, positional, command), **values}
 
 
-def _named(argv: list[str], positional: tuple[str, ...]) -> list[str]:
-    """Insert the option names of `positional` before the leading values."""
-    named = []
-    for field in positional:
-        if not argv or argv[0].startswith("-"):
-            break
-        named += [f"--{field}", argv.pop(0)]
-    return named + argv
+_CONFIG = Option("config", str, None, "YAML file with any of these options")
 
 
-def _refusal(error: BaseException | None) -> ConfigurationError | None:
-    """Return the ConfigurationError that caused `error`, or None."""
-    while error is not None:
-        if isinstance(error, ConfigurationError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def _option(
+    flag: str, options: Mapping[str, Option], sections: Mapping[str, type]
+) -> tuple[Option, str]:
+    """Return the option of an argument, where a dash may stand for an underscore.
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """Rejects duplicate keys, of which YAML readers silently use the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"'{key.value}' occurs twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _check_files(arguments: list[str]) -> None:
-    """Check the YAML files for errors that the parser ignores or does not explain.
+    The second value is empty, but for --data.columns.prompt the option is data.columns, and the key is prompt.
 
     Raises:
-        ConfigurationError: A file is missing, is not UTF-8, is not YAML, or has a duplicate key.
+        ConfigurationError: The option is unknown, or a section.
     """
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
-        name = value if flag == "--config" else flag.removeprefix("--config=")
-        if flag != "--config" and name == flag:
-            continue
-        try:
-            yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_StrictLoader)
-        except OSError as error:
-            raise ConfigurationError(f"--config {name}: {error.strerror or error}.") from None
-        except UnicodeDecodeError:
-            raise ConfigurationError(f"--config {name} is not UTF-8 text.") from None
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"--config {name}: {' '.join(str(error).split())}.") from None
-
-
-def _explain(message: str, options: list[str], typed_only: str | None) -> str:
-    """Return the parser's message, with the nearest option if one is unknown."""
-    section = re.search(r'Parser key "([\w.]+)":\s+Unable to load config \'(.*?)\'', message)
-    if section:
-        first = next((o for o in options if o.startswith(f"--{section[1]}.")), f"--{section[1]}")
-        value = section[2].rsplit("/", 1)[-1]
-        return f"--{section[1]} is a group of options. Write {first} {value}, or set --{section[1]} to a YAML file."
-    missing = re.search(
-        r'Parser key "([\w.]+)":.*the following arguments are required: (\w+)', message, re.DOTALL
+    raw = flag.lstrip("-")
+    for name in (raw, raw.replace("-", "_")):
+        if name in options:
+            return options[name], ""
+        if name in sections:
+            first = next(option for option in options if option.startswith(f"{name}."))
+            raise ConfigurationError(f"--{name} is a group of options. Write --{first} VALUE.")
+    for option in options.values():
+        if option.takes_mapping and raw.startswith(f"{option.name}."):
+            return option, raw.removeprefix(f"{option.name}.")
+    raise ConfigurationError(
+        f"unknown option '{flag}'.{suggestion(raw, options)} --help lists the options."
     )
-    if missing:
-        name = f"{missing[1]}.{missing[2]}"
-        return f"Options of {missing[1]} require {name}. Add --{name}, or remove all --{missing[1]} options."
-    found = next((m for pattern in _UNKNOWN if (m := re.search(pattern, message))), None)
-    hint = ""
-    if found:
-        name = ".".join(part for part in found.groups() if part)
-        wrong = name if name.startswith("--") else f"--{name}"
-        if wrong == typed_only:
-            return f"{wrong} works only on the command line; a YAML file cannot set it."
-        hint = nearest(wrong.split("=")[0], options) or nearest(wrong.split(".")[0], options)
-    return f"{message.strip().rstrip('.')}.{hint} --help lists the options."
 
 
-_UNKNOWN = (
-    r"unrecognized arguments: (\S+)",
-    r"Group '([\w.-]+)' does not accept option '([\w.-]+)'",
-    r"Option '([\w.-]+)' is not accepted",
-    r"Key '([\w.-]+)' is not expected",
-    r"does not accept option '([\w.-]+)'",
-)
-"""Patterns of the parser's messages about an unknown option."""
+def _take_values(option: Option, words: list[str], positional: bool) -> list[str]:
+    """Remove and return the values of an option at the start of `words`; `positional` words may follow a flag."""
+    count = 0
+    while count < len(words) and not _OPTION.match(words[count]):
+        count += 1
+    if bool in option.kinds:
+        is_flag = positional and isinstance(_read_text("".join(words[:1])), str)
+        count = 0 if is_flag else min(count, 1)
+    elif not option.takes_list:
+        count = min(count, 1)
+    given = words[:count]
+    del words[:count]
+    return given
+
+
+def _of_positions(
+    words: list[str], options: Mapping[str, Option], positional: tuple[str, ...], command: str
+) -> dict[str, Any]:
+    """Return the options of the arguments without an option name."""
+    values: dict[str, Any] = {}
+    for name in positional:
+        if not words:
+            break
+        count = len(words) if options[name].takes_list else 1
+        values[name] = words[0] if count == 1 and str in options[name].kinds else words[:count]
+        words = words[count:]
+    if words:
+        file = words[0].endswith((".yaml", ".yml"))
+        hint = f" Write --config {words[0]} for a YAML file." if file else ""
+        raise ConfigurationError(
+            f"unexpected argument '{words[0]}'.{hint} 'lorakit {command} --help' shows what to write."
+        )
+    return values
+
+
+def _value(words: list[str], option: Option, key: str = "") -> Any:
+    """Return the value that the words of an option mean; `build` checks its type."""
+    if not words:
+        if bool in option.kinds:
+            return True
+        raise ConfigurationError(f"--{option.name} needs a value.")
+    text = words[0]
+    if key:
+        return _read_text(text)
+    if type(None) in option.kinds and text == "null":
+        return None
+    items = next((get_args(k) for k in option.kinds if get_origin(k) in (list, tuple)), None)
+    if items is not None:
+        read = _read_text(text) if text.startswith("[") else None
+        if isinstance(read, list) and len(words) == 1:
+            return read
+        if len(words) == 1 and "," in text and not _PATTERN_SIGNS.intersection(text):
+            words = [part.strip() for part in text.split(",") if part.strip()]
+        elif len(words) == 1 and str in option.kinds:
+            return text
+        return [word if _is_text(items[0]) else _read_text(word) for word in words]
+    return text if any(map(_is_text, option.kinds)) else _read_text(text)
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal
+
+
+def _read_text(text: str) -> Any:
+    """Return the YAML value of a text, or the text itself where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError:
+        return text

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorakit.cli.analyze_options import Written
+from lorakit.cli.methods_in_files import options_of_other_methods
+from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.training.config import TrainConfig
@@ -69,15 +71,11 @@ class PlanConfig(TrainConfig):
         return TrainConfig(**{**settings, "overwrite": False})
 
 
+CONFIGS = (PlanConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Plan and print."""
-    from lorakit.cli.console import console
-    from lorakit.cli.parsing import parse
-    from lorakit.planning import plan
-    from lorakit.planning.report import memory_figure, plan_page
-    from lorakit.reporting import drawing
-    from lorakit.training.environment import command
-
     config = parse(
         PlanConfig,
         "plan",
@@ -85,7 +83,14 @@ def run(argv: Sequence[str]) -> None:
         "size on disk, peak memory by part and time per step, compared with full fine-tuning. Takes the options "
         "of lorakit train; --base.name gpt3-175b plans the paper's largest model.",
         argv,
+        unused=options_of_other_methods,
     )
+    from lorakit.cli.console import console
+    from lorakit.planning import plan
+    from lorakit.planning.report import memory_figure, plan_page
+    from lorakit.reporting import drawing
+    from lorakit.training.environment import command
+
     files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
     files.require_writable()
     if config.calibrate:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit.cli.parsing import parse
+from lorakit.evaluation.predict_config import PredictConfig
+
+CONFIGS = (PredictConfig,)
+
 
 def run(argv: Sequence[str]) -> None:
     """Predict the rows, write them and print how often each class was predicted."""
-    from lorakit.cli.parsing import parse
-    from lorakit.evaluation.predict import predict
-    from lorakit.evaluation.predict_config import PredictConfig
-
     config = parse(
         PredictConfig,
         "predict",
@@ -18,6 +19,8 @@ def run(argv: Sequence[str]) -> None:
         "regression.",
         argv,
     )
+    from lorakit.evaluation.predict import predict
+
     result = predict(config)
     print(f"rows         {result.report}")
     if result.counts:

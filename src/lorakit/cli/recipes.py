@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lorakit.cli.parsing import parse
 
 SCORED = ("data.task", "data.max_length", "data.too_long")
 """Settings of a recipe that also apply when its adapter is scored."""
@@ -17,22 +18,21 @@ SCORED = ("data.task", "data.max_length", "data.too_long")
 class RecipesConfig:
     """Select recipes."""
 
-    words: str = ""
+    words: tuple[str, ...] = ()
     """Show the recipes whose names contain all of these words: `mrpc`, or `roberta-large lora @code`."""
     json: bool = False
     """Print JSON: settings, decoding, source and notes of each recipe."""
 
 
+CONFIGS = (RecipesConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """List the matching recipes, or show a single match in full."""
     from lorakit.cli.console import console, table
-    from lorakit.cli.parsing import parse
     from lorakit.errors import ConfigurationError
     from lorakit.paper.recipes import matching, recipe
 
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    if words:  # several words need no quotes
-        argv = [" ".join(words), *argv[len(words) :]]
     config = parse(
         RecipesConfig,
         "recipes",
@@ -41,14 +41,15 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "words",
     )
-    matches = matching(config.words)
+    words = " ".join(config.words)
+    matches = matching(words)
     if not matches:
         raise ConfigurationError(
-            f"No recipe's name contains '{config.words}'. A name is model/task/method@origin, for example "
+            f"No recipe's name contains '{words}'. A name is model/task/method@origin, for example "
             "roberta-base/mrpc/lora@paper; 'lorakit recipes' lists them."
         )
-    if any(config.words in (r.name, r.name.partition("@")[0]) for r in matches):
-        matches = [recipe(config.words)]
+    if any(words in (r.name, r.name.partition("@")[0]) for r in matches):
+        matches = [recipe(words)]
     if config.json:
         print(json.dumps([asdict(r) for r in matches], indent=2))
         return

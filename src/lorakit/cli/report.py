@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.cli.parsing import parse
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, LorakitError
 
@@ -39,21 +40,23 @@ class ReportConfig:
             raise ConfigurationError("runs names a folder twice; give each run folder once.")
 
 
+CONFIGS = (ReportConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Read the run folders and write the report."""
+    config = parse(
+        ReportConfig,
+        "report",
+        "Write the HTML report of a run, finished or not, or compare several runs.",
+        argv,
+        "runs",
+    )
     from lorakit import storage
-    from lorakit.cli.parsing import name_list, parse
     from lorakit.methods.registry import use_method
     from lorakit.reporting.drawing import require_drawing
     from lorakit.training.run_folder import REPORT
 
-    config = parse(
-        ReportConfig,
-        "report",
-        "Write the HTML report of a run, finished or not, or compare several runs. "
-        "Usage: lorakit report RUN [RUN ...].",
-        name_list(argv, "--runs"),
-    )
     if config.method is not None:
         use_method(config.method)
     require_drawing()

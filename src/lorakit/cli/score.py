@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorakit.cli.parsing import parse
 from lorakit.evaluation.score_files import Family
 
 
@@ -26,22 +27,23 @@ class ScoreConfig:
     """Print JSON."""
 
 
+CONFIGS = (ScoreConfig,)
+
+
 def run(argv: Sequence[str]) -> None:
     """Score the files and print the scores."""
-    from lorakit.cli.console import print_scores
-    from lorakit.cli.parsing import parse
-    from lorakit.evaluation.score_files import score_files
-
     config = parse(
         ScoreConfig,
         "score",
         "Score a file of generated texts with the metrics of a data set of the paper, on the scale of its official "
-        "scorer. "
-        "Usage: lorakit score OUTPUTS [REFERENCES] --metrics e2e.",
+        "scorer.",
         argv,
         "outputs",
         "references",
     )
+    from lorakit.cli.console import print_scores
+    from lorakit.evaluation.score_files import score_files
+
     scores = score_files(config.outputs, config.references, config.metrics, java=config.java)
     if config.json:
         print(json.dumps(scores, indent=2))

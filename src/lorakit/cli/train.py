@@ -6,19 +6,18 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.methods_in_files import options_of_other_methods
+from lorakit.cli.parsing import parse, take_option
+from lorakit.training.config import TrainConfig
+
 if TYPE_CHECKING:
-    from lorakit.training.config import TrainConfig
     from lorakit.training.run_folder import RunResult
+
+CONFIGS = (TrainConfig,)
 
 
 def run(argv: Sequence[str]) -> None:
     """Train, then print the scores and the path of the adapter."""
-    from lorakit.cli.parsing import parse, take_option
-    from lorakit.cli.report import write_run_report
-    from lorakit.formatting import duration, gigabytes
-    from lorakit.training.config import TrainConfig
-    from lorakit.training.loop import train
-
     recipe, rest = take_option(argv, "--recipe")
     config = parse(
         TrainConfig,
@@ -30,7 +29,12 @@ def run(argv: Sequence[str]) -> None:
         rest,
         defaults=_recipe(recipe, rest) if recipe else None,
         typed_only="--recipe",
+        unused=options_of_other_methods,
     )
+    from lorakit.cli.report import write_run_report
+    from lorakit.formatting import duration, gigabytes
+    from lorakit.training.loop import train
+
     result = train(config)
     early = ", stopped early" if result.stopped_early else ""
     print(

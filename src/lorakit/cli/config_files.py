@@ -1,0 +1,164 @@
+"""YAML files of options. One file can serve every command: each reads its own options and skips the others'."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit.cli.option_names import OTHER_NAMES, suggestion
+from lorakit.cli.options import options_of, sections_of
+from lorakit.errors import ConfigurationError
+
+
+class Loader(yaml.SafeLoader):
+    """Reads 5e-4 as a number and a date as text, as YAML 1.2 does, and rejects duplicate keys."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"'{key.value}' occurs twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, list[str]]:
+    """Return the options of a command in a YAML file, and the names of those that only other commands have.
+
+    If a file has settings that only `lorakit train` has, its `output`, `method`, `batch_size` and other options
+    outside sections belong to the training run, and other commands skip them too.
+
+    Args:
+        path: The file.
+        config_class: Configuration of the command.
+        typed_only: An option that only the command line can set, such as --recipe.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or has a key that no command has.
+    """
+    content = _read(path)
+    own, sections = options_of(config_class), sections_of(config_class)
+    values = dict(_flat(content, sections))
+    if values.keys() <= own.keys() | sections.keys():
+        return values, []
+    every = _options_of_every_command()
+    every_section = _sections_of_every_command()
+    values = dict(_flat(content, {**every_section, **sections}))
+    training = _options_of_training_only()
+    is_of_run = not training.isdisjoint(values) and training.isdisjoint(own)
+    of_run = _top_level_of_training() if is_of_run else set()
+    for name in values:
+        if name in own or name in sections or name in of_run:
+            continue
+        if f"--{name}" == typed_only:
+            raise ConfigurationError(
+                f"{path}: --{name} works only on the command line; a YAML file cannot set it."
+            )
+        if name not in every or _means_own(name, own):
+            raise ConfigurationError(
+                f"{path}: unknown option '{name}'.{suggestion(name, own)} --help lists the options."
+            )
+    used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
+    return used, [name for name in values if name not in used]
+
+
+def shortest_names(skipped: list[str], values: Mapping[str, Any]) -> list[str]:
+    """Replace the options of a section by the section's name, unless the command uses others of the section."""
+    used = {name.split(".")[0] for name in values}
+    short = [name if name.split(".")[0] in used else name.split(".")[0] for name in skipped]
+    return list(dict.fromkeys(short))
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+    except OSError as error:
+        raise ConfigurationError(f"--config {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"--config {path} is not UTF-8 text.") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--config {path}: {' '.join(str(error).split())}.") from None
+    if content is None:  # an empty file
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"--config {path} is not a mapping of options. Write one 'name: value' per line."
+        )
+    return content
+
+
+def _flat(
+    content: Mapping[Any, Any], sections: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield every option of a mapping by its dotted name."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if name in sections and isinstance(value, dict):
+            yield from _flat(value, sections, f"{name}.")
+        elif value is None and name in sections:  # a section of which every line is a comment
+            continue
+        else:
+            yield name, value
+
+
+def _means_own(name: str, own: Mapping[str, Any]) -> bool:
+    """Whether an option of another command is probably a mistake for one of this command: `rank` for lora.rank."""
+    if "." in name:
+        return False
+    return OTHER_NAMES.get(name) in own or any(option.endswith(f".{name}") for option in own)
+
+
+@functools.cache
+def _configurations() -> tuple[type, ...]:
+    from lorakit.cli import COMMANDS
+
+    modules = [import_module(f"lorakit.cli.{command}") for command in COMMANDS]
+    return tuple(config for module in modules for config in getattr(module, "CONFIGS", ()))
+
+
+@functools.cache
+def _options_of_every_command() -> frozenset[str]:
+    return frozenset(name for config in _configurations() for name in options_of(config))
+
+
+@functools.cache
+def _sections_of_every_command() -> dict[str, type]:
+    return {name: kind for c in _configurations() for name, kind in sections_of(c).items()}
+
+
+def _top_level_of_training() -> set[str]:
+    from lorakit.training.config import TrainConfig
+
+    return {field.name for field in dataclasses.fields(TrainConfig)} - sections_of(
+        TrainConfig
+    ).keys()
+
+
+@functools.cache
+def _options_of_training_only() -> frozenset[str]:
+    """Return the options that only training and its plan have."""
+    from lorakit.training.config import TrainConfig
+
+    others = [config for config in _configurations() if not issubclass(config, TrainConfig)]
+    names = {name for config in others for name in options_of(config)}
+    return frozenset(options_of(TrainConfig)) - names

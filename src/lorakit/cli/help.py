@@ -1,0 +1,154 @@
+"""The help of a command: the options that matter, or all of them, in groups."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import MISSING
+from typing import Any, Literal, get_args, get_origin
+
+from lorakit.cli.options import Option, missing_options, options_of
+from lorakit.configuration import YAML, type_name
+
+WIDTH, COLUMN = 100, 30
+
+GROUPS = {
+    "model": ("base", "model", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
+    "data": ("data", "split", "tasks", "text", "prompt", "file", "task", "encoding"),
+    "method": (
+        *("method", "method_settings", "methods", "from_adapter", "lora", "full", "bitfit"),
+        *("bottleneck", "prefix_embedding", "prefix_layer"),
+    ),
+    "training": (
+        *("epochs", "max_steps", "batch_size", "accumulation", "packing", "sampling", "seed"),
+        *("label_smoothing", "gradient_checkpointing", "compile", "optimizer", "evaluation"),
+        "checkpoints",
+    ),
+    "generation": ("decoding",),
+    "output": (
+        *("output", "resume", "overwrite", "loggers", "json", "plot", "report", "layers"),
+        *("figures", "keep_weights", "dry_run"),
+    ),
+}
+"""Headings, and the options and sections under each. Others come under "options"."""
+
+MAIN = (
+    *("base.name", "base.dtype", "data.train", "data.validation", "data.max_length"),
+    *("method", "lora.rank", "lora.alpha", "lora.targets"),
+    *("epochs", "batch_size", "optimizer.learning_rate", "output", "resume", "overwrite"),
+)
+"""The options of a training run that `--help` shows."""
+
+SHORT = {
+    "train": MAIN,
+    "plan": (
+        *(
+            name
+            for name in MAIN
+            if name not in ("data.validation", "resume", "overwrite", "epochs")
+        ),
+        *("length", "json", "plot", "report"),
+    ),
+    "evaluate": (
+        *("base.name", "adapter", "data.test", "data.train", "data.task", "data.max_length"),
+        *("split", "scores", "limit", "batch_size", "method", "decoding.max_new_tokens"),
+        *("decoding.temperature", "output", "overwrite"),
+    ),
+}
+"""The options that `--help` shows for commands with many. Other commands show `_MATTERS` of their sections."""
+
+_MATTERS = (
+    *("base.name", "base.dtype", "data.train", "data.test", "data.task"),
+    *("decoding.max_new_tokens", "decoding.temperature"),
+)
+
+
+def show_help(
+    config_class: type, command: str, text: str, positional: tuple[str, ...], *, every: bool
+) -> None:
+    """Print the usage, the description and the options of a command.
+
+    Args:
+        config_class: Dataclass whose fields are the options.
+        command: Name of the command.
+        text: Description of the command.
+        positional: Fields that arguments without an option name set.
+        every: Print every option, not only those that matter.
+    """
+    options = options_of(config_class)
+    shown = options if every else {n: o for n, o in options.items() if _matters(n, command)}
+    required = missing_options(config_class, {})
+    print(_usage(options, command, positional, required))
+    print()
+    print(textwrap.fill(text, WIDTH))
+    for heading in (*GROUPS, "options"):
+        members = [option for option in shown.values() if _group(option.name) == heading]
+        if members:
+            print(f"\n{heading}:")
+            for option in members:
+                brief = len(shown) < len(options)
+                text = _description(option, required=option.name in required, brief=brief)
+                print(_entry(f"--{option.name}", text))
+    print()
+    print(_entry("--config FILE.yaml", "Read options from a YAML file. Arguments override it."))
+    if len(shown) < len(options):
+        hidden = len(options) - len(shown)
+        print(
+            _entry(
+                "--help all", f"Show all options, also the other {hidden}, with their full text."
+            )
+        )
+
+
+def _matters(name: str, command: str) -> bool:
+    if command in SHORT:
+        return name in SHORT[command]
+    return "." not in name or name in _MATTERS
+
+
+def _usage(
+    options: dict[str, Option], command: str, positional: tuple[str, ...], required: list[str]
+) -> str:
+    words = ["usage: lorakit", command]
+    for name in positional:
+        word = name.rpartition(".")[2].upper() + (" ..." if options[name].takes_list else "")
+        words.append(word if name in required else f"[{word}]")
+    for name in required:
+        if name not in positional:
+            words.append(f"--{name} {name.rpartition('.')[2].upper()}")
+    return " ".join([*words, "[--option VALUE ...]"])
+
+
+def _entry(flag: str, text: str) -> str:
+    lines = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+    if len(flag) > COLUMN - 4:
+        lines = ["", *lines]
+    first, *rest = lines
+    return "\n".join([f"  {flag:<{COLUMN - 2}}{first}".rstrip(), *(" " * COLUMN + r for r in rest)])
+
+
+def _description(option: Option, *, required: bool, brief: bool) -> str:
+    """Return the help text with type and default; `brief` keeps the first sentence of the text."""
+    text = re.split(r"(?<=\.) (?=[A-Z])", option.text)[0] if brief else option.text
+    facts = [] if _is_plain(option.annotation) else [type_name(option.annotation, YAML)]
+    if required:
+        facts.append("required")
+    elif option.default not in (MISSING, None, "", (), []) and option.default != {}:
+        facts.append(f"default: {_shown(option.default)}")
+    return text + (f" ({'; '.join(facts)})" if facts else "")
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether the type needs no words: a string."""
+    return str in (annotation, *get_args(annotation)) and get_origin(annotation) is not Literal
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ", ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+
+
+def _group(name: str) -> str:
+    first = name.split(".")[0]
+    return next((heading for heading, names in GROUPS.items() if first in names), "options")

@@ -1,0 +1,177 @@
+"""The options of a command: the fields of its configuration class, by dotted name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lorakit.configuration import YAML, converted
+from lorakit.errors import ConfigurationError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field that takes a value. A field that is itself a configuration is a section, see `sections_of`."""
+
+    name: str
+    """Dotted name, such as lora.rank."""
+    annotation: Any
+    """Type of the value."""
+    default: Any
+    """Default value; MISSING without one."""
+    text: str
+    """Help text: the string under the field."""
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types of a union; otherwise the only type."""
+        return _kinds(self.annotation)
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether the value can be a list."""
+        return any(get_origin(kind) in (list, tuple) for kind in self.kinds)
+
+    @property
+    def takes_mapping(self) -> bool:
+        """Whether the value is a mapping."""
+        return any(get_origin(kind) is dict for kind in self.kinds)
+
+
+@functools.cache
+def options_of(config_class: type) -> dict[str, Option]:
+    """Return every option of a configuration class, also those of its sections, by dotted name."""
+    return {option.name: option for option in _options(config_class, "")}
+
+
+@functools.cache
+def sections_of(config_class: type) -> dict[str, type]:
+    """Return the configuration class of every section, by dotted name."""
+    found = {}
+    for field, annotation in _fields(config_class):
+        if (section := _section(annotation)) is not None:
+            found[field.name] = section
+            inner = sections_of(section)
+            found.update({f"{field.name}.{name}": kind for name, kind in inner.items()})
+    return found
+
+
+def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a configuration with `values`, by dotted name. Other fields keep their defaults.
+
+    Raises:
+        ConfigurationError: A required option is absent, or a value is invalid.
+    """
+    if missing := missing_options(config_class, values):
+        section = missing[0].rpartition(".")[0]
+        if section and any(name.startswith(f"{section}.") for name in values):
+            raise ConfigurationError(
+                f"Options of {section} require {missing[0]}. Add --{missing[0]}, or remove all --{section} options."
+            )
+        raise ConfigurationError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. "
+            f"Add {' and '.join(f'--{name} VALUE' for name in missing)}. --help lists the options."
+        )
+    return _build(config_class, values, "", None)
+
+
+def _build(config_class: type[Config], values: Mapping[str, Any], prefix: str, base: Any) -> Config:
+    """Build a section from its options, which start with `prefix`; unset ones have the values of `base`."""
+    settings = {}
+    for field, annotation in _fields(config_class):
+        name = prefix + field.name
+        section = _section(annotation)
+        if section is not None and _inside(name, values):
+            settings[field.name] = _build(section, values, f"{name}.", _default(field))
+        elif name in values:
+            settings[field.name] = converted(values[name], annotation, name, YAML)
+    if dataclasses.is_dataclass(base) and not isinstance(base, type):
+        return dataclasses.replace(base, **settings)  # type: ignore[return-value]
+    return config_class(**settings)
+
+
+def missing_options(config_class: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the required options that `values` does not have."""
+    missing = []
+    for field, annotation in _fields(config_class):
+        name = prefix + field.name
+        default = _default(field)
+        section = _section(annotation)
+        if section is None:
+            missing += [name] if default is MISSING and name not in values else []
+        elif default is MISSING or (default is None and _inside(name, values)):
+            missing += missing_options(section, values, f"{name}.")
+    return missing
+
+
+def _options(config_class: type, prefix: str) -> Iterator[Option]:
+    texts = _texts(config_class)
+    for field, annotation in _fields(config_class):
+        name = prefix + field.name
+        if (section := _section(annotation)) is not None:
+            yield from _options(section, f"{name}.")
+        else:
+            yield Option(name, annotation, _default(field), texts.get(field.name, ""))
+
+
+def _fields(config_class: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = _hints(config_class)
+    return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _section(annotation: Any) -> type | None:
+    """Return the configuration class of a section; None for other fields."""
+    return next((kind for kind in _kinds(annotation) if dataclasses.is_dataclass(kind)), None)  # type: ignore[return-value]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _inside(section: str, values: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{section}.") for name in values)
+
+
+def _texts(config_class: type) -> dict[str, str]:
+    """Return the string under each field, also of base classes."""
+    texts: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(owner):
+            texts.update(_module_texts(owner.__module__).get(owner.__name__, {}))
+    return texts
+
+
+@functools.cache
+def _module_texts(module: str) -> dict[str, dict[str, str]]:
+    """Return the strings under the fields of each class of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_strings_under_fields(node)) for node in classes}
+
+
+def _strings_under_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for statement, following in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            yield statement.target.id, " ".join(str(following.value.value).split())

@@ -1,0 +1,85 @@
+"""`lorakit init` writes a file that every command reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.cli import main
+from lorakit.cli.data import DataCommandConfig
+from lorakit.cli.generate import GenerateConfig
+from lorakit.cli.parsing import parse
+from lorakit.data.examples import task_of
+from lorakit.training.config import TrainConfig
+
+CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+DATA: dict[str, tuple[list[dict[str, Any]], str, dict[str, str], str]] = {
+    "chat": (CHAT, "chat", {}, "smollm2-135m"),
+    "prompts": ([{"prompt": "a", "completion": "b"}], "completion", {}, "smollm2-135m"),
+    "questions": (
+        [{"id": "1", "Question": "a", "Reply": "b"}],
+        "completion",
+        {"prompt": "Question", "completion": "Reply"},
+        "smollm2-135m",
+    ),
+    "labels": (
+        [{"review": "good", "sentiment": "yes: pos"}, {"review": "bad", "sentiment": "neg"}],
+        "classification",
+        {"text": "review", "label": "sentiment"},
+        "minilm-l6",
+    ),
+}
+
+
+def write(folder: Path, rows: list[dict[str, Any]], suffix: str) -> str:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path.name
+
+
+@pytest.mark.parametrize(("rows", "task", "columns", "base"), DATA.values(), ids=DATA)
+def test_every_command_reads_the_file(
+    rows, task, columns, base, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(tmp_path, rows, ".jsonl" if task == "chat" else ".csv")
+    assert main(["init", data]) == 0
+    assert "lorakit train --config run.yaml" in capsys.readouterr().out
+    config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
+    assert (config.data.train, config.data.task, config.data.columns) == (data, task, columns)
+    assert (config.base.name, config.output) == (base, "out/rows")
+    assert task_of(config.data).name == task
+    assert parse(DataCommandConfig, "data", "", ["--config", "run.yaml"]).data == config.data
+    use = parse(GenerateConfig, "generate", "", ["--config", "run.yaml", "--prompt", "x"])
+    assert (use.adapter, use.output, use.method) == ("out/rows/adapter", None, None)
+    assert "# labels: neg, yes: pos" in Path("run.yaml").read_text() or task != "classification"
+
+
+def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(tmp_path, [{"left": "a", "right": "b"}], ".jsonl")
+    assert main(["init", data]) == 1
+    assert "has the columns left, right" in capsys.readouterr().err
+    assert not Path("run.yaml").exists()
+    chosen = [data, "--data.columns.prompt", "left", "--data.columns.completion", "right"]
+    assert main(["init", *chosen]) == 0
+    text = Path("run.yaml").read_text()
+    assert "columns: {completion: right, prompt: left}" in text
+    assert "validation_fraction: 0.1" in text
+    assert main(["init", *chosen]) == 1
+    assert Path("run.yaml").read_text() == text
+    more = ["--base.name", "other", "--data.validation", "held.jsonl", "--data.max_length", "64"]
+    assert main(["init", *chosen, "--overwrite", *more]) == 0
+    config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
+    assert (config.base.name, config.data.validation) == ("other", "held.jsonl")
+    assert (config.data.max_length, config.data.validation_fraction) == (64, 0)

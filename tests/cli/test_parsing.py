@@ -1,0 +1,195 @@
+"""Arguments as people type them, one file for every command, and messages that say what to write."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli import COMMANDS, main
+from lorakit.cli.combine import CombineConfig
+from lorakit.cli.generate import GenerateConfig
+from lorakit.cli.merge import MergeConfig
+from lorakit.cli.methods_in_files import options_of_other_methods
+from lorakit.cli.parsing import parse
+from lorakit.errors import ConfigurationError
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.training.config import TrainConfig
+
+RUN = "--base.name b --data.train t.jsonl --output out"
+SHARED = """
+base: {name: b, revision: "12"}
+data: {train: t.jsonl, test: held.jsonl, max_length: 64}
+output: out/first
+method: lora
+batch_size: 4
+adapter: out/first/adapter
+lora:
+  rank: 4
+optimizer:
+  learning_rate: 5e-4
+decoding:
+  max_new_tokens: 20
+evaluation:
+"""
+
+
+def train(arguments: str) -> TrainConfig:
+    argv = shlex.split(arguments)
+    return parse(TrainConfig, "train", "Train.", argv, unused=options_of_other_methods)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(SHARED)
+    return path
+
+
+# --- one file for every command -------------------------------------------------------------------
+
+
+def test_training_reads_its_part_of_a_shared_file(shared, capsys) -> None:
+    config = train(f"--config {shared}")
+    assert (config.lora.rank, config.optimizer.learning_rate) == (4, 5e-4)
+    assert (config.output, config.data.max_length) == ("out/first", 64)
+    notes = capsys.readouterr().err
+    assert notes == f"note: {shared}: lorakit train skips adapter, decoding (of other commands).\n"
+
+
+def test_evaluation_skips_the_output_of_the_training_run(shared, capsys) -> None:
+    config = parse(EvaluateConfig, "evaluate", "Score.", ["--config", str(shared)])
+    assert config.base is not None
+    assert (config.base.name, config.base.revision, config.data.test) == ("b", "12", "held.jsonl")
+    assert config.decoding is not None
+    assert config.decoding.max_new_tokens == 20
+    assert (config.adapter, config.output, config.method) == ("out/first/adapter", None, None)
+    assert config.batch_size == 16
+    notes = capsys.readouterr().err
+    skipped = "output, method, batch_size, lora, optimizer"
+    assert notes == f"note: {shared}: lorakit evaluate skips {skipped} (of other commands).\n"
+
+
+def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
+    file = tmp_path / "score.yaml"
+    file.write_text("data: {test: held.jsonl}\nbase: {name: b}\noutput: scores.jsonl\n")
+    config = parse(EvaluateConfig, "evaluate", "Score.", ["--config", str(file)])
+    assert (config.output, capsys.readouterr().err) == ("scores.jsonl", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rank: 4", r"unknown option 'rank'\. Did you mean '--lora\.rank'"),
+        ("max_lenght: 4", "unknown option 'max_lenght'"),
+        ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean '--lora\.rank'"),
+        ("lora_alpha: 4", r"unknown option 'lora_alpha'\. Its name in lorakit is --lora\.alpha"),
+        ("decoding: {beam: 4}", r"unknown option 'decoding\.beam'"),
+        ("lora: [4]", r"lora is \[4\]; it must be a group of options"),
+        ("lora: {rank: '8'}", r"lora\.rank is '8'; it must be a whole number\."),
+        ("resume: 1", r"resume is 1; it must be true or false\."),
+        ("epochs: null", r"epochs is null; it must be a number\."),
+        ("- a", "is not a mapping of options"),
+    ],
+)
+def test_a_wrong_line_of_a_file(line: str, message: str, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(line)
+    with pytest.raises(ConfigurationError, match=message):
+        train(f"{RUN} --config {file}")
+
+
+def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: lora\nlora: {rank: 4}\noptimizer: {lr_ratio: 16, eps: 1e-6}\n")
+    config = train(f"{RUN} --config {file} --method bitfit")
+    assert (config.method, config.lora.rank, config.optimizer.lr_ratio) == ("bitfit", 8, 1)
+    assert config.optimizer.eps == 1e-6
+    note = capsys.readouterr().err
+    assert "skips lora, optimizer.lr_ratio (without effect beside the arguments)" in note
+    both = train(f"{RUN} --config {file} --method lora+prefix_layer")
+    assert both.lora.rank == 4
+    with pytest.raises(ConfigurationError, match="section lora has settings"):
+        train(f"{RUN} --method bitfit --lora.rank 3")
+
+
+def test_every_command_names_its_configuration() -> None:
+    """A shared file needs the options of every command."""
+    for command in COMMANDS:
+        assert import_module(f"lorakit.cli.{command}").CONFIGS
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def test_booleans_are_flags_or_have_a_value() -> None:
+    config = train(f"{RUN} --resume --packing false --compile true --lora.dora")
+    assert (config.resume, config.packing, config.compile) == (True, False, True)
+    assert config.lora.dora
+    chat = parse(GenerateConfig, "generate", "", shlex.split("--chat --prompt '--what is it'"))
+    assert (chat.chat, chat.prompt) == (True, "--what is it")
+
+
+def test_arguments_may_follow_a_flag() -> None:
+    config = parse(MergeConfig, "merge", "", ["--overwrite", "in", "out"], "adapter", "output")
+    assert (config.overwrite, config.adapter, config.output) == (True, "in", "out")
+
+
+@pytest.mark.parametrize("text", ["q_proj v_proj", "q_proj,v_proj", "'[q_proj, v_proj]'"])
+def test_lists_by_spaces_commas_or_in_brackets(text: str) -> None:
+    assert train(f"{RUN} --lora.targets {text}").lora.targets == ("q_proj", "v_proj")
+
+
+def test_values_that_are_no_lists() -> None:
+    assert train(f"{RUN} --lora.targets 'h.{{1,2}}'").lora.targets == ("h.{1,2}",)
+    assert train(f"{RUN} --lora.targets '[qv]_proj'").lora.targets == ("[qv]_proj",)
+    assert train(f"{RUN} --base.revision 12").base.revision == "12"
+    words = "a b --output o --weights 0.7 -0.2"
+    config = parse(CombineConfig, "combine", "", words.split(), "adapters")
+    assert (config.adapters, config.weights) == (["a", "b"], [0.7, -0.2])
+
+
+def test_numbers_mappings_and_dashes() -> None:
+    config = train(
+        f"{RUN} --optimizer.learning-rate 5e-4 --optimizer.betas 0.9 0.95 --batch-size=2 "
+        "--data.columns.prompt question --data.columns.completion answer --max_steps null"
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.betas) == (5e-4, (0.9, 0.95))
+    assert config.data.columns == {"prompt": "question", "completion": "answer"}
+    assert (config.batch_size, config.max_steps) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--r 4", r"unknown option '--r'\. Its name in lorakit is --lora\.rank\."),
+        ("--lora.r 4", r"Its name in lorakit is --lora\.rank\."),
+        ("--lora_alpha 4", r"Its name in lorakit is --lora\.alpha\."),
+        ("--target_modules q", r"Its name in lorakit is --lora\.targets\."),
+        ("--lora_dropout 0.1", r"Its name in lorakit is --lora\.dropout\."),
+        ("--learning_rate 1", r"Its name in lorakit is --optimizer\.learning_rate\."),
+        ("--alpha 4", r"Did you mean '--lora\.alpha'"),
+        ("--lora.rank eight", r"lora\.rank is 'eight'; it must be a whole number\."),
+        ("--lora.rank 2.5", r"lora\.rank is 2\.5; it must be a whole number\."),
+        ("--epochs many", r"epochs is 'many'; it must be a number\."),
+        ("--max_steps x", r"max_steps is 'x'; it must be a whole number or null\."),
+        ("--lora.bias nome", r"one of none, all, lora_only\. Did you mean 'none'"),
+        ("--packing maybe", r"packing is 'maybe'; it must be true or false\."),
+        ("--lora 4", r"--lora is a group of options\. Write --lora\.rank VALUE"),
+        ("--lora.rank", r"--lora\.rank needs a value"),
+        ("--lora.rank 4 5", "unexpected argument '5'"),
+        ("run.yaml", r"unexpected argument 'run\.yaml'\. Write --config run\.yaml"),
+    ],
+)
+def test_a_wrong_argument(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as raised:
+        train(f"{RUN} {arguments}")
+    for word in ("Union", "NoneType", "typing", "<class", "int", "str,"):
+        assert word not in str(raised.value)
+
+
+def test_required_options_are_named_together(capsys) -> None:
+    assert main(["train", "--data.train", "t.jsonl"]) == 1
+    assert "Add --base.name VALUE and --output VALUE." in capsys.readouterr().err
