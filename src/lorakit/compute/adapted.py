@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.loading import Base
+from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.tasks import GENERIC, TASKS, NamedText, task_type
+
+_LOG = logging.getLogger(__name__)
 
 TEXT = DataTask(name="completion", labels=())
 """The task if neither the configuration nor the adapter's file names one: text generation."""
@@ -137,10 +141,10 @@ def open_adapted(
     task: DataTask | None = None,
     allow_other_base: bool = False,
 ) -> Base:
-    """Load a base and activate an adapter on it.
+    """Load a base, log its notices, and activate an adapter on it.
 
     Args:
-        base: The base model; None is the one that the adapter records.
+        base: The base model; None is the one that the adapter records, as is one without a name.
         adapter: The adapter; None leaves the base as it is.
         task: The task, which determines the model's head; None is the one that the adapter records, else text
             generation.
@@ -154,20 +158,45 @@ def open_adapted(
         LorakitError: The base or the adapter cannot be read, or do not fit each other.
     """
     if adapter is None:
-        if base is None:
+        if base is None or not base.name:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
-        return open_base(base, task or TEXT)
-    if base is None:
-        record = adapter.stored.base
-        if record is None or record.source.name is None:
-            raise ConfigurationError(
-                f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
-            )
-        base = BaseConfig(name=record.source.name)
-    opened = open_base(base, task or recorded_task(adapter) or TEXT)
+        opened = open_base(base, task or TEXT)
+    else:
+        base = base_of_adapter(base, adapter.stored, adapter.path)
+        opened = open_base(base, task or recorded_task(adapter) or TEXT)
+        if opened.new_weights and set(opened.new_weights) <= adapter.stored.trained.keys():
+            # The adapter brings them.
+            opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
+    for notice in opened.notices:
+        _LOG.warning("%s: %s", opened.source.name, notice)
+    if adapter is None:
+        return opened
     load_stored(
         opened.model, adapter.stored, adapter.path, name=ADAPTER, allow_other_base=allow_other_base
     )
     if (Path(adapter.path) / "tokenizer_config.json").exists():
         opened.tokenizer = AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
     return opened
+
+
+def base_of_adapter(
+    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = ""
+) -> BaseConfig:
+    """Return `base`, with the name that the adapter records if it has none.
+
+    Args:
+        base: The base model; None has neither a name nor other settings.
+        stored: The adapter.
+        path: Its file, for the message.
+
+    Raises:
+        ConfigurationError: Neither `base` nor the adapter names a model.
+    """
+    if base is not None and base.name:
+        return base
+    name = stored.base.source.name if stored.base is not None else None
+    if name is None:
+        raise ConfigurationError(
+            f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
+        )
+    return dataclasses.replace(base or BaseConfig(), name=name)

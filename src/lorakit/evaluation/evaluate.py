@@ -17,6 +17,7 @@ from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
+from lorakit.compute.finite import why_not_finite
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
@@ -149,7 +150,7 @@ def held_out(
     loss = total / max(count, 1)
     if not math.isfinite(loss):
         raise LorakitError(
-            f"The held-out loss is {loss}: the model's output is not finite. Try base.dtype float32."
+            f"The held-out loss is {loss}, because the model's output is not finite: {why_not_finite(model)}"
         )
     if not isinstance(objective, LabelLoss):
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lorakit.compute.batching import context_length
+from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
@@ -47,7 +48,7 @@ def generate(
         progress: Called after each batch with the number of finished prompts.
 
     Raises:
-        BaseModelError: The model cannot generate text, for example a classifier.
+        BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
         DataError: A prompt is empty, or too long for the model's context.
     """
     if not model.can_generate():
@@ -65,7 +66,7 @@ def generate(
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = _generation_config(model, tokenizer, decoding)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([RefuseNaN(model)])
     if decoding.no_repeat_ngram:
         # GenerationConfig.no_repeat_ngram_size would index the vocabulary with the ids of virtual tokens.
         processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
@@ -154,6 +155,18 @@ def _generation_config(
         forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
     )
+
+
+class RefuseNaN(LogitsProcessor):
+    """Raises a BaseModelError if the scores of a step are NaN, which decoding would turn into some token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (B, V) unchanged."""
+        refuse_nan(self.model, scores)
+        return scores
 
 
 class NoRepeatedNGrams(LogitsProcessor):
