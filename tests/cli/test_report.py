@@ -12,7 +12,8 @@ import pytest
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
-from lorakit.training import environment
+from lorakit.evaluation.evaluate import Evaluation
+from lorakit.training import environment, validation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -68,6 +69,31 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     # A new run in the same folder replaces the old report.
     assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_only_got_worse_says_so(capsys, folder, tmp_path, monkeypatch) -> None:
+    """Its best adapter is worse than the base, and scores of 2 texts say that they are of 2."""
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(
+        validation, "held_out", lambda *_, **__: Evaluation(scores={"loss": next(losses)})
+    )
+    options = ["--evaluation.every", "1", "--evaluation.samples", "2"]
+    options += ["--evaluation.max_new_tokens", "2"]
+    status, out, err = call(capsys, *train(folder, tmp_path / "run", *options))
+    assert status == 0
+    note = "(4 examples, texts of 2 samples, best so far, but worse than before training)"
+    assert err.count(note) == 2
+    assert ", best)" not in err
+    assert re.search(r"best .*\(step 2; worse than before training\)", out)
+    assert re.search(r"loss .*\(4 examples\)", out)
+    assert re.search(r"bleu .*\(2 samples\)", out)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "No evaluation was better than before training" in page
+    assert "prefer the adapter in best/" not in page
+    assert "best, but worse than before" in page  # the mark in the charts
+    assert re.search(r"BLEU of 2 samples (fell|rose|stayed)", page)
+    assert re.search(r"before [\d.e-]+, on 2 samples", page)
 
 
 @pytest.mark.slow
