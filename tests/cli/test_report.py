@@ -193,13 +193,21 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
         *("--base.dtype", "float32", "--data.test", folder / "validation.jsonl"),
         *("--decoding.max_new_tokens", "4", "--output", output),
     ]
-    status, out, _ = call(capsys, *argv)
+    status, out, err = call(capsys, *argv)
     assert status == 0
     assert f"report   {output.with_suffix('.html')}" in out
+    assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
+    assert "4 of 4 prompts answered by the base" in err
+    assert out.split()[:3] == ["score", "adapter", "base"]
+    assert "on 4 examples, 4 prompts answered\n" in out
     page = output.with_suffix(".html").read_text()
     loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
-    (shown,) = re.findall(r'<th scope="row">Loss</th><td class="number">([\d.]+)</td>', page)
+    number = r'<td class="number">([\d.]+)</td>'
+    ((shown, of_base),) = re.findall(rf'<th scope="row">Loss</th>{number}{number}', page)
     assert float(shown) == pytest.approx(float(loss), abs=6e-4)
+    before = json.loads((runs[0] / "result.json").read_text())["scores_before"]
+    assert float(of_base) == pytest.approx(before["loss"], abs=6e-4)
+    assert "(4 examples, 4 prompts answered)" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
@@ -214,11 +222,18 @@ def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
-    status, _, err = call(capsys, *argv, "--base.dtype", "float32")
+    status, out, err = call(capsys, *argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
+    assert "on 12 examples\n" in out
     page = output.with_suffix(".html").read_text()
     assert "Confusion matrix" in page
     assert "predicted wet" in page
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    wrong = [record["output_name"] for record in records if record["output"] != record["label"]]
+    assert 0 < len(wrong) < 12
+    assert re.findall(r"<mark>(\w+)</mark>", page) == wrong
+    assert page.count("Predicted, wrong") == len(wrong)
+    assert f"{len(wrong)} of all 12" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     for key in ("output", "label"):
         assert [r[f"{key}_name"] for r in records] == [names[r[key]] for r in records]
