@@ -174,7 +174,7 @@ class TrainConfig:
     epochs: float = 3.0
     """Passes over the training data."""
     max_steps: int | None = None
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps; overrides epochs. A resumed run can raise it; its schedule then extends to the new last step."""
     batch_size: int = 16
     """Examples per forward and backward pass."""
     accumulation: int = 1
