@@ -186,7 +186,7 @@ UNKNOWN = {
     "a required name": (lambda: TrainConfig(base="b", data=DATA), "TrainConfig needs output"),
     "a required name of a section": (
         lambda: TrainConfig(base={"dtype": "float32"}, data=DATA, output="o"),
-        "base needs name",
+        "base.name is not set",
     ),
 }
 

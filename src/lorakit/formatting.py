@@ -44,6 +44,11 @@ def rounded_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 sample, 1,200 samples."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def percentage(part: float, whole: float) -> str:
     """Return a share in percent, with two significant digits below 10 %."""
     percent = 100 * part / whole

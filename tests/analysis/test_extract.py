@@ -107,6 +107,32 @@ def test_what_else_differs_is_said_or_taken_in(tmp_path):
     assert torch.equal(made.adapter.trained["transformer.ln_f.weight"], expected)
 
 
+@pytest.mark.parametrize("narrow_base", [False, True])
+def test_rounding_of_a_merged_model_is_blamed_for_what_is_left_out(tmp_path, narrow_base):
+    """Merged into bfloat16, every parameter differs from a float32 base, but only by rounding."""
+    model = tiny_models.build("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(300)
+    if narrow_base:
+        model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    handle = lorakit.attach(model.to(torch.bfloat16), lorakit.LoRA(rank=3, targets="attention"))
+    randomise(handle, scale=0.1)
+    handle.merge(keep_base=False)
+    model.save_pretrained(tmp_path / "tuned")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention", rank=3)
+    assert made.error > 0.3
+    notice, *others = made.notices
+    assert f"leaves out {100 * made.error**2:.1f} % of the squared difference" in notice
+    assert "rounded to bfloat16" in notice
+    assert "lorakit merge ADAPTER OUTPUT --base.dtype float32" in notice
+    assert "add targets" not in "".join(others)
+    if not narrow_base:
+        assert "other parameters differ only by rounding to bfloat16" in others[0]
+
+
 def test_added_tokens_are_said(tmp_path):
     base, tuned = models(tmp_path)
     width, rows = tuned.config.hidden_size, tuned.config.vocab_size

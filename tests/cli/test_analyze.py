@@ -141,7 +141,6 @@ def test_help(capsys):
         (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
         (["diff", "{one}", "{base}"], "holds no adapter"),
         (["drift", "{one}", "{one}"], "cannot be read"),
-        (["drift", "{one}", "x", "--base.dtype", "float32"], "Add --base.name"),
     ],
 )
 def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -16,6 +23,9 @@ import tiny_runs
 
 import lorakit
 from lorakit.cli import main
+from lorakit.training.loop import train
+
+FLOAT32 = ("--base.name", "base", "--base.dtype", "float32")
 
 
 @pytest.mark.parametrize(
@@ -32,10 +42,114 @@ def test_the_merged_model_says_what_the_adapted_one_said(arch, auto, tmp_path, c
     words = ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base.name", base]
     words += ["--base.dtype", "float32"]
     assert main(words) == 0
-    assert "Largest difference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The merge changes the most likely token in none of" in out
+    assert "Largest difference" in out
+    assert "100.0 % of the adapter's weight update survives rounding to float32." in out
+    assert "merge in float32" not in out
     batch = tiny_models.example_batch(arch, model)
     merged = auto.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         found, expected = merged(**batch).logits, model(**batch).logits
         # One product instead of two: float32 rounding, for logits of order 10.
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def decoder(tmp_path, monkeypatch):
+    """An adapter folder that records its base, `base` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny_runs.save_base(tmp_path / "base")
+    handle = lorakit.attach(lorakit.load_base("base", dtype="float32").model, lorakit.LoRA(rank=2))
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter.normal_(std=0.02)
+    handle.save("adapter")
+    return tmp_path
+
+
+def test_the_base_of_the_adapter_is_used_with_another_dtype(decoder, capsys):
+    """`--base.dtype` needs no `--base.name`, and a lossy merge says what to write instead."""
+    assert main(["merge", "adapter", "narrow", "--base.dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "weight update survives rounding to bfloat16." in out
+    assert "merge in float32: add --base.dtype float32." in out
+    assert main(["merge", "adapter", "wide", "--base.dtype", "float32"]) == 0
+    assert "merge in float32" not in capsys.readouterr().out
+    weights = AutoModelForCausalLM.from_pretrained("wide", dtype="auto")
+    assert weights.dtype == torch.float32
+
+
+def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):
+    old = os.umask(0o027)
+    try:
+        assert main(["merge", "adapter", "merged", *FLOAT32]) == 0
+    finally:
+        os.umask(old)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in Path("merged").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {"0o640"}
+
+
+def test_notices_of_the_base_are_printed(decoder, caplog):
+    """A file with more layers than the model has is not an error, but the user must know."""
+    config = Path("base", "config.json")
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    )
+    handle = lorakit.attach(lorakit.load_base("base", dtype="float32").model, lorakit.LoRA(rank=2))
+    handle.save("short")
+    for command in (
+        ["merge", "short", "merged", *FLOAT32],
+        [
+            "generate",
+            "--adapter",
+            "short",
+            "--prompt",
+            "river",
+            "--decoding.max_new_tokens",
+            "2",
+            *FLOAT32,
+        ],
+    ):
+        caplog.clear()
+        assert main(command) == 0
+        assert (
+            "Weights of the checkpoint that this task does not use: model.layers.1" in caplog.text
+        )
+
+
+def test_a_base_of_nan_is_an_error(decoder, capsys):
+    model = AutoModelForCausalLM.from_pretrained("base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained("base")
+    for command in (
+        ["merge", "adapter", "merged", "--allow_other_base", "true"],
+        ["generate", "--prompt", "river", "--decoding.max_new_tokens", "2"],
+    ):
+        assert main([*command, *FLOAT32]) == 1
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert "'model.layers.1.mlp.up_proj.weight' holds NaN" in printed.err
+    assert not Path("merged").exists()
+
+
+@pytest.mark.slow
+def test_a_merged_classifier_names_its_labels(tmp_path, caplog):
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    rows = [{**row, "label": ("dry", "wet")[row["label"]]} for row in tiny_runs.labelled(16)]
+    tiny_runs.write_rows(tmp_path / "train.jsonl", rows)
+    tiny_runs.write_rows(tmp_path / "validation.jsonl", rows)
+    train(tiny_runs.config(tmp_path, base, max_steps=1))
+    words = ["merge", str(tmp_path / "run" / "adapter"), str(tmp_path / "merged")]
+    assert main([*words, "--base.name", base, "--base.dtype", "float32"]) == 0
+    assert "Newly initialised" not in caplog.text  # the adapter has the head
+    folder = tmp_path / "merged"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "dry", 1: "wet"}
+    assert model.config.label2id == {"dry": 0, "wet": 1}
+    classify = pipeline(
+        "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder)
+    )
+    assert classify("river food")[0]["label"] in ("dry", "wet")

@@ -12,7 +12,8 @@ import pytest
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
-from lorakit.training import environment
+from lorakit.evaluation.evaluate import Evaluation
+from lorakit.training import environment, validation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -68,6 +69,31 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     # A new run in the same folder replaces the old report.
     assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_only_got_worse_says_so(capsys, folder, tmp_path, monkeypatch) -> None:
+    """Its best adapter is worse than the base, and scores of 2 texts say that they are of 2."""
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(
+        validation, "held_out", lambda *_, **__: Evaluation(scores={"loss": next(losses)})
+    )
+    options = ["--evaluation.every", "1", "--evaluation.samples", "2"]
+    options += ["--evaluation.max_new_tokens", "2"]
+    status, out, err = call(capsys, *train(folder, tmp_path / "run", *options))
+    assert status == 0
+    note = "(4 examples, texts of 2 samples, best so far, but worse than before training)"
+    assert err.count(note) == 2
+    assert ", best)" not in err
+    assert re.search(r"best .*\(step 2; worse than before training\)", out)
+    assert re.search(r"loss .*\(4 examples\)", out)
+    assert re.search(r"bleu .*\(2 samples\)", out)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "No evaluation was better than before training" in page
+    assert "prefer the adapter in best/" not in page
+    assert "best, but worse than before" in page  # the mark in the charts
+    assert re.search(r"BLEU of 2 samples (fell|rose|stayed)", page)
+    assert re.search(r"before [\d.e-]+, on 2 samples", page)
 
 
 @pytest.mark.slow
@@ -167,13 +193,21 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
         *("--base.dtype", "float32", "--data.test", folder / "validation.jsonl"),
         *("--decoding.max_new_tokens", "4", "--output", output),
     ]
-    status, out, _ = call(capsys, *argv)
+    status, out, err = call(capsys, *argv)
     assert status == 0
     assert f"report   {output.with_suffix('.html')}" in out
+    assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
+    assert "4 of 4 prompts answered by the base" in err
+    assert out.split()[:3] == ["score", "adapter", "base"]
+    assert "on 4 examples, 4 prompts answered\n" in out
     page = output.with_suffix(".html").read_text()
     loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
-    (shown,) = re.findall(r'<th scope="row">Loss</th><td class="number">([\d.]+)</td>', page)
+    number = r'<td class="number">([\d.]+)</td>'
+    ((shown, of_base),) = re.findall(rf'<th scope="row">Loss</th>{number}{number}', page)
     assert float(shown) == pytest.approx(float(loss), abs=6e-4)
+    before = json.loads((runs[0] / "result.json").read_text())["scores_before"]
+    assert float(of_base) == pytest.approx(before["loss"], abs=6e-4)
+    assert "(4 examples, 4 prompts answered)" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
@@ -188,11 +222,18 @@ def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
-    status, _, err = call(capsys, *argv, "--base.dtype", "float32")
+    status, out, err = call(capsys, *argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
+    assert "on 12 examples\n" in out
     page = output.with_suffix(".html").read_text()
     assert "Confusion matrix" in page
     assert "predicted wet" in page
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    wrong = [record["output_name"] for record in records if record["output"] != record["label"]]
+    assert 0 < len(wrong) < 12
+    assert re.findall(r"<mark>(\w+)</mark>", page) == wrong
+    assert page.count("Predicted, wrong") == len(wrong)
+    assert f"{len(wrong)} of all 12" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     for key in ("output", "label"):
         assert [r[f"{key}_name"] for r in records] == [names[r[key]] for r in records]

@@ -99,7 +99,9 @@ def test_e2e_is_decoded_and_scored_as_the_paper_does(trained: Path, monkeypatch)
     assert [name.split(" (")[0] for name in result.scores] == [
         *("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
     ]
-    ((prompts, decoding),) = calls
+    (prompts, decoding), of_base = calls
+    assert of_base == (prompts, decoding)
+    assert result.base_scores.keys() == result.scores.keys()
     assert decoding == Decoding(beams=10, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=64)
     assert len(prompts) == len(result.outputs) == 4
     assert [r["references"] for r in result.outputs] == [["English food.", "cheap food."]] * 4

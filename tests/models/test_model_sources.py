@@ -122,7 +122,13 @@ def test_invalid_paths(tmp_path: Path) -> None:
         resolve("weights.gguf")
 
 
-@pytest.mark.parametrize("name", ["", " ", "a b", "smollm2 135m", "org/na me"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name(name: str) -> None:
+    with pytest.raises(BaseModelError, match=r"base\.name is not set"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["a b", "smollm2 135m", "org/na me"])
 def test_invalid_names(name: str) -> None:
     with pytest.raises(BaseModelError, match="expected a hub id"):
         resolve(name)

@@ -46,7 +46,10 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
     for score in ("loss", "perplexity", "bleu", "rouge_l"):
         assert number(float(after[score])) in text
         assert number(float(before[score])) in text
-    assert f"On held-out data, loss fell from {before['loss']:.4g} to {after['loss']:.4g}" in text
+    assert (
+        f"On held-out data, loss of 12 examples fell from {before['loss']:.4g} to {after['loss']:.4g}"
+        in text
+    )
     assert "A LoRA adapter of rank 8" in text
     assert "44 steps" in text
     assert result["tokens"] > 0

@@ -21,6 +21,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.training import checkpoint, loop, validation
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
+from lorakit.training.run_folder import read_settings
 
 STEPS = 18
 
@@ -261,6 +262,57 @@ def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> N
         train(other)
     assert "batch_size was 4 and is 8" in str(raised.value)
     assert "optimizer.learning_rate was 0.02 and is 0.001" in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, base, capsys, schedule: str) -> None:
+    """The schedule extends to the new last step, which the run says; a constant one gives a longer run's weights."""
+    rate = OptimizerConfig(learning_rate=1e-2, schedule=schedule, warmup=0)
+    short = settings(tmp_path, base, max_steps=3, optimizer=rate)
+    long = dataclasses.replace(short, max_steps=5, resume=True)
+    assert train(short).steps == 3
+    capsys.readouterr()
+    result = train(long)
+    err = capsys.readouterr().err
+    assert result.steps == 5
+    rates = [record["learning_rate"] for record in tiny_runs.metrics(result.folder, "train")]
+    expected = {"linear": [3 / 3, 2 / 3, 1 / 3, 2 / 5, 1 / 5], "constant": [1.0] * 5}[schedule]
+    assert rates == pytest.approx([1e-2 * factor for factor in expected])
+    line = f"{schedule} over 5 steps, instead of max_steps 3; the next step has the rate {rates[3]:.2e}"
+    assert line in err
+    assert ("so the result differs" in err) == (schedule == "linear")
+    assert read_settings(result.folder)["max_steps"] == 5
+    assert train(long).steps == 5  # finished: nothing is trained again
+    assert "over 5 steps" not in capsys.readouterr().err
+    if schedule == "constant":
+        whole = train(dataclasses.replace(long, output=str(tmp_path / "whole")))
+        assert adapter_bytes(result.folder) == adapter_bytes(whole.folder)
+
+
+@pytest.mark.slow
+def test_steps_added_to_a_run_of_epochs(tmp_path, base, capsys) -> None:
+    short = settings(tmp_path, base, epochs=0.2)  # 2 steps
+    assert train(short).steps == 2
+    with pytest.raises(ConfigurationError, match=r"max_steps is 1, .*checkpoint at step 2"):
+        train(dataclasses.replace(short, max_steps=1, resume=True))
+    assert (tmp_path / "run" / "result.json").exists()
+    assert train(dataclasses.replace(short, max_steps=3, resume=True)).steps == 3
+    assert "over 3 steps, instead of epochs 0.2" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"max_steps is 2, but .* max_steps 3"):
+        train(dataclasses.replace(short, max_steps=2, resume=True))
+
+
+def test_a_run_that_stopped_early_does_not_go_on(tmp_path, base) -> None:
+    evaluation = HeldOutConfig(every=1, patience=1, samples=0)
+    config = settings(tmp_path, base, max_steps=3)
+    config = dataclasses.replace(config, evaluation=evaluation)
+    train(config)
+    path = tmp_path / "run" / "result.json"
+    record = storage.read_record(path, RunFolderError)
+    storage.write_record(path, {**record, "stopped_early": True})
+    with pytest.raises(ConfigurationError, match=r"stopped early .*from_adapter"):
+        train(dataclasses.replace(config, max_steps=9, resume=True))
 
 
 def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:

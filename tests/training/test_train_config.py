@@ -125,6 +125,7 @@ def test_default_rates_follow_the_method() -> None:
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"seed": -1}, "seed is -1"),
         ({"method": "lara"}, "method is 'lara'"),
+        ({"base": BaseConfig(dtype="float32")}, "base.name is not set"),
         ({"loggers": ("mlflow",)}, "mlflow"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"method": "full", "lora": LoRA(rank=4)}, "section lora has settings"),
@@ -154,7 +155,6 @@ def test_settings_that_cannot_work_say_why(settings, message: str) -> None:
     [
         (HeldOutConfig, {"every": 0}, "evaluation.every is 0"),
         (CheckpointConfig, {"keep": 0}, "checkpoints.keep is 0"),
-        (BaseConfig, {"name": ""}, "base.name is empty"),
         (BaseConfig, {"name": "x", "dtype": "int4"}, "base.dtype is 'int4'"),
         (BaseConfig, {"name": "x", "device": "gpu"}, "base.device is 'gpu'"),
         (BaseConfig, {"name": "x", "device": "meta"}, "base.device is 'meta'"),

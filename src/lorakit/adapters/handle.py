@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters import export, merging, saving
 from lorakit.adapters.activation import Activation
@@ -204,6 +204,13 @@ class Adapters:
                 merging.forget_base(self.model)
                 self._activation.merged = None
                 self._remove_all()
+
+    def merged_weights(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield base, unrounded and rounded tensor of each weight that merging the active adapters would change.
+
+        Parameters that an adapter trains in full are not included.
+        """
+        return merging.merged_weights(self.model, self._activation.active.blends[0])
 
     def require_mergeable(self) -> None:
         """Raise an AdapterStateError if the effect of an active adapter is not a weight change."""

@@ -121,19 +121,30 @@ class LayerAdapters(ReplacedParameters):
     ) -> Tensor:
         """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W.
 
-        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in). An adapter whose merged weight is
-        not such a sum (DoRA) is always active alone and with weight 1 (`Adapters.activate`).
+        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in).
         """
         W = getattr(layer, attribute)
         quantised = quantised_weight(layer, W)
         dtype = W.dtype if quantised is None else quantised.dtype
+        return self.exact_weight(layer, attribute, weights).to(dtype)
+
+    def exact_weight(
+        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
+    ) -> Tensor:
+        """Return `effective_weight` before it is rounded.
+
+        An adapter whose merged weight is not a sum (DoRA) is always active alone and with weight 1
+        (`Adapters.activate`).
+        """
+        W = getattr(layer, attribute)
+        quantised = quantised_weight(layer, W)
         total = None
         for name, weight in weights:
             if name not in self:
                 continue
             merged = self[name].merged_weights(layer)
             if merged is not None and attribute in merged:
-                return merged[attribute].to(dtype)
+                return merged[attribute]
             delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue
@@ -142,9 +153,9 @@ class LayerAdapters(ReplacedParameters):
         if quantised is not None:
             W = quantised.matrix()
         if total is None:
-            return W.to(dtype)
+            return W
         wide = merge_dtype(W, total)
-        return (W.to(wide) + total.to(wide)).to(dtype)
+        return W.to(wide) + total.to(wide)
 
     def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
         """Return the attributes of the layer at `path` that merging these adapters replaces.

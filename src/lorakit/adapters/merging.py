@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -55,6 +55,23 @@ def merge(model: nn.Module, blend: Blend) -> None:
         if len(layer._forward_hooks) == 1:
             remove_adapter_hook(layer)
             adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, blend: Blend) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield W, the merged weight before rounding and the merged weight, for each weight that a merge replaces.
+
+    For a quantised weight, W is ``W_q``; all three are matrices (out, in).
+    """
+    for path, layer, adapters in adapted_layers(model):
+        for attribute in adapters.weights_changed_by(path, layer, [name for name, _ in blend]):
+            W = getattr(layer, attribute)
+            quantised = quantised_weight(layer, W)
+            exact = adapters.exact_weight(layer, attribute, blend)
+            if quantised is None:
+                yield W, exact, exact.to(W.dtype)
+            else:
+                yield quantised.matrix(), exact, exact.to(quantised.dtype)
 
 
 def _restore_hooks(model: nn.Module) -> None:

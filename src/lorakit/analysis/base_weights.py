@@ -18,7 +18,8 @@ from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, has
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import weight_name
-from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError, nearest
+from lorakit.compute.adapted import base_of_adapter
+from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, ModelHead, load_base
@@ -88,13 +89,7 @@ def open_weights(
         WrongBaseError: The weights differ from those that the adapter was trained on.
     """
     recorded = stored.base
-    if base is None:
-        name = recorded.source.name if recorded is not None else None
-        if name is None:
-            raise ConfigurationError(
-                "The adapter records no base model. Name it: --base.name MODEL."
-            )
-        base = BaseConfig(name=name)
+    base = base_of_adapter(base, stored)
     weights = _open_safetensors(base)
     if weights is not None and recorded is not None:
         live = _fingerprint(weights, recorded, base)

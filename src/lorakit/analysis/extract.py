@@ -18,9 +18,12 @@ from lorakit.analysis.base_weights import config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
+from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
 from lorakit.errors import AdapterFileError, BaseModelError
+from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtypes import dtype_name
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -81,14 +84,17 @@ def extract_adapter(
     method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
     template = attach(model, method, name="extracted").stored()
     layers, results, unchanged = {}, {}, []
+    rounding: dict[str, float] = {}
     for path, layer in template.layers.items():
         name = weight_name(path, layer)
-        difference = _difference(model.get_parameter(name), _tuned_weight(weights, name, tuned))
+        weight = _tuned_weight(weights, name, tuned)
+        difference = _difference(model.get_parameter(name), weight)
         if not difference.any():
             unchanged.append(path)
             continue
         changes = [decompose(part, rank) for part in weight_parts(path, layer, difference)]
         layers[path], results[path] = fit(layer, changes, rank=rank, energy=energy)
+        rounding[path] = _rounding_error(weight)
     if not layers:
         raise AdapterFileError(
             f"'{loaded.source.name}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
@@ -99,6 +105,8 @@ def extract_adapter(
     adapter = derive(template, layers)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
+    dtype = weights[weight_name(*next(iter(template.layers.items())))].dtype
+    notices += _rounding_notice(dtype, rounding, results)
     covered = {weight_name(path, layer) for path, layer in template.layers.items()}
     notices += _other_differences(model, weights, covered | {*template.trained}, results)
     return Derived(adapter=adapter, layers=results, notices=notices)
@@ -145,6 +153,35 @@ def _difference(base: Tensor, tuned: Tensor) -> Tensor:
     return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
 
 
+def _rounding_error(weight: Tensor) -> float:
+    """Return the expected squared norm of the error that rounding to the weight's dtype makes; 0 in float32.
+
+    Errors are uniform within half a spacing, so an entry's is spacing^2 / 12 on average.
+    """
+    if torch.finfo(weight.dtype).eps <= torch.finfo(torch.float32).eps:
+        return 0.0
+    _, exponent = torch.frexp(weight.float())
+    spacing = torch.finfo(weight.dtype).eps * torch.exp2((exponent - 1).double())
+    return float(spacing[weight != 0].square().sum()) / 12
+
+
+def _rounding_notice(
+    dtype: torch.dtype, rounding: Mapping[str, float], results: Mapping[str, LayerResult]
+) -> list[str]:
+    """Return a sentence if rounding of the fine-tuned weights makes up much of what the adapter leaves out."""
+    total = sum(layer.norm**2 for layer in results.values())
+    left_out = sum(layer.residual**2 for layer in results.values())
+    # An update below the spacing is lost as a whole, which is less than the expected error.
+    rounded = sum(min(rounding[path], layer.residual**2) for path, layer in results.items())
+    if rounded < (1 - WHOLE) * total or rounded < left_out / 2:
+        return []
+    return [
+        f"The adapter leaves out {percentage(left_out, total)} of the squared difference on its layers, mostly because "
+        f"the fine-tuned model is rounded to {dtype_name(dtype)}. Save it in float32 and extract again; for a merged "
+        f"model: lorakit merge ADAPTER OUTPUT {IN_FLOAT32}."
+    ]
+
+
 def _other_differences(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -153,6 +190,7 @@ def _other_differences(
 ) -> list[str]:
     """Return sentences about the differing parameters that the adapter does not cover."""
     changed: dict[str, float] = {}
+    rounded: list[str] = []
     resized: list[str] = []
     for name, parameter in base_parameters(model):
         if name in covered or name not in weights:
@@ -161,10 +199,19 @@ def _other_differences(
         if base_shape != tuned_shape:
             resized.append(f"'{name}' is {base_shape} in the base and {tuned_shape} after tuning")
             continue
+        if torch.equal(parameter.to(weights[name].dtype), weights[name]):
+            if (
+                parameter.dtype != weights[name].dtype
+                and _difference(parameter, weights[name]).any()
+            ):
+                rounded.append(name)
+            continue
         distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
-        if distance:
-            changed[name] = distance
+        changed[name] = distance
     notices = []
+    if rounded:
+        dtype = dtype_name(weights[rounded[0]].dtype)
+        notices.append(f"{len(rounded)} other parameters differ only by rounding to {dtype}.")
     if changed:
         extracted = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
         total = math.hypot(*(r.norm for r in results.values()), *changed.values())

@@ -117,7 +117,7 @@ def _score(
         _write(stored, Path(folder), tokenizer_from, for_peft=False)
         settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}
         config = EvaluateConfig(
-            **settings, base=base, adapter=folder, allow_other_base=allow_other_base
+            **settings, base=base, adapter=folder, compare=False, allow_other_base=allow_other_base
         )
         return evaluate(config).scores
 

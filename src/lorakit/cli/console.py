@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -30,7 +32,30 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
     return result
 
 
-def print_scores(scores: Mapping[str, float]) -> None:
-    """Print one line per score."""
-    rows = [(name, f"{value:.4f}") for name, value in scores.items()]
-    console().print(table(("score", "value"), rows))
+def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a table with one line per score and one column per mapping of scores."""
+    names = dict.fromkeys(name for scores in columns.values() for name in scores)
+    rows = [
+        (name, *(f"{of[name]:.4f}" if name in of else "-" for of in columns.values()))
+        for name in names
+    ]
+    console().print(table(("score", *columns), rows))
+
+
+class ProgressLine:
+    """Show the progress of a long command on standard error: rewrite a line on a terminal, else print one at times."""
+
+    INTERVAL = 10.0
+    """Seconds between lines that are not on a terminal, so that a log file stays small."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show what is done, such as "prompts answered", how many are done, and their total."""
+        text = f"{done:,} of {total:,} {what}"
+        if sys.stderr.isatty():
+            print(f"\r{text}\033[K", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._shown >= self.INTERVAL or done == total:
+            self._shown = time.monotonic()
+            print(text, file=sys.stderr, flush=True)

@@ -21,17 +21,22 @@ def run(argv: Sequence[str]) -> None:
         argv,
     )
     from lorakit import storage
-    from lorakit.cli.console import print_scores
+    from lorakit.cli.console import ProgressLine, print_scores
     from lorakit.cli.report import try_to_write
     from lorakit.evaluation.evaluate import evaluate
-    from lorakit.reporting.evaluation_report import evaluation_page
+    from lorakit.formatting import counted
+    from lorakit.reporting.evaluation_report import answered, evaluation_page
     from lorakit.training.environment import command
 
     page = None if config.output is None else Path(config.output).with_suffix(".html")
     if page is not None:
         storage.require_free_file(page, overwrite=config.overwrite)
-    result = evaluate(config)
-    print_scores(result.scores)
+    result = evaluate(config, progress=ProgressLine())
+    if result.base_scores:
+        print_scores({"adapter": result.scores, "base": result.base_scores})
+    else:
+        print_scores({"value": result.scores})
+    print(f"on {counted(result.examples, 'example')}{answered(result)}")
     if page is not None:
         print(f"outputs  {config.output}")
         print(

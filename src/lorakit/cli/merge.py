@@ -23,8 +23,8 @@ class MergeConfig:
     output: str
     """Folder for the merged model. Must not exist unless overwrite is set."""
     base: BaseConfig | None = None
-    """The base model; its dtype is that of the merged model. Default: the base recorded in the adapter, in dtype
-    auto."""
+    """The base model; its dtype is that of the merged model. By default the base that the adapter records, in dtype
+    auto. base.dtype float32 alone merges into that base without rounding."""
     allow_other_base: bool = False
     """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
@@ -37,7 +37,7 @@ CONFIGS = (MergeConfig,)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Merge and save, and print the largest change of the logits on a probe sentence."""
+    """Merge and save, and print how closely the merged model follows the adapter."""
     config = parse(
         MergeConfig,
         "merge",
@@ -46,44 +46,43 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
-    import torch
+    from transformers import PreTrainedModel
     from transformers.utils import logging
 
     from lorakit import storage
     from lorakit.adapters import handle_of
     from lorakit.compute.adapted import AdapterFile, open_adapted
+    from lorakit.compute.merge_verdict import judge_merge
     from lorakit.methods.registry import use_method
+    from lorakit.storage.tensors import use_default_mode
 
     if config.method is not None:
         use_method(config.method)
     output = storage.require_free_folder(config.output, overwrite=config.overwrite)
     _require_replaceable(output)
-    base = open_adapted(
-        config.base, AdapterFile.read(config.adapter), allow_other_base=config.allow_other_base
-    )
+    adapter = AdapterFile.read(config.adapter)
+    assert adapter is not None  # the path is set
+    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
     _require_apart(output, config.adapter, base.source.path_or_id)
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
     handle = handle_of(model)
     assert handle is not None
     handle.require_mergeable()  # fail before the first forward pass
-    probe = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
-    probe = probe.to(model.device)
-    if model.config.is_encoder_decoder:  # the logits depend on both inputs
-        probe["decoder_input_ids"] = probe["input_ids"]
-    with torch.no_grad():
-        before = model(**probe).logits.float()
+
+    def merged() -> PreTrainedModel:
         handle.merge(keep_base=False)
-        after = model(**probe).logits.float()
+        return model
+
+    verdict = judge_merge(base, adapter.stored, merged)
     logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
         model.save_pretrained(temporary)
+        use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
-    difference, scale = (after - before).abs().max(), before.abs().max()
     print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
-    print(
-        f"Largest difference from the unmerged logits: {difference:.2g}; largest logit: {scale:.3g}."
-    )
+    for sentence in verdict.sentences():
+        print(sentence)
     print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')
 
 

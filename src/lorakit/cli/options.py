@@ -110,6 +110,9 @@ def missing_options(config_class: type, values: Mapping[str, Any], prefix: str =
             missing += [name] if default is MISSING and name not in values else []
         elif default is MISSING or (default is None and _inside(name, values)):
             missing += missing_options(section, values, f"{name}.")
+            main = f"{name}.{getattr(section, 'shorthand', '')}"  # what a required section is about: a base's name
+            if default is MISSING and hasattr(section, "shorthand") and main not in values:
+                missing += [main] if main not in missing else []
     return missing
 
 

@@ -48,4 +48,4 @@ def run(argv: Sequence[str]) -> None:
     if config.json:
         print(json.dumps(scores, indent=2))
     else:
-        print_scores(scores)
+        print_scores({"value": scores})

@@ -33,6 +33,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit.cli.report import write_run_report
     from lorakit.formatting import duration, gigabytes
+    from lorakit.reporting.run_record import read_run
     from lorakit.training.loop import train
 
     result = train(config)
@@ -44,12 +45,15 @@ def run(argv: Sequence[str]) -> None:
     )
     planned_line, predicted = _planned(config, result)
     print(planned_line)
+    record = read_run(result.folder)
     for name, value in result.scores.items():
         before = result.scores_before.get(name)
-        print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}")
+        of = f"  ({count})" if (count := record.scored_on(name)) else ""
+        print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}{of}")
     print(f"adapter  {result.adapter}")
-    if result.best is not None and result.best_step != result.steps:
-        print(f"best     {result.best} (step {result.best_step})")
+    worse = "; worse than before training" if record.never_improved else ""
+    if result.best is not None and (result.best_step != result.steps or worse):
+        print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
     print(f"next     {_next(config, result)}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.loading import Base
+from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
+
+_LOG = logging.getLogger(__name__)
 
 TEXT = DataTask(name="completion", labels=())
 """The task if neither the configuration nor the adapter's file names one: text generation."""
@@ -150,10 +154,10 @@ def open_adapted(
     task: DataTask | None = None,
     allow_other_base: bool = False,
 ) -> Base:
-    """Load a base and activate an adapter on it.
+    """Load a base, log its notices, and activate an adapter on it.
 
     Args:
-        base: The base model; None is the one that the adapter records.
+        base: The base model; None is the one that the adapter records, as is one without a name.
         adapter: The adapter; None leaves the base as it is.
         task: The task, which determines the model's head; None is the one that the adapter records, else text
             generation.
@@ -168,28 +172,53 @@ def open_adapted(
     """
     base = base_of(base, adapter)
     if adapter is None:
-        return open_base(base, task or TEXT)
-    opened = open_base(base, task or recorded_task(adapter) or TEXT)
-    opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
+        opened = open_base(base, task or TEXT)
+    else:
+        opened = open_base(base, task or recorded_task(adapter) or TEXT)
+        if opened.new_weights and set(opened.new_weights) <= adapter.stored.trained.keys():
+            # The adapter brings them.
+            opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
+    for notice in opened.notices:
+        _LOG.warning("%s: %s", opened.source.name, notice)
+    if adapter is not None:
+        opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
     return opened
 
 
 def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
-    """Return the configured base, or without one the base that the adapter records.
+    """Return the configured base, or without a name the base that the adapter records.
 
     Raises:
         ConfigurationError: Neither names a base.
     """
-    if base is not None:
-        return base
-    if adapter is None:
+    if adapter is not None:
+        return base_of_adapter(base, adapter.stored, adapter.path)
+    if base is None or not base.name:
         raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
-    record = adapter.stored.base
-    if record is None or record.source.name is None:
+    return base
+
+
+def base_of_adapter(
+    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = ""
+) -> BaseConfig:
+    """Return `base`, with the name that the adapter records if it has none.
+
+    Args:
+        base: The base model; None has neither a name nor other settings.
+        stored: The adapter.
+        path: Its file, for the message.
+
+    Raises:
+        ConfigurationError: Neither `base` nor the adapter names a model.
+    """
+    if base is not None and base.name:
+        return base
+    name = stored.base.source.name if stored.base is not None else None
+    if name is None:
         raise ConfigurationError(
-            f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
+            f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
         )
-    return BaseConfig(name=record.source.name)
+    return dataclasses.replace(base or BaseConfig(), name=name)
 
 
 def add_adapter(

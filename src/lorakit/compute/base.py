@@ -22,7 +22,7 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
 
     Raises:
         BaseModelError: The base cannot be read, does not support such a head, or has no tokenizer.
-        ConfigurationError: The device does not exist.
+        ConfigurationError: No model is named, or the device does not exist.
     """
     device = pick_device(config.device)
     base = load_base(
@@ -41,6 +41,9 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
             "save the tokenizer into its folder."
         )
     base.model.to(device)  # type: ignore[arg-type]
+    if task.labels:  # a merged model, or one that transformers saves, then names its predictions
+        base.model.config.id2label = dict(enumerate(task.labels))
+        base.model.config.label2id = {label: i for i, label in enumerate(task.labels)}
     return base
 
 

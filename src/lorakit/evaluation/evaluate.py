@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from lorakit import storage
+from lorakit.adapters import handle_of
 from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
+from lorakit.compute.finite import why_not_finite
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
@@ -35,6 +38,9 @@ from lorakit.tasks import (
     generic_task,
 )
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, such as "examples scored", how many are done, and their total."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -42,6 +48,10 @@ class Evaluation:
 
     scores: dict[str, float] = field(default_factory=dict)
     """Scores by the names in `lorakit.evaluation.score.DIRECTIONS`, or those of a named task."""
+    base_scores: dict[str, float] = field(default_factory=dict)
+    """The same scores of the base without its adapter; empty if they were not computed."""
+    examples: int = 0
+    """Number of scored examples."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """One record per prompt or example: prompt, output, references or label, and the names of classes."""
 
@@ -52,14 +62,13 @@ class Evaluation:
             temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def evaluate(
-    config: EvaluateConfig, *, progress: Callable[[int], None] | None = None
-) -> Evaluation:
+def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Evaluation:
     """Score a base model, with or without an adapter, on held-out data.
 
     Args:
         config: What to score.
-        progress: Called with the number of prompts for which text has been generated.
+        progress: Called after each batch with what is done, how many are done and their total: ("examples scored",
+            32, 600), ("prompts answered by the base", 16, 40).
 
     Raises:
         LorakitError: The base, the adapter or the data cannot be read, or do not fit each other, or the output file
@@ -85,18 +94,43 @@ def evaluate(
             task.type.check_scoring()
     else:
         examples = examples[: config.limit]
-    result = Evaluation()
+    score = functools.partial(_score, config, base, task, examples, decoding)
+    result = score(progress=progress)
+    if config.compare and config.adapter is not None and task.has_references:
+        handle = handle_of(base.model)
+        assert handle is not None
+        handle.activate(None)
+        compared = score(progress=_renamed(progress, "by the base"))
+        result = dataclasses.replace(result, base_scores=compared.scores)
+    if config.output is not None:
+        result.write_outputs(config.output)
+    return result
+
+
+def _score(
+    config: EvaluateConfig,
+    base: Base,
+    task: DataTask,
+    examples: Sequence[Example],
+    decoding: Decoding,
+    *,
+    progress: Progress | None,
+) -> Evaluation:
+    """Score the model with its active adapter."""
+    scores: dict[str, float] = {}
+    outputs: list[dict[str, Any]] = []
     if "loss" in config.scores or not task.has_references:
-        objective = objective_for(base, task, examples)
-        result = held_out(
+        loss = held_out(
             base.model,
-            objective,
+            objective_for(base, task, examples),
             examples,
             collator(base),
             batch_size=config.batch_size,
             task=task.type,
             labels=task.labels,
+            progress=progress,
         )
+        scores, outputs = loss.scores, loss.outputs
     if "text" in config.scores and task.has_references:
         text = generated(
             base,
@@ -106,10 +140,15 @@ def evaluate(
             lowercase=config.lowercase,
             progress=progress,
         )
-        result = Evaluation(scores={**result.scores, **text.scores}, outputs=text.outputs)
-    if config.output is not None:
-        result.write_outputs(config.output)
-    return result
+        scores, outputs = {**scores, **text.scores}, text.outputs
+    return Evaluation(scores=scores, outputs=outputs, examples=len(examples))
+
+
+def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
+    """Return `progress` with `suffix` added to what is done."""
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{what} {suffix}", done, total)
 
 
 def held_out(
@@ -121,6 +160,7 @@ def held_out(
     batch_size: int,
     task: type[Task] | None = None,
     labels: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and the scores that need no generation.
 
@@ -146,10 +186,12 @@ def held_out(
             else:
                 total += objective.loss_sum(model, batch).item()
             count += objective.count(batch)
+            if progress is not None:
+                progress("examples scored", start + len(chosen), len(order))
     loss = total / max(count, 1)
     if not math.isfinite(loss):
         raise LorakitError(
-            f"The held-out loss is {loss}: the model's output is not finite. Try base.dtype float32."
+            f"The held-out loss is {loss}, because the model's output is not finite: {why_not_finite(model)}"
         )
     if not isinstance(objective, LabelLoss):
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
@@ -173,7 +215,7 @@ def generated(
     task: type[Task] = Completion,
     quick: bool = False,
     lowercase: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Generate once per distinct prompt of `examples` and score against all completions it has there.
 
@@ -187,8 +229,13 @@ def generated(
     ]
     assert base.tokenizer is not None  # open_base rejects a base without one
     stop_ids = task.stop_ids(base.tokenizer)
+
+    def answered(done: int) -> None:
+        if progress is not None:
+            progress("prompts answered", done, len(prompts))
+
     texts = generate(
-        base.model, base.tokenizer, prompts, decoding, progress=progress, stop_ids=stop_ids
+        base.model, base.tokenizer, prompts, decoding, progress=answered, stop_ids=stop_ids
     )
     outputs = [
         {

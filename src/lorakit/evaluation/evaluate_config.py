@@ -27,6 +27,9 @@ class EvaluateConfig:
     """The base model; by default the base that the adapter records."""
     adapter: str | None = None
     """Adapter folder; omit to score the base model."""
+    compare: bool = True
+    """For text generation with an adapter, also score the base without it, which takes as long again. A classifier's
+    base has no trained head, so it is not scored."""
     allow_other_base: bool = False
     """Allow a base other than the one that the adapter records."""
     method: str | None = None

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batching import context_length
+from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
@@ -57,7 +58,7 @@ def generate(
         interrupted: Called after each token; generation ends once it returns True.
 
     Raises:
-        BaseModelError: The model cannot generate text, for example a classifier.
+        BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
         DataError: A prompt is empty, or too long for the model's context.
     """
     if not model.can_generate():
@@ -75,7 +76,7 @@ def generate(
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = _generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([RefuseNaN(model)])
     if decoding.no_repeat_ngram:
         # GenerationConfig.no_repeat_ngram_size would index the vocabulary with the ids of virtual tokens.
         processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
@@ -184,6 +185,18 @@ class Interrupted(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
         """Return for each row (B) whether its text ends."""
         return torch.full((len(input_ids),), self.interrupted(), device=input_ids.device)
+
+
+class RefuseNaN(LogitsProcessor):
+    """Raises a BaseModelError if the scores of a step are NaN, which decoding would turn into some token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (B, V) unchanged."""
+        refuse_nan(self.model, scores)
+        return scores
 
 
 class NoRepeatedNGrams(LogitsProcessor):

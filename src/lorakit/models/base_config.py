@@ -9,6 +9,9 @@ from typing import ClassVar, Literal
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError
 
+NO_NAME = "base.name is not set; name a model, for example --base.name smollm2-135m."
+"""Message for commands that read no adapter, which could record the base."""
+
 DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 
 
@@ -19,8 +22,9 @@ class BaseConfig:
 
     shorthand: ClassVar[str] = "name"
 
-    name: str
-    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6)."""
+    name: str = ""
+    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6). Commands that read an
+    adapter use the base that it records if this is not set."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: DType = "auto"
@@ -33,8 +37,6 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         conform(self, "base")
-        if not self.name:
-            raise ConfigurationError("base.name is empty; name a model, for example smollm2-135m.")
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             raise ConfigurationError(
                 f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1, mps or xpu."

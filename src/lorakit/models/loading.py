@@ -46,6 +46,8 @@ _MODEL_CLASSES: dict[str, str] = {
     "base": "AutoModel",
 }
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
+NEW_WEIGHTS = "Newly initialised weights"
+"""Start of the notice about `Base.new_weights`."""
 _WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
 """Tasks for which a checkpoint may lack the head; it is then initialised and trained."""
 
@@ -59,12 +61,14 @@ class Base:
         tokenizer: with a padding token; None if the source has none.
         source: where it was loaded from; for the hub, its revision is the commit.
         notices: sentences for the user: newly initialised heads, a missing padding token.
+        new_weights: names of the weights that the checkpoint lacks, which are random until they are trained.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: ModelSource
     notices: list[str] = dataclasses.field(default_factory=list)
+    new_weights: list[str] = dataclasses.field(default_factory=list)
 
 
 def load_base(
@@ -109,7 +113,8 @@ def load_base(
         source, path, options, notices = _locate(source, trust_remote_code)
         with _explained(source, path, task):
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
-        notices += _check_weights(source, model, info, task, seed)
+        new_weights, checked = _check_weights(source, model, info, task, seed)
+        notices += checked
         with _explained(source, path, task):
             tokenizer = _load_tokenizer(path, options)
     if quantisation:
@@ -122,7 +127,7 @@ def load_base(
     if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
-    base = Base(model.eval(), tokenizer, source, notices)
+    base = Base(model.eval(), tokenizer, source, notices, new_weights)
     _set_padding(base)
     return base
 
@@ -272,8 +277,8 @@ def _load_model(
 
 def _check_weights(
     source: ModelSource, model: PreTrainedModel, info: dict[str, Any], task: str, seed: int
-) -> list[str]:
-    """Reject a model with random weights that the checkpoint should contain; return notices."""
+) -> tuple[list[str], list[str]]:
+    """Reject a model with random weights that the checkpoint should contain; return the other ones, and notices."""
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     new = sorted({*info["missing_keys"], *mismatched})
     heads = classification_head(model) if task in _WITH_NEW_HEADS else []
@@ -293,13 +298,11 @@ def _check_weights(
     notices = []
     if new:
         replaced = " (the checkpoint's has another number of outputs)" if mismatched else ""
-        notices.append(
-            f"Newly initialised weights (seed {seed}), to be trained{replaced}: {_some(new)}."
-        )
+        notices.append(f"{NEW_WEIGHTS} (seed {seed}), to be trained{replaced}: {_some(new)}.")
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         notices.append(f"Weights of the checkpoint that this task does not use: {_some(unused)}.")
-    return notices
+    return new, notices
 
 
 def _some(names: list[str]) -> str:

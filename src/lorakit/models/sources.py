@@ -10,6 +10,7 @@ from typing import Literal
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, nearest
+from lorakit.models.base_config import NO_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +99,17 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
     ``.gguf`` file, or a hub id. A short name means the model's installed package, else its hub id.
 
     Raises:
-        BaseModelError: ``name`` is a path that does not exist, or not a valid name.
+        BaseModelError: ``name`` is empty, a path that does not exist, or not a valid name.
     """
     text = os.fspath(name).strip()
+    if not text:
+        raise BaseModelError(NO_NAME)
     packaged = _BY_NAME.get(text.lower())
     path = Path(os.path.expanduser(text))
     with storage.reading(path, BaseModelError):
         if packaged is not None:
             source = _resolve_packaged(packaged, text)
-        elif text and path.exists():
+        elif path.exists():
             source = _resolve_path(path)
         else:
             source = _resolve_hub_id(text, revision)

@@ -214,6 +214,7 @@ class Runner:
             ),
             base=config.base,
             adapter=str(adapter),
+            compare=False,
             limit=config.eval_limit,
             batch_size=32,
             decoding=Decoding(beams=config.beams),

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.formatting import counted
 from lorakit.reporting import measures
-from lorakit.reporting.differences import compared, plain
+from lorakit.reporting.differences import Piece, compared, plain
 from lorakit.reporting.page import (
     Block,
     Code,
@@ -42,27 +43,41 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
     task = config.data.task_type
     split = config.split or ("test" if task is None else task.scored_split)
     data = _data(config, split)
-    count = len(result.outputs)
-    scores = [(measures.score_name(key), value) for key, value in result.scores.items()]
-    figures = tuple(KeyFigure(label=label, value=f"{value:.4g}") for label, value in scores)
-    table = Table(caption=f"Scores on {split} data.", columns=("Score", "Value"), rows=scores)
+    count = f"{counted(result.examples, 'example')}{answered(result)}"
+    of_base = {key: f"base {value:.4g}" for key, value in result.base_scores.items()}
+    figures = tuple(
+        KeyFigure(label=measures.score_name(key), value=f"{value:.4g}", note=of_base.get(key, ""))
+        for key, value in result.scores.items()
+    )
+    rows = [
+        (measures.score_name(key), value, *([result.base_scores.get(key)] if of_base else []))
+        for key, value in result.scores.items()
+    ]
+    columns = ("Score", "Adapter", "Base") if of_base else ("Score", "Value")
+    table = Table(caption=f"Scores on {split} data: {count}.", columns=columns, rows=rows)
     sections = [
         Section(title="Scores", blocks=[KeyFigures(figures=figures), table]),
         Section(title="Examples", blocks=_examples(result.outputs)),
         Section(title="Configuration", blocks=_configuration(config, command)),
     ]
-    answered = (
-        f" {count:,} {'prompt was' if count == 1 else 'prompts were'} answered." if count else ""
-    )
     subject = "The adapter" if config.adapter else "The base model"
-    listed = ", ".join(f"{label} {value:.4g}" for label, value in scores)
+    listed = ", ".join(
+        f"{measures.score_name(key)} {value:.4g}" + (f" ({of_base[key]})" if key in of_base else "")
+        for key, value in result.scores.items()
+    )
     return Page(
         kind="Evaluation",
         title=str(name).rstrip("/"),
         subtitle=f"{data} · {split}",
-        summary=[f"{subject} was evaluated on the {split} split of {data}: {listed}.{answered}"],
+        summary=[f"{subject} was evaluated on the {split} split of {data} ({count}): {listed}."],
         sections=sections,
     )
+
+
+def answered(result: Evaluation) -> str:
+    """Return how many prompts were answered by generated text, after a comma; "" if none was."""
+    texts = sum("references" in record for record in result.outputs)
+    return f", {counted(texts, 'prompt')} answered" if texts else ""
 
 
 def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:
@@ -79,12 +94,17 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     step = max(1, len(outputs) // SHOWN_SAMPLES)
     selected = outputs[::step][:SHOWN_SAMPLES]
     labelled = "label" in outputs[0]
+    classes = labelled and all(isinstance(record["output"], int) for record in outputs)
     blocks: list[Block] = _confusion(outputs) if labelled else []
     samples = []
     for record in selected:
         if labelled:
+            wrong = classes and record["output"] != record["label"]
             answers = [
-                ("Predicted", plain(_label(record, "output"))),
+                (
+                    "Predicted, wrong" if wrong else "Predicted",
+                    (Piece(_label(record, "output"), changed=wrong),),
+                ),
                 ("Label", plain(_label(record, "label"))),
             ]
         else:
@@ -93,6 +113,9 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
             answers = [("Generated", output), (reference_label(references), reference)]
         samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
     marked = "" if labelled else " Words that differ between text and reference are marked."
+    if classes:
+        wrong = sum(record["output"] != record["label"] for record in outputs)
+        marked = f" Wrong predictions are marked: {wrong:,} of all {len(outputs):,}."
     caption = f"{len(samples)} of {len(outputs):,} examples, evenly spaced.{marked}"
     return [*blocks, Samples(caption=caption, samples=tuple(samples))]
 

@@ -12,6 +12,8 @@ from typing import Any
 from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
+from lorakit.formatting import counted
+from lorakit.reporting.measures import better
 from lorakit.training.run_folder import (
     ADAPTER,
     CONFIG,
@@ -93,6 +95,25 @@ class RunRecord:
         """The step of the best validation score; None if the run has none or is not finished."""
         step = (self.result or {}).get("best_step")
         return step if isinstance(step, int) else None
+
+    @property
+    def never_improved(self) -> bool:
+        """Whether even the best validation score is worse than the one before training."""
+        evaluation = self.config.get("evaluation")
+        metric = str(evaluation.get("metric")) if isinstance(evaluation, Mapping) else ""
+        before, best = self.scores("before").get(metric), self.scores("best").get(metric)
+        return before is not None and best is not None and better(metric, best, before) is False
+
+    def scored_on(self, name: str) -> str:
+        """Return how many validation examples or samples a score is of, such as "2 samples"; "" if not recorded."""
+        if self.samples and name not in ("loss", "perplexity"):
+            last = self.samples[-1]["step"]
+            return counted(sum(record["step"] == last for record in self.samples), "sample")
+        data, evaluation = self.provenance.get("data"), self.config.get("evaluation")
+        part = data.get("validation") if isinstance(data, Mapping) else None
+        count = part.get("examples") if isinstance(part, Mapping) else None
+        limit = evaluation.get("limit") if isinstance(evaluation, Mapping) else None
+        return counted(min(count, limit or count), "example") if isinstance(count, int) else ""
 
     def points(self, split: str, name: str) -> list[tuple[float, float]]:
         """Return the points (step, value) of a metric, without non-finite values."""

@@ -90,7 +90,8 @@ def loss_chart(runs: Sequence[RunRecord], split: str, name: str) -> Chart | None
     title = "Learning rate" if is_rate else f"{data} {in_sentence(score)}"
     marks = []
     if validation and not several and (best := runs[0].best_step):
-        marks = [Mark(at=best, text="best")]
+        text = "best, but worse than before" if runs[0].never_improved else "best"
+        marks = [Mark(at=best, text=text)]
     y_format = "~e" if is_rate else None
     return line_chart(title, series, x="step", y=score, marks=marks, y_format=y_format)
 
@@ -110,7 +111,7 @@ def _scores(run: RunRecord) -> list[Block]:
         return []
     step = run.best_step
     shows_best = step is not None and step != (run.result or {}).get("steps")
-    columns = ["Score", "Before training", "After training", "Change", "Verdict"]
+    columns = ["Score", "Of", "Before training", "After training", "Change", "Verdict"]
     if shows_best:
         columns.append(f"Best, step {step:,}")
     rows: list[list[Cell]] = []
@@ -119,6 +120,7 @@ def _scores(run: RunRecord) -> list[Block]:
         verdict = None if old is None else measures.better(name, value, old)
         row: list[Cell] = [
             measures.score_name(name),
+            run.scored_on(name),
             old,
             value,
             None if old is None else measures.change(value, old),

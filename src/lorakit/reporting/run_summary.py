@@ -56,8 +56,11 @@ def key_figures(run: RunRecord) -> KeyFigures:
     before, after = run.scores("before"), run.scores("after")
     for name, value in list(after.items())[:4]:
         old = f"before {before[name]:.4g}" if name in before else ""
+        of = f"on {count}" if (count := run.scored_on(name)) else ""
         label = f"Held-out {in_sentence(measures.score_name(name))}"
-        figures.append(KeyFigure(label=label, value=f"{value:.4g}", note=old))
+        figures.append(
+            KeyFigure(label=label, value=f"{value:.4g}", note=", ".join(filter(None, (old, of))))
+        )
     if not after and (loss := run.points("train", "loss")):
         figures.append(KeyFigure(label="Training loss, last step", value=f"{loss[-1][1]:.4g}"))
     if run.adapter_bytes is not None:
@@ -83,7 +86,9 @@ def _score_sentences(run: RunRecord) -> list[str]:
         old, new = before[name], after[name]
         verb = "fell" if new < old else "rose"
         change = f"{verb} from {old:.4g} to {new:.4g}" if new != old else f"stayed at {new:.4g}"
-        changes.append(f"{in_sentence(measures.score_name(name))} {change}")
+        count = run.scored_on(name)
+        of = f" of {count}" if count else ""
+        changes.append(f"{in_sentence(measures.score_name(name))}{of} {change}")
     if changes:
         verdicts = {measures.better(name, after[name], before[name]) for name in names}
         verdict = ""
@@ -100,7 +105,11 @@ def _score_sentences(run: RunRecord) -> list[str]:
 
 def _ending(run: RunRecord, steps: int) -> list[str]:
     sentences = []
-    if run.best_step is not None and run.best_step != steps:
+    if run.never_improved:
+        sentences.append(
+            f"No evaluation was better than before training; the best one was at step {run.best_step:,}."
+        )
+    elif run.best_step is not None and run.best_step != steps:
         sentences.append(
             f"The best validation score was at step {run.best_step:,}, before the end: prefer the adapter in best/."
         )

@@ -41,7 +41,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         address = tensor.untyped_storage().data_ptr()
         prepared[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
-    path.touch()
-    mode = path.stat().st_mode
     save_file(prepared, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors makes the file readable by its owner only
+    use_default_mode(path)
+
+
+def use_default_mode(*paths: Path) -> None:
+    """Give safetensors files the mode of any new file; safetensors makes them readable by their owner only."""
+    for path in paths:
+        probe = path.with_name(f".{path.name}.mode")
+        probe.touch()
+        path.chmod(probe.stat().st_mode)
+        probe.unlink()

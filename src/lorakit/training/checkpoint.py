@@ -224,6 +224,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint of `folder`; 0 if it has none."""
+    checkpoints = _checkpoints(folder) if folder.is_dir() else []
+    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+
+
 def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     return [
         pair

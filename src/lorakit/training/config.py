@@ -19,7 +19,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 from lorakit.methods.registry import DEFAULT_RATE, is_user_method, use_method, user_method
-from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_config import NO_NAME, BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -178,7 +178,7 @@ class TrainConfig:
     epochs: float = 3.0
     """Passes over the training data."""
     max_steps: int | None = None
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps; overrides epochs. A resumed run can raise it; its schedule then extends to the new last step."""
     batch_size: int = 16
     """Examples per forward and backward pass."""
     accumulation: int = 1
@@ -215,6 +215,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         conform(self)
+        if not self.base.name:
+            raise ConfigurationError(NO_NAME)
         if not self.data.has("train"):
             raise ConfigurationError(
                 "data.train is not set; set it to your training data, for example --data.train yours.jsonl, or name a "

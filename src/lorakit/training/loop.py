@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lorakit.training import checkpoint
+from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
@@ -47,6 +48,8 @@ def train(config: TrainConfig) -> RunResult:
             Loggers(run, state) as log,
             Reporter(job, state) as show,
         ):
+            if run.extends:
+                show.say(f"schedule  {_extension(job, state, run.extends)}")
             if not state.started:
                 validate(run, job, state, log, show)
             for batches_of_indices in job.step_plan.steps(start=state.step):
@@ -77,6 +80,19 @@ def train(config: TrainConfig) -> RunResult:
                 )
         job.save_adapter(run.adapter, state)
         return run.finish(state, job.device)
+
+
+def _extension(job: Job, state: State, replaced: str) -> str:
+    """Return how the learning rate continues in a run with more steps than before."""
+    total, schedule = job.step_plan.total, job.config.optimizer.schedule
+    rate = job.config.peak_rate * job.rate_factor(state.step)
+    text = f"{schedule} over {total} steps, instead of {replaced}; the next step has the rate {rate:.2e}"
+    if schedule == "constant":
+        return f"{text}."
+    return (
+        f"{text}. The first {state.step} steps followed the shorter schedule, so the result differs from that of a "
+        f"new run of {total} steps."
+    )
 
 
 def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> float:

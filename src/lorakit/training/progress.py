@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -75,7 +76,7 @@ class Reporter:
         else:
             self.say(f"step {state.step}/{self._total}  {text}")
 
-    def scores(self, state: State, *, best: bool = False) -> None:
-        """Show the scores of an evaluation."""
+    def scores(self, state: State, notes: Sequence[str]) -> None:
+        """Show the scores of an evaluation, and notes on them."""
         text = "  ".join(f"{name} {value:.4f}" for name, value in state.scores.items())
-        self.say(f"step {state.step}/{self._total}  validation: {text}{'  (best)' if best else ''}")
+        self.say(f"step {state.step}/{self._total}  validation: {text}  ({', '.join(notes)})")

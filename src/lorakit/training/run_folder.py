@@ -34,7 +34,7 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import resolved_dtype
-from lorakit.training.checkpoint import State, from_fields
+from lorakit.training.checkpoint import State, from_fields, newest_step
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
@@ -148,9 +148,11 @@ def _step_of(line: bytes) -> int:
 class RunFolder:
     """An opened run folder; see :func:`open_run`."""
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    def __init__(self, path: Path, config: TrainConfig, *, extends: str = "") -> None:
         self.path = path
         self.config = config
+        self.extends = extends
+        """The setting that `max_steps` of a resumed run replaces, such as "max_steps 100"; "" if it is unchanged."""
         self.metrics = JsonLines(path / METRICS)
         self.samples = JsonLines(path / SAMPLES)
         self.checkpoints = path / CHECKPOINTS
@@ -165,10 +167,15 @@ class RunFolder:
         )
 
     def claim(self) -> None:
-        """Write config.yaml into the folder, after deleting the old run if `overwrite` is set."""
+        """Write config.yaml into the folder, after deleting the old run if `overwrite` is set.
+
+        A run with more steps than before becomes an unfinished one.
+        """
         if self.config.overwrite:
             _delete(self.path)
-        if not (self.path / CONFIG).exists():
+        if self.extends:  # first, so that a kill leaves an unfinished run
+            (self.path / RESULT).unlink(missing_ok=True)
+        if self.extends or not (self.path / CONFIG).exists():
             settings = yaml.safe_dump(
                 _saved_settings(self.config), sort_keys=False, allow_unicode=True, width=100
             )
@@ -211,9 +218,9 @@ class RunFolder:
         return result
 
     def result(self) -> RunResult | None:
-        """Return the result of a finished run; None if it is unfinished or will be overwritten."""
+        """Return the result of a finished run; None if it is unfinished, extended or will be overwritten."""
         path = self.path / RESULT
-        if self.config.overwrite or not (path.exists() and self.adapter.exists()):
+        if self.config.overwrite or self.extends or not (path.exists() and self.adapter.exists()):
             return None
         record = storage.read_record(path, RunFolderError)
         return from_fields(RunResult, {"folder": self.path, **record}, path)
@@ -239,10 +246,12 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
+            extends = ""
             if (path / CONFIG).exists() and not config.overwrite:
                 _require_resumable(path, config)
+                extends = _extended_setting(path, config)
             try:
-                yield RunFolder(path, config)
+                yield RunFolder(path, config, extends=extends)
             finally:
                 if not (path / CONFIG).exists():
                     # Before the lock is released: afterwards another run may hold this file.
@@ -323,7 +332,9 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     differences = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
-        if key.split(".")[0] not in NOT_COMPARED and then.get(key) != now.get(key)
+        if key.split(".")[0] not in NOT_COMPARED
+        and then.get(key) != now.get(key)
+        and not (key == "max_steps" and config.max_steps)
     ]
     if differences:
         raise ConfigurationError(
@@ -331,6 +342,34 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             f"(--config {shlex.quote(str(path / CONFIG))} --resume true), or start a new run from its weights with "
             "from_adapter."
         )
+
+
+def _extended_setting(path: Path, config: TrainConfig) -> str:
+    """Return the setting that `max_steps` replaces to make a run longer, or "" if it is unchanged.
+
+    Raises:
+        ConfigurationError: `max_steps` is lower than before, or the run has already ended by early stopping or reached
+            that step.
+    """
+    settings = read_settings(path)
+    then, now = settings.get("max_steps"), config.max_steps
+    if now is None or now == then:
+        return ""
+    before = f"epochs {settings.get('epochs')}" if then is None else f"max_steps {then}"
+    done = newest_step(path / CHECKPOINTS)
+    if now < max(then or 0, done):
+        raise ConfigurationError(
+            f"max_steps is {now}, but the run in {path} has {before} and a checkpoint at step {done}. A resumed run "
+            "can only have more steps: raise max_steps, or start a new run."
+        )
+    if (path / RESULT).exists() and storage.read_record(path / RESULT, RunFolderError).get(
+        "stopped_early"
+    ):
+        raise ConfigurationError(
+            f"The run in {path} was stopped early (evaluation.patience), so more steps do not continue it. Start a new "
+            "run from its weights with from_adapter."
+        )
+    return before
 
 
 def read_settings(path: Path) -> dict[str, Any]:

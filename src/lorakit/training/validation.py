@@ -6,8 +6,9 @@ import math
 
 from lorakit.errors import LorakitError
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.evaluate import by_prompt, generated, held_out
+from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
+from lorakit.formatting import counted
 from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
 from lorakit.training.loggers import Loggers
@@ -36,17 +37,24 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             task=job.task,
         )
         state.scores = evaluation.scores
+        notes = [counted(len(job.scored), "example")]
         if settings.samples:
-            state.scores = {**state.scores, **_sample(run, job, state.step)}
+            sampled = _sample(run, job, state.step)
+            state.scores = {**state.scores, **sampled.scores}
+            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
     _require_finite(state.scores, job.task.name)
     log.scores(state)
     if state.step == 0:
         state.scores_before = state.scores
-        show.scores(state)
+        show.scores(state, notes)
         return
-    best = state.best_scores.get(settings.metric)
+    best, before = (s.get(settings.metric) for s in (state.best_scores, state.scores_before))
     score, less = state.scores[settings.metric], job.task.less_is_better
-    if improved := is_better(settings.metric, score, best, less_is_better=less):
+    if is_better(settings.metric, score, best, less_is_better=less):
+        is_worse = before is not None and is_better(
+            settings.metric, before, score, less_is_better=less
+        )
+        notes.append("best so far, but worse than before training" if is_worse else "best")
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
         job.save_adapter(run.best, state)
     else:
@@ -54,7 +62,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         state.stopped_early = (
             settings.patience is not None and state.without_best >= settings.patience
         )
-    show.scores(state, best=improved)
+    show.scores(state, notes)
 
 
 def _require_finite(scores: dict[str, float], task: str) -> None:
@@ -67,8 +75,8 @@ def _require_finite(scores: dict[str, float], task: str) -> None:
             )
 
 
-def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
-    """Generate text for some validation prompts, record it in samples.jsonl, and return its scores."""
+def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
+    """Generate text for some validation prompts, record it in samples.jsonl, and score it."""
     settings = job.config.evaluation
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
@@ -85,4 +93,4 @@ def _sample(run: RunFolder, job: Job, step: int) -> dict[str, float]:
     )
     for record in evaluation.outputs:
         run.samples.append(step=step, **record)
-    return evaluation.scores
+    return evaluation
