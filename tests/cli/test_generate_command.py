@@ -145,7 +145,7 @@ def test_an_adapter_without_record_leaves_prompts_unchanged_and_says_so(
     (adapter / "lorakit.json").unlink()
     generate(trained, "--adapter", str(adapter), "--prompt", "river")
     assert prompts == [tiny_tokenizer().encode("river")]
-    assert "does not record its task, and plain prompts are used unchanged. --chat true" in (
+    assert "does not record its task, and plain prompts are used unchanged. --chat" in (
         capsys.readouterr().err
     )
 
@@ -154,7 +154,7 @@ def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(
     trained, prompts, capsys
 ) -> None:
     generate(trained, "--prompt", "river")
-    assert "prompts are used unchanged; --chat true formats them" in capsys.readouterr().err
+    assert "prompts are used unchanged; --chat formats them" in capsys.readouterr().err
     generate(trained, "--prompt", "river", "--raw", "true")
     assert prompts == [tiny_tokenizer().encode("river")] * 2
     assert "note" not in capsys.readouterr().err

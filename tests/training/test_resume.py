@@ -157,7 +157,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
         with pytest.raises(error) as raised:
             train(config)
     assert signal.getsignal(number) == before
-    command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume true"
+    command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume"
     assert f"Stopped at step 5. Resume with: {command}" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert raised.value.code == 143

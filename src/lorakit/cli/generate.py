@@ -101,7 +101,7 @@ def run(argv: Sequence[str]) -> None:
     assert base.tokenizer is not None  # open_adapted rejects a base without a tokenizer
     is_undecided = task is None and adapter is None and isinstance(prompts[0], str)
     if is_undecided and base.tokenizer.chat_template:
-        _note("prompts are used unchanged; --chat true formats them with the chat template.")
+        _note("prompts are used unchanged; --chat formats them with the chat template.")
     if config.system and not ChatTemplate(base.tokenizer).has_system_role():
         _note(
             "the chat template has no system role; the system text starts the first user message."
@@ -140,7 +140,7 @@ def _check_conversations(
     is_text = task is None and any(isinstance(prompt, str) for prompt in prompts)
     if config.system and (is_text or (task is not None and task.name != "chat")):
         raise ConfigurationError(
-            "system is a turn of the chat template, but these prompts do not use it. Set --chat true, or remove "
+            "system is a turn of the chat template, but these prompts do not use it. Set --chat, or remove "
             "--system."
         )
 

@@ -104,7 +104,7 @@ def prompt_format(
     recorded, path = record.get("task"), adapter.path if adapter else ""
     if task is encoding is None and adapter is not None and recorded is None:
         return PromptFormat(
-            note=f"the adapter {path} does not record its task, and plain prompts are used unchanged. --chat true "
+            note=f"the adapter {path} does not record its task, and plain prompts are used unchanged. --chat "
             "formats them with the chat template."
         )
     # An encoding but no task of lorakit: a custom task, whose code never runs because a file names it.
@@ -119,7 +119,7 @@ def prompt_format(
     if chosen is not None and issubclass(chosen, Chat) and encoding is None:
         note = (
             f"the adapter {path} was trained for {recorded}: prompts are user messages in the chat template. "
-            "--raw true uses them unchanged."
+            "--raw uses them unchanged."
         )
         return PromptFormat(task=Chat, note="" if task else note)
     if chosen is None or not issubclass(chosen, NamedText):
@@ -135,14 +135,14 @@ def prompt_format(
         if encoding == "prompt" and settings.get("prompt_template"):
             raise ConfigurationError(
                 f"The adapter {path} was trained with the prompt_template {settings['prompt_template']!r}. Write whole "
-                "prompts in this form, and use them unchanged: --raw true."
+                "prompts in this form, and use them unchanged: --raw."
             )
     encoding = encoding or chosen.encodings[0]
     require_choice("encoding", encoding, chosen.encodings)
     return PromptFormat(
         task=chosen,
         encoding=encoding,
-        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --raw true uses "
+        note=f"prompts are contexts of task {chosen.name}, formatted with its encoding '{encoding}'; --raw uses "
         "them unchanged.",
     )
 

@@ -5,7 +5,7 @@ config.yaml        every setting, also defaults; ``--config`` with this file rep
 environment.json   software, processor and threads, one entry per session (a resumed run has several)
 metrics.jsonl      one line per step and per evaluation
 samples.jsonl      text generated at each evaluation
-checkpoints/       step-000100/ and so on, for ``--resume true``
+checkpoints/       step-000100/ and so on, for ``--resume``
 best/              the adapter with the best validation score
 adapter/           the adapter after the last step
 result.json        written last: a run with this file is finished
@@ -162,9 +162,7 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The shell command that resumes this run."""
-        return shlex.join(
-            ["lorakit", "train", "--config", str(self.path / CONFIG), "--resume", "true"]
-        )
+        return shlex.join(["lorakit", "train", "--config", str(self.path / CONFIG), "--resume"])
 
     def claim(self) -> None:
         """Write config.yaml into the folder, after deleting the old run if `overwrite` is set.
@@ -339,7 +337,7 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if differences:
         raise ConfigurationError(
             f"The run in {path} has other settings: {'; '.join(differences)}. Resume it with its own settings "
-            f"(--config {shlex.quote(str(path / CONFIG))} --resume true), or start a new run from its weights with "
+            f"(--config {shlex.quote(str(path / CONFIG))} --resume), or start a new run from its weights with "
             "from_adapter."
         )
 
