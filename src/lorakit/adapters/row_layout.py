@@ -61,7 +61,7 @@ class RowLayout:
         if choice.whole is not None and of_pass.batch is not None:
             return (
                 of_pass.batch
-            )  # every row has the same adapters, and the batch was counted when it entered
+            )  # rows have the same adapters, and were counted when the batch entered
         batches = (of_pass.batch,) if of_pass.batch is not None else choice.rows
         size = x.shape[self.axis] if axes > self.axis else -1
         if choice.whole is not None and size in batches:
@@ -113,7 +113,7 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     for path in paths:
         layer, config = model.get_submodule(path), configs.get(path)
         around = [model, *(model.get_submodule(parent) for parent in parents(path)), layer]
-        is_known = architecture_of(config) is not None or _declares_axis(around)
+        is_known = architecture_of(config) is not None or _declaring(around) is not None
         is_table = isinstance(layer, nn.Embedding) and id(layer) not in inputs
         layouts[path] = RowLayout(
             path,
@@ -172,10 +172,6 @@ def _declaring(around: list[nn.Module]) -> nn.Module | None:
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             return module
     return None
-
-
-def _declares_axis(around: list[nn.Module]) -> bool:
-    return _declaring(around) is not None
 
 
 def _batch_axis(around: list[nn.Module]) -> int:

@@ -106,7 +106,7 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     ):
         raise AdapterStateError(
             "The model was called with inputs_embeds, and the active adapter finds its virtual tokens by their ids. "
-            "PassState input_ids, or call activate(None)."
+            "Pass input_ids, or call activate(None)."
         )
 
 
