@@ -14,7 +14,7 @@ import copy
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -108,9 +108,11 @@ def prefill_call(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]
 
 
 @torch.no_grad()
-def decode_call(model: nn.Module, prompts: torch.Tensor) -> Callable[[], object]:
+def decode_call(
+    model: Callable[..., Any], config: Any, prompts: torch.Tensor
+) -> Callable[[], object]:
     """Return a function that decodes one token per row, with a cache that grows with each call."""
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = DynamicCache(config=config)
     model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return partial(model, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
 
@@ -133,7 +135,9 @@ def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[s
     prompt, prompts = tokens(1, PROMPT), tokens(BATCH, CONTEXT)
     calls = {
         "prefill": {name: prefill_call(model, prompt) for name, model in models.items()},
-        "decode": {name: decode_call(model, prompts) for name, model in models.items()},
+        "decode": {
+            name: decode_call(model, base.config, prompts) for name, model in models.items()
+        },
     }
     figures: dict[str, Any] = {
         kind: in_turn(calls[kind], steps[kind], seed=seed) for kind in ("prefill", "decode")
@@ -175,21 +179,37 @@ def run() -> None:
 def main(*, quick: bool) -> None:
     """Measure latencies, and write their tables."""
     report.say("\ninference: base, merged and unmerged, interleaved")
+    record = measured("inference", "benchmarks.inference", quick, first=["--trace"])
+    report.publish("inference", record, sections(record), quick)
+
+
+def measured(part: str, module: str, quick: bool, first: Sequence[str] = ()) -> dict[str, Any]:
+    """Run `module` in processes of its own, round after round.
+
+    Args:
+        part: The part of the benchmarks.
+        module: Takes the arguments of `run`.
+        quick: One round with few steps.
+        first: Further arguments of the first round.
+
+    Returns:
+        The machine, the base, and by dtype the figures of each process.
+    """
     record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
     best = resolved_dtype("auto")
     # One process in float32 for comparison; the main results use the dtype of `auto`.
     rounds = {best: 1} if quick else {"float32": 1, best: ROUNDS}
     for dtype in sorted(rounds):
-        runs = runs_of("inference", dtype, quick)
+        runs = runs_of(part, dtype, quick)
         record[dtype] = []
         steps = STEPS if rounds[dtype] > 1 else QUICK_STEPS
         for number in range(rounds[dtype]):
-            command = ["benchmarks.inference", "--dtype", dtype, "--seed", str(number)]
+            command = [module, "--dtype", dtype, "--seed", str(number)]
             command += [word for kind in steps for word in (f"--{kind}", str(steps[kind]))]
-            figures = runs.run(str(number), *command, *([] if number else ["--trace"]))
+            figures = runs.run(str(number), *command, *([] if number else first))
             record[dtype].append(figures)
             report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
-    report.publish("inference", record, sections(record), quick)
+    return record
 
 
 def sections(record: dict[str, Any]) -> Iterator[report.Section]:

@@ -20,24 +20,30 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import lorakit
 from benchmarks import report
-from benchmarks.inference import ALPHA, BASE, BASE_MODEL, CONTEXT, RANK, latencies
+from benchmarks.inference import (
+    ALPHA,
+    BASE,
+    BASE_MODEL,
+    CONTEXT,
+    RANK,
+    STEPS,
+    decode_call,
+    latencies,
+    measured,
+)
 from benchmarks.latency import in_turn
-from benchmarks.runs import runs_of
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED
-from lorakit.models.dtypes import dtype_name, resolved_dtype
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import load_base
 
 ROWS, LENGTH = 8, 64
 NAMES = [f"adapter{i}" for i in range(ROWS)]
 """One adapter for each row."""
-ROUNDS = 3
-STEPS = {"prefill": 8, "decode": 40}
-QUICK_STEPS = {"prefill": 4, "decode": 20}
 
 Run = Callable[..., Any]
 """Calls a model with the arguments of a forward pass."""
@@ -127,14 +133,6 @@ def check_rows(base: PreTrainedModel, prompts: Tensor) -> float:
     return difference
 
 
-@torch.no_grad()
-def decode_call(run: Run, config: Any, prompts: Tensor) -> Callable[[], object]:
-    """Return a function that decodes one token per row, with a cache that grows with each call."""
-    cache = DynamicCache(config=config)
-    run(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return partial(run, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
-
-
 def measure(dtype: str, steps: dict[str, int], seed: int) -> dict[str, Any]:
     """Build the models in random order, and time their interleaved steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,19 +179,7 @@ def run() -> None:
 def main(*, quick: bool) -> None:
     """Measure latencies, and write their tables."""
     report.say("\nmixed: a batch of 8 rows with 8 adapters, interleaved")
-    record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
-    best = resolved_dtype("auto")
-    rounds = {best: 1} if quick else {"float32": 1, best: ROUNDS}
-    for dtype in sorted(rounds):
-        runs = runs_of("mixed", dtype, quick)
-        record[dtype] = []
-        steps = STEPS if rounds[dtype] > 1 else QUICK_STEPS
-        for number in range(rounds[dtype]):
-            command = ["benchmarks.mixed_batch", "--dtype", dtype, "--seed", str(number)]
-            command += [word for kind in steps for word in (f"--{kind}", str(steps[kind]))]
-            figures = runs.run(str(number), *command)
-            record[dtype].append(figures)
-            report.say(f"  {dtype}, process {number + 1}: {figures['process_seconds']:.0f} s")
+    record = measured("mixed", "benchmarks.mixed_batch", quick)
     report.publish("mixed", record, sections(record), quick)
 
 
