@@ -261,6 +261,28 @@ def test_options_of_peft_that_are_errors_or_have_no_effect(kind: str) -> None:
             assert adapter_config.parse(folder).r == 8
 
 
+@pytest.mark.slow  # imports PEFT
+def test_names_of_peft_and_loralib() -> None:
+    import loralib
+    import peft
+    from peft.utils import hotswap
+
+    on_model = {*dir(peft.PeftModel), *dir(peft.LoraModel), "peft_config"}
+    checked = 0
+    for code in (code for row in _rows_of("PEFT's calls") for code in row.theirs):
+        if names := re.findall(r"\bmodel\.(\w+)", code):
+            assert set(names) <= on_model, code
+        elif name := re.match(r"(?!model)(\w+)(?=[(.]|$)", code):
+            found = any(hasattr(place, name[1]) for place in (peft, hotswap, peft.PeftModel))
+            assert found, code
+        checked += 1
+    assert checked > 30
+    for code in (code for row in _rows_of("loralib") for code in row.theirs):
+        name = re.match(r"\w+", code)
+        assert name
+        assert name[0] in ("model", "merge_weights") or hasattr(loralib, name[0]), code
+
+
 @pytest.mark.slow  # imports TRL
 def test_names_and_defaults_of_transformers_and_trl() -> None:
     from transformers import EarlyStoppingCallback, TrainingArguments
@@ -343,6 +365,7 @@ def test_the_scripts_give_the_same_model(tmp_path: Path, monkeypatch: pytest.Mon
         merged, base = theirs["merged"](ids).logits, tiny_models.build("llama")(ids).logits
         torch.testing.assert_close(ours["base"](ids).logits, merged)
     assert (merged - base).abs().max() > 1e-2
+    assert list(ours["base"].state_dict()) == list(tiny_models.build("llama").state_dict())
     assert theirs["config"].r == ours["config"].rank
     assert theirs["config"].lora_alpha == ours["config"].alpha
     assert theirs["config"].lora_dropout == ours["config"].dropout
