@@ -78,7 +78,8 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
         if name not in every or _means_own(name, own):
             unknown.append(f"unknown option '{name}'.{suggestion(name, own)}")
     if unknown:  # all of them: a file of another library has dozens
-        raise ConfigurationError(f"{path}: " + "\n  ".join(unknown) + " --help lists the options.")
+        lines = "\n  ".join(unknown)
+        raise ConfigurationError(f"{path}: {lines} --help lists the options.")
     used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
     return used, [name for name in values if name not in used]
 
