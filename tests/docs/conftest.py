@@ -41,6 +41,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
         monkeypatch.setattr(PackagedModel, "path", lambda model: packages[model.alias])
         monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
         monkeypatch.setattr("lorakit.planning.products.Timer", InstantTimer)
+        monkeypatch.setattr("lorakit.planning.products._time_product", lambda *_: 1e-4)
+        monkeypatch.setattr("lorakit.models.dtypes._cpu_multiplies_bfloat16", lambda: False)
+        monkeypatch.setattr("lorakit.metrics.data_to_text.find_java", lambda _: None)
         monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
         folder = tmp_path / "reader"
         folder.mkdir()

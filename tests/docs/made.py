@@ -74,6 +74,10 @@ def _pair(draw: random.Random, words: str) -> dict[str, Any]:
     return {"sentence1": words, "sentence2": words if label else other, "label": label}
 
 
+def _conditions(words: str) -> dict[str, list[Any]]:
+    return {"column_index": [1], "operator_index": [0], "condition": [words]}
+
+
 ROWS: dict[str, Callable[[random.Random, str], dict[str, Any]]] = {
     "prompts": lambda draw, words: {"prompt": f"{words} =>", "completion": f" {words}."},
     "texts": lambda draw, words: {"text": words, "label": words.split()[0]},
@@ -105,7 +109,7 @@ ROWS: dict[str, Callable[[random.Random, str], dict[str, Any]]] = {
     "wikisql": lambda draw, words: {
         "question": f"Which {words}?",
         "table": {"header": ["Name", "Town"], "types": ["text", "text"], "rows": [[words, "x"]]},
-        "sql": {"sel": 0, "agg": 0, "conds": [[1, 0, words.split()[0]]]},
+        "sql": {"sel": 0, "agg": 0, "conds": _conditions(words)},
     },
 }
 """A row of each data set, with the columns of the real one."""
@@ -132,12 +136,20 @@ def data(path: str, data_set: str = "prompts", count: int = 24, seed: int = 0) -
 
 def like(page: str, path: str, count: int = 24) -> None:
     """Write a file of rows like the first JSON block of a page."""
-    (row,) = (json.loads(block.text) for block in blocks(page, read(page)) if block.language == "json")
+    (row,) = (
+        json.loads(block.text) for block in blocks(page, read(page)) if block.language == "json"
+    )
     write_rows(path, [{**row, "prompt": f"{number} {row['prompt']}"} for number in range(count)])
+
+
+def table(path: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows without commas to a CSV file."""
+    write(path, [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))])
 
 
 def write(path: str, lines: list[str]) -> None:
     """Write a text file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -169,10 +181,12 @@ def load_dataset(name: str, config: str | None = None, *, split: str, **_: Any) 
 # --- adapters and runs ----------------------------------------------------------------------------
 
 
-def adapter(folder: str, base: str = "smollm2-135m", *, seed: int = 0, **options: Any) -> None:
+def adapter(
+    folder: str, base: str = "smollm2-135m", *, rank: int = 8, seed: int = 0, **options: Any
+) -> None:
     """Save an adapter with random weights, in the format of PEFT."""
     model = lorakit.load_base(base, **options).model
-    handle = lorakit.attach(model, lorakit.LoRA(rank=8, alpha=16))
+    handle = lorakit.attach(model, lorakit.LoRA(rank=rank, alpha=16))
     randomise(handle, scale=0.05, seed=seed)
     handle.save(folder)
 

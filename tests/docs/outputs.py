@@ -11,9 +11,9 @@ from collections.abc import Sequence
 PATTERNS: dict[str, tuple[str, str]] = {
     "MODULE": (r"\b\w+(\.\w+)*\.\d+(\.\w+)+", "MODULE"),
     "PATH": (r"(?<![\w.])/[\w./-]+", "PATH"),
-    "NUMBER": (r"(?<![\w.-])-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?(?![\w-]|\.\w)", "NUMBER"),
-    "SIZE": (r"NUMBER (bytes|[kMGT]B)\b", "SIZE"),
-    "TIME": (r"NUMBER ?(ms|s|min|m|h)\b", "TIME"),
+    "SIZE": (r"\b\d[\d,.]* (bytes|[kMGT]B)\b", "SIZE"),
+    "TIME": (r"\b\d[\d,.]* ?(ms|s|min|m|h)\b", "TIME"),
+    "NUMBER": (r"(?<![\w.-])-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?(?![\w-])", "NUMBER"),
     "RANGE": (r"NUMBER to NUMBER", "NUMBER"),
     "BAR": (r"█+", "BAR"),
     "SPACE": (r"\s+", " "),
@@ -37,7 +37,9 @@ def difference(page: Sequence[str], printed: Sequence[str]) -> str:
     if _matches(expected, found):
         return ""
     shown = "\n".join(f"    {line}" for line in printed)
-    missing = next((raw for raw, line in zip(page, expected, strict=False) if line not in found), "")
+    missing = next(
+        (raw for raw, line in zip(page, expected, strict=False) if line not in found), ""
+    )
     reason = f"no line like {missing!r}" if missing not in ("", "...") else "other lines"
     return f"the output differs from the page ({reason}):\n{shown}"
 

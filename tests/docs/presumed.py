@@ -20,19 +20,23 @@ data("data/e2e/train.jsonl")
 data("data/e2e/validation.jsonl", seed=1)
 """
 
+_SCORED = (
+    "--data.test E2E/test.jsonl --limit 24 "
+    "--data.columns '{prompt: meaning_representation, completion: human_reference}'"
+)
 _ANALYSIS = """
 for name, rank in (("e2e-r8", 8), ("e2e-r64", 64), ("e2e-r64b", 64)):
-    run(name, f"--lora.rank {rank} --seed {len(name) + rank}")
+    run(name, f"--lora.rank {rank} --seed {len(name) + rank} --optimizer.learning_rate 0.1")
     for old, new in ((1, 80), (2, 100)):
         Path(f"{name}/checkpoints/step-{old:06}").rename(f"{name}/checkpoints/step-{new:06}")
 data("E2E/test.jsonl", "e2e_nlg", 48)
 write("news.txt", [row["text"] for row in make_rows("texts", 50)])
 """
 
-PRESUMED = {
+COMMANDS = {
     "README.md": Presumed(
         setup='data("train.jsonl"); data("test.jsonl", seed=1); run("out/second")',
-        more={"lorakit paper": PREVIEW},
+        more={"lorakit paper": f"{PREVIEW} --tasks rte"},
         typed={"lorakit chat": "The river pub\n/quit\n"},
     ),
     "docs/quickstart.md": Presumed(setup='like("docs/quickstart.md", "train.jsonl")'),
@@ -42,8 +46,12 @@ PRESUMED = {
         typed={"lorakit chat": "The river pub\n/quit\n"},
     ),
     "docs/guides/merging.md": Presumed(setup='run("out/e2e")'),
-    "docs/guides/adapters.md": Presumed(setup='adapter("out/e2e"); loralib("roberta_base_lora_mnli.bin", "FacebookAI/roberta-base")'),
-    "docs/guides/methods.md": Presumed(setup=E2E + 'page_file("docs/guides/training.md", "e2e.yaml")\nexample("own_method.py")'),
+    "docs/guides/adapters.md": Presumed(
+        setup='adapter("out/e2e"); loralib("roberta_base_lora_mnli.bin", "FacebookAI/roberta-base")'
+    ),
+    "docs/guides/methods.md": Presumed(
+        setup=E2E + 'page_file("docs/guides/training.md", "e2e.yaml")\nexample("own_method.py")'
+    ),
     "docs/guides/tasks.md": Presumed(
         setup="""
 data("data/spelling/train.jsonl", "spelling")
@@ -53,7 +61,9 @@ command("lorakit train --base.name minilm-l6 --data.task mnli --data.root data -
 write("new.csv", ["sentence1,sentence2", "river pub,river pub", "food,cheap park"])
 example("own_task.py")"""
     ),
-    "docs/guides/planning.md": Presumed(setup=E2E + 'page_file("docs/guides/training.md", "e2e.yaml")'),
+    "docs/guides/planning.md": Presumed(
+        setup=E2E + 'page_file("docs/guides/training.md", "e2e.yaml")'
+    ),
     "docs/guides/reports.md": Presumed(
         setup=E2E
         + 'page_file("docs/guides/training.md", "e2e.yaml")\n'
@@ -68,11 +78,94 @@ data("wikisql/validation.jsonl.gz", "wikisql", 2)
 write("queries.txt", ["SELECT Name FROM table WHERE Town = river"] * 2)
 adapter("out/e2e/adapter")
 """,
-        more={"lorakit evaluate": "--data.train data/e2e/train.jsonl --data.test data/e2e/validation.jsonl --measure both"},
+        more={
+            "lorakit evaluate": "--data.train data/e2e/train.jsonl --data.test data/e2e/validation.jsonl"
+        },
     ),
     "docs/guides/paper.md": Presumed(more={"lorakit paper": PREVIEW}),
+    "docs/guides/what-was-learned.md": Presumed(
+        setup="""
+for folder in ("benchmarks/e2e.yaml", "benchmarks/mrpc.yaml"):
+    write(folder, read(folder).splitlines())
+data("E2E/train.jsonl.gz", "e2e_nlg", 40)
+data("E2E/validation.jsonl", "e2e_nlg", 8, seed=1)
+data("MRPC/train.jsonl", "mrpc", 40)
+data("MRPC/validation.jsonl", "mrpc", 8, seed=1)
+adapter("e2e-r8/adapter")
+adapter("e2e-r64b/adapter", rank=64, seed=1)
+adapter("mrpc-r64b/adapter", "minilm-l6", rank=64, seed=1, task="sequence-classification", num_labels=2)
+"""
+    ),
     "docs/guides/analysis.md": Presumed(
         setup=_ANALYSIS,
-        more={"lorakit combine e2e-r64/adapter e2e-r64b/adapter": "--data.test E2E/test.jsonl --limit 24"},
+        more={"lorakit combine e2e-r64/adapter e2e-r64b/adapter": _SCORED},
+    ),
+}
+
+_MODEL = """
+import torch
+from torch import nn
+from dataclasses import dataclass
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from lorakit.methods import AdapterModule
+from lorakit.methods.trained import modules_named, parameters_below
+from lorakit.models.roles import resolve_targets
+
+name = "HuggingFaceTB/SmolLM2-135M"
+model = AutoModelForCausalLM.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+batch = tokenizer(["The river pub", "A plane", "cheap food"], return_tensors="pt", padding=True)
+"""
+_TWO = """
+adapters = lorakit.attach(model, lorakit.LoRA(), name="e2e")
+lorakit.attach(model, lorakit.LoRA(), name="sql", seed=1)
+"""
+
+PYTHON = {
+    "README.md": Presumed(setup='adapter("out/sql", "HuggingFaceTB/SmolLM2-135M")'),
+    "docs/quickstart.md": Presumed(
+        setup=_MODEL + 'batches = [{**batch, "labels": batch["input_ids"]}] * 3\n'
+    ),
+    "docs/guides/training.md": Presumed(setup='table("reviews.csv", make_rows("texts", 24))'),
+    "docs/guides/merging.md": Presumed(
+        setup=_MODEL + _TWO + "model.generation_config.max_new_tokens = 4\n",
+    ),
+    "docs/guides/adapters.md": Presumed(
+        setup=_MODEL
+        + 'adapter("out/sql", name)\nloralib("roberta_base_lora_mnli.bin", "FacebookAI/roberta-base")\n'
+        + 'packed = {"input_ids": torch.arange(64)[None] + 5}\n',
+        before={
+            'adapters = lorakit.load(model, "roberta': """
+model = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=3)
+""",
+            "adapters = lorakit.attach(model, lorakit.LoRA(rank=8, targets": """
+from functools import partial
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+DPOConfig = partial(DPOConfig, bf16=False, use_cpu=True, max_steps=1, report_to=[])
+preferences = Dataset.from_list([{"prompt": "river", "chosen": " pub", "rejected": " park"}] * 2)
+""",
+        },
+    ),
+    "docs/guides/methods.md": Presumed(
+        setup=_MODEL + 'text, answer = "The river", " pub"\n',
+    ),
+    "docs/guides/planning.md": Presumed(
+        setup="""
+from lorakit import DataConfig, TrainConfig
+data("train.jsonl")
+config = TrainConfig(base="smollm2-135m", data=DataConfig(train="train.jsonl"), output="out/run")
+"""
+    ),
+    "docs/guides/reports.md": Presumed(setup='run("out/e2e")'),
+    "docs/guides/tasks.md": Presumed(
+        setup="from lorakit.tasks import DataSet, NamedText, text_field"
+    ),
+    "docs/guides/analysis.md": Presumed(
+        setup="""
+adapter("out/e2e")
+A, A1, A2 = (torch.randn(4, 16) for _ in range(3))
+B, W, W_adapted, scaling = torch.randn(12, 4), torch.randn(12, 16), torch.randn(12, 16), 2.0
+"""
     ),
 }

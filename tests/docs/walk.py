@@ -60,7 +60,9 @@ def words(command: str) -> list[str]:
 def run(command: str, typed: str = "", more: Sequence[str] = ()) -> tuple[int, str, str]:
     """Run a `lorakit` command in this process; return its status, its output and its messages."""
     program, *arguments = words(command)
-    assert program == "lorakit", f"{program} is not lorakit: list it with the reason why it is not run"
+    assert program == "lorakit", (
+        f"{program} is not lorakit: list it with the reason why it is not run"
+    )
     if arguments[-1] == "..." and more:
         arguments.pop()
     out, err = io.StringIO(), io.StringIO()
