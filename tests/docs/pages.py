@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/quickstart.md", "docs/index.md") + tuple(
-    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs/guides").glob("*.md"))
-)
+_GUIDES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs/guides").glob("*.md"))
+PAGES = ("README.md", "docs/quickstart.md", "docs/index.md", *_GUIDES)
 
 _FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,})(?P<language>\w*)")
 _FILE = re.compile(r"# (\S+\.ya?ml)$")

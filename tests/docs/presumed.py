@@ -5,12 +5,26 @@ from __future__ import annotations
 from walk import Presumed
 
 NOT_RUN = {
-    "make demo": "downloads packages; tests/cli/test_demo.py and the demo's own parts cover it",
+    "make demo": "installs packages; its `lorakit demo` runs for the excerpts in `SHOWN`",
     "make test": "runs this suite",
     "git clone": "needs a network",
     "pip install": "needs a network",
 }
 """Commands that are not run, by their start, with the reason."""
+
+SHOWN = {
+    ("README.md", "lorakit demo --steps 4 --test_texts 4 --test_loss 16"): (
+        "before",
+        "The adapter is",
+    ),
+    ("docs/guides/data.md", "lorakit data --base.name smollm2-135m --data.train chat.jsonl"): (
+        "task chat:",
+    ),
+}
+"""Commands that print the `text` blocks of a page, with the starts of these blocks."""
+
+NO_OUTPUT = ("h = W x", "[bos]", "data/", "out/e2e/")
+"""Starts of the `text` blocks that show no output: formulas and folders."""
 
 PREVIEW = "--dry-run"
 """A table of the paper has up to 200 runs, which tests/paper run; here their list is made."""
@@ -74,8 +88,10 @@ example("own_task.py")"""
         + """
 write("outputs.txt", ["The river pub serves food.", "A cheap park."])
 write("references.txt", ["The river pub serves food.", "", "A cheap park.", ""])
-data("wikisql/validation.jsonl.gz", "wikisql", 2)
-write("queries.txt", ["SELECT Name FROM table WHERE Town = river"] * 2)
+(row,) = make_rows("wikisql", 1)
+row["sql"]["conds"] = [[1, 0, "river"]]  # the layout of WikiSQL's files; the hub has lists by name
+write_rows("wikisql/validation.jsonl.gz", [row])
+write("queries.txt", ["SELECT Name FROM table WHERE Town = river"])
 adapter("out/e2e/adapter")
 """,
         more={

@@ -69,7 +69,8 @@ def test_an_altered_page_fails(alteration: str, reader: Callable[[str], Path]) -
     unaltered, failures = (walk([step], Presumed(), vars(made).copy()) for step in pair)
     assert unaltered == []
     (failure,) = failures
-    line = 1 + text[: text.index(pair[0].text.splitlines()[0])].count("\n")
+    start = old if pair[0].kind == "python" else pair[0].text.splitlines()[0]
+    line = 1 + text[: text.index(start)].count("\n")
     assert failure.startswith(f"{page}:{line}: ")
     assert reason in failure
 

@@ -8,7 +8,7 @@ import subprocess
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,7 @@ class Presumed:
     Attributes:
         setup: Code that runs before the page, in the namespace of its Python blocks.
         before: Code that runs before a step whose text starts with the key.
-        more: Options that a trailing `...` of a command stands for, by a start of the command.
+        more: Options by a start of a command: those that a trailing `...` stands for, or that make the command short.
         typed: Lines that the reader types into a command that reads them, by a start of the command.
     """
 
@@ -41,10 +41,14 @@ def walk(steps: Sequence[Step], presumed: Presumed, names: dict[str, Any]) -> li
     failures = []
     _execute(presumed.setup, "the setup", names)
     for step in steps:
-        where = f"{step.page}:{step.line}"
-        _execute(_of(presumed.before, step), f"before {where}", names)
-        if failure := _do(step, presumed, names, where):
-            failures.append(f"{where}: {step.text.splitlines()[0]}\n  {failure}")
+        _execute(_of(presumed.before, step), f"before {step.page}:{step.line}", names)
+        try:
+            failure = _do(step, presumed, names)
+        except Exception as error:  # a page can fail in any way
+            failure = f"{type(error).__name__}: {error}"
+            step = _at(error, step)
+        if failure:
+            failures.append(f"{step.page}:{step.line}: {step.text.splitlines()[0]}\n  {failure}")
     return failures
 
 
@@ -71,23 +75,27 @@ def run(command: str, typed: str = "", more: Sequence[str] = ()) -> tuple[int, s
     return status, out.getvalue(), err.getvalue()
 
 
-def _do(step: Step, presumed: Presumed, names: dict[str, Any], where: str) -> str:
-    """Return what failed, or an empty string."""
+def _do(step: Step, presumed: Presumed, names: dict[str, Any]) -> str:
+    """Return how the output or the status is wrong, or an empty string."""
     if step.kind == "file":
         Path(step.file).write_text(step.text, encoding="utf-8")
         return ""
-    try:
-        if step.kind == "python":
-            _execute(step.text, where, names)
-            return ""
-        more = words(_of(presumed.more, step))
-        status, out, err = run(step.text, _of(presumed.typed, step), more)
-    except Exception as error:  # a page can fail in any way
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    if step.kind == "python":
+        _execute(step.text, step.page, names)
+        return ""
+    more = words(_of(presumed.more, step))
+    status, out, err = run(step.text, _of(presumed.typed, step), more)
     if status:
         return f"status {status}: {err.strip()}"
     return difference(step.output, out.splitlines()) if step.output else ""
+
+
+def _at(error: Exception, step: Step) -> Step:
+    """Return the part of a Python block that starts at the line that raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == step.page]
+    skipped = max((frames[0].lineno or 1) - 1, 0) if frames else 0
+    lines = step.text.splitlines()[skipped:]
+    return replace(step, line=step.line + skipped, text="\n".join(lines))
 
 
 def _of(table: Mapping[str, str], step: Step) -> str:
