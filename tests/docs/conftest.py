@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import made
+import pytest
+
+from lorakit.models.sources import PackagedModel
+
+DEEP = {"docs/guides/what-was-learned.md": 15}
+"""Layers of the bases on pages that select a layer by its number; elsewhere two."""
+
+
+class InstantTimer:
+    """torch's timer without its repetitions: every product takes 0.1 ms."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def blocked_autorange(self, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(median=1e-4)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Enter an empty folder as the reader of a page, with tiny models and data sets under the names of real ones."""
+
+    def enter(page: str) -> Path:
+        layers = DEEP.get(page, 2)
+        for hub_id, arch in made.HUB.items():
+            made.save_to_cache(tmp_path / "hub", hub_id, arch, layers)
+        packages = {
+            name: made.save_base(tmp_path / "packages" / name, arch, layers)
+            for name, arch in made.PACKAGED.items()
+        }
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(PackagedModel, "path", lambda model: packages[model.alias])
+        monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
+        # A plan would time each of its products, and METEOR would start Java: tests of planning and metrics do.
+        monkeypatch.setattr("lorakit.planning.products.Timer", InstantTimer)
+        monkeypatch.setattr("lorakit.planning.products._time_product", lambda *_: 1e-4)
+        monkeypatch.setattr("lorakit.metrics.data_to_text.find_java", lambda _: None)
+        # On a CPU with bfloat16 the analyses of the float32 bases print one note more.
+        monkeypatch.setattr("lorakit.models.dtypes._cpu_multiplies_bfloat16", lambda: False)
+        monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "reader"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        return folder
+
+    return enter
