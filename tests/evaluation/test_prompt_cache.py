@@ -91,7 +91,7 @@ def test_another_adapter_never_reads_the_cache(base, computed, tmp_path) -> None
     ids = reply(conversation, "pub")
     assert computed[NEW] < len(ids)
     conversation.load(AdapterFile.read(tmp_path / "PrefixLayer"))
-    for _ in range(2):  # virtual tokens: no cache
+    for _ in range(2):  # with virtual tokens before and after the prompt
         reply(conversation, "pub")
 
 

@@ -9,7 +9,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lorakit.adapters import handle_of
-from lorakit.compute.model_input import virtual_tokens_of
 
 ARGUMENT = ALL_CACHE_NAMES[0]
 """The argument of `model.generate` for a cache; its name differs between versions of transformers."""
@@ -35,14 +34,11 @@ class PromptCache:
         values, known, adapters = self._values, self._ids, self._adapters
         self._clear()
         self._adapters = _active(model)
-        # Virtual tokens depend on the whole prompt. Other kinds of layers cannot forget their last tokens.
-        if model.config.is_encoder_decoder or virtual_tokens_of(model).total:
+        if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():  # type: ignore[operator]
             return None
         new = DynamicCache(config=model.config)
-        if not model._supports_default_dynamic_cache() or any(  # type: ignore[operator]
-            type(layer) is not DynamicLayer for layer in new.layers
-        ):
-            return None
+        if any(type(layer) is not DynamicLayer for layer in new.layers):
+            return None  # layers with a window or a state cannot remove their last tokens
         if values is None or adapters != self._adapters:
             return new
         pairs = enumerate(zip(known, ids, strict=False))
