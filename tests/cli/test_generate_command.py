@@ -72,9 +72,10 @@ def prompts(monkeypatch) -> list[list[int]]:
     return seen
 
 
-def trained_prompts(folder: Path) -> list[list[int]]:
-    """Return the token ids before each answer of the training data."""
-    config = DataConfig(train=str(folder / "train.jsonl"))
+def trained_prompts(where: Path | str, task: str = "auto") -> list[list[int]]:
+    """Return the token ids before each answer of a file, or of a folder's training data."""
+    file = where / "train.jsonl" if isinstance(where, Path) else where
+    config = DataConfig(train=str(file), task=task)
     tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
     return [example.prompt_ids for example in load_examples(config, "train", tokenizer)]
 
@@ -105,6 +106,62 @@ def test_a_conversation_that_ends_with_the_user_is_kept_whole(trained, prompts, 
     rows = [{"messages": [USER, ANSWER, AGAIN]}, ROWS[2]]
     generate(trained, "--file", tiny_runs.write_rows(tmp_path / "open.jsonl", rows))
     assert prompts[0] == prompts[1]
+
+
+INSTRUCTIONS: list[dict[str, Any]] = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Say hi.", "input": "", "output": "hi"},
+]
+TALKS: list[dict[str, Any]] = [
+    *({**INSTRUCTIONS[0], "system": "Be brief.", "history": turns} for turns in ([], [["a", "b"]])),
+    {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "system": "Be brief.",
+    },
+]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+    return str(path)
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text(json.dumps(rows, indent=1))
+    return str(path)
+
+
+@pytest.mark.parametrize("task", ["completion", "chat"])
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(tiny_runs.write_rows, "jsonl"), (write_json, "json"), (write_csv, "csv")],
+)
+def test_the_rows_of_alpaca_have_the_ids_of_training(
+    trained, prompts, tmp_path, write, suffix, task
+) -> None:
+    file = write(tmp_path / f"rows.{suffix}", INSTRUCTIONS)
+    generate(trained, "--file", file, *(["--chat"] if task == "chat" else []))
+    assert prompts == trained_prompts(file, task)
+    prompts.clear()
+    open_rows = [{k: v for k, v in row.items() if k != "output"} for row in INSTRUCTIONS]
+    file = write(tmp_path / f"open.{suffix}", open_rows)
+    generate(trained, "--file", file, *(["--chat"] if task == "chat" else []))
+    assert prompts == trained_prompts(write(tmp_path / f"rows.{suffix}", INSTRUCTIONS), task)
+
+
+@pytest.mark.parametrize("row", TALKS, ids=["system", "history", "sharegpt"])
+def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, row) -> None:
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [row])
+    generate(trained, "--file", file, "--chat")
+    assert prompts == trained_prompts(file, "chat")
+
+
+def test_a_line_that_is_no_row_is_named(trained, tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\nb\n')
+    arguments = ["--file", str(tmp_path / "rows.jsonl")]
+    assert main(["generate", *options(trained / "base"), *arguments]) == 1
+    assert "rows.jsonl:2: not valid JSON" in capsys.readouterr().err
 
 
 def test_a_row_with_an_answer_alone_is_named(trained, tmp_path, capsys) -> None:

@@ -34,8 +34,8 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: str | None = None
-    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. A last assistant turn is the
-    answer, and is left out. `-` reads standard input."""
+    """A file of prompts: one per line, or .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `messages` or Alpaca's
+    `instruction` in each row. A last assistant turn is the answer, and is left out. `-` reads standard input."""
     task: str | None = None
     """Named task of the prompts. Formats them as in training; rows of a file may have the task's columns instead of
     `prompt`. Default: the adapter's task."""
