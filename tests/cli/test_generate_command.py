@@ -19,6 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, prompt_format
 from lorakit.data import DataConfig, load_examples
+from lorakit.errors import ConfigurationError
 from lorakit.tasks import Chat
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -182,7 +183,7 @@ def test_prompts_of_a_chat_adapter_have_the_ids_of_its_training(trained, prompts
     assert prompts[1] == trained_prompts(trained)[1]
     generate(trained, *adapter, "--raw", "true")
     assert prompts[2] == tiny_tokenizer().encode(USER["content"])
-    generate(trained, *adapter[2:], "--task", "chat")  # the base alone
+    generate(trained, *adapter[2:], "--data.task", "chat")  # the base alone
     assert prompts[3] == prompts[0]
 
 
@@ -224,6 +225,29 @@ def test_a_custom_chat_task_is_formatted_as_chat(trained) -> None:
     prompting = prompt_format(adapter, None, None)
     assert prompting.task is Chat
     assert "was trained for support: prompts are user messages" in prompting.note
+
+
+def test_the_task_of_a_shared_file_formats_the_prompts(trained, prompts, tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {train: t.jsonl, task: chat}\nlora: {rank: 4}\n")
+    generate(trained, "--config", str(file), "--prompt", "river")
+    assert prompts == [user_turn("river")]
+    generate(trained, "--config", str(file), "--prompt", "river", "--raw")
+    assert prompts[1] == tiny_tokenizer().encode("river")
+    file.write_text("data: {train: t.jsonl, task: auto}\nlora: {rank: 4}\n")
+    generate(trained, "--config", str(file), "--prompt", "river")
+    assert prompts[2] == prompts[1]
+
+
+@pytest.mark.parametrize("encoding", [None, "prompt"])
+def test_a_custom_template_of_training_is_not_replaced(trained, encoding) -> None:
+    adapter = AdapterFile.read(trained / "run" / "adapter")
+    assert adapter is not None
+    data = {"prompt_template": "SQL for {context}"}
+    adapter.provenance.update(task="wikisql", encoding="prompt", config={"data": data})
+    with pytest.raises(ConfigurationError, match=r"prompt_template 'SQL for \{context\}'.*--raw"):
+        prompt_format(adapter, None, encoding)
+    assert prompt_format(adapter, None, "paper").encoding == "paper"
 
 
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

@@ -133,6 +133,8 @@ SETS = {
     "base.dtype": {"dtype"},
     "base.device": {"device"},
     "data.root": {"root", "data"},
+    "data.task": {"task"},
+    "data.encoding": {"encoding"},
     "decoding.beams": {"beams"},
     "max_steps": {"steps"},
 }

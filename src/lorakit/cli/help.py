@@ -14,7 +14,7 @@ WIDTH, COLUMN = 100, 30
 
 GROUPS = {
     "model": ("base", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
-    "data": ("data", "split", "tasks", "text", "prompt", "file", "task", "encoding"),
+    "data": ("data", "split", "tasks", "text", "prompt", "file"),
     "method": (
         *("method", "method_settings", "methods", "from_adapter", "lora", "full", "bitfit"),
         *("bottleneck", "prefix_embedding", "prefix_layer"),
