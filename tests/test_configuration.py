@@ -19,7 +19,15 @@ from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.predict_config import PredictConfig
-from lorakit.methods import BitFit, FullFineTuning, LoRA
+from lorakit.methods import (
+    BitFit,
+    BottleneckAdapter,
+    Combined,
+    FullFineTuning,
+    LoRA,
+    PrefixEmbedding,
+    PrefixLayer,
+)
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import (
     CheckpointConfig,
@@ -203,8 +211,12 @@ def test_an_unknown_or_missing_setting_names_what_to_write(make: Any, message: s
 DATA = DataConfig(train="train.jsonl")
 CONFIGURATIONS: list[Any] = [
     BitFit(),
+    BottleneckAdapter(),
+    Combined(methods=(LoRA(), PrefixLayer())),
     FullFineTuning(),
     LoRA(),
+    PrefixEmbedding(),
+    PrefixLayer(),
     BaseConfig(name="base"),
     DATA,
     Decoding(),
@@ -230,6 +242,16 @@ def test_no_setting_takes_a_value_of_another_type(config: Any, name: str) -> Non
     for value in (Stranger(), Stranger, {"a": Stranger()}, [Stranger()]):
         with pytest.raises(ConfigurationError, match=name):
             dataclasses.replace(config, **{name: value})
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda config: type(config).__name__)
+def test_an_unknown_name_is_answered_with_the_nearest(config: Any) -> None:
+    kind = type(config)
+    nearest = dataclasses.fields(kind)[0].name
+    with pytest.raises(ConfigurationError) as raised:
+        kind(**{f"{nearest}x": 1})
+    expected = f"{kind.__name__} has no setting '{nearest}x'. Did you mean '{nearest}'?"
+    assert str(raised.value) == expected
 
 
 def test_configuration_modules_import_no_torch() -> None:

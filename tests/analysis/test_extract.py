@@ -10,11 +10,13 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from sample_adapters import randn
+from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.adapters.loading import put_on
 from lorakit.analysis import extract, extract_adapter
 from lorakit.analysis.leading import leading_svd
+from lorakit.compute.agreement import agreement, logits_of_prompts
 from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.models.base_config import BaseConfig
 
@@ -36,9 +38,9 @@ def test_the_best_factors_of_a_difference(target):
     assert error == pytest.approx(float(S[k:].norm() / S.norm()), abs=1e-6)
 
 
-def models(tmp_path, arch="gpt2", **settings):
+def models(tmp_path, arch="gpt2", vocab_size=None, **settings):
     """Save a base and a copy with a merged adapter of rank 3; return the base's configuration and the copy."""
-    model = tiny_models.build(arch)
+    model = tiny_models.build(arch, **({"vocab_size": vocab_size} if vocab_size else {}))
     model.save_pretrained(tmp_path / "base")
     method = lorakit.LoRA(**{"rank": 3, "alpha": 3, "targets": "all-linear"} | settings)
     handle = lorakit.attach(model, method, name="a")
@@ -60,6 +62,32 @@ def test_a_difference_of_low_rank_is_found_again(arch, tmp_path):
     with torch.no_grad():
         expected = tuned(**batch).logits
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_adapter_is_compared_with_the_fine_tuned_model(rank, tmp_path):
+    tokenizer = tiny_tokenizer()
+    base, tuned = models(tmp_path, "llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        tuned.model.norm.weight += 0.5  # not in the adapter
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "base")
+    made = extract_adapter(base, tmp_path / "tuned", rank=rank)
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    put_on(model, made.adapter, name="extracted", trainable=False)
+    adapted = logits_of_prompts(model, tokenizer)
+    expected = agreement(logits_of_prompts(tuned, tokenizer), adapted)
+    assert made.agreement is not None
+    assert made.agreement.predictions == expected.predictions
+    assert made.agreement.changed == expected.changed
+    assert made.agreement.difference == pytest.approx(expected.difference, rel=1e-3)
+    assert made.agreement.scale == pytest.approx(expected.scale, rel=1e-5)
+    assert made.agreement.difference > 0.01
+
+
+def test_models_that_predict_nothing_are_not_compared(tmp_path):
+    base, _ = models(tmp_path)  # no tokenizer
+    assert extract_adapter(base, tmp_path / "tuned", rank=3).agreement is None
 
 
 def test_slices_of_fused_layers_and_other_kinds(tmp_path):

@@ -125,6 +125,11 @@ def test_extract(capsys, folder, tmp_path):
         logits(folder, (tmp_path / "found", 1.0)), expected, rtol=1e-3, atol=1e-3
     )
     assert formats.read(tmp_path / "found").base is not None
+    assert "token differs from the fine-tuned model's in none of " in " ".join(out.split())
+    _, out, _ = run(capsys, *argv[:-1], "1", "--overwrite", "--json")
+    found = json.loads(out)["agreement"]
+    assert found["predicts"] == "token"
+    assert 0 < found["changed"] <= found["predictions"]
 
 
 def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):

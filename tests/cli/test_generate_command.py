@@ -19,6 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, prompt_format
 from lorakit.data import DataConfig, load_examples
+from lorakit.errors import ConfigurationError
 from lorakit.tasks import Chat
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -72,9 +73,10 @@ def prompts(monkeypatch) -> list[list[int]]:
     return seen
 
 
-def trained_prompts(folder: Path) -> list[list[int]]:
-    """Return the token ids before each answer of the training data."""
-    config = DataConfig(train=str(folder / "train.jsonl"))
+def trained_prompts(where: Path | str, task: str = "auto") -> list[list[int]]:
+    """Return the token ids before each answer of a file, or of a folder's training data."""
+    file = where / "train.jsonl" if isinstance(where, Path) else where
+    config = DataConfig(train=str(file), task=task)
     tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
     return [example.prompt_ids for example in load_examples(config, "train", tokenizer)]
 
@@ -107,6 +109,62 @@ def test_a_conversation_that_ends_with_the_user_is_kept_whole(trained, prompts, 
     assert prompts[0] == prompts[1]
 
 
+INSTRUCTIONS: list[dict[str, Any]] = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Say hi.", "input": "", "output": "hi"},
+]
+TALKS: list[dict[str, Any]] = [
+    *({**INSTRUCTIONS[0], "system": "Be brief.", "history": turns} for turns in ([], [["a", "b"]])),
+    {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "system": "Be brief.",
+    },
+]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+    return str(path)
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text(json.dumps(rows, indent=1))
+    return str(path)
+
+
+@pytest.mark.parametrize("task", ["completion", "chat"])
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(tiny_runs.write_rows, "jsonl"), (write_json, "json"), (write_csv, "csv")],
+)
+def test_the_rows_of_alpaca_have_the_ids_of_training(
+    trained, prompts, tmp_path, write, suffix, task
+) -> None:
+    file = write(tmp_path / f"rows.{suffix}", INSTRUCTIONS)
+    generate(trained, "--file", file, *(["--chat"] if task == "chat" else []))
+    assert prompts == trained_prompts(file, task)
+    prompts.clear()
+    open_rows = [{k: v for k, v in row.items() if k != "output"} for row in INSTRUCTIONS]
+    file = write(tmp_path / f"open.{suffix}", open_rows)
+    generate(trained, "--file", file, *(["--chat"] if task == "chat" else []))
+    assert prompts == trained_prompts(write(tmp_path / f"rows.{suffix}", INSTRUCTIONS), task)
+
+
+@pytest.mark.parametrize("row", TALKS, ids=["system", "history", "sharegpt"])
+def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, row) -> None:
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [row])
+    generate(trained, "--file", file, "--chat")
+    assert prompts == trained_prompts(file, "chat")
+
+
+def test_a_line_that_is_no_row_is_named(trained, tmp_path, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\nb\n')
+    arguments = ["--file", str(tmp_path / "rows.jsonl")]
+    assert main(["generate", *options(trained / "base"), *arguments]) == 1
+    assert "rows.jsonl:2: not valid JSON" in capsys.readouterr().err
+
+
 def test_a_row_with_an_answer_alone_is_named(trained, tmp_path, capsys) -> None:
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROWS[0], {"messages": [ANSWER]}])
     assert main(["generate", "--base.name", str(trained / "base"), "--file", file]) == 1
@@ -125,7 +183,7 @@ def test_prompts_of_a_chat_adapter_have_the_ids_of_its_training(trained, prompts
     assert prompts[1] == trained_prompts(trained)[1]
     generate(trained, *adapter, "--raw", "true")
     assert prompts[2] == tiny_tokenizer().encode(USER["content"])
-    generate(trained, *adapter[2:], "--task", "chat")  # the base alone
+    generate(trained, *adapter[2:], "--data.task", "chat")  # the base alone
     assert prompts[3] == prompts[0]
 
 
@@ -167,6 +225,29 @@ def test_a_custom_chat_task_is_formatted_as_chat(trained) -> None:
     prompting = prompt_format(adapter, None, None)
     assert prompting.task is Chat
     assert "was trained for support: prompts are user messages" in prompting.note
+
+
+def test_the_task_of_a_shared_file_formats_the_prompts(trained, prompts, tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {train: t.jsonl, task: chat}\nlora: {rank: 4}\n")
+    generate(trained, "--config", str(file), "--prompt", "river")
+    assert prompts == [user_turn("river")]
+    generate(trained, "--config", str(file), "--prompt", "river", "--raw")
+    assert prompts[1] == tiny_tokenizer().encode("river")
+    file.write_text("data: {train: t.jsonl, task: auto}\nlora: {rank: 4}\n")
+    generate(trained, "--config", str(file), "--prompt", "river")
+    assert prompts[2] == prompts[1]
+
+
+@pytest.mark.parametrize("encoding", [None, "prompt"])
+def test_a_custom_template_of_training_is_not_replaced(trained, encoding) -> None:
+    adapter = AdapterFile.read(trained / "run" / "adapter")
+    assert adapter is not None
+    data = {"prompt_template": "SQL for {context}"}
+    adapter.provenance.update(task="wikisql", encoding="prompt", config={"data": data})
+    with pytest.raises(ConfigurationError, match=r"prompt_template 'SQL for \{context\}'.*--raw"):
+        prompt_format(adapter, None, encoding)
+    assert prompt_format(adapter, None, "paper").encoding == "paper"
 
 
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

@@ -60,7 +60,7 @@ def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
         ),
         (["inspect"], "adapter"),
         (["generate", "--base.name", "smollm2-135m"], "--prompt"),
-        (["demo", "--steps", "0"], "steps is 0"),
+        (["demo", "--max_steps", "0"], "max_steps is 0"),
     ],
     ids=["misspelt option", "rank 0", "missing argument", "no prompt", "no steps"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):
     assert set(modes.values()) == {"0o640"}
 
 
-def test_notices_of_the_base_are_printed(decoder, caplog):
+def test_notices_of_the_base_are_printed(decoder, caplog, monkeypatch):
     """A file with more layers than the model has is not an error, but the user must know."""
     config = Path("base", "config.json")
     config.write_text(
@@ -99,7 +100,9 @@ def test_notices_of_the_base_are_printed(decoder, caplog):
     )
     handle = lorakit.attach(lorakit.load_base("base", dtype="float32").model, lorakit.LoRA(rank=2))
     handle.save("short")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for command in (
+        ["chat", "--adapter", "short", *FLOAT32],
         ["merge", "short", "merged", *FLOAT32],
         [
             "generate",

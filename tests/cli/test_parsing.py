@@ -10,12 +10,15 @@ import pytest
 
 from lorakit.cli import COMMANDS, main
 from lorakit.cli.combine import CombineConfig
+from lorakit.cli.demo import DemoConfig
 from lorakit.cli.generate import GenerateConfig
 from lorakit.cli.merge import MergeConfig
 from lorakit.cli.methods_in_files import options_of_other_methods
+from lorakit.cli.options import options_of
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.training.config import TrainConfig
 
 RUN = "--base.name b --data.train t.jsonl --output out"
@@ -122,6 +125,58 @@ def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) ->
     assert both.lora.rank == 4
     with pytest.raises(ConfigurationError, match="section lora has settings"):
         train(f"{RUN} --method bitfit --lora.rank 3")
+
+
+def test_a_file_of_training_does_not_set_the_output_of_a_demo_or_a_table(tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: {name: b}\nlora: {rank: 4}\nepochs: 2\noutput: out/first\n")
+    demo = parse(DemoConfig, "demo", "Demo.", ["--config", str(file)])
+    assert (demo.base.name, demo.lora.rank, demo.output) == ("b", 4, "out/demo")
+    table = parse(PaperConfig, "paper", "Table.", ["2", "--config", str(file)], "table")
+    assert (table.base.name, table.output) == ("b", None)
+    capsys.readouterr()
+
+
+SETS = {
+    "base.name": {"base", "model"},
+    "base.dtype": {"dtype"},
+    "base.device": {"device"},
+    "data.root": {"root", "data"},
+    "data.task": {"task"},
+    "data.encoding": {"encoding"},
+    "decoding.beams": {"beams"},
+    "max_steps": {"steps"},
+}
+"""An option, and names that no command may use for the same thing."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_has_a_name_of_its_own_for_what_others_name(command: str) -> None:
+    for config in import_module(f"lorakit.cli.{command}").CONFIGS:
+        for name, others in SETS.items():
+            assert not others & options_of(config).keys(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("--model minilm-l6", "Its name in lorakit is --base.name."),
+        ("--data folder", "--data is a group of options. Write --data.root VALUE."),
+        ("--dtype float32", "Did you mean '--base.dtype'?"),
+        ("--device cpu", "Did you mean '--base.device'?"),
+        ("--beams 1", "Did you mean '--decoding.beams'?"),
+    ],
+)
+def test_names_of_an_earlier_version_are_answered(arguments: str, answer: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        parse(PaperConfig, "paper", "Table.", ["2", *arguments.split()], "table")
+    assert answer in str(error.value)
+
+
+def test_the_help_shows_the_default_of_a_section_of_the_command() -> None:
+    assert options_of(DemoConfig)["base.name"].default == "smollm2-135m"
+    assert options_of(DemoConfig)["lora.targets"].default == ("all-linear",)
+    assert options_of(TrainConfig)["lora.targets"].default == ("attention.qv",)
 
 
 def test_every_command_names_its_configuration() -> None:

@@ -11,7 +11,8 @@ from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 import lorakit
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
-from lorakit.compute.merge_verdict import PROMPTS, MergeVerdict, judge_merge
+from lorakit.compute.agreement import PROMPTS
+from lorakit.compute.merge_verdict import MergeVerdict, judge_merge
 from lorakit.errors import BaseModelError
 from lorakit.formatting import percentage
 from lorakit.models.loading import Base

@@ -292,6 +292,24 @@ def test_alpacas_rows_are_chat_if_the_task_is(write):
     assert examples[0].completion == "3"
 
 
+def test_the_columns_beside_a_conversation_are_read(write):
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    examples = load(write([{"conversations": turns, "system": "Be brief."}]))
+    assert "system\nBe brief.<|im_end|>" in examples[0].prompt
+    row = {**INSTRUCTION, "history": [["a", "b"]], "system": "Be brief."}
+    prompt = load(write([row]), task="chat")[0].prompt
+    assert "system\nBe brief.<|im_end|>" in prompt
+    assert "assistant\nb<|im_end|>" in prompt
+
+
+@pytest.mark.parametrize("column", [{"system": "Be brief."}, {"history": [["a", "b"]]}])
+def test_alpacas_prompt_drops_no_column(write, column):
+    path = write([{**INSTRUCTION, **column}])
+    with pytest.raises(DataError, match=f"'{next(iter(column))}' is set, .* data.task to chat"):
+        load(path)
+    assert load(path, prompt_template="{instruction}")[0].prompt == "Add."
+
+
 def test_a_template_replaces_alpacas_prompt(write):
     path = write([INSTRUCTION])
     examples = load(path, prompt_template="{instruction} {input} =", completion_template="{output}")

@@ -164,7 +164,7 @@ def test_generate_writes_prompts_as_the_adapters_training_did(trained, tmp_path,
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [ROW, {"prompt": CONTEXT}])
     assert generated(trained, capsys, *adapter, "--file", file)[0] == answer * 2
     # Unchanged, without the empty line of the encoding.
-    plain = ["--task", "completion", "--prompt"]
+    plain = ["--data.task", "completion", "--prompt"]
     texts, note = generated(trained, capsys, *adapter, *plain, f"{CONTEXT}\n\n")
     assert (texts, "note" in note) == (answer, False)
 
@@ -179,7 +179,7 @@ def test_generate_decodes_as_the_task_does_where_nothing_is_set(trained, monkeyp
     generated(trained, capsys, *adapter, "--decoding.beams", "2")
     published = Decoding(beams=2, length_penalty=0.9, no_repeat_ngram=4, max_new_tokens=40)
     assert calls.pop() == published
-    generated(trained, capsys, *adapter, "--task", "completion")
+    generated(trained, capsys, *adapter, "--data.task", "completion")
     assert calls.pop() == Decoding(max_new_tokens=40)
 
 
@@ -203,12 +203,18 @@ def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
     ("arguments", "message"),
     [
         (["--file", "rows.jsonl"], r"rows\.jsonl:1: 'question' is missing.*'prompt', its context"),
-        (["--prompt", "x", "--encoding", "word"], "encoding is 'word'; it must be one of paper"),
-        (["--prompt", "x", "--task", "wikisq"], "'wikisq'.*Did you mean 'wikisql'"),
-        (["--prompt", "x", "--task", "chat", "--encoding", "paper"], "no named task of texts"),
         (
-            ["--prompt", "x", "--task", "wikisql", "--chat", "true"],
-            "chat and task exclude each other",
+            ["--prompt", "x", "--data.encoding", "word"],
+            "data.encoding is 'word'; it must be one of paper",
+        ),
+        (["--prompt", "x", "--data.task", "wikisq"], "'wikisq'.*Did you mean 'wikisql'"),
+        (
+            ["--prompt", "x", "--data.task", "chat", "--data.encoding", "paper"],
+            "no named task of texts",
+        ),
+        (
+            ["--prompt", "x", "--data.task", "wikisql", "--chat", "true"],
+            "chat and data.task exclude each other",
         ),
     ],
 )

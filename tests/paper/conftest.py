@@ -37,16 +37,14 @@ def table2(encoder: str, data: Path, tmp_path: Path) -> Callable[..., PaperConfi
     def make(**changes: Any) -> PaperConfig:
         settings: dict[str, Any] = {
             "table": "table2",
-            "model": encoder,
+            "base": {"name": encoder, "dtype": "float32", "device": "cpu"},
             "tasks": ("mrpc",),
             "methods": ("bitfit", "lora"),
             "seeds": 2,
             "trials": 2,
             "epochs": 1,
-            "data": str(data),
+            "data": {"root": str(data)},
             "output": str(tmp_path / "out"),
-            "dtype": "float32",
-            "device": "cpu",
         }
         return PaperConfig(**{**settings, **changes})
 

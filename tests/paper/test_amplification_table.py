@@ -26,7 +26,12 @@ def test_a_row_is_the_amplification_of_the_query_in_the_middle(table2, tmp_path)
     write(tmp_path / "data" / "mnli" / "train.jsonl", rows)
     write(tmp_path / "data" / "mnli" / "validation_matched.jsonl", rows[:8])
     config = table2(
-        table="table7", tasks=None, methods=("r4",), seeds=1, trials=1, data=str(tmp_path / "data")
+        table="table7",
+        tasks=None,
+        methods=("r4",),
+        seeds=1,
+        trials=1,
+        data={"root": str(tmp_path / "data")},
     )
     found = run_table(config, lambda text: None, amplification=_amplification)
     (row,) = found.comparison.own

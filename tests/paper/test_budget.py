@@ -9,10 +9,12 @@ import pytest
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.evaluation.decoding import Decoding
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
 from lorakit.paper.grid import GRID, open_grid
-from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.paper_config import PaperConfig, PaperDataConfig
 from lorakit.paper.run_table import run_table
 
 
@@ -123,22 +125,27 @@ def test_settings_that_cannot_work(changes, message):
 
 def test_the_command_says_what_was_asked_for():
     config = PaperConfig(
-        table="2", tasks=("mrpc", "rte"), seeds=1, budget="10m", data="/home/me/data"
+        table="2",
+        tasks=("mrpc", "rte"),
+        seeds=1,
+        budget="10m",
+        data=PaperDataConfig(root="/home/me/data"),
     )
-    assert (
-        config.command == "lorakit paper table2 --tasks mrpc,rte --seeds 1 --budget 10m --data DATA"
-    )
+    expected = "lorakit paper table2 --tasks mrpc,rte --seeds 1 --budget 10m --data.root DATA"
+    assert config.command == expected
     assert json.loads(json.dumps(config.seconds)) == 600
 
 
 def test_the_command_can_be_pasted_and_holds_what_numbers_depend_on():
     config = PaperConfig(
-        table="2", model="my models/x", dtype="float32", batch_size=8, output="/tmp/x"
+        table="2",
+        base=BaseConfig(name="my models/x", dtype="float32", device="cpu"),
+        decoding=Decoding(beams=1),
+        batch_size=8,
+        output="/tmp/x",
     )
-    assert (
-        config.command
-        == "lorakit paper table2 --model 'my models/x' --batch_size 8 --dtype float32"
-    )
+    options = "--base.name 'my models/x' --base.dtype float32 --decoding.beams 1 --batch_size 8"
+    assert config.command == f"lorakit paper table2 {options}"
 
 
 @pytest.mark.parametrize("budget", [None, "10m"])

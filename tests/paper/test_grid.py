@@ -109,7 +109,7 @@ def test_no_choice_sees_the_data_that_is_scored(table2, data, tmp_path):
     (other / "mrpc" / "validation.jsonl").write_text(text, encoding="utf-8")
     found = []
     for name, root in (("a", data), ("b", other)):
-        config = table2(data=str(root), output=str(tmp_path / name), methods=("lora",))
+        config = table2(data={"root": str(root)}, output=str(tmp_path / name), methods=("lora",))
         run_table(config, silent)
         records = [json.loads(text) for _, text in sorted(results(tmp_path / name).items())]
         found.append(records)
@@ -173,10 +173,10 @@ def test_a_failure_midway_keeps_what_was_done_and_the_same_call_goes_on(
 def test_a_killed_process_loses_no_finished_run(table2, tmp_path):
     config = table2(seeds=2, trials=2, epochs=3)
     words = [
-        *(sys.executable, "-m", "lorakit", "paper", "table2", "--model", config.model),
+        *(sys.executable, "-m", "lorakit", "paper", "table2", "--base.name", config.base.name),
         *("--tasks", "mrpc", "--methods", "bitfit,lora", "--seeds", "2", "--trials", "2"),
-        *("--epochs", "3", "--data", config.data, "--output", config.output),
-        *("--dtype", "float32", "--device", "cpu"),
+        *("--epochs", "3", "--data.root", config.data.root, "--output", config.output),
+        *("--base.dtype", "float32", "--base.device", "cpu"),
     ]
     folder = tmp_path / "out"
     process = subprocess.Popen(

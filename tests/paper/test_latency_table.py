@@ -9,6 +9,7 @@ import tiny_runs
 from tiny_models import build
 
 from lorakit.errors import ConfigurationError
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper import latency
 from lorakit.paper.paper_config import PaperConfig
 
@@ -22,7 +23,9 @@ def test_the_paper_s_rows_and_ours(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "SETTINGS", ((4, 16, 0.02), (2, 8, 0.05), (1, 8, 0.05)))
     monkeypatch.setattr(latency, "PASSES", 4)
     config = PaperConfig(
-        table="table1", model=decoder, output=str(tmp_path / "out"), dtype="float32", device="cpu"
+        table="table1",
+        base=BaseConfig(name=decoder, dtype="float32", device="cpu"),
+        output=str(tmp_path / "out"),
     )
     result = latency.run_latency(config, lambda text: None)
     assert {t.method for t in result.timings} == {"FT", "LoRA merged", "AdapterL", "AdapterH"}

@@ -43,8 +43,8 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
     config = table2()
     status = main(
         [
-            *("paper", "table2", "--model", config.model, "--tasks", "mrpc", "--methods"),
-            *("full,lora", "--trials", "3", "--seeds", "2", "--data", config.data),
+            *("paper", "table2", "--base.name", config.base.name, "--tasks", "mrpc", "--methods"),
+            *("full,lora", "--trials", "3", "--seeds", "2", "--data.root", config.data.root),
             *("--output", config.output, "--dry-run"),
         ]
     )

@@ -14,6 +14,7 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
+from lorakit.data import DataConfig
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
@@ -133,6 +134,22 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     for planned in (batches.fullest, batches.middle):
         assert [example.input_ids for example in planned] in first_epoch
     assert batches.steps == job.step_plan.total == 18
+
+
+@pytest.mark.slow
+def test_a_data_set_smaller_than_a_step_has_fewer_batches(base, tmp_path, monkeypatch):
+    rows = tiny_runs.write_rows(tmp_path / "few.jsonl", tiny_runs.pairs(6))
+    settings = {"data": DataConfig(train=rows, validation=rows), "batch_size": 4}
+    small, large = (
+        plan(tiny_runs.config(tmp_path, base, accumulation=n, **settings), machine=MACHINE)
+        for n in (2, 64)
+    )
+    assert (small.steps, small.tokens) == (large.steps, large.tokens)
+    assert small.chosen == large.chosen
+    one = tiny_runs.config(tmp_path, base, accumulation=64, **settings | {"batch_size": 6})
+    assert from_data(one).per_step == 1
+    monkeypatch.setattr(lorakit.planning.batches, "ROWS", 5)  # the data set may have more rows
+    assert from_data(one).per_step == 64
 
 
 @pytest.mark.slow

@@ -43,10 +43,11 @@ TURNS = [
 ]
 
 
-def encode(messages, template=CHAT_TEMPLATE, *, tools=None, **settings):
+def encode(messages, template=CHAT_TEMPLATE, *, tools=None, system=None, **settings):
     tokenizer = tiny_tokenizer(chat_template=template)
     task = Chat(tokenizer, **({"max_length": 100_000} | settings))
-    return task.encode({"messages": messages, "tools": tools}), tokenizer
+    fields = {"messages": messages, "tools": tools, "system": system}
+    return task.encode(fields), tokenizer
 
 
 def target_text(example, tokenizer):
@@ -202,6 +203,43 @@ def test_arguments_as_json_text_are_not_encoded_twice():
     assert target_text(example, tokenizer) == ['{"city": "Rome"}<|im_end|>']
 
 
+@pytest.mark.parametrize("sender", ["observation", "tool", "function_response"])
+def test_function_calls_of_sharegpt_are_tool_calls(sender):
+    call = {"name": "search", "arguments": {"city": "Rome"}}
+    result, answer = {"role": "tool", "content": "5"}, TURNS[4]
+    shared = [*sharegpt([TURNS[1]]), {"from": "function_call", "value": json.dumps(call)}]
+    shared += [{"from": sender, "value": "5"}, *sharegpt([answer])]
+    example, tokenizer = encode(shared, TOOL_TEMPLATE)
+    assert target_text(example, tokenizer)[0] == '{"city": "Rome"}<|im_end|>'
+    messages = [TURNS[1], calling(call["arguments"]), result, answer]
+    assert example == encode(messages, TOOL_TEMPLATE)[0]
+    shared[1]["value"] = json.dumps([call])
+    assert encode(shared, TOOL_TEMPLATE)[0] == example
+
+
+def test_a_system_text_beside_the_messages_is_their_first_turn():
+    assert encode(sharegpt(TURNS[1:]), system="Be brief.")[0] == encode(TURNS)[0]
+    assert encode(TURNS, system="Be brief.")[0] == encode(TURNS)[0]
+    assert encode(TURNS[1:], system="")[0] == encode(TURNS[1:])[0]
+    with pytest.raises(BadRow, match="'system' is set, and the messages start with another system"):
+        encode(TURNS, system="Be long.")
+    with pytest.raises(BadRow, match="'system' is a list"):
+        encode(TURNS[1:], system=["Be brief."])
+
+
+def test_the_history_of_alpacas_rows_comes_before_the_question():
+    task = Chat(tiny_tokenizer(), max_length=1000)
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be brief."}
+    (fields,) = task.rows(row)
+    roles = ("system", "user", "assistant", "user", "assistant")
+    texts = ("Be brief.", "a", "b", "c", "d")
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    assert task.encode(fields) == encode(messages)[0]
+    for history in ("a", [["a"]], [["a", 1]]):
+        with pytest.raises(BadRow, match="'history' is not a list of"):
+            list(task.rows({**row, "history": history}))
+
+
 def test_tools_may_be_json_text():
     tools = [{"name": "search"}]
     text, tokenizer = encode(TURNS, TOOL_TEMPLATE, tools=json.dumps(tools))
@@ -237,7 +275,11 @@ USER = {"role": "user", "content": "x"}
         ([TURNS[2], USER, TURNS[2]], "starts with an assistant turn"),
         ([USER, {"role": "asistant", "content": "y"}], "role 'asistant' .* mean 'assistant'"),
         ([USER, {"speaker": "gpt", "text": "y"}], r"'role' \(message 2 has: speaker, text\)"),
-        ([USER, {"from": "gtp", "value": "y"}], "role 'gtp' in message 2; .* mean 'gpt'"),
+        ([USER, {"from": "gtp", "value": "y"}], "sender 'gtp' in message 2; .* mean 'gpt'"),
+        ([USER, {"from": ["gpt"], "value": "y"}], r"unknown sender \['gpt'\] in message 2"),
+        ([USER, {"from": "function_call", "value": "search"}], "message 2 that is not JSON of"),
+        ([USER, {"from": "function_call", "value": "[]"}], "message 2 that is not JSON of"),
+        ([USER, {"from": "function_call"}], "message 2 that is not JSON of"),
         ([USER, {"from": "gpt"}], r"no 'content' in message 2 \(assistant\)"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}, TURNS[2]],

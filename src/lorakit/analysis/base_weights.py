@@ -25,7 +25,7 @@ from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import ModelSource, resolve
 
-_TASKS: dict[str, ModelHead] = {
+HEADS: dict[str, ModelHead] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
@@ -33,7 +33,7 @@ _TASKS: dict[str, ModelHead] = {
     "ForSequenceClassification": "sequence-classification",
     "ForImageClassification": "image-classification",
 }
-"""Task of a model, by the suffix of its class name."""
+"""Head of a model, by the suffix of its class name."""
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -133,9 +133,7 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    tasks: list[ModelHead] = [
-        task for suffix, task in _TASKS.items() if class_name.endswith(suffix)
-    ]
+    tasks: list[ModelHead] = [task for suffix, task in HEADS.items() if class_name.endswith(suffix)]
     return load_base(
         base.name,
         task=tasks[0] if tasks else "base",

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.compute.agreement import Agreement
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 
@@ -43,6 +44,9 @@ class Derived:
     layers: dict[str, LayerResult]
     """By path."""
     notices: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+    """For an extracted adapter: how the predictions of base and adapter differ from the fine-tuned model's. None if the
+    models predict nothing, or cannot be compared."""
 
     @property
     def error(self) -> float:
@@ -60,6 +64,7 @@ class Derived:
                 path: {**vars(layer), "error": layer.error} for path, layer in self.layers.items()
             },
             "notices": self.notices,
+            **({"agreement": vars(self.agreement)} if self.agreement else {}),
         }
 
 

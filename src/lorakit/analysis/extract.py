@@ -11,19 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import attach, formats
+from lorakit.adapters import attach, formats, handle_of
 from lorakit.adapters.formats import lorakit_json
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.analysis.base_weights import config_of, load_float32, read_weights
+from lorakit.adapters.loading import put_on
+from lorakit.analysis.base_weights import HEADS, config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
+from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
 from lorakit.errors import AdapterFileError, BaseModelError
 from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtypes import dtype_name
+from lorakit.models.loading import Base
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -109,7 +113,8 @@ def extract_adapter(
     notices += _rounding_notice(dtype, rounding, results)
     covered = {weight_name(path, layer) for path, layer in template.layers.items()}
     notices += _other_differences(model, weights, covered | {*template.trained}, results)
-    return Derived(adapter=adapter, layers=results, notices=notices)
+    found = _agreement(loaded, adapter, weights)
+    return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
 
 
 def _tuned_weights(
@@ -151,6 +156,35 @@ def _difference(base: Tensor, tuned: Tensor) -> Tensor:
         )
     dtype = wide_dtype(base, tuned)
     return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
+
+
+@torch.no_grad()
+def _agreement(
+    loaded: Base, adapter: StoredAdapter, weights: Mapping[str, Tensor]
+) -> Agreement | None:
+    """Compare base and adapter with the fine-tuned model, whose weights replace those of `loaded`.
+
+    None if the models have no head or tokenizer, or the fine-tuned weights do not fit the base.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if tokenizer is None or not type(model).__name__.endswith(tuple(HEADS)):
+        return None
+    handle = handle_of(model)
+    assert handle is not None
+    handle.detach()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    if any(name in weights and weights[name].shape != own[name].shape for name in own):
+        return None
+    handle = put_on(model, adapter, name="extracted", trainable=False)
+    adapted = logits_of_prompts(model, tokenizer)
+    handle.detach()
+    for name, parameter in own.items():
+        if name in weights:
+            parameter.copy_(weights[name])
+    tied = own.keys() - {name for name, _ in model.named_parameters()}
+    if any(n in weights and not torch.equal(own[n], weights[n].to(own[n].dtype)) for n in tied):
+        return None  # tied in the base only
+    return agreement(logits_of_prompts(model, tokenizer), adapted)
 
 
 def _rounding_error(weight: Tensor) -> float:

@@ -12,6 +12,7 @@ from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from lorakit.analysis.derived import Derived
+    from lorakit.compute.agreement import Agreement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ def finish(
         "(Frobenius norm).",
         markup=False,
     )
+    if derived.agreement is not None:
+        out.print(_agreement(derived.agreement), markup=False)
     if saved.scores:
         scores = [
             [
@@ -97,3 +100,17 @@ def finish(
         out.print(table(["score", *saved.scores], scores))
     for notice in notices:
         out.print(f"note: {notice}", markup=False)
+
+
+def _agreement(found: Agreement) -> str:
+    """Return in words how closely an extracted adapter predicts what the fine-tuned model predicts."""
+    from lorakit.formatting import percentage
+
+    share = f" ({percentage(found.changed, found.predictions)})" if found.changed else ""
+    first = (
+        f"Compared with the fine-tuned model in {found.where}."
+        if found.predicts == "score"
+        else f"The most likely {found.predicts} differs from the fine-tuned model's in {found.changed or 'none'} of "
+        f"{found.where}{share}."
+    )
+    return f"{first} Largest difference of the logits: {found.difference:.2g}; largest logit: {found.scale:.3g}."

@@ -61,8 +61,7 @@ def run(argv: Sequence[str]) -> None:
         "answer. /adapter NAME|PATH, /base, /reset and /quit change the adapter, start anew and end the chat.",
         argv,
     )
-    from lorakit.compute.adapted import TEXT, AdapterFile, base_of, recorded_task
-    from lorakit.compute.base import open_base
+    from lorakit.compute.adapted import AdapterFile, base_of, open_adapted, recorded_task
     from lorakit.evaluation.conversation import Conversation
     from lorakit.methods.registry import use_method
 
@@ -70,7 +69,9 @@ def run(argv: Sequence[str]) -> None:
         use_method(config.method)
     file = AdapterFile.read(config.adapter)
     task = recorded_task(file) if file is not None else None
-    base = open_base(base_of(config.base, file), task or TEXT)
+    base = open_adapted(
+        base_of(config.base, file), None, task=task
+    )  # the conversation adds adapters
     conversation = Conversation(
         base,
         system=config.system,

@@ -45,8 +45,8 @@ Loader.add_implicit_resolver(
 def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, list[str]]:
     """Return the options of a command in a YAML file, and the names of those that only other commands have.
 
-    If a file has settings that only `lorakit train` has, its `output`, `method`, `batch_size` and other options
-    outside sections belong to the training run, and other commands skip them too.
+    If a file has settings of a training run, its `output`, `method`, `batch_size` and other options outside sections
+    belong to that run, and commands other than `lorakit train` and `plan` skip them too.
 
     Args:
         path: The file.
@@ -64,9 +64,8 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = dict(_flat(content, {**every_section, **sections}))
-    training = _options_of_training_only()
-    is_of_run = not training.isdisjoint(values) and training.isdisjoint(own)
-    of_run = _top_level_of_training() if is_of_run else set()
+    is_of_run = not _options_of_training_only().isdisjoint(values)
+    of_run = _top_level_of_training() if is_of_run and not _trains(config_class) else set()
     unknown = []
     for name in values:
         if name in own or name in sections or name in of_run:
@@ -135,10 +134,12 @@ def _means_own(name: str, own: Mapping[str, Any]) -> bool:
 
 
 @functools.cache
-def _configurations() -> tuple[type, ...]:
+def _configurations(without: tuple[str, ...] = ()) -> tuple[type, ...]:
+    """Return the configurations of all commands `without` these."""
     from lorakit.cli import COMMANDS
 
-    modules = [import_module(f"lorakit.cli.{command}") for command in COMMANDS]
+    commands = [command for command in COMMANDS if command not in without]
+    modules = [import_module(f"lorakit.cli.{command}") for command in commands]
     return tuple(config for module in modules for config in getattr(module, "CONFIGS", ()))
 
 
@@ -160,11 +161,21 @@ def _top_level_of_training() -> set[str]:
     ).keys()
 
 
-@functools.cache
-def _options_of_training_only() -> frozenset[str]:
-    """Return the options that only training and its plan have."""
+_WITH_RUNS = ("train", "plan", "demo", "paper")
+"""Commands whose options set up training runs."""
+
+
+def _trains(config_class: type) -> bool:
     from lorakit.training.config import TrainConfig
 
-    others = [config for config in _configurations() if not issubclass(config, TrainConfig)]
+    return issubclass(config_class, TrainConfig)
+
+
+@functools.cache
+def _options_of_training_only() -> frozenset[str]:
+    """Return the options of training that only commands with training runs have."""
+    from lorakit.training.config import TrainConfig
+
+    others = _configurations(without=_WITH_RUNS)
     names = {name for config in others for name in options_of(config)}
     return frozenset(options_of(TrainConfig)) - names

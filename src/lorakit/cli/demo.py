@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ import yaml
 
 from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError, require_at_least
+from lorakit.methods.lora import LoRA
+from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,21 +31,21 @@ SHOWN = 3
 class DemoConfig:
     """Options of `lorakit demo`."""
 
-    base: str = "smollm2-135m"
+    base: BaseConfig = field(default_factory=lambda: BaseConfig(name="smollm2-135m"))
     """The base model."""
     output: str = "out/demo"
     """Run folder. Replaces an earlier demo in it."""
-    steps: int = 120
+    max_steps: int = 120
     """Optimizer steps, 16 examples each."""
-    rank: int = 8
-    """Rank of the adapter."""
+    lora: LoRA = field(default_factory=lambda: LoRA(rank=8, alpha=16, targets="all-linear"))
+    """The adapter."""
     test_loss: int = 200
     """Number of test examples for the held-out loss."""
     test_texts: int = 48
     """Number of test prompts to generate and score text for."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rank", "test_loss"):
+        for name in ("max_steps", "test_loss"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("test_texts", self.test_texts, SHOWN)
 
@@ -67,7 +69,6 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.base import open_base
     from lorakit.data import DataConfig, load_examples
     from lorakit.formatting import duration
-    from lorakit.models.base_config import BaseConfig
     from lorakit.training.loop import train
 
     _require_demo_folder(Path(config.output))
@@ -80,7 +81,7 @@ def run(argv: Sequence[str]) -> None:
         too_long="skip",
         max_length=160,
     )
-    base = open_base(BaseConfig(name=config.base), TEXT)
+    base = open_base(config.base, TEXT)
     test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
     console.print("[bold]1. The base[/bold]", end="  ")
     console.print(f"{base.source.name}. {base.source.note}", markup=False)
@@ -127,19 +128,17 @@ def _require_demo_folder(output: Path) -> None:
 
 
 def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
-    from lorakit.methods import LoRA
-    from lorakit.models.base_config import BaseConfig
     from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 
     return TrainConfig(
-        base=BaseConfig(name=config.base),
+        base=config.base,
         data=data,
         output=config.output,
         overwrite=True,
-        lora=LoRA(rank=config.rank, alpha=2 * config.rank, targets="all-linear"),
+        lora=config.lora,
         optimizer=OptimizerConfig(learning_rate=1e-3),
         evaluation=HeldOutConfig(limit=100),
-        max_steps=config.steps,
+        max_steps=config.max_steps,
     )
 
 
@@ -205,19 +204,21 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     import torch
 
     from lorakit.adapters.loading import load
+    from lorakit.compute.adapted import TEXT
+    from lorakit.compute.base import open_base
     from lorakit.evaluation.decoding import Decoding
     from lorakit.evaluation.generate import generate
-    from lorakit.models.loading import load_base
     from lorakit.tasks import LanguageExample
 
-    base = load_base(config.base, dtype="float32")
+    in_float32 = replace(config.base, dtype="float32")
+    base = open_base(in_float32, TEXT)
     adapters = load(base.model, adapter, name="demo")
     prompts = [e.prompt_ids for e in test.examples[:8] if isinstance(e, LanguageExample)]
     decoding = Decoding(max_new_tokens=24, batch_size=8)
 
     def run_model() -> tuple[list[str], torch.Tensor]:
         with torch.no_grad():
-            logits = base.model(torch.tensor([prompts[0]])).logits
+            logits = base.model(torch.tensor([prompts[0]], device=base.model.device)).logits
         return generate(base.model, base.tokenizer, prompts, decoding), logits  # type: ignore[arg-type]
 
     texts, logits = run_model()
@@ -230,7 +231,7 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
         f"{difference:.1e}."
     )
     adapters.detach()
-    fresh = load_base(config.base, dtype="float32").model.state_dict()
+    fresh = open_base(in_float32, TEXT).model.state_dict()
     identical = all(
         torch.equal(fresh[key], value) for key, value in base.model.state_dict().items()
     )
@@ -250,11 +251,11 @@ def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
             "save an ordinary model folder that any tool loads",
         ),
         (
-            f"lorakit data --base.name {config.base} --data.train docstrings",
+            f"lorakit data --base.name {config.base.name} --data.train docstrings",
             "show the training examples, token by token",
         ),
         (
-            f"lorakit train --base.name {config.base} --data.train yours.jsonl --output out/mine",
+            f"lorakit train --base.name {config.base.name} --data.train yours.jsonl --output out/mine",
             "train on your own data: rows with prompt and completion, or chat messages",
         ),
     ]

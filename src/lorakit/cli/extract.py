@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
         ExtractConfig,
         "extract",
         "Extract an adapter from the difference between a fine-tuned model and its base. Reports the error of each "
-        "layer and the other tensors that differ.",
+        "layer, the other tensors that differ, and how often the most likely token differs.",
         argv,
         "tuned",
         "output",

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptDataConfig:
+    """What the prompts are."""
+
+    task: str = "auto"
+    """Named task of the prompts, or chat. Formats them as in training; rows of a file may have the task's columns
+    instead of `prompt`. auto is the adapter's task."""
+    encoding: str | None = None
+    """Text format of a named task: paper or prompt. Default: the adapter's, else the task's first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Options of `lorakit generate`."""
 
@@ -34,13 +45,10 @@ class GenerateConfig:
     prompt: str | None = None
     """The prompt."""
     file: str | None = None
-    """A file of prompts: one per line, or .jsonl with `prompt` or `messages` in each row. A last assistant turn is the
-    answer, and is left out. `-` reads standard input."""
-    task: str | None = None
-    """Named task of the prompts. Formats them as in training; rows of a file may have the task's columns instead of
-    `prompt`. Default: the adapter's task."""
-    encoding: str | None = None
-    """The task's encoding, paper or prompt. Default: the adapter's, else the task's first."""
+    """A file of prompts: one per line, or .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `messages` or Alpaca's
+    `instruction` in each row. A last assistant turn is the answer, and is left out. `-` reads standard input."""
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    """The task and the text format of the prompts."""
     chat: bool = False
     """Format each prompt as a user message with the tokenizer's chat template. Default: as in training."""
     raw: bool = False
@@ -56,8 +64,8 @@ class GenerateConfig:
     """Greedy, sampling or beam search. Unset fields take the named task's values (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
-        named = bool(self.task or self.encoding)
-        formats = [n for n, on in {"chat": self.chat, "raw": self.raw, "task": named}.items() if on]
+        chosen = {"chat": self.chat, "raw": self.raw, "data.task": self.data != PromptDataConfig()}
+        formats = [name for name, on in chosen.items() if on]
         if len(formats) > 1:
             raise ConfigurationError(
                 f"{' and '.join(formats)} exclude each other: each sets the prompt format. Keep one of them."
@@ -72,7 +80,11 @@ CONFIGS = (GenerateConfig,)
 def run(argv: Sequence[str]) -> None:
     """Generate text, then print it or write it to the output file."""
     config = parse(
-        GenerateConfig, "generate", "Generate text with a base model or an adapter.", argv
+        GenerateConfig,
+        "generate",
+        "Generate text with a base model or an adapter.",
+        argv,
+        unused=lambda typed: ["data"] if {"chat", "raw"} & typed.keys() else [],
     )
     from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format
     from lorakit.evaluation.generate import generate
@@ -86,8 +98,9 @@ def run(argv: Sequence[str]) -> None:
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter = AdapterFile.read(config.adapter)
-    task = Chat.name if config.chat else Completion.name if config.raw else config.task
-    prompting = prompt_format(adapter, task, config.encoding)
+    named = None if config.data.task == "auto" else config.data.task
+    task = Chat.name if config.chat else Completion.name if config.raw else named
+    prompting = prompt_format(adapter, task, config.data.encoding)
     # Read the prompts before the base, which takes longer to load.
     prompts = (
         [config.prompt]

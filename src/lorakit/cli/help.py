@@ -13,8 +13,8 @@ from lorakit.configuration import YAML, type_name
 WIDTH, COLUMN = 100, 30
 
 GROUPS = {
-    "model": ("base", "model", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
-    "data": ("data", "split", "tasks", "text", "prompt", "file", "task", "encoding"),
+    "model": ("base", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
+    "data": ("data", "split", "tasks", "text", "prompt", "file"),
     "method": (
         *("method", "method_settings", "methods", "from_adapter", "lora", "full", "bitfit"),
         *("bottleneck", "prefix_embedding", "prefix_layer"),
@@ -58,7 +58,7 @@ SHORT = {
 """The options that `--help` shows for commands with many. Other commands show `_MATTERS` of their sections."""
 
 _MATTERS = (
-    *("base.name", "base.dtype", "data.train", "data.test", "data.task"),
+    *("base.name", "base.dtype", "data.train", "data.test", "data.task", "data.root"),
     *("decoding.max_new_tokens", "decoding.temperature"),
 )
 

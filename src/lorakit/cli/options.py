@@ -50,7 +50,7 @@ class Option:
 @functools.cache
 def options_of(config_class: type) -> dict[str, Option]:
     """Return every option of a configuration class, also those of its sections, by dotted name."""
-    return {option.name: option for option in _options(config_class, "")}
+    return {option.name: option for option in _options(config_class, "", MISSING)}
 
 
 @functools.cache
@@ -116,14 +116,15 @@ def missing_options(config_class: type, values: Mapping[str, Any], prefix: str =
     return missing
 
 
-def _options(config_class: type, prefix: str) -> Iterator[Option]:
+def _options(config_class: type, prefix: str, base: Any) -> Iterator[Option]:
+    """Yield the options of a section, with the values of `base`, its default, as their defaults."""
     texts = _texts(config_class)
     for field, annotation in _fields(config_class):
-        name = prefix + field.name
+        name, default = prefix + field.name, getattr(base, field.name, _default(field))
         if (section := _section(annotation)) is not None:
-            yield from _options(section, f"{name}.")
+            yield from _options(section, f"{name}.", default)
         else:
-            yield Option(name, annotation, _default(field), texts.get(field.name, ""))
+            yield Option(name, annotation, default, texts.get(field.name, ""))
 
 
 def _fields(config_class: type) -> list[tuple[dataclasses.Field[Any], Any]]:

@@ -83,7 +83,7 @@ def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
     if not queries:
         raise ConfigurationError(
             f"{base.name} has no adapted layer with a usual query name (query, query_proj, q_proj, q_lin, q), which "
-            "table 7 needs. Choose another model with --model."
+            "table 7 needs. Choose another model with --base.name."
         )
     middle = queries[(len(queries) - 1) // 2]
     weights = open_weights(base, stored)

@@ -111,7 +111,7 @@ def prompt_format(
     if task is None and recorded not in TASKS and record.get("encoding"):
         return PromptFormat(
             note=f"the adapter {path} was trained for the custom task '{recorded}', and prompts are used unchanged. "
-            "Name its file, --task path/to/file.py:Class, to format them as in training."
+            "Name its file, --data.task path/to/file.py:Class, to format them as in training."
         )
     chosen = task_type(task) if task else TASKS.get(str(recorded))
     if task is None and recorded not in TASKS and record.get("generic_task") == Chat.name:
@@ -125,11 +125,11 @@ def prompt_format(
     if chosen is None or not issubclass(chosen, NamedText):
         if encoding is not None:
             raise ConfigurationError(
-                f"encoding is {encoding!r}, and there is no named task of texts; name one with --task, for example "
+                f"data.encoding is {encoding!r}, and there is no named task of texts. Set data.task, for example "
                 "e2e_nlg."
             )
         return PromptFormat()
-    if encoding is None and recorded == chosen.name:
+    if recorded == chosen.name and encoding in (None, record.get("encoding")):
         encoding = record.get("encoding")
         settings = record.get("config", {}).get("data", {})
         if encoding == "prompt" and settings.get("prompt_template"):
@@ -138,7 +138,7 @@ def prompt_format(
                 "prompts in this form, and use them unchanged: --raw."
             )
     encoding = encoding or chosen.encodings[0]
-    require_choice("encoding", encoding, chosen.encodings)
+    require_choice("data.encoding", encoding, chosen.encodings)
     return PromptFormat(
         task=chosen,
         encoding=encoding,

@@ -7,29 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.compute.batching import context_length
-from lorakit.compute.finite import refuse_nan
-from lorakit.compute.mode import evaluating
+from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.formatting import percentage
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
-
-PROMPTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Water boils at a lower temperature in the mountains, because the air pressure is lower.",
-    "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
-    "Dear Ms Novak, thank you for your letter of 3 May. We will send the parcel again on Monday.",
-    "def area(width, height):\n    return width * height\n",
-    "name: Blue Spice, food: Italian, price: cheap, area: riverside",
-    "The film starts slowly, but its last hour is one of the best of the year.",
-    "SELECT name, price FROM products WHERE price < 20 ORDER BY price;",
-)
-"""Prompts of several kinds; a verdict compares the predictions at each of their tokens."""
 
 WHOLE = 0.99
 """Share of the update above which rounding needs no advice."""
@@ -39,34 +25,23 @@ IN_FLOAT32 = "--base.dtype float32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeVerdict:
+class MergeVerdict(Agreement):
     """The differences between a merged model and its base with the unmerged adapter."""
 
-    predicts: str
-    """What the model predicts: token, label or score."""
-    predictions: int
-    """Number of compared predictions."""
-    changed: int
-    """Number of predictions whose most likely token or label differs; 0 for scores."""
     kept: float
     """Share of the update's squared norm that survives rounding to `dtype`, from 0 to 1."""
     dtype: torch.dtype
     """Dtype of the merged weights."""
-    difference: float
-    """Largest absolute difference between the logits."""
-    scale: float
-    """Largest absolute logit of the unmerged adapter."""
 
     def sentences(self) -> list[str]:
         """Return the verdict in words, with the option to use instead if the merge loses part of the adapter."""
-        where = f"{self.predictions} predictions on {len(PROMPTS)} prompts"
         if self.predicts == "score":
-            first = f"Compared with the unmerged adapter in {where}."
+            first = f"Compared with the unmerged adapter in {self.where}."
         elif self.changed:
             share = percentage(self.changed, self.predictions)
-            first = f"The merge changes the most likely {self.predicts} in {self.changed} of {where} ({share})."
+            first = f"The merge changes the most likely {self.predicts} in {self.changed} of {self.where} ({share})."
         else:
-            first = f"The merge changes the most likely {self.predicts} in none of {where}."
+            first = f"The merge changes the most likely {self.predicts} in none of {self.where}."
         lines = [
             first,
             f"Largest difference from the unmerged logits: {self.difference:.2g}; largest logit: {self.scale:.3g}.",
@@ -80,7 +55,7 @@ class MergeVerdict:
 def judge_merge(
     adapted: Base, stored: StoredAdapter, merge: Callable[[], PreTrainedModel]
 ) -> MergeVerdict:
-    """Compare a merged model with its base and the unmerged adapter on `PROMPTS`.
+    """Compare a merged model with its base and the unmerged adapter on several prompts.
 
     Args:
         adapted: The base with the adapter active.
@@ -95,40 +70,9 @@ def judge_merge(
     assert tokenizer is not None  # open_adapted rejects a base without one
     dtype = model.dtype
     kept = _kept(adapted, stored)
-    before = _logits(model, tokenizer)
-    after = _logits(merge(), tokenizer)
-    outputs = before[0].shape[-1]
-    changed = sum(
-        int((one.argmax(-1) != other.argmax(-1)).sum())
-        for one, other in zip(before, after, strict=True)
-    )
-    return MergeVerdict(
-        predicts="token" if before[0].dim() > 1 else "score" if outputs == 1 else "label",
-        predictions=sum(logits[..., 0].numel() for logits in before),
-        changed=changed,
-        kept=kept,
-        dtype=dtype,
-        difference=max(
-            float((other - one).abs().max()) for one, other in zip(before, after, strict=True)
-        ),
-        scale=max(float(logits.abs().max()) for logits in before),
-    )
-
-
-def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Return the logits of each prompt: (tokens, vocabulary), or (labels,) of a classifier."""
-    results, context = [], context_length(model)
-    with evaluating(model):
-        for prompt in PROMPTS:
-            inputs = tokenizer(
-                prompt, return_tensors="pt", truncation=context is not None, max_length=context
-            ).to(model.device)
-            if model.config.is_encoder_decoder:  # the logits depend on both inputs
-                inputs["decoder_input_ids"] = inputs["input_ids"]
-            logits = model(**inputs).logits[0].float()
-            refuse_nan(model, logits)
-            results.append(logits)
-    return results
+    before = logits_of_prompts(model, tokenizer)
+    after = logits_of_prompts(merge(), tokenizer)
+    return MergeVerdict(kept=kept, dtype=dtype, **vars(agreement(before, after)))
 
 
 @torch.no_grad()

@@ -70,7 +70,9 @@ class ColumnMap:
         Raises:
             BadRow: The row lacks a field of the task, or a template cannot be rendered.
         """
-        for fields in task.rows(self._rename(values)):
+        # A task converts no other fields to those that a template renders.
+        to_render = dict.fromkeys(self.templates, "")
+        for fields in task.rows({**to_render, **self._rename(values)}):
             yield {**fields, **self._render({**values, **fields})}
 
     def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:

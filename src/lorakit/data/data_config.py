@@ -16,8 +16,7 @@ Split = Literal["train", "validation", "test"]
 
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
-    "input",
-    "tools",
+    *("input", "system", "history", "tools"),
 )
 """Fields that `columns` can map to a column."""
 
@@ -58,8 +57,8 @@ class DataConfig:
     instruction in words, which prompt_template can replace."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column for each field: `{prompt: meaning_representation, completion: human_reference}`.
-    Fields are prompt, completion, messages, tools, instruction, input, output, text, sentence1, sentence2, label and
-    score."""
+    Fields are prompt, completion, messages, system, tools, instruction, input, output, history, text, sentence1,
+    sentence2, label and score."""
     prompt_template: str | None = None
     """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Double the
     braces for literal ones."""

@@ -18,6 +18,7 @@ from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate
+from lorakit.evaluation.prompt_cache import PromptCache
 from lorakit.models.loading import Base
 from lorakit.tasks import Chat
 from lorakit.tasks.chat import ChatTemplate, Message
@@ -48,6 +49,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.adapter: str | None = None
         """Name of the active adapter; None for the base alone."""
+        self._cache = PromptCache()
         self._folders: dict[Path, str] = {}
         self._tokenizers: dict[str | None, PreTrainedTokenizerBase | None] = {None: base.tokenizer}
 
@@ -129,6 +131,7 @@ class Conversation:
             stop_ids=Chat.stop_ids(template.tokenizer),
             streamer=_Pieces(template.tokenizer, write),
             interrupted=interrupted,
+            cache=self._cache,
         )
         self.messages = [*turns, {"role": "assistant", "content": Chat.answer(answer)}]
         return answer

@@ -31,9 +31,9 @@ class EvaluateConfig:
     """For text generation with an adapter, also score the base without it, which takes as long again. A classifier's
     base has no trained head, so it is not scored."""
     allow_other_base: bool = False
-    """Allow a base other than the one that the adapter records."""
+    """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
-    """Your own method, if the adapter was trained with one: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     split: Literal["validation", "test"] | None = None
     """Split to score. The default is test, or for a named task the split of published scores (validation for GLUE,
     whose test sets have no public labels)."""

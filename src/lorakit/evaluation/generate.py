@@ -25,6 +25,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
 from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.ops import seeded
 
@@ -41,6 +42,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
+    cache: PromptCache | None = None,
 ) -> list[str]:
     """Continue each prompt and return only the new text, without special tokens.
 
@@ -56,6 +58,7 @@ def generate(
         stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
         interrupted: Called after each token; generation ends once it returns True.
+        cache: The keys and values of earlier calls with one prompt, which the next call starts from.
 
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
@@ -88,6 +91,9 @@ def generate(
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             inputs = _left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
+            past = cache.take(model, ids[batch[0]]) if cache else None
+            if past is not None:
+                inputs[ARGUMENT] = past
             outputs = model.generate(  # type: ignore[operator]
                 **inputs,
                 generation_config=settings,
@@ -95,6 +101,8 @@ def generate(
                 stopping_criteria=stopping,
                 streamer=streamer,
             )
+            if cache and past is not None:
+                cache.keep(past, outputs[0].tolist())
             if not model.config.is_encoder_decoder:
                 outputs = outputs[:, inputs["input_ids"].shape[1] :]
             decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
@@ -219,9 +227,7 @@ class NoRepeatedNGrams(LogitsProcessor):
         return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
 
 
-def _left_pad(
-    prompts: list[list[int]], pad: int | None, device: torch.device
-) -> dict[str, torch.Tensor]:
+def _left_pad(prompts: list[list[int]], pad: int | None, device: torch.device) -> dict[str, Any]:
     """Return input_ids and attention_mask (B, longest prompt)."""
     width = max(map(len, prompts))
     return {

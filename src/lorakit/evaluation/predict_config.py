@@ -26,9 +26,9 @@ class PredictConfig:
     base: BaseConfig | None = None
     """The base model; by default the base that the adapter records."""
     allow_other_base: bool = False
-    """Allow a base other than the one that the adapter records."""
+    """Allow a base other than the one recorded in the adapter."""
     method: str | None = None
-    """Your own method, if the adapter was trained with one: path/to/file.py:Class."""
+    """Custom method of the adapter: path/to/file.py:Class."""
     batch_size: int = 16
     """Rows per forward pass."""
     overwrite: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from lorakit import storage
 from lorakit.compute.adapted import PromptFormat
 from lorakit.compute.batching import encoder_input
-from lorakit.data.readers import lines_of
+from lorakit.data.readers import Problem, Row, lines_of, reader_for
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.tasks import BadRow, Chat, NamedText, Task, conversion
@@ -49,42 +48,48 @@ class EncodedPrompts:
 
 
 def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
-    """Return the prompts of a file: one per line, or .jsonl, whose rows may have the columns of `task`.
+    """Return the prompts of a file: the rows of a format that training reads, or of other files the lines.
 
-    A conversation ends before a last assistant turn, which is the answer. `-` reads standard input.
+    A conversation ends before a last assistant turn, which is the answer. `-` reads lines from standard input.
 
     Raises:
         DataError: The file cannot be read, has no prompt, or a row is invalid.
     """
+    reader = reader_for(Path(file))
+    prompts: list[Prompt]
     with storage.reading(file, DataError):
-        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-    lines = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
-    if not lines:
+        if reader is not None:
+            prompts = [_row_prompt(row, task) for row in reader(Path(file))]
+        else:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+            prompts = [line for line in lines_of(text) if line.strip()]
+    if not prompts:
         raise DataError(f"'{file}' contains no prompt. Write one prompt per line.")
-    if not file.endswith(".jsonl"):
-        return [line for _, line in lines]
-    return [_row_prompt(line, f"{file}:{n}", task) for n, line in lines]
+    return prompts
 
 
-def _row_prompt(line: str, where: str, task: type[Task] | None) -> Prompt:
-    """Return the prompt of one line of a .jsonl file; `where` is its file and line, for messages."""
+def _row_prompt(row: Row | Problem, task: type[Task] | None) -> Prompt:
+    """Return the prompt of a row, with the words that it has in training before the answer."""
+    if isinstance(row, Problem):
+        raise DataError(f"{row}.")
+    fields = row.values
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg}). Write one JSON object per line."
-        ) from None
-    row = row if isinstance(row, dict) else {}
-    try:
-        if isinstance(row.get("prompt"), str):
-            return checked_text(row["prompt"], "prompt")
+        if isinstance(fields.get("prompt"), str):
+            return checked_text(fields["prompt"], "prompt")
         if task is not None and issubclass(task, NamedText):
-            return PromptRow(row, where)
-        messages = without_answer(checked_messages(row))
-        return PromptRow({"messages": messages, "tools": conversion.tools(row.get("tools"))}, where)
+            return PromptRow(fields, row.origin)
+        is_conversation = "messages" in fields or "conversations" in fields
+        if "instruction" in fields and not is_conversation:
+            if task is not Chat:
+                return conversion.alpaca_prompt(fields)
+            fields = {**fields, "messages": conversion.alpaca_messages(fields)}
+        messages = without_answer(checked_messages(fields))
+        tools = conversion.tools(fields.get("tools"))
+        return PromptRow({"messages": messages, "tools": tools}, row.origin)
     except BadRow as error:
         raise DataError(
-            f"{where}: {error}. A row needs 'prompt' (a string) or 'messages' (a list of role and content)."
+            f"{row.origin}: {error}. A row needs 'prompt' (a string), 'messages' (a list of role and content), or "
+            "'instruction'."
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.configuration import strict
 from lorakit.errors import TargetError
 from lorakit.methods.method import TrainsModules
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class BitFit(TrainsModules):
     """Train every bias vector of the pre-trained model, including those of its norms.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import TrainsModules
 
@@ -20,6 +21,7 @@ Kind = Literal["houlsby", "lin", "pfeiffer"]
 Nonlinearity = Literal["relu", "gelu", "silu"]
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class BottleneckAdapter(TrainsModules):
     """Add ``f(x) = W_up act(W_down x + b_down) + b_up`` to the outputs of sub-layers or blocks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method, TrainsModules
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lorakit.methods.module import AdapterModule
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class Combined(TrainsModules):
     """Combine several methods in one adapter with one name and one file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.method import TrainsModules
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(TrainsModules):
     """Train every parameter, or only those of the last blocks (FT and FT-Top2 of the paper's tables)."""

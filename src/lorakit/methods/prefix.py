@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
 from lorakit.methods.method import TrainsModules
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
@@ -47,6 +48,7 @@ class _Prefix(TrainsModules):
         return VirtualTokens(prefix=self.prefix_length, infix=self.infix_length)
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class PrefixEmbedding(_Prefix):
     """Train the embeddings of virtual tokens: the prefix before the prompt, the infix after it (PreEmbed).
@@ -70,6 +72,7 @@ class PrefixEmbedding(_Prefix):
         return embedding_vectors(model, self.virtual_tokens, dtype, method=type(self).__name__)
 
 
+@strict
 @dataclass(frozen=True, kw_only=True)
 class PrefixLayer(_Prefix):
     """Train the hidden states of virtual tokens at the input of every block, including the embeddings (PreLayer).

@@ -17,7 +17,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
-from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import Study, StudyData, Variant
 from lorakit.paper.subset import write_subset
@@ -27,7 +27,7 @@ GRID = "grid.json"
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
 """Bounds on the held-out examples that are drawn in addition to limited training data."""
 
-_SHARED = ("table", "trials", "epochs", "limit", "eval_limit", "beams", "batch_size", "budget")
+_SHARED = ("table", "trials", "epochs", "limit", "eval_limit", "batch_size", "budget")
 """Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget."""
@@ -211,7 +211,10 @@ def _settings(config: PaperConfig) -> dict[str, Any]:
     names = (*_SHARED, *(_DIVIDED if config.budget else ()))
     settings = {name: getattr(config, name) for name in names}
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    return {"model": config.base.name, "dtype": config.dtype, "data": config.data, **settings}
+    for section in ("base", "data", "decoding"):
+        values = asdict(getattr(config, section))
+        settings |= {f"{section}.{name}": value for name, value in values.items()}
+    return {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBER}
 
 
 def _read_setup(config: PaperConfig) -> GridSetup:
@@ -288,7 +291,7 @@ def _draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSet
     if count is None or data_set.key in setup.training:
         return
     path = config.folder / "data" / f"{data_set.task}-{count}.jsonl"
-    data = DataConfig(task=data_set.task, root=config.data)
+    data = DataConfig(task=data_set.task, root=config.data.root)
     if write_subset(data, count, path) < count and data_set.holds_out:
         setup.held_out[data_set.key] = (
             HELD_OUT_SHARE  # the set has fewer rows: use the default share

@@ -175,7 +175,7 @@ def _bottleneck_of(model: PreTrainedModel, kind: Any, parameters: float) -> Bott
     if size > width:
         raise ConfigurationError(
             f"Adapters with {parameters / 1e6:.1f}M parameters, the paper's share of the base, would be wider than "
-            f"this model: bottleneck {size}, hidden size {width}. Choose a larger model with --model."
+            f"this model: bottleneck {size}, hidden size {width}. Choose a larger model with --base.name."
         )
     return BottleneckAdapter(kind=kind, size=size)
 

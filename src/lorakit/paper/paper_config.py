@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, require_at_least, require_choice
-from lorakit.models.base_config import BaseConfig, DType
+from lorakit.evaluation.decoding import Decoding
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS, Study
 
 TABLES = ("table1", *STUDIES)
 """The tables that can be run: latency (table1), and those that consist of training runs."""
 
-_NOT_IN_COMMAND = ("table", "data", "output", "keep_weights", "device", "dry_run")
+CHANGE_NO_NUMBER = ("base.device", "decoding.batch_size")
+_NOT_IN_COMMAND = ("table", "data.root", "output", "keep_weights", "dry_run", *CHANGE_NO_NUMBER)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
+@strict
+@dataclass(frozen=True, kw_only=True)
+class PaperDataConfig:
+    """Where the data sets of a table are."""
+
+    root: str | None = None
+    """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
+    hub."""
+
+    def __post_init__(self) -> None:
+        conform(self, "data")
+
+
+@strict
 @dataclass(frozen=True, kw_only=True)
 class PaperConfig:
     """Reproduce a table of the paper on your model: methods x data sets x seeds, each a training run.
@@ -30,8 +48,10 @@ class PaperConfig:
 
     table: str
     """table1 to table7, table13 to table16, or table18, as numbered in arXiv version 2."""
-    model: str | None = None
-    """Base model: a hub id, a folder, a .gguf file or a short name. Default: minilm-l6 or smollm2-135m, by table."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """The base model of every run. Without a name, minilm-l6 or smollm2-135m, by table."""
+    data: PaperDataConfig = field(default_factory=PaperDataConfig)
+    """The data sets of the table."""
     tasks: tuple[str, ...] | None = None
     """Data sets of the table, separated by commas. Default: all."""
     methods: tuple[str, ...] | None = None
@@ -50,18 +70,12 @@ class PaperConfig:
     """Train on this many examples of each data set, drawn at random once and the same for every run."""
     eval_limit: int | None = None
     """Score only the first examples or prompts, this many. Default: all."""
-    beams: int | None = None
-    """Beams for text generation; 1 is greedy. Default: the task's."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """Settings of text generation. Unset ones have the values of the task; one beam is greedy."""
     batch_size: int = 16
     """Examples per step."""
-    data: str | None = None
-    """Folder with the data sets, each in a sub-folder (`mrpc/train.jsonl`). Default: read them from the hub."""
     output: str | None = None
     """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
-    dtype: DType = "auto"
-    """Compute precision; see base.dtype of `lorakit train`."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 or mps; auto uses a GPU if one is available."""
     keep_weights: bool = True
     """Keep the adapter of every run; false deletes it after it is scored."""
     dry_run: bool = False
@@ -72,9 +86,12 @@ class PaperConfig:
         name = self.table if self.table.startswith("table") else f"table{self.table}"
         require_choice("table", name, TABLES)
         object.__setattr__(self, "table", name)
+        if not self.base.name:
+            usual = STUDIES[name].base if name in STUDIES else "smollm2-135m"
+            object.__setattr__(self, "base", replace(self.base, name=usual))
         for option in ("seeds", "trials", "batch_size"):
             require_at_least(option, getattr(self, option), 1)
-        for option, least in (("limit", 8), ("eval_limit", 1), ("beams", 1)):
+        for option, least in (("limit", 8), ("eval_limit", 1)):
             if (value := getattr(self, option)) is not None:
                 require_at_least(option, value, least)
         if self.trials > MAX_TRIALS:
@@ -83,8 +100,8 @@ class PaperConfig:
             )
         if self.epochs is not None and not 0 < self.epochs < 1e6:
             raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
-        # Reading these properties validates the budget, the dtype, the device, the tasks and the methods.
-        _ = self.seconds, self.base
+        # Reading these properties validates the budget, the tasks and the methods.
+        _ = self.seconds
         if self.table in STUDIES:
             _ = self.study
 
@@ -92,12 +109,6 @@ class PaperConfig:
     def study(self) -> Study:
         """The table's study, narrowed to `tasks` and `methods`."""
         return study(self.table).choose(self.tasks, self.methods)
-
-    @property
-    def base(self) -> BaseConfig:
-        """The base model of every run."""
-        default = STUDIES[self.table].base if self.table in STUDIES else "smollm2-135m"
-        return BaseConfig(name=self.model or default, dtype=self.dtype, device=self.device)
 
     @property
     def folder(self) -> Path:
@@ -124,14 +135,20 @@ class PaperConfig:
         The data folder is printed as DATA. Options that change no number are omitted.
         """
         words = ["lorakit", "paper", self.table]
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in _NOT_IN_COMMAND or value == option.default:
-                continue
-            words += [
-                f"--{option.name}",
-                ",".join(value) if isinstance(value, tuple) else str(value),
-            ]
-        if self.data is not None:
-            words += ["--data", "DATA"]
+        for name, value in _changed(self, PaperConfig(table=self.table)):
+            if name not in _NOT_IN_COMMAND:
+                words += [f"--{name}", ",".join(value) if isinstance(value, tuple) else str(value)]
+        if self.data.root is not None:
+            words += ["--data.root", "DATA"]
         return shlex.join(words)
+
+
+def _changed(config: Any, default: Any, section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings that differ from those of `default`, by dotted name."""
+    for setting in fields(config):
+        name, value = section + setting.name, getattr(config, setting.name)
+        usual = getattr(default, setting.name)
+        if is_dataclass(value):
+            yield from _changed(value, usual, f"{name}.")
+        elif value != usual:
+            yield name, value

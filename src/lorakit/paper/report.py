@@ -246,8 +246,8 @@ def own_notes(comparison: Comparison) -> list[str]:
     ]
     if grid.config.eval_limit:
         notes.append(f"Only the first {grid.config.eval_limit:,} examples or prompts are scored.")
-    if grid.config.beams:
-        decoding = "greedily" if grid.config.beams == 1 else f"with {grid.config.beams} beams"
+    if beams := grid.config.decoding.beams:
+        decoding = "greedily" if beams == 1 else f"with {beams} beams"
         notes.append(f"Text is generated {decoding}.")
     if any(name.endswith(WITHOUT_JAVA) for r in grid.all_records() for name in r.scores):
         notes.append(

@@ -11,7 +11,6 @@ from typing import Any
 from lorakit import storage
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError, RunFolderError
-from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
@@ -102,11 +101,9 @@ class Runner:
         config, data_set = self.config, run.data_set
         labels = task_type(data_set.task).kind != "text"
         settings: dict[str, Any] = {
-            "base.name": config.base.name,
-            "base.dtype": config.dtype,
-            "base.device": config.device,
+            **{f"base.{name}": value for name, value in asdict(config.base).items()},
             "data.task": data_set.task,
-            "data.root": config.data,
+            "data.root": config.data.root,
             "data.max_length": data_set.max_length,
             "data.too_long": "truncate",
             "output": str(self.folder / run.name),
@@ -207,7 +204,7 @@ class Runner:
         return EvaluateConfig(
             data=DataConfig(
                 task=data_set.task,
-                root=config.data,
+                root=config.data.root,
                 max_length=data_set.max_length,
                 too_long="truncate",
                 validation_split=data_set.scored,
@@ -217,7 +214,7 @@ class Runner:
             compare=False,
             limit=config.eval_limit,
             batch_size=32,
-            decoding=Decoding(beams=config.beams),
+            decoding=config.decoding,
         )
 
     def _write(self, run: TableRun, record: Record) -> Record:

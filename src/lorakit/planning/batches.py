@@ -34,6 +34,8 @@ class Batches:
     """Where the lengths come from, as a phrase."""
     steps: int | None
     """Optimizer steps of the run; None if the number of examples is unknown."""
+    per_step: int
+    """Batches of an optimizer step: `accumulation`, or fewer if the data set is smaller than one step."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -54,7 +56,7 @@ def from_data(config: TrainConfig) -> Batches:
     data = dataclasses.replace(config.data, task=task.name, limit=limit)
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     plan = step_plan_of(config, train)
-    first_epoch = itertools.islice(plan.steps(), plan.steps_per_epoch)
+    first_epoch = list(itertools.islice(plan.steps(), plan.steps_per_epoch))
     batches = sorted(
         ([train.examples[i] for i in batch] for step in first_epoch for batch in step),
         key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),
@@ -66,7 +68,9 @@ def from_data(config: TrainConfig) -> Batches:
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
     )
     steps = plan.total if whole or config.max_steps else None
-    return Batches(task, batches[-1], batches[len(batches) // 2], source, steps, tokenizer)
+    per_step = max(map(len, first_epoch)) if whole else config.accumulation
+    middle = batches[len(batches) // 2]
+    return Batches(task, batches[-1], middle, source, steps, per_step, tokenizer)
 
 
 def from_lengths(
@@ -102,7 +106,7 @@ def from_lengths(
         example = LabelledExample(input_ids=[0] * size, prompt="", completion="", label=label)
         examples = [example] * config.batch_size
     source += " (as configured)" if length else " (data.max_length, the upper bound)"
-    return Batches(task, examples, examples, source, config.max_steps)
+    return Batches(task, examples, examples, source, config.max_steps, config.accumulation)
 
 
 def language_examples(count: int, length: int, targets: int) -> list[LanguageExample]:

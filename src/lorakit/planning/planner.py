@@ -170,12 +170,12 @@ def plan(
         rows=run.rows,
         width=run.width,
         packed=run.packed,
-        tokens=run.tokens * config.accumulation,
+        tokens=run.tokens * run.batches,
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, config, machine, device, measures=measures),
-        full=full and _predict(full, config, machine, device, measures=measures),
+        chosen=_predict(run, machine, device, measures=measures),
+        full=full and _predict(full, machine, device, measures=measures),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -205,18 +205,13 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
 
 
 def _predict(
-    run: SimulatedRun,
-    config: TrainConfig,
-    machine: Machine,
-    device: torch.device,
-    *,
-    measures: bool,
+    run: SimulatedRun, machine: Machine, device: torch.device, *, measures: bool
 ) -> Prediction:
     products = run.middle.work.products
     timings = time_products(products, device, machine.estimate) if measures else {}
     peak = run.fullest.peak
     # From the second batch of a step on, the gradients of the earlier ones exist.
-    gradients = 4 * run.trained if config.accumulation > 1 else peak["gradients"]
+    gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
     software = SOFTWARE if machine.software is None else machine.software
     step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
     memory = Memory(
@@ -236,6 +231,6 @@ def _predict(
         share=run.trained / run.total,
         file_bytes=4 * run.trained,
         memory=memory,
-        seconds=config.accumulation * machine.seconds(run.middle.work, timings)
+        seconds=run.batches * machine.seconds(run.middle.work, timings)
         + run.trained * UPDATE_BYTES / machine.traffic,
     )

@@ -49,6 +49,8 @@ class SimulatedRun:
     """Step of the batch of median size."""
     tokens: int
     """Tokens of the examples in the median batch, without sharing prefixes."""
+    batches: int
+    """Batches of an optimizer step."""
     rows: int
     """Rows of the fullest batch, after packing."""
     width: int
@@ -94,7 +96,7 @@ def simulate(
             shorten(model),
             computation.objective,
             autocast=autocast,
-            accumulates=config.accumulation > 1,
+            accumulates=batches.per_step > 1,
         )
         fullest_step = middle_step = step(fullest)
         if middle["input_ids"].shape != fullest["input_ids"].shape:
@@ -109,6 +111,7 @@ def simulate(
         fullest=fullest_step,
         middle=middle_step,
         tokens=sum(map(len, batches.middle)),
+        batches=batches.per_step,
         rows=rows,
         width=width,
         packed=computation.packed,

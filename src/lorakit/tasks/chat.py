@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import DataError, nearest
 from lorakit.tasks import conversion
 from lorakit.tasks.language_modelling import TextTask, end_id, fit
-from lorakit.tasks.task import BadRow, Fields, LanguageExample, checked_text, json_type
+from lorakit.tasks.task import (
+    BadRow,
+    Fields,
+    LanguageExample,
+    checked_text,
+    json_type,
+    text_field,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +35,9 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Chat(TextTask):
     """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
 
-    A row may also have `tools`, a list of JSON schemas that is passed to the template. Messages of ShareGPT
-    (`{from, value}`) and Alpaca's rows (`instruction`, `input`, `output`) are converted.
+    A row may also have `system`, the text of a first turn, and `tools`, a list of JSON schemas that is passed to the
+    template. Messages of ShareGPT (`{from, value}`) and Alpaca's rows (`instruction`, `input`, `output`, `history`) are
+    converted.
     """
 
     name = "chat"
@@ -70,14 +78,17 @@ class Chat(TextTask):
                 isinstance(m.get("content", m.get("value")), list) for m in messages
             ),
             "tools": "tools" in columns,
-            "tool calls": any(m.get("tool_calls") for m in messages),
+            "tool calls": any(
+                m.get("tool_calls") or m.get("from") == "function_call" for m in messages
+            ),
         }
         return ", ".join([keys, *(name for name, present in extras.items() if present)])
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
         """Yield the row, with messages where it is one of Alpaca's."""
         if "messages" not in fields and conversion.is_alpaca(fields):
-            fields = {**fields, "messages": conversion.alpaca_messages(fields)}
+            answer = {"role": "assistant", "content": text_field(fields, "output")}
+            fields = {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
         yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
@@ -284,7 +295,10 @@ def without_answer(messages: list[Message]) -> list[Message]:
 
 
 def checked_messages(fields: Fields) -> list[Message]:
-    """Return the messages of a row after validation, each as `{role, content, ...}` without null entries."""
+    """Return the messages of a row after validation, each as `{role, content, ...}` without null entries.
+
+    A `system` text beside the messages becomes their first one.
+    """
     messages = fields.get("messages", fields.get("conversations"))
     if messages is None:
         raise _bad("is missing")
@@ -292,7 +306,10 @@ def checked_messages(fields: Fields) -> list[Message]:
         raise _bad(f"is {json_type(messages)}, expected a list of {{role, content}}")
     if not messages:
         raise _bad("is empty")
-    return [_checked_message(message, number) for number, message in enumerate(messages, start=1)]
+    checked = [
+        _checked_message(message, number) for number, message in enumerate(messages, start=1)
+    ]
+    return conversion.with_system(checked, fields.get("system"))
 
 
 def _bad(problem: str) -> BadRow:
@@ -305,17 +322,16 @@ def _checked_message(message: Any, number: int) -> Message:
         raise _bad(f"has {json_type(message)} as message {number}, expected {{role, content}}")
     # In Parquet files every message has all keys; unused ones are null.
     message = {key: value for key, value in message.items() if value is not None}
-    senders: Collection[str] = ROLES
     if conversion.is_sharegpt(message):
-        message, senders = conversion.role_and_content(message), conversion.SENDERS
+        message = conversion.role_and_content(message, number)
     role = message.get("role")
     if role is None:
         keys = ", ".join(map(str, message)) or "nothing"
         raise _bad(f"has a message without 'role' (message {number} has: {keys})")
     if role not in ROLES:
         raise _bad(
-            f"has the unknown role {role!r} in message {number}; roles are {', '.join(senders)}."
-            + nearest(str(role), senders)
+            f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
+            + nearest(str(role), ROLES)
         )
     if "tool_calls" in message:
         message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)

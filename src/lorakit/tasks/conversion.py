@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
-from lorakit.tasks.task import BadRow, Fields, json_type, text_field
+from lorakit.errors import nearest
+from lorakit.tasks.task import BadRow, Fields, checked_text, json_type, text_field
 
 ALPACA = ("instruction", "output")
-"""Fields of an Alpaca row; a third one, `input`, is optional."""
+"""Fields of an Alpaca row. `input`, and in chats `system` and `history`, are optional."""
 
 SENDERS = {
     "system": "system",
@@ -22,8 +24,9 @@ SENDERS = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_call": "assistant",
 }
-"""Role of each sender of ShareGPT's messages."""
+"""Role of each sender of ShareGPT's messages. A function call is a turn of the assistant with tool calls."""
 
 _ALPACA_PROMPT = "{intro}\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 _INTRO = (
@@ -42,7 +45,17 @@ def is_alpaca(fields: Collection[str]) -> bool:
 
 
 def alpaca_prompt(fields: Fields) -> str:
-    """Return the prompt of an Alpaca row, as Stanford Alpaca writes it (Taori et al. 2023)."""
+    """Return the prompt of an Alpaca row, as Stanford Alpaca writes it (Taori et al. 2023).
+
+    Raises:
+        BadRow: The row has a system text or earlier turns, which this prompt cannot hold.
+    """
+    for name in ("system", "history"):
+        if fields.get(name):
+            raise BadRow(
+                "is set, and Alpaca's prompt has no place for it. Set data.task to chat, or remove it from the row",
+                name,
+            )
     instruction, context = text_field(fields, "instruction"), _alpaca_input(fields)
     return _ALPACA_PROMPT.format(
         intro=_INTRO_WITH_INPUT if context else _INTRO,
@@ -52,13 +65,24 @@ def alpaca_prompt(fields: Fields) -> str:
 
 
 def alpaca_messages(fields: Fields) -> list[dict[str, Any]]:
-    """Return an Alpaca row as one user message (instruction, blank line, input) and the answer."""
+    """Return the messages of an Alpaca row that its output answers.
+
+    They are the `history`, pairs of a question and an answer, and one user message: instruction, blank line, input.
+    """
     context = _alpaca_input(fields)
     question = text_field(fields, "instruction") + (f"\n\n{context}" if context else "")
+    history = fields.get("history") or []
+    if not isinstance(history, list | tuple) or not all(_is_pair(turn) for turn in history):
+        raise BadRow("is not a list of [question, answer]", "history")
+    texts = [*(text for turn in history for text in turn), question]
     return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": text_field(fields, "output")},
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
     ]
+
+
+def _is_pair(turn: Any) -> bool:
+    is_list = isinstance(turn, list | tuple) and len(turn) == 2
+    return is_list and all(isinstance(text, str) for text in turn)
 
 
 def _alpaca_input(fields: Fields) -> str:
@@ -72,12 +96,47 @@ def is_sharegpt(message: Any) -> bool:
     return isinstance(message, dict) and "from" in message and "role" not in message
 
 
-def role_and_content(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a ShareGPT message as `{role, content, ...}`. A sender without a role stays, for the error message."""
+def role_and_content(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return ShareGPT's message `number` as `{role, content, ...}`, a function call as `{role, tool_calls}`."""
     sender = message["from"]
+    if not isinstance(sender, str) or sender not in SENDERS:
+        raise BadRow(
+            f"has the unknown sender {sender!r} in message {number}; senders are {', '.join(SENDERS)}."
+            + nearest(str(sender), SENDERS),
+            "messages",
+        )
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    role = SENDERS.get(sender, sender) if isinstance(sender, str) else sender
-    return {"role": role, **({"content": message["value"]} if "value" in message else {}), **rest}
+    if sender == "function_call":
+        return {"role": "assistant", "tool_calls": _function_calls(message.get("value"), number)}
+    content = {"content": message["value"]} if "value" in message else {}
+    return {"role": SENDERS[sender], **content, **rest}
+
+
+def _function_calls(value: Any, number: int) -> list[dict[str, Any]]:
+    """Return the tool calls of message `number`, whose value is `{name, arguments}` as JSON text, or a list of them."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):
+        raise BadRow(
+            f"has a function call in message {number} that is not JSON of {{name, arguments}}, or a list of them",
+            "messages",
+        )
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
+    """Return the messages of a row after its `system` text, a field beside them, if it has one."""
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise BadRow(f"is {json_type(system)}, expected text", "system")
+    if messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] == system:
+            return messages
+        raise BadRow("is set, and the messages start with another system turn; keep one", "system")
+    return [{"role": "system", "content": checked_text(system, "system")}, *messages]
 
 
 def tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:

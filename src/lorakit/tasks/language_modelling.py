@@ -60,9 +60,11 @@ class Completion(TextTask):
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
         """Yield the row, with prompt and completion where it is one of Alpaca's."""
-        if conversion.is_alpaca(fields) and not {"prompt", "completion"} <= set(fields):
-            prompt, completion = conversion.alpaca_prompt(fields), text_field(fields, "output")
-            fields = {"prompt": prompt, "completion": completion, **fields}
+        if conversion.is_alpaca(fields):
+            if "prompt" not in fields:
+                fields = {**fields, "prompt": conversion.alpaca_prompt(fields)}
+            if "completion" not in fields:
+                fields = {**fields, "completion": text_field(fields, "output")}
         yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
