@@ -89,6 +89,27 @@ def test_samples_stand_side_by_side_with_their_differences(run: Path) -> None:
             assert record["references"][0] in text
 
 
+def test_a_long_prompt_is_whole_on_the_page_with_its_middle_folded(run: Path) -> None:
+    record = read_run(run)
+    prompt = f"<|go|>first {' '.join(f'word{i}' for i in range(400))} last<|stop|>"
+    samples = [{**s, "prompt": prompt, "special_tokens": ["<|stop|>"]} for s in record.samples]
+    page = run_page(dataclasses.replace(record, samples=samples)).render()
+    shown = page.split('<pre class="prompt">')[1].split("</pre>")[0]
+    start, rest = shown.split("<details")
+    folded, end = rest.split("</details>")
+    folded = folded.split("</summary>")[1]
+    assert "first" in start
+    assert 'last<span class="special">&lt;|stop|&gt;</span>' in end
+    assert " characters</summary>" in rest
+    whole = re.sub(r"<[^>]+>", "", start.split("Prompt: </span>")[1] + folded + end)
+    assert html.unescape(whole) == prompt
+    assert "special" not in start  # the run recorded that its tokenizer has one such token
+
+
+def test_the_special_tokens_of_prompts_are_recorded(run: Path) -> None:
+    assert all(record["special_tokens"] == [] for record in read_run(run).samples)
+
+
 def test_texts_from_outside_stay_text(run: Path) -> None:
     page = run_page(read_run(run)).render()
     assert HOSTILE not in page

@@ -54,7 +54,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         y_format=".0%",
         marks=[
             Mark(at=suggested, text=f"rank {suggested} keeps {energy:.0%}"),
-            Mark(at=energy, text="", axis="y"),
+            Mark(at=energy, axis="y"),
         ],
     )
     caption = (

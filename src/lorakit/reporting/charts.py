@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from lorakit.reporting.axes import (
+    LINE,
     VALUE_TEXT,
     Mark,
     Spec,
     bar_length,
     bar_name,
+    labelled,
     mark_layers,
     nominal,
     quantitative,
@@ -34,7 +36,7 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 WIDTH, HEIGHT = 310, 180
-"""Size of a chart's plot in pixels: two charts fit in a row of a page, one on a phone."""
+"""Size of a chart's plot in a picture, in pixels. In a page, the chart with its axes is `axes.OUTER` wide."""
 MOST_POINTS = 240
 """Most points drawn of a line; more would be denser than pixels."""
 LONGEST_NAME = 36
@@ -50,6 +52,8 @@ class Chart:
     """A sentence that describes the chart, with its main numbers."""
     spec: Spec
     """A Vega-Lite view without title and configuration."""
+    fixed: bool = False
+    """Keep the width of the plot, instead of fitting the chart to the width of others in a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,8 @@ def line_chart(
         scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
         return nominal("series", scale=scale, legend=legend)
 
-    colour = by_series(SERIES, {"symbolType": "stroke"} if len(shown) > 1 else None)
+    legend = {"symbolType": "stroke", "offset": 6 + LINE * len(labelled(marks))}
+    colour = by_series(SERIES, legend if len(shown) > 1 else None)
     dash = by_series(DASHES, None)
     layers: list[Spec] = []
     for one in shown:
@@ -134,8 +139,7 @@ def line_chart(
         layers.append({"data": data, "mark": dot, "encoding": encoding})
     if marks and shown:
         xs = [a for one in shown for a, _ in one.finite()]
-        middle = (min(xs) + max(xs)) / 2
-        layers += [layer for mark in marks for layer in mark_layers(mark, left_of=mark.at > middle)]
+        layers += mark_layers(marks, middle=(min(xs) + max(xs)) / 2)
     spec = {"width": WIDTH, "height": HEIGHT, "layer": layers}
     return Chart(title=title, alt=_line_alt(title, shown, x, y), spec=spec)
 
@@ -195,7 +199,8 @@ def bar_chart(
         for name, value in bars.items()
     ]
     longest = max(bars.values(), default=1) or 1
-    place = {"y": bar_name("name"), "x": bar_length("x", longest, x)}
+    length = bar_length("x", longest, x, names=names.values(), texts=shown.values())
+    place = {"y": bar_name("name"), "x": length}
     spec = {
         "width": WIDTH,
         "height": {"step": 30},
@@ -242,7 +247,7 @@ def histogram(
                     "description": {"field": "label"},
                 },
             },
-            *(layer for mark in marks for layer in mark_layers(mark)),
+            *mark_layers(marks, middle=math.sqrt(edges[0] * edges[-1])),
         ],
     }
     total = sum(counts)

@@ -9,12 +9,12 @@ from typing import Any
 
 from lorakit.formatting import duration, size
 from lorakit.reporting import measures
-from lorakit.reporting.differences import plain
-from lorakit.reporting.page import Block, Cell, Code, Page, Sample, Samples, Section, Table
+from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_report import SHOWN_SAMPLES, curves_figure, loss_chart
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
+from lorakit.reporting.texts import plain
 from lorakit.training.run_folder import flat_settings
 
 
@@ -158,7 +158,7 @@ def _samples(runs: Sequence[RunRecord]) -> list[Block]:
         references = last[0][prompt].get("references")
         if isinstance(references, list) and references:
             answers.append(("Reference", plain(str(references[0]))))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
+        samples.append(sample(last[0][prompt], answers))
     caption = f"{len(samples)} of {len(shared)} validation prompts that all runs share, at their last evaluation."
     return [Samples(caption=caption, samples=tuple(samples))]
 

@@ -12,20 +12,20 @@ from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import counted
 from lorakit.reporting import measures
-from lorakit.reporting.differences import Piece, compared, plain
 from lorakit.reporting.page import (
     Block,
     Code,
     KeyFigure,
     KeyFigures,
     Page,
-    Sample,
     Samples,
     Section,
     Table,
     reference_label,
+    sample,
 )
 from lorakit.reporting.run_settings import yaml_text
+from lorakit.reporting.texts import Piece, compared, plain
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
@@ -111,7 +111,7 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
             references = record.get("references") or [""]
             output, reference = compared(record["output"], references[0])
             answers = [("Generated", output), (reference_label(references), reference)]
-        samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
+        samples.append(sample(record, answers))
     marked = "" if labelled else " Words that differ between text and reference are marked."
     if classes:
         wrong = sum(record["output"] != record["label"] for record in outputs)

@@ -87,4 +87,4 @@ def heat_map(
     numbers = [cell["v"] for cell in cells]
     alt = f"{title}: heat map of {value}, {len(rows)} by {width}, {in_words(numbers)}."
     spec = {"width": wide * width, "height": height, "layer": layers}
-    return Chart(title=title, alt=alt, spec=spec)
+    return Chart(title=title, alt=alt, spec=spec, fixed=not names)

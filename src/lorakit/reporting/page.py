@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -23,7 +23,7 @@ from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.reporting import drawing
 from lorakit.reporting.charts import Chart, Figure
-from lorakit.reporting.differences import Piece
+from lorakit.reporting.texts import Piece, fold, length, plain, with_special
 from lorakit.version import __version__
 
 Cell = str | int | float | None
@@ -76,11 +76,21 @@ def reference_label(references: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt and the texts for it."""
+    """A prompt and the texts for it. The page folds the middle of long ones."""
 
-    prompt: str
+    prompt: Sequence[Piece]
     answers: Sequence[tuple[str, Sequence[Piece]]]
     """Labels, such as Reference, and the texts."""
+
+
+def sample(record: Mapping[str, Any], answers: Sequence[tuple[str, Sequence[Piece]]]) -> Sample:
+    """Return the sample of a record, with the special tokens of its prompt and answers in pieces of their own."""
+    tokens = record.get("special_tokens")
+    prompt = plain(str(record.get("prompt")).rstrip("\n"))
+    return Sample(
+        prompt=with_special(prompt, tokens),
+        answers=[(label, with_special(pieces, tokens)) for label, pieces in answers],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,5 +240,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["fold"] = fold
+    environment.filters["length_of"] = lambda pieces: f"{length(pieces):,}"
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment.get_template("page.html")

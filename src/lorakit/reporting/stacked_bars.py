@@ -40,6 +40,11 @@ def stacked_bar_chart(
         descriptions.append(f"{name} {shown(total)} ({sizes})")
     row = bar_name("bar")
     longest = max((one["to"] for one in sums), default=1)
+    texts = [one["text"] for one in sums]
+
+    def length(field: str) -> Spec:
+        return bar_length(field, longest, names=bars, texts=texts)
+
     square = {"symbolType": "square", "symbolStrokeWidth": 0}
     colour = nominal(
         "part",
@@ -56,7 +61,7 @@ def stacked_bar_chart(
                 "mark": {"type": "bar", "height": {"band": 0.6}, "stroke": GRID, "strokeWidth": 1},
                 "encoding": {
                     "y": row,
-                    "x": bar_length("from", longest),
+                    "x": length("from"),
                     "x2": {"field": "to"},
                     "color": colour,
                     "description": {"field": "label"},
@@ -65,7 +70,7 @@ def stacked_bar_chart(
             {
                 "data": {"values": sums},
                 "mark": VALUE_TEXT,
-                "encoding": {"y": row, "x": bar_length("to", longest), "text": {"field": "text"}},
+                "encoding": {"y": row, "x": length("to"), "text": {"field": "text"}},
             },
         ],
     }
