@@ -76,17 +76,17 @@ CHARTS = {
     ),
 }
 EXPECTED = {
-    "line": ["a, step 1: 3", "b, step 3: 1"],
-    "curve": ["a, step 20: 0.15"],
-    "dot": ["l.0.q, W: 1.5", "l.1.q, dW: 0.25"],
-    "bar": ["base: 1000", "adapter: seven"],
-    "stacked": ["LoRA, adapter: 100 B (25.0%)", "full, adapter: 900 B (75.0%)"],
-    "histogram": ["0.1 to 1: 3 predictions", "1 to 10: 4 predictions"],
+    "line": ["a, step 1: 3.000", "b, step 3: 1.000"],
+    "curve": ["a, step 20: 0.1500"],
+    "dot": ["l.0.q, W: 1.500", "l.1.q, dW: 0.2500"],
+    "bar": ["base: 1,000", "adapter: seven"],
+    "stacked": ["LoRA, adapter: 100 B (25.0 %)", "full, adapter: 900 B (75.0 %)"],
+    "histogram": ["0.1000 to 1: 3 predictions", "1 to 10: 4 predictions"],
     "scatter": [
-        "ours, parameters 300,000: accuracy 87.5 ± 0.3",
-        "theirs, parameters 125,000,000: accuracy 87.6",
+        "ours, parameters 300,000: accuracy 87.50 ± 0.3000",
+        "theirs, parameters 125,000,000: accuracy 87.60",
     ],
-    "cells": ["i 1, j 1: 0.250", "i 2, j 2: 0.500"],
+    "cells": ["i 1, j 1: 0.2500", "i 2, j 2: 0.5000"],
     "rows": ["q, rank 2: 1.000"],
 }
 
@@ -121,9 +121,9 @@ def test_a_chart_is_one_picture_to_a_screen_reader(kind) -> None:
 
 
 def test_alt_texts_hold_the_main_numbers() -> None:
-    assert "a goes from 3 at step 1 to 0.15 at step 20" in CHARTS["line"].alt
+    assert "a goes from 3.000 at step 1 to 0.1500 at step 20" in CHARTS["line"].alt
     assert "adapter seven" in CHARTS["bar"].alt
-    assert "0.25 to 1" in CHARTS["cells"].alt
+    assert "0.2500 to 1.000" in CHARTS["cells"].alt
     assert "LoRA 400 B (base 300 B, adapter 100 B); full 1200 B" in CHARTS["stacked"].alt
 
 

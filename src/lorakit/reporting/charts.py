@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lorakit.formatting import number, number_range
 from lorakit.reporting.axes import (
     LINE,
     VALUE_TEXT,
@@ -125,7 +126,12 @@ def line_chart(
     for one in shown:
         points = thinned(one.finite())
         values = [
-            {"x": a, "y": b, "series": names[one.name], "label": f"{one.name}, {x} {a:g}: {b:.5g}"}
+            {
+                "x": a,
+                "y": b,
+                "series": names[one.name],
+                "label": f"{one.name}, {x} {a:g}: {number(b)}",
+            }
             for a, b in points
         ]
         data = {"values": values}
@@ -158,7 +164,7 @@ def dot_chart(
     labels = short_names(names)
     colours = [SERIES[(first_colour + i) % len(SERIES)] for i in range(len(series))]
     values = [
-        {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {value:.5g}"}
+        {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {number(value)}"}
         for name, numbers in series.items()
         for i, value in enumerate(numbers)
         if math.isfinite(value) and not (log and value <= 0)
@@ -192,7 +198,7 @@ def bar_chart(
     title: str, bars: Mapping[str, float], *, x: str, texts: Mapping[str, str] | None = None
 ) -> Chart:
     """Return horizontal bars from 0, each followed by its value."""
-    shown = {name: (texts or {}).get(name, f"{value:.4g}") for name, value in bars.items()}
+    shown = {name: (texts or {}).get(name, number(value)) for name, value in bars.items()}
     names = shortened(bars)
     values = [
         {"name": names[name], "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
@@ -226,7 +232,7 @@ def histogram(
             "from": low,
             "to": high,
             "count": count,
-            "label": f"{low:.3g} to {high:.3g}: {count:,} {y}",
+            "label": f"{number(low)} to {number(high)}: {count:,} {y}",
         }
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
         if count
@@ -287,25 +293,24 @@ def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tup
 def shortened(names: Iterable[str]) -> dict[str, str]:
     """Cut names in the middle to `LONGEST_NAME` characters; number those that become equal to another."""
     labels: dict[str, str] = {}
-    for number, name in enumerate(dict.fromkeys(names), 1):
+    for position, name in enumerate(dict.fromkeys(names), 1):
         half = LONGEST_NAME // 2
         short = name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-        labels[name] = f"{number}: {short}" if short in labels.values() else short
+        labels[name] = f"{position}: {short}" if short in labels.values() else short
     return labels
 
 
 def in_words(numbers: Sequence[float]) -> str:
     """Return the range of the finite numbers as text."""
-    finite = [number for number in numbers if math.isfinite(number)]
-    if not finite:
-        return "no values"
-    low, high = min(finite), max(finite)
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    finite = [value for value in numbers if math.isfinite(value)]
+    return number_range(finite) if finite else "no values"
 
 
 def _line_alt(title: str, series: Sequence[Series], x: str, y: str) -> str:
     parts = []
     for one in series:
         (x0, y0), (x1, y1) = one.finite()[0], one.finite()[-1]
-        parts.append(f"{one.name} goes from {y0:.4g} at {x} {x0:g} to {y1:.4g} at {x} {x1:g}.")
+        parts.append(
+            f"{one.name} goes from {number(y0)} at {x} {x0:g} to {number(y1)} at {x} {x1:g}."
+        )
     return f"{title}: {y} over {x}. {' '.join(parts)}"

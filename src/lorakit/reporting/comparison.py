@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.formatting import duration, size
+from lorakit.formatting import duration, number, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
 from lorakit.reporting.run_record import RunRecord
@@ -74,8 +74,8 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         if values[first] == values[second]:
             continue
         sentences.append(
-            f"{measures.score_name(name)} is best in {first} ({values[first]:.4g}), followed by {second} "
-            f"({values[second]:.4g})."
+            f"{measures.score_name(name)} is best in {first} ({number(values[first])}), followed by {second} "
+            f"({number(values[second])})."
         )
     differences = _differences(runs)
     if differences:

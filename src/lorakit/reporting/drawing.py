@@ -66,6 +66,7 @@ _CONFIG: Spec = {
         "fontSize": 12,
         "fontWeight": 600,
         "offset": 10,
+        "dx": -8,  # the padding: a title begins where the caption does
     },
 }
 

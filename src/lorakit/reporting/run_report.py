@@ -239,7 +239,7 @@ def _throughput(run: RunRecord) -> list[tuple[float, float]]:
 
 def _configuration(run: RunRecord) -> list[Block]:
     caption, columns = "The most important settings.", ("Setting", "Value")
-    label = "All settings, with defaults (config.yaml)"
+    label = "All settings of the run, with defaults"
     return [
         Table(caption=caption, columns=columns, rows=main_settings(run)),
         Code(text=settings_text(run), label=label, folded=True),

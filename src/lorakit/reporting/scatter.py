@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorakit.formatting import number
 from lorakit.reporting.axes import Spec, nominal, quantitative
 from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
 
@@ -45,8 +46,8 @@ def scatter_chart(
             "y": one.y,
             "low": one.y - one.spread,
             "high": one.y + one.spread,
-            "label": f"{one.name}, {x} {one.x:,.0f}: {y} {one.y:.4g}"
-            + (f" ± {one.spread:.2g}" if one.spread else ""),
+            "label": f"{one.name}, {x} {one.x:,.0f}: {y} {number(one.y)}"
+            + (f" ± {number(one.spread)}" if one.spread else ""),
             "hollow": one.hollow,
         }
         for one in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lorakit.formatting import percentage
 from lorakit.reporting.axes import GRID, VALUE_TEXT, Spec, bar_length, bar_name, nominal
 from lorakit.reporting.charts import SERIES, WIDTH, Chart
 
@@ -30,7 +31,7 @@ def stacked_bar_chart(
         for part in parts:
             size = bar.get(part, 0)
             if size:
-                label = f"{name}, {part}: {shown(size)} ({size / total:.1%})"
+                label = f"{name}, {part}: {shown(size)} ({percentage(size, total)})"
                 values.append(
                     {"bar": name, "part": part, "from": end, "to": end + size, "label": label}
                 )
