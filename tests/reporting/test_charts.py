@@ -184,6 +184,13 @@ def test_charts_of_a_page_have_type_of_one_size(kind) -> None:
     assert svg.count('font-size="12px"') == 1  # the title
 
 
+def test_the_legend_shows_a_faint_line_as_faint() -> None:
+    series = [Series(name="step", points=CURVE, faint=True), Series(name="mean", points=CURVE)]
+    svg = drawing.inline_svg(line_chart("Loss", series, x="step", y="y"), 1)
+    symbols = svg.split("role-legend-symbol")[1:]
+    assert ['opacity="0.35"' in one.split("</g>")[0] for one in symbols] == [True, False]
+
+
 def test_a_number_after_a_bar_has_room() -> None:
     bars = {"the longest name of a bar": 2.0, "b": 1.0}
     texts = dict.fromkeys(bars, "1,234.5 thousand")

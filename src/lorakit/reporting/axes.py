@@ -47,9 +47,11 @@ def nominal(field: str, **options: Any) -> Spec:
     return {"field": field, "type": "nominal", **options}
 
 
-def bar_name(field: str) -> Spec:
+def bar_name(field: str, names: Iterable[str]) -> Spec:
     """Return the y encoding of horizontal bars, in the order of the data."""
-    axis = {"title": None, "ticks": False, "domain": False, "labelLimit": LONGEST_BAR_NAME}
+    width = name_width(names, LONGEST_BAR_NAME)
+    axis = {"title": None, "ticks": False, "domain": False, "minExtent": width}
+    axis["labelLimit"] = LONGEST_BAR_NAME
     return nominal(field, sort=None, axis=axis)
 
 
@@ -63,10 +65,15 @@ def bar_length(
 ) -> Spec:
     """Return the x encoding of horizontal bars, with room for the longest of `texts` after the longest bar."""
     axis = {"title": title, "grid": False, "labels": False, "ticks": False, "domain": False}
-    plot = OUTER - min(LONGEST_BAR_NAME, CHARACTER * max(map(len, names), default=0)) - LINE
+    plot = OUTER - name_width(names, LONGEST_BAR_NAME) - LINE
     room = CHARACTER * max(map(len, texts), default=0) + LINE
     domain = [0, longest * plot / (plot - room)]
     return quantitative(field, axis=axis, scale={"domain": domain, "nice": False})
+
+
+def name_width(names: Iterable[str], most: int) -> float:
+    """Return the width of the longest name, at most `most`, in a font as wide as that of any reader."""
+    return min(most, CHARACTER * max(map(len, names), default=0))
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -123,6 +130,7 @@ def row_axis(labels: Sequence[str]) -> Spec:
             "title": None,
             "labelExpr": _lookup(labels),
             "labelLimit": LONGEST_ROW_NAME,
+            "minExtent": name_width(labels, LONGEST_ROW_NAME),
             "labelOverlap": "greedy",
             "ticks": False,
             "grid": False,

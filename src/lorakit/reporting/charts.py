@@ -40,6 +40,8 @@ WIDTH, HEIGHT = 310, 180
 """Size of a chart's plot in a picture, in pixels. In a page, the chart with its axes is `axes.OUTER` wide."""
 MOST_POINTS = 240
 """Most points drawn of a line; more would be denser than pixels."""
+FAINT = 0.35
+"""Opacity of a faint line."""
 LONGEST_NAME = 36
 """Most characters of a name in a legend or on an axis."""
 
@@ -119,7 +121,12 @@ def line_chart(
         scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
         return nominal("series", scale=scale, legend=legend)
 
-    legend = {"symbolType": "stroke", "offset": 6 + LINE * len(labelled(marks))}
+    faint = [i for i, one in enumerate(shown) if one.faint]
+    legend = {
+        "symbolType": "stroke",
+        "offset": 6 + LINE * len(labelled(marks)),
+        "symbolOpacity": {"expr": f"indexof({faint}, datum.index) < 0 ? 1 : {FAINT}"},
+    }
     colour = by_series(SERIES, legend if len(shown) > 1 else None)
     dash = by_series(DASHES, None)
     layers: list[Spec] = []
@@ -135,7 +142,7 @@ def line_chart(
             for a, b in points
         ]
         data = {"values": values}
-        thin = {"strokeWidth": 1, "opacity": 0.35} if one.faint else {"strokeWidth": 2}
+        thin = {"strokeWidth": 1, "opacity": FAINT} if one.faint else {"strokeWidth": 2}
         line = {"type": "line", "aria": False, "interpolate": "linear", **thin}
         layers.append(
             {"data": data, "mark": line, "encoding": {**place, "color": colour, "strokeDash": dash}}
@@ -206,7 +213,7 @@ def bar_chart(
     ]
     longest = max(bars.values(), default=1) or 1
     length = bar_length("x", longest, x, names=names.values(), texts=shown.values())
-    place = {"y": bar_name("name"), "x": length}
+    place = {"y": bar_name("name", names.values()), "x": length}
     spec = {
         "width": WIDTH,
         "height": {"step": 30},

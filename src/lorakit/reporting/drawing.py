@@ -66,13 +66,12 @@ _CONFIG: Spec = {
         "fontSize": 12,
         "fontWeight": 600,
         "offset": 10,
-        "dx": -8,  # the padding: a title begins where the caption does
     },
 }
 
 
-_PADDING = {"left": 8, "right": 4, "top": 4, "bottom": 4}
-"""Pixels around a chart in a page. Names at the left may be wider in the reader's font than in vl-convert's."""
+_PADDING = {"left": 0, "right": 4, "top": 4, "bottom": 4}
+"""Pixels around a chart in a page. Its title begins where the caption does."""
 
 
 def require_drawing() -> ModuleType:

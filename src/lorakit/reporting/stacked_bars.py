@@ -39,7 +39,7 @@ def stacked_bar_chart(
         sums.append({"bar": name, "to": end, "text": shown(total)})
         sizes = ", ".join(f"{part} {shown(bar[part])}" for part in parts if bar.get(part))
         descriptions.append(f"{name} {shown(total)} ({sizes})")
-    row = bar_name("bar")
+    row = bar_name("bar", bars)
     longest = max((one["to"] for one in sums), default=1)
     texts = [one["text"] for one in sums]
 
