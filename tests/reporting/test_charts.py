@@ -184,6 +184,23 @@ def test_charts_of_a_page_have_type_of_one_size(kind) -> None:
     assert svg.count('font-size="12px"') == 1  # the title
 
 
+@pytest.mark.parametrize("size", [1, 8, 25, 60])
+def test_a_legend_of_any_names_stays_inside_the_chart(size) -> None:
+    names = [f"{i}" * size for i in range(1, 6)]
+    series = [Series(name=name, points=CURVE) for name in names]
+    charts = [
+        line_chart("t", series, x="step", y="y"),
+        dot_chart("t", ["a", "b"], {name: [1, 2] for name in names}, x="n"),
+    ]
+    for chart in charts:
+        svg = ET.fromstring(drawing.inline_svg(chart, 1))
+        digits = [(part.text or "", at) for part, at in placed(svg) if part.tag.endswith("text")]
+        legend = [(text, at) for text, at in digits if set(text.replace("…", "")) <= {*text[:1]}]
+        labels = [(text, x) for text, (x, y) in legend if y < 120 and len(text) >= min(size, 2)]
+        assert len(labels) >= 5
+        assert all(x + 6 * min(len(text), 36) <= OUTER for text, x in labels)
+
+
 def test_the_legend_shows_a_faint_line_as_faint() -> None:
     series = [Series(name="step", points=CURVE, faint=True), Series(name="mean", points=CURVE)]
     svg = drawing.inline_svg(line_chart("Loss", series, x="step", y="y"), 1)

@@ -66,9 +66,15 @@ def bar_length(
     """Return the x encoding of horizontal bars, with room for the longest of `texts` after the longest bar."""
     axis = {"title": title, "grid": False, "labels": False, "ticks": False, "domain": False}
     plot = OUTER - name_width(names, LONGEST_BAR_NAME) - LINE
-    room = CHARACTER * max(map(len, texts), default=0) + LINE
+    room = min(CHARACTER * max(map(len, texts), default=0) + LINE, plot / 2)
     domain = [0, longest * plot / (plot - room)]
     return quantitative(field, axis=axis, scale={"domain": domain, "nice": False})
+
+
+def legend_columns(names: Iterable[str], *, left: float = 3 * LINE) -> Spec:
+    """Return the columns of a legend: as many as fit beside each other, `left` pixels from the chart's left."""
+    entry = CHARACTER * max(map(len, names), default=0) + 2.5 * LINE  # with its symbol
+    return {"columns": max(1, int((OUTER - left) // entry)), "columnPadding": LINE}
 
 
 def name_width(names: Iterable[str], most: int) -> float:
@@ -93,7 +99,7 @@ def mark_layers(marks: Sequence[Mark], *, middle: float = math.inf) -> list[Spec
     """
     layers: list[Spec] = []
     for mark in marks:
-        data = {"values": [{"at": mark.at, "text": mark.text}]}
+        data = {"values": [{"at": mark.at}]}
         place: Spec = {mark.axis: quantitative("at")}
         rule = {"type": "rule", "strokeDash": [4, 3], "color": MUTED, "aria": False}
         layers.append({"data": data, "mark": rule, "encoding": place})

@@ -16,13 +16,16 @@ import numpy as np
 from lorakit.formatting import number, number_range
 from lorakit.reporting.axes import (
     LINE,
+    LONGEST_ROW_NAME,
     VALUE_TEXT,
     Mark,
     Spec,
     bar_length,
     bar_name,
     labelled,
+    legend_columns,
     mark_layers,
+    name_width,
     nominal,
     quantitative,
     row_axis,
@@ -123,6 +126,7 @@ def line_chart(
 
     faint = [i for i, one in enumerate(shown) if one.faint]
     legend = {
+        **legend_columns(names.values()),
         "symbolType": "stroke",
         "offset": 6 + LINE * len(labelled(marks)),
         "symbolOpacity": {"expr": f"indexof({faint}, datum.index) < 0 ? 1 : {FAINT}"},
@@ -177,7 +181,8 @@ def dot_chart(
         if math.isfinite(value) and not (log and value <= 0)
     ]
     domain, shapes = list(series), list(SHAPES[: len(series)])
-    legend = {"columns": 2, "columnPadding": 24} if len(series) > 1 else None
+    left = name_width(labels, LONGEST_ROW_NAME)
+    legend = legend_columns(series, left=left) if len(series) > 1 else None
     spec: Spec = {
         "width": WIDTH,
         "height": rows_height(len(names)),

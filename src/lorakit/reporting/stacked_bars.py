@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from lorakit.formatting import percentage
-from lorakit.reporting.axes import GRID, VALUE_TEXT, Spec, bar_length, bar_name, nominal
+from lorakit.reporting.axes import (
+    GRID,
+    LONGEST_BAR_NAME,
+    VALUE_TEXT,
+    Spec,
+    bar_length,
+    bar_name,
+    legend_columns,
+    name_width,
+    nominal,
+)
 from lorakit.reporting.charts import SERIES, WIDTH, Chart
 
 
@@ -50,7 +60,7 @@ def stacked_bar_chart(
     colour = nominal(
         "part",
         scale={"domain": parts, "range": list(SERIES[: len(parts)])},
-        legend={"columns": 2, "columnPadding": 24, **square},
+        legend={**legend_columns(parts, left=name_width(bars, LONGEST_BAR_NAME)), **square},
     )
     spec: Spec = {
         "width": WIDTH,
