@@ -73,7 +73,11 @@ def wide(tmp_path_factory) -> Path:
     line = line_chart("Loss", [Series(name="a", points=[(1, 3), (9, 2)])], x="step", y="loss")
     charts = Figure(caption="All.", charts=(line, named, square))
     columns = ("Matrix", *(f"a wide column {i}" for i in range(9)))
-    table = Table(caption="Wide.", columns=columns, rows=[(name, *[1.5] * 9) for name in names])
+    table = Table(
+        caption="Wide.",
+        columns=columns,
+        rows=[(name, *[1.5] * 9) for name in ["Perplexity", *names]],
+    )
     section = Section(title="All", blocks=[charts, table])
     page = Page(kind="Charts", title="Wide", sections=[section])
     return page.write(tmp_path_factory.mktemp("wide") / "wide.html")
@@ -101,7 +105,10 @@ def test_the_names_of_rows_stay_while_a_wide_table_scrolls(browser, wide) -> Non
         opened.run("document.querySelector('tbody th').scrollIntoView()")
         y = opened.run("document.querySelector('tbody th').getBoundingClientRect().y + 5")
         assert opened.run(f"document.elementFromPoint(20, {y}).scope") == "row"
-        assert opened.run("document.querySelector('tbody th').offsetWidth") <= 150
+        names = "[...document.querySelectorAll('tbody th')].map(th => [th.offsetWidth, th.offsetHeight])"
+        (width, short), (_, long), *_ = opened.run(names)
+        assert width <= 150
+        assert short < long  # a short name is not broken, a long one is
 
 
 def test_arrow_keys_and_taps_reach_every_cell_of_a_heat_map(browser, wide) -> None:
