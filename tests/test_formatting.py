@@ -6,7 +6,8 @@ import pytest
 
 from lorakit.formatting import (
     duration,
-    gigabytes,
+    number,
+    number_range,
     percentage,
     rounded_count,
     short_duration,
@@ -33,8 +34,27 @@ def test_short_durations() -> None:
     assert [short_duration(t) for t in (0.0853, 4.21, 7_500)] == ["85 ms", "4.2 s", "2h 05m"]
 
 
-def test_bytes_in_gigabytes() -> None:
-    assert gigabytes(1_234_000_000) == "1.23 GB"
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(1_234_567, "1,234,567"), (-3, "-3"), (0.0, "0"), (0.5, "0.5000"), (-3.14159, "-3.142")],
+        *[(9_999.96, "10,000"), (12_345.678, "12,346"), (1234.5, "1234"), (1e-6, "1e-06")],
+        *[(0.00099996, "0.001000"), (2e20, "2e+20"), (float("nan"), "nan"), (float("inf"), "inf")],
+    ],
+)
+def test_a_number_has_four_significant_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_the_sign_of_a_change() -> None:
+    assert [number(x, sign=True) for x in (0.25, -0.25, 3)] == ["+0.2500", "-0.2500", "+3"]
+    assert [percentage(x, sign=True) for x in (0.5, -0.5)] == ["+50.0 %", "-50.0 %"]
+
+
+def test_the_ends_of_a_range_are_written_like_other_numbers() -> None:
+    assert number_range([8, 1024, 2]) == "2 to 1,024"
+    assert number_range([0.54321, 1.5]) == "0.5432 to 1.500"
+    assert number_range([0.54321, 0.54324]) == "0.5432"
 
 
 def test_counts_in_words() -> None:

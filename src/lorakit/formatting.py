@@ -1,8 +1,26 @@
-"""Sizes, durations, counts and shares as text, in decimal units."""
+"""Numbers, sizes, durations, counts and shares as text, in decimal units.
+
+Pages, tables, sentences, cards and the command line use them, so that a value has the same digits everywhere.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+
+
+def number(value: float, *, sign: bool = False) -> str:
+    """Return an integer in full, another number with four significant digits: 1,234, 1.453, 0.05000, 12,346, 1.2e-05.
+
+    `sign` writes the plus of a positive number.
+    """
+    plus = "+" if sign else ""
+    rounded = abs(float(f"{value:.4g}")) if math.isfinite(value) else value
+    if isinstance(value, int) or 1e4 <= rounded < 1e15:
+        return f"{value:{plus},.0f}"
+    if 1e-3 <= rounded < 1e4:
+        return f"{value:{plus}#.4g}".rstrip(".")
+    return f"{value:{plus}.4g}"
 
 
 def size(count: float) -> str:
@@ -12,11 +30,6 @@ def size(count: float) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} PB"
-
-
-def gigabytes(count: float) -> str:
-    """Return a number of bytes as 1.23 GB: a fixed unit, for columns of numbers."""
-    return f"{count / 1e9:.2f} GB"
 
 
 def duration(seconds: float) -> str:
@@ -49,17 +62,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def percentage(part: float, whole: float) -> str:
-    """Return a share in percent, with two significant digits below 10 %."""
+def percentage(part: float, whole: float = 1.0, *, sign: bool = False) -> str:
+    """Return a share in percent, with two significant digits below 10 %; `sign` writes the plus of a positive one."""
     percent = 100 * part / whole
-    return f"{percent:.1f} %" if percent >= 10 else f"{percent:.2g} %"
+    plus = "+" if sign else ""
+    return f"{percent:{plus}.1f} %" if abs(percent) >= 10 else f"{percent:{plus}.2g} %"
 
 
 def number_range(numbers: Iterable[float]) -> str:
-    """Return the smallest and the largest number as 2 to 1,024, or the only number; fractions with three digits."""
+    """Return the smallest and the largest number as 2 to 1,024, or the only number."""
     numbers = sorted(numbers)
-    low, high = (
-        f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
-        for number in (numbers[0], numbers[-1])
-    )
+    low, high = number(numbers[0]), number(numbers[-1])
     return low if low == high else f"{low} to {high}"

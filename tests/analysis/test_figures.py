@@ -14,6 +14,7 @@ from lorakit.analysis import adapter_similarity, adapter_spectrum
 from lorakit.analysis import figures as drawn
 from lorakit.analysis.report import comparison_sections, run_sections
 from lorakit.analysis.spectrum import UNTRAINED
+from lorakit.formatting import number
 from lorakit.reporting import Figure
 from lorakit.reporting.drawing import inline_svg
 
@@ -42,9 +43,9 @@ def test_the_spectrum_s_shares() -> None:
     shown = labels(drawn.spectrum_figure(found))
     for name, layer in found.layers.items():
         for rank, share in enumerate(layer.energy.tolist(), 1):
-            assert f"{name}, rank kept {rank}: {share:.3f}" in shown
+            assert f"{name}, rank kept {rank}: {number(share)}" in shown
     for rank, share in enumerate(found.energy.tolist(), 1):
-        assert f"share, rank kept {rank}: {share:.5g}" in shown
+        assert f"share, rank kept {rank}: {number(share)}" in shown
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -56,7 +57,7 @@ def test_the_similarity_s_cells(side) -> None:
     assert len(figure.charts) == 2 * 2 * 4  # kinds; whole and corner; three blocks and random
     layers = found.A if side == "A" else found.B
     for phi in (layers[f"layers.{block}.{kind}"].phi for block in range(3) for kind in "qv"):
-        assert f"i 2, j 5: {phi[1, 4]:.3f}" in shown
+        assert f"i 2, j 5: {number(float(phi[1, 4]))}" in shown
 
 
 @pytest.mark.slow

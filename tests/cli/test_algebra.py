@@ -21,6 +21,7 @@ import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.cli import main
+from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 
@@ -168,7 +169,7 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
         "[loss]",
     )
     assert status == 0
-    assert f"{after['loss']:.4f}" in out
+    assert number(after["loss"]) in out
 
 
 def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):

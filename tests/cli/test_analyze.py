@@ -15,7 +15,7 @@ from tiny_tokenizer import SENTENCES, tiny_tokenizer
 import lorakit
 from lorakit.cli import main
 from lorakit.cli.analyze import MEASURES
-from lorakit.reporting.page import number
+from lorakit.formatting import number
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,6 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
     if measure in ("similarity", "amplification"):
         overall = json.loads(facts)["overall"]
         shown = overall["B"]["phi_whole"] if measure == "similarity" else overall["factor"]
-        assert f" {shown:.3g} " in text
+        assert f" {number(shown)} " in text
     status, _, err = run(capsys, *argv)
     assert (status, "already exists" in err) == (1, True)

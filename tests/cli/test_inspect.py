@@ -38,3 +38,19 @@ def test_names_from_a_file_are_no_markup(tmp_path: Path, capsys) -> None:
     assert main(["inspect", str(tmp_path / "a"), "--layers", "true", "--json", "true"]) == 0
     found = json.loads(capsys.readouterr().out)["layers"]
     assert {layer["norm"] for layer in found.values()} == {0}
+
+
+def test_only_what_the_adapter_has_is_printed(tmp_path: Path, capsys) -> None:
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2), name="a")
+    config = {"method": "lora", "lora": {"rank": 2}, "bottleneck": {"kind": "houlsby"}}
+    recorded = {"config": config, "labels": [], "encoding": None, "scores": {"loss": 1.23456}}
+    adapters.save(tmp_path / "a", provenance=recorded)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "LoRA(rank=2)"
+    assert 'config: {"lora": {"rank": 2}, "method": "lora"}' in lines
+    assert "scores: loss 1.235" in lines
+    shown = "\n".join(lines)
+    assert not [
+        word for word in ("dora", "bias", "bottleneck", "labels", "encoding") if word in shown
+    ]

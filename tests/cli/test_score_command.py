@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli import main
+from lorakit.formatting import number
 from lorakit.metrics import rouge
 
 
@@ -27,7 +28,7 @@ def test_prints_a_table(capsys, files) -> None:
     scores = rouge(["a cat sat", "a dog"], [["the cat sat"], ["a dog", "dogs"]])
     assert lines == [
         ["score", "value"],
-        *([name, f"{value:.4f}"] for name, value in scores.items()),
+        *([name, number(value)] for name, value in scores.items()),
     ]
 
 

@@ -75,7 +75,7 @@ def test_the_page_shows_the_numbers_of_the_plan(planned, config):
         "Tokens a second": [2000, shown["Time"]["Tokens a second"][1]],
         "100 steps": ["25s", shown["Time"]["100 steps"][1]],
     }
-    assert [row[0] for row in shown["Quantity"].values()] == ["1,234", "50.0000%", "4,936"]
+    assert [row[0] for row in shown["Quantity"].values()] == ["1,234", "50.0 %", "4,936"]
     assert page.summary[1:3] == [
         "Its peak memory is 450 bytes. A step of 500 tokens takes 250 ms.",
         "The run's 100 steps take 25s without evaluation.",

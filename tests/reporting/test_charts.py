@@ -13,7 +13,7 @@ from browser import HOSTILE
 
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.reporting import Figure, drawing
-from lorakit.reporting.axes import Mark, short_names
+from lorakit.reporting.axes import OUTER, Mark, short_names
 from lorakit.reporting.charts import (
     Series,
     bar_chart,
@@ -47,7 +47,7 @@ CHARTS = {
         [Series(name="a", points=CURVE), Series(name="b", points=CURVE[::2], dots=True)],
         x="step",
         y="loss",
-        marks=[Mark(at=3, text="best"), Mark(at=1, text="level", axis="y")],
+        marks=[Mark(at=3, text="best"), Mark(at=1, axis="y")],
     ),
     "curve": line_chart("Loss", [Series(name="a", points=CURVE)], x="step", y="loss"),
     "dot": dot_chart(
@@ -76,17 +76,17 @@ CHARTS = {
     ),
 }
 EXPECTED = {
-    "line": ["a, step 1: 3", "b, step 3: 1"],
-    "curve": ["a, step 20: 0.15"],
-    "dot": ["l.0.q, W: 1.5", "l.1.q, dW: 0.25"],
-    "bar": ["base: 1000", "adapter: seven"],
-    "stacked": ["LoRA, adapter: 100 B (25.0%)", "full, adapter: 900 B (75.0%)"],
-    "histogram": ["0.1 to 1: 3 predictions", "1 to 10: 4 predictions"],
+    "line": ["a, step 1: 3.000", "b, step 3: 1.000"],
+    "curve": ["a, step 20: 0.1500"],
+    "dot": ["l.0.q, W: 1.500", "l.1.q, dW: 0.2500"],
+    "bar": ["base: 1,000", "adapter: seven"],
+    "stacked": ["LoRA, adapter: 100 B (25.0 %)", "full, adapter: 900 B (75.0 %)"],
+    "histogram": ["0.1000 to 1: 3 predictions", "1 to 10: 4 predictions"],
     "scatter": [
-        "ours, parameters 300,000: accuracy 87.5 ± 0.3",
-        "theirs, parameters 125,000,000: accuracy 87.6",
+        "ours, parameters 300,000: accuracy 87.50 ± 0.3000",
+        "theirs, parameters 125,000,000: accuracy 87.60",
     ],
-    "cells": ["i 1, j 1: 0.250", "i 2, j 2: 0.500"],
+    "cells": ["i 1, j 1: 0.2500", "i 2, j 2: 0.5000"],
     "rows": ["q, rank 2: 1.000"],
 }
 
@@ -121,9 +121,9 @@ def test_a_chart_is_one_picture_to_a_screen_reader(kind) -> None:
 
 
 def test_alt_texts_hold_the_main_numbers() -> None:
-    assert "a goes from 3 at step 1 to 0.15 at step 20" in CHARTS["line"].alt
+    assert "a goes from 3.000 at step 1 to 0.1500 at step 20" in CHARTS["line"].alt
     assert "adapter seven" in CHARTS["bar"].alt
-    assert "0.25 to 1" in CHARTS["cells"].alt
+    assert "0.2500 to 1.000" in CHARTS["cells"].alt
     assert "LoRA 400 B (base 300 B, adapter 100 B); full 1200 B" in CHARTS["stacked"].alt
 
 
@@ -136,6 +136,85 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert len(places) == 20
     assert np.corrcoef(step, x)[0, 1] == pytest.approx(1, abs=1e-6)
     assert np.corrcoef(value, y)[0, 1] == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [CURVE, [(a, -b) for a, b in CURVE]])
+@pytest.mark.parametrize("at", [1, 2, 10, 20])
+def test_no_label_of_a_mark_lies_on_a_curve_or_on_another_label(values, at) -> None:
+    marks = [Mark(at=at, text="best, but worse than before"), Mark(at=at, text="another")]
+    series = [Series(name=name, points=values) for name in ("one", "two")]
+    svg = ET.fromstring(
+        drawing.inline_svg(line_chart("Loss", series, x="step", y="y", marks=marks), 1)
+    )
+    boxes = []
+    for part, (x, y) in placed(svg):
+        if part.tag.endswith("text"):
+            width, size = 6 * len(part.text or ""), float(part.get("font-size", "11px")[:-2])
+            left = x - {"end": width, "middle": width / 2}.get(part.get("text-anchor", ""), 0)
+            boxes.append((left, y - size, left + width, y, part.text))
+    shown = {box[4] for box in boxes}
+    assert {"Loss", "one", "two", "another", "best, but worse than before"} <= shown
+    points = [place for part, place in placed(svg) if "data-t" in part.attrib]
+    assert len(points) == 40
+    for x0, y0, x1, y1, text in boxes:
+        assert not [p for p in points if x0 <= p[0] <= x1 and y0 <= p[1] <= y1], text
+        overlapping = [b[4] for b in boxes if b[0] < x1 and x0 < b[2] and b[1] < y1 and y0 < b[3]]
+        assert overlapping == [text]
+
+
+def placed(part: ET.Element, at=(0.0, 0.0)):
+    """Yield every element of an SVG and its place."""
+    for x, y in re.findall(r"translate\(([-\d.]+),([-\d.]+)\)", part.get("transform", "")):
+        at = (at[0] + float(x), at[1] + float(y))
+    yield part, at
+    for child in part:
+        yield from placed(child, at)
+
+
+@pytest.mark.parametrize("kind", CHARTS)
+def test_charts_of_a_page_have_type_of_one_size(kind) -> None:
+    svg = drawing.inline_svg(CHARTS[kind], 1)
+    (width,) = re.findall(r'viewBox="0 0 (\d+) ', svg)
+    (share, most) = re.findall(r'style="width:([\d.]+)%;max-width:(\d+)px"', svg)[0]
+    # A narrow chart has a narrow picture, so that the scale is that of a wide one.
+    assert float(share) / int(width) == pytest.approx(100 / OUTER, rel=1e-3)
+    assert int(most) / int(width) == pytest.approx(1.15, rel=1e-2)
+    assert int(width) <= OUTER
+    assert set(re.findall(r'font-size="(\d+)px"', svg)) <= {"11", "12"}
+    assert svg.count('font-size="12px"') == 1  # the title
+
+
+@pytest.mark.parametrize("size", [1, 8, 25, 60])
+def test_a_legend_of_any_names_stays_inside_the_chart(size) -> None:
+    names = [f"{i}" * size for i in range(1, 6)]
+    series = [Series(name=name, points=CURVE) for name in names]
+    charts = [
+        line_chart("t", series, x="step", y="y"),
+        dot_chart("t", ["a", "b"], {name: [1, 2] for name in names}, x="n"),
+    ]
+    for chart in charts:
+        svg = ET.fromstring(drawing.inline_svg(chart, 1))
+        digits = [(part.text or "", at) for part, at in placed(svg) if part.tag.endswith("text")]
+        legend = [(text, at) for text, at in digits if set(text.replace("…", "")) <= {*text[:1]}]
+        labels = [(text, x) for text, (x, y) in legend if y < 120 and len(text) >= min(size, 2)]
+        assert len(labels) >= 5
+        assert all(x + 6 * min(len(text), 36) <= OUTER for text, x in labels)
+
+
+def test_the_legend_shows_a_faint_line_as_faint() -> None:
+    series = [Series(name="step", points=CURVE, faint=True), Series(name="mean", points=CURVE)]
+    svg = drawing.inline_svg(line_chart("Loss", series, x="step", y="y"), 1)
+    symbols = svg.split("role-legend-symbol")[1:]
+    assert ['opacity="0.35"' in one.split("</g>")[0] for one in symbols] == [True, False]
+
+
+def test_a_number_after_a_bar_has_room() -> None:
+    bars = {"the longest name of a bar": 2.0, "b": 1.0}
+    texts = dict.fromkeys(bars, "1,234.5 thousand")
+    svg = ET.fromstring(drawing.inline_svg(bar_chart("t", bars, x="", texts=texts), 1))
+    ends = [at[0] for part, at in placed(svg) if part.text == "1,234.5 thousand"]
+    assert len(ends) == 2
+    assert max(ends) + 6 * len("1,234.5 thousand") <= OUTER
 
 
 def test_rows_and_columns_of_a_heat_map_are_counted_from_its_upper_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from browser import HOSTILE
 from lorakit.planning import plan
 from lorakit.planning.machine import Machine
 from lorakit.planning.report import plan_page
-from lorakit.reporting import read_run, run_page
+from lorakit.reporting import Figure, Page, Section, read_run, run_page
+from lorakit.reporting.charts import Series, line_chart
 from lorakit.reporting.comparison import comparison_page
+from lorakit.reporting.heat_maps import heat_map
+from lorakit.reporting.page import Table
 
 pytestmark = pytest.mark.slow  # each page starts a browser
 
@@ -48,6 +52,81 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
+
+
+TYPE_SIZES = """() => [...document.querySelectorAll('svg.chart')].flatMap((svg) => {
+  // Sizes in pixels of the screen of all texts of charts but their titles.
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const texts = [...svg.querySelectorAll('text')];
+  return texts.map((text) => scale * parseFloat(text.getAttribute('font-size')));
+})"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A page with heat maps with and without names, a line chart and a table that is wider than a phone."""
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(40)]
+    rows = [[(i + j) / 50 for j in range(8)] for i in range(40)]
+    rows[1][2] = math.nan
+    named = heat_map("Shares", rows, x="rank", y="", value="share", names=names)
+    square = heat_map("phi", rows, x="j", y="i", value="phi")
+    line = line_chart("Loss", [Series(name="a", points=[(1, 3), (9, 2)])], x="step", y="loss")
+    charts = Figure(caption="All.", charts=(line, named, square))
+    columns = ("Matrix", *(f"a wide column {i}" for i in range(9)))
+    table = Table(
+        caption="Wide.",
+        columns=columns,
+        rows=[(name, *[1.5] * 9) for name in ["Perplexity", *names]],
+    )
+    section = Section(title="All", blocks=[charts, table])
+    page = Page(kind="Charts", title="Wide", sections=[section])
+    return page.write(tmp_path_factory.mktemp("wide") / "wide.html")
+
+
+@pytest.mark.parametrize("width", [360, 390, 800, 1200])
+def test_all_charts_have_type_of_one_size(browser, wide, width) -> None:
+    with browser.open(wide, width=width, is_mobile=width < 500) as opened:
+        sizes = opened.run(TYPE_SIZES)
+        assert max(sizes) / min(sizes) < 1.15  # titles have 12 pixels for 11
+        assert min(sizes) >= 10
+        assert opened.run("document.documentElement.scrollWidth") <= width
+
+
+def test_the_names_of_rows_stay_while_a_wide_table_scrolls(browser, wide) -> None:
+    with browser.open(wide, width=390, is_mobile=True) as opened:
+        place = (
+            "['tbody th', 'tbody td'].map(s => document.querySelector(s).getBoundingClientRect().x)"
+        )
+        (name, cell), box = opened.run(place), "document.querySelector('.scroll')"
+        assert opened.run(f"{box}.scrollWidth > {box}.clientWidth + 200")
+        opened.run(f"{box}.scrollLeft = 200")
+        assert opened.run(place) == [name, cell - 200]
+        # The names cover the cells that pass below them, and leave most of the width to them.
+        opened.run("document.querySelector('tbody th').scrollIntoView()")
+        y = opened.run("document.querySelector('tbody th').getBoundingClientRect().y + 5")
+        assert opened.run(f"document.elementFromPoint(20, {y}).scope") == "row"
+        names = "[...document.querySelectorAll('tbody th')].map(th => [th.offsetWidth, th.offsetHeight])"
+        (width, short), (_, long), *_ = opened.run(names)
+        assert width <= 150
+        assert short < long  # a short name is not broken, a long one is
+
+
+def test_arrow_keys_and_taps_reach_every_cell_of_a_heat_map(browser, wide) -> None:
+    with browser.open(wide, width=390, is_mobile=True, has_touch=True) as opened:
+        page = opened.page
+        page.locator("svg.chart").nth(2).focus()
+        keys = ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp")
+        shown = []
+        for key in keys:
+            page.keyboard.press(key)
+            shown.append(page.locator("#tip").inner_text().split(":")[0])
+        # The cell (2, 3) is empty.
+        assert shown == ["i 1, j 1", "i 1, j 2", "i 1, j 3", "i 3, j 3", "i 4, j 3", "i 3, j 3"]
+        full = "model.layers.5.self_attn.q_proj, rank 2"
+        page.locator(f'svg.chart [data-t^="{full}"]').tap()
+        assert page.locator("#tip").inner_text().startswith(full)
+        page.locator("h1").tap()
+        assert not page.locator("#tip").is_visible()
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +182,7 @@ def test_every_text_has_contrast(browser, pages, name, scheme) -> None:
 def test_a_phone_shows_it_without_scrolling_sideways(browser, pages, name) -> None:
     with browser.open(pages[name], width=360, is_mobile=True) as opened:
         assert opened.run("document.documentElement.scrollWidth") <= 360
-        sizes = opened.run(
-            "[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)"
-        )
-        assert min(sizes) > 7
+        assert min(opened.run(TYPE_SIZES)) >= 10
         # A table may scroll, but its caption must stay visible.
         ends = opened.run(
             "[...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect().right)"

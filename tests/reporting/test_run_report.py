@@ -13,9 +13,11 @@ import pytest
 from browser import HOSTILE
 
 from lorakit.errors import RunFolderError
+from lorakit.formatting import number
 from lorakit.reporting import measures, read_run, run_page
 from lorakit.reporting.comparison import comparison_page
-from lorakit.reporting.page import Section, Table, number
+from lorakit.reporting.page import Section, Table, cell_text
+from lorakit.reporting.run_settings import settings_text
 from lorakit.reporting.run_summary import in_sentence
 
 
@@ -26,10 +28,10 @@ def text_of(page: str) -> str:
 
 
 def test_a_change_is_relative_only_where_that_means_something() -> None:
-    assert measures.change(3.0, 4.0) == "-1 (-25.0%)"
-    assert measures.change(-0.3, -0.2) == "-0.1 (-50.0%)"
-    assert measures.change(0.27, -0.01) == "+0.28"  # the signs differ: no relative change
-    assert measures.change(0.5, 0.0) == "+0.5"
+    assert measures.change(3.0, 4.0) == "-1.000 (-25.0 %)"
+    assert measures.change(-0.3, -0.2) == "-0.1000 (-50.0 %)"
+    assert measures.change(0.27, -0.01) == "+0.2800"  # the signs differ: no relative change
+    assert measures.change(0.5, 0.0) == "+0.5000"
 
 
 @pytest.mark.parametrize("name", ["BLEU", "ROUGE-L", "F1", "Matthews correlation"])
@@ -47,7 +49,7 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
         assert number(float(after[score])) in text
         assert number(float(before[score])) in text
     assert (
-        f"On held-out data, loss of 12 examples fell from {before['loss']:.4g} to {after['loss']:.4g}"
+        f"On held-out data, loss of 12 examples fell from {number(before['loss'])} to {number(after['loss'])}"
         in text
     )
     assert "A LoRA adapter of rank 8" in text
@@ -68,10 +70,10 @@ def test_the_curves_hold_every_step(run: Path) -> None:
         record = json.loads(line)
         step = record["step"]
         if record["split"] == "train":
-            assert f'"loss of a step, step {step}: {record["loss"]:.5g}"' in page
-            assert f'"learning rate, step {step}: {record["learning_rate"]:.5g}"' in page
+            assert f'"loss of a step, step {step}: {number(record["loss"])}"' in page
+            assert f'"learning rate, step {step}: {number(record["learning_rate"])}"' in page
         else:
-            assert f"step {step}: {record['rouge_l']:.5g}" in page
+            assert f"step {step}: {number(record['rouge_l'])}" in page
 
 
 def test_samples_stand_side_by_side_with_their_differences(run: Path) -> None:
@@ -87,6 +89,27 @@ def test_samples_stand_side_by_side_with_their_differences(run: Path) -> None:
         if record["step"] in (0, 44):
             assert " ".join(record["output"].split()) in text
             assert record["references"][0] in text
+
+
+def test_a_long_prompt_is_whole_on_the_page_with_its_middle_folded(run: Path) -> None:
+    record = read_run(run)
+    prompt = f"<|go|>first {' '.join(f'word{i}' for i in range(400))} last<|stop|>"
+    samples = [{**s, "prompt": prompt, "special_tokens": ["<|stop|>"]} for s in record.samples]
+    page = run_page(dataclasses.replace(record, samples=samples)).render()
+    shown = page.split('<pre class="prompt">')[1].split("</pre>")[0]
+    start, rest = shown.split("<details")
+    folded, end = rest.split("</details>")
+    folded = folded.split("</summary>")[1]
+    assert "first" in start
+    assert 'last<span class="special">&lt;|stop|&gt;</span>' in end
+    assert " characters</summary>" in rest
+    whole = re.sub(r"<[^>]+>", "", start.split("Prompt: </span>")[1] + folded + end)
+    assert html.unescape(whole) == prompt
+    assert "special" not in start  # the run recorded that its tokenizer has one such token
+
+
+def test_the_special_tokens_of_prompts_are_recorded(run: Path) -> None:
+    assert all(record["special_tokens"] == [] for record in read_run(run).samples)
 
 
 def test_texts_from_outside_stay_text(run: Path) -> None:
@@ -123,6 +146,14 @@ def test_the_size_of_the_base_is_recorded(run: Path) -> None:
     stored = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert stored["r"] == 8
     assert 0 < record.sizes["trained_parameters"] < model.num_parameters()
+
+
+def test_the_settings_leave_out_methods_that_are_not_used(run: Path) -> None:
+    settings = settings_text(read_run(run))
+    assert "lora:\n" in settings
+    assert not re.findall(
+        r"^(?:full|bitfit|bottleneck|prefix_\w+|method_settings):", settings, re.M
+    )
 
 
 def test_an_unfinished_run_has_a_page(unfinished: Path) -> None:
@@ -200,8 +231,20 @@ def test_every_figure_is_saved_for_papers(run: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in written)
 
 
-def test_numbers() -> None:
-    assert [number(x) for x in (None, 1234567, 3.14159, 0.5, 12345.678, 1e-6, True, "x")] == [
-        *("-", "1,234,567", "3.142", "0.5000"),
-        *("1.235e+04", "1e-06", "True", "x"),
-    ]
+def test_cells_of_tables() -> None:
+    cells = (None, 1234567, 3.14159, True, "x")
+    assert [cell_text(cell) for cell in cells] == ["-", "1,234,567", "3.142", "True", "x"]
+
+
+def test_a_score_has_the_same_digits_wherever_a_page_shows_it(run: Path) -> None:
+    record = read_run(run)
+    assert record.result is not None
+    scores = {**record.scores("after"), "loss": 0.73, "perplexity": 12_345.678}
+    before = {**scores, "loss": 0.9, "perplexity": 20_000.1}
+    result = {**record.result, "scores": scores, "scores_before": before}
+    curve = [{**one, **scores, "step": one["step"]} for one in record.validation]
+    changed = dataclasses.replace(record, result=result, validation=curve)
+    for page in (run_page(changed), comparison_page([changed, record])):
+        shown = page.render()
+        assert set(re.findall(r"(?<![\d.,])0\.73\d*", shown)) == {"0.7300"}
+        assert set(re.findall(r"1\.2\d+e\+04|\b12,?3\d\d(?:\.\d+)?", shown)) == {"12,346"}

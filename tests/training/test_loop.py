@@ -54,7 +54,7 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
     assert [r["step"] for r in metrics(run, "validation")] == [0, 9, 18]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0] * 3 + [9] * 3 + [18] * 3
-    assert set(samples[0]) == {"step", "prompt", "output", "references"}
+    assert set(samples[0]) == {"step", "prompt", "output", "references", "special_tokens"}
     session = json.loads((run / "environment.json").read_text())["sessions"][0]
     assert session["versions"]["torch"] == torch.__version__
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000015", "step-000018"]

@@ -17,9 +17,11 @@ from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
+from lorakit.methods.registry import SECTIONS, unused_sections
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.training.config import (
+    DEFAULT_RATES,
     CheckpointConfig,
     HeldOutConfig,
     OptimizerConfig,
@@ -36,6 +38,13 @@ def of(**settings) -> TrainConfig:
 
 def parsed(command_line: str) -> TrainConfig:
     return parse(TrainConfig, "train", "Train.", shlex.split(command_line))
+
+
+def test_every_method_of_lorakit_has_a_section() -> None:
+    assert set(SECTIONS) == set(DEFAULT_RATES)
+    assert set(SECTIONS) < set(of().as_dict())
+    assert set(unused_sections("lora")) == {*SECTIONS, "method_settings"} - {"lora"}
+    assert set(unused_sections("lora+own.py:Mine")) == {*SECTIONS} - {"lora"}
 
 
 def test_flags_and_python_say_the_same() -> None:

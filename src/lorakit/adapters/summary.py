@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
-from lorakit.formatting import size
+from lorakit.formatting import percentage, size
 from lorakit.methods.method import Method, describe
 
 
@@ -44,7 +44,7 @@ class Summary:
         counts = self.counts
         lines = [
             f"{self.name}: {self.method}",
-            f"trainable {counts.trainable:,} of {counts.total:,} parameters ({counts.share:.3%}), "
+            f"trainable {counts.trainable:,} of {counts.total:,} parameters ({percentage(counts.share)}), "
             f"file {size(self.file_bytes)}",
         ]
         # Blocks repeat, so group the same layer of all blocks in one line.

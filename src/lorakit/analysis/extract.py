@@ -252,7 +252,8 @@ def _other_differences(
         largest = max(changed, key=lambda name: changed[name])
         notices.append(
             f"{len(changed)} other parameters differ but are not in the adapter, '{largest}' most. The adapter holds "
-            f"{(extracted / total) ** 2:.1%} of the squared difference. To include them, add targets or train_modules."
+            f"{percentage((extracted / total) ** 2)} of the squared difference. To include them, add targets or "
+            "train_modules."
         )
     if resized:
         notices.append(

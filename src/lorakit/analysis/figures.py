@@ -16,6 +16,7 @@ from lorakit.analysis.drift import Drift
 from lorakit.analysis.intruders import AdapterIntruders
 from lorakit.analysis.similarity import AdapterSimilarity
 from lorakit.analysis.spectrum import ENERGY, AdapterSpectrum
+from lorakit.formatting import number
 from lorakit.reporting import Figure
 from lorakit.reporting.axes import Mark
 from lorakit.reporting.charts import Chart, Series, dot_chart, histogram, line_chart
@@ -54,7 +55,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         y_format=".0%",
         marks=[
             Mark(at=suggested, text=f"rank {suggested} keeps {energy:.0%}"),
-            Mark(at=energy, text="", axis="y"),
+            Mark(at=energy, axis="y"),
         ],
     )
     caption = (
@@ -103,7 +104,7 @@ def similarity_figure(similarity: AdapterSimilarity, side: str = "A") -> Figure:
     caption = (
         f"φ(i, j) of the {space} directions ({side}): similarity of the first adapter's leading i directions and the "
         "second's leading j. 1: one span contains the other. The last map of each row shows the expected level of "
-        f"random directions. All maps use the same colour scale, from 0 to {largest:.3g}."
+        f"random directions. All maps use the same colour scale, from 0 to {number(largest)}."
     )
     return Figure(caption=caption, charts=charts, columns=columns, name=f"similarity-{side}")
 
@@ -146,7 +147,7 @@ def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
     largest = max(float(phi.max()) for phi in maps.values())
     charts = []
     for i, (name, phi) in enumerate(maps.items(), 1):
-        title = f"{name}, at random up to {amplification.random_level(name):.3f}"
+        title = f"{name}, at random up to {number(amplification.random_level(name))}"
         sampled = _sample_rows(phi[:, :LARGEST])
         step = phi.shape[0] / len(sampled)
         y = "i, base weight" if step == 1 else f"i / {step:.3g}, base weight"
@@ -219,7 +220,7 @@ def drift_figure(drift: Drift) -> Figure:
         [int(count) for count in counts],
         x="KL(base ‖ adapted) of a prediction, in nats",
         y="predictions",
-        marks=[Mark(at=max(drift.kl, floor), text=f"mean {drift.kl:.3g}")],
+        marks=[Mark(at=max(drift.kl, floor), text=f"mean {number(drift.kl)}")],
     )
     caption = "The first bar includes all smaller divergences."
     return Figure(caption=caption, charts=(chart,), name="drift")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.evaluation.scoring_config import ScoringConfig
+from lorakit.formatting import percentage
 from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def finish(
 ) -> None:
     """Score, save and print the computed adapter."""
     from lorakit.analysis.saving import save
-    from lorakit.cli.console import console, table
+    from lorakit.cli.console import console, print_scores
     from lorakit.cli.layer_table import layer_table
 
     of_adapters = isinstance(config, OfAdaptersConfig)
@@ -83,21 +84,14 @@ def finish(
     }
     out.print(layer_table(rows, each=config.layers, what="layer"))
     out.print(
-        f"{derived.adapter.parameters:,} parameters in {config.output}. Relative error {derived.error:.2%} "
+        f"{derived.adapter.parameters:,} parameters in {config.output}. Relative error {percentage(derived.error)} "
         "(Frobenius norm).",
         markup=False,
     )
     if derived.agreement is not None:
         out.print(_agreement(derived.agreement), markup=False)
     if saved.scores:
-        scores = [
-            [
-                score,
-                *(f"{of[score]:.4f}" if score in of else "-" for of in saved.scores.values()),
-            ]
-            for score in saved.scores["result"]
-        ]
-        out.print(table(["score", *saved.scores], scores))
+        print_scores(saved.scores)
     for notice in notices:
         out.print(f"note: {notice}", markup=False)
 

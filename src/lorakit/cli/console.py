@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lorakit.formatting import number
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -36,7 +38,7 @@ def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
     """Print a table with one line per score and one column per mapping of scores."""
     names = dict.fromkeys(name for scores in columns.values() for name in scores)
     rows = [
-        (name, *(f"{of[name]:.4f}" if name in of else "-" for of in columns.values()))
+        (name, *(number(of[name]) if name in of else "-" for of in columns.values()))
         for name in names
     ]
     console().print(table(("score", *columns), rows))

@@ -161,6 +161,7 @@ def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
 
 def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> None:
     from lorakit.cli.console import table
+    from lorakit.formatting import number
 
     names = {
         "loss": "loss per token",
@@ -169,8 +170,7 @@ def _print_scores(console: Console, before: Evaluation, after: Evaluation) -> No
         "rouge_l": "ROUGE-L",
     }
     rows = [
-        (name, f"{before.scores[key]:.2f}", f"{after.scores[key]:.2f}")
-        for key, name in names.items()
+        (name, number(before.scores[key]), number(after.scores[key])) for key, name in names.items()
     ]
     console.print(table(("", "before", "after"), rows))
 

@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit.adapters import formats
     from lorakit.cli.console import console
+    from lorakit.methods.method import describe as changed_settings
     from lorakit.methods.registry import use_method
 
     if config.method is not None:
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
     if config.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        _print(console(), facts, config.layers)
+        _print(console(), changed_settings(stored.method), facts, config.layers)
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
@@ -93,13 +94,13 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
+def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -> None:
     from lorakit.analysis.deltas import family
     from lorakit.cli.layer_table import layer_table
     from lorakit.formatting import size
 
     # Print names and texts of a downloaded file literally, never as rich markup.
-    console.print(facts["method"], style="bold", markup=False, highlight=False)
+    console.print(method, style="bold", markup=False, highlight=False)
     console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
     if facts["layers"]:
         rows = {
@@ -127,11 +128,23 @@ def _print(console: Any, facts: dict[str, Any], each_layer: bool) -> None:
             markup=False,
         )
     for key, value in facts["provenance"].items():
-        text = json.dumps(value, ensure_ascii=False)
-        console.print(
-            f"{key}: {text if len(text) < 200 else text[:197] + '...'}",
-            markup=False,
-            highlight=False,
-        )
+        if text := _recorded(key, value):
+            shown = text if len(text) < 200 else text[:197] + "..."
+            console.print(f"{key}: {shown}", markup=False, highlight=False)
     for notice in facts["notices"]:
         console.print(f"note: {notice}", markup=False, highlight=False)
+
+
+def _recorded(key: str, value: Any) -> str:
+    """Return a record of the provenance on one line; "" if it is empty."""
+    from lorakit.formatting import number
+    from lorakit.methods.registry import unused_sections
+
+    if value in (None, [], {}):
+        return ""
+    if key == "config" and isinstance(value, dict):
+        unused = unused_sections(str(value.get("method")))
+        value = {name: setting for name, setting in value.items() if name not in unused}
+    if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
+        return ", ".join(f"{name} {number(one)}" for name, one in value.items())
+    return number(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

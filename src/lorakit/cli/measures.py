@@ -17,6 +17,7 @@ from lorakit.cli.analyze_options import (
     SpectrumConfig,
     Written,
 )
+from lorakit.formatting import number, percentage
 
 if TYPE_CHECKING:
     from lorakit.adapters.formats.stored import StoredAdapter
@@ -74,7 +75,7 @@ def _spectrum(config: SpectrumConfig) -> Findings:
         for name, layer in facts["layers"].items()
     }
     shares = ", ".join(
-        f"{rank}: {found.energy[rank - 1]:.1%}" for rank in _ranks(len(found.energy))
+        f"{rank}: {percentage(float(found.energy[rank - 1]))}" for rank in _ranks(len(found.energy))
     )
     lines = [
         f"Fraction of the total squared norm kept at rank {shares}.",
@@ -125,9 +126,9 @@ def _similarity(config: SimilarityConfig) -> Findings:
 
 def _shared(space: str, medians: dict[str, float]) -> str:
     return (
-        f"{space} directions: the first directions overlap by {medians['phi_1_1']:.3g} "
-        f"(random: {medians['random_1_1']:.2g}), the full spans by {medians['phi_whole']:.3g} "
-        f"(random: {medians['random_whole']:.3g})."
+        f"{space} directions: the first directions overlap by {number(medians['phi_1_1'])} "
+        f"(random: {number(medians['random_1_1'])}), the full spans by {number(medians['phi_whole'])} "
+        f"(random: {number(medians['random_whole'])})."
     )
 
 
@@ -159,10 +160,10 @@ def _amplification(config: AmplificationConfig) -> Findings:
     lines = []
     if (overall := found.overall) is not None:
         lines.append(
-            f"W on dW is {overall['over_random']:.3g} times W on random directions, and {overall['of_own']:.3g} times "
-            "W on its own leading directions (medians over the matrices)."
+            f"W on dW is {number(overall['over_random'])} times W on random directions, and "
+            f"{number(overall['of_own'])} times W on its own leading directions (medians over the matrices)."
         )
-        lines.append(f"dW is {overall['factor']:.3g} times as large as W on dW (median).")
+        lines.append(f"dW is {number(overall['factor'])} times as large as W on dW (median).")
     lines.append("Frobenius norms; factor = |dW| / (W on dW).")
     draw = figures.base_similarity_figure if found.phi else figures.amplification_figure
     return Findings(facts=found.to_json(), rows=rows, lines=lines, draw=lambda: draw(found))
@@ -217,10 +218,10 @@ def _diff(config: PairConfig) -> Findings:
     lines = []
     if found.layers:
         overall = found.overall
-        angle = "-" if overall.angle is None else f"{overall.angle:.3g}"
+        angle = "-" if overall.angle is None else number(overall.angle)
         lines.append(
-            f"Overall: norms {overall.first:.3g} and {overall.second:.3g}, distance {overall.distance:.3g} "
-            f"({overall.relative:.3g} of the first norm), angle {angle} degrees."
+            f"Overall: norms {number(overall.first)} and {number(overall.second)}, distance {number(overall.distance)} "
+            f"({number(overall.relative)} of the first norm), angle {angle} degrees."
         )
         lines.append(f"Largest distance: {', '.join(found.most_moved()[:3])}.")
     return Findings(
@@ -252,9 +253,9 @@ def _drift(config: DriftConfig) -> Findings:
         for text in most
     }
     lines = [
-        f"{found.positions:,} predictions on {len(found.texts):,} texts: KL(base || adapted) {found.kl:.4g} nats on "
-        f"average, the most likely token changed in {found.changed:.2%}.",
-        f"Loss on the texts: {found.loss_base:.4f} with the base, {found.loss_adapted:.4f} with the adapter.",
+        f"{found.positions:,} predictions on {len(found.texts):,} texts: KL(base || adapted) {number(found.kl)} nats "
+        f"on average, the most likely token changed in {percentage(found.changed)}.",
+        f"Loss on the texts: {number(found.loss_base)} with the base, {number(found.loss_adapted)} with the adapter.",
     ]
     return Findings(
         facts=found.to_json(),

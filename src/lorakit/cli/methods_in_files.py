@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.training.config import DEFAULT_RATES
+from lorakit.methods.registry import unused_sections
 
 
 def options_of_other_methods(typed: Mapping[str, Any]) -> list[str]:
@@ -16,13 +16,8 @@ def options_of_other_methods(typed: Mapping[str, Any]) -> list[str]:
     """
     if "method" not in typed and "from_adapter" not in typed:
         return []
-    names = str(typed.get("method", "")).split("+")
-    unused = [method for method in DEFAULT_RATES if method not in names]
+    method = str(typed.get("method", ""))
+    unused = unused_sections(method)
     if "method" not in typed:  # the adapter sets the method
-        unused += ["method", "method_settings"]
-        return unused
-    if all(name in DEFAULT_RATES for name in names):
-        unused.append("method_settings")
-    if "lora" not in names:
-        unused.append("optimizer.lr_ratio")
-    return unused
+        return [*unused, "method", "method_settings"]
+    return unused if "lora" in method.split("+") else [*unused, "optimizer.lr_ratio"]

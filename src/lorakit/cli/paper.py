@@ -124,7 +124,7 @@ def _preview(config: PaperConfig) -> None:
 def _predicted(grid: Grid, run: TableRun) -> list[str]:
     """Return the planner's steps, memory and time for a run."""
     from lorakit.errors import LorakitError
-    from lorakit.formatting import duration, gigabytes
+    from lorakit.formatting import duration, size
     from lorakit.paper.grid import training_limit
     from lorakit.planning import plan
 
@@ -133,7 +133,7 @@ def _predicted(grid: Grid, run: TableRun) -> list[str]:
         planned = plan(settings, compare=False)
     except LorakitError as error:
         return ["not predicted", str(error)]
-    memory, seconds = gigabytes(planned.chosen.memory.total), planned.chosen.seconds
+    memory, seconds = size(planned.chosen.memory.total), planned.chosen.seconds
     steps = settings.max_steps or planned.steps
     if settings.max_steps is None:
         if grid.config.budget is not None:

@@ -154,7 +154,7 @@ def _print(out: Console, plan: Plan) -> None:
 
 
 def _rows(columns: Sequence[Prediction]) -> list[list[str]]:
-    from lorakit.formatting import short_duration, size
+    from lorakit.formatting import percentage, short_duration, size
     from lorakit.planning.planner import Memory
 
     def sizes(name: str) -> list[str]:
@@ -163,7 +163,7 @@ def _rows(columns: Sequence[Prediction]) -> list[list[str]]:
     parts = [f.name for f in dataclasses.fields(Memory)]
     return [
         ["trained parameters", *(f"{p.trained:,}" for p in columns)],
-        ["share of the base", *(f"{p.share:.4%}" for p in columns)],
+        ["share of the base", *(percentage(p.share) for p in columns)],
         ["saved file", *(size(p.file_bytes) for p in columns)],
         ["time per step", *(short_duration(p.seconds) for p in columns)],
         ["peak memory", *sizes("total")],

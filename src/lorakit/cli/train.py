@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
         unused=options_of_other_methods,
     )
     from lorakit.cli.report import write_run_report
-    from lorakit.formatting import duration, gigabytes
+    from lorakit.formatting import duration, number, size
     from lorakit.reporting.run_record import read_run
     from lorakit.training.loop import train
 
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     print(
         f"\n{result.steps:,} steps in {duration(result.seconds)} ({result.tokens:,} tokens, "
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
-        f"{gigabytes(result.peak_memory)}{early}"
+        f"{size(result.peak_memory)}{early}"
     )
     planned_line, predicted = _planned(config, result)
     print(planned_line)
@@ -49,7 +49,9 @@ def run(argv: Sequence[str]) -> None:
     for name, value in result.scores.items():
         before = result.scores_before.get(name)
         of = f"  ({count})" if (count := record.scored_on(name)) else ""
-        print(f"  {name:<12} {'' if before is None else f'{before:.4f} -> '}{value:.4f}{of}")
+        print(
+            f"  {name:<12} {'' if before is None else f'{number(before)} -> '}{number(value)}{of}"
+        )
     print(f"adapter  {result.adapter}")
     worse = "; worse than before training" if record.never_improved else ""
     if result.best is not None and (result.best_step != result.steps or worse):
@@ -72,7 +74,7 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
 
     If planning fails, the line has the reason, and the numbers are None.
     """
-    from lorakit.formatting import gigabytes
+    from lorakit.formatting import size
     from lorakit.planning import plan
 
     try:
@@ -81,7 +83,7 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
         return f"planned  no prediction: {' '.join(str(error).split())}", None
     tokens = prediction.tokens / prediction.chosen.seconds
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {gigabytes(prediction.process_peak)} "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {size(prediction.process_peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {

@@ -53,7 +53,8 @@ class Evaluation:
     examples: int = 0
     """Number of scored examples."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
-    """One record per prompt or example: prompt, output, references or label, and the names of classes."""
+    """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
+    the names of classes."""
 
     def write_outputs(self, path: str | Path) -> None:
         """Write the records to a .jsonl file, whole or not at all."""
@@ -237,11 +238,14 @@ def generated(
     texts = generate(
         base.model, base.tokenizer, prompts, decoding, progress=answered, stop_ids=stop_ids
     )
+    added = base.tokenizer.added_tokens_decoder.values()
+    special = [str(token) for token in added if token.special]
     outputs = [
         {
             "prompt": group[0].prompt,
             "output": task.answer(text),
             "references": [task.answer(example.completion) for example in group],
+            "special_tokens": [token for token in special if token in group[0].prompt],
             **group[0].gold,
         }
         for text, group in zip(texts, groups.values(), strict=True)

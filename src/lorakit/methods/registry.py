@@ -22,6 +22,9 @@ _CLASSES = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmb
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _CLASSES}
 """The methods of lorakit, by the name that files record."""
 
+SECTIONS = ("lora", "full", "bitfit", "bottleneck", "prefix_embedding", "prefix_layer")
+"""The methods of lorakit, by the name in a configuration, which has a section for each of them."""
+
 ENTRY_POINTS = "lorakit.methods"
 """The entry point group in which an installed package declares its methods."""
 
@@ -30,6 +33,13 @@ DEFAULT_RATE = 5e-4
 
 _OWN: dict[str, type[Method]] = {}
 """Methods of users that `use_method` has registered, by class name."""
+
+
+def unused_sections(method: str) -> list[str]:
+    """Return the sections of a configuration that have no effect with its `method`, such as "lora+bitfit"."""
+    names = method.split("+")
+    unused = [section for section in SECTIONS if section not in names]
+    return [*unused, "method_settings"] if set(names) <= set(SECTIONS) else unused
 
 
 def use_method(method: str | type[Method]) -> type[Method]:

@@ -158,7 +158,7 @@ def _key_figures(plan: Plan) -> KeyFigures:
     count = chosen.trained
     trained = KeyFigure(
         label="Trained parameters",
-        value=f"{count:,}" if count < 1e9 else rounded_count(count),
+        value=rounded_count(count),
         note=f"{percentage(count, plan.parameters)} of the base's",
     )
     return KeyFigures(
@@ -219,7 +219,7 @@ def _rate(value: float) -> Cell:
 def _sizes(plan: Plan) -> list[Block]:
     rows: dict[str, Callable[[Prediction], Cell]] = {
         "Trained parameters": lambda p: f"{p.trained:,}",
-        "Share of the base": lambda p: f"{p.share:.4%}",
+        "Share of the base": lambda p: percentage(p.share),
         "Saved file, bytes": lambda p: f"{p.file_bytes:,}",
     }
     return [sizes_figure(plan), _table(plan, "The exact numbers.", "Quantity", rows)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -11,16 +12,28 @@ Spec = dict[str, Any]
 
 INK, MUTED, GRID = "#1f2933", "#52606d", "#e1e6eb"
 
-VALUE_TEXT: Spec = dict(type="text", align="left", dx=5, color=INK, fontSize=11, aria=False)
+FONT_SIZE = 11
+"""Size of every text in a chart but its title, in pixels of the chart."""
+CHARACTER = 6.4
+"""Width of a character at that size, in pixels; most characters are narrower."""
+LINE = 14
+"""Height of a line of text at that size, in pixels."""
+LONGEST_BAR_NAME, LONGEST_ROW_NAME = 140, 190
+"""Width at which names on an axis are cut, in pixels."""
+OUTER = 352
+"""Width of a chart in a page with its axes, in pixels: that of a phone's screen without its margins."""
+
+VALUE_TEXT: Spec = dict(type="text", align="left", dx=5, color=INK, fontSize=FONT_SIZE, aria=False)
 """The mark of a number at the end of a bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A labelled line across a chart at one value."""
+    """A line across a chart at one value."""
 
     at: float
-    text: str
+    text: str = ""
+    """Label above the chart; only a mark on the x axis has one."""
     axis: Literal["x", "y"] = "x"
 
 
@@ -34,16 +47,39 @@ def nominal(field: str, **options: Any) -> Spec:
     return {"field": field, "type": "nominal", **options}
 
 
-def bar_name(field: str) -> Spec:
+def bar_name(field: str, names: Iterable[str]) -> Spec:
     """Return the y encoding of horizontal bars, in the order of the data."""
-    axis = {"title": None, "ticks": False, "domain": False, "labelLimit": 140}
+    width = name_width(names, LONGEST_BAR_NAME)
+    axis = {"title": None, "ticks": False, "domain": False, "minExtent": width}
+    axis["labelLimit"] = LONGEST_BAR_NAME
     return nominal(field, sort=None, axis=axis)
 
 
-def bar_length(field: str, longest: float, title: str | None = None) -> Spec:
-    """Return the x encoding of horizontal bars, with room for a number after the longest."""
+def bar_length(
+    field: str,
+    longest: float,
+    title: str | None = None,
+    *,
+    names: Iterable[str],
+    texts: Iterable[str],
+) -> Spec:
+    """Return the x encoding of horizontal bars, with room for the longest of `texts` after the longest bar."""
     axis = {"title": title, "grid": False, "labels": False, "ticks": False, "domain": False}
-    return quantitative(field, axis=axis, scale={"domain": [0, 1.3 * longest], "nice": False})
+    plot = OUTER - name_width(names, LONGEST_BAR_NAME) - LINE
+    room = min(CHARACTER * max(map(len, texts), default=0) + LINE, plot / 2)
+    domain = [0, longest * plot / (plot - room)]
+    return quantitative(field, axis=axis, scale={"domain": domain, "nice": False})
+
+
+def legend_columns(names: Iterable[str], *, left: float = 3 * LINE) -> Spec:
+    """Return the columns of a legend: as many as fit beside each other, `left` pixels from the chart's left."""
+    entry = CHARACTER * max(map(len, names), default=0) + 2.5 * LINE  # with its symbol
+    return {"columns": max(1, int((OUTER - left) // entry)), "columnPadding": LINE}
+
+
+def name_width(names: Iterable[str], most: int) -> float:
+    """Return the width of the longest name, at most `most`, in a font as wide as that of any reader."""
+    return min(most, CHARACTER * max(map(len, names), default=0))
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -56,22 +92,38 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(path[shared:]) for path in paths]
 
 
-def mark_layers(mark: Mark, *, left_of: bool = False) -> list[Spec]:
-    """Return layers for a mark's line and its text, which is right of the line or left of it."""
-    data = {"values": [{"at": mark.at, "text": mark.text}]}
-    place: Spec = {mark.axis: quantitative("at")}
-    rule = {"type": "rule", "strokeDash": [4, 3], "color": MUTED, "aria": False}
-    text = {"type": "text", "color": MUTED, "fontSize": 11, "align": "left", "aria": False}
-    if mark.axis == "x":
-        text_place = {**place, "y": {"value": 8}}
-        text |= {"dx": -4, "align": "right"} if left_of else {"dx": 4}
-    else:
-        text_place = {**place, "x": {"value": 4}}
-        text |= {"dy": -6}
-    return [
-        {"data": data, "mark": rule, "encoding": place},
-        {"data": data, "mark": text, "encoding": {**text_place, "text": {"field": "text"}}},
-    ]
+def mark_layers(marks: Sequence[Mark], *, middle: float = math.inf) -> list[Spec]:
+    """Return layers for the lines of marks, and for their texts in the margin above the plot, where no curve is.
+
+    Each text has a row of its own. It is right of its line, or left of it where the line is right of `middle`.
+    """
+    layers: list[Spec] = []
+    for mark in marks:
+        data = {"values": [{"at": mark.at}]}
+        place: Spec = {mark.axis: quantitative("at")}
+        rule = {"type": "rule", "strokeDash": [4, 3], "color": MUTED, "aria": False}
+        layers.append({"data": data, "mark": rule, "encoding": place})
+    for row, mark in enumerate(labelled(marks)):
+        data = {"values": [{"at": mark.at, "text": mark.text}]}
+        align = "right" if mark.at > middle else "left"
+        text = {
+            "type": "text",
+            "color": MUTED,
+            "fontSize": FONT_SIZE,
+            "align": align,
+            "aria": False,
+        }
+        place = {"x": quantitative("at"), "y": {"value": -LINE * (row + 0.5)}}
+        layers.append(
+            {"data": data, "mark": text, "encoding": {**place, "text": {"field": "text"}}}
+        )
+    return layers
+
+
+def labelled(marks: Sequence[Mark]) -> list[Mark]:
+    """Return the marks that have a text."""
+    assert all(mark.axis == "x" for mark in marks if mark.text), marks
+    return [mark for mark in marks if mark.text]
 
 
 def row_axis(labels: Sequence[str]) -> Spec:
@@ -83,9 +135,9 @@ def row_axis(labels: Sequence[str]) -> Spec:
         "axis": {
             "title": None,
             "labelExpr": _lookup(labels),
-            "labelLimit": 190,
+            "labelLimit": LONGEST_ROW_NAME,
+            "minExtent": name_width(labels, LONGEST_ROW_NAME),
             "labelOverlap": "greedy",
-            "labelFontSize": 9,
             "ticks": False,
             "grid": False,
             "domain": False,

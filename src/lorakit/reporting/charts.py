@@ -13,13 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from lorakit.formatting import number, number_range
 from lorakit.reporting.axes import (
+    LINE,
+    LONGEST_ROW_NAME,
     VALUE_TEXT,
     Mark,
     Spec,
     bar_length,
     bar_name,
+    labelled,
+    legend_columns,
     mark_layers,
+    name_width,
     nominal,
     quantitative,
     row_axis,
@@ -34,9 +40,11 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
 WIDTH, HEIGHT = 310, 180
-"""Size of a chart's plot in pixels: two charts fit in a row of a page, one on a phone."""
+"""Size of a chart's plot in a picture, in pixels. In a page, the chart with its axes is `axes.OUTER` wide."""
 MOST_POINTS = 240
 """Most points drawn of a line; more would be denser than pixels."""
+FAINT = 0.35
+"""Opacity of a faint line."""
 LONGEST_NAME = 36
 """Most characters of a name in a legend or on an axis."""
 
@@ -50,6 +58,8 @@ class Chart:
     """A sentence that describes the chart, with its main numbers."""
     spec: Spec
     """A Vega-Lite view without title and configuration."""
+    fixed: bool = False
+    """Keep the width of the plot, instead of fitting the chart to the width of others in a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +124,29 @@ def line_chart(
         scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
         return nominal("series", scale=scale, legend=legend)
 
-    colour = by_series(SERIES, {"symbolType": "stroke"} if len(shown) > 1 else None)
+    faint = [i for i, one in enumerate(shown) if one.faint]
+    legend = {
+        **legend_columns(names.values()),
+        "symbolType": "stroke",
+        "offset": 6 + LINE * len(labelled(marks)),
+        "symbolOpacity": {"expr": f"indexof({faint}, datum.index) < 0 ? 1 : {FAINT}"},
+    }
+    colour = by_series(SERIES, legend if len(shown) > 1 else None)
     dash = by_series(DASHES, None)
     layers: list[Spec] = []
     for one in shown:
         points = thinned(one.finite())
         values = [
-            {"x": a, "y": b, "series": names[one.name], "label": f"{one.name}, {x} {a:g}: {b:.5g}"}
+            {
+                "x": a,
+                "y": b,
+                "series": names[one.name],
+                "label": f"{one.name}, {x} {a:g}: {number(b)}",
+            }
             for a, b in points
         ]
         data = {"values": values}
-        thin = {"strokeWidth": 1, "opacity": 0.35} if one.faint else {"strokeWidth": 2}
+        thin = {"strokeWidth": 1, "opacity": FAINT} if one.faint else {"strokeWidth": 2}
         line = {"type": "line", "aria": False, "interpolate": "linear", **thin}
         layers.append(
             {"data": data, "mark": line, "encoding": {**place, "color": colour, "strokeDash": dash}}
@@ -134,8 +156,7 @@ def line_chart(
         layers.append({"data": data, "mark": dot, "encoding": encoding})
     if marks and shown:
         xs = [a for one in shown for a, _ in one.finite()]
-        middle = (min(xs) + max(xs)) / 2
-        layers += [layer for mark in marks for layer in mark_layers(mark, left_of=mark.at > middle)]
+        layers += mark_layers(marks, middle=(min(xs) + max(xs)) / 2)
     spec = {"width": WIDTH, "height": HEIGHT, "layer": layers}
     return Chart(title=title, alt=_line_alt(title, shown, x, y), spec=spec)
 
@@ -154,13 +175,14 @@ def dot_chart(
     labels = short_names(names)
     colours = [SERIES[(first_colour + i) % len(SERIES)] for i in range(len(series))]
     values = [
-        {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {value:.5g}"}
+        {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {number(value)}"}
         for name, numbers in series.items()
         for i, value in enumerate(numbers)
         if math.isfinite(value) and not (log and value <= 0)
     ]
     domain, shapes = list(series), list(SHAPES[: len(series)])
-    legend = {"columns": 2, "columnPadding": 24} if len(series) > 1 else None
+    left = name_width(labels, LONGEST_ROW_NAME)
+    legend = legend_columns(series, left=left) if len(series) > 1 else None
     spec: Spec = {
         "width": WIDTH,
         "height": rows_height(len(names)),
@@ -188,14 +210,15 @@ def bar_chart(
     title: str, bars: Mapping[str, float], *, x: str, texts: Mapping[str, str] | None = None
 ) -> Chart:
     """Return horizontal bars from 0, each followed by its value."""
-    shown = {name: (texts or {}).get(name, f"{value:.4g}") for name, value in bars.items()}
+    shown = {name: (texts or {}).get(name, number(value)) for name, value in bars.items()}
     names = shortened(bars)
     values = [
         {"name": names[name], "x": value, "text": shown[name], "label": f"{name}: {shown[name]}"}
         for name, value in bars.items()
     ]
     longest = max(bars.values(), default=1) or 1
-    place = {"y": bar_name("name"), "x": bar_length("x", longest, x)}
+    length = bar_length("x", longest, x, names=names.values(), texts=shown.values())
+    place = {"y": bar_name("name", names.values()), "x": length}
     spec = {
         "width": WIDTH,
         "height": {"step": 30},
@@ -221,7 +244,7 @@ def histogram(
             "from": low,
             "to": high,
             "count": count,
-            "label": f"{low:.3g} to {high:.3g}: {count:,} {y}",
+            "label": f"{number(low)} to {number(high)}: {count:,} {y}",
         }
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
         if count
@@ -242,7 +265,7 @@ def histogram(
                     "description": {"field": "label"},
                 },
             },
-            *(layer for mark in marks for layer in mark_layers(mark)),
+            *mark_layers(marks, middle=math.sqrt(edges[0] * edges[-1])),
         ],
     }
     total = sum(counts)
@@ -282,25 +305,24 @@ def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tup
 def shortened(names: Iterable[str]) -> dict[str, str]:
     """Cut names in the middle to `LONGEST_NAME` characters; number those that become equal to another."""
     labels: dict[str, str] = {}
-    for number, name in enumerate(dict.fromkeys(names), 1):
+    for position, name in enumerate(dict.fromkeys(names), 1):
         half = LONGEST_NAME // 2
         short = name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-        labels[name] = f"{number}: {short}" if short in labels.values() else short
+        labels[name] = f"{position}: {short}" if short in labels.values() else short
     return labels
 
 
 def in_words(numbers: Sequence[float]) -> str:
     """Return the range of the finite numbers as text."""
-    finite = [number for number in numbers if math.isfinite(number)]
-    if not finite:
-        return "no values"
-    low, high = min(finite), max(finite)
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    finite = [value for value in numbers if math.isfinite(value)]
+    return number_range(finite) if finite else "no values"
 
 
 def _line_alt(title: str, series: Sequence[Series], x: str, y: str) -> str:
     parts = []
     for one in series:
         (x0, y0), (x1, y1) = one.finite()[0], one.finite()[-1]
-        parts.append(f"{one.name} goes from {y0:.4g} at {x} {x0:g} to {y1:.4g} at {x} {x1:g}.")
+        parts.append(
+            f"{one.name} goes from {number(y0)} at {x} {x0:g} to {number(y1)} at {x} {x1:g}."
+        )
     return f"{title}: {y} over {x}. {' '.join(parts)}"

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.formatting import duration, size
+from lorakit.formatting import duration, number, size
 from lorakit.reporting import measures
-from lorakit.reporting.differences import plain
-from lorakit.reporting.page import Block, Cell, Code, Page, Sample, Samples, Section, Table
+from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_report import SHOWN_SAMPLES, curves_figure, loss_chart
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
+from lorakit.reporting.texts import plain
 from lorakit.training.run_folder import flat_settings
 
 
@@ -74,8 +74,8 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         if values[first] == values[second]:
             continue
         sentences.append(
-            f"{measures.score_name(name)} is best in {first} ({values[first]:.4g}), followed by {second} "
-            f"({values[second]:.4g})."
+            f"{measures.score_name(name)} is best in {first} ({number(values[first])}), followed by {second} "
+            f"({number(values[second])})."
         )
     differences = _differences(runs)
     if differences:
@@ -158,7 +158,7 @@ def _samples(runs: Sequence[RunRecord]) -> list[Block]:
         references = last[0][prompt].get("references")
         if isinstance(references, list) and references:
             answers.append(("Reference", plain(str(references[0]))))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
+        samples.append(sample(last[0][prompt], answers))
     caption = f"{len(samples)} of {len(shared)} validation prompts that all runs share, at their last evaluation."
     return [Samples(caption=caption, samples=tuple(samples))]
 

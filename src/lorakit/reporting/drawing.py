@@ -14,7 +14,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError
-from lorakit.reporting.axes import GRID, INK, MUTED, Spec
+from lorakit.reporting.axes import FONT_SIZE, GRID, INK, MUTED, OUTER, Spec
 from lorakit.reporting.charts import SERIES, Chart, Figure
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -35,9 +35,9 @@ _CONFIG: Spec = {
         "labelColor": MUTED,
         "titleColor": MUTED,
         "titleFontWeight": "normal",
-        "titleFontSize": 11,
+        "titleFontSize": FONT_SIZE,
         "titlePadding": 6,
-        "labelFontSize": 11,
+        "labelFontSize": FONT_SIZE,
         "gridColor": GRID,
         "domainColor": MUTED,
         "tickColor": MUTED,
@@ -53,7 +53,7 @@ _CONFIG: Spec = {
         "labelColor": INK,
         "titleColor": MUTED,
         "titleFontWeight": "normal",
-        "labelFontSize": 11,
+        "labelFontSize": FONT_SIZE,
         "labelLimit": 220,
         "symbolStrokeWidth": 2.5,
         "offset": 6,
@@ -61,13 +61,17 @@ _CONFIG: Spec = {
     "title": {
         "aria": False,
         "anchor": "start",
-        "frame": "group",
+        "frame": "bounds",
         "color": INK,
         "fontSize": 12,
         "fontWeight": 600,
         "offset": 10,
     },
 }
+
+
+_PADDING = {"left": 0, "right": 4, "top": 4, "bottom": 4}
+"""Pixels around a chart in a page. Its title begins where the caption does."""
 
 
 def require_drawing() -> ModuleType:
@@ -126,7 +130,9 @@ def inline_svg(chart: Chart, number: int) -> str:
     The labels of marks move to the attribute data-t, where the page's script reads them. A screen reader then reads
     only the chart's description instead of a thousand points.
     """
-    spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": 4}
+    spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": _PADDING}
+    if not chart.fixed:
+        spec |= {"width": OUTER, "autosize": {"type": "fit-x", "contains": "padding"}}
     svg: str = require_drawing().vegalite_to_svg(spec)
     head, body = re.fullmatch(r"\s*(<svg\b[^>]*>)(.*)", svg, re.DOTALL).groups()  # type: ignore[union-attr]
     size = re.search(r'width="([\d.]+)" height="([\d.]+)"', head)
@@ -148,7 +154,8 @@ def inline_svg(chart: Chart, number: int) -> str:
     body = re.sub(r' (d|transform)="[^"]*"', _rounded, body)
     return (
         f'<svg class="chart" role="img" aria-label="{html.escape(chart.alt)}" tabindex="0" '
-        f'viewBox="0 0 {width} {height}" style="max-width:{1.15 * width:.0f}px">{body}'
+        # One scale for all charts of a page, so that their type has one size.
+        f'viewBox="0 0 {width} {height}" style="width:{width / OUTER:.2%};max-width:{1.15 * width:.0f}px">{body}'
     )
 
 

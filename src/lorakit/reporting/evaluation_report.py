@@ -10,22 +10,22 @@ from typing import Any, Literal
 
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.formatting import counted
+from lorakit.formatting import counted, number
 from lorakit.reporting import measures
-from lorakit.reporting.differences import Piece, compared, plain
 from lorakit.reporting.page import (
     Block,
     Code,
     KeyFigure,
     KeyFigures,
     Page,
-    Sample,
     Samples,
     Section,
     Table,
     reference_label,
+    sample,
 )
 from lorakit.reporting.run_settings import yaml_text
+from lorakit.reporting.texts import Piece, compared, plain
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
@@ -44,9 +44,9 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
     split = config.split or ("test" if task is None else task.scored_split)
     data = _data(config, split)
     count = f"{counted(result.examples, 'example')}{answered(result)}"
-    of_base = {key: f"base {value:.4g}" for key, value in result.base_scores.items()}
+    of_base = {key: f"base {number(value)}" for key, value in result.base_scores.items()}
     figures = tuple(
-        KeyFigure(label=measures.score_name(key), value=f"{value:.4g}", note=of_base.get(key, ""))
+        KeyFigure(label=measures.score_name(key), value=number(value), note=of_base.get(key, ""))
         for key, value in result.scores.items()
     )
     rows = [
@@ -62,7 +62,8 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
     ]
     subject = "The adapter" if config.adapter else "The base model"
     listed = ", ".join(
-        f"{measures.score_name(key)} {value:.4g}" + (f" ({of_base[key]})" if key in of_base else "")
+        f"{measures.score_name(key)} {number(value)}"
+        + (f" ({of_base[key]})" if key in of_base else "")
         for key, value in result.scores.items()
     )
     return Page(
@@ -111,7 +112,7 @@ def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
             references = record.get("references") or [""]
             output, reference = compared(record["output"], references[0])
             answers = [("Generated", output), (reference_label(references), reference)]
-        samples.append(Sample(prompt=str(record["prompt"]).rstrip("\n"), answers=answers))
+        samples.append(sample(record, answers))
     marked = "" if labelled else " Words that differ between text and reference are marked."
     if classes:
         wrong = sum(record["output"] != record["label"] for record in outputs)
@@ -136,8 +137,8 @@ def _label(record: dict[str, Any], key: str) -> str:
     """Return the name of a label or prediction, or else its number."""
     if f"{key}_name" in record:
         return record[f"{key}_name"]
-    number = float(record[key])
-    return str(int(number)) if number == int(number) else f"{number:.4g}"
+    value = float(record[key])
+    return number(int(value) if value.is_integer() else value)
 
 
 def _configuration(config: EvaluateConfig, command: str) -> list[Block]:

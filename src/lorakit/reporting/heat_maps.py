@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lorakit.formatting import number
 from lorakit.reporting.axes import (
     Spec,
     between,
@@ -52,7 +53,7 @@ def heat_map(
     row, column = (axis.split(",")[0] for axis in (y, x))
     row_names = names or [f"{row} {i}" for i in range(1, len(rows) + 1)]
     cells = [
-        {"i": i, "j": j, "v": v, "row": i - 1, "label": f"{name}, {column} {j}: {v:.3f}"}
+        {"i": i, "j": j, "v": v, "row": i - 1, "label": f"{name}, {column} {j}: {number(v)}"}
         for i, (name, values) in enumerate(zip(row_names, rows, strict=True), 1)
         for j, v in enumerate(values, 1)
         if not math.isnan(v)
@@ -87,4 +88,4 @@ def heat_map(
     numbers = [cell["v"] for cell in cells]
     alt = f"{title}: heat map of {value}, {len(rows)} by {width}, {in_words(numbers)}."
     spec = {"width": wide * width, "height": height, "layer": layers}
-    return Chart(title=title, alt=alt, spec=spec)
+    return Chart(title=title, alt=alt, spec=spec, fixed=not names)

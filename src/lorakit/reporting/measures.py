@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.evaluation.score import DIRECTIONS, is_better
+from lorakit.formatting import number, percentage
 from lorakit.tasks import TASKS
 
 SCORE_NAMES = {
@@ -35,5 +36,7 @@ def better(key: str, new: float, old: float) -> bool | None:
 
 def change(new: float, old: float) -> str:
     """Return the absolute difference, and the relative one if both values have the same sign."""
-    absolute = f"{new - old:+.4g}"
-    return f"{absolute} ({(new - old) / abs(old):+.1%})" if new * old > 0 else absolute
+    absolute = number(new - old, sign=True)
+    if new * old <= 0:
+        return absolute
+    return f"{absolute} ({percentage(new - old, abs(old), sign=True)})"

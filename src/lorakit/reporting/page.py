@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -21,9 +21,10 @@ from markupsafe import Markup
 
 from lorakit import storage
 from lorakit.errors import RunFolderError
+from lorakit.formatting import number
 from lorakit.reporting import drawing
 from lorakit.reporting.charts import Chart, Figure
-from lorakit.reporting.differences import Piece
+from lorakit.reporting.texts import Piece, fold, length, plain, with_special
 from lorakit.version import __version__
 
 Cell = str | int | float | None
@@ -61,7 +62,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
-    """Numbers have four significant digits and are aligned right."""
+    """Numbers are written by `lorakit.formatting.number` and aligned right."""
 
     def is_numeric(self, column: int) -> bool:
         """Whether all cells of a column are numbers or strings that start with one."""
@@ -76,11 +77,21 @@ def reference_label(references: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt and the texts for it."""
+    """A prompt and the texts for it. The page folds the middle of long ones."""
 
-    prompt: str
+    prompt: Sequence[Piece]
     answers: Sequence[tuple[str, Sequence[Piece]]]
     """Labels, such as Reference, and the texts."""
+
+
+def sample(record: Mapping[str, Any], answers: Sequence[tuple[str, Sequence[Piece]]]) -> Sample:
+    """Return the sample of a record, with the special tokens of its prompt and answers in pieces of their own."""
+    tokens = record.get("special_tokens")
+    prompt = plain(str(record.get("prompt")).rstrip("\n"))
+    return Sample(
+        prompt=with_special(prompt, tokens),
+        answers=[(label, with_special(pieces, tokens)) for label, pieces in answers],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,23 +192,19 @@ class Page:
         if Path(folder).exists() and not Path(folder).is_dir():
             raise RunFolderError(f"'{folder}' is a file, expected a folder for the figures.")
         written = []
-        for number, figure in enumerate(self.figures(), 1):
+        for position, figure in enumerate(self.figures(), 1):
             for suffix in (".png", ".svg"):
-                path = Path(folder) / f"{number:02d}-{figure.name or 'figure'}{suffix}"
+                path = Path(folder) / f"{position:02d}-{figure.name or 'figure'}{suffix}"
                 drawing.save(figure, path)
                 written.append(path)
         return written
 
 
-def number(value: Cell) -> str:
-    """Format a cell: integers in full, other numbers with four significant digits."""
-    if value is None:
+def cell_text(cell: Cell) -> str:
+    """Return the text of a cell of a table."""
+    if cell is None:
         return "-"
-    if isinstance(value, (bool, str)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return str(cell) if isinstance(cell, (bool, str)) else number(cell)
 
 
 def _looks_numeric(cell: Any) -> bool:
@@ -229,6 +236,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters["cell_text"] = cell_text
+    environment.filters["fold"] = fold
+    environment.filters["length_of"] = lambda pieces: f"{length(pieces):,}"
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment.get_template("page.html")

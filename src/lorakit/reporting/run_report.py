@@ -10,21 +10,21 @@ from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
 from lorakit.reporting.charts import Chart, Figure, Series, bar_chart, line_chart, running_mean
-from lorakit.reporting.differences import compared, plain
 from lorakit.reporting.page import (
     Block,
     Cell,
     Code,
     Page,
-    Sample,
     Samples,
     Section,
     Table,
     reference_label,
+    sample,
 )
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, setting, settings_text
 from lorakit.reporting.run_summary import in_sentence, key_figures, subtitle, summary
+from lorakit.reporting.texts import compared, plain
 from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
@@ -165,7 +165,7 @@ def _samples(run: RunRecord) -> list[Block]:
             answers = [(label, old), (f"After {last:,} steps", new)]
         if isinstance(references, Sequence) and references:
             answers.append((reference_label(references), plain(str(references[0]))))
-        samples.append(Sample(prompt=prompt.rstrip("\n"), answers=answers))
+        samples.append(sample(record, answers))
     caption = (
         f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "
         "that differ between the texts before and after are marked."
@@ -239,7 +239,7 @@ def _throughput(run: RunRecord) -> list[tuple[float, float]]:
 
 def _configuration(run: RunRecord) -> list[Block]:
     caption, columns = "The most important settings.", ("Setting", "Value")
-    label = "All settings, with defaults (config.yaml)"
+    label = "All settings of the run, with defaults"
     return [
         Table(caption=caption, columns=columns, rows=main_settings(run)),
         Code(text=settings_text(run), label=label, folded=True),

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lorakit.methods.registry import unused_sections
 from lorakit.reporting.run_record import RunRecord
 
 
@@ -28,8 +29,9 @@ def setting_text(value: Any) -> str:
 
 
 def settings_text(run: RunRecord) -> str:
-    """Return the configuration as YAML."""
-    return yaml_text(run.config)
+    """Return the configuration as YAML, without the sections of methods that the run does not use."""
+    unused = unused_sections(run.method)
+    return yaml_text({name: value for name, value in run.config.items() if name not in unused})
 
 
 def yaml_text(settings: Mapping[str, Any]) -> str:

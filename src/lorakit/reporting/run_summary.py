@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorakit.formatting import duration, percentage, rounded_count, size
+from lorakit.formatting import duration, number, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
@@ -55,14 +55,14 @@ def key_figures(run: RunRecord) -> KeyFigures:
     figures = []
     before, after = run.scores("before"), run.scores("after")
     for name, value in list(after.items())[:4]:
-        old = f"before {before[name]:.4g}" if name in before else ""
+        old = f"before {number(before[name])}" if name in before else ""
         of = f"on {count}" if (count := run.scored_on(name)) else ""
         label = f"Held-out {in_sentence(measures.score_name(name))}"
         figures.append(
-            KeyFigure(label=label, value=f"{value:.4g}", note=", ".join(filter(None, (old, of))))
+            KeyFigure(label=label, value=number(value), note=", ".join(filter(None, (old, of))))
         )
     if not after and (loss := run.points("train", "loss")):
-        figures.append(KeyFigure(label="Training loss, last step", value=f"{loss[-1][1]:.4g}"))
+        figures.append(KeyFigure(label="Training loss, last step", value=number(loss[-1][1])))
     if run.adapter_bytes is not None:
         base = run.sizes.get("base_bytes")
         note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
@@ -84,8 +84,10 @@ def _score_sentences(run: RunRecord) -> list[str]:
     changes = []
     for name in names:
         old, new = before[name], after[name]
-        verb = "fell" if new < old else "rose"
-        change = f"{verb} from {old:.4g} to {new:.4g}" if new != old else f"stayed at {new:.4g}"
+        change = f"stayed at {number(new)}"
+        if new != old:
+            verb = "fell" if new < old else "rose"
+            change = f"{verb} from {number(old)} to {number(new)}"
         count = run.scored_on(name)
         of = f" of {count}" if count else ""
         changes.append(f"{in_sentence(measures.score_name(name))}{of} {change}")
@@ -97,8 +99,8 @@ def _score_sentences(run: RunRecord) -> list[str]:
         sentences.append(f"On held-out data, {_listed(changes)}{verdict}.")
     if not after and (losses := [value for _, value in run.points("train", "loss")]):
         sentences.append(
-            f"The training loss went from {losses[0]:.4g} to {losses[-1]:.4g}. Without validation data, this report "
-            "cannot show how well the model generalises."
+            f"The training loss went from {number(losses[0])} to {number(losses[-1])}. Without validation data, "
+            "this report cannot show how well the model generalises."
         )
     return sentences
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.reporting.axes import Spec, nominal, quantitative
+from lorakit.formatting import number
+from lorakit.reporting.axes import Spec, legend_columns, nominal, quantitative
 from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
 
 
@@ -45,8 +46,8 @@ def scatter_chart(
             "y": one.y,
             "low": one.y - one.spread,
             "high": one.y + one.spread,
-            "label": f"{one.name}, {x} {one.x:,.0f}: {y} {one.y:.4g}"
-            + (f" ± {one.spread:.2g}" if one.spread else ""),
+            "label": f"{one.name}, {x} {one.x:,.0f}: {y} {number(one.y)}"
+            + (f" ± {number(one.spread)}" if one.spread else ""),
             "hollow": one.hollow,
         }
         for one in shown
@@ -56,7 +57,7 @@ def scatter_chart(
     # Shifted in each round of the colours, so that a colour gets another shape.
     shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
     # The layers share a legend: one layer without it removes it from all.
-    shared = {"columns": 3, "columnPadding": 20} if legend else None
+    shared = legend_columns(names) if legend else None
     colour = nominal("series", legend=shared, scale={"domain": names, "range": colours})
     shape = nominal("series", legend=shared, scale={"domain": names, "range": shapes})
     x_axis = {"title": x, "tickCount": 5, "format": "~s", "grid": False}

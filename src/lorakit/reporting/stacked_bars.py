@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lorakit.reporting.axes import GRID, VALUE_TEXT, Spec, bar_length, bar_name, nominal
+from lorakit.formatting import percentage
+from lorakit.reporting.axes import (
+    GRID,
+    LONGEST_BAR_NAME,
+    VALUE_TEXT,
+    Spec,
+    bar_length,
+    bar_name,
+    legend_columns,
+    name_width,
+    nominal,
+)
 from lorakit.reporting.charts import SERIES, WIDTH, Chart
 
 
@@ -30,7 +41,7 @@ def stacked_bar_chart(
         for part in parts:
             size = bar.get(part, 0)
             if size:
-                label = f"{name}, {part}: {shown(size)} ({size / total:.1%})"
+                label = f"{name}, {part}: {shown(size)} ({percentage(size, total)})"
                 values.append(
                     {"bar": name, "part": part, "from": end, "to": end + size, "label": label}
                 )
@@ -38,13 +49,18 @@ def stacked_bar_chart(
         sums.append({"bar": name, "to": end, "text": shown(total)})
         sizes = ", ".join(f"{part} {shown(bar[part])}" for part in parts if bar.get(part))
         descriptions.append(f"{name} {shown(total)} ({sizes})")
-    row = bar_name("bar")
+    row = bar_name("bar", bars)
     longest = max((one["to"] for one in sums), default=1)
+    texts = [one["text"] for one in sums]
+
+    def length(field: str) -> Spec:
+        return bar_length(field, longest, names=bars, texts=texts)
+
     square = {"symbolType": "square", "symbolStrokeWidth": 0}
     colour = nominal(
         "part",
         scale={"domain": parts, "range": list(SERIES[: len(parts)])},
-        legend={"columns": 2, "columnPadding": 24, **square},
+        legend={**legend_columns(parts, left=name_width(bars, LONGEST_BAR_NAME)), **square},
     )
     spec: Spec = {
         "width": WIDTH,
@@ -56,7 +72,7 @@ def stacked_bar_chart(
                 "mark": {"type": "bar", "height": {"band": 0.6}, "stroke": GRID, "strokeWidth": 1},
                 "encoding": {
                     "y": row,
-                    "x": bar_length("from", longest),
+                    "x": length("from"),
                     "x2": {"field": "to"},
                     "color": colour,
                     "description": {"field": "label"},
@@ -65,7 +81,7 @@ def stacked_bar_chart(
             {
                 "data": {"values": sums},
                 "mark": VALUE_TEXT,
-                "encoding": {"y": row, "x": bar_length("to", longest), "text": {"field": "text"}},
+                "encoding": {"y": row, "x": length("to"), "text": {"field": "text"}},
             },
         ],
     }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lorakit.formatting import duration, gigabytes
+from lorakit.formatting import duration, number, size
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
@@ -61,15 +61,16 @@ class Reporter:
         if self._live is None and now - self._shown < PLAIN_INTERVAL and not last:
             return
         self._shown = now
+        assert state.train_loss is not None  # a step is finished
         # Excludes evaluations, which would distort the speed and the time left.
         seconds = max(state.seconds - self._start.seconds, 1e-9)
         tokens = state.tokens - self._start.tokens
         computed = (state.computed_tokens - self._start.computed_tokens) / max(tokens, 1)
         left = (self._total - state.step) * seconds / max(state.step - self._start.step, 1)
         text = (
-            f"loss {state.train_loss:.4f}  rate {rate:.2e}  {tokens / seconds:,.0f} tokens/s "
+            f"loss {number(state.train_loss)}  rate {rate:.2e}  {tokens / seconds:,.0f} tokens/s "
             f"({computed:.0%} computed)  {duration(left)} left  "
-            f"{gigabytes(peak_memory(self._device))}"
+            f"{size(peak_memory(self._device))}"
         )
         if self._live:
             self._live.update(self._task, completed=state.step, description=text)
@@ -78,5 +79,5 @@ class Reporter:
 
     def scores(self, state: State, notes: Sequence[str]) -> None:
         """Show the scores of an evaluation, and notes on them."""
-        text = "  ".join(f"{name} {value:.4f}" for name, value in state.scores.items())
+        text = "  ".join(f"{name} {number(value)}" for name, value in state.scores.items())
         self.say(f"step {state.step}/{self._total}  validation: {text}  ({', '.join(notes)})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny_models
 import yaml
@@ -80,8 +82,8 @@ def test_what_the_card_says():
         "| Adapted layers | 4 |",
         f"| Trained parameters | {2 * 4 * (32 + 32 + 32 + 16):,} |",
         "|  | base model | with the adapter |",
-        "| loss | 3.5 | 1.235 |",
-        "| bleu |  | 60.3 |",
+        "| loss | 3.500 | 1.235 |",
+        "| bleu |  | 60.30 |",
         "| train | e2e.jsonl | 42,061 | `abababababababab…` |",
         "| validation | e2e.jsonl | 4,672 | not recorded |",
         '"learning_rate": 0.001',
@@ -91,6 +93,23 @@ def test_what_the_card_says():
         "vllm serve owner/tiny --enable-lora --max-lora-rank 8 \\",
     ):
         assert line in text.splitlines() or line in text, line
+
+
+def test_the_settings_leave_out_methods_that_are_not_used():
+    config = {"method": "lora+bitfit", "lora": {"rank": 4}, "bitfit": {}, "seed": 7}
+    unused = {
+        "full": {"top_layers": None},
+        "bottleneck": {"kind": "houlsby"},
+        "method_settings": {},
+    }
+    stored = live()
+    stored.provenance = {**PROVENANCE, "config": {**config, **unused}}
+    made = text_of(stored).split("```json\n")[1].split("\n```")[0]
+    assert json.loads(made)["config"] == config
+    own = {"method": "own.py:Mine", "method_settings": {"size": 2}}
+    stored.provenance = {"config": {**own, "lora": {"rank": 4}}}
+    made = text_of(stored).split("```json\n")[1].split("\n```")[0]
+    assert json.loads(made)["config"] == own
 
 
 def test_a_folder_that_peft_cannot_load():
@@ -174,7 +193,7 @@ def test_scores_without_a_before_and_odd_values():
         {"a": linear()}, provenance={"scores": {"accuracy": 0.875, "n": 10}, "data": "x.csv"}
     )
     text = card(stored, peft.peft_form(stored))
-    assert "| accuracy | 0.875 |" in text
+    assert "| accuracy | 0.8750 |" in text
     assert "| n | 10 |" in text
     for odd in ({"scores": [1]}, {"scores": {}}, {"data": []}, {"scores": {"a": None}}):
         assert card(adapter({"a": linear()}, provenance=odd), None)

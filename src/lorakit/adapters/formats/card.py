@@ -11,9 +11,11 @@ from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.formatting import number
 from lorakit.methods.combined import lora_of
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import describe
+from lorakit.methods.registry import unused_sections
 from lorakit.models.sources import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -214,6 +216,10 @@ def _settings(stored: StoredAdapter) -> str:
     }
     if not shown:
         return ""
+    config = shown.get("config")
+    if isinstance(config, Mapping):
+        unused = unused_sections(str(config.get("method")))
+        shown["config"] = {name: value for name, value in config.items() if name not in unused}
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the full record."
 
@@ -271,4 +277,4 @@ def _hash(digest: Any) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _plain(value or "")
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+    return number(value)

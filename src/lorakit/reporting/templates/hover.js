@@ -29,19 +29,35 @@
     if (!marks.length) continue;
     const cells = marks[0].closest(".mark-rect") !== null;
 
-    const nearestTo = (event) => {
-      if (event.target.dataset?.t) return event.target;
-      if (cells) return null;
+    const centre = (mark) => {
+      const at = mark.getBoundingClientRect();
+      return [at.x + at.width / 2, at.y + at.height / 2];
+    };
+
+    const closest = (distanceOf, limit) => {
       let nearest = null;
-      let least = 60;
+      let least = limit;
       for (const mark of marks) {
-        const at = mark.getBoundingClientRect();
-        // Horizontal distance counts more: readers look for the value at an x.
-        const across = Math.abs(at.x + at.width / 2 - event.clientX);
-        const distance = across + 0.3 * Math.abs(at.y + at.height / 2 - event.clientY);
+        const distance = distanceOf(...centre(mark));
         if (distance < least) [nearest, least] = [mark, distance];
       }
       return nearest;
+    };
+
+    const nearestTo = (event) => {
+      if (event.target.dataset?.t) return event.target;
+      const [x, y] = [event.clientX, event.clientY];
+      // A finger may miss a small cell.
+      if (cells) return closest((a, b) => Math.hypot(a - x, b - y), 12);
+      // Horizontal distance counts more: readers look for the value at an x.
+      return closest((a, b) => Math.abs(a - x) + 0.3 * Math.abs(b - y), 60);
+    };
+
+    // The closest cell above (-1) or below (1) the chosen one, in its column.
+    const rowsAway = (direction) => {
+      const [x, y] = centre(shown);
+      const below = (b) => (b - y) * direction;
+      return closest((a, b) => (Math.abs(a - x) < 0.5 && below(b) > 0.5 ? below(b) : Infinity), Infinity);
     };
 
     const point = (event) => {
@@ -51,17 +67,24 @@
     };
     svg.addEventListener("pointermove", point);
     svg.addEventListener("pointerdown", point);
-    svg.addEventListener("pointerleave", hide);
+    // A finger leaves as soon as it is lifted: its numbers stay until the next tap.
+    svg.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
     svg.addEventListener("blur", hide);
     svg.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      const rows = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (event.key === "Escape") hide();
+      if (cells && rows && marks.includes(shown)) {
+        event.preventDefault();
+        show(rowsAway(rows) ?? shown);
+      }
       if (!step) return;
       event.preventDefault();
       const index = marks.indexOf(shown) + step;
       show(marks[(index + marks.length) % marks.length]);
     });
   }
+  addEventListener("pointerdown", (event) => event.target.closest("svg.chart") || hide());
   addEventListener("scroll", hide, { passive: true });
   addEventListener("beforeprint", () => {
     for (const part of document.querySelectorAll("details")) part.open = true;
