@@ -120,7 +120,12 @@ def test_directions_of_equal_sets():
     [
         (stored("linear"), stored("conv"), "no matrix in common"),
         (stored("linear"), stored(linear=linear(A=randn(4, 9, seed=0))), "20 x 24 in the first"),
-        (stored("linear"), stored(linear=linear(B=torch.zeros(20, 4))), "never trained"),
+        (stored("linear"), stored(linear=linear(B=torch.zeros(20, 4))), "Name two trained"),
+        (
+            stored(q=linear(), v=linear(B=torch.zeros(20, 4))),
+            stored(q=linear(B=torch.zeros(20, 4)), v=linear()),
+            "All shared matrices are zero in one of the adapters",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_compared(first, second, message):

@@ -92,6 +92,7 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
         ("resume: 1", r"resume is 1; it must be true or false\."),
         ("epochs: null", r"epochs is null; it must be a number\."),
         ("- a", "is not a mapping of options"),
+        ("a: [", r"run\.yaml is not valid YAML: .*line 1"),
     ],
 )
 def test_a_wrong_line_of_a_file(line: str, message: str, tmp_path) -> None:
@@ -99,6 +100,14 @@ def test_a_wrong_line_of_a_file(line: str, message: str, tmp_path) -> None:
     file.write_text(line)
     with pytest.raises(ConfigurationError, match=message):
         train(f"{RUN} --config {file}")
+
+
+def test_a_file_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"none\.yaml cannot be read: .* Check the path"):
+        train(f"{RUN} --config {tmp_path / 'none.yaml'}")
+    (tmp_path / "latin1.yaml").write_bytes(b"output: caf\xe9")
+    with pytest.raises(ConfigurationError, match=r"is not UTF-8 text\. Save it as UTF-8"):
+        train(f"{RUN} --config {tmp_path / 'latin1.yaml'}")
 
 
 def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) -> None:

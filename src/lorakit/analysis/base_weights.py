@@ -163,7 +163,8 @@ def config_of(base: BaseConfig) -> Any:
         )
     except Exception as error:  # transformers raises many kinds of exceptions here
         raise BaseModelError(
-            f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}"
+            f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}. "
+            "Download or copy it again, or update transformers."
         ) from error
 
 

@@ -145,7 +145,7 @@ def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[lis
         if shapes[0] != shapes[1]:
             raise AdapterFileError(
                 f"'{name}' is {shapes[0][0]} x {shapes[0][1]} in the first adapter and {shapes[1][0]} x "
-                f"{shapes[1][1]} in the second: they are for different base models."
+                f"{shapes[1][1]} in the second: they are for different base models. Compare adapters of one base."
             )
     unshared = []
     for which, mine, theirs in (("first", one, other), ("second", other, one)):

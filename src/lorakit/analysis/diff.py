@@ -181,7 +181,7 @@ def _tensor_difference(name: str, one: Tensor, other: Tensor) -> Difference:
     if one.shape != other.shape:
         raise AdapterFileError(
             f"'{name}' has shape {tuple(one.shape)} in the first adapter and {tuple(other.shape)} in the second: "
-            "they were trained for different tasks or bases."
+            "they were trained for different tasks or bases. Compare adapters of one task and base."
         )
     norms = [
         float(torch.linalg.vector_norm(t, dtype=torch.float64))

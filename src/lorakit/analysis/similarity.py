@@ -42,7 +42,7 @@ def subspace_similarity(A1: Tensor, A2: Tensor) -> Tensor:
     nonzero = similarity_of_directions(row_directions(A1), row_directions(A2))
     if not nonzero.numel():
         raise ConfigurationError(
-            "A matrix is all zeros, so it has no directions: the adapter was never trained."
+            "A matrix is all zeros, so it has no directions: the adapter was never trained. Pass a trained one."
         )
     phi[: nonzero.shape[0], : nonzero.shape[1]] = nonzero
     return phi
@@ -165,7 +165,10 @@ def adapter_similarity(
             skipped.append(f"'{name}' is skipped: it is zero in one of the adapters.")
             shared.remove(name)
     if not shared:
-        raise AdapterFileError("One of the adapters is zero everywhere: it was never trained.")
+        raise AdapterFileError(
+            "All shared matrices are zero in one of the adapters, so there are no directions to compare. "
+            "Name two trained adapters."
+        )
     return AdapterSimilarity(
         A={n: _similarity(one[n].A, other[n].A) for n in shared},
         B={n: _similarity(one[n].B.mT, other[n].B.mT) for n in shared},

@@ -67,7 +67,7 @@ def change_directions(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tenso
     nonzero = abs(scaling) * torch.finfo(A.dtype).eps * norms < S
     if not nonzero.any():
         raise ConfigurationError(
-            "B A is zero, so it has no directions: the adapter was never trained."
+            "B A is zero, so it has no directions: the adapter was never trained. Pass a trained one."
         )
     return U[:, nonzero], S[nonzero], Vh[nonzero]
 

@@ -93,11 +93,15 @@ def _read(path: str) -> dict[str, Any]:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
     except OSError as error:
-        raise ConfigurationError(f"--config {path}: {error.strerror or error}.") from None
+        raise ConfigurationError(
+            f"--config {path} cannot be read: {error.strerror or error}. Check the path."
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigurationError(f"--config {path} is not UTF-8 text.") from None
+        raise ConfigurationError(f"--config {path} is not UTF-8 text. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"--config {path}: {' '.join(str(error).split())}.") from None
+        raise ConfigurationError(
+            f"--config {path} is not valid YAML: {' '.join(str(error).split())}. Correct that line."
+        ) from None
     if content is None:  # an empty file
         return {}
     if not isinstance(content, dict):

@@ -198,7 +198,9 @@ def read_parquet(path: Path) -> Rows:
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 yield Row(values, f"{path}:row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+        raise DataError(
+            f"{path}: not a readable Parquet file ({error}); copy or download it again"
+        ) from error
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -221,9 +223,13 @@ def _checked_header(record: list[str], path: Path) -> list[str]:
     header = [name.strip() for name in record]
     for position, name in enumerate(header, start=1):
         if not name:
-            raise DataError(f"{path}:1: column {position} of the header has no name")
+            raise DataError(
+                f"{path}:1: column {position} of the header has no name; name every column once"
+            )
         if header.count(name) > 1:
-            raise DataError(f"{path}:1: the header names the column {name!r} more than once")
+            raise DataError(
+                f"{path}:1: the header names the column {name!r} more than once; rename one"
+            )
     return header
 
 

@@ -136,7 +136,7 @@ def _parts(entry: str, split: str) -> list[_Part]:
             Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
         )
         if not files:
-            raise DataError(f"no file matches {entry}")
+            raise DataError(f"no file matches {entry}; check the path and the pattern")
         return [_file(file) for file in files]
     if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
         return [_hub(hub, part) for part in joined(split)]

@@ -67,7 +67,9 @@ def run_java(java: str, *arguments: str, text: str = "", timeout: float) -> str:
             "java=False."
         ) from None
     except OSError as error:
-        raise LorakitError(f"{java} cannot be started: {error.strerror}.") from None
+        raise LorakitError(
+            f"{java} cannot be started: {error.strerror}. Reinstall Java, or score without it: java=False."
+        ) from None
     if done.returncode != 0:
         message = done.stderr.decode("utf-8", errors="replace").strip() or "no message"
         raise LorakitError(

@@ -69,4 +69,7 @@ def _refusal(source: ModelSource, error: Exception) -> str:
             f"'{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
             "base.trust_remote_code."
         )
-    return f"The configuration of '{source.name}' cannot be read ({type(error).__name__}: {message[:300]})."
+    return (
+        f"The configuration of '{source.name}' cannot be read ({type(error).__name__}: {message[:300]}). "
+        "Download or copy it again, or update transformers."
+    )

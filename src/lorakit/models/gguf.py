@@ -157,7 +157,8 @@ def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     if info["missing_keys"]:
         raise BaseModelError(
             f"'{gguf}' lacks weights that a {config.model_type} model needs: "
-            f"{', '.join(sorted(info['missing_keys'])[:3])} ({len(info['missing_keys'])} in all)."
+            f"{', '.join(sorted(info['missing_keys'])[:3])} ({len(info['missing_keys'])} in all). "
+            "Download the file again, or name the original model."
         )
     settings = source.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):

@@ -41,7 +41,10 @@ def locate_on_hub(source: ModelSource) -> tuple[str | None, bool]:
             f"{did_you_mean(name)} If it is private, log in with: hf auth login"
         ) from error
     except RevisionNotFoundError as error:
-        raise BaseModelError(f"'{name}' on the hub has no revision '{revision}'.") from error
+        raise BaseModelError(
+            f"'{name}' on the hub has no revision '{revision}'. Name one of its branches, tags or commits, or leave "
+            "the revision out."
+        ) from error
     # Without a network, the exception is that of the HTTP library that the hub client uses.
     except Exception as error:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)

@@ -113,7 +113,8 @@ def _run_trial(trial: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode:
         raise LorakitError(
-            f"A calibration run failed with exit status {done.returncode}: {done.stderr.strip()[-500:]}"
+            f"A calibration run failed with exit status {done.returncode}. Plan without calibrate. "
+            f"Its last output: {done.stderr.strip()[-500:]}"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -122,9 +122,13 @@ def _writable(path: str | Path) -> Path:
     with writing(target):
         above = next((parent for parent in target.parents if parent.exists()), target)
         if not above.is_dir():
-            raise RunFolderError(f"Cannot write '{target}': '{above}' is a file, not a folder.")
+            raise RunFolderError(
+                f"Cannot write '{target}': '{above}' is a file, not a folder. Choose another path."
+            )
         if not os.access(above, os.W_OK | os.X_OK):
-            raise RunFolderError(f"Cannot write '{target}': no permission to write to '{above}'.")
+            raise RunFolderError(
+                f"Cannot write '{target}': no permission to write to '{above}'. Choose another path."
+            )
     return target
 
 

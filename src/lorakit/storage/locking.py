@@ -29,7 +29,9 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"Cannot create the folder '{folder}': {error.strerror}.") from error
+        raise RunFolderError(
+            f"Cannot create the folder '{folder}': {error.strerror}. Choose another folder."
+        ) from error
     lock = filelock.FileLock(folder / LOCK_NAME, is_singleton=False)
     holder = folder / HOLDER_NAME
     try:
@@ -41,7 +43,9 @@ def lock_folder(path: str | Path) -> Iterator[None]:
             "Wait for it to end, or choose another folder."
         ) from error
     except OSError as error:
-        raise RunFolderError(f"Cannot lock the folder '{folder}': {error.strerror}.") from error
+        raise RunFolderError(
+            f"Cannot lock the folder '{folder}': {error.strerror}. Choose another folder."
+        ) from error
     try:
         with suppress(OSError):  # only used in the message above
             holder.write_text(f"{os.getpid()}\n", encoding="utf-8")

@@ -47,12 +47,15 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
         )
     except json.JSONDecodeError as wrong:
         raise error(
-            f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}."
+            f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
+            "Restore it from a copy."
         ) from wrong
     except (ValueError, RecursionError) as wrong:
-        raise error(f"'{path}' is not JSON: {wrong}.") from wrong
+        raise error(f"'{path}' is not JSON: {wrong}. Restore it from a copy.") from wrong
     if not isinstance(content, dict):
-        raise error(f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}.")
+        raise error(
+            f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}. Restore it from a copy."
+        )
     return content
 
 

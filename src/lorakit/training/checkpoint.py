@@ -103,8 +103,8 @@ def save(
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise LorakitError(
-                f"Training diverged: after step {state.step} {name} has values that are not finite. Lower "
-                "optimizer.learning_rate, and resume from the last checkpoint or start a new run."
+                f"Training diverged: after step {state.step} {name} has values that are not finite. Start "
+                "a new run with a lower optimizer.learning_rate; set from_adapter to start from this run's best/."
             )
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -143,7 +143,8 @@ def restore(
     if differing := stored.keys() ^ weights.keys():
         raise RunFolderError(
             f"{path} does not fit this run: {len(differing)} tensors are only in the checkpoint or only in the "
-            f"model, for example {sorted(differing)[0]}."
+            f"model, for example {sorted(differing)[0]}. Resume with the software that began the run, or start a new "
+            "run with from_adapter."
         )
     with torch.no_grad():
         for name, tensor in weights.items():

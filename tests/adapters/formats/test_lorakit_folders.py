@@ -228,7 +228,7 @@ def set_in(*keys):
         (set_in("tensors", "../adapter_model.safetensors"), "as its tensor file"),
         (set_in("tensors", "README.md"), "as its tensor file"),
         (set_in("tensors", "lorakit_model.safetensors"), "as its tensor file"),
-        (set_in("files", None), "has no valid list of files"),
+        (set_in("files", None), "names with checksums were expected"),
         (set_in("files", "../outside", "0"), "'../outside', which can be outside"),
         (set_in("files", "/etc/passwd", "0"), "'/etc/passwd', which can be outside"),
         (set_in("files", "a\\..\\b", "0"), "which can be outside"),

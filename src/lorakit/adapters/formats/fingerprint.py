@@ -98,7 +98,7 @@ class BaseRecord:
         excluded = values.get("excluded", [])
         if not isinstance(excluded, list) or not all(isinstance(n, str) for n in excluded):
             raise AdapterFileError(
-                "the record of the base model has an 'excluded' that is not a list of names."
+                f"the record of the base model has {excluded!r:.60} as 'excluded'; a list of names was expected."
             )
         return cls(**parts, excluded=tuple(excluded))
 

@@ -105,7 +105,8 @@ def read(folder: Path) -> StoredAdapter:
     tensors_name = record.get("tensors")
     if tensors_name not in (TENSORS_NAME, peft.TENSORS_NAME) or tensors_name not in record["files"]:
         raise AdapterFileError(
-            f"'{path}' names {tensors_name!r} as its tensor file; {TENSORS_NAME} or {peft.TENSORS_NAME} was expected."
+            f"'{path}' names {tensors_name!r} as its tensor file; {TENSORS_NAME} or {peft.TENSORS_NAME} was expected. "
+            "Download or save the adapter again."
         )
     tensors = read_safetensors(folder / tensors_name)
     try:
@@ -143,7 +144,8 @@ def read(folder: Path) -> StoredAdapter:
         raise AdapterFileError(f"'{folder}': {error}") from error
     except Exception as error:  # untrusted: a value may have any type or size
         raise AdapterFileError(
-            f"'{path}' does not match '{folder / tensors_name}': {type(error).__name__}: {error}."
+            f"'{path}' does not match '{folder / tensors_name}': {type(error).__name__}: {error}. Download or save the "
+            "adapter again."
         ) from error
 
 
@@ -190,7 +192,9 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
     version = record.get("format_version")
     if record.get("format") != "lorakit" or type(version) is not int:
         raise AdapterFileError(
-            f"'{path}' does not describe a lorakit adapter: its format or format_version is invalid."
+            f"'{path}' does not describe a lorakit adapter: its format is {record.get('format')!r:.40} and its "
+            f"format_version {version!r:.40}; 'lorakit' and a whole number were expected. Download or save the "
+            "adapter again."
         )
     if version > FORMAT_VERSION:
         raise AdapterFileError(
@@ -204,7 +208,10 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     """Verify the checksum of every listed file; return a notice if the model card was edited."""
     files = record.get("files")
     if not isinstance(files, Mapping):
-        raise AdapterFileError(f"'{folder / NAME}' has no valid list of files.")
+        raise AdapterFileError(
+            f"'{folder / NAME}' has {files!r:.40} as 'files'; names with checksums were expected. Download or "
+            "save the adapter again."
+        )
     notices = []
     for name, digest in files.items():
         path = PurePosixPath(name)

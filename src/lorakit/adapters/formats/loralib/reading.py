@@ -118,7 +118,9 @@ def _layer(
         return _first_gpt2_layer(layer_path, parts, alpha)
     if parts.keys() != {"A", "B"}:
         missing = "B" if "A" in parts else "A"
-        raise AdapterFileError(f"'{layer_path}' has no lora_{missing}.")
+        raise AdapterFileError(
+            f"'{layer_path}' has no lora_{missing}. Download or save the file again."
+        )
     A, B = parts["A"], parts["B"]
     if A.ndim != 2 or B.ndim != 2 or 0 in (*A.shape, *B.shape) or A.shape[0] % B.shape[1]:
         raise AdapterFileError(
@@ -178,12 +180,14 @@ def _slices(
         else:
             raise ConfigurationError(
                 f"'{layer_path}' is a fused layer with {count} adapted slices, but the file does not record which. "
-                f"Set them as in loralib's MergedLinear: enable_lora={{'{layer_path.rpartition('.')[2]}': "
-                "[True, False, True]}."
+                "Set them as in loralib's MergedLinear: lorakit.adapters.formats.read_loralib(path, alpha=..., "
+                f"enable_lora={{'{layer_path.rpartition('.')[2]}': [True, False, True]}}), and write() the result to a "
+                "folder."
             )
     if sum(map(bool, enabled)) != count or B.shape[0] % count:
         raise ConfigurationError(
-            f"enable_lora names {sum(map(bool, enabled))} slices for '{layer_path}', but its factors have {count}."
+            f"enable_lora names {sum(map(bool, enabled))} slices for '{layer_path}', but its factors have {count}. "
+            f"Write True for {count}."
         )
     width = B.shape[0] // count
     stride = len(enabled) * width
@@ -207,7 +211,9 @@ def _first_gpt2_layer(layer_path: str, parts: Mapping[str, Tensor], alpha: float
         any(t.ndim != 2 for t in (*As, *Bs))
         or len({(a.shape, b.shape) for a, b in zip(As, Bs, strict=True)}) > 1
     ):
-        raise AdapterFileError(f"'{layer_path}': the factors of its slices differ in shape.")
+        raise AdapterFileError(
+            f"'{layer_path}': the factors of its slices differ in shape. Download or save the file again."
+        )
     width = Bs[0].shape[0]
     slices = tuple(
         RowSlice(groups=1, stride=3 * width, offset="qkv".index(letter) * width, width=width)

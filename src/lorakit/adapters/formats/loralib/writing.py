@@ -34,7 +34,9 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
             f"'{path}' must end in .safetensors, .bin, .pt or .pth, which determines the kind of file."
         )
     if not stored.layers:
-        raise AdapterFileError(f"loralib has no method {type(stored.method).__name__}.")
+        raise AdapterFileError(
+            f"loralib has no method {type(stored.method).__name__}. Keep the adapter's folder."
+        )
     state: dict[str, Tensor] = {}
     alphas = set()
     for place, layer in stored.layers.items():
@@ -45,7 +47,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
     if len(alphas) > 1:
         raise AdapterFileError(
             "a loralib file has one alpha for all layers, but these layers need "
-            f"{', '.join(f'{alpha:g}' for alpha in sorted(alphas))}."
+            f"{', '.join(f'{alpha:g}' for alpha in sorted(alphas))}. Keep the adapter's folder."
         )
     state.update(stored.trained)
     with storage.atomic_file(path) as temporary:
@@ -59,7 +61,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
 def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
     """Return A, B and the rank of the equivalent loralib layer."""
     if layer.magnitude is not None:
-        raise AdapterFileError("loralib has no DoRA.")
+        raise AdapterFileError("loralib has no DoRA. Keep the adapter's folder.")
     A, B = layer.form.to_loralib(layer.A, layer.B)
     _check_slices(layer)
     if layer.initial_A is None or layer.initial_B is None:

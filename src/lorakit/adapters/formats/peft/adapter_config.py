@@ -117,7 +117,8 @@ class PeftConfig:
             self.layers_to_transform or self.layers_pattern
         ):
             raise AdapterFileError(
-                "target_modules is a pattern, but PEFT combines layers_to_transform only with a list."
+                "target_modules is a pattern, but PEFT combines layers_to_transform only with a list. "
+                "List the names of the modules."
             )
 
     def rank_of(self, path: str) -> int:
@@ -239,11 +240,13 @@ def _search(option: str, pattern: str, path: str) -> regex.Match[str] | None:
         return regex.fullmatch(pattern, path, timeout=_PATTERN_SECONDS)
     except regex.error as error:
         raise AdapterFileError(
-            f"{option} holds {pattern!r}, which is not a valid regular expression: {error}."
+            f"{option} holds {pattern!r}, which is not a valid regular expression: {error}. "
+            f"Correct it in {CONFIG_NAME}."
         ) from error
     except TimeoutError as error:
         raise AdapterFileError(
-            f"{option} holds {pattern!r}, which takes too long to match against '{path}'."
+            f"{option} holds {pattern!r}, which takes too long to match against '{path}'. Write a "
+            "simpler pattern, or a list of names."
         ) from error
 
 
