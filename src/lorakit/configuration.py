@@ -219,7 +219,7 @@ def _check_names(config: Any, settings: Mapping[str, Any], path: str) -> None:
 def _instead(name: str, known: Mapping[str, Field]) -> str:
     """Return a sentence with the setting to write instead of an unknown one, or an empty string."""
     section, _, ours = OTHER_NAMES.get(name, "").rpartition(".")
-    if ours in known:
+    if ours in known and section not in known:  # evaluation.batch_size is not batch_size
         return f" Its name in lorakit is '{ours}'."
     if not ours:
         kinds = {key: field.default_factory for key, field in known.items()}

@@ -54,7 +54,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
         typed_only: An option that only the command line can set, such as --recipe.
 
     Raises:
-        ConfigurationError: The file cannot be read, or has a key that no command has.
+        ConfigurationError: The file cannot be read, or has keys that no command has; names each of them.
     """
     content = _read(path)
     own, sections = options_of(config_class), sections_of(config_class)
@@ -67,6 +67,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     training = _options_of_training_only()
     is_of_run = not training.isdisjoint(values) and training.isdisjoint(own)
     of_run = _top_level_of_training() if is_of_run else set()
+    unknown = []
     for name in values:
         if name in own or name in sections or name in of_run:
             continue
@@ -75,9 +76,10 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
                 f"{path}: --{name} works only on the command line; a YAML file cannot set it."
             )
         if name not in every or _means_own(name, own):
-            raise ConfigurationError(
-                f"{path}: unknown option '{name}'.{suggestion(name, own)} --help lists the options."
-            )
+            unknown.append(f"unknown option '{name}'.{suggestion(name, own)}")
+    if unknown:  # all of them: a file of another library has dozens
+        lines = "\n  ".join(unknown)
+        raise ConfigurationError(f"{path}: {lines} --help lists the options.")
     used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
     return used, [name for name in values if name not in used]
 

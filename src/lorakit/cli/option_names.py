@@ -11,7 +11,7 @@ from lorakit.other_names import OTHER_NAMES
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a sentence with the option to write instead of an unknown one, or an empty string."""
     known = list(known)
-    head, _, last = name.rpartition(".")
+    head, _, last = name.replace("-", "_").rpartition(".")
     if (ours := OTHER_NAMES.get(last)) in known and head in ("", str(ours).rpartition(".")[0]):
         return f" Its name in lorakit is --{ours}."
     if same := [option for option in known if option.rpartition(".")[2] == last]:
