@@ -25,7 +25,8 @@ from torch import nn
 import lorakit
 from benchmarks import report
 from benchmarks.runs import runs_of
-from lorakit.models.dtypes import resolved_dtype
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import load_base
 
 BASE_MODEL = "smollm2-135m"
@@ -97,7 +98,7 @@ def main(*, quick: bool) -> None:
             times = ", ".join(f"{step} {1000 * seconds[step]:.0f} ms" for step in STEPS)
             report.say(f"  {number + 1}  {name:<8} {times}")
     section = report.Section(
-        f"An adapter on all linear layers of {BASE_MODEL}, {resolved_dtype('auto')}, rank {RANK}",
+        f"An adapter on all linear layers of {BASE_MODEL}, {dtype_name(compute_dtype())}, rank {RANK}",
         durations(figures),
         f"Milliseconds of the first call in a process: median (range) of {len(figures['lorakit'])} processes per "
         "library, in alternating order.",

@@ -31,7 +31,8 @@ from benchmarks.latency import Times, in_turn, operations, ratio
 from benchmarks.runs import runs_of
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED
-from lorakit.models.dtypes import dtype_name, resolved_dtype
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import load_base
 
 BASE_MODEL = "smollm2-135m"
@@ -196,7 +197,7 @@ def measured(part: str, module: str, quick: bool, first: Sequence[str] = ()) -> 
         The machine, the base, and by dtype the figures of each process.
     """
     record: dict[str, Any] = {"machine": report.machine(), "base": BASE_MODEL}
-    best = resolved_dtype("auto")
+    best = dtype_name(compute_dtype())
     # One process in float32 for comparison; the main results use the dtype of `auto`.
     rounds = {best: 1} if quick else {"float32": 1, best: ROUNDS}
     for dtype in sorted(rounds):

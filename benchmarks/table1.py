@@ -29,7 +29,8 @@ from benchmarks import report
 from benchmarks.latency import Times, in_turn, ratio
 from benchmarks.runs import runs_of
 from benchmarks.workloads import SEED
-from lorakit.models.dtypes import compute_dtype, resolved_dtype
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import dtype_name
 
 ROUNDS = 3
 BASE, MERGED = "fine-tuned model", "LoRA, merged"
@@ -173,7 +174,7 @@ def main(*, quick: bool) -> None:
             times[setting.name].append(process[setting.name])
         report.say(f"  process {number + 1}: {process['process_seconds']:.0f} s")
     section = report.Section(
-        f"Table 1 of the paper: GPT-2 medium, random weights, {resolved_dtype('auto')}",
+        f"Table 1 of the paper: GPT-2 medium, random weights, {dtype_name(compute_dtype())}",
         latencies(times),
         "Milliseconds per forward pass, with the head and without a cache. In parentheses: slow-down against the "
         "fine-tuned model, with its 95 % interval. Paper: batches of 32, 16 and 1 on a Quadro RTX 8000.",

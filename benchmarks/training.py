@@ -24,7 +24,8 @@ from benchmarks.runs import Runs, runs_of
 from benchmarks.systems import load_model
 from benchmarks.training_tables import sections, speed
 from benchmarks.workloads import WORKLOADS, Workload
-from lorakit.models.dtypes import compute_dtype, dtype_name
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import dtype_name
 
 ROUNDS = 3
 PRECISIONS = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}

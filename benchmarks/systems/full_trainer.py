@@ -13,7 +13,7 @@ import torch
 from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
 from benchmarks.systems.trainer import run_trainer
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.dtype_choice import compute_dtype
 
 
 def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Trained:

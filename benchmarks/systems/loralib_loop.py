@@ -16,7 +16,7 @@ from benchmarks.examples import Prepared
 from benchmarks.systems import Trained, load_model
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import Workload
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.heads import classification_head
 
 

@@ -16,8 +16,12 @@ import torch
 from tiny_runs import adapter_bytes
 
 from lorakit import storage
+from lorakit.compute.adapted import AdapterFile, base_of
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.methods.lora.method import LoRA
+from lorakit.models import dtype_choice
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.training import checkpoint, loop, validation
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
@@ -342,3 +346,28 @@ def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed" in done.stdout
     assert "killed 4 runs at drawn instants" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_dtype(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The faster dtype may be another one on the machine that resumes."""
+
+    def choose(dtype: torch.dtype) -> None:
+        choice = DtypeChoice(dtype, "it is faster")
+        monkeypatch.setattr(dtype_choice, "choose_dtype", lambda *_, **__: choice)
+
+    auto = BaseConfig(name=base, device="cpu")
+    config = dataclasses.replace(settings(tmp_path, base), base=auto, max_steps=2)
+    choose(torch.bfloat16)
+    result = train(config)
+    assert read_settings(result.folder)["base"]["dtype"] == "bfloat16"
+    assert "dtype     bfloat16: it is faster" in capsys.readouterr().err
+    choose(torch.float32)
+    train(dataclasses.replace(config, max_steps=3, resume=True))
+    assert read_settings(result.folder)["base"]["dtype"] == "bfloat16"
+    assert "dtype     bfloat16: the run began with it" in capsys.readouterr().err
+    adapter = AdapterFile.read(result.folder / "adapter")
+    assert base_of(None, adapter).dtype == "bfloat16"
+    assert base_of(BaseConfig(name=base, dtype="float32"), adapter).dtype == "float32"

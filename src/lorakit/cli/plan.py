@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
     files.require_writable()
     if config.calibrate:
         from lorakit.models.devices import pick_device
-        from lorakit.models.dtypes import compute_dtype
+        from lorakit.models.dtype_choice import compute_dtype
         from lorakit.planning.calibration import calibrate
         from lorakit.planning.machine import keep_calibration
 
@@ -131,6 +131,8 @@ def _print(out: Console, plan: Plan) -> None:
     say(f"base     {plan.base}, {plan.parameters:,} parameters, {plan.dtype} on {plan.device}")
     if plan.note:
         say(f"         {plan.note}")
+    if plan.why_dtype:
+        say(f"dtype    {plan.dtype}: {plan.why_dtype}")
     say(f"lengths  {plan.lengths}")
     packed = ", shared prefixes computed once" if plan.packed else ""
     say(f"batch    at most {plan.rows:,} x {plan.width:,} tokens{packed}")

@@ -16,7 +16,7 @@ from lorakit.adapters.loading import load_stored
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
-from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_config import BaseConfig, DType
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
@@ -201,7 +201,9 @@ def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
 def base_of_adapter(
     base: BaseConfig | None, stored: StoredAdapter, path: str | Path = ""
 ) -> BaseConfig:
-    """Return `base`, with the name that the adapter records if it has none.
+    """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
+
+    The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
     Args:
         base: The base model; None has neither a name nor other settings.
@@ -211,14 +213,25 @@ def base_of_adapter(
     Raises:
         ConfigurationError: Neither `base` nor the adapter names a model.
     """
-    if base is not None and base.name:
+    base = base or BaseConfig()
+    if base.dtype == "auto":
+        base = dataclasses.replace(base, dtype=_recorded_dtype(stored))
+    if base.name:
         return base
     name = stored.base.source.name if stored.base is not None else None
     if name is None:
         raise ConfigurationError(
             f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
         )
-    return dataclasses.replace(base or BaseConfig(), name=name)
+    return dataclasses.replace(base, name=name)
+
+
+def _recorded_dtype(stored: StoredAdapter) -> DType:
+    """Return the dtype in which an adapter was trained, or `auto` if the file records none or a quantisation."""
+    settings: Any = stored.provenance
+    for key in ("config", "base", "dtype"):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings if settings in ("float32", "bfloat16") else "auto"
 
 
 def add_adapter(

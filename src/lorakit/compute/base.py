@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from transformers import AutoConfig
-
 from lorakit.compute.batching import context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
 from lorakit.errors import BaseModelError, DataError
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.loading import Base, ModelHead, load_base
+from lorakit.models.processor import limit_threads
 from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
 
@@ -25,6 +25,8 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
         ConfigurationError: No model is named, or the device does not exist.
     """
     device = pick_device(config.device)
+    if device.type == "cpu":
+        limit_threads()
     base = load_base(
         config.name,
         task=model_head(task, lambda: _is_encoder_decoder(config)),
@@ -97,15 +99,9 @@ def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelH
 
 
 def _is_encoder_decoder(config: BaseConfig) -> bool:
-    source = resolve(config.name, revision=config.revision)
-    if source.kind == "gguf":
+    if resolve(config.name, revision=config.revision).kind == "gguf":
         return False
     try:
-        model_config = AutoConfig.from_pretrained(
-            source.path_or_id,
-            revision=source.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except Exception:  # loading the model raises a better message
+        return bool(getattr(shape_of(config).config, "is_encoder_decoder", False))
+    except BaseModelError:  # loading the model raises a better message
         return False
-    return bool(getattr(model_config, "is_encoder_decoder", False))

@@ -21,33 +21,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compute_dtype(
-    dtype: str | torch.dtype = "auto", device: torch.device | None = None
-) -> torch.dtype:
-    """Return the dtype to compute in; a quantised base computes in that of ``auto``.
-
-    ``auto`` is bfloat16 where the processor multiplies it natively (a CUDA GPU of compute
-    capability 8.0 or later; a CPU with AVX512-BF16 or AMX), else float32: emulated bfloat16 is
-    slower than float32.
-
-    Args:
-        dtype: A name, or a dtype, which is returned unchanged.
-        device: The device to compute on; None is the GPU if this machine has one, else the CPU. A
-            GPU that this machine lacks (a planned run) counts as one that multiplies bfloat16.
+def dtype_of_name(name: str) -> torch.dtype:
+    """Return the dtype of a name such as ``float32``.
 
     Raises:
         ConfigurationError: The name is not known.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto" or dtype in QUANTISATIONS:
-        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-    if dtype not in _DTYPES:
+    if name not in _DTYPES:
         names = ("auto", *_DTYPES, *QUANTISATIONS)
         raise ConfigurationError(
-            f"dtype '{dtype}' is not one of {', '.join(names)}.{nearest(str(dtype), names)}"
+            f"dtype '{name}' is not one of {', '.join(names)}.{nearest(str(name), names)}"
         )
-    return _DTYPES[dtype]
+    return _DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,20 +40,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolved_dtype(dtype: str, device: torch.device | None = None) -> str:
-    """Return the name that a setting resolves to on a device: ``auto`` becomes a dtype, others stay.
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has bfloat16 arithmetic; others emulate it, far more slowly than float32.
 
-    Raises:
-        ConfigurationError: The name is not known.
+    That is a CUDA GPU of compute capability 8.0 or later, and a CPU with AVX512-BF16 or AMX. A GPU that this machine
+    lacks (a planned run) counts as one.
     """
-    return dtype if dtype in QUANTISATIONS else dtype_name(compute_dtype(dtype, device))
-
-
-def _multiplies_bfloat16(device: torch.device | None) -> bool:
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
-        return _cpu_multiplies_bfloat16()
+        return device.type == "cpu" and _cpu_multiplies_bfloat16()
     exists = (device.index or 0) < torch.cuda.device_count()
     return not exists or torch.cuda.get_device_capability(device)[0] >= 8
 

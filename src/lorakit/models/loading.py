@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
-from lorakit.models.dtypes import QUANTISATIONS, compute_dtype, dtype_name
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.gguf import conversion_notices, converted_folder
 from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
@@ -23,7 +24,7 @@ from lorakit.models.sources import ModelSource, resolve
 from lorakit.ops import seeded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ModelHead = Literal[
     "causal-lm",
@@ -104,7 +105,6 @@ def load_base(
         ConfigurationError: the arguments contradict each other.
     """
     _check_arguments(task, num_labels)
-    weights_dtype = compute_dtype(dtype, device)
     quantisation: Any = dtype if dtype in QUANTISATIONS else None
     if quantisation:
         check_available(quantisation)
@@ -112,6 +112,7 @@ def load_base(
     with _quiet():
         source, path, options, notices = _locate(source, trust_remote_code)
         with _explained(source, path, task):
+            weights_dtype = compute_dtype(dtype, device, _config(path, options, dtype))
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
@@ -174,6 +175,17 @@ def _locate(
         folder = converted_folder(Path(source.path_or_id))
         return source, str(folder), options, conversion_notices(folder)
     return source, source.path_or_id, options, []
+
+
+def _config(
+    path: str, options: Mapping[str, Any], dtype: str | torch.dtype
+) -> PretrainedConfig | None:
+    """Return the configuration from which the dtype ``auto`` is chosen; None for other dtypes."""
+    if dtype != "auto":
+        return None
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, **options)
 
 
 def _check_arguments(task: str, num_labels: int | None) -> None:

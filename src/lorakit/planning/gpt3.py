@@ -7,7 +7,8 @@ import torch
 from lorakit.adapters import count_parameters
 from lorakit.methods import LoRA
 from lorakit.models.base_config import BaseConfig
-from lorakit.planning.shape import GPT3, build, new_mode, planning, shape_of
+from lorakit.models.base_shape import GPT3, shape_of
+from lorakit.planning.shape import build, new_mode, planning
 
 PRINTED = 175_255.8e6
 """Parameters of full fine-tuning in the paper's Table 4."""
@@ -20,7 +21,7 @@ def arithmetic() -> tuple[str, ...]:
     """Return one line per figure of the paper with its calculation. Counts come from the model's shape."""
     base = BaseConfig(name=GPT3, dtype="bfloat16")
     with planning(new_mode()):
-        model = build(shape_of(base), base, "causal-lm", 0, device=torch.device("cuda"))
+        model = build(shape_of(base), base, "causal-lm", 0, dtype=torch.bfloat16)
         counts = count_parameters(model, LoRA(rank=4, targets="attention.qv"))
     weights, adapter = PRINTED * HALF, counts.trainable * HALF
     moments = 2 * weights

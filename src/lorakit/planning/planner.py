@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
-from lorakit.models.dtypes import compute_dtype, resolved_dtype
+from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
+from lorakit.models.processor import limit_threads
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
@@ -23,7 +25,6 @@ from lorakit.planning.machine import (
     find_machine,
 )
 from lorakit.planning.products import time_products
-from lorakit.planning.shape import GPT3, Shape, shape_of
 from lorakit.planning.simulate import SimulatedRun, as_full, simulate
 from lorakit.training.config import TrainConfig
 
@@ -83,6 +84,8 @@ class Plan:
     parameters: int
     """Parameters of the base."""
     dtype: str
+    why_dtype: str
+    """Why `auto` became this dtype; "" for a dtype that the user set."""
     device: str
     lengths: str
     """Where the lengths of examples come from."""
@@ -148,23 +151,28 @@ def plan(
     """
     device, here = _device(config)
     gpu = device.type != "cpu"
+    if not gpu:
+        limit_threads()
     shape = shape_of(config.base)
+    base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
+    config = dataclasses.replace(config, base=base)
     batches = _batches(config, shape, length, targets)
     dtype = compute_dtype(config.base.dtype, device)
     machine = machine or find_machine(device, dtype, here=here)
     measures = here and machine.here
-    run = simulate(config, shape, batches, device=device)
+    run = simulate(config, shape, batches, dtype=dtype)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
         try:
-            full = simulate(as_full(config), shape, batches, device=device)
+            full = simulate(as_full(config), shape, batches, dtype=dtype)
         except LorakitError as error:
             why = str(error)
     return Plan(
         base=shape.name,
         note=shape.note,
         parameters=run.total,
-        dtype=resolved_dtype(config.base.dtype, device),
+        dtype=config.base.dtype,
+        why_dtype=why_dtype,
         device=str(device),
         lengths=batches.source,
         rows=run.rows,

@@ -1,87 +1,23 @@
-"""Base models without weights, from a configuration file, a GGUF header, or the built-in GPT-3 175B."""
+"""Models without weights, built from the configuration of a base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, GPT2Config, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.dtypes import QUANTISATIONS, compute_dtype
-from lorakit.models.gguf import conversion_of
-from lorakit.models.hub import locate_on_hub
+from lorakit.models.base_shape import Shape
+from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
-from lorakit.models.sources import ModelSource, resolve
-
-GPT3 = "gpt3-175b"
-"""GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Name and configuration of a base model."""
-
-    name: str
-    note: str
-    config: PretrainedConfig
-    trust_remote_code: bool = False
-
-
-def shape_of(base: BaseConfig) -> Shape:
-    """Read the configuration of a base model, without its weights.
-
-    Raises:
-        BaseModelError: The model does not exist, or its configuration cannot be read.
-    """
-    if base.name.lower() == GPT3:
-        note = (
-            "GPT-3 175B, built into lorakit: 96 layers of width 12,288, 96 heads, 2,048 positions"
-        )
-        config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
-        return Shape(GPT3, note, config)
-    source = resolve(base.name, revision=base.revision)
-    options: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
-    location = source.path_or_id
-    if source.kind == "hub":
-        commit, reachable = locate_on_hub(source)
-        options |= {"revision": commit, "local_files_only": not reachable}
-    elif source.kind == "gguf":
-        file = Path(location)
-        folder = conversion_of(file)
-        location = str(folder or file.parent)
-        options = {} if folder else {"gguf_file": file.name}
-    try:
-        config = AutoConfig.from_pretrained(location, **options)
-    # A configuration is untrusted input; its readers raise almost any exception.
-    except Exception as error:
-        raise BaseModelError(_refusal(source, error)) from error
-    return Shape(source.name, source.note, config, base.trust_remote_code)
-
-
-def _refusal(source: ModelSource, error: Exception) -> str:
-    message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
-        return (
-            f"'{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
-            "base.trust_remote_code."
-        )
-    return (
-        f"The configuration of '{source.name}' cannot be read ({type(error).__name__}: {message[:300]}). "
-        "Download or copy it again, or update transformers."
-    )
-
-
-# --- the model ---------------------------------------------------------------------------------------
 
 
 def new_mode() -> FakeTensorMode:
@@ -97,9 +33,9 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
 
 
 def build(
-    shape: Shape, base: BaseConfig, task: ModelHead, labels: int, *, device: torch.device
+    shape: Shape, base: BaseConfig, task: ModelHead, labels: int, *, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Return the model with a head for `task`, as `load_base` does for `device`. Call it inside :func:`planning`.
+    """Return the model in `dtype` with a head for `task`. Call it inside :func:`planning`.
 
     Raises:
         BaseModelError: The architecture has no head for the task.
@@ -110,7 +46,6 @@ def build(
     elif labels:
         config.num_labels = labels
     options = {"trust_remote_code": True} if shape.trust_remote_code else {}
-    dtype = compute_dtype(base.dtype, device)
     try:
         model = model_class(task).from_config(config, dtype=dtype, **options)
     # Architectures raise almost any exception for an unsupported head or size.

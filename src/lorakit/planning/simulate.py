@@ -14,12 +14,12 @@ from lorakit.adapters import formats
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
 from lorakit.methods import METHODS
-from lorakit.models.dtypes import compute_dtype
+from lorakit.models.base_shape import Shape
 from lorakit.models.faster import make_faster
 from lorakit.models.loading import Base
 from lorakit.models.sources import ModelSource
 from lorakit.planning.batches import Batches
-from lorakit.planning.shape import Shape, base_bytes, build, new_mode, planning
+from lorakit.planning.shape import base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
 from lorakit.training.config import TrainConfig
 from lorakit.training.setup import (
@@ -59,7 +59,7 @@ class SimulatedRun:
 
 
 def simulate(
-    config: TrainConfig, shape: Shape, batches: Batches, *, device: torch.device
+    config: TrainConfig, shape: Shape, batches: Batches, *, dtype: torch.dtype
 ) -> SimulatedRun:
     """Set up a run as training does, on a model without weights, and run a step of each batch.
 
@@ -71,7 +71,7 @@ def simulate(
     method = config.chosen_method if start is None else formats.read(start).method
     with planning(fake):
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
-        model = build(shape, config.base, head, len(task.labels), device=device)
+        model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
         source = ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, source)
@@ -84,7 +84,6 @@ def simulate(
         computation = choice_of(config, model, task)
         if computation.faster == "layers":
             make_faster(model)
-        dtype = compute_dtype(config.base.dtype, device)
         autocast = autocast_of(dtype, adapters, model.device)
     check_context(base, [*batches.fullest, *batches.middle])
     make = collator(base, packed=computation.packed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.installed import base_parameters, base_weights
+from lorakit.models.processor import processor_name
 
 PACKAGES = ("lorakit", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -30,7 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -64,14 +65,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """Return the processor's name. On Linux only /proc has it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return (
-                next(line for line in file if line.startswith("model name")).split(":")[1].strip()
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

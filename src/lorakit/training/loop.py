@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> RunResult:
             Loggers(run, state) as log,
             Reporter(job, state) as show,
         ):
+            if run.dtype_reason:
+                show.say(f"dtype     {run.config.base.dtype}: {run.dtype_reason}")
             if run.extends:
                 show.say(f"schedule  {_extension(job, state, run.extends)}")
             if not state.started:

@@ -33,7 +33,7 @@ import yaml
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.devices import pick_device
-from lorakit.models.dtypes import resolved_dtype
+from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.training.checkpoint import State, from_fields, newest_step
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment
@@ -148,9 +148,13 @@ def _step_of(line: bytes) -> int:
 class RunFolder:
     """An opened run folder; see :func:`open_run`."""
 
-    def __init__(self, path: Path, config: TrainConfig, *, extends: str = "") -> None:
+    def __init__(
+        self, path: Path, config: TrainConfig, *, extends: str = "", dtype_reason: str = ""
+    ) -> None:
         self.path = path
         self.config = config
+        self.dtype_reason = dtype_reason
+        """Why `auto` became the dtype of `config`; "" for a dtype that the user set."""
         self.extends = extends
         """The setting that `max_steps` of a resumed run replaces, such as "max_steps 100"; "" if it is unchanged."""
         self.metrics = JsonLines(path / METRICS)
@@ -240,7 +244,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
     # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
-    config = _resolved(config)
+    config, dtype_reason = _resolved(config, path)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
@@ -249,7 +253,7 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
                 _require_resumable(path, config)
                 extends = _extended_setting(path, config)
             try:
-                yield RunFolder(path, config, extends=extends)
+                yield RunFolder(path, config, extends=extends, dtype_reason=dtype_reason)
             finally:
                 if not (path / CONFIG).exists():
                     # Before the lock is released: afterwards another run may hold this file.
@@ -262,14 +266,20 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
                     folder.rmdir()
 
 
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """Return `config` with the resolved dtype and learning rate, so that config.yaml records them."""
-    dtype = resolved_dtype(config.base.dtype, pick_device(config.base.device))
-    return dataclasses.replace(
-        config,
-        base=dataclasses.replace(config.base, dtype=dtype),  # type: ignore[arg-type]
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=config.peak_rate),
-    )
+def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
+    """Return `config` with the resolved dtype and learning rate, which config.yaml records, and why this dtype.
+
+    A resumed run keeps its dtype, also on a machine where another is faster.
+    """
+    base, reason = config.base, ""
+    if base.dtype == "auto" and config.resume and (path / CONFIG).exists():
+        recorded = read_settings(path).get("base", {}).get("dtype", "auto")
+        base, reason = dataclasses.replace(base, dtype=recorded), "the run began with it"
+    if base.dtype == "auto":
+        pick_device(base.device)  # rejects a device that this machine lacks
+        base, reason = resolve_dtype(base, batch_size=config.batch_size)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=config.peak_rate)
+    return dataclasses.replace(config, base=base, optimizer=optimizer), reason
 
 
 def _saved_settings(config: TrainConfig) -> dict[str, Any]:

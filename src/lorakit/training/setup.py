@@ -28,7 +28,8 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
-from lorakit.models.dtypes import compute_dtype, dtype_name
+from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, Task, file_of, generic_task, task_type

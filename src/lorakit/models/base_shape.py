@@ -1,0 +1,75 @@
+"""Configuration of a base model, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import BaseModelError
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.gguf import conversion_of
+from lorakit.models.hub import locate_on_hub
+from lorakit.models.sources import ModelSource, resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GPT3 = "gpt3-175b"
+"""GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Name and configuration of a base model."""
+
+    name: str
+    note: str
+    config: PretrainedConfig
+    trust_remote_code: bool = False
+
+
+def shape_of(base: BaseConfig) -> Shape:
+    """Read the configuration of a base model, without its weights.
+
+    Raises:
+        BaseModelError: The model does not exist, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig, GPT2Config
+
+    if base.name.lower() == GPT3:
+        note = (
+            "GPT-3 175B, built into lorakit: 96 layers of width 12,288, 96 heads, 2,048 positions"
+        )
+        config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
+        return Shape(GPT3, note, config)
+    source = resolve(base.name, revision=base.revision)
+    options: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
+    location = source.path_or_id
+    if source.kind == "hub":
+        commit, reachable = locate_on_hub(source)
+        options |= {"revision": commit, "local_files_only": not reachable}
+    elif source.kind == "gguf":
+        file = Path(location)
+        folder = conversion_of(file)
+        location = str(folder or file.parent)
+        options = {} if folder else {"gguf_file": file.name}
+    try:
+        config = AutoConfig.from_pretrained(location, **options)
+    # A configuration is untrusted input; its readers raise almost any exception.
+    except Exception as error:
+        raise BaseModelError(_refusal(source, error)) from error
+    return Shape(source.name, source.note, config, base.trust_remote_code)
+
+
+def _refusal(source: ModelSource, error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return (
+            f"'{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
+            "base.trust_remote_code."
+        )
+    return (
+        f"The configuration of '{source.name}' cannot be read ({type(error).__name__}: {message[:300]}). "
+        "Download or copy it again, or update transformers."
+    )

@@ -1,0 +1,293 @@
+"""Choose the compute dtype of `auto`: time products of the base's shapes in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorakit import storage
+from lorakit.errors import BaseModelError, LorakitError
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_shape import shape_of
+from lorakit.models.devices import pick_device
+from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
+from lorakit.models.gguf import cache_folder
+from lorakit.models.processor import limit_threads, processor_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LEAD = 1.1
+"""bfloat16 must be faster by this factor. Below it, float32 is taken for its precision."""
+
+BATCH_SIZE = 16
+"""Examples of a batch if the caller does not know it."""
+
+TOKENS = 32
+"""Assumed tokens of an example: short, so that the choice also holds for short batches."""
+
+SECONDS = 0.2
+"""Seconds of trial products, after one round that fills caches."""
+
+ROUNDS = range(5, 64)
+"""Minimum and maximum number of rounds; a round times every product once in each dtype."""
+
+OPERATIONS = {"cpu": 1e9, "cuda": 1e12}
+"""Maximum operations of a trial product. Larger ones are tried with fewer rows and narrower matrices."""
+
+NEGLIGIBLE = 1e8
+"""Operations of a block below which other work dominates; such a model computes in float32."""
+
+_WIDTHS = (1024, 4096)
+"""Hidden and inner width of a model that is not known."""
+
+_INNER = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
+"""Names of the inner width in configurations of transformers."""
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """A compute dtype, and the reason for it."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rates of trial products in operations per second."""
+
+    float32: float
+    bfloat16: float
+    steady: bool
+    """Whether most rounds agree on the faster dtype."""
+
+    @property
+    def choice(self) -> DtypeChoice:
+        """The dtype to compute in."""
+        rates = {"float32": _rate(self.float32), "bfloat16": _rate(self.bfloat16)}
+        if self.bfloat16 >= LEAD * self.float32:
+            return DtypeChoice(
+                torch.bfloat16,
+                f"its products run at {rates['bfloat16']}, those of float32 at {rates['float32']}",
+            )
+        return DtypeChoice(
+            torch.float32,
+            f"its products run at {rates['float32']}, those of bfloat16 at {rates['bfloat16']}",
+        )
+
+
+def compute_dtype(
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | None = None,
+    config: PretrainedConfig | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> torch.dtype:
+    """Return the dtype to compute in.
+
+    Args:
+        dtype: A name, or a dtype, which is returned unchanged. ``auto`` is the faster of float32 and bfloat16; see
+            `choose_dtype`. A quantised base computes in bfloat16 where the device multiplies it, to save memory.
+        device: The device to compute on; None is the GPU if this machine has one, else the CPU.
+        config: Configuration of the base, for ``auto``; None tries products of usual shapes.
+        batch_size: Examples of a batch, for ``auto``.
+
+    Raises:
+        ConfigurationError: The name is not known.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    device = device or pick_device("auto")
+    if dtype == "auto":
+        return choose_dtype(device, config, batch_size=batch_size).dtype
+    if dtype in QUANTISATIONS:
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return dtype_of_name(dtype)
+
+
+def resolve_dtype(base: BaseConfig, *, batch_size: int = BATCH_SIZE) -> tuple[BaseConfig, str]:
+    """Return `base` with the name of a dtype in place of ``auto``, and the reason for it.
+
+    The reason is empty for a dtype that the user chose. A device that this machine lacks counts as a GPU that
+    multiplies bfloat16.
+
+    Args:
+        base: The base and its settings.
+        batch_size: Examples of a batch.
+    """
+    if base.dtype != "auto":
+        return base, ""
+    try:
+        device = pick_device(base.device)
+    except LorakitError:  # a planned run on another machine
+        device = torch.device(base.device)
+    config = None
+    if multiplies_bfloat16(device) and _exists(device):
+        with suppress(BaseModelError):  # loading it raises a better message
+            config = shape_of(base).config
+    choice = choose_dtype(device, config, batch_size=batch_size)
+    return dataclasses.replace(base, dtype=dtype_name(choice.dtype)), choice.reason  # type: ignore[arg-type]
+
+
+def choose_dtype(
+    device: torch.device, config: PretrainedConfig | None = None, *, batch_size: int = BATCH_SIZE
+) -> DtypeChoice:
+    """Return bfloat16 if its products are at least `LEAD` times as fast as those of float32, else float32.
+
+    Times the products of a block, forward and backward, in alternating rounds. The rates are cached per processor,
+    number of threads, release of torch and shapes in the user's cache folder, unless they scatter.
+
+    Args:
+        device: Device to compute on.
+        config: Configuration of the base; None tries products of usual shapes.
+        batch_size: Examples of a batch, which determines the rows of the products.
+    """
+    if not multiplies_bfloat16(device):
+        return DtypeChoice(torch.float32, f"this {_kind(device)} has no bfloat16 arithmetic")
+    if not _exists(device):
+        return DtypeChoice(torch.bfloat16, "assumed for a device that this machine lacks")
+    widths = _widths(config) if config is not None else _WIDTHS
+    rows = _rows(batch_size) * (1 if device.type == "cpu" else 8)
+    if sum(2 * rows * a * b for a, b in _products(widths)) < NEGLIGIBLE:
+        return DtypeChoice(torch.float32, "the products of this small model take little time")
+    if device.type == "cpu":
+        limit_threads()
+    return _trial(device, widths, rows, torch.get_num_threads()).choice
+
+
+def _exists(device: torch.device) -> bool:
+    """Return whether this machine has the device."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
+@functools.cache
+def _trial(device: torch.device, widths: tuple[int, int], rows: int, threads: int) -> Trial:
+    """Return the cached trial of this machine, or run it and cache it."""
+    is_gpu = device.type == "cuda"
+    identity = {
+        "processor": torch.cuda.get_device_name(device) if is_gpu else processor_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "widths": widths,
+        "rows": rows,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_folder() / f"dtype-{key}.json"
+    if (kept := _read(path)) is not None:
+        return kept
+    trial = _measure(device, widths, rows)
+    if trial.steady:
+        _keep(trial, path, identity)
+    return trial
+
+
+def _read(path: Path) -> Trial | None:
+    if not path.exists():
+        return None
+    try:
+        kept = Trial(**storage.read_record(path, BaseModelError)["trial"])
+        return kept if 0 < kept.float32 < 1e18 and 0 < kept.bfloat16 < 1e18 else None
+    except (LorakitError, KeyError, TypeError):  # a damaged cache entry: measure again
+        return None
+
+
+def _keep(trial: Trial, path: Path, identity: dict[str, Any]) -> None:
+    # Without a writable cache, each process measures for itself.
+    with suppress(LorakitError), storage.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with storage.atomic_file(path) as temporary:
+            record = {"trial": dataclasses.asdict(trial), "identity": identity}
+            storage.write_record(temporary, record)
+
+
+def _measure(device: torch.device, widths: tuple[int, int], rows: int) -> Trial:
+    """Time the products of a block in alternating rounds of float32 and bfloat16."""
+    cap = OPERATIONS["cpu" if device.type == "cpu" else "cuda"]
+    side = max(256, int((cap / 64) ** 0.5))  # so that 32 rows stay within the cap
+    hidden, inner = (min(width, side) for width in widths)
+    rows = max(32, min(rows, int(cap / (2 * hidden * inner))))
+    products = _products((hidden, inner))
+    pair = (torch.float32, torch.bfloat16)
+    operands = {
+        dtype: [_operands(a, b, rows, dtype, device) for a, b in products] for dtype in pair
+    }
+    for dtype in pair:
+        _seconds(operands[dtype], device)
+    rounds: list[dict[torch.dtype, float]] = []
+    end = time.perf_counter() + SECONDS
+    while len(rounds) < ROUNDS.start or (time.perf_counter() < end and len(rounds) < ROUNDS.stop):
+        order = pair if len(rounds) % 2 else pair[::-1]
+        rounds.append({dtype: _seconds(operands[dtype], device) for dtype in order})
+    low, _, high = quantiles([r[torch.float32] / r[torch.bfloat16] for r in rounds], n=4)
+    work = 2 * sum(2 * rows * a * b for a, b in products)
+    seconds = {dtype: median(r[dtype] for r in rounds) for dtype in pair}
+    return Trial(
+        float32=work / seconds[torch.float32],
+        bfloat16=work / seconds[torch.bfloat16],
+        steady=(low >= LEAD) == (high >= LEAD),
+    )
+
+
+def _operands(
+    fan_in: int, fan_out: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the input, the weight and the output's gradient of a linear layer."""
+    shapes = ((rows, fan_in), (fan_out, fan_in), (rows, fan_out))
+    x, W, grad = (torch.full(shape, 0.5, dtype=dtype, device=device) for shape in shapes)
+    return x, W, grad
+
+
+def _seconds(operands: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
+    """Return the seconds of every layer's product and of the gradient of its input."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    with torch.no_grad():
+        for x, W, grad in operands:
+            F.linear(x, W)
+            torch.mm(grad, W)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _products(widths: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Return the input and output widths of a block's large products."""
+    hidden, inner = widths
+    return (hidden, hidden), (hidden, inner), (inner, hidden)
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the hidden and the inner width of a model; for unknown names, usual ones."""
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", None) or _WIDTHS[0]
+    inner = next((w for n in _INNER if (w := getattr(text, n, None))), None) or 4 * hidden
+    return int(hidden), int(inner)
+
+
+def _rows(batch_size: int) -> int:
+    """Return the rows of the products for batches of this size: a power of two from 64 to 1,024."""
+    tokens = min(max(TOKENS * batch_size, 64), 1024)
+    return 1 << (tokens.bit_length() - 1)
+
+
+def _kind(device: torch.device) -> str:
+    return {"cpu": "processor", "cuda": "GPU"}.get(device.type, f"{device.type} device")
+
+
+def _rate(operations: float) -> str:
+    giga = operations / 1e9
+    return f"{giga / 1e3:,.0f} TFLOP/s" if giga >= 1e4 else f"{giga:,.0f} GFLOP/s"

@@ -1,0 +1,86 @@
+"""The processor of this machine: its name, and the number of threads that compute fastest."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+
+_CPUS = Path("/sys/devices/system/cpu")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+@functools.cache
+def processor_name() -> str:
+    """Return the processor's name. On Linux only /proc has it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return (
+                next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return the physical cores that this process may use, by its affinity and its container's quota.
+
+    The second thread of a core shares its arithmetic units, so it does not speed up matrix products.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(_all_cpus()))
+    cores = len({_core_of(cpu) for cpu in cpus})
+    return max(1, math.ceil(min(cores, _quota())))
+
+
+def limit_threads() -> None:
+    """Lower the number of torch's threads to the usable cores, and log a line if that changes it.
+
+    Does nothing if the environment sets OMP_NUM_THREADS or MKL_NUM_THREADS.
+    """
+    if any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    threads, cores = torch.get_num_threads(), usable_cores()
+    if threads > cores:
+        torch.set_num_threads(cores)
+        _LOG.warning(
+            "torch would use %d threads, but this process may use %d physical cores; it now uses %d threads. "
+            "OMP_NUM_THREADS sets another number.",
+            threads,
+            cores,
+            cores,
+        )
+
+
+def _all_cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def _core_of(cpu: int) -> str:
+    """Return the threads of a CPU's physical core, or the CPU itself where the system does not tell."""
+    try:
+        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> float:
+    """Return the CPUs that control groups (version 2 or 1) let this process use; infinite without a quota."""
+    try:
+        quota, period = (_CGROUPS / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota, period = (
+            int((_CGROUPS / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+        return quota / period if quota > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf

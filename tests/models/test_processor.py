@@ -1,0 +1,82 @@
+"""The number of threads follows physical cores, affinity and the container's quota."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.models import processor
+from lorakit.models.processor import limit_threads, usable_cores
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Eight CPUs of which n and n + 4 share a core, without a quota; the process may use them all."""
+    for cpu in range(8):
+        folder = tmp_path / f"cpus/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    (tmp_path / "cgroup").mkdir()
+    monkeypatch.setattr(processor, "_CPUS", tmp_path / "cpus")
+    monkeypatch.setattr(processor, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    return tmp_path / "cgroup"
+
+
+def test_two_threads_of_a_core_count_once(system: Path) -> None:
+    assert usable_cores() == 4
+
+
+def test_affinity(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 5, 6}, raising=False)
+    assert usable_cores() == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("max 100000", 4), ("250000 100000", 3), ("50000 100000", 1), ("900000 100000", 4), ("?", 4)],
+)
+def test_quota_of_version_2(system: Path, content: str, expected: int) -> None:
+    (system / "cpu.max").write_text(f"{content}\n")
+    assert usable_cores() == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("200000", 2)])
+def test_quota_of_version_1(system: Path, quota: str, expected: int) -> None:
+    (system / "cpu").mkdir()
+    (system / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (system / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert usable_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "variable", "expected"), [(8, None, 4), (3, None, 3), (8, "OMP_NUM_THREADS", 8)]
+)
+def test_threads_are_lowered_with_a_line(
+    system: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    threads: int,
+    variable: str | None,
+    expected: int,
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, str(threads))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with caplog.at_level(logging.WARNING, logger="lorakit"):
+            limit_threads()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    lines = [record.getMessage() for record in caplog.records]
+    if expected == threads:
+        assert lines == []
+    else:
+        assert lines[0].startswith("torch would use 8 threads, but this process may use 4 physical")
