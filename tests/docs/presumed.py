@@ -13,7 +13,7 @@ NOT_RUN = {
 """Commands that are not run, by their start, with the reason."""
 
 SHOWN = {
-    ("README.md", "lorakit demo --steps 4 --test_texts 4 --test_loss 16"): (
+    ("README.md", "lorakit demo --max_steps 4 --test_texts 4 --test_loss 16"): (
         "before",
         "The adapter is",
     ),

@@ -43,6 +43,7 @@ def test_commands(page: str, reader: Reader) -> None:
 @pytest.mark.slow
 # PEFT and TRL use a name that transformers deprecates.
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT, offline
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if steps_of(page, PYTHON)])
 def test_python(page: str, reader: Reader) -> None:
     reader(page)

@@ -85,6 +85,9 @@ def _do(step: Step, presumed: Presumed, names: dict[str, Any]) -> str:
         return ""
     more = words(_of(presumed.more, step))
     status, out, err = run(step.text, _of(presumed.typed, step), more)
+    command = " ".join(words(step.text)[:2])
+    if step.output and step.output[0].startswith(f"{command}: "):  # the page shows an error
+        return difference(step.output, err.splitlines()) if status else "it ends without an error"
     if status:
         return f"status {status}: {err.strip()}"
     return difference(step.output, out.splitlines()) if step.output else ""
