@@ -351,6 +351,7 @@ def test_model_and_tokenizer_load_from_one_commit(
     saved = load_base(llama)
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     for name, result in (
+        ("AutoConfig", saved.model.config),
         ("AutoModelForCausalLM", (saved.model, info)),
         ("AutoTokenizer", saved.tokenizer),
     ):
@@ -359,6 +360,7 @@ def test_model_and_tokenizer_load_from_one_commit(
     base = load_base("organisation/model", revision="main")
     assert base.source.revision == "c0ffee"
     assert loaded == [
+        ("AutoConfig", "organisation/model", "c0ffee", False),
         ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
         ("AutoTokenizer", "organisation/model", "c0ffee", False),
     ]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
+from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import (
     QuantisedWeight,
@@ -267,7 +268,7 @@ def folder(tmp_path: Path) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_base(folder: str, kind) -> None:
     base = load_base(folder, dtype=kind)
-    expected = load_base(folder).model
+    expected = load_base(folder, dtype=compute_dtype(kind)).model
     quantise(expected, kind)
     ids = torch.tensor([[3, 4, 5, 6]])
     assert base.model(ids).logits.equal(expected(ids).logits)

@@ -183,7 +183,7 @@ def test_the_life_of_an_adapter(
         words[0]: words[1] for words in lines if len(words) > 1
     }  # of the adapter, before the base's
     for score in ("loss",) if writes else ("loss", "accuracy"):
-        assert float(printed[score]) == pytest.approx(result.scores[score], abs=1e-4)
+        assert float(printed[score]) == pytest.approx(result.scores[score], rel=1e-3)  # four digits
 
     if writes:
         prompt = "river plane:"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorakit.models import dtypes
+from lorakit.models import dtype_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.loop import train
 from lorakit.training.mixed_precision import cast_mixed_norms
@@ -48,7 +48,7 @@ def test_bitfit_trains_on_a_base_in_bfloat16(tmp_path):
 
 def test_auto_is_what_the_chosen_device_multiplies(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        dtypes, "_multiplies_bfloat16", lambda device: device != torch.device("cpu")
+        dtype_choice, "multiplies_bfloat16", lambda device: device != torch.device("cpu")
     )
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, base=BaseConfig(name=base, device="cpu"), max_steps=1)

@@ -10,8 +10,10 @@ from lorakit.other_names import OTHER_NAMES
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return a sentence with the option to write instead of an unknown one, or an empty string."""
-    known = list(known)
-    head, _, last = name.replace("-", "_").rpartition(".")
+    known, name = list(known), name.replace("-", "_")
+    if name in known:  # in a YAML file, where dashes do not stand for underscores
+        return f" Did you mean '--{name}'?"
+    head, _, last = name.rpartition(".")
     if (ours := OTHER_NAMES.get(last)) in known and head in ("", str(ours).rpartition(".")[0]):
         return f" Its name in lorakit is --{ours}."
     if same := [option for option in known if option.rpartition(".")[2] == last]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lorakit import storage
@@ -13,6 +13,7 @@ from lorakit.compute.base import open_base
 from lorakit.data import DataConfig, DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
+from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
@@ -178,7 +179,13 @@ def open_grid(
         _count_parameters(config, setup)
         for data_set in config.study.data_sets:
             _draw_training_data(config, data_set, setup)
-        grid = Grid(config, setup, say, amplification)
+        if not setup.dtype:
+            base, reason = resolve_dtype(config.base, batch_size=config.batch_size)
+            setup.dtype = base.dtype
+            if reason:
+                say(f"{base.dtype}: {reason}")
+        base = replace(config.base, dtype=setup.dtype)  # type: ignore[arg-type]
+        grid = Grid(replace(config, base=base), setup, say, amplification)
         cells = list(grid.cells())
         if not cells:
             reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}

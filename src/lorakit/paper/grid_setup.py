@@ -22,6 +22,8 @@ class ParameterCount:
 class GridSetup:
     """The values that a grid fixes before its first run. A resumed grid keeps them."""
 
+    dtype: str = ""
+    """Compute dtype of every run."""
     counts: dict[str, dict[str, ParameterCount]] = field(default_factory=dict)
     """By data set and variant."""
     steps: dict[str, int] = field(default_factory=dict)

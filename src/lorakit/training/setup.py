@@ -28,7 +28,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
-from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
@@ -225,6 +225,8 @@ def prepare(config: TrainConfig) -> Job:
     reader = RowReader()
     task = task_of(config.data, reader=reader)
     _check_task(config, task)
+    resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)  # as `train` did before
+    config = dataclasses.replace(config, base=resolved)
     base = open_base(config.base, task, seed=config.seed)
     assert base.tokenizer is not None  # open_base rejects a base without one
     # With the task set, load_examples does not infer it again for each split.
