@@ -8,16 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
+from lorakit.models import dtype_choice
+from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.paper import grid as grid_module
 from lorakit.paper import runs as runs_module
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import open_grid
+from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.run_table import run_table
 
 
@@ -319,3 +325,19 @@ def test_spread_and_verdict_follow_from_the_seeds(table2):
     expected = "level" if abs(difference.value) <= difference.spread else None
     assert difference.verdict == (expected or ("ahead" if difference.value > 0 else "behind"))
     assert difference.published == ("roberta-base", pytest.approx(89.7 - 92.7))
+
+
+def test_every_run_has_the_dtype_of_the_first(
+    table2: Callable[..., PaperConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster dtype may be another one when the grid is resumed."""
+    lines: list[str] = []
+    config = table2()
+    config = replace(config, base=replace(config.base, dtype="auto"))
+    for dtype in (torch.bfloat16, torch.float32):
+        choice = DtypeChoice(dtype, "it is faster")
+        monkeypatch.setattr(dtype_choice, "choose_dtype", lambda *_, c=choice, **__: c)
+        with open_grid(config, lines.append) as grid:
+            (run, *_) = grid.trials(*next(grid.cells()))
+            assert grid.runner.settings(run)["base.dtype"] == "bfloat16"
+    assert [line for line in lines if "faster" in line] == ["bfloat16: it is faster"]
