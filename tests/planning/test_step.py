@@ -15,8 +15,11 @@ from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
+from lorakit.ops import linear_cross_entropy
+from lorakit.planning import step
+from lorakit.planning.ledger import Ledger
 from lorakit.planning.shape import new_mode, planning
-from lorakit.planning.step import run_step, shorten
+from lorakit.planning.step import _LOSS, run_step, shorten
 from lorakit.tasks import LabelledExample, LanguageExample
 from lorakit.training.setup import enable_gradient_checkpointing
 
@@ -193,3 +196,27 @@ def test_parameters_are_fake_tensors():
     with planning(new_mode()):
         model = decoder("llama")
     assert isinstance(next(model.parameters()), torch._subclasses.FakeTensor)
+
+
+def test_a_shortened_loss_counts_every_chunk(monkeypatch):
+    """Only the first and the last chunk of logits run; the work and the peak are those of all five."""
+    monkeypatch.setattr(_LOSS, "CHUNK_BYTES", 32 * 4 * tiny_models.VOCABULARY)
+    method, objective = lorakit.LoRA(), LanguageModellingLoss(path="fused")
+    short = planned(lambda: decoder("llama"), method, objective, packed_batch())
+    called = []
+    monkeypatch.setattr(
+        step, "_short_loss", lambda ledger: called.append(ledger) or contextlib.nullcontext()
+    )
+    whole = planned(lambda: decoder("llama"), method, objective, packed_batch())
+    assert called
+    assert short.peak == whole.peak
+    assert short.work.operations == whole.work.operations
+    assert short.work.calls == pytest.approx(whole.work.calls, rel=0.01)
+    assert short.work.traffic == pytest.approx(whole.work.traffic, rel=0.01)
+
+
+def test_a_real_loss_is_whole_while_another_thread_plans():
+    hidden, W, targets = torch.randn(96, 8), torch.randn(50, 8), torch.arange(96) % 50
+    expected = linear_cross_entropy(hidden, W, targets, chunk=16)
+    with step._short_loss(Ledger([])):
+        assert linear_cross_entropy(hidden, W, targets, chunk=16).equal(expected)

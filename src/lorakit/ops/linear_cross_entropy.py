@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,8 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow_weight, narrow_bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
         losses = torch.empty(len(hidden), dtype=wide_dtype(hidden), device=hidden.device)
         block_rows = _rows_in_cache(hidden.device, weight.shape[0], losses.dtype)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        for rows in row_chunks(hidden, chunk):
             count, padded = len(hidden[rows]), _pad_rows(hidden[rows])
             logits = F.linear(padded, narrow_weight, narrow_bias)
             for block, target, factor, block_losses in zip(
@@ -102,6 +103,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
         return hidden_grad, weight_grad, None, bias_grad, None, None, None
+
+
+def row_chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
+    """Yield the rows of each chunk of `hidden` (n, d)."""
+    for start in range(0, len(hidden), chunk):
+        yield slice(start, start + chunk)
 
 
 def _pad_rows(rows: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakit.planning.products import Operand, Product
@@ -30,6 +29,17 @@ _DEVICE = torch.ops.prim.device.default
 _DRAWS = ("bernoulli", "bernoulli_", "native_dropout")
 _FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 """Functions that count the floating-point operations of a product."""
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among arguments or results of an operation, also those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
 @dataclass(slots=True)
@@ -94,6 +104,8 @@ class Ledger(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor], vocabulary: int = 0) -> None:
         super().__init__()
         self.segments: list[Segment] = []
+        self.repeated = 1
+        """Number of times that the next operations are computed in training."""
         self._vocabulary = vocabulary
         self._kind: dict[int, Kind | None] = {t.untyped_storage()._cdata: None for t in known}
         self._alive: dict[Kind, int] = dict.fromkeys(KINDS, 0)
@@ -137,12 +149,12 @@ class Ledger(TorchDispatchMode):
         if func is _DEVICE:  # a short cut for thousands of calls
             return args[0].fake_device
         kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
         if inputs and not any(isinstance(x, FakeTensor) for x in inputs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(result) if isinstance(x, FakeTensor)]
+        outputs = [x for x in _tensors((result,)) if isinstance(x, FakeTensor)]
         allocated = [self._count(x) for x in outputs]
         self._record_work(func, args, kwargs, inputs, outputs, result, any(allocated))
         return result
@@ -164,7 +176,7 @@ class Ledger(TorchDispatchMode):
             if last_kind is not None:
                 self._alive[last_kind] -= size
 
-        weakref.finalize(storage, freed)
+        weakref.finalize(storage, freed).atexit = False
         segment = self.segments[-1]
         if sum(self._alive.values()) > sum(segment.peak.values()):
             segment.peak = dict(self._alive)
@@ -181,7 +193,7 @@ class Ledger(TorchDispatchMode):
         allocates: bool,
     ) -> None:
         segment = self.segments[-1]
-        segment.work.calls += 1
+        segment.work.calls += self.repeated
         packet = func._overloadpacket
         name = packet.__name__
         moved = sum(x.nbytes for x in outputs)
@@ -191,9 +203,9 @@ class Ledger(TorchDispatchMode):
             operations = _FLOPS[packet](*args, **kwargs, out_val=result)
             moved += sum(x.nbytes for x in operands)
             product = Product(name, tuple(map(Operand.of, operands)), operations, moved)
-            segment.work.products[product] += 1
+            segment.work.products[product] += self.repeated
             segment.widest = max(segment.widest, *(x.nbytes for x in inputs))
         elif name in _DRAWS:
-            segment.work.drawn += max(x.numel() for x in outputs)
+            segment.work.drawn += self.repeated * max(x.numel() for x in outputs)
         elif allocates or name.endswith("_"):  # a view moves no bytes
-            segment.work.traffic += sum(x.nbytes for x in inputs) + moved
+            segment.work.traffic += self.repeated * (sum(x.nbytes for x in inputs) + moved)

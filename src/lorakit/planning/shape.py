@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
 from lorakit.errors import BaseModelError
@@ -26,9 +28,28 @@ def new_mode() -> FakeTensorMode:
 
 
 @contextmanager
+def _no_collection() -> Iterator[None]:
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
 def planning(fake: FakeTensorMode) -> Iterator[None]:
-    """Create fake tensors, and run attention with the fused kernel, inside this block."""
-    with fake, _FusedAttention():
+    """Create fake tensors, and run attention with the fused kernel, inside this block.
+
+    The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
+    """
+    with (
+        _no_collection(),
+        fake,
+        mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
+    ):
         yield
 
 
@@ -102,17 +123,16 @@ class _DequantisedWeight:
             output.grad_fn.register_hook(lambda *_: setattr(cls, "weight", None))
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Run attention with the flash kernel, which allocates no score matrix."""
+_attention = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value")
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value = inputs["query"], inputs["key"], inputs["value"]
-        group = query.shape[-3] // key.shape[-3]
-        if group > 1:
-            key, value = (x.repeat_interleave(group, -3) for x in (key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Run attention on fake tensors with the flash kernel, which allocates no score matrix."""
+    if not isinstance(query, FakeTensor):  # a real model, in another thread
+        return _attention(query, key, value, *args, **kwargs)
+    group = query.shape[-3] // key.shape[-3]
+    if group > 1:
+        key, value = (x.repeat_interleave(group, -3) for x in (key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.compute.objective import Batch, Objective
 from lorakit.models.blocks import stacks
 from lorakit.models.layers import by_token
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work
+
+_LOSS = import_module(
+    "lorakit.ops.linear_cross_entropy"
+)  # `lorakit.ops` has the function of this name
+row_chunks = _LOSS.row_chunks
 
 Blocks = list[tuple[nn.Module, int]]
 """The remaining blocks of a shortened model in order, each with the number of blocks that it represents."""
@@ -94,7 +102,7 @@ def run_step(
 
     handles += [p.register_post_accumulate_grad_hook(count_gradient) for p in trained]
     try:
-        with ledger:
+        with ledger, _short_loss(ledger):
             with autocast, ledger.saved_tensors():
                 loss = objective.loss_sum(model, batch)
             ledger.mark(None)
@@ -106,6 +114,24 @@ def run_step(
         for parameter in trained:
             parameter.grad = None
     return _whole_step(ledger.segments, [times for _, times in blocks])
+
+
+@contextmanager
+def _short_loss(ledger: Ledger) -> Iterator[None]:
+    """Compute the loss of fake tensors in its first and last chunk only; the first counts for all others."""
+
+    def chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
+        first, *others = row_chunks(hidden, chunk)
+        if not isinstance(hidden, FakeTensor):  # a real model, in another thread
+            yield from (first, *others)
+            return
+        ledger.repeated = max(1, len(others))
+        yield first
+        ledger.repeated = 1
+        yield from others[-1:]
+
+    with mock.patch.object(_LOSS, "row_chunks", chunks):
+        yield
 
 
 def _mark_blocks(ledger: Ledger, blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
