@@ -79,6 +79,8 @@ def test_the_base_of_the_adapter_is_used_with_another_dtype(decoder, capsys):
     assert "merge in float32" not in capsys.readouterr().out
     weights = AutoModelForCausalLM.from_pretrained("wide", dtype="auto")
     assert weights.dtype == torch.float32
+    # `auto` computes a merged model in the dtype of its file (tests/models/test_dtype_choice.py).
+    assert weights.config.lorakit_merged
 
 
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):

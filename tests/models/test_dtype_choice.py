@@ -69,7 +69,7 @@ def test_rounds_alternate(machine: Callable[..., list[torch.dtype]]) -> None:
     calls = machine(2.0)
     choose_dtype(CPU)
     rounds = list(zip(calls[2::2], calls[3::2], strict=True))
-    assert len(rounds) == dtype_choice.ROUNDS.start
+    assert len(rounds) == dtype_choice.MIN_ROUNDS
     assert all(set(pair) == {torch.float32, torch.bfloat16} for pair in rounds)
     assert rounds[0] != rounds[1]
 
@@ -128,6 +128,13 @@ def test_a_small_model_needs_no_trial(machine: Callable[..., list[torch.dtype]])
     assert compute_dtype("auto", CPU, config) == torch.float32
     assert calls == []
     assert compute_dtype("auto", CPU, LlamaConfig()) == torch.bfloat16
+
+
+def test_a_merged_model_keeps_its_dtype(machine: Callable[..., list[torch.dtype]]) -> None:
+    calls = machine(3.0)
+    config = LlamaConfig(dtype="float32", **{dtype_choice.MERGED: True})
+    assert compute_dtype("auto", CPU, config) == torch.float32
+    assert calls == []
 
 
 def test_products_have_the_shapes_of_the_base_and_a_bounded_size(

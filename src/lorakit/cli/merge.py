@@ -54,6 +54,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import AdapterFile, open_adapted
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.methods.registry import use_method
+    from lorakit.models.dtype_choice import MERGED
     from lorakit.storage.tensors import use_default_mode
 
     if config.method is not None:
@@ -77,6 +78,7 @@ def run(argv: Sequence[str]) -> None:
     verdict = judge_merge(base, adapter.stored, merged)
     logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
+        setattr(model.config, MERGED, True)
         model.save_pretrained(temporary)
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
