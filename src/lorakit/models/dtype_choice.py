@@ -147,8 +147,9 @@ def choose_dtype(
 ) -> DtypeChoice:
     """Return bfloat16 if its products are at least `LEAD` times as fast as those of float32, else float32.
 
-    A model that lorakit merged keeps its dtype. Times the products of a block, forward and backward, in alternating rounds. The rates are cached per processor,
-    number of threads, release of torch and shapes in the user's cache folder, unless they scatter.
+    A model that lorakit merged keeps its dtype. For others, products of a block are timed, forward and backward, in
+    alternating rounds. The rates are cached per processor, number of threads, release of torch and shapes in the user's
+    cache folder, unless they scatter.
 
     Args:
         device: Device to compute on.
