@@ -77,15 +77,17 @@ class Trial:
     @property
     def choice(self) -> DtypeChoice:
         """The dtype to compute in."""
-        rates = {"float32": _rate(self.float32), "bfloat16": _rate(self.bfloat16)}
-        if self.bfloat16 >= LEAD * self.float32:
-            return DtypeChoice(
-                torch.bfloat16,
-                f"its products run at {rates['bfloat16']}, those of float32 at {rates['float32']}",
-            )
+        fast, slow = "bfloat16", "float32"
+        if self.bfloat16 < LEAD * self.float32:
+            fast, slow = slow, fast
+        busy = (
+            ""
+            if self.steady
+            else ", on a machine whose speed varies, so it is measured again next time"
+        )
         return DtypeChoice(
-            torch.float32,
-            f"its products run at {rates['float32']}, those of bfloat16 at {rates['bfloat16']}",
+            getattr(torch, fast),
+            f"its products run at {_rate(getattr(self, fast))}, those of {slow} at {_rate(getattr(self, slow))}{busy}",
         )
 
 
