@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import sys
 from pathlib import Path
@@ -159,6 +160,40 @@ def test_a_base_without_a_chat_template_is_refused_at_once(folder, chat, tmp_pat
     status, out, err = chat("river", options=("--base.name", str(tmp_path)))
     assert (status, out) == (1, "")
     assert "has no chat template" in err
+
+
+@pytest.mark.parametrize("task", ["classification", "mrpc", "stsb"])
+def test_an_adapter_for_labels_is_refused_before_the_base_is_loaded(
+    task, folder, chat, tmp_path, monkeypatch, capsys
+) -> None:
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=1))
+    adapters.save(tmp_path / "labels", provenance={"task": task, "labels": []})
+    _, _, err = chat(f"/adapter {tmp_path / 'labels'}", terminal=True)
+    assert f"To apply it: lorakit predict --adapter {tmp_path / 'labels'}" in err
+    monkeypatch.setattr("lorakit.compute.adapted.open_base", None)
+    words = ["--adapter", str(tmp_path / "labels")]
+    for status, err in (
+        chat("river", options=tuple(words))[::2],
+        (main(["generate", "--prompt", "x", *words]), capsys.readouterr().err),
+    ):
+        assert status == 1
+        assert f"was trained for {task} and generates no text" in err
+
+
+def test_an_adapter_on_the_base_it_is_merged_into_is_refused(folder, chat, tmp_path) -> None:
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    lorakit.load(base.model, folder / "first" / "adapter").merge("adapter", keep_base=False)
+    base.model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    words = ("--adapter", str(folder / "first" / "adapter"), "--base.name", str(tmp_path))
+    status, _, err = chat("river", options=words)
+    assert (status, "is another base" in err, "--adapter null" in err) == (1, True, False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "lorakit_merged": True}))
+    status, _, err = chat("river", options=words)
+    assert (status, "in it already: use it without an adapter (--adapter null)" in err) == (1, True)
+    status, out, _ = chat("river", options=(*words, "--adapter", "null"))
+    assert (status, out) == (0, f"{answers(folder, 'first', 'river')[0]}\n")
 
 
 def test_beams_are_refused(chat) -> None:

@@ -199,7 +199,7 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
     assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
     assert "4 of 4 prompts answered by the base" in err
     assert out.split()[:3] == ["score", "adapter", "base"]
-    assert "on 4 examples, 4 prompts answered\n" in out
+    assert "on 4 examples of the test data, 4 prompts answered\n" in out
     page = output.with_suffix(".html").read_text()
     loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
     number = r'<td class="number">([\d.]+)</td>'
@@ -224,7 +224,7 @@ def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
     status, out, err = call(capsys, *argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
-    assert "on 12 examples\n" in out
+    assert "on 12 examples of the test data\n" in out
     page = output.with_suffix(".html").read_text()
     assert "Confusion matrix" in page
     assert "predicted wet" in page

@@ -82,7 +82,9 @@ def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, mo
     again = ["--output", str(tmp_path / "again"), "--max_steps", "1"]
     assert main(["train", "--config", str(result.folder / "config.yaml"), *again]) == 0
     adapter = tmp_path / "again" / "adapter"
-    assert f"next     lorakit inspect {adapter} --method {NAME}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"next     lorakit generate --adapter {adapter} --method {NAME} --prompt TEXT\n" in out
+    assert f"         lorakit inspect {adapter} --method {NAME}\n" in out
     more = tiny_runs.config(
         tmp_path, base, method=NAME, from_adapter=folder, max_steps=1, output=str(tmp_path / "more")
     )

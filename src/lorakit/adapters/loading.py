@@ -317,5 +317,10 @@ def _check_base(
         stored.notices.extend(formats.compare(stored.base, live) or [])
     except WrongBaseError as error:
         if not allow_other_base:
+            if getattr(getattr(model, "config", None), "lorakit_merged", False):
+                raise WrongBaseError(
+                    f"{error} This base is a merged model of lorakit, which has its adapter in it already: use it "
+                    "without an adapter (--adapter null)."
+                ) from None
             raise
         stored.notices.append(f"loaded on another base because allow_other_base is set: {error}")

@@ -61,17 +61,16 @@ def run(argv: Sequence[str]) -> None:
         "answer. /adapter NAME|PATH, /base, /reset and /quit change the adapter, start anew and end the chat.",
         argv,
     )
-    from lorakit.compute.adapted import AdapterFile, base_of, open_adapted, recorded_task
+    from lorakit.compute.adapted import AdapterFile, base_of, open_adapted, text_task
     from lorakit.evaluation.conversation import Conversation
     from lorakit.methods.registry import use_method
 
     if config.method is not None:
         use_method(config.method)
     file = AdapterFile.read(config.adapter)
-    task = recorded_task(file) if file is not None else None
-    base = open_adapted(
-        base_of(config.base, file), None, task=task
-    )  # the conversation adds adapters
+    task = text_task(file)
+    # The conversation adds adapters.
+    base = open_adapted(base_of(config.base, file), None, task=task)
     conversation = Conversation(
         base,
         system=config.system,
@@ -175,7 +174,7 @@ def _obey(conversation: Conversation, line: str) -> bool:
 
 def _load(conversation: Conversation, name: str) -> None:
     """Activate the adapter with this name, or load it from this path."""
-    from lorakit.compute.adapted import AdapterFile, recorded_task
+    from lorakit.compute.adapted import AdapterFile, text_task
     from lorakit.tasks import Chat
 
     if name in conversation.adapters:
@@ -183,8 +182,8 @@ def _load(conversation: Conversation, name: str) -> None:
     else:
         file = AdapterFile.read(Path(name).expanduser())
         assert file is not None
+        task = text_task(file)
         conversation.load(file)
-        task = recorded_task(file)
         if task is None:
             _say(
                 f"note: the adapter {file.path} does not record its task; messages use the chat template."

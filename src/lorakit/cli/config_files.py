@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, list[str]]:
-    """Return the options of a command in a YAML file, and the names of those that only other commands have.
+def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, dict]:
+    """Return the options of a command in a YAML file, and those that only other commands have, by dotted name.
 
     If a file has settings of a training run, its `output`, `method`, `batch_size` and other options outside sections
     belong to that run, and commands other than `lorakit train` and `plan` skip them too.
@@ -60,7 +60,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     own, sections = options_of(config_class), sections_of(config_class)
     values = dict(_flat(content, sections))
     if values.keys() <= own.keys() | sections.keys():
-        return values, []
+        return values, {}
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = dict(_flat(content, {**every_section, **sections}))
@@ -80,10 +80,10 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
         lines = "\n  ".join(unknown)
         raise ConfigurationError(f"{path}: {lines} --help lists the options.")
     used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
-    return used, [name for name in values if name not in used]
+    return used, {name: value for name, value in values.items() if name not in used}
 
 
-def shortest_names(skipped: list[str], values: Mapping[str, Any]) -> list[str]:
+def shortest_names(skipped: Iterable[str], values: Mapping[str, Any]) -> list[str]:
     """Replace the options of a section by the section's name, unless the command uses others of the section."""
     used = {name.split(".")[0] for name in values}
     short = [name if name.split(".")[0] in used else name.split(".")[0] for name in skipped]

@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
         print_scores({"adapter": result.scores, "base": result.base_scores})
     else:
         print_scores({"value": result.scores})
-    print(f"on {counted(result.examples, 'example')}{answered(result)}")
+    print(f"on {counted(result.examples, 'example')} of the {result.split} data{answered(result)}")
     if page is not None:
         print(f"outputs  {config.output}")
         print(

@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
         argv,
         unused=lambda typed: ["data"] if {"chat", "raw"} & typed.keys() else [],
     )
-    from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format
+    from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format, text_task
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.methods.registry import use_method
@@ -98,6 +98,7 @@ def run(argv: Sequence[str]) -> None:
     if config.output:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter = AdapterFile.read(config.adapter)
+    text_task(adapter)  # rejects an adapter that generates no text
     named = None if config.data.task == "auto" else config.data.task
     task = Chat.name if config.chat else Completion.name if config.raw else named
     prompting = prompt_format(adapter, task, config.data.encoding)

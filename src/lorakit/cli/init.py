@@ -9,11 +9,13 @@ from pathlib import Path
 import yaml
 
 from lorakit import storage
+from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks import generic_task
 
 USUAL_COLUMNS = {
     "prompt": ("instruction", "question", "query", "input", "source", "context", "user"),
@@ -105,20 +107,21 @@ def _column(field: str, columns: list[str]) -> str | None:
 
 
 def _commands(config: InitConfig, task: DataTask) -> list[str]:
-    use = f"lorakit generate --config {config.file} --prompt TEXT"
-    return [
-        f"lorakit data --config {config.file}",
-        f"lorakit plan --config {config.file}",
-        f"lorakit train --config {config.file}",
-        use if task.generates else f"lorakit evaluate --config {config.file} --split validation",
-    ]
+    file = f"--config {config.file}"
+    first = [f"lorakit {command} {file}" for command in ("data", "plan", "train", "evaluate")]
+    return first + commands_for(generic_task(task.type).name, file, _output(config.data))
+
+
+def _output(data: DataConfig) -> str:
+    """Return the run's folder, which has the name of the training data."""
+    train = data.source("train")
+    first = train if isinstance(train, str) else (train or ["run"])[0]
+    return f"out/{Path(first).name.split('.')[0] or 'run'}"
 
 
 def _file(data: DataConfig, task: DataTask, config: InitConfig, facts: str) -> str:
     """Return the text of the file; `facts` describes the data."""
-    train = data.source("train")
-    first = train if isinstance(train, str) else (train or ["run"])[0]
-    output = f"out/{Path(first).name.split('.')[0] or 'run'}"
+    train, output = data.source("train"), _output(data)
     base = {"name": "smollm2-135m" if task.generates else "minilm-l6"}
     base = base if config.base is None else _changed(config.base)
     held_out = {} if data.has("validation") else {"validation_fraction": 0.1}

@@ -90,7 +90,8 @@ def _build(config_class: type[Config], values: Mapping[str, Any], prefix: str, b
     for field, annotation in _fields(config_class):
         name = prefix + field.name
         section = _section(annotation)
-        if section is not None and _inside(name, values):
+        is_required = _default(field) is MISSING  # of its options only those in `values` are set
+        if section is not None and (is_required or _inside(name, values)):
             settings[field.name] = _build(section, values, f"{name}.", _default(field))
         elif name in values:
             settings[field.name] = converted(values[name], annotation, name, YAML)

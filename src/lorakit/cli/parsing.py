@@ -11,7 +11,7 @@ import yaml
 
 from lorakit.cli.config_files import Loader, read_options, shortest_names
 from lorakit.cli.option_names import suggestion
-from lorakit.cli.options import Option, build, options_of, sections_of
+from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
 
 Config = TypeVar("Config")
@@ -58,6 +58,7 @@ def parse(
     files, typed = _typed(argv, config_class, positional, command)
     values = dict(defaults or {})
     without_effect = tuple(unused(typed)) if unused else ()
+    runs: dict[str, Any] = {}  # the run's folder that each file sets
     for file in files:
         found, foreign = read_options(file, config_class, typed_only)
         ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
@@ -69,7 +70,19 @@ def parse(
         if parts:
             print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)
         values.update(found)
-    return build(config_class, {**values, **typed})
+        runs.update({file: foreign["output"]} if "output" in foreign else {})
+    values.update(typed)
+    if runs and "output" in missing_options(config_class, values):
+        file, run = runs.popitem()
+        raise ConfigurationError(
+            f"output is not set. The output in {file}, {run}, is the folder of the run, which lorakit {command} does "
+            f"not write to. Add --output, for example --output {run}{_ENDINGS.get(command, f'-{command}')}."
+        )
+    return build(config_class, values)
+
+
+_ENDINGS = {"merge": "-merged", "predict": "-predictions.jsonl"}
+"""Endings of a command's output in messages, after the run's folder; else the command's name."""
 
 
 def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:

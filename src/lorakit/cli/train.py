@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.methods_in_files import options_of_other_methods
+from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse, take_option
 from lorakit.training.config import TrainConfig
 
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     if result.best is not None and (result.best_step != result.steps or worse):
         print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
-    print(f"next     {_next(config, result)}")
+    print("next     " + "\n         ".join(_next(config, result, record.provenance)))
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -94,10 +95,15 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
     }
 
 
-def _next(config: TrainConfig, result: RunResult) -> str:
-    """Return the command that shows the adapter, with the file of a custom method."""
+def _next(config: TrainConfig, result: RunResult, provenance: Mapping[str, Any]) -> list[str]:
+    """Return the commands that use and show the adapter, with the file of a custom method."""
     from lorakit.methods.registry import is_user_method
 
     custom = [name for name in config.method_names if is_user_method(name)]
-    option = ["--method", custom[0]] if custom else []
-    return shlex.join(["lorakit", "inspect", str(result.adapter), *option])
+    method = ["--method", custom[0]] if custom else []
+    adapter = str(result.adapter)
+    options = shlex.join(["--adapter", adapter, *method])
+    uses = commands_for(
+        str(provenance.get("generic_task")), options, str(result.folder), config.method_names
+    )
+    return [*uses, shlex.join(["lorakit", "inspect", adapter, *method])]

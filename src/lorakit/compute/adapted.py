@@ -80,6 +80,21 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
     return DataTask(name=name, labels=tuple(labels))
 
 
+def text_task(adapter: AdapterFile | None) -> DataTask | None:
+    """Return the task that an adapter records, for commands that generate text; None if none is recorded.
+
+    Raises:
+        ConfigurationError: The adapter predicts labels or scores.
+    """
+    task = None if adapter is None else recorded_task(adapter)
+    if adapter is not None and task is not None and not task.generates:
+        raise ConfigurationError(
+            f"The adapter {adapter.path} was trained for {task.name} and generates no text. To apply it: lorakit "
+            f"predict --adapter {adapter.path} --data.test FILE --output predictions.jsonl."
+        )
+    return task
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
     """How prompts are formatted before generation: as in the adapter's training, unless the user chooses a task."""

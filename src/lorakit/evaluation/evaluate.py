@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
-from lorakit.data import DataTask, RowReader, load_examples, task_of
+from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -52,6 +52,8 @@ class Evaluation:
     """The same scores of the base without its adapter; empty if they were not computed."""
     examples: int = 0
     """Number of scored examples."""
+    split: Literal["validation", "test"] = "test"
+    """Scored split of the data."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
@@ -72,18 +74,19 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
             32, 600), ("prompts answered by the base", 16, 40).
 
     Raises:
-        LorakitError: The base, the adapter or the data cannot be read, or do not fit each other, or the output file
-            exists.
+        LorakitError: There is no data, or the base, the adapter or the data cannot be read, or do not fit each other,
+            or the output file exists.
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter, reader = AdapterFile.read(config.adapter), RowReader()
     task = _task(config, adapter, reader)
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
+    data = dataclasses.replace(config.data, task=task.name)
+    split = config.split or _split(data)
+    reader.read(data, split)  # before the base, which takes longer to load
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
-    data = dataclasses.replace(config.data, task=task.name)
-    split = config.split or task.type.scored_split
     examples = load_examples(
         data, split, base.tokenizer, labels=task.labels, reader=reader
     ).examples
@@ -103,6 +106,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle.activate(None)
         compared = score(progress=_renamed(progress, "by the base"))
         result = dataclasses.replace(result, base_scores=compared.scores)
+    result = dataclasses.replace(result, split=split)
     if config.output is not None:
         result.write_outputs(config.output)
     return result
@@ -265,6 +269,22 @@ def by_prompt(
     return dict(list(groups.items())[:limit])
 
 
+def _split(data: DataConfig) -> Literal["validation", "test"]:
+    """Return the split of the task's published scores, else the test data, else the validation data.
+
+    Raises:
+        ConfigurationError: The configuration has neither.
+    """
+    preferred = "test" if data.task_type is None else data.task_type.scored_split
+    for split in (preferred, "test", "validation"):
+        if data.has(split):
+            return split
+    raise ConfigurationError(
+        "There is no data to score. Name a file, --data.test FILE, or a share of the training data, --data.train FILE "
+        "--data.validation_fraction 0.1."
+    )
+
+
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:
     """Return the task that the adapter was trained for, whose labels its head has; else the task of the data."""
     configured = config.data.task_type
@@ -272,8 +292,7 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
     if adapter is not None:
         recorded = recorded_task(adapter, None if configured is None else config.data.task)
     if recorded is None:
-        split = config.split or ("test" if configured is None else configured.scored_split)
-        return task_of(config.data, split, reader=reader)
+        return task_of(config.data, config.split or _split(config.data), reader=reader)
     if configured is None or config.data.task == recorded.name:
         return recorded
     # A named task inherits the format of its generic task, so that one adapter serves both.

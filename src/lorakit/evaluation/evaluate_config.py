@@ -35,8 +35,8 @@ class EvaluateConfig:
     method: str | None = None
     """Custom method of the adapter: path/to/file.py:Class."""
     split: Literal["validation", "test"] | None = None
-    """Split to score. The default is test, or for a named task the split of published scores (validation for GLUE,
-    whose test sets have no public labels)."""
+    """Split to score. The default is test, or without test data validation. For a named task it is the split of
+    published scores (validation for GLUE, whose test sets have no public labels)."""
     scores: tuple[Score, ...] = ("loss", "text")
     """For text generation: the held-out loss, the scores of generated text (BLEU and ROUGE-L, or those of a named
     task), or both. Classification and regression always compute all their scores."""

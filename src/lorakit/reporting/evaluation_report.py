@@ -40,9 +40,7 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         command: The command that ran the evaluation.
     """
     name = config.adapter or (config.base.name if config.base is not None else "")
-    task = config.data.task_type
-    split = config.split or ("test" if task is None else task.scored_split)
-    data = _data(config, split)
+    data = _data(config, result.split)
     count = f"{counted(result.examples, 'example')}{answered(result)}"
     of_base = {key: f"base {number(value)}" for key, value in result.base_scores.items()}
     figures = tuple(
@@ -54,7 +52,7 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         for key, value in result.scores.items()
     ]
     columns = ("Score", "Adapter", "Base") if of_base else ("Score", "Value")
-    table = Table(caption=f"Scores on {split} data: {count}.", columns=columns, rows=rows)
+    table = Table(caption=f"Scores on {result.split} data: {count}.", columns=columns, rows=rows)
     sections = [
         Section(title="Scores", blocks=[KeyFigures(figures=figures), table]),
         Section(title="Examples", blocks=_examples(result.outputs)),
@@ -69,8 +67,10 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
     return Page(
         kind="Evaluation",
         title=str(name).rstrip("/"),
-        subtitle=f"{data} · {split}",
-        summary=[f"{subject} was evaluated on the {split} split of {data} ({count}): {listed}."],
+        subtitle=f"{data} · {result.split}",
+        summary=[
+            f"{subject} was evaluated on the {result.split} split of {data} ({count}): {listed}."
+        ],
         sections=sections,
     )
 

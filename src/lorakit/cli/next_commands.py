@@ -1,0 +1,34 @@
+"""The commands that fit a trained adapter, for `lorakit init` and the end of `lorakit train`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+USES = {
+    "text": "lorakit generate {adapter} --prompt TEXT",
+    "labels": "lorakit predict {adapter} --data.test NEW.csv --output {run}-predictions.jsonl",
+    "chat": "lorakit chat {adapter}",
+    "merge": "lorakit merge {adapter} --output {run}-merged",
+}
+"""The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder."""
+
+UNMERGEABLE = {"bottleneck", "prefix_embedding", "prefix_layer"}
+"""Methods whose effect is not a change of weights, so that `lorakit merge` refuses their adapters."""
+
+
+def commands_for(
+    generic_task: str, adapter: str, run: str, methods: Sequence[str] = ("lora",)
+) -> list[str]:
+    """Return the commands for an adapter of this task.
+
+    Args:
+        generic_task: A name in `lorakit.tasks.GENERIC`.
+        adapter: The options that name the adapter, such as "--adapter out/chat/adapter".
+        run: The run's folder.
+        methods: Names of the run's methods.
+    """
+    fitting = ["labels"] if generic_task in ("classification", "regression") else ["text"]
+    fitting += ["chat"] if generic_task == "chat" else []
+    fitting += ["merge"] if UNMERGEABLE.isdisjoint(methods) else []
+    return [USES[name].format(adapter=adapter, run=shlex.quote(run)) for name in fitting]
