@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LorakitError(Exception):
@@ -50,6 +52,23 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def nearest_path(path: str | os.PathLike[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for an existing path like this one, or an empty string.
+
+    Each part that does not exist is replaced by the entry of its folder with the closest name.
+    """
+    found = Path()
+    for part in Path(os.path.expanduser(path)).parts:
+        if not os.path.exists(found / part):  # False where permission is missing
+            entries = os.listdir(found) if os.access(found, os.R_OK) and found.is_dir() else []
+            matches = difflib.get_close_matches(part, entries, n=1, cutoff=0.5)
+            if not matches:
+                return ""
+            part = matches[0]
+        found /= part
+    return f" Did you mean '{found}'?"
 
 
 def require_at_least(name: str, value: float | None, least: float) -> None:

@@ -59,6 +59,11 @@ def test_every_command_reads_the_file(
     assert (config.data.train, config.data.task, config.data.columns) == (data, task, columns)
     assert (config.base.name, config.output) == (base, "out/rows")
     assert task_of(config.data).name == task
+    assert config.lora.targets == ("all-linear",)
+    assert (
+        "full fine-tuning only with all layers; attention.qv, the paper's"
+        in Path("run.yaml").read_text()
+    )
     assert parse(DataCommandConfig, "data", "", ["--config", "run.yaml"]).data == config.data
     use = parse(GenerateConfig, "generate", "", ["--config", "run.yaml", "--prompt", "x"])
     assert (use.adapter, use.output, use.method) == ("out/rows/adapter", None, None)

@@ -80,7 +80,7 @@ def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path
     )
     assert status == 1
     assert "rnk" in err
-    assert "Did you mean '--lora.rank'?" in err
+    assert "Did you mean 'lora.rank'?" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -85,10 +85,11 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("rank: 4", r"unknown option 'rank'\. Did you mean '--lora\.rank'"),
+        ("rank: 4", r"unknown option 'rank'\. Did you mean 'lora\.rank'"),
+        ("batchsize: 4", r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ("max_lenght: 4", "unknown option 'max_lenght'"),
-        ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean '--lora\.rank'"),
-        ("lora_alpha: 4", r"unknown option 'lora_alpha'\. Its name in lorakit is --lora\.alpha"),
+        ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),
+        ("lora_alpha: 4", r"unknown option 'lora_alpha'\. Its name in lorakit is lora\.alpha"),
         ("decoding: {beam: 4}", r"unknown option 'decoding\.beam'"),
         ("lora: [4]", r"lora is \[4\]; it must be a group of options"),
         ("lora: {rank: '8'}", r"lora\.rank is '8'; it must be a whole number\."),
@@ -252,6 +253,37 @@ def test_a_wrong_argument(arguments: str, message: str) -> None:
         train(f"{RUN} {arguments}")
     for word in ("Union", "NoneType", "typing", "<class", "int", "str,"):
         assert word not in str(raised.value)
+
+
+def test_all_unknown_options_are_reported() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        train(f"{RUN} --r 8 --lora_alpha 16 --epochs 2 --target_modules q_proj v_proj --packing")
+    assert str(raised.value).split("\n  ") == [
+        "unknown option '--r'. Its name in lorakit is --lora.rank.",
+        "unknown option '--lora_alpha'. Its name in lorakit is --lora.alpha.",
+        "unknown option '--target_modules'. Its name in lorakit is --lora.targets. --help lists the options.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("train chat.jsonl", "'chat.jsonl'. Write --data.train chat.jsonl for a file of data."),
+        ("plan rows.csv.gz", "Write --data.train rows.csv.gz"),
+        ("predict new.csv", "Write --data.test new.csv"),
+        ("evaluate new.parquet", "Write --data.test new.parquet"),
+        ("generate prompts.tsv", "Write --file prompts.tsv"),
+        ("train notes", "'notes'. 'lorakit train --help'"),
+        ("predict --file new.csv", "Did you mean '--data.test'?"),
+        ("evaluate --input new.csv", "Did you mean '--data.test'?"),
+        ("train --input new.csv", "Did you mean '--data.train'?"),
+        ("generate --data.test new.csv", "Did you mean '--file'?"),
+        ("predict --data new.csv", "--data is a group of options. Write --data.test VALUE."),
+    ],
+)
+def test_the_option_for_a_file_of_data(arguments: str, answer: str, capsys) -> None:
+    assert main(arguments.split()) == 1
+    assert answer in capsys.readouterr().err
 
 
 def test_required_options_are_named_together(capsys) -> None:

@@ -72,6 +72,21 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_short_run_names_the_options_for_more_steps(
+    capsys, folder, tmp_path, monkeypatch
+) -> None:
+    _, out, _ = call(capsys, *train(folder, tmp_path / "first"))
+    assert "note     2 steps are few; raise --max_steps (now 2) if the scores are low\n" in out
+    by_epochs = [*train(folder, tmp_path / "second"), "--max_steps", "null", "--epochs", "0.5"]
+    _, out, _ = call(capsys, *by_epochs)
+    assert "few; raise --epochs (now 0.5) or --max_steps if the scores are low\n" in out
+    monkeypatch.setattr("lorakit.cli.train.FEW_STEPS", 2)
+    _, out, _ = call(capsys, *train(folder, tmp_path / "third"))
+    assert "adapter  " in out
+    assert "few" not in out
+
+
+@pytest.mark.slow
 def test_a_run_that_only_got_worse_says_so(capsys, folder, tmp_path, monkeypatch) -> None:
     """Its best adapter is worse than the base, and scores of 2 texts say that they are of 2."""
     losses = iter([1.0, 3.0, 2.0])

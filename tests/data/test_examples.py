@@ -124,7 +124,7 @@ def test_bad_rows_stop_with_file_line_and_count(write):
     ]
     assert "'completion' is missing" in lines[1]
     assert "not UTF-8 (byte 0xe9" in lines[2]
-    assert lines[6] == "Fix these rows, or set data.bad_rows to skip."
+    assert lines[6] == "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(write):

@@ -111,12 +111,12 @@ def test_rank_above_the_width(model: nn.Module, shell: Shell, base: str, data: s
 
 
 UNKNOWN_KEYS = {
-    "at the top": ("epoch: 2", ["epoch", "Did you mean '--epochs'?"]),
-    "in a section": ("lora:\n  rnk: 4", ["rnk", "Did you mean '--lora.rank'?"]),
-    "two sections deep": ("data:\n  colums:\n    prompt: a", ["colums", "'--data.columns'"]),
+    "at the top": ("epoch: 2", ["epoch", "Did you mean 'epochs'?"]),
+    "in a section": ("lora:\n  rnk: 4", ["rnk", "Did you mean 'lora.rank'?"]),
+    "two sections deep": ("data:\n  colums:\n    prompt: a", ["colums", "'data.columns'"]),
     "of another section": ("optimizer:\n  rank: 4", ["optimizer", "rank"]),
-    "an unknown section": ("lorra:\n  rank: 4", ["lorra", "Did you mean '--lora"]),
-    "with a dash for a line": ("batch-size: 4", ["batch-size", "Did you mean '--batch_size'?"]),
+    "an unknown section": ("lorra:\n  rank: 4", ["lorra", "Did you mean 'lora"]),
+    "with a dash for a line": ("batch-size: 4", ["batch-size", "Did you mean 'batch_size'?"]),
 }
 
 

@@ -141,3 +141,14 @@ def test_an_adapter_without_labels_is_refused(tmp_path, provenance, message) -> 
     adapters.save(tmp_path / "run" / "adapter", provenance=provenance)
     with pytest.raises(ConfigurationError, match=message):
         lorakit.predict(settings(tmp_path, [{"text": "x"}], tmp_path))
+
+
+def test_evaluating_rows_without_labels_names_predict(trained, tmp_path, capsys) -> None:
+    new = tiny_runs.write_rows(tmp_path / "new.jsonl", [{"id": 1, "text": "a"}])
+    adapter = str(trained / "run" / "adapter")
+    base = str(trained / "base")
+    assert main(["evaluate", "--adapter", adapter, "--base.name", base, "--data.test", new]) == 1
+    message = capsys.readouterr().err
+    target = "label" if trained.name.startswith("class") else "score"
+    assert f"its columns are id, text, without a {target} to compare with." in message
+    assert f"run lorakit predict --adapter {adapter} --data.test {new} --output" in message

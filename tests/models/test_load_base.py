@@ -222,6 +222,19 @@ def test_random_language_model_heads_are_rejected(tmp_path: Path) -> None:
         load_base(folder, task="causal-lm")
 
 
+def test_an_encoder_cannot_generate(tmp_path: Path) -> None:
+    folder = save(tmp_path / "encoder", "bert", "base")
+    with pytest.raises(BaseModelError) as raised:
+        load_base(folder, task="causal-lm")
+    assert str(raised.value) == (
+        "'encoder' is an encoder without a language-model head, so it cannot generate text. Use a decoder such as "
+        "smollm2-135m, or data with labels."
+    )
+    edit_config(folder, is_decoder=True)
+    with pytest.raises(BaseModelError, match=r"lacks .* of the weights"):
+        load_base(folder, task="causal-lm")
+
+
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 def test_a_layer_that_the_checkpoint_lacks(llama: Path, task: Any) -> None:
     edit_config(llama, num_hidden_layers=3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import BaseModelError
-from lorakit.models.sources import PACKAGED_MODELS, resolve
+from lorakit.models.sources import PACKAGED_MODELS, did_you_mean, resolve
 
 SMOLLM2, MINILM = PACKAGED_MODELS
 
@@ -114,12 +114,23 @@ def test_invalid_paths(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     with pytest.raises(BaseModelError, match=r"is a file.*Did you mean its folder"):
         resolve(tmp_path / "model.safetensors")
-    with pytest.raises(BaseModelError, match=r"does not exist\. Did you mean 'my-model'\?"):
+    with pytest.raises(BaseModelError, match=r"does not exist\. Did you mean '/.*/my-model'\?"):
         resolve(tmp_path / "my-modle")
     with pytest.raises(BaseModelError, match=r"does not exist\. Neither does its folder"):
         resolve(tmp_path / "nowhere" / "my-model")
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    with pytest.raises(BaseModelError, match=r"Did you mean '/.*/out/merged'\?"):
+        resolve(tmp_path / "ot" / "mergd")
     with pytest.raises(BaseModelError, match="does not exist"):
         resolve("weights.gguf")
+
+
+def test_a_relative_path_that_looks_like_a_hub_id(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean("out/mergd") == " Did you mean 'out/merged'?"
+    assert did_you_mean("minilm-l7") == " Did you mean 'minilm-l6'?"
+    assert did_you_mean("owner/model") == ""
 
 
 @pytest.mark.parametrize("name", ["", " "])

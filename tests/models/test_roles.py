@@ -219,6 +219,13 @@ def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
             "attention.w",
             r"matches no layer.*Did you mean 'attention\.\w'\?.*Roles of this model:",
         ),
+        (
+            "llama",
+            "atention.qv",
+            r"Did you mean 'attention\.qv'\?.*qv, attention\.qkv, attention, mlp, all-linear",
+        ),
+        ("t5", "atention.qkv", r"Did you mean 'attention\.qkv'\?"),
+        ("llama", "all_linear", r"Did you mean 'all-linear'\?"),
         ("llama", "q_porj", r"Did you mean 'q_proj'\?"),
         ("llama", "input_layernorm", r"'model\.layers\.0\.input_layernorm' \(LlamaRMSNorm\) and 1"),
         (

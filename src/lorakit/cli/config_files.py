@@ -75,7 +75,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
                 f"{path}: --{name} works only on the command line; a YAML file cannot set it."
             )
         if name not in every or _means_own(name, own):
-            unknown.append(f"unknown option '{name}'.{suggestion(name, own)}")
+            unknown.append(f"unknown option '{name}'.{suggestion(name, own, dashes='')}")
     if unknown:  # all of them: a file of another library has dozens
         lines = "\n  ".join(unknown)
         raise ConfigurationError(f"{path}: {lines} --help lists the options.")

@@ -7,21 +7,38 @@ from collections.abc import Iterable
 from lorakit.errors import nearest
 from lorakit.other_names import OTHER_NAMES
 
+ROWS = {
+    **dict.fromkeys(("train", "plan", "data", "init"), "data.train"),
+    **dict.fromkeys(("evaluate", "predict"), "data.test"),
+    "generate": "file",
+}
+"""Command: the option that names the file of rows it reads."""
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the option to write instead of an unknown one, or an empty string."""
+_NAMES_OF_ROWS = ("file", "files", "input", "inputs", "input_file", "data.train", "data.test")
+
+
+def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: str = "--") -> str:
+    """Return a sentence with the option to write instead of an unknown one, or an empty string.
+
+    Args:
+        name: The unknown name, without leading dashes.
+        known: The options of the command, by dotted name.
+        command: The command, for the option that names its data.
+        dashes: What comes before a name: empty for a key of a YAML file.
+    """
     known, name = list(known), name.replace("-", "_")
     if name in known:  # in a YAML file, where dashes do not stand for underscores
-        return f" Did you mean '--{name}'?"
+        return f" Did you mean '{dashes}{name}'?"
     head, _, last = name.rpartition(".")
     if (ours := OTHER_NAMES.get(last)) in known and head in ("", str(ours).rpartition(".")[0]):
-        return f" Its name in lorakit is --{ours}."
-    if same := [option for option in known if option.rpartition(".")[2] == last]:
-        return f" Did you mean '--{same[0]}'?" if len(same) == 1 else _several(same)
-    options = [f"--{option}" for option in known]
-    return nearest(f"--{name}", options) or nearest(f"--{name.split('.')[0]}", options)
+        return f" Its name in lorakit is {dashes}{ours}."
+    if name in _NAMES_OF_ROWS and command in ROWS:
+        return f" Did you mean '{dashes}{ROWS[command]}'?"
+    if same := [f"{dashes}{option}" for option in known if option.rpartition(".")[2] == last]:
+        return f" Did you mean '{same[0]}'?" if len(same) == 1 else _several(same)
+    options = [f"{dashes}{option}" for option in known]
+    return nearest(f"{dashes}{name}", options) or nearest(f"{dashes}{name.split('.')[0]}", options)
 
 
-def _several(options: list[str]) -> str:
-    names = [f"--{option}" for option in options]
+def _several(names: list[str]) -> str:
     return f" Did you mean {', '.join(names[:-1])} or {names[-1]}?"

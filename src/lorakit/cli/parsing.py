@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
 from lorakit.cli.config_files import Loader, read_options, shortest_names
-from lorakit.cli.option_names import suggestion
+from lorakit.cli.option_names import ROWS, suggestion
 from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
 
@@ -48,7 +49,7 @@ def parse(
             beside them. They are skipped and named.
 
     Raises:
-        ConfigurationError: An option is unknown or has an invalid value. Names the nearest option.
+        ConfigurationError: Options are unknown or have an invalid value. Names the nearest options.
     """
     if "--help" in argv or "-h" in argv:
         from lorakit.cli.help import show_help
@@ -117,6 +118,7 @@ def _typed(
     values: dict[str, Any] = {}
     files: list[str] = []
     free: list[str] = []
+    unknown: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -124,7 +126,12 @@ def _typed(
             free.append(word)
             continue
         flag, equals, text = word.partition("=")
-        option, key = _option(flag, options, sections_of(config_class))
+        option, key = _option(flag, options, sections_of(config_class), command)
+        if option is None:
+            unknown.append(flag)
+            while words and not _OPTION.match(words[0]):  # its values
+                words.pop(0)
+            continue
         given = [text] if equals else _take_values(option, words, bool(positional))
         value = _value(given, option, key)
         if option is _CONFIG:
@@ -133,6 +140,12 @@ def _typed(
             values[option.name] = {**values.get(option.name, {}), key: value}
         else:
             values[option.name] = value
+    if unknown:  # all of them: a command line of another library has several
+        lines = "\n  ".join(
+            f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
+            for flag in unknown
+        )
+        raise ConfigurationError(f"{lines} --help lists the options.")
     return files, {**_of_positions(free, options, positional, command), **values}
 
 
@@ -140,28 +153,27 @@ _CONFIG = Option("config", str, None, "YAML file with any of these options")
 
 
 def _option(
-    flag: str, options: Mapping[str, Option], sections: Mapping[str, type]
-) -> tuple[Option, str]:
-    """Return the option of an argument, where a dash may stand for an underscore.
+    flag: str, options: Mapping[str, Option], sections: Mapping[str, type], command: str
+) -> tuple[Option | None, str]:
+    """Return the option of an argument, where a dash may stand for an underscore; None for an unknown one.
 
     The second value is empty, but for --data.columns.prompt the option is data.columns, and the key is prompt.
 
     Raises:
-        ConfigurationError: The option is unknown, or a section.
+        ConfigurationError: The option is a section.
     """
     raw = flag.lstrip("-")
     for name in (raw, raw.replace("-", "_")):
         if name in options:
             return options[name], ""
         if name in sections:
-            first = next(option for option in options if option.startswith(f"{name}."))
+            names = [ROWS.get(command, ""), *options]
+            first = next(option for option in names if option.startswith(f"{name}."))
             raise ConfigurationError(f"--{name} is a group of options. Write --{first} VALUE.")
     for option in options.values():
         if option.takes_mapping and raw.startswith(f"{option.name}."):
             return option, raw.removeprefix(f"{option.name}.")
-    raise ConfigurationError(
-        f"unknown option '{flag}'.{suggestion(raw, options)} --help lists the options."
-    )
+    return None, ""
 
 
 def _take_values(option: Option, words: list[str], positional: bool) -> list[str]:
@@ -191,12 +203,22 @@ def _of_positions(
         values[name] = words[0] if count == 1 and str in options[name].kinds else words[:count]
         words = words[count:]
     if words:
-        file = words[0].endswith((".yaml", ".yml"))
-        hint = f" Write --config {words[0]} for a YAML file." if file else ""
         raise ConfigurationError(
-            f"unexpected argument '{words[0]}'.{hint} 'lorakit {command} --help' shows what to write."
+            f"unexpected argument '{words[0]}'.{_option_of_file(words[0], command)} "
+            f"'lorakit {command} --help' shows what to write."
         )
     return values
+
+
+def _option_of_file(word: str, command: str) -> str:
+    """Return a sentence with the option that names this file, or an empty string."""
+    from lorakit.data.readers import reader_for
+
+    if word.endswith((".yaml", ".yml")):
+        return f" Write --config {word} for a YAML file."
+    if command in ROWS and reader_for(Path(word)):
+        return f" Write --{ROWS[command]} {word} for a file of data."
+    return ""
 
 
 def _value(words: list[str], option: Option, key: str = "") -> Any:

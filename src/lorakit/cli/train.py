@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 CONFIGS = (TrainConfig,)
 
+FEW_STEPS = 50
+"""Runs of fewer steps get a hint to train longer."""
+
 
 def run(argv: Sequence[str]) -> None:
     """Train, then print the scores and the path of the adapter."""
@@ -53,6 +56,8 @@ def run(argv: Sequence[str]) -> None:
         print(
             f"  {name:<12} {'' if before is None else f'{number(before)} -> '}{number(value)}{of}"
         )
+    if result.steps < FEW_STEPS and not result.stopped_early:
+        print(f"note     {_few_steps(config, result.steps)}")
     print(f"adapter  {result.adapter}")
     worse = "; worse than before training" if record.never_improved else ""
     if result.best is not None and (result.best_step != result.steps or worse):
@@ -93,6 +98,14 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
         "peak_memory": prediction.process_peak,
         "adapter_bytes": prediction.chosen.file_bytes,
     }
+
+
+def _few_steps(config: TrainConfig, steps: int) -> str:
+    """Return a hint with the options that lengthen the run."""
+    few = f"{steps} step{' is' if steps == 1 else 's are'} few; raise"
+    if config.max_steps is not None:
+        return f"{few} --max_steps (now {config.max_steps}) if the scores are low"
+    return f"{few} --epochs (now {config.epochs:g}) or --max_steps if the scores are low"
 
 
 def _next(config: TrainConfig, result: RunResult, provenance: Mapping[str, Any]) -> list[str]:

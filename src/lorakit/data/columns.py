@@ -109,16 +109,18 @@ class ColumnMap:
                 return candidates[0]
         raise self._misfit(name, candidates)
 
+    def has_inputs(self, task: type[Labelled]) -> bool:
+        """Return whether the rows have the texts of `task`."""
+        return any(set(layout) <= set(self.fields) for layout in _inputs(task))
+
     def check_inputs(self, task: type[Labelled]) -> None:
         """Check that rows without labels have the texts of `task`.
 
         Raises:
             DataError: A column is missing.
         """
-        texts = [
-            tuple(name for name in layout if name not in task.targets) for layout in task.layouts
-        ]
-        if not any(set(layout) <= set(self.fields) for layout in texts):
+        if not self.has_inputs(task):
+            texts = _inputs(task)
             expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
             raise DataError(
                 f"{self.source_name}: its columns are {', '.join(self.columns)}; task {task.name} predicts from "
@@ -146,3 +148,8 @@ class ColumnMap:
             f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
             f"Rename the columns with data.columns, {advice}."
         )
+
+
+def _inputs(task: type[Labelled]) -> list[tuple[str, ...]]:
+    """Return the layouts of a task without its targets."""
+    return [tuple(name for name in layout if name not in task.targets) for layout in task.layouts]

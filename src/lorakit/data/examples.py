@@ -324,13 +324,14 @@ def _encode(
     if report.bad and config.bad_rows == "stop":
         raise DataError(
             f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
-            f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip."
+            f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
             f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
             f"{config.max_length:,}, the longest with {report.longest:,} tokens"
-            f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate."
+            f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate "
+            "(--data.too_long truncate)."
         )
     if not valid:
         raise DataError(

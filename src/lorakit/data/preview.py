@@ -224,12 +224,14 @@ def _notes(
         report = examples.report
         if report.bad and config.bad_rows == "stop":
             yield (
-                f"training would stop at {len(report.bad):,} bad rows of {split}: fix them or set data.bad_rows to skip"
+                f"training would stop at {len(report.bad):,} bad rows of {split}: fix them or set "
+                "data.bad_rows to skip (--data.bad_rows skip)"
             )
         if report.too_long and config.too_long == "stop":
             yield (
                 f"training would stop at {len(report.too_long):,} rows of {split} above max_length "
-                f"{config.max_length:,}: raise data.max_length, or set data.too_long to skip or truncate"
+                f"{config.max_length:,}: raise data.max_length, or set data.too_long to skip or truncate "
+                "(--data.too_long truncate)"
             )
     for name in ("prompt_template", "completion_template"):
         if "\\n" in (getattr(config, name) or ""):

@@ -23,7 +23,8 @@ from lorakit.compute.finite import why_not_finite
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
-from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.data.columns import ColumnMap
+from lorakit.errors import ConfigurationError, DataError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate
@@ -32,6 +33,7 @@ from lorakit.tasks import (
     TASKS,
     Completion,
     Example,
+    Labelled,
     LabelledExample,
     LanguageExample,
     Task,
@@ -84,7 +86,9 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     data = dataclasses.replace(config.data, task=task.name)
     split = config.split or _split(data)
-    reader.read(data, split)  # before the base, which takes longer to load
+    rows = reader.read(data, split)  # before the base, which takes longer to load
+    if adapter is not None and issubclass(task.type, Labelled):
+        _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
     examples = load_examples(
@@ -305,6 +309,21 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
             "Leave data.task out, or name data of that task."
         )
     return DataTask(name=config.data.task, labels=recorded.labels)
+
+
+def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str | None) -> None:
+    """Reject rows that have the texts of `task` and no labels.
+
+    Raises:
+        DataError: `lorakit predict` reads these rows.
+    """
+    if columns.has_inputs(task) and set(columns.fields).isdisjoint(task.targets):
+        target = next(name for name in task.layouts[0] if name in task.targets)
+        raise DataError(
+            f"{columns.source_name}: its columns are {', '.join(columns.columns)}, without a {target} to compare with. "
+            f"Name the column, for example --data.columns.{target} COLUMN. For rows without it, run lorakit predict "
+            f"--adapter {adapter} --data.test {columns.source_name} --output predictions.jsonl."
+        )
 
 
 def _label_evaluation(

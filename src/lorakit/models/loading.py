@@ -301,6 +301,11 @@ def _check_weights(
         return in_pooler or any(is_inside(name, head) for head in heads)
 
     wrong = [name for name in new if not may_be_new(name)]
+    if wrong and task == "causal-lm" and _is_encoder(model.config):
+        raise BaseModelError(
+            f"'{source.name}' is an encoder without a language-model head, so it cannot generate text. Use a decoder "
+            "such as smollm2-135m, or data with labels."
+        )
     if wrong:
         raise BaseModelError(
             f"The checkpoint of '{source.name}' lacks {len(wrong)} of the weights that "
@@ -315,6 +320,14 @@ def _check_weights(
         unused = sorted(info["unexpected_keys"])
         notices.append(f"Weights of the checkpoint that this task does not use: {_some(unused)}.")
     return new, notices
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the architecture is trained on masked tokens and has no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ the blocks. The table of :mod:`lorakit.models.architectures` maps layers to role
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -59,6 +59,10 @@ _COMBINED = {
 }
 
 
+_USUAL = ("attention.qv", "attention.qkv", *_COMBINED)
+"""The combinations of roles that messages name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A layer, or a slice of its output rows, that can have an adapter.
@@ -80,6 +84,17 @@ def is_role(entry: str) -> bool:
     return bool(_expand(entry))
 
 
+def role_names(present: Collection[str]) -> list[str]:
+    """Return the roles in ``present``, and the usual combinations of them."""
+    combined = [
+        entry
+        for entry in _USUAL
+        # all-linear, attention and mlp skip the roles that a model lacks.
+        if (any if entry in _COMBINED else all)(role in present for role in _expand(entry))
+    ]
+    return [*(role for role in ROLES if role in present), *combined]
+
+
 def find_places(model: nn.Module, entry: str) -> list[Place]:
     """Return the places of a role, in model order. The model may be on the meta device.
 
@@ -93,8 +108,7 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
     """
     roles = _expand(entry)
     if not roles:
-        choices = (*ROLES, *_COMBINED, "attention.qv")
-        raise TargetError(f"'{entry}' is not a role.{nearest(entry, choices)}")
+        raise TargetError(f"'{entry}' is not a role.{nearest(entry, role_names(ROLES))}")
     modules = list(walk(model))
     _check_adaptable(modules, entry, set(roles))
     places = [place for place in all_places(model, modules) if place.role in roles]

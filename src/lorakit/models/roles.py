@@ -23,6 +23,7 @@ from lorakit.models.places import (
     in_model_order,
     is_role,
     names_of_adaptable,
+    role_names,
 )
 
 __all__ = [
@@ -100,8 +101,7 @@ def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> lis
     ]
     if not hits:
         names = names_of_adaptable(modules)
-        present = {place.role for place in all_places(model, modules)}
-        roles = [role for role in ROLES if role in present]
+        roles = role_names({place.role for place in all_places(model, modules)})
         raise TargetError(
             f"Target '{entry}' matches no layer of {type(model).__name__}{syntax_error}."
             f"{nearest(entry, [*roles, *names])} Roles of this model: {', '.join(roles) or 'none'}; "

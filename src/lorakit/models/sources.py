@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit import storage
-from lorakit.errors import BaseModelError, nearest
+from lorakit.errors import BaseModelError, nearest, nearest_path
 from lorakit.models.base_config import NO_NAME
 
 
@@ -122,8 +122,8 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
 
 
 def did_you_mean(name: str) -> str:
-    """Return a sentence that suggests the short name closest to ``name``, or an empty string."""
-    return nearest(name.lower(), _BY_NAME)
+    """Return a sentence that suggests the closest short name, else the closest path, or an empty string."""
+    return nearest(name.lower(), _BY_NAME) or nearest_path(name)
 
 
 def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
@@ -183,7 +183,9 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
 
     path_like = text.startswith(("/", "./", "../", "~", "\\")) or text.lower().endswith(".gguf")
     if path_like or text.count("/") > 1:
-        raise BaseModelError(f"'{text}' does not exist.{_nearest_neighbour(text)}")
+        folder = Path(os.path.expanduser(text)).parent
+        missing = "" if folder.is_dir() else f" Neither does its folder, '{folder}'."
+        raise BaseModelError(f"'{text}' does not exist.{nearest_path(text) or missing}")
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -192,11 +194,3 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
             f"a .gguf file, or one of {', '.join(_BY_NAME)}.{did_you_mean(text)}"
         ) from None
     return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)
-
-
-def _nearest_neighbour(text: str) -> str:
-    """Return a sentence with the entry of the folder whose name is closest, or that the folder is missing."""
-    path = Path(os.path.expanduser(text))
-    if not path.parent.is_dir():
-        return f" Neither does its folder, '{path.parent}'."
-    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])

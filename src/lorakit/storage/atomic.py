@@ -89,7 +89,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
             raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
         if target.is_dir() and not overwrite and any(target.iterdir()):
             raise RunFolderError(
-                f"'{target}' already exists. Choose another folder, or set overwrite to replace it."
+                f"'{target}' already exists. Choose another folder, or set overwrite (--overwrite) to replace it."
             )
     return target
 
@@ -108,7 +108,7 @@ def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
             raise RunFolderError(f"'{target}' is {kind}, expected a file. Choose another path.")
         if target.exists() and not overwrite:
             raise RunFolderError(
-                f"'{target}' already exists. Choose another file, or set overwrite to replace it."
+                f"'{target}' already exists. Choose another file, or set overwrite (--overwrite) to replace it."
             )
     return target
 

@@ -173,7 +173,7 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
         return path, state
     raise RunFolderError(
         f"No checkpoint in {checkpoints[0].parent} is undamaged, so the run cannot resume. Restore one from a copy, "
-        f"or start a new run with overwrite. {' '.join(damages)}"
+        f"or start a new run with overwrite (--overwrite). {' '.join(damages)}"
     )
 
 

@@ -328,7 +328,8 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if not config.resume:
         state = "a finished run" if (path / RESULT).exists() else "an unfinished run"
         raise RunFolderError(
-            f"{path} contains {state}. Set resume to continue it, overwrite to delete it, or choose another output."
+            f"{path} contains {state}. Set resume (--resume) to continue it, overwrite (--overwrite) to delete it, or "
+            "choose another output."
         )
     for name in (*FILES, *FOLDERS):
         if (path / name).exists() and (path / name).is_dir() != (name in FOLDERS):

@@ -392,6 +392,11 @@ def test_paths_that_hold_no_adapter(tmp_path):
     formats.write(ADAPTERS["plain"], tmp_path / "run" / "adapter")
     with pytest.raises(AdapterFileError, match=r"Did you mean '.*run/adapter'\?"):
         formats.read(tmp_path / "run")
+    for path in ("runn/adapter", "run/adaptr", "rum/adapters"):
+        with pytest.raises(AdapterFileError, match=r"not exist\. Did you mean '/.*/run/adapter'\?"):
+            formats.read(tmp_path / path)
+    with pytest.raises(AdapterFileError, match=r"not exist\. Check the path"):
+        formats.read(tmp_path / "run" / "zzz")
     for name in ("adapter_model.safetensors", "lorakit.json", "adapter_config.json"):
         with pytest.raises(AdapterFileError, match=r"Give the folder: '.*run/adapter'"):
             formats.read(tmp_path / "run" / "adapter" / name)

@@ -23,7 +23,7 @@ from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import read_loralib, write_loralib
 from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
+from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
 
 __all__ = [
     "BaseRecord",
@@ -79,8 +79,8 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
         raise AdapterFileError(
-            f"'{path}' does not exist. Check the path. Download an adapter on the Hugging Face hub first: "
-            "hf download OWNER/NAME --local-dir FOLDER."
+            f"'{path}' does not exist.{nearest_path(path) or ' Check the path.'} Download an adapter on the Hugging "
+            "Face hub first: hf download OWNER/NAME --local-dir FOLDER."
         )
     if os.path.lexists(path / lorakit_json.NAME):  # a broken link is an error, not a PEFT folder
         stored = lorakit_json.read(path)
