@@ -104,6 +104,30 @@ def test_version_and_module_entry_point_do_not_wait_for_pytorch():
     assert version.stdout.startswith("lorakit ")
 
 
+def test_an_existing_output_is_refused_before_pytorch_is_imported(tmp_path):
+    """Commands read adapters and bases with PyTorch, so none is read."""
+    (tmp_path / "out.jsonl").write_text("mine")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    calls = [
+        "predict --adapter a --data.test new.csv --output out.jsonl",
+        "evaluate --adapter a --data.test new.csv --output out.jsonl",
+        "generate --adapter a --prompt x --output out.jsonl",
+        "merge a merged",
+    ]
+    code = f"""
+import sys
+from lorakit.cli import main
+print([main(call.split()) for call in {calls}], "torch" in sys.modules)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert ended.stdout == "[1, 1, 1, 1] False\n"
+    assert ended.stderr.count("already exists") == 4
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_help_lists_the_settings_of_every_method(command, capsys):
     with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 
@@ -20,7 +21,10 @@ def run(argv: Sequence[str]) -> None:
         "text, accuracy and F1 of class labels, correlations of regression scores.",
         argv,
     )
-    from lorakit import storage
+    page = None if config.output is None else Path(config.output).with_suffix(".html")
+    # Before the imports of PyTorch, which take seconds.
+    for path in filter(None, (config.output, page)):
+        storage.require_free_file(path, overwrite=config.overwrite)
     from lorakit.cli.console import ProgressLine, print_scores
     from lorakit.cli.report import try_to_write
     from lorakit.evaluation.evaluate import evaluate
@@ -28,9 +32,6 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.reporting.evaluation_report import answered, evaluation_page
     from lorakit.training.environment import command
 
-    page = None if config.output is None else Path(config.output).with_suffix(".html")
-    if page is not None:
-        storage.require_free_file(page, overwrite=config.overwrite)
     result = evaluate(config, progress=ProgressLine())
     if result.base_scores:
         print_scores({"adapter": result.scores, "base": result.base_scores})

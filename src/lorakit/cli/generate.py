@@ -86,6 +86,8 @@ def run(argv: Sequence[str]) -> None:
         argv,
         unused=lambda typed: ["data"] if {"chat", "raw"} & typed.keys() else [],
     )
+    if config.output:  # before the imports of PyTorch, which take seconds
+        storage.require_free_file(config.output, overwrite=config.overwrite)
     from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format, text_task
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
@@ -95,8 +97,6 @@ def run(argv: Sequence[str]) -> None:
 
     if config.method is not None:
         use_method(config.method)
-    if config.output:
-        storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter = AdapterFile.read(config.adapter)
     text_task(adapter)  # rejects an adapter that generates no text
     named = None if config.data.task == "auto" else config.data.task

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
@@ -46,10 +47,12 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
         "output",
     )
+    # Before the imports of PyTorch, which take seconds.
+    output = storage.require_free_folder(config.output, overwrite=config.overwrite)
+    _require_replaceable(output)
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
-    from lorakit import storage
     from lorakit.adapters import handle_of
     from lorakit.compute.adapted import AdapterFile, open_adapted
     from lorakit.compute.merge_verdict import judge_merge
@@ -59,8 +62,6 @@ def run(argv: Sequence[str]) -> None:
 
     if config.method is not None:
         use_method(config.method)
-    output = storage.require_free_folder(config.output, overwrite=config.overwrite)
-    _require_replaceable(output)
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)

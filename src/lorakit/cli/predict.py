@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.evaluation.predict_config import PredictConfig
 
@@ -19,6 +20,8 @@ def run(argv: Sequence[str]) -> None:
         "regression.",
         argv,
     )
+    # Before the import of PyTorch, which takes seconds.
+    storage.require_free_file(config.output, overwrite=config.overwrite)
     from lorakit.evaluation.predict import predict
 
     result = predict(config)
