@@ -60,10 +60,7 @@ def test_every_command_reads_the_file(
     assert (config.base.name, config.output) == (base, "out/rows")
     assert task_of(config.data).name == task
     assert config.lora.targets == ("all-linear",)
-    assert (
-        "full fine-tuning only with all layers; attention.qv, the paper's"
-        in Path("run.yaml").read_text()
-    )
+    assert "# The quality of full fine-tuning needs all-linear." in Path("run.yaml").read_text()
     assert parse(DataCommandConfig, "data", "", ["--config", "run.yaml"]).data == config.data
     use = parse(GenerateConfig, "generate", "", ["--config", "run.yaml", "--prompt", "x"])
     assert (use.adapter, use.output, use.method) == ("out/rows/adapter", None, None)
