@@ -111,15 +111,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder, chat, monkeypatch) 
         put(self, value)
 
     monkeypatch.setattr(TextStreamer, "put", interrupting)
-    before = signal.getsignal(signal.SIGINT)
-    status, out, _ = chat("river", "/reset", "river")
+    # A shell starts background jobs with an ignored SIGINT, which lorakit respects.
+    before = signal.default_int_handler
+    inherited = signal.signal(signal.SIGINT, before)
+    try:
+        status, out, _ = chat("river", "/reset", "river")
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     (whole,) = answers(folder, None, "river")
     stopped = out.removesuffix(f"\n{whole}\n")
     assert status == 0
     assert stopped != out
     assert whole.startswith(stopped.rstrip("\N{REPLACEMENT CHARACTER}"))
     assert len(calls) < 2 * (1 + NEW)  # fewer tokens than two whole answers
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@
   };
 
   const show = (mark) => {
-    if (mark === shown) return;
+    if (mark === shown && !tip.hidden) return;
     hide();
     shown = mark;
     mark.classList.add("on");
@@ -85,7 +85,8 @@
     });
   }
   addEventListener("pointerdown", (event) => event.target.closest("svg.chart") || hide());
-  addEventListener("scroll", hide, { passive: true });
+  // The arrow keys go on from the chosen mark: focus scrolls a chart into view.
+  addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
   addEventListener("beforeprint", () => {
     for (const part of document.querySelectorAll("details")) part.open = true;
   });
