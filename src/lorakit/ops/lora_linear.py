@@ -6,6 +6,7 @@ Suffixes name dimensions: N tokens of the batch, D inputs, R rank, O outputs.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast
@@ -54,14 +55,12 @@ def _add_product(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
 ) -> Tensor:
     """Compute `lora_linear` without gradients."""
-    x_ND = x.reshape(-1, x.shape[-1])
     if x.numel() <= A.numel() and x.itemsize < A.itemsize and A.dtype == B.dtype:
-        # For few rows, casting them is cheaper than casting A and B, and float32 products have less overhead than
-        # bfloat16 ones. `add_` reads the wider dtype and rounds the sum once.
-        delta_NO = (x_ND.to(A.dtype) @ A.T) @ B.T
-        total = out if in_place else out.clone(memory_format=torch.contiguous_format)
-        total.view(delta_NO.shape).add_(delta_NO, alpha=scaling)
-        return total
+        # For few rows, two casts and float32 products have less overhead. The second cast is needed because
+        # adding two dtypes runs element by element.
+        delta = F.linear(F.linear(x.to(A.dtype), A).mul_(scaling), B).to(x.dtype)
+        return out.add_(delta) if in_place else out.add(delta)
+    x_ND = x.reshape(-1, x.shape[-1])
     h_NR = x_ND @ A.to(out.dtype).T
     return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
 
