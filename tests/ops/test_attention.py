@@ -214,3 +214,21 @@ def test_a_mask_that_is_written_into_is_read_anew():
     mask[..., :20, 5] = True
     out = masked_attention(*ours, mask, scale=0.5)
     torch.testing.assert_close(out, masked_attention_reference(*ours, mask, scale=0.5))
+
+
+def test_batches_of_many_lengths_share_few_shapes(monkeypatch):
+    """A CPU library caches a kernel per shape: 60 batches of trees have 6 shapes of products instead of 74."""
+    monkeypatch.setattr(attention, "GROUP_PAIRS", 2**16)
+    shapes = set()
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(8, 60, (8,), generator=generator).tolist()
+        mask = torch.block_diag(*(causal(n) for n in lengths)).bool()
+        T = 384
+        mask = torch.nn.functional.pad(mask, (0, T - len(mask), 0, T - len(mask)))
+        mask |= torch.eye(T, dtype=torch.bool)
+        blocks = attention._cheapest_blocks(mask[None], 4, 2)
+        assert blocks.size is not None
+        shapes |= {(g.blocks.stop - g.blocks.start, blocks.size, g.length) for g in blocks.groups}
+        assert all(g.length % 32 == 0 for g in blocks.groups)
+    assert len(shapes) <= 12

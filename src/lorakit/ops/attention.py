@@ -24,6 +24,13 @@ from lorakit.ops.dropout import fast, kept, multiplier
 BLOCK_SIZES = (32, 64, 128)
 """Candidate numbers of queries per block. Small blocks skip more masked pairs; large blocks have faster products."""
 
+KEY_STEP = QUERY_STEP = 32
+"""The keys and the queries of a block are rounded up to multiples of these. A CPU library builds and caches kernels for
+every new shape: without rounding, 60 batches have 74 shapes, with it 6."""
+
+BLOCK_STEP = 4
+"""Groups end at multiples of this number of blocks, for the same reason."""
+
 GATHER_PAIRS = 32
 """Cost of gathering one key and its value, and of scattering their gradients, in query-key pairs."""
 
@@ -124,6 +131,8 @@ class _Blocks:
     groups: tuple[_Group, ...]
     count: int = 1
     """N; 1 if each block is a whole row with all its keys, without gathering."""
+    size: int | None = None
+    """b, the queries per block; None for whole rows."""
     order: Tensor | None = None
     """Shape (B * N): the blocks in ascending order of their numbers of keys; None keeps the original order."""
     uses: Tensor | None = None
@@ -139,7 +148,7 @@ class _Blocks:
     def split(self, x: Tensor, heads: int) -> Tensor:
         """Pad T and split into sorted blocks: (B, H, T, D) to (B * N, K, H / K * b, D)."""
         B, H, T, D = x.shape
-        size = -(-T // self.count)
+        size = self.size or T
         if padding := size * self.count - T:
             x = F.pad(x, (0, 0, 0, padding))
         x = x.reshape(B, heads, H // heads, self.count, size, D)
@@ -194,11 +203,12 @@ def _whole_rows(B: int, pairs_per_key: int, S: int, bias: Tensor | None = None) 
     return _Blocks(tuple(groups))
 
 
-def _runs(lengths: list[int], pairs_per_key: int) -> Iterator[slice]:
-    """Divide blocks, sorted by their number of keys, into runs of up to GROUP_PAIRS pairs, or of one block."""
+def _runs(lengths: list[int], pairs_per_key: int, step: int = 1) -> Iterator[slice]:
+    """Divide blocks, sorted by their number of keys, into runs of up to GROUP_PAIRS pairs, or of `step` blocks."""
     start = 0
-    for i, length in enumerate(lengths):
-        if i > start and (i + 1 - start) * length * pairs_per_key > GROUP_PAIRS:
+    for i in range(step, len(lengths), step):
+        last = min(i + step, len(lengths))
+        if (last - start) * lengths[last - 1] * pairs_per_key > GROUP_PAIRS:
             yield slice(start, i)
             start = i
     yield slice(start, len(lengths))
@@ -214,11 +224,11 @@ def _cheapest_blocks(mask: Tensor, H: int, K: int) -> _Blocks:
     best, lowest_cost = None, B * T * S
     for max_size in sizes:
         count = -(-T // max_size)
-        size = -(-T // count)
+        size = _round_up(-(-T // count), QUERY_STEP)
         padded = F.pad(mask, (0, 0, 0, size * count - T)).view(B * count, size, S)
         lengths, order = padded.any(1).sum(-1).clamp(min=1).sort(stable=True)
-        lengths = lengths.tolist()
-        runs = list(_runs(lengths, H * size))
+        lengths = [min(_round_up(length, KEY_STEP), S) for length in lengths.tolist()]
+        runs = list(_runs(lengths, H * size, BLOCK_STEP))
         keys = sum((run.stop - run.start) * lengths[run.stop - 1] for run in runs)
         cost = keys * (size + GATHER_PAIRS)
         if cost < lowest_cost:
@@ -232,7 +242,8 @@ def _gathered_blocks(
     mask: Tensor, order: Tensor, runs: list[slice], lengths: list[int], rows: int, heads: int
 ) -> _Blocks:
     """Return the blocks of `mask` (B * N, b, S) with their visible keys, padded to the longest of each group."""
-    S, count = mask.shape[-1], len(mask) // rows
+    _, size, S = mask.shape
+    count = len(mask) // rows
     head = torch.arange(heads, device=mask.device)[:, None]
     groups, is_visible = [], []
     for run in runs:
@@ -248,7 +259,11 @@ def _gathered_blocks(
     uses = torch.cat(is_visible).nonzero().squeeze(1)
     sorted_keys, by_key = torch.cat([group.keys for group in groups])[uses].sort(stable=True)
     offsets = torch.searchsorted(sorted_keys, torch.arange(rows * heads * S, device=mask.device))
-    return _Blocks(tuple(groups), count, order, uses=uses[by_key], offsets=offsets)
+    return _Blocks(tuple(groups), count, size, order, uses=uses[by_key], offsets=offsets)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _bias(mask: Tensor) -> Tensor:
