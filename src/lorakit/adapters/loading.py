@@ -26,6 +26,7 @@ from lorakit.methods.lora.forms import LoralibConvForm
 from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
+from lorakit.models.dtype_choice import MERGED
 from lorakit.ops import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -317,7 +318,7 @@ def _check_base(
         stored.notices.extend(formats.compare(stored.base, live) or [])
     except WrongBaseError as error:
         if not allow_other_base:
-            if getattr(getattr(model, "config", None), "lorakit_merged", False):
+            if getattr(getattr(model, "config", None), MERGED, False):
                 raise WrongBaseError(
                     f"{error} This base is a merged model of lorakit, which has its adapter in it already: use it "
                     "without an adapter (--adapter null)."

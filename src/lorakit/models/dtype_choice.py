@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
-from lorakit.models.gguf import cache_folder
+from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.models.processor import limit_threads, processor_name
 
 if TYPE_CHECKING:
@@ -190,33 +187,23 @@ def _trial(device: torch.device, widths: tuple[int, int], rows: int, threads: in
         "widths": widths,
         "rows": rows,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"dtype-{key}.json"
+    path = measurement_file("dtype", identity)
     if (kept := _read(path)) is not None:
         return kept
     trial = _measure(device, widths, rows)
     if trial.steady:
-        _keep(trial, path, identity)
+        # Without a writable cache, each process measures for itself.
+        with suppress(LorakitError):
+            keep_measurement(path, "trial", dataclasses.asdict(trial), identity)
     return trial
 
 
 def _read(path: Path) -> Trial | None:
-    if not path.exists():
-        return None
     try:
-        kept = Trial(**storage.read_record(path, BaseModelError)["trial"])
+        kept = Trial(**(read_measurement(path, "trial") or {}))
         return kept if 0 < kept.float32 < 1e18 and 0 < kept.bfloat16 < 1e18 else None
-    except (LorakitError, KeyError, TypeError):  # a damaged cache entry: measure again
+    except TypeError:  # absent, or a damaged entry: measure again
         return None
-
-
-def _keep(trial: Trial, path: Path, identity: dict[str, Any]) -> None:
-    # Without a writable cache, each process measures for itself.
-    with suppress(LorakitError), storage.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.atomic_file(path) as temporary:
-            record = {"trial": dataclasses.asdict(trial), "identity": identity}
-            storage.write_record(temporary, record)
 
 
 def _measure(device: torch.device, widths: tuple[int, int], rows: int) -> Trial:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle
@@ -14,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import storage
-from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.gguf import cache_folder
+from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.ops import dropout, rms_norm, silu_product
 from lorakit.ops.dropout import kept
 from lorakit.planning.ledger import Ledger, Work
@@ -186,18 +182,14 @@ def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:
 def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
     """Return the path of the calibration of this machine and dtype in the user's cache folder."""
     name = dtype_name(dtype)
-    key = json.dumps({**identity(device), "dtype": name}, sort_keys=True)
-    return cache_folder() / f"machine-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return measurement_file(f"machine-{name}", {**identity(device), "dtype": name})
 
 
 def read_calibration(device: torch.device, dtype: torch.dtype) -> Machine | None:
     """Return the calibration of this machine, or None if none exists or its file is damaged."""
-    path = calibration_file(device, dtype)
-    if not path.exists():
-        return None
     try:
-        return Machine(**storage.read_record(path, BaseModelError)["machine"])
-    except (LorakitError, KeyError, TypeError):  # a cache entry: ignore it, measure again
+        return Machine(**(read_measurement(calibration_file(device, dtype), "machine") or {}))
+    except TypeError:  # absent, or a damaged entry: measure again
         return None
 
 
@@ -208,9 +200,5 @@ def keep_calibration(machine: Machine, device: torch.device, dtype: torch.dtype)
         LorakitError: The folder is not writable.
     """
     path = calibration_file(device, dtype)
-    with storage.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.atomic_file(path) as temporary:
-            record = {"machine": dataclasses.asdict(machine), "identity": identity(device)}
-            storage.write_record(temporary, record)
+    keep_measurement(path, "machine", dataclasses.asdict(machine), identity(device))
     return path
