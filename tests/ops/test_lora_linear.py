@@ -93,10 +93,9 @@ def test_under_autocast_it_computes_in_the_output_dtype():
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [2, 3])  # at rank 2, casts the activations or the matrices
 @pytest.mark.parametrize("in_place", [True, False])
-def test_without_gradients(rows, in_place, master):
-    x, out, A, B = (t.detach() for t in tensors(torch.bfloat16, shape=(rows, 1), master=master))
+def test_without_gradients(in_place, master):
+    x, out, A, B = (t.detach() for t in tensors(torch.bfloat16, master=master))
     target = out.clone()
     with torch.no_grad():
         y = lora_linear(x, target, A, B, 0.5, in_place=in_place)
@@ -114,7 +113,7 @@ def test_without_gradients_a_narrow_adapter_is_multiplied_in_the_dtype_of_the_ou
     torch.testing.assert_close(y, lora_linear_reference(x, out, A, B, 0.5))
 
 
-def test_a_few_rows_on_a_float16_base_are_scaled_before_they_are_rounded():
+def test_on_a_float16_base_the_product_is_scaled_before_it_is_rounded():
     """The unscaled product overflows float16, the scaled product does not."""
     x, A, B = torch.full((1, 8), 30.0).half(), torch.full((2, 8), 2.0), torch.full((3, 2), 100.0)
     with torch.no_grad():

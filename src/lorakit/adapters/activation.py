@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lorakit.adapters.choice import BASE, Choice
+from lorakit.adapters.decoding import Decoding, Step
 from lorakit.adapters.passes import Pass, RunningPasses
 from lorakit.errors import AdapterStateError
 from lorakit.models.checkpoints import forbid_recomputation, running_checkpoints
@@ -91,13 +92,14 @@ class Activation:
 
     def __post_init__(self) -> None:
         self.running = RunningPasses()
+        self.decoding = Decoding()
         self._thread = _Thread()
         self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
         self._open_blocks = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # Running passes, open blocks and checkpoints belong to this model, not to a copy of it.
-        left_out = ("running", "_thread", "_records", "_open_blocks")
+        left_out = ("running", "decoding", "_thread", "_records", "_open_blocks")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,6 +189,15 @@ class Activation:
         innermost = self.running.innermost
         of_pass = None if innermost is None else innermost.of_pass
         return Pass(self.choice) if of_pass is None else of_pass
+
+    @property
+    def step(self) -> Step | None:
+        """The decoding step that this thread runs, if any."""
+        if torch.compiler.is_compiling():
+            return None
+        innermost = self.running.innermost
+        of_pass = None if innermost is None else innermost.of_pass
+        return None if of_pass is None else of_pass.step
 
     def moment(self) -> Moment:
         """Return the choice of the running forward pass; in a recomputation, that of the first run.
@@ -327,6 +338,13 @@ class Activation:
         if outer is not None and outer.of_pass is not None and outer.began_with is _BLOCKS.get():
             return outer.of_pass.choice
         return self.choice
+
+    def step_of(self, choice: Choice, args: tuple, kwargs: dict[str, Any]) -> Step | None:
+        """Return the decoding step of a forward pass that enters the model; the same one for a part of the model."""
+        outer = self.running.innermost
+        if outer is not None and outer.of_pass is not None:
+            return outer.of_pass.step if choice is outer.of_pass.choice else None
+        return self.decoding.begin(choice if choice is self.active else BASE, args, kwargs)
 
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             "itself, or use one process for each device."
         )
     with activation.running.lock:  # no other thread changes the adapters in between
-        of_pass = describe_pass(activation.entering(), module, args, kwargs)
+        choice = activation.entering()
+        of_pass = describe_pass(choice, module, args, kwargs)
+        of_pass = replace(of_pass, step=activation.step_of(choice, args, kwargs))
         activation.begin(of_pass, sys._getframe(1))
 
 

@@ -69,8 +69,12 @@ class LayerAdapters(ReplacedParameters):
         """Return the layer's output with the effect of the active adapters."""
         if isinstance(output, tuple):  # a block's hidden states and further outputs
             return self._after_block(layer, args, kwargs, output)
+        x = layer_input(layer, args, kwargs)
+        step = self.activation.step
+        if step is not None and (adapted := step.adapt(self, x, output)) is not None:
+            return adapted
         of_pass = self.activation.moment().of_pass
-        choice, x = of_pass.choice, layer_input(layer, args, kwargs)
+        choice = of_pass.choice
         if choice is not self.activation.active:
             return adapt_by_part(self, Call(layer, x, args, kwargs), output, of_pass)
         # `activate` chose for the whole batch, and trained copies are in place. This runs in every call of the

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.choice import Blend, Choice, Entries
+from lorakit.adapters.decoding import Step
 from lorakit.errors import AdapterStateError
 from lorakit.models.frames import has_ended
 
@@ -29,6 +30,8 @@ class Pass:
     """Storage and first stride of each tensor that entered the model with one entry for each row."""
     is_part: bool = False
     """Whether this is no pass of its own: a layer computes some rows again for one adapter."""
+    step: Step | None = field(default=None, compare=False, repr=False)
+    """The decoding step that the pass is, if any."""
     known_parts: dict[Any, list[tuple[Blend, Entries]]] = field(
         default_factory=dict, compare=False, repr=False
     )

@@ -6,7 +6,6 @@ Suffixes name dimensions: N tokens of the batch, D inputs, R rank, O outputs.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast
@@ -19,9 +18,6 @@ def lora_linear(
 
     The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the
     activations are not. The backward pass needs only `x` and the rank-sized intermediate.
-
-    Without gradients, an `x` with at most `rank` rows (a decoding step) is smaller than A. Then `x` is cast instead,
-    and the product is computed in the dtype of A and B, if that is wider.
 
     Args:
         x: Input of the layer, shape (..., in).
@@ -55,11 +51,6 @@ def _add_product(
     x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
 ) -> Tensor:
     """Compute `lora_linear` without gradients."""
-    if x.numel() <= A.numel() and x.itemsize < A.itemsize and A.dtype == B.dtype:
-        # For few rows, two casts and float32 products have less overhead. The second cast is needed because
-        # adding two dtypes runs element by element.
-        delta = F.linear(F.linear(x.to(A.dtype), A).mul_(scaling), B).to(x.dtype)
-        return out.add_(delta) if in_place else out.add(delta)
     x_ND = x.reshape(-1, x.shape[-1])
     h_NR = x_ND @ A.to(out.dtype).T
     return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)

@@ -63,7 +63,7 @@ def _add_products(x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor
         for tokens, A, B, scaling in segments:
             _add_product(out, tokens, x[tokens] @ A.to(out.dtype).T, B.to(out.dtype), scaling)
         return out
-    # For few tokens, casting them has less overhead than casting the matrices (as in `lora_linear`).
+    # For few tokens, casting them has less overhead than casting the matrices.
     delta, x = torch.zeros_like(out, dtype=wide), x.to(wide)
     for tokens, A, B, scaling in segments:
         _add_product(delta, tokens, x[tokens] @ A.to(wide).T, B.to(wide), scaling)

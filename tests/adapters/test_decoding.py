@@ -1,0 +1,329 @@
+"""Decoding steps with shared products compute what the layers compute one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor
+from transformers import DynamicCache
+
+from lorakit.adapters import Adapters, attach, decoding
+from lorakit.adapters.attach import handle_for
+from lorakit.adapters.decoding import SharedInput
+from lorakit.methods.lora.method import LoRA
+
+Change = Callable[[Adapters], Any]
+
+PROMPT = torch.tensor([[5, 8, 13, 21, 34], [2, 55, 9, 30, 7]])
+NEXT = torch.tensor([[3], [11]])
+
+
+def adapted(arch: str = "llama", *names: str, method: LoRA | None = None) -> tuple[Any, Adapters]:
+    model = tiny_models.build(arch)
+    method = method or LoRA(rank=2, alpha=3, targets="all-linear")
+    for seed, name in enumerate(names or ("a",)):
+        randomise(attach(model, method, name=name, seed=seed), name, seed=seed)
+    model.double()
+    return model, handle_for(model)
+
+
+@contextlib.contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Compute no step with shared products: the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "FEW_TOKENS", 0)
+        yield
+
+
+def run(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Return the logits of tokens that continue a cache."""
+    known = inspect.signature(inspect.unwrap(model.forward)).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return model(input_ids=ids, use_cache=True, **{name: cache}).logits
+
+
+def steps(adapters: Adapters, change: Change | None = None, *, before: int = 3) -> Tensor:
+    """Return the logits of decoding steps after a prompt, with a change between two of them."""
+    model: Any = adapters.model
+    cache = DynamicCache(config=model.config)
+    logits = []
+    with torch.no_grad():
+        run(model, PROMPT, cache)
+        for number in range(2 * before):
+            if number == before and change:
+                change(adapters)
+            logits.append(run(model, NEXT, cache).double())
+    return torch.stack(logits)
+
+
+def groups(adapters: Adapters) -> list[list[str]]:
+    """Return the names of the layers of the first block that share an input."""
+    stacks = adapters._activation.decoding._stacks
+    if stacks is None:
+        return []
+    names: dict[SharedInput, list[str]] = {}
+    for path, layer in adapters.model.named_modules():
+        shared = stacks.inputs.get(getattr(layer, "adapters", None))  # type: ignore[arg-type]
+        if shared is not None and ".0." in path:
+            names.setdefault(shared, []).append(path.rpartition(".")[2])
+    return list(names.values())
+
+
+def test_layers_that_read_the_same_input_share_it():
+    _, adapters = adapted()
+    steps(adapters)
+    assert groups(adapters) == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+def test_wide_layers_do_not_share(monkeypatch):
+    monkeypatch.setattr(decoding, "LARGEST_B", 0)
+    _, adapters = adapted()
+    found = steps(adapters)
+    assert all(len(names) == 1 for names in groups(adapters))
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+METHODS = {
+    "rank 2": LoRA(rank=2, targets="all-linear"),
+    "different ranks": LoRA(rank=2, rank_pattern={"k_proj": 3}, targets="all-linear"),
+    "PiSSA": LoRA(rank=2, init="pissa", targets="all-linear"),
+    "DoRA": LoRA(rank=2, dora=True, targets="all-linear"),
+    "with the embedding": LoRA(rank=2, targets=("attention.qv", "embedding")),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_methods(method):
+    _, adapters = adapted(method=method)
+    found = steps(adapters)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt-neox", "bloom", "qwen3", "gemma"])
+def test_architectures(arch):
+    _, adapters = adapted(arch)
+    found = steps(adapters)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+def test_bfloat16_rounds_no_more_than_layer_by_layer():
+    """The roundings of both are independent, so their errors differ by chance."""
+    _, adapters = adapted()
+    exact = steps(adapters)
+    adapters.model.to(torch.bfloat16)
+    for layer in adapters.model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.float()
+    error = (steps(adapters) - exact).norm()
+    assert groups(adapters)
+    with layer_by_layer():
+        assert error < 2 * (steps(adapters) - exact).norm()
+    assert error < 0.05 * exact.norm()
+
+
+# --- a change between two steps ----------------------------------------------------------------------
+
+
+def edit(adapters: Adapters) -> None:
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters():
+            parameter.mul_(-1.5)
+
+
+def edit_one_b(adapters: Adapters) -> None:
+    with torch.no_grad():
+        adapters.model.get_parameter("model.layers.1.mlp.up_proj.adapters.a.lora_B").zero_()
+
+
+def optimizer_step(adapters: Adapters) -> None:
+    parameters = list(adapters.trainable_parameters())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.1)
+    torch.optim.AdamW(parameters, lr=0.3).step()
+
+
+def fused_optimizer_step(adapters: Adapters) -> None:
+    parameters = list(adapters.trainable_parameters())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.1)
+    torch.optim.AdamW(parameters, lr=0.3, fused=True).step()
+
+
+def load_state_dict(adapters: Adapters) -> None:
+    state = {
+        name: tensor + 0.5 if "lora_" in name else tensor
+        for name, tensor in adapters.model.state_dict().items()
+    }
+    adapters.model.load_state_dict(state)
+
+
+def assign_state_dict(adapters: Adapters) -> None:
+    state = {
+        name: tensor + 0.5 if "lora_" in name else tensor
+        for name, tensor in adapters.model.state_dict().items()
+    }
+    adapters.model.load_state_dict(state, assign=True)
+
+
+def there_and_back(adapters: Adapters) -> None:
+    """Round the adapter to bfloat16. The last tensors may get the addresses of the first."""
+    layers = [m for m in adapters.model.modules() if hasattr(m, "lora_A")]
+    for layer in layers:
+        layer.to(torch.bfloat16)
+    for layer in layers:
+        layer.double()
+
+
+def new_parameter(adapters: Adapters) -> None:
+    module = adapters.model.get_submodule("model.layers.0.self_attn.q_proj.adapters.a")
+    module.lora_A = torch.nn.Parameter(module.get_parameter("lora_A").detach() + 1)
+
+
+def new_scaling(adapters: Adapters) -> None:
+    adapters.model.get_submodule("model.layers.0.self_attn.q_proj.adapters.a").scaling = 7.0  # type: ignore[assignment]
+
+
+def nothing(adapters: Adapters) -> None:
+    adapters.activate(None)
+
+
+def other(adapters: Adapters) -> None:
+    attach(adapters.model, LoRA(rank=3, targets="all-linear"), name="b", seed=3)
+    randomise(adapters, "b", seed=3)
+    adapters.activate("b")
+
+
+def blend(adapters: Adapters) -> None:
+    other(adapters)
+    adapters.activate({"a": 0.3, "b": -2.0})
+
+
+def remove_and_attach(adapters: Adapters) -> None:
+    adapters.remove("a")
+    adapters = attach(adapters.model, LoRA(rank=2, targets="all-linear"), name="a", seed=5)
+    randomise(adapters, "a", seed=5)
+
+
+def merge(adapters: Adapters) -> None:
+    """The one change without an effect on the logits."""
+    adapters.merge()
+
+
+CHANGES = (
+    edit,
+    edit_one_b,
+    optimizer_step,
+    fused_optimizer_step,
+    load_state_dict,
+    assign_state_dict,
+    there_and_back,
+    new_parameter,
+    new_scaling,
+    nothing,
+    other,
+    blend,
+    remove_and_attach,
+    merge,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_acts_in_the_next_step(change):
+    _, ours = adapted()
+    _, plain = adapted()
+    found = steps(ours, change)
+    with layer_by_layer():
+        expected = steps(plain, change)
+    torch.testing.assert_close(found, expected)
+    if change is not merge:
+        assert (found[-1] - steps(adapted()[1])[-1]).norm() > 1e-3
+
+
+def test_an_edit_of_data_acts_from_the_next_prompt_on():
+    """PyTorch does not count it, so no step can see it."""
+    _, adapters = adapted()
+    steps(adapters)
+    for parameter in adapters.trainable_parameters():
+        parameter.data.mul_(-1.5)
+    found = steps(adapters)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+def test_dropout_acts_in_a_step_of_a_model_in_training_mode():
+    _, adapters = adapted(method=LoRA(rank=2, dropout=0.5, targets="all-linear"))
+    found = steps(adapters, lambda a: a.model.train())
+    assert not torch.equal(found[-1], found[-2])
+    assert groups(adapters) == []
+
+
+# --- inside a step -----------------------------------------------------------------------------------
+
+
+def test_an_input_that_changes_between_two_layers_is_read_again():
+    """A model may write into a tensor that two layers read."""
+    model, adapters = adapted()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.register_forward_pre_hook(lambda layer, args: (args[0].add_(0.5),))
+    found = steps(adapters)
+    assert groups(adapters)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+def test_gradients_of_a_step():
+    model, adapters = adapted()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for _ in range(4):
+            run(model, NEXT, cache)
+    assert groups(adapters)
+    with torch.enable_grad():
+        run(model, NEXT, cache).sum().backward()
+    assert all(p.grad is not None for p in adapters.trainable_parameters())
+
+
+def test_inference_mode():
+    _, adapters = adapted()
+    with torch.inference_mode():
+        found = steps(adapters)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(adapters))
+
+
+def test_rows_with_different_adapters_between_two_steps():
+    """A block of `per_sample` computes by rows, and the steps around it go on."""
+    _, ours = adapted("llama", "a", "b")
+    _, plain = adapted("llama", "a", "b")
+
+    def by_row(adapters: Adapters) -> None:
+        with adapters.per_sample(["a", None]):
+            adapters.model(input_ids=PROMPT)
+
+    found = steps(ours, by_row)
+    with layer_by_layer():
+        torch.testing.assert_close(found, steps(plain, by_row))
+
+
+def test_generate_gives_the_same_tokens():
+    model, adapters = adapted()
+    options: dict = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    found = model.generate(PROMPT, pad_token_id=0, **options)
+    assert groups(adapters)
+    with layer_by_layer():
+        assert torch.equal(found, model.generate(PROMPT, pad_token_id=0, **options))
