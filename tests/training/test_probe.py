@@ -82,10 +82,10 @@ def test_the_steps_train(probed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed == [True] * (1 + probe.STEPS)
 
 
-def test_a_slow_machine_times_one_step(probed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_machine_runs_one_step(probed, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = probed
     seen = []
     monkeypatch.setattr(probe, "SECONDS", 0.0)
     monkeypatch.setattr(probe, "optimizer_step", lambda job, _, batches, step: seen.append(step))
     run()
-    assert seen == [0, 1]
+    assert seen == [0]
