@@ -40,7 +40,7 @@ class Size:
 
         Scoring an example before and after training takes as long as 0.08 steps; generating a text twice 0.16 steps;
         the validation in training 0.03 steps per test example. The measurement and the check of the merge take 12
-        steps. These ratios and the constant time are measured on two cores.
+        steps. The ratios and the constant are estimates for a CPU.
         """
         scoring = 0.11 * self.test_loss + 0.16 * self.test_texts
         return 30 + per_step * (self.max_steps + scoring + 12)
@@ -59,8 +59,8 @@ SIZES = (
     Size(360, 200, 48),
     Size(480, 200, 48),
 )
-"""The sizes to choose from. They are fixed, so that machines of similar speed run the same demo. The largest is three
-epochs; more would overfit."""
+"""The sizes to choose from. They are fixed, so that machines of similar speed run the same demo. The largest is about
+three epochs, as in `lorakit train`."""
 
 SECONDS = 200.0
 """Limit on the expected time of a demo, a sixth below four minutes because the estimate has an error."""
