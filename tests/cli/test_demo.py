@@ -1,9 +1,13 @@
-"""`lorakit demo` prints the text of other people's functions literally."""
+"""`lorakit demo` fits its size to the machine, and prints the text of other people's functions literally."""
 
 from __future__ import annotations
 
+import pytest
+
 from lorakit.cli.console import console
-from lorakit.cli.demo import _print_examples
+from lorakit.cli.demo import SIZES, DemoConfig, Size, _print_examples, _size, size_for
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import Evaluation
 
 
@@ -15,3 +19,63 @@ def test_texts_of_examples_are_no_markup(capsys) -> None:
     assert "def f(x: list[int] = [/a]):" in shown
     assert "[bold]" in shown
     assert "[/b]" in shown
+
+
+def test_the_demo_takes_two_to_four_minutes() -> None:
+    """The range is narrower, because the estimate has an error."""
+    for per_step in (0.25 * 1.1**i for i in range(32)):
+        assert 145 <= size_for(per_step).seconds(per_step) <= 200
+
+
+def test_the_size_depends_on_the_speed() -> None:
+    assert size_for(1.2).max_steps == 90
+    assert size_for(1e-3) == SIZES[-1]
+    assert size_for(100) == SIZES[0]
+    chosen = [size_for(0.1 * 1.1**i) for i in range(60)]
+    assert set(chosen) == set(SIZES)
+    assert [SIZES.index(size) for size in chosen] == sorted(map(SIZES.index, chosen), reverse=True)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replace the measurement: each pops the last of these seconds per step."""
+    seconds: list[float] = []
+    monkeypatch.setattr("lorakit.data.load_examples", lambda *_: None)
+    monkeypatch.setattr("lorakit.training.probe.seconds_per_step", lambda *_: seconds.pop())
+    return seconds
+
+
+def size_of(config: DemoConfig) -> Size:
+    class NoBase:
+        tokenizer = None
+
+    data = DataConfig(train="docstrings", validation="docstrings")
+    return _size(console(), config, data, NoBase())  # type: ignore[arg-type]
+
+
+def test_the_demo_says_what_it_measured_and_chose(measured: list[float], capsys) -> None:
+    measured.append(1.2)
+    assert size_of(DemoConfig()) == size_for(1.2)
+    assert capsys.readouterr().out == (
+        "A training step takes 1.2 s on this machine, so the demo trains 90 steps and scores 144 examples and 36 "
+        "texts. It takes about 2m 58s.\n"
+    )
+
+
+def test_options_override_the_choice(measured: list[float], capsys) -> None:
+    measured.append(1.2)
+    assert size_of(DemoConfig(max_steps=7)) == Size(7, 144, 36)
+    measured.append(1.2)
+    assert size_of(DemoConfig(test_loss=8, test_texts=3)) == Size(90, 8, 3)
+    assert "scores 8 examples and 3 texts" in capsys.readouterr().out
+
+
+def test_with_all_options_nothing_is_measured(measured: list[float], capsys) -> None:
+    assert size_of(DemoConfig(max_steps=4, test_loss=16, test_texts=4)) == Size(4, 16, 4)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("option", ["max_steps", "test_loss", "test_texts"])
+def test_an_option_below_its_minimum_is_refused(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=option):
+        DemoConfig(**{option: 0})

@@ -16,7 +16,8 @@ from tiny_runs import adapter_bytes
 
 from lorakit import storage
 from lorakit.errors import LorakitError, RunFolderError
-from lorakit.training import checkpoint, loop
+from lorakit.training import checkpoint
+from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, TrainConfig
 from lorakit.training.loop import train
 
@@ -29,7 +30,7 @@ class Crash(Exception):
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
     """Crash a run of `config` in a step."""
-    original, calls = loop.clip_gradients, iter(range(1, 10_000))
+    original, calls = optimizer_steps.clip_gradients, iter(range(1, 10_000))
 
     def dying(*args):
         if next(calls) == step:
@@ -37,7 +38,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", dying)
+        patch.setattr(optimizer_steps, "clip_gradients", dying)
         with pytest.raises(Crash):
             train(config)
 

@@ -165,7 +165,7 @@ def test_the_life_of_an_adapter(
             if next(calls) == 3:
                 raise KeyboardInterrupt
 
-        patch.setattr("lorakit.training.loop.require_finite", stopping)
+        patch.setattr("lorakit.training.step.require_finite", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     assert not (tmp_path / "stopped" / "adapter").exists()

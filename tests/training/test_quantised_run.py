@@ -17,7 +17,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import quantised_weights
-from lorakit.training import loop
+from lorakit.training import step as optimizer_steps
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 from lorakit.training.setup import prepare
@@ -49,7 +49,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     other = settings(
         tmp_path, base, kind, gradient_checkpointing=checkpointing, output=str(tmp_path / "other")
     )
-    original, calls = loop.clip_gradients, iter(range(1, 100))
+    original, calls = optimizer_steps.clip_gradients, iter(range(1, 100))
 
     def crashing(*args, **kwargs):
         if next(calls) == 8:
@@ -57,7 +57,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", crashing)
+        patch.setattr(optimizer_steps, "clip_gradients", crashing)
         with pytest.raises(Crash):
             train(other)
     train(dataclasses.replace(other, resume=True))

@@ -22,7 +22,8 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models import dtype_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtype_choice import DtypeChoice
-from lorakit.training import checkpoint, loop, validation
+from lorakit.training import checkpoint, validation
+from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import read_settings
@@ -91,7 +92,7 @@ DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 5)
 def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) -> None:
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
-        crash_at(patch, loop, "clip_gradients", step)
+        crash_at(patch, optimizer_steps, "clip_gradients", step)
         with pytest.raises(Crash):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -128,7 +129,7 @@ def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) ->
     config = dataclasses.replace(settings(tmp_path, base), resume=True)
     for step in (2, 4, 5, 4, 7):
         with monkeypatch.context() as patch:
-            crash_at(patch, loop, "clip_gradients", step)
+            crash_at(patch, optimizer_steps, "clip_gradients", step)
             with pytest.raises(Crash):
                 train(config)
     train(config)
@@ -145,7 +146,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     request, tmp_path, base, undisturbed, monkeypatch, capsys, number, error
 ) -> None:
     config = settings(tmp_path, base)
-    original, calls = loop.clip_gradients, iter(range(1, 100))
+    original, calls = optimizer_steps.clip_gradients, iter(range(1, 100))
     # A shell without job control starts background jobs with SIGINT ignored, also pytest.
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     inherited = signal.signal(number, before)
@@ -157,7 +158,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_gradients", signalling)
+        patch.setattr(optimizer_steps, "clip_gradients", signalling)
         with pytest.raises(error) as raised:
             train(config)
     assert signal.getsignal(number) == before
@@ -173,9 +174,11 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
 
 @pytest.mark.slow
 def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatch) -> None:
-    original = loop.clip_gradients
+    original = optimizer_steps.clip_gradients
     monkeypatch.setattr(
-        loop, "clip_gradients", lambda *a: signal.raise_signal(signal.SIGINT) or original(*a)
+        optimizer_steps,
+        "clip_gradients",
+        lambda *a: signal.raise_signal(signal.SIGINT) or original(*a),
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -197,7 +200,7 @@ def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     config = tiny_runs.config(tmp_path, base, output=str(tmp_path / "other"), **settings)
     with monkeypatch.context() as patch:
         # After the last evaluation but one: two evaluations without a new best are on the count.
-        crash_at(patch, loop, "clip_gradients", result.steps)
+        crash_at(patch, optimizer_steps, "clip_gradients", result.steps)
         with pytest.raises(Crash):
             train(config)
     again = train(dataclasses.replace(config, resume=True))
@@ -211,7 +214,7 @@ def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None
     train(tiny_runs.config(tmp_path, base, lora=lora))
     config = tiny_runs.config(tmp_path, base, lora=lora, output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_at(patch, loop, "clip_gradients", 8)
+        crash_at(patch, optimizer_steps, "clip_gradients", 8)
         with pytest.raises(Crash):
             train(config)
     # Another start, as another machine's singular vectors would be: the checkpoint's has to win.
@@ -231,7 +234,7 @@ def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
     train(tiny_runs.config(tmp_path, base, method="full"))
     config = tiny_runs.config(tmp_path, base, method="full", output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_at(patch, loop, "clip_gradients", 8)
+        crash_at(patch, optimizer_steps, "clip_gradients", 8)
         with pytest.raises(Crash):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -247,7 +250,7 @@ def test_resume_of_nothing_starts_from_the_beginning(tmp_path, base, undisturbed
 def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
     config = settings(folder, base)
     with monkeypatch.context() as patch:
-        crash_at(patch, loop, "clip_gradients", 8)
+        crash_at(patch, optimizer_steps, "clip_gradients", 8)
         with pytest.raises(Crash):
             train(config)
     return dataclasses.replace(config, resume=True)

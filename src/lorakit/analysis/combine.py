@@ -194,7 +194,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
         notices.append("Not every adapter records its base, so the base was not checked.")
     for other in recorded[1:]:
         try:
-            notices += formats.compare(recorded[0], other)
+            notices += formats.compare(other, recorded[0])  # it would run on the first base
         except WrongBaseError as error:
             if not allow_other_base:
                 raise WrongBaseError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,51 @@ SHOWN = 3
 """Number of test examples to print side by side."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much a demo trains and scores."""
+
+    max_steps: int
+    test_loss: int
+    test_texts: int
+
+    def seconds(self, per_step: float) -> float:
+        """Return the expected time of a whole demo, where a training step takes `per_step` seconds.
+
+        Scoring an example before and after training takes as long as 0.08 steps; generating a text twice 0.16 steps;
+        the validation in training 0.03 steps per test example. The measurement and the check of the merge take 12
+        steps. The ratios and the constant are estimates for a CPU.
+        """
+        scoring = 0.11 * self.test_loss + 0.16 * self.test_texts
+        return 30 + per_step * (self.max_steps + scoring + 12)
+
+
+SIZES = (
+    Size(12, 32, 12),
+    Size(20, 32, 12),
+    Size(30, 48, 12),
+    Size(45, 64, 24),
+    Size(60, 96, 24),
+    Size(90, 144, 36),
+    Size(120, 200, 48),
+    Size(180, 200, 48),
+    Size(240, 200, 48),
+    Size(360, 200, 48),
+    Size(480, 200, 48),
+)
+"""The sizes to choose from. They are fixed, so that machines of similar speed run the same demo. The largest is about
+three epochs, as in `lorakit train`."""
+
+SECONDS = 200.0
+"""Limit on the expected time of a demo, a sixth below four minutes because the estimate has an error."""
+
+
+def size_for(per_step: float) -> Size:
+    """Return the largest size that takes at most `SECONDS`, or the smallest one."""
+    fitting = [size for size in SIZES if size.seconds(per_step) <= SECONDS]
+    return fitting[-1] if fitting else SIZES[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Options of `lorakit demo`."""
@@ -35,19 +80,19 @@ class DemoConfig:
     """The base model."""
     output: str = "out/demo"
     """Run folder. Replaces an earlier demo in it."""
-    max_steps: int = 120
-    """Optimizer steps, 16 examples each."""
+    max_steps: int | None = None
+    """Optimizer steps, 16 examples each. By default 12 to 480, so that the demo takes two to four minutes."""
     lora: LoRA = field(default_factory=lambda: LoRA(rank=8, alpha=16, targets="all-linear"))
     """The adapter."""
-    test_loss: int = 200
-    """Number of test examples for the held-out loss."""
-    test_texts: int = 48
-    """Number of test prompts to generate and score text for."""
+    test_loss: int | None = None
+    """Number of test examples for the held-out loss. By default 32 to 200, chosen with the steps."""
+    test_texts: int | None = None
+    """Number of test prompts to generate and score text for. By default 12 to 48, chosen with the steps."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "test_loss"):
-            require_at_least(name, getattr(self, name), 1)
-        require_at_least("test_texts", self.test_texts, SHOWN)
+        for name, least in (("max_steps", 1), ("test_loss", 1), ("test_texts", SHOWN)):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), least)
 
 
 CONFIGS = (DemoConfig,)
@@ -89,14 +134,15 @@ def run(argv: Sequence[str]) -> None:
         f"Task: summarise a function of the standard library from its signature. The test set has "
         f"{len(test):,} functions from modules that are not in the training set."
     )
-    before = _score(base, test, config)
+    size = _size(console, config, data, base)
+    before = _score(base, test, size)
 
     console.print("\n[bold]2. Training[/bold]")
-    result = train(_training(config, data))
+    result = train(_training(config, data, size))
 
     console.print("\n[bold]3. Before and after[/bold], on the test modules")
     adapters = load(base.model, result.adapter, name="demo")
-    after = _score(base, test, config)
+    after = _score(base, test, size)
     _print_scores(console, before, after)
     _print_examples(console, before, after)
     _print_sizes(console, base.model, result.adapter)
@@ -127,7 +173,30 @@ def _require_demo_folder(output: Path) -> None:
         )
 
 
-def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
+def _size(console: Console, config: DemoConfig, data: DataConfig, base: Base) -> Size:
+    """Return the options' size, with the missing ones chosen by the measured speed of the machine."""
+    from lorakit.compute.adapted import TEXT
+    from lorakit.data import load_examples
+    from lorakit.formatting import duration, short_duration
+    from lorakit.training.probe import seconds_per_step
+
+    set_by_user = {
+        f.name: value for f in fields(Size) if (value := getattr(config, f.name)) is not None
+    }
+    if len(set_by_user) == len(fields(Size)):
+        return Size(**set_by_user)
+    train = load_examples(data, "train", base.tokenizer)  # type: ignore[arg-type]
+    per_step = seconds_per_step(_training(config, data, SIZES[-1]), TEXT, base, train)
+    size = replace(size_for(per_step), **set_by_user)
+    console.print(
+        f"A training step takes {short_duration(per_step)} on this machine, so the demo trains {size.max_steps} steps "
+        f"and scores {size.test_loss} examples and {size.test_texts} texts. It takes about "
+        f"{duration(size.seconds(per_step))}."
+    )
+    return size
+
+
+def _training(config: DemoConfig, data: DataConfig, size: Size) -> TrainConfig:
     from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 
     return TrainConfig(
@@ -137,12 +206,12 @@ def _training(config: DemoConfig, data: DataConfig) -> TrainConfig:
         overwrite=True,
         lora=config.lora,
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        evaluation=HeldOutConfig(limit=100),
-        max_steps=config.max_steps,
+        evaluation=HeldOutConfig(limit=max(1, size.test_loss // 2)),
+        max_steps=size.max_steps,
     )
 
 
-def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
+def _score(base: Base, test: ExampleSet, size: Size) -> Evaluation:
     """Return the held-out loss, and the texts of greedy generation with their scores."""
     from lorakit.compute.adapted import TEXT
     from lorakit.compute.batching import collator
@@ -152,10 +221,10 @@ def _score(base: Base, test: ExampleSet, config: DemoConfig) -> Evaluation:
 
     objective = objective_for(base, TEXT, test.examples)
     loss = held_out(
-        base.model, objective, test.examples[: config.test_loss], collator(base), batch_size=16
+        base.model, objective, test.examples[: size.test_loss], collator(base), batch_size=16
     )
     decoding = Decoding(max_new_tokens=32, batch_size=24)
-    text = generated(base, test.examples[: config.test_texts], decoding)
+    text = generated(base, test.examples[: size.test_texts], decoding)
     return Evaluation(scores={**loss.scores, **text.scores}, outputs=text.outputs)
 
 

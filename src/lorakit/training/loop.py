@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
 
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -14,10 +11,11 @@ from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
-from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
+from lorakit.training.optimizer import build_optimizer
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunResult, open_run
 from lorakit.training.setup import Job, prepare
+from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
 
 
@@ -61,12 +59,7 @@ def train(config: TrainConfig) -> RunResult:
                 batches = [
                     job.collate([job.train[i] for i in indices]) for indices in batches_of_indices
                 ]
-                loss = _accumulate_gradients(job, batches)
-                rate = set_rate(optimizer, job.rate_factor(state.step))
-                norm = clip_gradients(optimizer, run.config.optimizer.clip)
-                require_finite(state.step, loss, norm, rate)
-                optimizer.step()
-                optimizer.zero_grad()
+                loss, rate, norm = optimizer_step(job, optimizer, batches, state.step)
                 state.advance(loss, batches, time.perf_counter() - began)
                 log.step(state, loss, rate, norm)
                 show.step(state, rate)
@@ -95,19 +88,3 @@ def _extension(job: Job, state: State, replaced: str) -> str:
         f"{text}. The first {state.step} steps followed the shorter schedule, so the result differs from that of a "
         f"new run of {total} steps."
     )
-
-
-def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Run forward and backward on all batches of a step; return the mean loss over all their targets.
-
-    The mean is over targets, not over batches, so a batch with more targets counts more. 4 batches of 4 examples give
-    the gradient of one batch of 16.
-    """
-    target_count = sum(job.objective.count(batch) for batch in batches)
-    loss = 0.0
-    for batch in batches:
-        with job.autocast():
-            batch_share = job.objective.loss_sum(job.model, batch) / target_count
-        batch_share.backward()
-        loss += batch_share.item()
-    return loss

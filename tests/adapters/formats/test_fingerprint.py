@@ -105,8 +105,16 @@ def test_another_dtype_of_the_same_weights_is_reported():
         "The adapter was trained on float32 weights and runs on bfloat16 ones; rounded to bfloat16 they "
         "are the same."
     ]
-    assert compare(record(llama().bfloat16()), record(llama()))
     assert "float16" in compare(record(llama().half().float()), record(llama().half()))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_more_precise_dtype_than_that_of_the_training_is_not_reported(dtype):
+    trained = record(llama().bfloat16())
+    assert compare(trained, record(llama().bfloat16().to(dtype))) == []
+    assert compare(trained, record(llama())) == []  # its own digits beyond bfloat16
+    with pytest.raises(WrongBaseError):
+        compare(trained, record(other_weights()))
 
 
 def test_float16_of_float32_weights_needs_the_source_to_vouch():

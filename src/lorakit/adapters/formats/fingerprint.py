@@ -155,7 +155,8 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         live: The record of the model, with the same parameters excluded.
 
     Returns:
-        Sentences about harmless differences (dtype, quantisation, sharding).
+        Sentences about harmless differences (dtype, quantisation, sharding). Weights that round to the bfloat16 ones
+        of the training are no difference.
 
     Raises:
         WrongBaseError: The architecture or the weights differ.
@@ -184,6 +185,8 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     rounded_alike = then.bfloat16 is not None and then.bfloat16 == now.bfloat16
     if rounded_alike and not KINDS.isdisjoint({then.dtype, now.dtype}):
         return [f"{change}; the original weights, rounded to bfloat16, are the same."]
+    if rounded_alike and then.dtype == "bfloat16":
+        return []  # these weights round to those of the training, so they are at least as precise
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
     same_source = recorded.source.name is not None and recorded.source == live.source

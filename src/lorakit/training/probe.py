@@ -1,0 +1,78 @@
+"""Measure the speed of training on a loaded base with a few steps that are undone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from statistics import median
+
+from lorakit.data import DataTask, ExampleSet
+from lorakit.models.dtype_choice import resolve_dtype
+from lorakit.models.faster import make_stock
+from lorakit.models.loading import Base
+from lorakit.ops import seeded
+from lorakit.training.config import TrainConfig
+from lorakit.training.optimizer import build_optimizer
+from lorakit.training.schedule import Batches
+from lorakit.training.setup import Job, assemble
+from lorakit.training.step import optimizer_step
+
+STEPS = 4
+"""Steps to time, after one that fills caches."""
+
+SECONDS = 5.0
+"""Seconds after which no further step begins. If the first step takes longer, its time counts."""
+
+
+def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> float:
+    """Train a new adapter for a few steps, detach it, and return the median time of a step in seconds.
+
+    The steps are those of the first epoch whose number of tokens is closest to the mean. The base, its layers and the
+    random state end as they were.
+
+    Args:
+        config: A run that trains LoRA.
+        task: The task of the training data.
+        base: The base, without an adapter.
+        train: The training data.
+
+    Raises:
+        LorakitError: A setting does not fit the data or the model, or the loss is not finite.
+    """
+    model = base.model
+    resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)
+    config = dataclasses.replace(config, base=resolved)
+    was_training = model.training
+    with seeded(config.seed, (p.device for p in model.parameters())):
+        job = assemble(config, task, base, train)
+        try:
+            return _median_seconds(job)
+        finally:
+            job.adapters.detach()
+            make_stock(model)
+            model.train(was_training)
+
+
+def _median_seconds(job: Job) -> float:
+    optimizer = build_optimizer(job.parameters, job.config.optimizer, job.config.peak_rate)
+    seconds: list[float] = []
+    for step, batches_of_indices in enumerate(_typical_steps(job)[: 1 + STEPS]):
+        if sum(seconds) > SECONDS:
+            break
+        start = time.perf_counter()
+        batches = [job.collate([job.train[i] for i in indices]) for indices in batches_of_indices]
+        optimizer_step(job, optimizer, batches, step)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:] or seconds)
+
+
+def _typical_steps(job: Job) -> list[Batches]:
+    """Return the steps of the first epoch, those with an average number of tokens first."""
+    plan, lengths = job.step_plan, job.train.lengths
+    tokens = [
+        (sum(lengths[i] for indices in step for i in indices), step)
+        for step in itertools.islice(plan.steps(), plan.steps_per_epoch)
+    ]
+    mean = sum(lengths) / plan.steps_per_epoch
+    return [step for _, step in sorted(tokens, key=lambda item: abs(item[0] - mean))]
