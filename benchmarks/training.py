@@ -68,9 +68,6 @@ def peft_settings(workload: Workload, *, every: bool) -> list[System]:
     return [peft("float32", workload.orders[0]), *fast]
 
 
-TRL = "TRL, defaults"
-
-
 def trl(precision: str, order: str, *, padding_free: bool = False) -> System:
     """Return TRL in one of its settings, without gradient checkpointing unless the row asks for it."""
     settings = {"precision": precision, "order": order}
@@ -82,23 +79,24 @@ def trl(precision: str, order: str, *, padding_free: bool = False) -> System:
 
 
 def trl_settings(workload: Workload, *, every: bool) -> list[System]:
-    """Return TRL's default and its other settings, or of these only the ones that are the fastest elsewhere.
+    """Return TRL's default and its faster settings, or its default and the setting that wins where all are compared.
 
-    It trains language models only. Packing is left out: it distributes the examples of all batches over fewer rows,
-    so that its updates are not those of the other systems.
+    There are none for a classifier, which SFTTrainer does not train. Packing is not comparable: it redistributes the
+    examples over fewer rows, so its updates are not those of the other systems.
     """
     if workload.task != "completion":
         return []
-    default = System(TRL, "trl_trainer", (("defaults", True), ("order", workload.orders[0])))
+    default = System(
+        "TRL, defaults", "trl_trainer", (("defaults", True), ("order", workload.orders[0]))
+    )
     last = workload.orders[-1]
     if not every:
         return [default, trl("bfloat16", last)]
-    padded = [trl(p, o) for p, o in product(PRECISIONS, workload.orders)]
-    return [default, *padded, trl("bfloat16", last, padding_free=True)]
+    return [default, *(trl(p, last) for p in PRECISIONS), trl("bfloat16", last, padding_free=True)]
 
 
 def others(workload: Workload) -> list[System]:
-    """Return the systems other than lorakit and PEFT."""
+    """Return the systems other than lorakit, PEFT and TRL."""
     order = (("order", workload.orders[-1]),)
     return [
         System(f"loralib, {workload.orders[-1]}", "loralib_loop", order),

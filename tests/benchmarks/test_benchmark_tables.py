@@ -11,6 +11,7 @@ import pytest
 from benchmarks import (
     accuracy,
     adapter,
+    dtypes,
     inference,
     merge_drift,
     profile,
@@ -32,6 +33,7 @@ def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
         "tokens": [60, 40],
         "seconds": [seconds / 2, seconds / 2],
         "rate": rate,
+        "bandwidth": 2e10,
         "memory": 2e9,
         "loading_memory": 1e9,
         "held_out": 1.25,
@@ -49,14 +51,30 @@ def row() -> dict[str, Any]:
         "machine": report.machine(),
         "default": "PEFT, float32, plain",
         "best": "PEFT, bf16 weights, bucketed",
+        "trl_best": ["TRL, bf16 weights, bucketed"],
         "sweep": ["PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
-        "systems": ["lorakit", "PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
+        "trl_sweep": ["TRL, defaults", "TRL, bf16 weights, bucketed"],
+        "systems": [
+            "lorakit",
+            "PEFT, float32, plain",
+            "PEFT, bf16 weights, bucketed",
+            "TRL, defaults",
+            "TRL, bf16 weights, bucketed",
+        ],
         "left_out": ["loralib", "full fine-tuning", "full fine-tuning"],
-        "limit": {"dtype": "bfloat16", "tokens": [60, 40], "operations": [3e8, 2e8], "counts": []},
+        "limit": {
+            "dtype": "bfloat16",
+            "tokens": [60, 40],
+            "operations": [3e8, 2e8],
+            "bytes": [3e9, 1e9],
+            "counts": [],
+        },
         "runs": {
             "lorakit": [run(1.0), run(2.0, rate=1e7), run(1.25)],
             "PEFT, float32, plain": [run(4.0), run(8.0, rate=1e7), run(5.0)],
             "PEFT, bf16 weights, bucketed": [run(2.0), run(4.0, rate=1e7), run(2.5)],
+            "TRL, defaults": [run(5.0)],
+            "TRL, bf16 weights, bucketed": [run(2.5), run(5.0, rate=1e7), run(3.125)],
         },
     }
 
@@ -66,12 +84,36 @@ def test_a_training_row(row: dict[str, Any]) -> None:
     # 100 tokens need 500 million operations. At a billion operations per second the limit is 200 tokens/s.
     of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
     assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
-    assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
+    assert cells(text, "limit, products (bfloat16) (binds)")[1] == "200"
+    # 100 tokens need 4 GB, at 20 GB/s.
+    assert cells(text, "limit, memory")[1] == "500"
     assert cells(text, "PEFT, float32, plain (default)")[3:5] == ["1.00", "0.50"]
     assert cells(text, "PEFT, bf16 weights, bucketed (best)")[3:5] == ["2.00", "1.00"]
+    assert cells(text, "TRL, bf16 weights, bucketed (best)")[3:5] == ["1.60", "0.80"]
+    # One run, compared with the others of its round.
+    compared, _, settings = text.partition("### PEFT's settings: A row")
+    assert cells(compared, "TRL, defaults")[1:5] == ["20", "20 to 20", "0.80", "0.40"]
+    assert cells(settings.partition("### TRL's settings: A row")[2], "TRL, defaults")[1] == "20"
     assert "Not run here, to save time: loralib, full fine-tuning." in text
-    assert "Medians of 3 runs." in text
-    assert "1 GFLOP/s, the median of the faster half of 9 samples (0 to 1)" in text
+    assert "Medians of 3 runs. Only in the first round: TRL, defaults." in text
+    assert (
+        "The limits assume 1 GFLOP/s (0 to 1) and 20 GB/s (20 to 20): the median of the faster"
+        in text
+    )
+    assert "half of 13 samples" in text
+
+
+def test_the_slower_limit_binds(row: dict[str, Any]) -> None:
+    row["limit"]["bytes"] = [2e10, 0]
+    text = report.markdown(training_tables.sections({"e2e": row}))
+    assert cells(text, "limit, products (bfloat16)")[1] == "200"
+    assert cells(text, "limit, memory (binds)")[1] == "100"
+    assert cells(text, "lorakit")[5] == "80%"
+
+
+def test_a_classifier_has_no_row_of_trl(row: dict[str, Any]) -> None:
+    row |= {"trl_best": [], "trl_sweep": [], "systems": row["systems"][:3]}
+    assert "TRL" not in report.markdown(training_tables.sections({"mrpc": row}))
 
 
 def test_a_row_of_another_day_says_so(row: dict[str, Any]) -> None:
@@ -194,3 +236,22 @@ def test_the_profile_is_a_table_of_shares():
     text = report.markdown(list(profile.sections({"rows": rows})))
     assert cells(text, profile.LINEAR)[1] == "75%"
     assert cells(text, "total seconds")[1] == "4.0"
+
+
+def test_the_dtypes_and_the_choice_of_auto() -> None:
+    """The second workload is faster in float32, by 5 %, but `auto` chose bfloat16."""
+    runs = {"float32": [run(2.0), run(4.0)], "bfloat16": [run(1.0, rate=3e9), run(2.0)]}
+    record = {"rows": {"e2e": {"title": "E2E", "auto": "bfloat16", "runs": runs}}}
+    text = report.markdown(dtypes.sections(record))
+    assert text.count("| E2E ") == 2
+    assert re.search(r"bfloat16 \(auto\) \| +3 \| +20 \| +75 \| +50 to 100 \| +2.00 \|", text)
+    assert (
+        "`auto` reaches 100% of the speed of the faster dtype or more, which is within 3%" in text
+    )
+    slow = {"float32": [run(1.0)], "bfloat16": [run(1.05)]}
+    record["rows"]["mrpc"] = {"title": "MRPC", "auto": "bfloat16", "runs": slow}
+    text = report.markdown(dtypes.sections(record))
+    assert (
+        "`auto` reaches 95% of the speed of the faster dtype or more, which is not within 3%"
+        in text
+    )
