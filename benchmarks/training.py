@@ -70,12 +70,11 @@ def peft_settings(workload: Workload, *, every: bool) -> list[System]:
 
 def trl(precision: str, order: str, *, padding_free: bool = False) -> System:
     """Return TRL in one of its settings, without gradient checkpointing unless the row asks for it."""
-    settings = {"precision": precision, "order": order}
     name = f"TRL, {PRECISIONS[precision]}, {order}"
-    if not padding_free:
-        return System(name, "trl_trainer", tuple(settings.items()))
-    settings["padding_free"] = True
-    return System(f"{name}, padding free", "trl_trainer", tuple(settings.items()))
+    settings: tuple[tuple[str, Any], ...] = (("precision", precision), ("order", order))
+    if padding_free:
+        return System(f"{name}, padding free", "trl_trainer", (*settings, ("padding_free", True)))
+    return System(name, "trl_trainer", settings)
 
 
 def trl_settings(workload: Workload, *, every: bool) -> list[System]:
@@ -154,6 +153,7 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     machine = Machine(prepared)
     figures: dict[str, list[dict[str, Any]]] = {}
     peers = [*pefts, *trls]
+    best, trl_best = pefts[:1], trls[:1]
     for number in range(rounds):
         for system in (OURS, *peers, *extra):
             key = f"{number} {system.name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from benchmarks import (
     profile,
     report,
     table1,
+    training,
     training_tables,
 )
+from benchmarks.workloads import WORKLOADS
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -119,6 +123,42 @@ def test_a_classifier_has_no_row_of_trl(row: dict[str, Any]) -> None:
 def test_a_row_of_another_day_says_so(row: dict[str, Any]) -> None:
     row["machine"]["date"] = "1999-12-31"
     assert "Measured on 1999-12-31" in training_tables.note(row)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", ["e2e", "e2e-grouped", "mrpc"])
+def test_the_rounds_of_a_row(name: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round runs every setting. Later rounds repeat PEFT's default and best, and TRL's best."""
+    workload = next(w for w in WORKLOADS if w.name == name)
+    ran: list[str] = []
+
+    class Runs:
+        def cached(self, key: str) -> None:
+            return None
+
+        def run(self, key: str, *command: str, **sample: float) -> dict[str, Any]:
+            ran.append(key)
+            seconds = 5.0 if "float32" in key or "defaults" in key else 2.0
+            return run(seconds, **sample) | {"process_seconds": 9.0}
+
+    def machine(prepared: object) -> SimpleNamespace:
+        limit = {"dtype": "float32", "tokens": [1], "operations": [1], "bytes": [1], "counts": []}
+        return SimpleNamespace(sample=lambda: {"rate": 1.0, "bandwidth": 1.0}, limit=lambda: limit)
+
+    monkeypatch.setattr(training, "Machine", machine)
+    prepared = SimpleNamespace(workload=workload, source="E2E", updates=2, folder=Path())
+    row = training.measure(prepared, Runs(), quick=quick)
+    assert training_tables.sections({name: row})
+    counts = {system: len(runs) for system, runs in row["runs"].items()}
+    rounds = 1 if quick else training.ROUNDS
+    assert sum(counts.values()) == len(ran) == len(set(ran))
+    expected = {"lorakit", row["default"], row["best"], *row["trl_best"]} | {
+        system for system in counts if system.startswith(("loralib", "full"))
+    }
+    assert counts == {system: rounds if system in expected else 1 for system in counts}
+    has_trl = workload.task == "completion"
+    assert ("TRL, defaults" in row["systems"]) == has_trl
+    assert [best.startswith("TRL, bf16") for best in row["trl_best"]] == [True] * has_trl
 
 
 def test_sections_become_headings_tables_and_notes() -> None:
