@@ -5,8 +5,9 @@ rows of one part. Each part is a module. Its ``main`` starts processes one after
 module, and writes the tables.
 
 ==================  ==================================================================================
-training.py         training speed of lorakit, PEFT, loralib and full fine-tuning; tables in training_tables.py
+training.py         training speed of lorakit, PEFT, TRL, loralib and full fine-tuning; tables in training_tables.py
 compiled.py         training speed with and without torch.compile
+dtypes.py           training speed in float32 and bfloat16, and the choice of `auto`
 inference.py        latency of the base, merged, unmerged, and of PEFT unmerged
 mixed_batch.py      latency of 8 rows with 8 adapters, in lorakit and in PEFT
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
@@ -19,7 +20,7 @@ workloads.py        the rows of the training tables
 examples.py         the tokenised, ordered examples that every system of a row reads
 systems/            one training script per system, written as its users would
 run.py              one run of one system; measure.py measures it, before.py sets the memory baseline
-limit.py            operations that a batch needs, and the matmul rate of this machine
+limit.py            operations and bytes that a batch needs; matmul rate and bandwidth of this machine
 latency.py          interleaved forward passes of several models, and their ratios
 runs.py             processes with cached results, so that an interrupted benchmark can resume
 report.py           results as JSON, Markdown and console output

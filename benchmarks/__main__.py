@@ -1,6 +1,6 @@
 """Run the benchmarks.
 
-python -m benchmarks                              all parts except compiled, planner, accuracy, profile
+python -m benchmarks                              all parts except compiled, dtypes, planner, accuracy, profile
 python -m benchmarks compiled planner             named parts only
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     resume an interrupted run
@@ -30,12 +30,13 @@ PARTS = {
     "adapter": "benchmarks.adapter",
     "merge": "benchmarks.merge_drift",
     "compiled": "benchmarks.compiled",
+    "dtypes": "benchmarks.dtypes",
     "planner": "benchmarks.planner",
     "accuracy": "benchmarks.accuracy",
     "profile": "benchmarks.profile",
 }
 
-ASKED_FOR = ("compiled", "planner", "accuracy", "profile")
+ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "profile")
 """Parts that run only if named, so that the default fits into an hour."""
 
 

@@ -1,8 +1,11 @@
-"""The limit of training speed: the operations that a batch needs, and the matmul rate of this machine.
+"""The limit of training speed: the operations and the bytes that a batch needs, and the rates of this machine.
 
-A batch needs 4 operations per matmul weight and distinct token: a multiplication and an addition, in the forward
-and in the backward pass. A prefix that examples of a batch share counts once. The head needs 4 operations per weight
-and token before a target. Attention adds its own products.
+A step takes at least as long as its products, and at least as long as its memory traffic. The limit is the slower of
+the two. No training that computes every product once can be faster.
+
+**Operations.** A batch needs 4 operations per matmul weight and distinct token: a multiplication and an addition, in
+the forward and in the backward pass. A prefix that examples of a batch share counts once. The head needs 4 operations
+per weight and token before a target. Attention adds its own products.
 
 Three things are not needed:
 
@@ -10,8 +13,25 @@ Three things are not needed:
 - the gradient of the embeddings;
 - the last block, except keys and values, for tokens whose last hidden state is not read.
 
-The rate is that of products in the model's own shapes, forward and backward, with the same threads. No training can
-be faster.
+The rate is that of products in the model's own shapes, forward and backward, with the same threads.
+
+**Bytes.** A batch needs, in the compute dtype:
+
+- every matmul weight twice: read in the forward and again in the backward pass, those of the head included, without the
+  weights of the first block whose input needs no gradient;
+- the output of every linear layer twice, for the same tokens as the operations: written in the forward and read in the
+  backward pass. Attention, gates and norms need it for their gradients, and no product is computed a second time. (The
+  output of an addition, which a norm may read in its place, is as large.)
+
+Everything else could stay in the cache: the inputs of layers, gradients, logits, the passes of separate element-wise
+operations. The bound assumes that the weights and outputs together exceed the last-level cache many times, so that
+none of them survives there from the forward to the backward pass. The weights alone of a small model (MiniLM) may
+survive. They count all the same.
+
+With gradient checkpointing, products are computed again, and the outputs need not be written. Then only the weights
+count.
+
+The rate counts the bytes that adding one array to another reads and writes, where both are larger than the cache.
 """
 
 from __future__ import annotations
@@ -34,6 +54,11 @@ from lorakit.models.places import find_places
 
 SECONDS_PER_PRODUCT = 0.05
 
+ARRAY_BYTES = 2**27
+"""Bytes of each of the two arrays that measure the bandwidth. Together they exceed the last-level cache."""
+ADDITIONS = 5
+"""Additions per sample of the bandwidth."""
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -47,6 +72,8 @@ class Shapes:
     """Weights of the linear layers of the last block, without the key and value projections."""
     head: tuple[int, int] | None
     """(in, vocabulary) of a language model's head."""
+    last_outputs: int
+    """Outputs per token of the linear layers of the last block, without the key and value projections."""
     attention_width: int
     """Width of the queries of one block."""
     blocks: int
@@ -55,6 +82,11 @@ class Shapes:
     def weights(self) -> int:
         """Total weights of the linear layers."""
         return sum(i * o * count for (i, o), count in self.linear.items())
+
+    @property
+    def outputs(self) -> int:
+        """Total outputs per token of the linear layers."""
+        return sum(o * count for (_, o), count in self.linear.items())
 
 
 @dataclass(frozen=True)
@@ -83,20 +115,19 @@ def shapes_of(model: Any, task: Task) -> Shapes:
     to_keys = {place.path for place in find_places(model, "attention.kv")}
     to_any = to_keys | {place.path for place in find_places(model, "attention.q")}
 
-    def weights(block: str, *, among: set[str]) -> int:
-        return sum(
-            layer.weight.numel()
-            for path, layer in layers.items()
-            if path in among and is_inside(path, block)
-        )
+    def layers_of(block: str, among: set[str]) -> list[nn.Linear]:
+        return [layer for path, layer in layers.items() if path in among and is_inside(path, block)]
 
+    first = layers_of(blocks[0], to_any)
+    last = layers_of(blocks[-1], layers.keys() - to_keys)
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shapes(
         linear=dict(Counter((layer.in_features, layer.out_features) for layer in layers.values())),
-        first=weights(blocks[0], among=to_any),
-        last=weights(blocks[-1], among=layers.keys() - to_keys),
+        first=sum(layer.weight.numel() for layer in first),
+        last=sum(layer.weight.numel() for layer in last),
         head=(config.hidden_size, config.vocab_size) if task == "completion" else None,
+        last_outputs=sum(layer.out_features for layer in last),
         attention_width=config.num_attention_heads * head_dim,
         blocks=config.num_hidden_layers,
     )
@@ -144,6 +175,17 @@ def operations(shapes: Shapes, counts: Counts) -> int:
     return linear + 4 * head + attention
 
 
+def moved_bytes(
+    shapes: Shapes, counts: Counts, dtype: torch.dtype, *, checkpointing: bool = False
+) -> int:
+    """Return the bytes that a batch must read from memory and write to it."""
+    head = shapes.head[0] * shapes.head[1] if shapes.head else 0
+    weights = 2 * (shapes.weights + head) - shapes.first
+    outputs = shapes.outputs * counts.tokens
+    outputs -= shapes.last_outputs * (counts.tokens - counts.read)
+    return (weights + (0 if checkpointing else 2 * outputs)) * dtype.itemsize
+
+
 def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
     """Return the operations per second of `dtype` products in the model's shapes, weighted by their number.
 
@@ -167,6 +209,23 @@ def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
             total += 2 * tokens * width * out * count
             seconds += timer.blocked_autorange(min_run_time=SECONDS_PER_PRODUCT).median * count
     return total / seconds
+
+
+def sample_bandwidth() -> float:
+    """Return the bytes per second that an addition of large arrays reads and writes.
+
+    Takes one sample of about a quarter of a second. :func:`settled` combines several samples.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Adding in place reads all that it writes. A copy would also read its target, which does not count.
+    total = torch.ones(ARRAY_BYTES // 4, device=device)
+    added = torch.ones_like(total)
+    timer = Timer(
+        "total.add_(added)",
+        globals={"total": total, "added": added},
+        num_threads=torch.get_num_threads(),
+    )
+    return 3 * ARRAY_BYTES / timer.timeit(ADDITIONS).median
 
 
 def settled(rates: Sequence[float]) -> float:

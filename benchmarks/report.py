@@ -22,7 +22,7 @@ from lorakit.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 """Folder of the results; `write_results_to` replaces it."""
-PACKAGES = ("torch", "transformers", "peft", "loralib", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "trl", "loralib", "accelerate")
 
 console = Console(highlight=False)
 if not console.is_terminal:

@@ -1,8 +1,9 @@
-"""Training speed, memory and loss of lorakit, PEFT, loralib and full fine-tuning.
+"""Training speed, memory and loss of lorakit, PEFT, TRL, loralib and full fine-tuning.
 
 Every run is a separate process. The systems of a row alternate, round after round, so that a slow phase of the
-machine affects all of them. The first round runs PEFT in several settings; later rounds repeat its default and its
-fastest setting. Each run starts with a sample of the matmul rate of the machine.
+machine affects all of them. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT's default,
+PEFT's fastest setting and TRL's fastest setting. TRL's default runs once, because it is the slowest. Each run starts
+with a sample of the matmul rate and of the memory bandwidth of the machine.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from benchmarks.runs import Runs, runs_of
 from benchmarks.systems import load_model
 from benchmarks.training_tables import sections, speed
 from benchmarks.workloads import WORKLOADS, Workload
-from lorakit.models.dtype_choice import compute_dtype
-from lorakit.models.dtypes import dtype_name
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtype_choice import resolve_dtype
+from lorakit.models.dtypes import dtype_name, dtype_of_name
 
 ROUNDS = 3
 PRECISIONS = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}
@@ -66,8 +68,34 @@ def peft_settings(workload: Workload, *, every: bool) -> list[System]:
     return [peft("float32", workload.orders[0]), *fast]
 
 
+def trl(precision: str, order: str, *, padding_free: bool = False) -> System:
+    """Return TRL in one of its settings, without gradient checkpointing unless the row asks for it."""
+    name = f"TRL, {PRECISIONS[precision]}, {order}"
+    settings: tuple[tuple[str, Any], ...] = (("precision", precision), ("order", order))
+    if padding_free:
+        return System(f"{name}, padding free", "trl_trainer", (*settings, ("padding_free", True)))
+    return System(name, "trl_trainer", settings)
+
+
+def trl_settings(workload: Workload, *, every: bool) -> list[System]:
+    """Return TRL's default and its faster settings, or its default and the setting that wins where all are compared.
+
+    There are none for a classifier, which SFTTrainer does not train. Packing is not comparable: it redistributes the
+    examples over fewer rows, so its updates are not those of the other systems.
+    """
+    if workload.task != "completion":
+        return []
+    default = System(
+        "TRL, defaults", "trl_trainer", (("defaults", True), ("order", workload.orders[0]))
+    )
+    last = workload.orders[-1]
+    if not every:
+        return [default, trl("bfloat16", last)]
+    return [default, *(trl(p, last) for p in PRECISIONS), trl("bfloat16", last, padding_free=True)]
+
+
 def others(workload: Workload) -> list[System]:
-    """Return the systems other than lorakit and PEFT."""
+    """Return the systems other than lorakit, PEFT and TRL."""
     order = (("order", workload.orders[-1]),)
     return [
         System(f"loralib, {workload.orders[-1]}", "loralib_loop", order),
@@ -78,7 +106,7 @@ def others(workload: Workload) -> list[System]:
 
 def main(*, quick: bool, rows: Sequence[str] = ()) -> None:
     """Measure the given rows, or all."""
-    report.say("training: lorakit, PEFT, loralib and full fine-tuning")
+    report.say("training: lorakit, PEFT, TRL, loralib and full fine-tuning")
     chosen = [w for w in WORKLOADS if (w.name in rows if rows else w.quick_updates or not quick)]
     record = _earlier(quick) if rows else {}
     with TemporaryDirectory() as scratch:
@@ -119,65 +147,97 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
         f"\n{workload.name}: {workload.title}; {prepared.source}, {workload.warmup} + {prepared.updates} updates"
     )
     everything = workload.compares_all and not quick
-    settings = peft_settings(workload, every=everything)
-    default, best = settings[0], settings[0]
+    pefts = peft_settings(workload, every=everything)
+    trls = trl_settings(workload, every=everything)
     extra = others(workload) if everything else []
     machine = Machine(prepared)
     figures: dict[str, list[dict[str, Any]]] = {}
+    peers = [*pefts, *trls]
+    best, trl_best = pefts[:1], trls[:1]
     for number in range(rounds):
-        peers = settings if number == 0 else list(dict.fromkeys([default, best]))
         for system in (OURS, *peers, *extra):
             key = f"{number} {system.name}"
             run = runs.cached(key)
             if run is None:
                 command = system.command(prepared.folder, held_out=number == 0)
-                run = runs.run(key, *command, rate=machine.sample())
+                run = runs.run(key, *command, **machine.sample())
             figures.setdefault(system.name, []).append(run)
             report.say(
-                f"  {number + 1}/{rounds}  {system.name:<40} {speed(run):>8,.0f} tokens/s "
-                f"{run['process_seconds']:>6.0f} s; machine {run['rate'] / 1e9:,.0f} GFLOP/s"
+                f"  {number + 1}/{rounds}  {system.name:<46} {speed(run):>8,.0f} tokens/s "
+                f"{run['process_seconds']:>6.0f} s; machine {run['rate'] / 1e9:,.0f} GFLOP/s, "
+                f"{run['bandwidth'] / 1e9:,.0f} GB/s"
             )
         if number == 0:
-            best = max(settings, key=lambda s: speed(figures[s.name][0]))
+            best = fastest_of(pefts, figures)
+            trl_best = fastest_of(trls, figures)
+            peers = list(dict.fromkeys([pefts[0], *best, *trl_best]))
+    shown = dict.fromkeys([OURS, pefts[0], *best, *trls[:1], *trl_best, *extra])
     return {
         "title": workload.title,
         "source": prepared.source,
         "machine": report.machine(),
-        "default": default.name,
-        "best": best.name,
-        "sweep": [s.name for s in settings],
-        "systems": [s.name for s in dict.fromkeys([OURS, default, best, *extra])],
+        "default": pefts[0].name,
+        "best": best[0].name,
+        "trl_best": [s.name for s in trl_best],
+        "sweep": [s.name for s in pefts],
+        "trl_sweep": [s.name for s in trls],
+        "systems": [s.name for s in shown],
         "left_out": [] if extra else [s.name.split(",")[0] for s in others(workload)],
         "limit": machine.limit(),
         "runs": figures,
     }
 
 
+def fastest_of(settings: list[System], figures: dict[str, list[dict[str, Any]]]) -> list[System]:
+    """Return the fastest of the settings in the first round, or nothing of none."""
+    return sorted(settings, key=lambda s: speed(figures[s.name][0]))[-1:]
+
+
 class Machine:
-    """The operations that a row needs, and the matmul rate of this machine while the row runs."""
+    """The operations and bytes that a row needs, and the rates of this machine while the row runs.
 
-    def __init__(self, prepared: Prepared) -> None:
-        order = prepared.workload.orders[-1]
-        batches = prepared.in_order(order)[prepared.workload.warmup :]
-        task = prepared.workload.task
-        self.shapes = limit.shapes_of(load_model(prepared, "float32"), task)
-        self.counts = [limit.counts_of(batch, task) for batch in batches]
-        self.dtype = compute_dtype("auto")
-        self.tokens = prepared.tokens(order)[prepared.workload.warmup :]
+    Args:
+        prepared: The row.
+        dtype: Compute dtype; None is the one that lorakit chooses.
+    """
 
-    def sample(self) -> float:
-        """Return the current operations per second, for a batch of median size."""
+    def __init__(self, prepared: Prepared, dtype: str | None = None) -> None:
+        workload = prepared.workload
+        order = workload.orders[-1]
+        batches = prepared.in_order(order)[workload.warmup :]
+        self.shapes = limit.shapes_of(load_model(prepared, "float32"), workload.task)
+        self.counts = [limit.counts_of(batch, workload.task) for batch in batches]
+        self.dtype = dtype_of_name(dtype or chosen_dtype(prepared))
+        self.tokens = prepared.tokens(order)[workload.warmup :]
+        self.checkpointing = workload.checkpointing
+
+    def sample(self) -> dict[str, float]:
+        """Return the current operations per second, for a batch of median size, and the bytes per second."""
         middle = sorted(self.counts, key=lambda c: c.tokens)[len(self.counts) // 2]
-        return limit.sample_rate(self.shapes, middle, self.dtype)
+        return {
+            "rate": limit.sample_rate(self.shapes, middle, self.dtype),
+            "bandwidth": limit.sample_bandwidth(),
+        }
 
     def limit(self) -> dict[str, Any]:
-        """Return the operations of each batch, and the counts that they come from."""
+        """Return the operations and bytes of each batch, and the counts that they come from."""
+        moved = [
+            limit.moved_bytes(self.shapes, c, self.dtype, checkpointing=self.checkpointing)
+            for c in self.counts
+        ]
         return {
             "dtype": dtype_name(self.dtype),
             "operations": [limit.operations(self.shapes, c) for c in self.counts],
+            "bytes": moved,
             "tokens": self.tokens,
             "counts": [asdict(c) for c in self.counts],
         }
+
+
+def chosen_dtype(prepared: Prepared) -> str:
+    """Return the compute dtype that lorakit chooses for the row (`base.dtype: auto`)."""
+    config = BaseConfig(name=prepared.base)
+    return resolve_dtype(config, batch_size=prepared.workload.batch_size)[0].dtype
 
 
 def _earlier(quick: bool) -> dict[str, Any]:

@@ -21,16 +21,19 @@ def speed(run: dict[str, Any]) -> float:
 
 
 def sections(record: dict[str, Row]) -> list[report.Section]:
-    """Return the tables of each row, in the order of the workloads: its systems, and PEFT's settings."""
+    """Return the tables of each row, in the order of the workloads: its systems, and PEFT's and TRL's settings."""
     tables = []
     for row in (record[workload.name] for workload in WORKLOADS if workload.name in record):
         tables.append(report.Section(row["title"], comparison(row), note(row)))
-        tables.append(report.Section(f"PEFT's settings: {row['title']}", sweep(row)))
+        tables.append(report.Section(f"PEFT's settings: {row['title']}", sweep(row, row["sweep"])))
+        if row["trl_sweep"]:
+            settings = sweep(row, row["trl_sweep"])
+            tables.append(report.Section(f"TRL's settings: {row['title']}", settings))
     return tables
 
 
 def comparison(row: Row) -> Table:
-    """Return a table of the systems of a row against PEFT's default, PEFT's best, and the limit."""
+    """Return a table of the systems of a row against PEFT's default, PEFT's best, and both limits."""
     table = report.table(
         "system",
         "tokens/s",
@@ -43,12 +46,13 @@ def comparison(row: Row) -> Table:
         "held-out loss",
         "trained",
     )
-    machine = fastest(row)
+    bounds = limits(row)
+    lowest = min(bounds.values())
     for name in row["systems"]:
         runs = row["runs"][name]
         speeds = [speed(run) for run in runs]
         label = name + (" (default)" if name == row["default"] else "")
-        label += " (best)" if name == row["best"] else ""
+        label += " (best)" if name in [row["best"], *row["trl_best"]] else ""
         table.add_row(
             label,
             f"{median(speeds):,.0f}",
@@ -56,41 +60,54 @@ def comparison(row: Row) -> Table:
             f"{times_as_fast(row, name, row['default']):.2f}",
             f"{times_as_fast(row, name, row['best']):.2f}",
             # The limit applies to LoRA only: full fine-tuning needs half as many products again.
-            "" if name.startswith("full") else f"{median(speeds) / machine:.0%}",
+            "" if name.startswith("full") else f"{median(speeds) / lowest:.0%}",
             f"{median(run['memory'] for run in runs) / 1e6:,.0f}",
             f"{median(run['loading_memory'] for run in runs) / 1e6:,.0f}",
             f"{runs[0]['held_out']:.4f}",
             f"{runs[0]['trained']:,}",
         )
-    table.add_row(f"limit, {row['limit']['dtype']}", f"{machine:,.0f}", *[""] * 8)
+    for name, bound in bounds.items():
+        label = f"limit, {name}" + (" (binds)" if bound == lowest else "")
+        table.add_row(label, f"{bound:,.0f}", *[""] * 8)
     return table
 
 
 def times_as_fast(row: Row, name: str, other: str) -> float:
-    """Return the speed ratio of two systems: the median of the ratios within each round."""
-    pairs = zip(row["runs"][name], row["runs"][other], strict=True)
+    """Return the speed ratio of two systems: the median of the ratios within each round that ran both."""
+    pairs = zip(row["runs"][name], row["runs"][other], strict=False)
     return median(speed(run) / speed(other_run) for run, other_run in pairs)
 
 
-def rates(row: Row) -> list[float]:
-    """Return the samples of the machine's matmul rate, one before each run of the row."""
-    return [run["rate"] for runs in row["runs"].values() for run in runs]
+def samples(row: Row, name: str) -> list[float]:
+    """Return the samples of the machine's matmul `rate` or `bandwidth`, one before each run of the row."""
+    return [run[name] for runs in row["runs"].values() for run in runs]
 
 
-def fastest(row: Row) -> float:
-    """Return the tokens per second at the limit: only the needed products, at the machine's rate."""
-    return sum(row["limit"]["tokens"]) * settled(rates(row)) / sum(row["limit"]["operations"])
+def limits(row: Row) -> dict[str, float]:
+    """Return the tokens per second at which the machine computes the products, and moves the bytes, of the row."""
+    limit = row["limit"]
+    tokens = sum(limit["tokens"])
+    rate, bandwidth = (settled(samples(row, name)) for name in ("rate", "bandwidth"))
+    return {
+        f"products ({limit['dtype']})": tokens * rate / sum(limit["operations"]),
+        "memory": tokens * bandwidth / sum(limit["bytes"]),
+    }
 
 
 def note(row: Row) -> str:
     """Return the note below the table of a row."""
-    gflops = [rate / 1e9 for rate in rates(row)]
+    gflops = [rate / 1e9 for rate in samples(row, "rate")]
+    gigabytes = [bandwidth / 1e9 for bandwidth in samples(row, "bandwidth")]
     sentences = [
-        f"Data: {row['source']}. The limit assumes {settled(gflops):,.0f} GFLOP/s, the median of the faster half of "
-        f"{len(gflops)} samples ({min(gflops):,.0f} to {max(gflops):,.0f}), one before each run."
+        f"Data: {row['source']}. The limits assume {_settled(gflops, 'GFLOP/s')} and {_settled(gigabytes, 'GB/s')}: "
+        f"the median of the faster half of {len(gflops)} samples, one before each run."
     ]
-    rounds = len(row["runs"][row["systems"][0]])
+    runs = {name: len(row["runs"][name]) for name in row["systems"]}
+    rounds = max(runs.values())
     sentences.append(f"Medians of {rounds} runs." if rounds > 1 else "One run each.")
+    fewer = [name for name, count in runs.items() if count < rounds]
+    if fewer:
+        sentences.append(f"Only in the first round: {'; '.join(fewer)}.")
     if row["left_out"]:
         systems = ", ".join(dict.fromkeys(row["left_out"]))
         sentences.append(f"Not run here, to save time: {systems}.")
@@ -99,10 +116,14 @@ def note(row: Row) -> str:
     return " ".join(sentences)
 
 
-def sweep(row: Row) -> Table:
-    """Return a table of PEFT's settings, one run each."""
+def _settled(rates: list[float], unit: str) -> str:
+    return f"{settled(rates):,.0f} {unit} ({min(rates):,.0f} to {max(rates):,.0f})"
+
+
+def sweep(row: Row, settings: list[str]) -> Table:
+    """Return a table of the settings of a peer, one run each."""
     table = report.table("setting", "tokens/s", "peak memory, MB", "held-out loss")
-    for name in row["sweep"]:
+    for name in settings:
         run = row["runs"][name][0]
         table.add_row(
             name, f"{speed(run):,.0f}", f"{run['memory'] / 1e6:,.0f}", f"{run['held_out']:.4f}"

@@ -1,6 +1,6 @@
 """lorakit with default settings: `lorakit.train` on the file of rows.
 
-Settings: method, lora (default) or full; compile, whether to compile the blocks.
+Settings: method, lora (default) or full; compile, whether to compile the blocks; dtype, to compute in, auto by default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
         rank=workload.rank, alpha=workload.alpha, targets=workload.targets, dropout=workload.dropout
     )
     config = TrainConfig(
-        base=BaseConfig(name=prepared.base),
+        base=BaseConfig(name=prepared.base, dtype=settings.get("dtype", "auto")),
         data=prepared.data,
         output=str(scratch / "run"),
         method="full" if full else "lora",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,16 @@ import pytest
 from benchmarks import (
     accuracy,
     adapter,
+    dtypes,
     inference,
     merge_drift,
     profile,
     report,
     table1,
+    training,
     training_tables,
 )
+from benchmarks.workloads import WORKLOADS
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -32,6 +37,7 @@ def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
         "tokens": [60, 40],
         "seconds": [seconds / 2, seconds / 2],
         "rate": rate,
+        "bandwidth": 2e10,
         "memory": 2e9,
         "loading_memory": 1e9,
         "held_out": 1.25,
@@ -49,14 +55,30 @@ def row() -> dict[str, Any]:
         "machine": report.machine(),
         "default": "PEFT, float32, plain",
         "best": "PEFT, bf16 weights, bucketed",
+        "trl_best": ["TRL, bf16 weights, bucketed"],
         "sweep": ["PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
-        "systems": ["lorakit", "PEFT, float32, plain", "PEFT, bf16 weights, bucketed"],
+        "trl_sweep": ["TRL, defaults", "TRL, bf16 weights, bucketed"],
+        "systems": [
+            "lorakit",
+            "PEFT, float32, plain",
+            "PEFT, bf16 weights, bucketed",
+            "TRL, defaults",
+            "TRL, bf16 weights, bucketed",
+        ],
         "left_out": ["loralib", "full fine-tuning", "full fine-tuning"],
-        "limit": {"dtype": "bfloat16", "tokens": [60, 40], "operations": [3e8, 2e8], "counts": []},
+        "limit": {
+            "dtype": "bfloat16",
+            "tokens": [60, 40],
+            "operations": [3e8, 2e8],
+            "bytes": [3e9, 1e9],
+            "counts": [],
+        },
         "runs": {
             "lorakit": [run(1.0), run(2.0, rate=1e7), run(1.25)],
             "PEFT, float32, plain": [run(4.0), run(8.0, rate=1e7), run(5.0)],
             "PEFT, bf16 weights, bucketed": [run(2.0), run(4.0, rate=1e7), run(2.5)],
+            "TRL, defaults": [run(5.0)],
+            "TRL, bf16 weights, bucketed": [run(2.5), run(5.0, rate=1e7), run(3.125)],
         },
     }
 
@@ -66,17 +88,77 @@ def test_a_training_row(row: dict[str, Any]) -> None:
     # 100 tokens need 500 million operations. At a billion operations per second the limit is 200 tokens/s.
     of_lorakit = ["lorakit", "80", "50 to 100", "4.00", "2.00", "40%"]
     assert cells(text, "lorakit") == [*of_lorakit, "2,000", "1,000", "1.2500", "1,234"]
-    assert cells(text, "limit, bfloat16")[:2] == ["limit, bfloat16", "200"]
+    assert cells(text, "limit, products (bfloat16) (binds)")[1] == "200"
+    # 100 tokens need 4 GB, at 20 GB/s.
+    assert cells(text, "limit, memory")[1] == "500"
     assert cells(text, "PEFT, float32, plain (default)")[3:5] == ["1.00", "0.50"]
     assert cells(text, "PEFT, bf16 weights, bucketed (best)")[3:5] == ["2.00", "1.00"]
+    assert cells(text, "TRL, bf16 weights, bucketed (best)")[3:5] == ["1.60", "0.80"]
+    # One run, compared with the others of its round.
+    compared, _, settings = text.partition("### PEFT's settings: A row")
+    assert cells(compared, "TRL, defaults")[1:5] == ["20", "20 to 20", "0.80", "0.40"]
+    assert cells(settings.partition("### TRL's settings: A row")[2], "TRL, defaults")[1] == "20"
     assert "Not run here, to save time: loralib, full fine-tuning." in text
-    assert "Medians of 3 runs." in text
-    assert "1 GFLOP/s, the median of the faster half of 9 samples (0 to 1)" in text
+    assert "Medians of 3 runs. Only in the first round: TRL, defaults." in text
+    assert (
+        "The limits assume 1 GFLOP/s (0 to 1) and 20 GB/s (20 to 20): the median of the faster"
+        in text
+    )
+    assert "half of 13 samples" in text
+
+
+def test_the_slower_limit_binds(row: dict[str, Any]) -> None:
+    row["limit"]["bytes"] = [2e10, 0]
+    text = report.markdown(training_tables.sections({"e2e": row}))
+    assert cells(text, "limit, products (bfloat16)")[1] == "200"
+    assert cells(text, "limit, memory (binds)")[1] == "100"
+    assert cells(text, "lorakit")[5] == "80%"
+
+
+def test_a_classifier_has_no_row_of_trl(row: dict[str, Any]) -> None:
+    row |= {"trl_best": [], "trl_sweep": [], "systems": row["systems"][:3]}
+    assert "TRL" not in report.markdown(training_tables.sections({"mrpc": row}))
 
 
 def test_a_row_of_another_day_says_so(row: dict[str, Any]) -> None:
     row["machine"]["date"] = "1999-12-31"
     assert "Measured on 1999-12-31" in training_tables.note(row)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", ["e2e", "e2e-grouped", "mrpc"])
+def test_the_rounds_of_a_row(name: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round runs every setting. Later rounds repeat PEFT's default and best, and TRL's best."""
+    workload = next(w for w in WORKLOADS if w.name == name)
+    ran: list[str] = []
+
+    class Runs:
+        def cached(self, key: str) -> None:
+            return None
+
+        def run(self, key: str, *command: str, **sample: float) -> dict[str, Any]:
+            ran.append(key)
+            seconds = 5.0 if "float32" in key or "defaults" in key else 2.0
+            return run(seconds, **sample) | {"process_seconds": 9.0}
+
+    def machine(prepared: object) -> SimpleNamespace:
+        limit = {"dtype": "float32", "tokens": [1], "operations": [1], "bytes": [1], "counts": []}
+        return SimpleNamespace(sample=lambda: {"rate": 1.0, "bandwidth": 1.0}, limit=lambda: limit)
+
+    monkeypatch.setattr(training, "Machine", machine)
+    prepared = SimpleNamespace(workload=workload, source="E2E", updates=2, folder=Path())
+    row = training.measure(prepared, Runs(), quick=quick)
+    assert training_tables.sections({name: row})
+    counts = {system: len(runs) for system, runs in row["runs"].items()}
+    rounds = 1 if quick else training.ROUNDS
+    assert sum(counts.values()) == len(ran) == len(set(ran))
+    expected = {"lorakit", row["default"], row["best"], *row["trl_best"]} | {
+        system for system in counts if system.startswith(("loralib", "full"))
+    }
+    assert counts == {system: rounds if system in expected else 1 for system in counts}
+    has_trl = workload.task == "completion"
+    assert ("TRL, defaults" in row["systems"]) == has_trl
+    assert [best.startswith("TRL, bf16") for best in row["trl_best"]] == [True] * has_trl
 
 
 def test_sections_become_headings_tables_and_notes() -> None:
@@ -194,3 +276,22 @@ def test_the_profile_is_a_table_of_shares():
     text = report.markdown(list(profile.sections({"rows": rows})))
     assert cells(text, profile.LINEAR)[1] == "75%"
     assert cells(text, "total seconds")[1] == "4.0"
+
+
+def test_the_dtypes_and_the_choice_of_auto() -> None:
+    """The second workload is faster in float32, by 5 %, but `auto` chose bfloat16."""
+    runs = {"float32": [run(2.0), run(4.0)], "bfloat16": [run(1.0, rate=3e9), run(2.0)]}
+    record = {"rows": {"e2e": {"title": "E2E", "auto": "bfloat16", "runs": runs}}}
+    text = report.markdown(dtypes.sections(record))
+    assert text.count("| E2E ") == 2
+    assert re.search(r"bfloat16 \(auto\) \| +3 \| +20 \| +75 \| +50 to 100 \| +2.00 \|", text)
+    assert (
+        "`auto` reaches 100% of the speed of the faster dtype or more, which is within 3%" in text
+    )
+    slow = {"float32": [run(1.0)], "bfloat16": [run(1.05)]}
+    record["rows"]["mrpc"] = {"title": "MRPC", "auto": "bfloat16", "runs": slow}
+    text = report.markdown(dtypes.sections(record))
+    assert (
+        "`auto` reaches 95% of the speed of the faster dtype or more, which is not within 3%"
+        in text
+    )

@@ -1,4 +1,4 @@
-"""The limit: operations counted by hand and by PyTorch, and a rate that slow samples do not change."""
+"""The limit: operations and bytes counted by hand and by PyTorch, and rates that slow samples do not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import tiny_models
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.limit import Counts, Shapes, counts_of, operations, sample_rate, settled, shapes_of
+from benchmarks import limit
+from benchmarks.limit import (
+    Counts,
+    Shapes,
+    counts_of,
+    moved_bytes,
+    operations,
+    sample_bandwidth,
+    sample_rate,
+    settled,
+    shapes_of,
+)
 from lorakit.compute.last_block import last_block
 
 
@@ -44,14 +55,33 @@ def test_a_classifier_shares_nothing_and_sees_both_ways() -> None:
     )
 
 
+SHAPES = Shapes(
+    linear={(2, 3): 4, (3, 2): 1},
+    first=6,
+    last=9,
+    head=(2, 7),
+    last_outputs=5,
+    attention_width=5,
+    blocks=2,
+)
+COUNTS = Counts(tokens=5, read=3, pairs=15, read_pairs=8)
+
+
 def test_operations_by_hand() -> None:
-    linear = {(2, 3): 4, (3, 2): 1}
-    shapes = Shapes(linear=linear, first=6, last=9, head=(2, 7), attention_width=5, blocks=2)
-    counts = Counts(tokens=5, read=3, pairs=15, read_pairs=8)
     # 4 x 30 weights x 5 tokens, minus 2 x 6 x 5, minus 4 x 9 x 2 tokens that are not read
     linear = 600 - 60 - 72
     # 4 x 14 weights of the head x 3 tokens, plus 12 x 5 x the pairs of the first and the last block
-    assert operations(shapes, counts) == linear + 168 + 12 * 5 * (15 + 8)
+    assert operations(SHAPES, COUNTS) == linear + 168 + 12 * 5 * (15 + 8)
+
+
+def test_bytes_by_hand() -> None:
+    # 30 weights of the blocks and 14 of the head twice, except for the 6 that only the forward pass reads
+    weights = 2 * (30 + 14) - 6
+    # 4 x 3 + 2 outputs x 5 tokens, minus 5 of the last block x 2 tokens that are not read; written and read
+    outputs = 2 * (14 * 5 - 5 * 2)
+    assert moved_bytes(SHAPES, COUNTS, torch.float32) == 4 * (weights + outputs)
+    assert moved_bytes(SHAPES, COUNTS, torch.bfloat16) == 2 * (weights + outputs)
+    assert moved_bytes(SHAPES, COUNTS, torch.bfloat16, checkpointing=True) == 2 * weights
 
 
 @pytest.fixture
@@ -100,12 +130,37 @@ def test_below_the_first_block_nothing_needs_a_gradient(llama) -> None:
     assert shapes_of(llama, "completion").first == sum(p.weight.numel() for p in projections)
 
 
-def test_a_sample_is_a_positive_rate() -> None:
-    shapes = Shapes(
-        linear={(8, 8): 2}, first=64, last=64, head=(8, 16), attention_width=8, blocks=1
-    )
-    counts = Counts(tokens=4, read=2, pairs=10, read_pairs=5)
-    assert sample_rate(shapes, counts, torch.float32) > 0
+def test_the_outputs_are_those_of_the_blocks_linear_layers(llama) -> None:
+    """Every token is read: the bytes are the weights, twice, and what the linear layers write."""
+    written = 0
+
+    def count(module, inputs, output) -> None:
+        nonlocal written
+        written += output.numel()
+
+    layers = [m for m in llama.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(count)
+    llama.model(torch.zeros(1, LENGTH, dtype=torch.long))
+    shapes = shapes_of(llama, "completion")
+    counts = Counts(tokens=LENGTH, read=LENGTH, pairs=0, read_pairs=0)
+    weights = sum(layer.weight.numel() for layer in [*layers, llama.lm_head])
+    expected = 2 * weights - shapes.first + 2 * written
+    assert moved_bytes(shapes, counts, torch.float32) == 4 * expected
+
+
+def test_tokens_that_are_not_read_need_keys_and_values_of_the_last_block_only(llama) -> None:
+    last = llama.model.layers[-1]
+    layers = [m for m in last.modules() if isinstance(m, torch.nn.Linear)]
+    kept = {last.self_attn.k_proj, last.self_attn.v_proj}
+    outputs = sum(layer.out_features for layer in layers if layer not in kept)
+    assert shapes_of(llama, "completion").last_outputs == outputs
+
+
+def test_a_sample_is_a_positive_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample_rate(SHAPES, COUNTS, torch.float32) > 0
+    monkeypatch.setattr(limit, "ARRAY_BYTES", 2**16)
+    assert sample_bandwidth() > 0
 
 
 def test_busy_moments_do_not_move_the_rate() -> None:
