@@ -8,7 +8,7 @@ from lorakit.adapters import count_parameters
 from lorakit.methods import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import GPT3, shape_of
-from lorakit.planning.shape import build, new_mode, planning
+from lorakit.planning.shape import build
 
 PRINTED = 175_255.8e6
 """Parameters of full fine-tuning in the paper's Table 4."""
@@ -20,7 +20,7 @@ HALF = 2
 def arithmetic() -> tuple[str, ...]:
     """Return one line per figure of the paper with its calculation. Counts come from the model's shape."""
     base = BaseConfig(name=GPT3, dtype="bfloat16")
-    with planning(new_mode()):
+    with torch.device("meta"):
         model = build(shape_of(base), base, "causal-lm", 0, dtype=torch.bfloat16)
         counts = count_parameters(model, LoRA(rank=4, targets="attention.qv"))
     weights, adapter = PRINTED * HALF, counts.trainable * HALF

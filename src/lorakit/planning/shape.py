@@ -22,9 +22,27 @@ from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
 
 
+_ATEN = torch.ops.aten
+_FILLS = (
+    _ATEN.fill_.Scalar,
+    _ATEN.normal_.default,
+    _ATEN.uniform_.default,
+    _ATEN.zero_.default,
+)
+
+
+class _FakeTensorMode(FakeTensorMode):
+    """Skip the operations that fill a fake tensor: most of those that build a model."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and isinstance(args[0], FakeTensor):
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def new_mode() -> FakeTensorMode:
     """Return a mode that creates fake tensors. Use a single one per model."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
