@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape
+from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
@@ -46,25 +46,13 @@ def new_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@contextmanager
 def planning(fake: FakeTensorMode) -> Iterator[None]:
     """Create fake tensors, and run attention with the fused kernel, inside this block.
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
     """
     with (
-        _no_collection(),
+        no_collection(),
         fake,
         mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
     ):
