@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import gc
 import json
@@ -88,14 +87,20 @@ def run(argv: Sequence[str]) -> None:
         argv,
         unused=options_of_other_methods,
     )
-    from lorakit.cli.console import StatusLine, console
     from lorakit.models.collection import no_collection
 
-    # Otherwise Python searches all objects of PyTorch and transformers at exit, for most of a second.
-    atexit.register(gc.freeze)
+    with no_collection():
+        _run(config)
+        # Otherwise Python searches all objects of PyTorch and transformers now and at exit, for more than a second.
+        gc.freeze()
+
+
+def _run(config: PlanConfig) -> None:
+    from lorakit.cli.console import StatusLine, console
+
     files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
     files.require_writable()
-    with no_collection(), StatusLine() as status:
+    with StatusLine() as status:
         prediction = _plan(config, status)
     if config.plot is not None:
         from lorakit.planning.report import memory_figure
