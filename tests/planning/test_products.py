@@ -104,16 +104,13 @@ def test_a_product_of_two_steps_is_timed_once(monkeypatch):
         ("mm", [(1024, 8), (8, 4)], [(256, 8), (8, 4)]),
         ("addmm", [(4,), (1024, 8), (8, 4)], [(4,), (256, 8), (8, 4)]),
         ("addmm_", [(1024, 4), (1024, 8), (8, 4)], [(256, 4), (256, 8), (8, 4)]),
-        ("bmm", [(1024, 2, 8), (1024, 8, 4)], [(256, 2, 8), (256, 8, 4)]),
     ],
 )
 def test_a_long_product_is_timed_with_fewer_rows(monkeypatch, name, shapes, cut):
     """It is estimated to take four times `SECONDS`."""
     calls = []
     monkeypatch.setattr(products, "timed", lambda *_, operands, **__: calls.append(operands) or 0.5)
-    operands = tuple(
-        Operand(shape, torch.empty(shape).stride(), torch.float32) for shape in shapes
-    )
+    operands = tuple(Operand(shape, torch.empty(shape).stride(), torch.float32) for shape in shapes)
     long = Product(name, operands, 1.0, 1)
     timings = time_products([{long: 1}], CPU, lambda p: 4 * products.SECONDS)
     assert timings.seconds == {long: 4 * 0.5}
@@ -121,6 +118,14 @@ def test_a_long_product_is_timed_with_fewer_rows(monkeypatch, name, shapes, cut)
     made = next(calls[0])
     assert [tuple(x.shape) for x in made] == cut
     CALLS[name](*made)
+
+
+def test_a_long_batched_product_is_timed_whole(monkeypatch):
+    monkeypatch.setattr(products, "timed", lambda *_, **__: 0.5)
+    operand = Operand((1024, 2, 2), (4, 2, 1), torch.float32)
+    long = Product("bmm", (operand, operand), 1.0, 1)
+    timings = time_products([{long: 1}], CPU, lambda p: 4 * products.SECONDS)
+    assert timings == products.Timings({long: 0.5})
 
 
 def test_products_beyond_the_time_limit_are_left_over(monkeypatch):

@@ -92,16 +92,15 @@ class Product:
         return self.operands[-2].shape[0]
 
     def with_rows(self, rows: int) -> tuple[Operand, ...]:
-        """Return the operands of the first `rows` rows of the result, or matrices of a batch."""
-        *others, right = self.operands
-        dimensions = len(right.shape)
+        """Return the operands of the first `rows` rows of the result."""
+        *left, right = self.operands
         cut = [
             dataclasses.replace(operand, shape=(rows, *operand.shape[1:]))
-            if len(operand.shape) == dimensions  # a bias has fewer
+            if len(operand.shape) == 2  # a bias has one dimension
             else operand
-            for operand in (others if dimensions == 2 else self.operands)
+            for operand in left
         ]
-        return (*cut, right) if dimensions == 2 else tuple(cut)
+        return (*cut, right)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -180,12 +179,14 @@ def _dominant(
 
 def _rows(product: Product, estimate: float) -> int:
     """Return the number of rows to time: all, or as many as take about `SECONDS`."""
+    if len(product.operands[-1].shape) > 2:  # fewer matrices would stay in the cache
+        return product.rows
     return min(product.rows, max(MIN_ROWS, int(product.rows * SECONDS / estimate)))
 
 
 def _time_product(product: Product, rows: int, device: torch.device) -> float:
     """Return the seconds of a product, extrapolated from its first `rows` rows."""
-    operands = product.with_rows(rows)
+    operands = product.with_rows(rows) if rows < product.rows else product.operands
     count = max(2, min(16, COLD_BYTES // sum(operand.nbytes for operand in operands)))
     sets = [[operand.make(device) for operand in operands] for _ in range(count)]
     call = CALLS[product.name]

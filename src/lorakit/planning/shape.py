@@ -21,7 +21,6 @@ from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
 
-
 _ATEN = torch.ops.aten
 _FILLS = (
     _ATEN.fill_.Scalar,
