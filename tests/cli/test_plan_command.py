@@ -46,6 +46,20 @@ def test_prints_every_part(base, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_stage_is_shown_on_a_terminal_only(base, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["plan", "--base.name", base, "--length", "32"]) == 0
+    shown = capsys.readouterr().err
+    if terminal:
+        stages = [line.removesuffix("\033[K") for line in shown.split("\r")]
+        assert stages.index("reading the data ...") < stages.index("simulating a step ...")
+        assert stages[-1] == ""
+    else:
+        assert shown == ""
+
+
+@pytest.mark.slow
 def test_prints_json(base, capsys):
     arguments = ["--base.name", base, "--length", "32", "--targets", "8", "--json", "true"]
     assert main(["plan", *arguments]) == 0

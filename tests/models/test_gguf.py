@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_gguf import BF16, CHAT_TEMPLATE, F16, F32, Q4_1, rounded, tiny_llama, write_gguf
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
-from lorakit.models.gguf import converted_folder
+from lorakit.models.gguf import converted_folder, described_folder
 from lorakit.models.loading import Base, load_base
 
 
@@ -246,3 +246,22 @@ def test_smollm2_answers() -> None:
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
     assert text == "The capital of France is Paris.<|im_end|>"
+
+
+# --- without weights ----------------------------------------------------------------------------
+
+
+def test_a_description_equals_that_of_the_conversion(
+    tmp_path: Path, llama: LlamaForCausalLM, cache: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    folder = described_folder(path)
+    assert not list(cache.rglob("*.safetensors"))
+    config = AutoConfig.from_pretrained(folder)
+    converted = converted_folder(path)
+    assert described_folder(path) == converted
+    whole = AutoConfig.from_pretrained(converted)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        assert getattr(config, name) == getattr(whole, name), name
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (converted / name).read_bytes()

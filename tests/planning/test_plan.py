@@ -23,6 +23,7 @@ from lorakit.planning import plan
 from lorakit.planning.batches import from_data
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
+from lorakit.planning.products import Timings
 from lorakit.training.setup import prepare
 
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
@@ -76,9 +77,10 @@ def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
     fast = dataclasses.replace(MACHINE, products=1e15, traffic=1e15, draws=1e15)
     timed = []
 
-    def time_products(products, device, estimate):
+    def time_products(steps, device, estimate):
+        (products,) = steps
         timed.append((sum(products.values()), device))
-        return dict.fromkeys(products, 1e6)
+        return Timings(dict.fromkeys(products, 1e6), extrapolated=True)
 
     monkeypatch.setattr("lorakit.planning.planner.time_products", time_products)
     assert plan(config, length=64, compare=False, machine=fast).chosen.seconds < 1
@@ -87,6 +89,7 @@ def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
     planned = plan(config, length=64, compare=False, machine=here)
     ((count, device),) = timed
     assert planned.chosen.seconds == pytest.approx(1e6 * count)
+    assert planned.machine.origin == "made up; long products with fewer rows, extrapolated"
     assert device == torch.device("cpu")
 
 

@@ -85,25 +85,72 @@ def test_an_operand_is_created_with_its_layout(shape, stride, nbytes):
 
 def test_the_slowest_products_are_timed():
     counts = {square(128): 10, square(64): 1, square(8): 1, square(256): 1}
-    timings = time_products(counts, CPU, lambda p: p.operations * 1e-12)
-    assert set(timings) == {square(128), square(256)}
-    assert all(0 < seconds < 1 for seconds in timings.values())
+    timings = time_products([counts], CPU, lambda p: p.operations * 1e-12)
+    assert set(timings.seconds) == {square(128), square(256)}
+    assert all(0 < seconds < 1 for seconds in timings.seconds.values())
+    assert timings.note == ""
+
+
+def test_a_product_of_two_steps_is_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(products, "_time_product", lambda p, *_: timed.append(p) or 1.0)
+    time_products([{square(64): 1}, {square(64): 2, square(32): 9}], CPU, lambda p: 1e-3)
+    assert sorted(timed, key=lambda p: p.operations) == [square(32), square(64)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "cut"),
+    [
+        ("mm", [(1024, 8), (8, 4)], [(256, 8), (8, 4)]),
+        ("addmm", [(4,), (1024, 8), (8, 4)], [(4,), (256, 8), (8, 4)]),
+        ("addmm_", [(1024, 4), (1024, 8), (8, 4)], [(256, 4), (256, 8), (8, 4)]),
+    ],
+)
+def test_a_long_product_is_timed_with_fewer_rows(monkeypatch, name, shapes, cut):
+    """It is estimated to take four times `SECONDS`."""
+    calls = []
+    monkeypatch.setattr(products, "timed", lambda *_, operands, **__: calls.append(operands) or 0.5)
+    operands = tuple(Operand(shape, torch.empty(shape).stride(), torch.float32) for shape in shapes)
+    long = Product(name, operands, 1.0, 1)
+    timings = time_products([{long: 1}], CPU, lambda p: 4 * products.SECONDS)
+    assert timings.seconds == {long: 4 * 0.5}
+    assert "fewer rows, extrapolated" in timings.note
+    made = next(calls[0])
+    assert [tuple(x.shape) for x in made] == cut
+    CALLS[name](*made)
+
+
+def test_a_long_batched_product_is_timed_whole(monkeypatch):
+    monkeypatch.setattr(products, "timed", lambda *_, **__: 0.5)
+    operand = Operand((1024, 2, 2), (4, 2, 1), torch.float32)
+    long = Product("bmm", (operand, operand), 1.0, 1)
+    timings = time_products([{long: 1}], CPU, lambda p: 4 * products.SECONDS)
+    assert timings == products.Timings({long: 0.5})
+
+
+def test_products_beyond_the_time_limit_are_left_over(monkeypatch):
+    monkeypatch.setattr(products, "LIMIT", -1.0)
+    timings = time_products([{square(64): 1}], CPU, lambda p: 0.01)
+    assert timings.seconds == {}
+    assert timings.note == "1 of 1 products not timed, to save time"
 
 
 def test_the_number_of_timed_products_is_limited(monkeypatch):
     monkeypatch.setattr(products, "MOST", 2)
     counts = {square(width): 1 for width in (32, 33, 34)}
-    assert set(time_products(counts, CPU, lambda p: 0.01)) <= set(counts)
-    assert len(time_products(counts, CPU, lambda p: 0.01)) == 2
+    timings = time_products([counts], CPU, lambda p: 0.01).seconds
+    assert len(timings) == 2
+    assert set(timings) <= set(counts)
 
 
 def test_unknown_long_and_large_products_are_not_timed(monkeypatch):
     other = Product("convolution", (), 1e9, 0)
-    assert time_products({other: 1}, CPU, lambda p: 0.01) == {}
-    assert time_products({square(64): 1}, CPU, lambda p: 2 * products.LONGEST) == {}
+    nothing = products.Timings({})
+    assert time_products([{other: 1}], CPU, lambda p: 0.01) == nothing
+    assert time_products([{square(64): 1}], CPU, lambda p: 2 * products.LONGEST) == nothing
     monkeypatch.setattr(products, "LARGEST_BYTES", 1000)
-    assert time_products({square(64): 1}, CPU, lambda p: 0.01) == {}
-    assert time_products({}, CPU, lambda p: 0.01) == {}
+    assert time_products([{square(64): 1}], CPU, lambda p: 0.01) == nothing
+    assert time_products([{}], CPU, lambda p: 0.01) == nothing
 
 
 def test_an_estimate_is_limited_by_arithmetic_or_memory():

@@ -44,6 +44,24 @@ def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
     console().print(table(("score", *columns), rows))
 
 
+class StatusLine:
+    """Show what a command does on standard error, in a line that disappears; nothing where that is not a terminal."""
+
+    def __call__(self, what: str) -> None:
+        """Replace the text of the line, such as "reading the data"."""
+        self._write(f"{what} ...")
+
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+
 class ProgressLine:
     """Show the progress of a long command on standard error: rewrite a line on a terminal, else print one at times."""
 

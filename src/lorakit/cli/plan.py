@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from lorakit.training.config import TrainConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorakit.cli.console import StatusLine
     from lorakit.planning import Plan, Prediction
 
 MADE_UP = "made-up"
@@ -85,29 +87,30 @@ def run(argv: Sequence[str]) -> None:
         argv,
         unused=options_of_other_methods,
     )
-    from lorakit.cli.console import console
-    from lorakit.planning import plan
-    from lorakit.planning.report import memory_figure, plan_page
-    from lorakit.reporting import drawing
-    from lorakit.training.environment import command
+    from lorakit.models.collection import no_collection
+
+    with no_collection():
+        _run(config)
+        # Otherwise Python searches all objects of PyTorch and transformers now and at exit, for more than a second.
+        gc.freeze()
+
+
+def _run(config: PlanConfig) -> None:
+    from lorakit.cli.console import StatusLine, console
 
     files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
     files.require_writable()
-    if config.calibrate:
-        from lorakit.models.devices import pick_device
-        from lorakit.models.dtype_choice import compute_dtype
-        from lorakit.planning.calibration import calibrate
-        from lorakit.planning.machine import keep_calibration
-
-        device = pick_device(config.base.device)
-        dtype = compute_dtype(config.base.dtype, device)
-        keep_calibration(calibrate(device, dtype), device, dtype)
-    made_up = config.data.train == MADE_UP
-    length = config.length or (config.data.max_length if made_up else None)
-    prediction = plan(config.run, length=length, targets=config.targets)
+    with StatusLine() as status:
+        prediction = _plan(config, status)
     if config.plot is not None:
+        from lorakit.planning.report import memory_figure
+        from lorakit.reporting import drawing
+
         drawing.save(memory_figure(prediction), config.plot)
     if config.report is not None:
+        from lorakit.planning.report import plan_page
+        from lorakit.training.environment import command
+
         plan_page(prediction, config.run, command=command()).write(config.report)
     if config.json:
         print(json.dumps(prediction.as_dict(), indent=2, ensure_ascii=False))
@@ -118,6 +121,25 @@ def run(argv: Sequence[str]) -> None:
         out.print(f"Figure in {config.plot}.", markup=False)
     if config.report is not None:
         out.print(f"Report in {config.report}.", markup=False)
+
+
+def _plan(config: PlanConfig, status: StatusLine) -> Plan:
+    status("importing PyTorch and transformers")
+    from lorakit.planning import plan
+
+    if config.calibrate:
+        status("training a small model to calibrate")
+        from lorakit.models.devices import pick_device
+        from lorakit.models.dtype_choice import compute_dtype
+        from lorakit.planning.calibration import calibrate
+        from lorakit.planning.machine import keep_calibration
+
+        device = pick_device(config.base.device)
+        dtype = compute_dtype(config.base.dtype, device)
+        keep_calibration(calibrate(device, dtype), device, dtype)
+    made_up = config.data.train == MADE_UP
+    length = config.length or (config.data.max_length if made_up else None)
+    return plan(config.run, length=length, targets=config.targets, progress=status)
 
 
 def _print(out: Console, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.gguf import conversion_of
+from lorakit.models.gguf import described_folder
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.sources import ModelSource, resolve
 
@@ -50,10 +50,7 @@ def shape_of(base: BaseConfig) -> Shape:
         commit, reachable = locate_on_hub(source)
         options |= {"revision": commit, "local_files_only": not reachable}
     elif source.kind == "gguf":
-        file = Path(location)
-        folder = conversion_of(file)
-        location = str(folder or file.parent)
-        options = {} if folder else {"gguf_file": file.name}
+        location, options = str(described_folder(Path(location))), {}
     try:
         config = AutoConfig.from_pretrained(location, **options)
     # A configuration is untrusted input; its readers raise almost any exception.

@@ -41,7 +41,7 @@ SECONDS = 0.2
 MIN_ROUNDS, ROUNDS = 5, range(1, 65)
 """A round times every product once in each dtype."""
 
-OPERATIONS = {"cpu": 1e9, "cuda": 1e12}
+OPERATIONS = {"cpu": 5e8, "cuda": 1e12}
 """Maximum operations of a trial product. Larger ones are tried with fewer rows and narrower matrices."""
 
 NEGLIGIBLE = 1e8

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import filelock
 import torch
@@ -16,11 +19,13 @@ from lorakit.errors import BaseModelError, LorakitError
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _CONVERSION = 1
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = "conversion.json"
+_DESCRIPTION = ("config.json", "tokenizer.json")
+_CONVERTED = (*_DESCRIPTION, "model.safetensors", _RECORD)
 
 _GPT2_SPLIT = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
 """llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
@@ -50,7 +55,12 @@ def converted_folder(gguf: Path) -> Path:
         RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
-    if _is_complete(folder):
+    return _cached(folder, _CONVERTED, lambda: _convert(gguf, folder))
+
+
+def _cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:
+    """Return `folder`, after `make` has created it if one of its files is missing."""
+    if _is_complete(folder, names):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +71,25 @@ def converted_folder(gguf: Path) -> Path:
             "LORAKIT_CACHE to a writable folder."
         ) from error
     with lock:
-        if not _is_complete(folder):  # another process may have converted it
-            _convert(gguf, folder)
+        if not _is_complete(folder, names):  # another process may have created it
+            make()
     return folder
 
 
-def conversion_of(gguf: Path) -> Path | None:
-    """Return the folder of `converted_folder` if the file has been converted, else None; never convert it."""
-    folder = _folder_of(gguf)
-    return folder if _is_complete(folder) else None
+def described_folder(gguf: Path) -> Path:
+    """Return a folder with at least the configuration, tokenizer and chat template of a GGUF file.
+
+    It is that of `converted_folder` if the file has been converted. Otherwise the weights are not read, which takes a
+    few seconds once; the folder is cached.
+
+    Raises:
+        BaseModelError, RunFolderError: As for `converted_folder`.
+    """
+    converted = _folder_of(gguf)
+    if _is_complete(converted):
+        return converted
+    folder = converted.with_name(f"{converted.name}-description")
+    return _cached(folder, _DESCRIPTION, lambda: _describe(gguf, folder))
 
 
 def conversion_notices(folder: Path) -> list[str]:
@@ -81,24 +101,50 @@ def _folder_of(gguf: Path) -> Path:
     return cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}-{_CONVERSION}"
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, names: Iterable[str] = _CONVERTED) -> bool:
     # The folder appears atomically, but a cache cleaner may have deleted files from it.
-    names = ("config.json", "model.safetensors", "tokenizer.json", _RECORD)
     return all((folder / name).is_file() for name in names)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    with _reading(gguf):
+        metadata, dtype = _read_header(gguf)
+        model = _read_model(gguf, dtype)
+        tokenizer = _read_tokenizer(gguf)
+    notices = _finish_tokenizer(tokenizer, metadata, model.config)
+    with atomic_folder(folder, overwrite=True) as temporary:
+        model.save_pretrained(temporary, max_shard_size="1TB")
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
+
+
+def _describe(gguf: Path, folder: Path) -> None:
+    import transformers
+
+    with _reading(gguf):
+        metadata, _ = _read_header(gguf)
+        config = transformers.AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = _read_tokenizer(gguf)
+    _finish_tokenizer(tokenizer, metadata, config)
+    with atomic_folder(folder, overwrite=True) as temporary:
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def _reading(gguf: Path) -> Iterator[None]:
+    """Explain any error of the readers; parse the header once for all of them, which takes seconds."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise BaseModelError(
                 f"Reading '{gguf.name}' needs the package {package}: pip install 'lorakit[train]'"
             )
-    from transformers import AutoTokenizer
+    import gguf as library
 
+    parse_once = functools.cache(library.GGUFReader)
     try:
-        metadata, dtype = _read_header(gguf)
-        model = _read_model(gguf, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        with mock.patch.object(library, "GGUFReader", lambda path: parse_once(os.fspath(path))):
+            yield
     except LorakitError:
         raise
     # The readers do not validate the file: a damaged one can raise any exception.
@@ -109,14 +155,22 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"({type(error).__name__}: {first_line}). If it was copied or downloaded, copy or download "
             "it again."
         ) from error
-    notices = _restore_pre_tokenizer(tokenizer, metadata)
+
+
+def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def _finish_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any], config: PretrainedConfig
+) -> list[str]:
+    """Restore what transformers does not read from the file; return notices."""
     tokenizer.model_max_length = getattr(
-        model.config, "max_position_embeddings", tokenizer.model_max_length
+        config, "max_position_embeddings", tokenizer.model_max_length
     )
-    with atomic_folder(folder, overwrite=True) as temporary:
-        model.save_pretrained(temporary, max_shard_size="1TB")
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
+    return _restore_pre_tokenizer(tokenizer, metadata)
 
 
 def _read_header(gguf: Path) -> tuple[dict[str, Any], torch.dtype]:

@@ -14,7 +14,7 @@ import torch
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
-from lorakit.models.gguf import conversion_notices, converted_folder
+from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
 from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
@@ -150,7 +150,10 @@ def load_tokenizer(
     """
     source = resolve(name, revision=revision)
     with _quiet():
-        source, path, options, _ = _locate(source, trust_remote_code)
+        if source.kind == "gguf":  # without converting the weights
+            path, options = str(described_folder(Path(source.path_or_id))), {}
+        else:
+            source, path, options, _ = _locate(source, trust_remote_code)
         with _explained(source, path, "causal-lm"):
             tokenizer = _load_tokenizer(path, options)
     if tokenizer is None:

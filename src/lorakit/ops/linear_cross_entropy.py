@@ -70,16 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in row_chunks(hidden, chunk):
             count, padded = len(hidden[rows]), _pad_rows(hidden[rows])
             logits = F.linear(padded, narrow_weight, narrow_bias)
-            for block, target, factor, block_losses in zip(
-                logits[:count].split(block_rows),
-                targets[rows].split(block_rows),
-                [None] * count if weights is None else weights[rows].split(block_rows),
-                losses[rows].split(block_rows),
-                strict=False,  # more None than blocks
-            ):
-                needs_grad = needs_hidden or needs_weight or needs_bias
+            live, chunk_targets, chunk_losses = logits[:count], targets[rows], losses[rows]
+            factors = None if weights is None else weights[rows]
+            needs_grad = needs_hidden or needs_weight or needs_bias
+            for block in row_chunks(live, block_rows):
                 _to_gradient(
-                    block, target, factor, block_losses, label_smoothing, needs_grad=needs_grad
+                    live[block],
+                    chunk_targets[block],
+                    None if factors is None else factors[block],
+                    chunk_losses[block],
+                    label_smoothing,
+                    needs_grad=needs_grad,
                 )
             # From here on `logits` has their gradients, zero in the rows of padding.
             logits[count:] = 0
@@ -106,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def row_chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
-    """Yield the rows of each chunk of `hidden` (n, d)."""
+    """Yield the rows of each chunk of `hidden` (n, d), or of each block of logits (n, V)."""
     for start in range(0, len(hidden), chunk):
         yield slice(start, start + chunk)
 

@@ -62,10 +62,8 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
     measured = [_run_trial(trial) for trial in trials]
     steps = [_simulate(trial) for trial in trials]
     machine = measure(device, dtype)
-    timings: dict[Product, float] = {}
-    for step in steps:
-        timings |= time_products(step.work.products, device, machine.estimate)
-    return fit(machine, steps, measured, timings)
+    timings = time_products([step.work.products for step in steps], device, machine.estimate)
+    return fit(machine, steps, measured, timings.seconds)
 
 
 def fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorakit.planning.machine import (
     Machine,
     find_machine,
 )
-from lorakit.planning.products import time_products
+from lorakit.planning.products import Timings, time_products
 from lorakit.planning.simulate import SimulatedRun, as_full, simulate
 from lorakit.training.config import TrainConfig
 
@@ -136,6 +137,7 @@ def plan(
     targets: int | None = None,
     compare: bool = True,
     machine: Machine | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Predict the cost of a run from its configuration, without reading or creating weights.
 
@@ -145,6 +147,7 @@ def plan(
         targets: Target tokens per example; None means half of `length`.
         compare: Predict full fine-tuning as well.
         machine: Speed to assume; None uses the calibration of this machine, or measures it briefly.
+        progress: Called with the name of each stage that takes long.
 
     Raises:
         LorakitError: The base's configuration or the data cannot be read, or a setting does not fit them.
@@ -153,20 +156,32 @@ def plan(
     gpu = device.type != "cpu"
     if not gpu:
         limit_threads()
+    progress("reading the base's configuration")
     shape = shape_of(config.base)
+    progress("comparing dtypes")
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
+    progress("reading the data")
     batches = _batches(config, shape, length, targets)
     dtype = compute_dtype(config.base.dtype, device)
+    progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
-    measures = here and machine.here
+    progress("simulating a step")
     run = simulate(config, shape, batches, dtype=dtype)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
+        progress("simulating a step of full fine-tuning")
         try:
             full = simulate(as_full(config), shape, batches, dtype=dtype)
         except LorakitError as error:
             why = str(error)
+    timings = Timings({})
+    if here and machine.here:
+        progress("timing the products of a step")
+        steps = [r.middle.work.products for r in (run, full) if r is not None]
+        timings = time_products(steps, device, machine.estimate)
+        if timings.note:
+            machine = dataclasses.replace(machine, origin=f"{machine.origin}; {timings.note}")
     return Plan(
         base=shape.name,
         note=shape.note,
@@ -182,8 +197,8 @@ def plan(
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, machine, device, measures=measures),
-        full=full and _predict(full, machine, device, measures=measures),
+        chosen=_predict(run, machine, device, timings),
+        full=full and _predict(full, machine, device, timings),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -213,10 +228,8 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
 
 
 def _predict(
-    run: SimulatedRun, machine: Machine, device: torch.device, *, measures: bool
+    run: SimulatedRun, machine: Machine, device: torch.device, timings: Timings
 ) -> Prediction:
-    products = run.middle.work.products
-    timings = time_products(products, device, machine.estimate) if measures else {}
     peak = run.fullest.peak
     # From the second batch of a step on, the gradients of the earlier ones exist.
     gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
@@ -239,6 +252,6 @@ def _predict(
         share=run.trained / run.total,
         file_bytes=4 * run.trained,
         memory=memory,
-        seconds=run.batches * machine.seconds(run.middle.work, timings)
+        seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
         + run.trained * UPDATE_BYTES / machine.traffic,
     )

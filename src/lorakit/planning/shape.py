@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,26 +16,32 @@ from transformers import PreTrainedModel
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape
+from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
 
+_ATEN = torch.ops.aten
+_FILLS = (
+    _ATEN.fill_.Scalar,
+    _ATEN.normal_.default,
+    _ATEN.uniform_.default,
+    _ATEN.zero_.default,
+)
+
+
+class _FakeTensorMode(FakeTensorMode):
+    """Skip the operations that fill a fake tensor: most of those that build a model."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and isinstance(args[0], FakeTensor):
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
 
 def new_mode() -> FakeTensorMode:
     """Return a mode that creates fake tensors. Use a single one per model."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    return _FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
@@ -46,7 +51,7 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
     """
     with (
-        _no_collection(),
+        no_collection(),
         fake,
         mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
     ):

@@ -13,7 +13,7 @@ import torch
 from lorakit.adapters import formats
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
-from lorakit.methods import METHODS
+from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.faster import make_faster
 from lorakit.models.loading import Base
@@ -73,6 +73,9 @@ def simulate(
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
+        # Every block is trained in the same way, so a few stand for all before their copies are made.
+        is_full = start is None and method == FullFineTuning()
+        blocks = shorten(model) if is_full else []
         source = ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, source)
         adapters = attach_method(base, config, task, method)
@@ -80,6 +83,7 @@ def simulate(
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
+        count = total if is_full else sum(p.numel() for p in trained)
         model.train()
         computation = choice_of(config, model, task)
         if computation.faster == "layers":
@@ -92,7 +96,7 @@ def simulate(
         step = partial(
             run_step,
             model,
-            shorten(model),
+            blocks or shorten(model),
             computation.objective,
             autocast=autocast,
             accumulates=batches.per_step > 1,
@@ -103,10 +107,10 @@ def simulate(
     rows, width = fullest["input_ids"].shape
     return SimulatedRun(
         method=type(adapters.method(ADAPTER)).__name__,
-        trained=sum(p.numel() for p in trained),
+        trained=count,
         total=total,
         base=size,
-        adapter=sum(tensor.nbytes for tensor in (*trained, *buffers)),
+        adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
         tokens=sum(map(len, batches.middle)),

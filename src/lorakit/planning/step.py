@@ -118,16 +118,20 @@ def run_step(
 
 @contextmanager
 def _short_loss(ledger: Ledger) -> Iterator[None]:
-    """Compute the loss of fake tensors in its first and last chunk only; the first counts for all others."""
+    """Compute the loss of fake tensors in its first and last chunk only; the first counts for all others.
+
+    The blocks of a chunk's logits are computed in the same way.
+    """
 
     def chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
         first, *others = row_chunks(hidden, chunk)
         if not isinstance(hidden, FakeTensor):  # a real model, in another thread
             yield from (first, *others)
             return
-        ledger.repeated = max(1, len(others))
+        outer = ledger.repeated  # of the chunk around a block
+        ledger.repeated = outer * max(1, len(others))
         yield first
-        ledger.repeated = 1
+        ledger.repeated = outer
         yield from others[-1:]
 
     with mock.patch.object(_LOSS, "row_chunks", chunks):
