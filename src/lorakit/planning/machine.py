@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -37,6 +38,10 @@ Measured: 0.15 to 0.36, more for larger tensors."""
 PACKED, HALF_PACKED = 1.5, 1.0
 """Bytes of the copies that kernels reorder for products, as a multiple of the widest matrix, in float32 and in 16
 bits."""
+
+KERNEL = 600_000
+"""Bytes that the CPU library caches for each shape of a product in 16 bits. Products in float32 use another library,
+which caches nothing."""
 
 UPDATE_BYTES = 40
 """Bytes that the optimizer reads and writes per trained parameter: the gradient for its norm, for clipping and for
@@ -67,6 +72,8 @@ class Machine:
     """Freed memory that the allocator keeps, as a share of the step's tensors."""
     packed: float = HALF_PACKED
     """Memory of the copies that products make, as a multiple of the widest matrix."""
+    kernel: int = 0
+    """Bytes that the CPU library caches for each shape of a product."""
     here: bool = False
     """Whether this is the current machine, which can time the products of a step."""
     origin: str
@@ -149,7 +156,18 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         return dataclasses.replace(A100, **measured)
     if dtype == torch.float32:
         return Machine(**measured, slack=SLACK, packed=PACKED)
-    return Machine(**measured)
+    return Machine(**measured, kernel=max(KERNEL, _kernel_bytes(W)))
+
+
+def _kernel_bytes(W: Tensor) -> int:
+    """Return the bytes by which the process grows per shape of a product with `W`, for shapes that are new to it."""
+    process, count = psutil.Process(), 16
+    x = W.new_ones(8 * count + 1, W.shape[1])
+    x[:1] @ W.T  # loads the library
+    before = process.memory_info().rss
+    for n in range(count):
+        x[: 8 * n + 9] @ W.T  # the result is freed
+    return (process.memory_info().rss - before) // count
 
 
 def _traffic(device: torch.device, dtype: torch.dtype, call: float) -> float:

@@ -12,7 +12,7 @@ from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-from lorakit.models.processor import limit_threads
+from lorakit.models.processor import KERNELS, limit_kernels, limit_threads
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
@@ -48,8 +48,8 @@ class Memory:
     temporary: int
     """Working memory of single operations."""
     allocator: int
-    """Freed memory between live tensors that the C library (on a GPU: torch) keeps, and reordered copies of matrices
-    that products make."""
+    """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
+    products make, and cached kernels of products."""
     software: int
     """The tokenizer and imported libraries except torch; 0 on a GPU."""
 
@@ -153,6 +153,7 @@ def plan(
     gpu = device.type != "cpu"
     if not gpu:
         limit_threads()
+        limit_kernels()
     shape = shape_of(config.base)
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
@@ -161,6 +162,7 @@ def plan(
     machine = machine or find_machine(device, dtype, here=here)
     measures = here and machine.here
     run = simulate(config, shape, batches, dtype=dtype)
+    sizes = min(batches.sizes, (batches.steps or batches.sizes) * batches.per_step)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
         try:
@@ -182,8 +184,8 @@ def plan(
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, machine, device, measures=measures),
-        full=full and _predict(full, machine, device, measures=measures),
+        chosen=_predict(run, machine, device, sizes=sizes, measures=measures),
+        full=full and _predict(full, machine, device, sizes=sizes, measures=measures),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -213,15 +215,17 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
 
 
 def _predict(
-    run: SimulatedRun, machine: Machine, device: torch.device, *, measures: bool
+    run: SimulatedRun, machine: Machine, device: torch.device, *, sizes: int, measures: bool
 ) -> Prediction:
     products = run.middle.work.products
     timings = time_products(products, device, machine.estimate) if measures else {}
     peak = run.fullest.peak
     # From the second batch of a step on, the gradients of the earlier ones exist.
     gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
-    software = SOFTWARE if machine.software is None else machine.software
     step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
+    kernels = min(KERNELS, sizes * len(products))  # every size of a batch has its own
+    allocator = machine.slack * step_bytes + machine.packed * run.fullest.widest
+    software = SOFTWARE if machine.software is None else machine.software
     memory = Memory(
         base=run.base,
         adapter=run.adapter,
@@ -230,7 +234,7 @@ def _predict(
         activations=peak["activations"],
         logits=peak["logits"],
         temporary=peak["temporary"],
-        allocator=round(machine.slack * step_bytes + machine.packed * run.fullest.widest),
+        allocator=round(allocator) + kernels * machine.kernel,
         software=software if device.type == "cpu" else 0,
     )
     return Prediction(
