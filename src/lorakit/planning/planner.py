@@ -17,6 +17,7 @@ from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
 from lorakit.planning.machine import (
+    HOLES,
     IMPORTS,
     INTERPRETER,
     SOFTWARE,
@@ -224,7 +225,8 @@ def _predict(
     gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
     step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
     kernels = min(KERNELS, sizes * len(products))  # every size of a batch has its own
-    allocator = machine.slack * step_bytes + machine.packed * run.fullest.widest
+    slack = machine.slack + (HOLES if sizes > 1 and device.type == "cpu" else 0)
+    allocator = slack * step_bytes + machine.packed * run.fullest.widest + kernels * machine.kernel
     software = SOFTWARE if machine.software is None else machine.software
     memory = Memory(
         base=run.base,
@@ -234,7 +236,7 @@ def _predict(
         activations=peak["activations"],
         logits=peak["logits"],
         temporary=peak["temporary"],
-        allocator=round(allocator) + kernels * machine.kernel,
+        allocator=round(allocator),
         software=software if device.type == "cpu" else 0,
     )
     return Prediction(
