@@ -1,10 +1,12 @@
 """Resident memory over long runs, with PyTorch's kernel caches and with those of lorakit.
 
-    python -m benchmarks.memory --data DATA                   2,000 updates per run, hours on one core
-    python -m benchmarks.memory --data DATA --updates 400     shorter runs
+    python -m benchmarks.memory --data DATA                 2,000 updates per run, hours on one core
+    python -m benchmarks.memory --data DATA --blocks 2      the first two blocks of the model, under an hour
 
 DATA has e2e_nlg/train.jsonl.gz and samsum/train.jsonl.gz. SmolLM2-135M in bfloat16, LoRA of rank 8 on q and v. Each run
 is a process of its own. "before" runs with PyTorch's caches of 1,024 kernels, or in an older checkout (`--before SRC`).
+Two blocks have all shapes of products that the model has, because the last block differs from the others. A run that is
+stopped keeps its updates, and `--resume` writes the table and the picture from them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,12 +42,16 @@ CHANGES = ("before", "after")
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 EARLY = 50
 """Update whose memory the later ones are compared with."""
+POINT = 10
+"""Updates per recorded point."""
 
 
 # --- one process -------------------------------------------------------------------------------------
 
 
-def measure(data: Path, settings: dict[str, Any], updates: int, result: Path) -> None:
+def measure(
+    data: Path, settings: dict[str, Any], updates: int, blocks: int | None, result: Path
+) -> None:
     """Train in this process. Write the resident bytes after each update to `result`, also while it runs."""
     import psutil
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -56,6 +63,8 @@ def measure(data: Path, settings: dict[str, Any], updates: int, result: Path) ->
     from lorakit.training.loop import train
 
     process, resident = psutil.Process(), []
+    if blocks:
+        _shorten(blocks)
     with TemporaryDirectory() as scratch:
         config = TrainConfig(
             base=BaseConfig(name="smollm2-135m", dtype="bfloat16"),
@@ -75,7 +84,9 @@ def measure(data: Path, settings: dict[str, Any], updates: int, result: Path) ->
             optimizer=OptimizerConfig(learning_rate=1e-3),
             checkpoints=CheckpointConfig(every=updates),
         )
-        record = {"planned": plan(config, compare=False).process_peak, "resident": resident}
+        record: dict[str, Any] = {"blocks": blocks, "resident": resident}
+        if blocks is None:  # a plan is for the whole model
+            record["planned"] = plan(config, compare=False).process_peak
 
         def after_update(*_: Any) -> None:
             resident.append(process.memory_info().rss)
@@ -88,6 +99,21 @@ def measure(data: Path, settings: dict[str, Any], updates: int, result: Path) ->
     result.write_text(json.dumps(record), encoding="utf-8")
 
 
+def _shorten(blocks: int) -> None:
+    """Let training drop all but the first blocks of the base."""
+    from lorakit.training import setup
+
+    open_base = setup.open_base
+
+    def open_shortened(*args: Any, **options: Any) -> Any:
+        base = open_base(*args, **options)
+        base.model.model.layers = base.model.model.layers[:blocks]
+        base.model.config.num_hidden_layers = blocks
+        return base
+
+    setup.open_base = open_shortened
+
+
 # --- the benchmark -----------------------------------------------------------------------------------
 
 
@@ -98,27 +124,46 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--blocks", type=int, help="keep the first blocks only; default: all")
     parser.add_argument("--before", type=Path, help="folder src of an older checkout")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are there")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "FILE"), help="one run, in this process")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.run:
-        measure(args.data, SETTINGS[args.run[0]], args.updates, Path(args.run[1]))
+        name, file = args.run
+        measure(args.data, SETTINGS[name], args.updates, args.blocks, Path(file))
         return
     from benchmarks import report
 
     folder = report.work(quick=False) / "memory"
     folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"machine": report.machine(), "runs": {}}
     for name in SETTINGS:
         for change in CHANGES:
-            file = folder / f"{name.split()[0]}-{change}.json"
+            file = folder / _file_name(name, change, args.blocks)
             if not (args.resume and file.exists()):
                 _run(args, name, file, change)
-            record["runs"].setdefault(name, {})[change] = json.loads(file.read_text("utf-8"))
+    record: dict[str, Any] = {"machine": report.machine(), "updates_per_point": POINT, "runs": {}}
+    for name, change, blocks in product(SETTINGS, CHANGES, (None, args.blocks)):
+        file = folder / _file_name(name, change, blocks)
+        if file.exists():
+            run = json.loads(file.read_text(encoding="utf-8"))
+            title = f"{name}{f', {blocks} blocks' if blocks else ''}"
+            record["runs"].setdefault(title, {})[change] = _thinned(run)
     report.publish("memory", record, sections(record), quick=False)
     draw(record, Path("docs/results/memory.png"))
+
+
+def _file_name(name: str, change: str, blocks: int | None) -> str:
+    return f"{name.split()[0].strip(',')}-{change}-{blocks or 'all'}.json"
+
+
+def _thinned(run: dict[str, Any]) -> dict[str, Any]:
+    """Replace the resident bytes of each update by the most megabytes of every ten updates."""
+    resident = run.pop("resident")
+    starts = range(0, len(resident) - POINT + 1, POINT)
+    points = [round(max(resident[start : start + POINT]) / 1e6) for start in starts]
+    return run | {"megabytes": points}
 
 
 def _run(args: argparse.Namespace, name: str, file: Path, change: str) -> None:
@@ -128,44 +173,55 @@ def _run(args: argparse.Namespace, name: str, file: Path, change: str) -> None:
         if args.before:
             environment["PYTHONPATH"] = str(args.before)
     command = ["-m", "benchmarks.memory", "--data", str(args.data), "--updates", str(args.updates)]
+    if args.blocks:
+        command += ["--blocks", str(args.blocks)]
     subprocess.run(
         [sys.executable, *command, "--run", name, str(file)], env=environment, check=True
     )
 
 
 def sections(record: dict[str, Any]) -> Iterator[Any]:
-    """Yield the table of resident memory by update."""
+    """Yield the table of resident memory."""
     from benchmarks import report
 
     table = report.table(
-        "run", "planned GB", f"after {EARLY} updates", "at the end", "updates", "growth"
+        "run", "planned MB", f"update {EARLY}", "last update", "at the end", "growth"
     )
     for name, runs in record["runs"].items():
         for change, run in runs.items():
-            resident = run["resident"]
-            early, late = resident[EARLY - 1], max(resident[-EARLY:])
+            points = run["megabytes"]
+            early, late = points[EARLY // POINT - 1], max(points[-EARLY // POINT :])
+            planned = f"{run['planned'] / 1e6:,.0f}" if "planned" in run else ""
             table.add_row(
                 f"{name}, {change}",
-                *(f"{size / 1e9:.2f}" for size in (run["planned"], early, late)),
-                f"{len(resident):,}",
+                planned,
+                f"{early:,}",
+                f"{len(points) * POINT:,}",
+                f"{late:,}",
                 f"{late / early:.2f}",
             )
-    yield report.Section("Resident memory", table, f"At the end: the most of the last {EARLY}.")
+    note = (
+        f"Resident MB: the most of the {POINT} updates up to update {EARLY}, and of the last {EARLY} updates. Before: "
+        "PyTorch's caches. Runs without a number of blocks train the whole model and are shorter."
+    )
+    yield report.Section("Resident memory", table, note)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw the resident memory of all runs, one chart per data set."""
+    """Draw the resident memory of all runs, one chart per data set and model."""
     from lorakit.reporting.charts import Figure, Series, line_chart
     from lorakit.reporting.drawing import save
 
     charts = []
     for name, runs in record["runs"].items():
-        series = []
-        for change, run in runs.items():
-            sizes = [size / 1e9 for size in run["resident"]]
-            # The range hides single updates: draw the largest of ten.
-            tens = [(i + 10, max(sizes[i : i + 10])) for i in range(0, len(sizes), 10)]
-            series.append(Series(name=change, points=tens))
+        series = [
+            Series(
+                name=change,
+                points=[(POINT * (i + 1), size / 1e3) for i, size in enumerate(run["megabytes"])],
+                colour=CHANGES.index(change),
+            )
+            for change, run in runs.items()
+        ]
         charts.append(line_chart(f"{name}: resident GB", series, x="update", y="GB"))
     save(Figure(caption="Resident memory over long runs.", charts=tuple(charts)), path)
 
