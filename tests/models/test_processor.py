@@ -1,15 +1,19 @@
-"""The number of threads follows physical cores, affinity and the container's quota."""
+"""Threads follow physical cores, affinity and the container's quota. Cached kernels have a bound."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit.models import processor
-from lorakit.models.processor import limit_threads, usable_cores
+from lorakit.models.processor import KERNELS, limit_kernels, limit_threads, usable_cores
 
 
 @pytest.fixture
@@ -80,3 +84,42 @@ def test_threads_are_lowered_with_a_line(
         assert lines == []
     else:
         assert lines[0].startswith("torch would use 8 threads, but this process may use 4 physical")
+
+
+def test_the_environment_decides_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"LRU_CACHE_CAPACITY": "7"}
+    monkeypatch.setattr("os.environ", environment)
+    limit_kernels()
+    assert environment == {
+        "LRU_CACHE_CAPACITY": "7",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS),
+    }
+
+
+GROWTH = """
+import json, psutil, torch
+from lorakit.models import processor
+
+def growth(first, last):
+    before = psutil.Process().memory_info().rss
+    for rows in range(first, last):
+        x[:rows] @ W
+    return psutil.Process().memory_info().rss - before
+
+x, W = (torch.ones(n, 64, dtype=torch.bfloat16) for n in (520, 64))
+processor.KERNELS = 64
+processor.limit_kernels()
+print(json.dumps([growth(8, 72), growth(72, 520)]))
+"""
+"""Multiply matrices of many sizes; print by how much the first 64 and the other 448 make the process grow."""
+
+
+@pytest.mark.slow
+def test_cached_kernels_have_a_bound() -> None:
+    """Without it, the second growth is seven times the first. Replaced kernels leave some holes in the heap."""
+    environment = {name: os.environ[name] for name in os.environ if "CACHE_CAPACITY" not in name}
+    command = [sys.executable, "-c", GROWTH]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert second < 3 * first + 10 * 2**20

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigurationError
+from lorakit.planning import machine
 from lorakit.planning.calibration import MARGIN, MOST, _run_trial, calibrate, fit
 from lorakit.planning.ledger import Work
 from lorakit.planning.machine import (
+    KERNEL,
     Machine,
     calibration_file,
     find_machine,
@@ -105,6 +107,13 @@ def test_a_trial_reports_its_own_memory():
     )
     assert 0 < figures["ready"] < figures["peak"] < figures["ready"] + held.nbytes // 4
     assert figures["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_kernels_are_cached_in_16_bits_only(monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    assert machine.measure(CPU, torch.float32).kernel == 0
+    assert KERNEL <= machine.measure(CPU, torch.bfloat16).kernel < 20 * KERNEL
 
 
 def test_a_gpu_is_not_calibrated():

@@ -172,6 +172,26 @@ def test_the_parts_add_up_to_the_total(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_cached_kernels_are_part_of_the_plan(base, tmp_path, monkeypatch):
+    """Each size of a batch has its own kernels, up to the bound of the cache."""
+    config = tiny_runs.config(tmp_path, base)
+
+    def kernels(**settings):
+        totals = [
+            plan(config, compare=False, machine=dataclasses.replace(MACHINE, kernel=n), **settings)
+            for n in (0, 10**6)
+        ]
+        return (totals[1].chosen.memory.allocator - totals[0].chosen.memory.allocator) / 10**6
+
+    monkeypatch.setattr("lorakit.planning.planner.KERNELS", 10**6)
+    one, several = kernels(length=32), kernels()
+    assert 10 < one < 60
+    assert several >= 2 * one - 20
+    monkeypatch.setattr("lorakit.planning.planner.KERNELS", 7)
+    assert kernels() == 7
+
+
+@pytest.mark.slow
 def test_full_fine_tuning_is_predicted_for_comparison(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, lora=lorakit.LoRA(rank=2))
     planned = plan(config, length=64, machine=MACHINE)

@@ -7,7 +7,9 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.compute.batching import PACKED_STEP
 from lorakit.data import DataTask, RowReader, load_examples, task_of
+from lorakit.data.batches import round_up
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
 from lorakit.tasks import Example, LabelledExample, LanguageExample
@@ -36,6 +38,8 @@ class Batches:
     """Optimizer steps of the run; None if the number of examples is unknown."""
     per_step: int
     """Batches of an optimizer step: `accumulation`, or fewer if the data set is smaller than one step."""
+    sizes: int = 1
+    """Number of different sizes of batches, in tokens rounded up as in packed batches."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -70,7 +74,8 @@ def from_data(config: TrainConfig) -> Batches:
     steps = plan.total if whole or config.max_steps else None
     per_step = max(map(len, first_epoch)) if whole else config.accumulation
     middle = batches[len(batches) // 2]
-    return Batches(task, batches[-1], middle, source, steps, per_step, tokenizer)
+    sizes = len({round_up(sum(map(len, batch)), PACKED_STEP) for batch in batches})
+    return Batches(task, batches[-1], middle, source, steps, per_step, sizes, tokenizer)
 
 
 def from_lengths(

@@ -92,7 +92,8 @@ def fit(
     # In the larger run, memory that libraries allocate once at the first step is a small share.
     step, run = steps[-1], measured[-1]
     tensors = sum(step.peak.values())
-    beyond = run["peak"] - run["ready"] - tensors - machine.packed * step.widest
+    kernels = machine.kernel * len(step.work.products)
+    beyond = run["peak"] - run["ready"] - tensors - machine.packed * step.widest - kernels
     return dataclasses.replace(
         machine,
         traffic=traffic / rest,

@@ -13,11 +13,12 @@ from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-from lorakit.models.processor import limit_threads
+from lorakit.models.processor import KERNELS, limit_kernels, limit_threads
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
 from lorakit.planning.machine import (
+    HOLES,
     IMPORTS,
     INTERPRETER,
     SOFTWARE,
@@ -49,8 +50,8 @@ class Memory:
     temporary: int
     """Working memory of single operations."""
     allocator: int
-    """Freed memory between live tensors that the C library (on a GPU: torch) keeps, and reordered copies of matrices
-    that products make."""
+    """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
+    products make, and cached kernels of products."""
     software: int
     """The tokenizer and imported libraries except torch; 0 on a GPU."""
 
@@ -156,6 +157,7 @@ def plan(
     gpu = device.type != "cpu"
     if not gpu:
         limit_threads()
+        limit_kernels()
     progress("reading the base's configuration")
     shape = shape_of(config.base)
     progress("comparing dtypes")
@@ -168,6 +170,7 @@ def plan(
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
     run = simulate(config, shape, batches, dtype=dtype)
+    sizes = min(batches.sizes, (batches.steps or batches.sizes) * batches.per_step)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
         progress("simulating a step of full fine-tuning")
@@ -197,8 +200,8 @@ def plan(
         steps=batches.steps,
         machine=machine,
         loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, machine, device, timings),
-        full=full and _predict(full, machine, device, timings),
+        chosen=_predict(run, machine, device, timings, sizes=sizes),
+        full=full and _predict(full, machine, device, timings, sizes=sizes),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -228,13 +231,17 @@ def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int
 
 
 def _predict(
-    run: SimulatedRun, machine: Machine, device: torch.device, timings: Timings
+    run: SimulatedRun, machine: Machine, device: torch.device, timings: Timings, *, sizes: int
 ) -> Prediction:
     peak = run.fullest.peak
     # From the second batch of a step on, the gradients of the earlier ones exist.
     gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
-    software = SOFTWARE if machine.software is None else machine.software
     step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
+    # Every size of a batch has kernels of its own.
+    kernels = min(KERNELS, sizes * len(run.middle.work.products))
+    slack = machine.slack + (HOLES if sizes > 1 and device.type == "cpu" else 0)
+    allocator = slack * step_bytes + machine.packed * run.fullest.widest + kernels * machine.kernel
+    software = SOFTWARE if machine.software is None else machine.software
     memory = Memory(
         base=run.base,
         adapter=run.adapter,
@@ -243,7 +250,7 @@ def _predict(
         activations=peak["activations"],
         logits=peak["logits"],
         temporary=peak["temporary"],
-        allocator=round(machine.slack * step_bytes + machine.packed * run.fullest.widest),
+        allocator=round(allocator),
         software=software if device.type == "cpu" else 0,
     )
     return Prediction(

@@ -26,7 +26,7 @@ PARTS = {
     "activations": "tensors saved for the backward pass",
     "logits": "tensors of vocabulary width",
     "temporary": "working memory of single operations at the peak",
-    "allocator": "freed memory fragmented between live tensors",
+    "allocator": "freed memory fragmented between live tensors, and cached kernels",
     "software": "libraries besides torch, the tokenizer, data loading",
 }
 """The parts of the memory, each with a description."""
