@@ -41,7 +41,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
         monkeypatch.setattr(PackagedModel, "path", lambda model: packages[model.alias])
         monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
         # A plan would time each of its products, and METEOR would start Java: tests of planning and metrics do.
-        monkeypatch.setattr("lorakit.planning.products.Timer", InstantTimer)
+        monkeypatch.setattr("torch.utils.benchmark.Timer", InstantTimer)
         monkeypatch.setattr("lorakit.planning.products._time_product", lambda *_: 1e-4)
         monkeypatch.setattr("lorakit.metrics.data_to_text.find_java", lambda _: None)
         # On a CPU with bfloat16 the analyses of the float32 bases print one note more.
