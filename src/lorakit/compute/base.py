@@ -12,7 +12,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.loading import Base, ModelHead, load_base
-from lorakit.models.processor import limit_kernels, limit_threads
+from lorakit.models.processor import limit_processor
 from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
 
@@ -26,8 +26,7 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
     """
     device = pick_device(config.device)
     if device.type == "cpu":
-        limit_threads()
-        limit_kernels()
+        limit_processor()
     base = load_base(
         config.name,
         task=model_head(task, lambda: _is_encoder_decoder(config)),

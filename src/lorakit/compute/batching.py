@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit.compute.model_input import model_examples
-from lorakit.data.batches import IGNORED, collate, round_up
+from lorakit.data.batches import IGNORED, collate
 from lorakit.data.packing import pack
 from lorakit.models.loading import Base
+from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LanguageExample
 
 Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]

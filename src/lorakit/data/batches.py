@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 
 IGNORED = -100
@@ -15,11 +16,6 @@ IGNORED = -100
 
 MEGABATCH = 50
 """Number of batches that are sorted by length together. More means less padding, fewer a more random order."""
-
-
-def round_up(count: int, step: int) -> int:
-    """Return the smallest multiple of `step` that is at least `count`."""
-    return -(-count // step) * step
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[str, Tensor]:

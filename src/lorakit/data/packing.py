@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.data.batches import round_up
+from lorakit.ops.rows import round_up
 from lorakit.tasks import LanguageExample
 
 ROW_LENGTH = 1024

@@ -21,7 +21,7 @@ from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
-from lorakit.models.processor import limit_kernels, limit_threads, processor_name
+from lorakit.models.processor import limit_processor, processor_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -167,8 +167,7 @@ def choose_dtype(
     if sum(2 * rows * a * b for a, b in _products(widths)) < NEGLIGIBLE:
         return DtypeChoice(torch.float32, "the products of this small model take little time")
     if device.type == "cpu":
-        limit_threads()
-        limit_kernels()
+        limit_processor()
     return _trial(device, widths, rows, torch.get_num_threads()).choice
 
 

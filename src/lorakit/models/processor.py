@@ -47,6 +47,12 @@ def usable_cores() -> int:
     return max(1, math.ceil(min(cores, _quota())))
 
 
+def limit_processor() -> None:
+    """Limit threads and cached kernels, before the first computation on a CPU."""
+    limit_threads()
+    limit_kernels()
+
+
 def limit_threads() -> None:
     """Lower the number of torch's threads to the usable cores, and log a line if that changes it.
 

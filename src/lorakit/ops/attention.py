@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.autocast import autocast_to, no_autocast, wide_dtype
 from lorakit.ops.dropout import fast, kept, multiplier
+from lorakit.ops.rows import round_up
 
 BLOCK_SIZES = (32, 64, 128)
 """Candidate numbers of queries per block. Small blocks skip more masked pairs; large blocks have faster products."""
@@ -224,10 +225,10 @@ def _cheapest_blocks(mask: Tensor, H: int, K: int) -> _Blocks:
     best, lowest_cost = None, B * T * S
     for max_size in sizes:
         count = -(-T // max_size)
-        size = _round_up(-(-T // count), QUERY_STEP)
+        size = round_up(-(-T // count), QUERY_STEP)
         padded = F.pad(mask, (0, 0, 0, size * count - T)).view(B * count, size, S)
         lengths, order = padded.any(1).sum(-1).clamp(min=1).sort(stable=True)
-        lengths = [min(_round_up(length, KEY_STEP), S) for length in lengths.tolist()]
+        lengths = [min(round_up(length, KEY_STEP), S) for length in lengths.tolist()]
         runs = list(_runs(lengths, H * size, BLOCK_STEP))
         keys = sum((run.stop - run.start) * lengths[run.stop - 1] for run in runs)
         cost = keys * (size + GATHER_PAIRS)
@@ -260,10 +261,6 @@ def _gathered_blocks(
     sorted_keys, by_key = torch.cat([group.keys for group in groups])[uses].sort(stable=True)
     offsets = torch.searchsorted(sorted_keys, torch.arange(rows * heads * S, device=mask.device))
     return _Blocks(tuple(groups), count, size, order, uses=uses[by_key], offsets=offsets)
-
-
-def _round_up(count: int, step: int) -> int:
-    return -(-count // step) * step
 
 
 def _bias(mask: Tensor) -> Tensor:

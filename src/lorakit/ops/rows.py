@@ -9,6 +9,11 @@ STEP = 32
 """Largest multiple to which row counts are rounded up."""
 
 
+def round_up(count: int, step: int) -> int:
+    """Return the smallest multiple of `step` that is at least `count`."""
+    return -(-count // step) * step
+
+
 def rounded_rows(count: int) -> int:
     """Return `count` rounded up, so that batches with varying row counts share a few sizes.
 
@@ -18,8 +23,7 @@ def rounded_rows(count: int) -> int:
     Returns:
         The next multiple of a power of two. This power is at most an eighth of `count`, and at most 32.
     """
-    step = min(STEP, 2 ** max(0, (count // 8).bit_length() - 1))
-    return -(-count // step) * step
+    return round_up(count, min(STEP, 2 ** max(0, (count // 8).bit_length() - 1)))
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.data import DataTask, RowReader, load_examples, task_of
-from lorakit.data.batches import round_up
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
+from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 from lorakit.training.config import TrainConfig
 from lorakit.training.setup import step_plan_of

@@ -13,7 +13,7 @@ from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-from lorakit.models.processor import KERNELS, limit_kernels, limit_threads
+from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
@@ -156,8 +156,7 @@ def plan(
     device, here = _device(config)
     gpu = device.type != "cpu"
     if not gpu:
-        limit_threads()
-        limit_kernels()
+        limit_processor()
     progress("reading the base's configuration")
     shape = shape_of(config.base)
     progress("comparing dtypes")
