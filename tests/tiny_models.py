@@ -88,6 +88,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
         hidden_dim=64,
         max_position_embeddings=64,
     ),
+    "mpnet": _config("MPNetConfig", **_ENCODER),
     "gpt2": _config("GPT2Config", **_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt-neox": _config("GPTNeoXConfig", **_ENCODER),
     "opt": _config(
@@ -230,7 +231,7 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
 EVERY_MODEL = [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in RELATIVES)]
 """For ``parametrize``: `make test-fast` leaves the relatives out."""
 
-ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert")
+ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert", "mpnet")
 ENCODER_DECODERS = ("t5", "bart")
 IMAGE_MODELS = ("vit",)
 DECODERS = tuple(a for a in ARCHITECTURES if a not in (*ENCODERS, *ENCODER_DECODERS, *IMAGE_MODELS))

@@ -101,7 +101,7 @@ def tokens_of(linear, call):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("arch", ["bert", "roberta", "deberta-v2", "distilbert"])
+@pytest.mark.parametrize("arch", tiny_models.ENCODERS)
 def test_an_encoder_reads_the_first_token_and_gradients_stay(arch, method):
     model = adapted(arch, "sequence-classification", method)
     batch = labelled_batch()

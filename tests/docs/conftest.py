@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import made
 import pytest
 
-from lorakit.models.sources import PackagedModel
+from lorakit.models.packaged import PackagedModel
 
 DEEP = {"docs/guides/what-was-learned.md": 15}
 """Layers of the bases on pages that select a layer by its number; elsewhere two."""

@@ -31,7 +31,7 @@ HUB = {
 }
 """Architectures of the models of the hub that the pages name."""
 
-PACKAGED = {"smollm2-135m": "llama", "minilm-l6": "bert"}
+PACKAGED = {"smollm2-135m": "llama", "minilm-l6": "bert", "mpnet-base": "mpnet"}
 """Architectures of the models with a short name."""
 
 COMMIT = "0" * 40

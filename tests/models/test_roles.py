@@ -118,6 +118,7 @@ def test_head_of_a_language_model_is_its_output_projection(arch: str) -> None:
         ("roberta", ["classifier.dense", "classifier.out_proj"]),
         ("deberta-v2", ["pooler.dense", "classifier"]),
         ("distilbert", ["pre_classifier", "classifier"]),
+        ("mpnet", ["classifier.dense", "classifier.out_proj"]),
         ("gpt2", ["score"]),
         ("llama", ["score"]),
         ("bart", ["classification_head.dense", "classification_head.out_proj"]),

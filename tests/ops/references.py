@@ -15,7 +15,9 @@ def masked_attention_reference(
     """Compute `masked_attention` without dropout in plain PyTorch."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query @ key.transpose(-1, -2)).to(wide_dtype(query)) * scale
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    elif mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2)
 

@@ -41,6 +41,8 @@ MASKS = {
     "padding": torch.arange(40).expand(3, 1, 40, 40) < torch.tensor([40, 11, 25]).view(3, 1, 1, 1),
     "one for all rows": causal(33)[None, None],
     "keys alone": (torch.arange(9) < 6).expand(2, 1, 1, 9),
+    "bias of each head": torch.linspace(-9, 9, 3 * 4 * 12 * 12).sin().view(3, 4, 12, 12),
+    "bias of all heads": torch.linspace(-9, 9, 2 * 12).sin().view(2, 1, 1, 12),
     "trees": torch.stack([tree(20, 10, 15), tree(50, 30, 4)])[:, None],
     "side by side": torch.block_diag(*[causal(40).float()] * 6).bool()[None, None],
 }

@@ -141,6 +141,19 @@ LAYOUTS: dict[str, Layout] = {
         norm="output_layer_norm",
         names=("q_lin", "lin1"),
     ),
+    "mpnet": Layout(
+        base="mpnet.",
+        roles=_roles(
+            **{x: f"encoder.layer.{{}}.attention.attn.{x}" for x in "qkvo"},
+            up="encoder.layer.{}.intermediate.dense",
+            down="encoder.layer.{}.output.dense",
+        ),
+        embedding=("embeddings.word_embeddings",),
+        class_head=("classifier.dense", "classifier.out_proj"),
+        class_module="classifier",
+        norm="output.LayerNorm",
+        names=("q", "intermediate.dense"),
+    ),
     "gpt2": Layout(
         base="transformer.",
         roles={

@@ -150,6 +150,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         never_called=("rel_embeddings",),
     ),
     Architecture(
+        model_types=("mpnet",),
+        layers={**_attention("attention.attn", q="q", k="k", v="v", o="o"), **_BERT_MLP},
+        dropouts={"attention.attn.o": "attention.dropout", "output.dense": "output.dropout"},
+        output_norm="output.LayerNorm",
+    ),
+    Architecture(
         model_types=("distilbert",),
         layers={
             **_attention("attention", q="q_lin", k="k_lin", v="v_lin", o="out_lin"),

@@ -23,8 +23,8 @@ class BaseConfig:
     shorthand: ClassVar[str] = "name"
 
     name: str = ""
-    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6). Commands that read an
-    adapter use the base that it records if this is not set."""
+    """A hub id, a local folder, a .gguf file, or a short name (smollm2-135m, minilm-l6, mpnet-base). Commands that
+    read an adapter use the base that it records if this is not set."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: DType = "auto"

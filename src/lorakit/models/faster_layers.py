@@ -6,7 +6,7 @@ norms add one to their weights, some round elsewhere.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation, SiLUActivation
 
-from lorakit.ops import dropout, rms_norm, silu_product
+from lorakit.ops import dropout, masked_attention, rms_norm, silu_product
 
 ROUNDINGS = 4
 """Largest difference between the two outputs, in roundings of the dtype, relative to the norm of the output. One
@@ -34,10 +34,10 @@ def faster_forward(module: nn.Module) -> FasterForward | None:
     if isinstance(module, nn.Dropout):  # random, so the outputs cannot be compared
         plain = type(module) is nn.Dropout and module.p and not module.inplace
         return FasterForward(_dropout, module) if plain else None
-    for match in (_norm, _gate, _activation):
+    for match in (_norm, _gate, _activation, _biased_attention):
         if candidate := match(module):
-            forward, example = candidate
-            return forward if _agrees(forward, module, example) else None
+            forward, *examples = candidate
+            return forward if _agrees(forward, module, examples) else None
     return None
 
 
@@ -72,13 +72,28 @@ def _activation(module: nn.Module) -> tuple[FasterForward, Tensor] | None:
     return FasterForward(F.gelu, approximate="tanh"), torch.empty(2, 8)
 
 
-def _agrees(forward: FasterForward, module: nn.Module, example: Tensor) -> bool:
-    if example.is_meta or isinstance(example, torch._subclasses.FakeTensor):
+def _biased_attention(module: Any) -> tuple[FasterForward, Tensor, Tensor, Tensor] | None:
+    """Match the attention of MPNet, which adds a bias for the distance of two tokens to each score."""
+    if type(module).__name__ != "MPNetSelfAttention":
+        return None
+    weight = module.q.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    shapes = (1, 2, module.q.in_features), (1, 1, 2, 2), (1, module.num_attention_heads, 2, 2)
+    x, mask, bias = (weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    return FasterForward(_mpnet_attention, module), x, mask, bias
+
+
+def _agrees(forward: FasterForward, module: nn.Module, examples: list[Tensor]) -> bool:
+    if examples[0].is_meta or isinstance(examples[0], torch._subclasses.FakeTensor):
         return True  # a planned layer has no numbers
-    x = torch.linspace(-3, 5, example.numel(), device=example.device)
-    x = x.to(example.dtype).view(example.shape)
+    inputs = [
+        torch.linspace(-3, 5, e.numel(), device=e.device).to(e.dtype).view(e.shape)
+        for e in examples
+    ]
     with torch.no_grad():
-        own, ours = module(x), forward(x)
+        own, ours = module(*inputs), forward(*inputs)
+    if isinstance(own, tuple):
+        (own,), (ours,) = own, ours
     if own.dtype != ours.dtype:
         return False
     limit = ROUNDINGS * torch.finfo(own.dtype).eps
@@ -95,3 +110,31 @@ def _rms_norm(module: Any, eps: float, x: Tensor) -> Tensor:
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(silu_product(module.gate_proj(x), module.up_proj(x)))
+
+
+def _mpnet_attention(
+    module: Any,
+    x: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Compute attention for `MPNetAttention`: (batch, tokens, features), with masks that are added to the scores."""
+    masks = [mask for mask in (position_bias, attention_mask) if mask is not None]
+    if output_attentions or any(mask.requires_grad for mask in masks):
+        stock = type(module).forward
+        return stock(module, x, attention_mask, position_bias, output_attentions, **options)
+    heads, width = module.num_attention_heads, module.attention_head_size
+    q, k, v = (
+        p(x).unflatten(-1, (heads, width)).transpose(1, 2) for p in (module.q, module.k, module.v)
+    )
+    attended = masked_attention(
+        q,
+        k,
+        v,
+        reduce(torch.add, masks) if masks else None,
+        scale=width**-0.5,
+        dropout=module.dropout.p if module.training else 0.0,
+    )
+    return (module.o(attended.flatten(2)),)

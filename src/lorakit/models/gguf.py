@@ -6,16 +6,16 @@ import functools
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
-import filelock
 import torch
 
 from lorakit.errors import BaseModelError, LorakitError
+from lorakit.models.cache import cache_folder, cached, is_complete
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ _GPT2_SPLIT_AFTER_DIGITS = frozenset(
 """llama.cpp's names of pre-tokenizers that isolate every digit before they split like GPT-2."""
 
 
-def cache_folder() -> Path:
-    """Return the folder for converted models: ``$LORAKIT_CACHE``, else the user's cache folder."""
-    import platformdirs
-
-    return Path(os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit"))
-
-
 def converted_folder(gguf: Path) -> Path:
     """Return a folder with the model, tokenizer and chat template of a GGUF file.
 
@@ -55,25 +48,7 @@ def converted_folder(gguf: Path) -> Path:
         RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
-    return _cached(folder, _CONVERTED, lambda: _convert(gguf, folder))
-
-
-def _cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:
-    """Return `folder`, after `make` has created it if one of its files is missing."""
-    if _is_complete(folder, names):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{folder}.lock", is_singleton=False).acquire()
-    except OSError as error:
-        raise BaseModelError(
-            f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "
-            "LORAKIT_CACHE to a writable folder."
-        ) from error
-    with lock:
-        if not _is_complete(folder, names):  # another process may have created it
-            make()
-    return folder
+    return cached(folder, _CONVERTED, lambda: _convert(gguf, folder))
 
 
 def described_folder(gguf: Path) -> Path:
@@ -86,10 +61,10 @@ def described_folder(gguf: Path) -> Path:
         BaseModelError, RunFolderError: As for `converted_folder`.
     """
     converted = _folder_of(gguf)
-    if _is_complete(converted):
+    if is_complete(converted, _CONVERTED):
         return converted
     folder = converted.with_name(f"{converted.name}-description")
-    return _cached(folder, _DESCRIPTION, lambda: _describe(gguf, folder))
+    return cached(folder, _DESCRIPTION, lambda: _describe(gguf, folder))
 
 
 def conversion_notices(folder: Path) -> list[str]:
@@ -99,11 +74,6 @@ def conversion_notices(folder: Path) -> list[str]:
 
 def _folder_of(gguf: Path) -> Path:
     return cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}-{_CONVERSION}"
-
-
-def _is_complete(folder: Path, names: Iterable[str] = _CONVERTED) -> bool:
-    # The folder appears atomically, but a cache cleaner may have deleted files from it.
-    return all((folder / name).is_file() for name in names)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
-from lorakit.models.gguf import cache_folder
+from lorakit.models.cache import cache_folder
 
 
 def measurement_file(name: str, identity: Mapping[str, Any]) -> Path:

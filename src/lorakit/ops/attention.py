@@ -68,7 +68,8 @@ def masked_attention(
         key: Shape (B, K, S, D); K divides H, and H / K neighbouring heads of `query` share one of `key`.
         value: Shape (B, K, S, D).
         mask: Bool, shape (B or 1, 1, T or 1, S), True where a query can see a key; None masks nothing. The
-            output of a query that sees no key is finite but meaningless.
+            output of a query that sees no key is finite but meaningless. Or a float bias without gradient, shape
+            (B or 1, H or 1, T or 1, S), which is added to the scaled products.
         scale: Factor on the products of queries and keys.
         dropout: Probability of setting an attention weight to zero. The other weights are divided by
             ``1 - dropout``.
@@ -113,7 +114,8 @@ class _Group:
     length: int
     """L."""
     bias: Tensor | None = None
-    """Shape (G or 1, 1, 1, b, L), float32: 0 where a query sees a key, else the lowest float32."""
+    """Added to the scores, shape (G or 1, K or 1, H / K or 1, b, L): 0 where a query sees a key and the lowest float32
+    where not, unless the caller gives the values."""
     keys: Tensor | None = None
     """Shape (G * K * L): index of each gathered key among the B * K * S keys; None for G whole rows."""
 
@@ -188,6 +190,8 @@ def _blocks(mask: Tensor | None, query: Tensor, key: Tensor) -> _Blocks:
     (B, H, T, _), (_, K, S, _) = query.shape, key.shape
     if mask is None:
         return _whole_rows(B, H * T, S)
+    if mask.is_floating_point():
+        return _whole_rows(B, H * T, S, mask.expand(B, H, T, S).unflatten(1, (K, -1)))
     cached: dict[tuple[int, ...], _Blocks] = mask_cache(mask, _blocks_by_mask)
     shape = (B, H, T, K)
     if shape not in cached:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lorakit.tasks.registry import task_type
 
-Origin = Literal["paper", "code", "prior"]
-ORIGINS: tuple[Origin, ...] = ("paper", "code", "prior")
+Origin = Literal["paper", "code", "prior", "derived"]
+ORIGINS: tuple[Origin, ...] = ("paper", "code", "prior", "derived")
 """Origins of recipes, in the order in which a name without one is looked up."""
 
 MODELS: dict[str, str | None] = {
@@ -20,8 +20,10 @@ MODELS: dict[str, str | None] = {
     "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-large": "openai-community/gpt2-large",
     "gpt3-175b": None,
+    "mpnet-base": "mpnet-base",
 }
-"""The paper's models and their hub ids. GPT-3's weights are not public: pass a decoder as base.name."""
+"""The paper's models, with one in place of RoBERTa-base, and their names as a base. GPT-3's weights are not public:
+pass a decoder as base.name."""
 
 METHOD_SETTINGS = (
     "method",
@@ -50,7 +52,7 @@ class Recipe:
 
     @property
     def origin(self) -> str:
-        """paper, code or prior."""
+        """paper, code, prior or derived."""
         return self.name.rpartition("@")[2]
 
     def starting_from_adapter(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The hyper-parameters behind the paper's tables, by name, as settings of a run.
 
 A name is ``model/task/method@origin``. The origin is ``paper`` (the paper's own tables), ``code`` (the official
-repository) or ``prior`` (the earlier work that the paper quotes a row from). Where paper and code differ, both have a
-recipe. A name without an origin is the paper's, else the code's, else prior work's.
+repository), ``prior`` (the earlier work that the paper quotes a row from) or ``derived`` (from a published one, for a
+model of the same size). Where paper and code differ, both have a recipe. A name without an origin means the first of
+these that exists.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """Return a recipe by its name; without ``@origin`` the paper's, else the code's, else prior work's.
+    """Return a recipe by its name; without ``@origin`` the first of `ORIGINS` that exists.
 
     Raises:
         ConfigurationError: No recipe has this name; the message suggests the nearest.

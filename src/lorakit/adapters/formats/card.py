@@ -16,7 +16,7 @@ from lorakit.methods.combined import lora_of
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import describe
 from lorakit.methods.registry import unused_sections
-from lorakit.models.sources import PACKAGED_MODELS
+from lorakit.models.packaged import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's --max-lora-rank."""

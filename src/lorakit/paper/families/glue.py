@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lorakit.paper.recipe import Family
@@ -267,4 +268,21 @@ _DEBERTA = (
     ),
 )
 
-GLUE: tuple[Family, ...] = (*_ROBERTA, *_ADAPTERS, *_DEBERTA)
+_MPNET = tuple(
+    replace(
+        family,
+        model="mpnet-base",
+        origin="derived",
+        source=f"{family.source}, RoBERTa-base",
+        notes=(
+            *family.notes,
+            "These are the settings of RoBERTa-base, which has the same number of layers and the same width.",
+            "MPNet-base was trained further on pairs that include NLI, Quora and SQuAD data: its scores on MNLI, QQP "
+            "and QNLI are not comparable.",
+        ),
+    )
+    for family in _ROBERTA
+    if family.model == "roberta-base" and family.origin == "paper"
+)
+
+GLUE: tuple[Family, ...] = (*_ROBERTA, *_ADAPTERS, *_DEBERTA, *_MPNET)
