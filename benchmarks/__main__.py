@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.workloads import WORKLOADS
+from lorakit import storage
 
 PARTS = {
     "training": "benchmarks.training",
@@ -73,8 +74,9 @@ def main() -> None:
     prepare_work(places, quick=args.quick, resume=args.resume)
     began = time.monotonic()
     options = {"rows": args.rows} if args.rows else {}
-    for name in parts:
-        import_module(PARTS[name]).main(quick=args.quick, **options)
+    with storage.quiet():
+        for name in parts:
+            import_module(PARTS[name]).main(quick=args.quick, **options)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # No network access. huggingface_hub reads this once, so set it before any import of it.
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+
+from lorakit import storage
 
 TESTS = Path(__file__).resolve().parent
 
@@ -31,6 +34,13 @@ def deterministic_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_machine() -> Iterator[None]:
+    """Pause the background runs on this machine."""
+    with storage.quiet():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -320,10 +322,16 @@ def test_spread_and_verdict_follow_from_the_seeds(table2):
         found = compare(grid)
     (difference,) = found.differences
     bitfit, lora = (row.cells["MRPC"] for row in found.own)
-    assert difference.value == pytest.approx(lora.value - bitfit.value)
-    assert difference.spread == pytest.approx((lora.spread**2 + bitfit.spread**2) ** 0.5)
-    expected = "level" if abs(difference.value) <= difference.spread else None
-    assert difference.verdict == (expected or ("ahead" if difference.value > 0 else "behind"))
+    by_seed = [lora.seeds[seed] - bitfit.seeds[seed] for seed in range(3)]
+    assert difference.value == pytest.approx(statistics.fmean(by_seed))
+    # Student's t for two degrees of freedom, from a printed table.
+    half = 4.302653 * statistics.stdev(by_seed) / math.sqrt(3)
+    assert difference.interval == pytest.approx(
+        (difference.value - half, difference.value + half), rel=1e-6
+    )
+    low, high = difference.interval
+    assert difference.verdict == ("ahead" if low > 0 else "behind" if high < 0 else "level")
+    assert lora.mean == pytest.approx(statistics.fmean(lora.seeds.values()))
     assert difference.published == ("roberta-base", pytest.approx(89.7 - 92.7))
 
 
@@ -341,3 +349,73 @@ def test_every_run_has_the_dtype_of_the_first(
             (run, *_) = grid.trials(*next(grid.cells()))
             assert grid.runner.settings(run)["base.dtype"] == "bfloat16"
     assert [line for line in lines if "faster" in line] == ["bfloat16: it is faster"]
+
+
+@pytest.mark.slow
+def test_a_grid_continues_from_its_log_on_another_machine(table2, data, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    found = run_table(table2(log=str(log), keep_weights=False, limit=30), silent)
+    files = [path for path in log.rglob("*") if path.is_file() and path.name[0] != "."]
+    assert len(files) == 1 + 2 * 3
+    for path in files:
+        assert path.stat().st_size < 8000
+        text = path.read_text(encoding="utf-8")
+        assert str(data) not in text
+        assert str(tmp_path / "out") not in text
+    record = storage.read_record(log / "runs/mrpc/lora/rate-0.0005-seed-1.json", RunFolderError)
+    assert record["settings"]["optimizer.learning_rate"] == 5e-4
+    assert record["settings"]["seed"] == 1
+    assert record["curve"][-1]["accuracy"] == record["held_out"]["accuracy"]
+    assert record["curve"][-1]["training loss"] > 0
+    assert {"base model", "train data"} <= record["inputs"].keys()
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["processor_seconds"] > 0
+
+    monkeypatch.setattr(runs_module, "train", lambda config: pytest.fail("trained again"))
+    again = table2(log=str(log), keep_weights=False, limit=30, output=str(tmp_path / "other"))
+    moved = run_table(again, silent)
+    assert moved.page.read_bytes() == found.page.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_without_its_weights_is_trained_again_to_be_scored(table2, tmp_path):
+    config = table2(log=str(tmp_path / "log"), methods=("lora",), seeds=1)
+    with open_grid(config, silent) as grid:
+        ((data_set, variant),) = grid.cells()
+        for run in grid.trials(data_set, variant):
+            grid.runner.finish(run, scored=False)
+            grid.runner.delete_weights(run)
+    found = run_table(config, silent)
+    assert "MRPC" in found.comparison.own[0].cells
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (5e-4, [1.7e-4, 5e-4, 1.5e-3]),
+        (1.9e-5, [1.9e-5, 5.6e-5, 1.7e-4, 5e-4, 1.5e-3]),
+        (1.3e-2, [1.7e-4, 5e-4, 1.5e-3, 4.5e-3, 1.3e-2]),
+    ],
+)
+def test_more_rates_are_tried_while_the_best_is_outermost(table2, monkeypatch, best, tried):
+    def train(runner, run):
+        far = abs(math.log(run.rate / best))
+        record = runs_module.Record(
+            data_set="mrpc", variant="lora", rate=run.rate, seed=0, held_out={"accuracy": -far}
+        )
+        return runner._write(run, record)
+
+    monkeypatch.setattr(runs_module.Runner, "_train", train)
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5})
+    with open_grid(table2(methods=("lora",), seeds=1, trials=3, widen=True), silent) as grid:
+        grid.run(after_each=lambda: None)
+        ((data_set, variant),) = grid.cells()
+        assert [run.rate for run in grid.trials(data_set, variant)] == tried
+        assert grid.chosen_rate(data_set, variant) == best
+        assert grid.total == grid.finished == len(tried)
+
+
+def test_a_wider_search_needs_three_rates_and_no_budget(table2):
+    for changes in ({"trials": 2}, {"trials": 3, "budget": "1h"}):
+        with pytest.raises(ConfigurationError, match="widen searches beyond"):
+            table2(widen=True, **changes)

@@ -31,7 +31,14 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "table",
     )
-    if config.table == "table1":
+    if config.background:
+        from lorakit.cli.background import run_in_background
+
+        command = [sys.executable, "-m", "lorakit", "paper", *argv, "--background", "false"]
+        sys.exit(run_in_background(command))
+    elif config.reproduce:
+        _reproduce(config)
+    elif config.table == "table1":
         _latency(config)
     elif config.dry_run:
         _preview(config)
@@ -69,6 +76,28 @@ def _run(config: PaperConfig) -> None:
     for path in (result.page, result.data, result.figure, result.report):
         if path is not None:
             print(path)
+
+
+def _reproduce(config: PaperConfig) -> None:
+    from lorakit.cli.console import console
+    from lorakit.paper.reproduction import reproduce
+
+    result = reproduce(config, _say, amplification=_amplification)
+    head = ["run", "score", "recorded", "repeated", "difference", "verdict"]
+    body = [
+        [
+            *(s.run, s.score, f"{s.recorded:.6g}", f"{s.repeated:.6g}"),
+            *(f"{s.repeated - s.recorded:+.2g}", s.verdict),
+        ]
+        for s in result.scores
+    ]
+    console().print(_table(head, body, len(body)))
+    if not result.differences:
+        print("\nEqual processor, software and inputs: all scores must be equal.")
+    for difference in result.differences:
+        print(difference)
+    if any(s.verdict == "outside the spread" for s in result.scores):
+        sys.exit(1)
 
 
 def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:

@@ -21,6 +21,7 @@ class Measured:
 
     value: float
     """Median or mean over the seeds, as in the paper's table."""
+    mean: float
     spread: float | None
     """Standard deviation over the seeds; None with one seed."""
     seeds: dict[int, float]
@@ -48,10 +49,11 @@ class Difference:
     other: str
     """Key of the other variant."""
     value: float
-    spread: float | None
-    """Standard deviation of the difference of two runs; None if either method has one seed."""
+    """Mean difference of the runs with the same seed, which see the data in the same order."""
+    interval: tuple[float, float] | None
+    """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed."""
     verdict: Verdict
-    """ahead or behind if the difference exceeds the spread, else level; open with one seed."""
+    """ahead or behind if the interval excludes zero, else level; open with one seed."""
     published: tuple[str, float] | None
     """The paper's model, and the same difference on it; None if the paper has no such pair."""
 
@@ -102,13 +104,14 @@ def compare(grid: Grid) -> Comparison:
                 row.cells[study.average] = _average(list(row.cells.values()))
         columns += (study.average,)
     differences = [
-        _difference(grid, lora, other, column, published)
+        difference
         for lora in own
         if lora.variant.key == "lora"
         for other in own
         if other.variant.method != "LoRA"
         for column in columns
         if column in lora.cells and column in other.cells
+        if (difference := _difference(grid, lora, other, column, published)) is not None
     ]
     return Comparison(
         grid=grid,
@@ -136,7 +139,10 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
             }
             if values:
                 cells[column.name] = Measured(
-                    value=centre(values.values()), spread=_spread(values), seeds=values
+                    value=centre(values.values()),
+                    mean=statistics.fmean(values.values()),
+                    spread=_spread(values),
+                    seeds=values,
                 )
     return OwnRow(
         variant=variant,
@@ -155,28 +161,42 @@ def _average(cells: Sequence[Measured]) -> Measured:
     value = statistics.fmean(cell.value for cell in cells)
     common = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
     by_seed = {seed: statistics.fmean(cell.seeds[seed] for cell in cells) for seed in common}
-    return Measured(value=value, spread=_spread(by_seed), seeds=by_seed)
+    mean = statistics.fmean(cell.mean for cell in cells)
+    return Measured(value=value, mean=mean, spread=_spread(by_seed), seeds=by_seed)
 
 
 def _difference(
     grid: Grid, lora: OwnRow, other: OwnRow, column: str, published: Sequence[PublishedRow]
-) -> Difference:
+) -> Difference | None:
     sign = -1 if column in grid.study.table.lower_is_better else 1
-    ours, theirs = lora.cells[column], other.cells[column]
-    value = sign * (ours.value - theirs.value)
-    spread = None
+    ours, theirs = lora.cells[column].seeds, other.cells[column].seeds
+    pairs = [sign * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    if not pairs:
+        return None
+    value = statistics.fmean(pairs)
+    interval = _interval(pairs)
     verdict: Verdict = "open"
-    if ours.spread is not None and theirs.spread is not None:
-        spread = math.hypot(ours.spread, theirs.spread)
-        verdict = "level" if abs(value) <= spread else "ahead" if value > 0 else "behind"
+    if interval is not None:
+        verdict = "ahead" if interval[0] > 0 else "behind" if interval[1] < 0 else "level"
     return Difference(
         column=column,
         other=other.variant.key,
         value=value,
-        spread=spread,
+        interval=interval,
         verdict=verdict,
         published=_published_difference(published, other.variant.method, column, sign),
     )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of the mean of normally distributed values; None for one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def _published_difference(

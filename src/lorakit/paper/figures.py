@@ -52,7 +52,7 @@ def table_page(comparison: Comparison) -> Page:
         ]
         if others:
             summary.append(
-                f"LoRA is {words} {', '.join(others)}, by more than the standard deviation over seeds."
+                f"LoRA is {words} {', '.join(others)}: the 95 % interval of the difference excludes zero."
             )
     notes = [*own_notes(comparison), *grid.study.table.notes]
     command = Code(text=grid.config.command, label="Command that created this page")
@@ -76,16 +76,17 @@ def _differences(comparison: Comparison) -> list[Block]:
     for d in comparison.differences:
         digits = comparison.digits[d.column]
         paper = None if d.published is None else f"{d.published[1]:+.{digits}f}"
-        spread = None if d.spread is None else f"{d.spread:.{digits}f}"
+        interval = d.interval and " to ".join(f"{end:+.{digits}f}" for end in d.interval)
         value = f"{d.value:+.{digits}f}"
-        lines.append([comparison.labels[d.other], d.column, value, spread, d.verdict, paper])
+        lines.append([comparison.labels[d.other], d.column, value, interval, d.verdict, paper])
     if not lines:
         return []
     caption = (
-        "LoRA's score minus the other method's; positive if LoRA is better. The verdict is ahead or behind if the "
-        "difference exceeds the standard deviation of a difference of two runs, else level. It is open with one seed."
+        "LoRA's score minus the other method's, the mean over runs with the same seed; positive if LoRA is better. The "
+        "verdict is ahead or behind if the 95 % confidence interval excludes zero, else level. It is open with one "
+        "seed."
     )
-    columns = ("Other", "Column", "Difference", "Deviation", "Verdict", "In the paper")
+    columns = ("Other", "Column", "Difference", "95 % interval", "Verdict", "In the paper")
     return [Table(caption=caption, columns=columns, rows=lines)]
 
 

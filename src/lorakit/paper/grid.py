@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from lorakit import storage
@@ -25,10 +26,12 @@ from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 
 GRID = "grid.json"
+SUFFIXES = ("md", "json", "png", "html")
+"""Of the files of a table in the output folder."""
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
 """Bounds on the held-out examples that are drawn in addition to limited training data."""
 
-_SHARED = ("table", "trials", "epochs", "limit", "eval_limit", "batch_size", "budget")
+_SHARED = ("table", "trials", "widen", "epochs", "limit", "eval_limit", "batch_size", "budget")
 """Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget."""
@@ -52,11 +55,12 @@ class Grid:
                     yield data_set, variant
 
     def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
-        """Return the runs with the first seed, one per learning rate."""
-        return [
-            TableRun(data_set=data_set, variant=variant, rate=rate, seed=0)
-            for rate in variant.rates(self.config.trials)
-        ]
+        """Return the runs with the first seed, one per learning rate, in ascending order."""
+        rates = variant.rates(self.config.trials)
+        if self.config.widen:
+            while (wider := variant.wider(rates, self._best(data_set, variant, rates))) != rates:
+                rates = wider
+        return [TableRun(data_set=data_set, variant=variant, rate=rate, seed=0) for rate in rates]
 
     def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
         """Return the rate with the best held-out score; None if a trial is missing or all diverged.
@@ -64,14 +68,20 @@ class Grid:
         Held-out data is part of the training data, or a validation set if the table scores a test set. The data that
         the table scores never affects the choice.
         """
+        rates = [run.rate for run in self.trials(data_set, variant)]
+        return self._best(data_set, variant, rates)
+
+    def _best(self, data_set: StudyData, variant: Variant, rates: list[float]) -> float | None:
+        """Return the best of these rates; None if a run is missing or all diverged."""
         best: tuple[float, float] | None = None
-        for run in self.trials(data_set, variant):
+        for rate in rates:
+            run = TableRun(data_set=data_set, variant=variant, rate=rate, seed=0)
             record = self.runner.record(run)
             if record is None:
                 return None
             score = record.held_out.get(data_set.metric)
             if score is not None and is_better(data_set.metric, score, best and best[0]):
-                best = score, run.rate
+                best = score, rate
         return best and best[1]
 
     def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
@@ -106,8 +116,8 @@ class Grid:
 
     @property
     def total(self) -> int:
-        """Number of training runs."""
-        return len(list(self.cells())) * (self.config.trials + self.config.seeds - 1)
+        """Number of training runs; with `widen`, as far as it is known."""
+        return sum(len(self.trials(*cell)) + self.config.seeds - 1 for cell in self.cells())
 
     @property
     def finished(self) -> int:
@@ -121,8 +131,8 @@ class Grid:
             after_each: Called whenever a cell has a new record.
         """
         for cell in self.cells():
-            for run in self.trials(*cell):
-                self._finish(run, scored=False)
+            while missing := [r for r in self.trials(*cell) if self.runner.record(r) is None]:
+                self._finish(missing[0], scored=False)
             self._finish_seed(cell, 0)
             after_each()
         for seed in range(1, self.config.seeds):
@@ -166,19 +176,16 @@ def open_grid(
     """
     folder = config.folder
     storage.require_free_folder(folder, overwrite=True)
-    path = folder / GRID
-    if folder.exists() and not path.exists():
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")
-        if set(others) - {"data", "runs", "timing"}:
-            raise RunFolderError(
-                f"'{folder}' is not the folder of a table: it has no {GRID}, but {', '.join(others[:3])}. Choose a new "
-                "or empty folder with --output."
-            )
-    with storage.lock_folder(folder):
+    _require_grid_or_empty(folder, config, "output")
+    _require_grid_or_empty(config.log_folder, config, "log")
+    path = config.log_folder / GRID
+    with ExitStack() as locks:
+        for locked in dict.fromkeys((folder, config.log_folder)):
+            locks.enter_context(storage.lock_folder(locked))
         setup = _read_setup(config)
         _count_parameters(config, setup)
         for data_set in config.study.data_sets:
-            _draw_training_data(config, data_set, setup)
+            draw_training_data(config, data_set, setup)
         if not setup.dtype:
             base, reason = resolve_dtype(config.base, batch_size=config.batch_size)
             setup.dtype = base.dtype
@@ -199,6 +206,19 @@ def open_grid(
             record = {"settings": _settings(config), "plan": asdict(setup)}
             storage.write_record(temporary, record)
         yield grid
+
+
+def _require_grid_or_empty(folder: Path, config: PaperConfig, option: str) -> None:
+    """Reject a folder with other files: a typing error must not add to them."""
+    if not folder.exists() or (folder / GRID).exists():
+        return
+    expected = {"data", "runs", "timing", *(f"{config.table}.{s}" for s in SUFFIXES)}
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")
+    if set(others) - expected:
+        raise RunFolderError(
+            f"'{folder}' is not the folder of a table: it has no {GRID}, but {', '.join(others[:3])}. Choose a new "
+            f"or empty folder with --{option}."
+        )
 
 
 def preview(config: PaperConfig, say: Say) -> Grid:
@@ -226,7 +246,7 @@ def _settings(config: PaperConfig) -> dict[str, Any]:
 
 def _read_setup(config: PaperConfig) -> GridSetup:
     """Return the setup in the folder's grid.json; an empty one if the folder has none."""
-    path = config.folder / GRID
+    path = config.log_folder / GRID
     if not path.exists():
         return GridSetup()
     record = storage.read_record(path, RunFolderError)
@@ -293,17 +313,20 @@ def _set_held_out_share(config: PaperConfig, data_set: StudyData, setup: GridSet
     return limit + held_out
 
 
-def _draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> None:
+def draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> None:
+    """Draw the training data of a limited grid into the output folder, unless it is there."""
     count = _set_held_out_share(config, data_set, setup)
-    if count is None or data_set.key in setup.training:
+    if count is None:
         return
-    path = config.folder / "data" / f"{data_set.task}-{count}.jsonl"
+    path = config.drawn_data / f"{data_set.task}-{count}.jsonl"
+    if data_set.key in setup.training and path.exists():
+        return
     data = DataConfig(task=data_set.task, root=config.data.root)
     if write_subset(data, count, path) < count and data_set.holds_out:
         setup.held_out[data_set.key] = (
             HELD_OUT_SHARE  # the set has fewer rows: use the default share
         )
-    setup.training[data_set.key] = str(path)
+    setup.training[data_set.key] = path.name
 
 
 def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:

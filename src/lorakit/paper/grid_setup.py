@@ -31,6 +31,6 @@ class GridSetup:
     timing: dict[str, Any] = field(default_factory=dict)
     """The measurements that converted the budget to steps, by data set."""
     training: dict[str, str] = field(default_factory=dict)
-    """Paths of the drawn training data, by data set."""
+    """Names of the files with the drawn training data, by data set."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Share of the training data that is held out, by data set."""

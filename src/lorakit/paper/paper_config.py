@@ -19,8 +19,11 @@ from lorakit.paper.study import MAX_TRIALS, Study
 TABLES = ("table1", *STUDIES)
 """The tables that can be run: latency (table1), and those that consist of training runs."""
 
-CHANGE_NO_NUMBER = ("base.device", "decoding.batch_size")
-_NOT_IN_COMMAND = ("table", "data.root", "output", "keep_weights", "dry_run", *CHANGE_NO_NUMBER)
+CHANGE_NO_NUMBER = ("base.device", "data.root", "decoding.batch_size")
+_NOT_IN_COMMAND = (
+    *("table", "data.root", "output", "log", "reproduce", "background", "keep_weights", "dry_run"),
+    *CHANGE_NO_NUMBER,
+)
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -61,6 +64,9 @@ class PaperConfig:
     trials: int = 1
     """Learning rates to try, the same number for every method. The best score on held-out data selects the rate,
     never the data that the table scores."""
+    widen: bool = False
+    """While the best learning rate is the smallest or the largest, try the next one beyond it. Needs 3 trials or more,
+    and no budget."""
     budget: str | None = None
     """Time for the whole grid, for example 10m or 2h. A short timing converts it to steps, the same for every method
     on a data set. A resumed grid keeps these steps."""
@@ -76,6 +82,14 @@ class PaperConfig:
     """Examples per step."""
     output: str | None = None
     """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
+    log: str | None = None
+    """Folder for grid.json and one small record per run, without weights, for example to publish it. A grid on another
+    machine continues from it. Default: the output folder."""
+    reproduce: str | None = None
+    """Repeat the runs of a row of a log (DATA/METHOD or DATA/METHOD/SEED, such as rte/lora/0), and compare the
+    scores."""
+    background: bool = False
+    """Run at the lowest priority, and pause while lorakit's tests or benchmarks run on this machine."""
     keep_weights: bool = True
     """Keep the adapter of every run; false deletes it after it is scored."""
     dry_run: bool = False
@@ -98,6 +112,15 @@ class PaperConfig:
             raise ConfigurationError(
                 f"trials is {self.trials}; it must be at most {MAX_TRIALS} learning rates."
             )
+        if self.reproduce and not re.fullmatch(r"[^/]+/[^/]+(/\d{1,6})?", self.reproduce):
+            raise ConfigurationError(
+                f"reproduce is {self.reproduce!r}; write DATA/METHOD or DATA/METHOD/SEED, for example rte/lora/0."
+            )
+        if self.widen and (self.trials < 3 or self.budget is not None):
+            raise ConfigurationError(
+                "widen searches beyond the outermost of at least 3 learning rates, in a time that no budget can bound. "
+                "Set --trials 3, and leave --budget out."
+            )
         if self.epochs is not None and not 0 < self.epochs < 1e6:
             raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
         # Reading these properties validates the budget, the tasks and the methods.
@@ -114,7 +137,18 @@ class PaperConfig:
     def folder(self) -> Path:
         """The folder for the runs and the table."""
         model = re.sub(r"[^\w.-]+", "-", Path(self.base.name).name or self.base.name)
-        return Path(self.output or f"out/paper/{self.table}-{model}")
+        purpose = "-reproduced" if self.reproduce else ""
+        return Path(self.output or f"out/paper/{self.table}-{model}{purpose}")
+
+    @property
+    def log_folder(self) -> Path:
+        """The folder for grid.json and the records of the runs."""
+        return Path(self.log) if self.log else self.folder
+
+    @property
+    def drawn_data(self) -> Path:
+        """The folder for training data that is drawn once."""
+        return self.folder / "data"
 
     @property
     def seconds(self) -> float | None:

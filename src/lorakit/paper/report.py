@@ -121,8 +121,10 @@ def _cell(row: OwnRow, column: str, digits: int) -> str:
     cell = row.cells.get(column)
     if cell is None:
         return _EMPTY
-    text = f"{cell.value:.{digits}f}"
-    return text if cell.spread is None else f"{text} ± {cell.spread:.{digits}f}"
+    if cell.spread is None:
+        return f"{cell.value:.{digits}f}"
+    mean = f"{cell.mean:.{digits}f} ± {cell.spread:.{digits}f}"
+    return mean if cell.mean == cell.value else f"{cell.value:.{digits}f} ({mean})"
 
 
 def title(comparison: Comparison) -> str:
@@ -145,8 +147,9 @@ def _statistic(grid: Grid) -> str:
     seeds = grid.config.seeds
     if seeds == 1:
         return "score of one seed"
-    name = "median" if grid.study.table.statistic == "median" else "mean"
-    return f"{name} of {seeds} seeds, ± their standard deviation"
+    if grid.study.table.statistic == "median":
+        return f"median of {seeds} seeds, in brackets their mean ± their standard deviation"
+    return f"mean of {seeds} seeds ± their standard deviation"
 
 
 def _table(comparison: Comparison) -> str:
@@ -171,8 +174,9 @@ def _differences(comparison: Comparison) -> list[str]:
     for difference in comparison.differences:
         digits = comparison.digits[difference.column]
         text = f"{difference.value:+.{digits}f}"
-        if difference.spread is not None:
-            text += f" ± {difference.spread:.{digits}f}, {difference.verdict}"
+        if difference.interval is not None:
+            low, high = difference.interval
+            text += f" [{low:+.{digits}f}, {high:+.{digits}f}], {difference.verdict}"
         if difference.published is not None:
             text += f" (paper {difference.published[1]:+.{digits}f})"
         by_other.setdefault(difference.other, {})[difference.column] = text
@@ -182,9 +186,10 @@ def _differences(comparison: Comparison) -> list[str]:
     ]
     return [
         "## LoRA against the other methods",
-        "A positive difference means that LoRA is better. LoRA is *ahead* or *behind* if the difference exceeds the "
-        "standard deviation of a difference of two runs, else *level*. With one seed there is no verdict. In brackets "
-        "is the paper's difference, on its first model with both methods.",
+        "The mean difference of the runs with the same seed; a positive one means that LoRA is better. In square "
+        "brackets is its 95 % confidence interval over the seeds. LoRA is *ahead* or *behind* if the interval excludes "
+        "zero, else *level*. With one seed there is no verdict. In round brackets is the paper's difference, on its "
+        "first model with both methods.",
         table(["LoRA minus", *comparison.columns], body),
     ]
 

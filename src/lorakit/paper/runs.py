@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,13 +18,16 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.processor import processor_name
 from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.settings import train_config
 from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
+from lorakit.training.environment import versions
 from lorakit.training.loop import train
+from lorakit.training.run_folder import METRICS, flat_settings
 
 WARMUP = 0.06
 """Warm-up as a share of the steps: the paper's value for RoBERTa."""
@@ -30,6 +36,10 @@ HELD_OUT_LABELS, HELD_OUT_TEXTS = 1_000, 300
 EVALUATIONS = 5
 """Evaluations on held-out data in a run with a fixed number of steps."""
 FALLBACK_EPOCHS = 3.0
+CHECKPOINT_STEPS = 200
+"""An interruption costs at most this many steps: some ten minutes on a laptop."""
+_OF_ONE_MACHINE = ("output", "resume", "overwrite", "data.root", "data.train", "base.device")
+"""Settings that a record leaves out: where files are, and how this call treats them."""
 HELD_OUT_SHARE = 0.1
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
@@ -55,7 +65,10 @@ class TableRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """The saved outcome of a finished run; zeros and empty fields if training diverged."""
+    """The saved outcome of a finished run; zeros and empty fields if training diverged.
+
+    It says what is needed to repeat the run: settings, digests of base and data, software and processor.
+    """
 
     data_set: str
     variant: str
@@ -67,6 +80,8 @@ class Record:
     """Scores on held-out data at the best step. They select the learning rate."""
     seconds: float = 0.0
     """Time in training steps."""
+    processor_seconds: float = 0.0
+    """Time of the processor in training steps and in scoring, over all threads."""
     peak_memory: int = 0
     """In bytes."""
     tokens: int = 0
@@ -75,6 +90,14 @@ class Record:
     """How training diverged; empty if it did not."""
     scores: dict[str, float] = field(default_factory=dict)
     """Scores on the table's data; empty for a trial whose rate was not chosen."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """For each evaluation: the step, the held-out scores, and the mean training loss since the one before."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the run that differ from the defaults, by dotted name."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of the base and of the data, by name."""
+    processor: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
@@ -95,6 +118,7 @@ class Runner:
     ) -> None:
         self.config, self.setup, self.amplification = config, setup, amplification
         self.folder = config.folder / "runs"
+        self.records = config.log_folder / "runs"
 
     def settings(self, run: TableRun) -> dict[str, Any]:
         """Return the settings of a run by dotted name."""
@@ -114,13 +138,14 @@ class Runner:
             "evaluation.metric": data_set.metric,
             "evaluation.limit": HELD_OUT_LABELS if labels else HELD_OUT_TEXTS,
             "evaluation.batch_size": max(config.batch_size, 32),
+            "checkpoints.every": CHECKPOINT_STEPS,
             "checkpoints.keep": 1,
             "epochs": config.epochs or FALLBACK_EPOCHS,
             "resume": True,
             **run.variant.settings,
         }
         if data_set.key in self.setup.training:
-            settings["data.train"] = self.setup.training[data_set.key]
+            settings["data.train"] = str(config.drawn_data / self.setup.training[data_set.key])
         if share := self.setup.held_out.get(data_set.key):
             settings["data.validation_fraction"] = share
         if (steps := self.setup.steps.get(data_set.key)) is not None:
@@ -155,10 +180,16 @@ class Runner:
             LorakitError: The data, the base or the disk fails, as it would for every run.
         """
         record = self.record(run)
-        if record is None:
+        needs_scores = scored and (record is None or not (record.scores or record.failure))
+        # A log is kept where weights are not: on another machine a run is trained again to be scored.
+        if record is None or (needs_scores and not (self.folder / run.name / "best").exists()):
             record = self._train(run)
-        if scored and not record.scores and not record.failure:
-            record = self._write(run, replace(record, scores=self._score(run)))
+        if needs_scores and not record.failure:
+            began = time.process_time()
+            scores = self._score(run)
+            spent = record.processor_seconds + time.process_time() - began
+            record = replace(record, scores=scores, processor_seconds=round(spent, 3))
+            self._write(run, record)
         return record
 
     def delete_weights(self, run: TableRun) -> None:
@@ -167,11 +198,18 @@ class Runner:
             shutil.rmtree(self.folder / run.name / name, ignore_errors=True)
 
     def _train(self, run: TableRun) -> Record:
+        config = self.train_config(run)
         record = Record(
-            data_set=run.data_set.key, variant=run.variant.key, rate=run.rate, seed=run.seed
+            data_set=run.data_set.key,
+            variant=run.variant.key,
+            rate=run.rate,
+            seed=run.seed,
+            settings=_changed_settings(config),
+            processor=processor_name(),
+            versions=versions(),
         )
         try:
-            result = train(self.train_config(run))
+            result = train(config)
         except LorakitError as error:
             if type(error) is not LorakitError:  # subclasses report settings, files and data
                 raise
@@ -183,6 +221,9 @@ class Runner:
             best_step=result.best_step,
             held_out=result.best_scores,
             seconds=result.seconds,
+            processor_seconds=result.processor_seconds,
+            inputs=result.inputs,
+            curve=_curve(self.folder / run.name / METRICS),
             peak_memory=result.peak_memory,
             tokens=result.tokens,
         )
@@ -218,10 +259,42 @@ class Runner:
         )
 
     def _write(self, run: TableRun, record: Record) -> Record:
+        with storage.writing(self._path(run)):
+            self._path(run).parent.mkdir(parents=True, exist_ok=True)
         with storage.atomic_file(self._path(run)) as temporary:
             storage.write_record(temporary, asdict(record))
         return record
 
     def _path(self, run: TableRun) -> Path:
-        folder = self.folder / run.name
+        folder = self.records / run.name
         return folder.with_name(f"{folder.name}.json")
+
+
+def _changed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, without those of one machine."""
+    base, data = BaseConfig(name=config.base.name), DataConfig(task=config.data.task)
+    usual = TrainConfig(base=base, data=data, output=config.output)
+    usual_settings = flat_settings(usual.as_dict())
+    changed = {
+        name: value
+        for name, value in flat_settings(config.as_dict()).items()
+        if value != usual_settings.get(name) and name not in _OF_ONE_MACHINE
+    }
+    return {"base.name": config.base.name, "data.task": config.data.task, **changed}
+
+
+def _curve(metrics: Path) -> list[dict[str, float]]:
+    """Return the evaluations in the metrics of a run, with the mean training loss before each."""
+    curve: list[dict[str, float]] = []
+    losses: list[float] = []
+    with storage.reading(metrics, RunFolderError):
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    for line in map(json.loads, lines):
+        if line.pop("split") == "train":
+            losses.append(line["loss"])
+            continue
+        if losses:
+            line["training loss"] = round(statistics.fmean(losses), 6)
+        curve.append(line)
+        losses = []
+    return curve

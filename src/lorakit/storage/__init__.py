@@ -7,6 +7,7 @@ from lorakit.storage.atomic import (
     require_free_folder,
 )
 from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
+from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
     read_json,
     read_record,
@@ -22,7 +23,9 @@ __all__ = [
     "LOCK_NAME",
     "atomic_file",
     "atomic_folder",
+    "is_quiet_asked",
     "lock_folder",
+    "quiet",
     "read_json",
     "read_record",
     "reading",

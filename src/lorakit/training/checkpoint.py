@@ -60,6 +60,8 @@ class State:
     """Tokens that the model computed for them: fewer with shared prefixes, more with padding."""
     seconds: float = 0.0
     """Time in steps, over all sessions."""
+    processor_seconds: float = 0.0
+    """Time of the processor in steps, over all threads and sessions. It does not count waiting for other processes."""
     train_loss: float | None = None
     """Loss of the last step."""
     scores_before: dict[str, float] = field(default_factory=dict)
@@ -77,7 +79,13 @@ class State:
     inputs: Inputs = field(default_factory=dict)
     """Base and data at the start of the run; a resumed run must have the same ones."""
 
-    def advance(self, loss: float, batches: Iterable[Mapping[str, Tensor]], seconds: float) -> None:
+    def advance(
+        self,
+        loss: float,
+        batches: Iterable[Mapping[str, Tensor]],
+        seconds: float,
+        processor_seconds: float,
+    ) -> None:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
@@ -85,6 +93,7 @@ class State:
             self.tokens += token_count(batch)
             self.computed_tokens += batch["input_ids"].numel()
         self.seconds += seconds
+        self.processor_seconds += processor_seconds
 
 
 def save(

@@ -55,12 +55,17 @@ def train(config: TrainConfig) -> RunResult:
             for batches_of_indices in job.step_plan.steps(start=state.step):
                 if job.is_over(state) or interruption.requested:
                     break
-                began = time.perf_counter()
+                began, processor_began = time.perf_counter(), time.process_time()
                 batches = [
                     job.collate([job.train[i] for i in indices]) for indices in batches_of_indices
                 ]
                 loss, rate, norm = optimizer_step(job, optimizer, batches, state.step)
-                state.advance(loss, batches, time.perf_counter() - began)
+                state.advance(
+                    loss,
+                    batches,
+                    time.perf_counter() - began,
+                    time.process_time() - processor_began,
+                )
                 log.step(state, loss, rate, norm)
                 show.step(state, rate)
                 if job.evaluates_after(state.step):

@@ -78,9 +78,13 @@ class RunResult:
     """Tokens that the model computed for them: fewer with shared prefixes, more with padding."""
     seconds: float
     """Time in training steps, over all sessions."""
+    processor_seconds: float = 0.0
+    """Time of the processor in training steps, over all threads and sessions."""
     peak_memory: int
     """Peak memory in the run's last session, in bytes: of the GPU if the run uses one, else the resident set of the
     process. On systems that cannot reset it (macOS, Windows), the peak since the process started."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of the base and of the data, by name."""
 
     @property
     def adapter(self) -> Path:
@@ -211,6 +215,8 @@ class RunFolder:
             tokens=state.tokens,
             computed_tokens=state.computed_tokens,
             seconds=round(state.seconds, 3),
+            processor_seconds=round(state.processor_seconds, 3),
+            inputs={name: source["sha256"] for name, source in state.inputs.items()},
             peak_memory=peak_memory(device),
         )
         record = dataclasses.asdict(result)

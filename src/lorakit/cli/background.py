@@ -1,0 +1,58 @@
+"""Run a command at the lowest priority, and pause it while this machine is measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+
+from lorakit.errors import ConfigurationError
+from lorakit.storage import is_quiet_asked
+
+POLL = 1.0
+"""Seconds between two looks at whether the machine should be quiet."""
+
+
+def run_in_background(command: Sequence[str]) -> int:
+    """Run a command in a process of its own; return its exit status.
+
+    The process has the lowest priority. It is stopped as a whole, in training and in scoring, while another process
+    asks for quiet (`lorakit.storage.quiet`). SIGINT and SIGTERM are passed on to it, so it saves its work.
+
+    Raises:
+        ConfigurationError: The system cannot stop a process (Windows).
+    """
+    if not hasattr(signal, "SIGSTOP"):
+        raise ConfigurationError(
+            "background needs a system that can stop a process; Windows cannot. Leave --background out."
+        )
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,  # so that the signals below reach its own child processes too
+        preexec_fn=lambda: os.nice(19),
+    )
+
+    def pass_on(signum: int, _: FrameType | None) -> None:
+        _send(process, signum)
+        _send(process, signal.SIGCONT)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    paused = False
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL)
+            if is_quiet_asked() != paused:
+                paused = not paused
+                _send(process, signal.SIGSTOP if paused else signal.SIGCONT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(process: subprocess.Popen[bytes], signum: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)

@@ -1,0 +1,170 @@
+"""Repeat runs of a log, and compare their scores with the recorded ones."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lorakit import storage
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.evaluation.decoding import Decoding
+from lorakit.models.base_config import BaseConfig
+from lorakit.paper.grid import GRID, draw_training_data, preview
+from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun
+
+Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
+
+ROUNDING = 1e-6
+"""Largest difference of equal scores, relative to the score: the order of sums in a scorer may vary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepeatedScore:
+    """A score of a repeated run beside the recorded one."""
+
+    run: str
+    score: str
+    recorded: float
+    repeated: float
+    spread: float | None
+    """Standard deviation of the recorded scores of all seeds; None with one seed."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """How the repeated score compares with the recorded one."""
+        difference = abs(self.repeated - self.recorded)
+        if difference <= ROUNDING * max(abs(self.recorded), ROUNDING):
+            return "equal"
+        if self.spread is None:
+            return "differs"
+        return "within the spread" if difference <= 2 * self.spread else "outside the spread"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reproduction:
+    """The scores of repeated runs, and whether they must be equal to the recorded ones."""
+
+    scores: tuple[RepeatedScore, ...]
+    differences: tuple[str, ...]
+    """What differs between the recorded and the repeated runs, such as the processor. Without any, all scores must
+    be equal."""
+
+
+def reproduce(
+    config: PaperConfig, say: Say, *, amplification: Measure | None = None
+) -> Reproduction:
+    """Train and score the runs of a row of a log again, with the recorded settings, in the output folder.
+
+    Args:
+        config: The table, its log, and the row: DATA/METHOD or DATA/METHOD/SEED.
+        say: Receives progress, one line per call.
+        amplification: As for `lorakit.paper.run_table.run_table`.
+
+    Raises:
+        ConfigurationError: There is no log, or it has no such row.
+        LorakitError: As for `lorakit.paper.run_table.run_table`.
+    """
+    recorded = preview(_recorded(config), say)
+    ((data_set, variant),) = recorded.cells()
+    records = {record.seed: record for record in recorded.records(data_set, variant)}
+    _, _, seed = _row(config)
+    wanted = list(records) if seed is None else [seed]
+    if not records or not records.keys() >= set(wanted):
+        raise ConfigurationError(
+            f"The log '{config.log}' has no scored run {config.reproduce}. Seeds of {data_set.key}/{variant.key}: "
+            f"{', '.join(map(str, records)) or 'none'}."
+        )
+    own = replace(recorded.config, log=None)
+    scores: list[RepeatedScore] = []
+    differences: dict[str, None] = {}
+    with storage.lock_folder(own.folder):
+        draw_training_data(own, data_set, recorded.setup)
+        runner = Runner(own, recorded.setup, amplification)
+        for run in recorded.scored_runs(data_set, variant):
+            if run.seed in wanted:
+                say(run.name)
+                repeated = runner.finish(run, scored=True)
+                record = records[run.seed]
+                differences |= dict.fromkeys(_differences(record, repeated))
+                scores += _compared(run, record, repeated, records.values())
+    return Reproduction(scores=tuple(scores), differences=tuple(differences))
+
+
+def _recorded(config: PaperConfig) -> PaperConfig:
+    """Return `config` with the settings of its log, narrowed to the row to repeat."""
+    path = config.log_folder / GRID
+    if config.log is None or not path.exists():
+        raise ConfigurationError(
+            f"reproduce needs the log of a table: a folder with {GRID}. Name it with --log."
+        )
+    if (config.folder / GRID).exists():
+        raise ConfigurationError(
+            f"'{config.folder}' is the folder of a table, whose runs would not be repeated. Choose another one with "
+            "--output."
+        )
+    content = storage.read_record(path, RunFolderError)
+    settings, dtype = content["settings"], content["plan"]["dtype"]
+    sections: dict[str, dict[str, Any]] = {"base": {}, "decoding": {}}
+    shared = {}
+    for name, value in settings.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            sections[section][key] = value
+        else:
+            shared[name] = value
+    if shared["table"] != config.table:
+        raise ConfigurationError(
+            f"The log '{config.log}' is of {shared['table']}, not of {config.table}. Name its table."
+        )
+    task, method, _ = _row(config)
+    seeds = [
+        int(p.stem.rpartition("-")[2]) for p in path.parent.glob("runs/*/*/rate-*-seed-*.json")
+    ]
+    base = {**sections["base"], "device": config.base.device}
+    return replace(
+        config,
+        **{k: v for k, v in shared.items() if k not in ("table", "tasks", "methods", "seeds")},
+        base=BaseConfig(**{**base, "dtype": dtype or base["dtype"]}),
+        decoding=Decoding(**sections["decoding"]),
+        tasks=(task,),
+        methods=(method,),
+        seeds=1 + max(seeds, default=0),
+    )
+
+
+def _row(config: PaperConfig) -> tuple[str, str, int | None]:
+    """Return the data set, the method and the seed of the row to repeat; None for all seeds."""
+    task, method, *seed = (config.reproduce or "").split("/")
+    return task, method, int(seed[0]) if seed else None
+
+
+def _differences(record: Record, repeated: Record) -> Iterator[str]:
+    """Yield what differs between two runs other than their scores."""
+    if record.processor != repeated.processor:
+        yield f"processor: {record.processor}, here {repeated.processor}"
+    for name in ("torch", "transformers", "lorakit"):
+        if (then := record.versions.get(name)) != (now := repeated.versions.get(name)):
+            yield f"{name}: {then}, here {now}"
+    for name, digest in record.inputs.items():
+        if repeated.inputs.get(name) != digest:
+            yield f"{name}: other content than recorded"
+
+
+def _compared(
+    run: TableRun, record: Record, repeated: Record, every: Iterable[Record]
+) -> Iterator[RepeatedScore]:
+    """Yield the scores of a run, recorded and repeated."""
+    every = list(every)
+    for name, value in record.scores.items():
+        values = [r.scores[name] for r in every if name in r.scores]
+        yield RepeatedScore(
+            run=run.name,
+            score=name,
+            recorded=value,
+            repeated=repeated.scores.get(name, math.nan),
+            spread=statistics.stdev(values) if len(values) > 1 else None,
+        )

@@ -1,0 +1,40 @@
+"""A request to every background run on this machine: pause while something else is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
+
+
+def _lock_file() -> Path:
+    return Path(tempfile.gettempdir()) / f"lorakit-quiet-{getpass.getuser()}.lock"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Ask the background runs of this user to pause. Several processes may ask at the same time.
+
+    A killed process stops asking. Does nothing on Windows.
+    """
+    if "fcntl" not in globals():
+        yield
+        return
+    with _lock_file().open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_quiet_asked() -> bool:
+    """Return whether a process asks for quiet."""
+    with _lock_file().open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

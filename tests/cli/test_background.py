@@ -1,0 +1,115 @@
+"""A background run pauses while others need the machine, and ends as it would alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+
+from lorakit.cli import background
+from lorakit.storage import is_quiet_asked, quiet
+
+COUNTS = """
+import os, sys, time
+assert os.nice(0) == 19
+for _ in range(int(sys.argv[1])):
+    with open("steps", "a") as file:
+        file.write("x")
+    time.sleep(0.02)
+"""
+SAVES_ON_SIGTERM = """
+import signal, sys, time
+def save(*_):
+    open("saved", "w").close()
+    sys.exit(7)
+signal.signal(signal.SIGTERM, save)
+open("steps", "w").write("x")
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_lock(tmp_path, monkeypatch):
+    """Do not hear the request of this test session."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(background, "POLL", 0.02)
+    monkeypatch.chdir(tmp_path)
+
+
+def steps(folder):
+    path = folder / "steps"
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_quiet_is_asked_as_long_as_any_process_asks():
+    assert not is_quiet_asked()
+    with quiet(), quiet():
+        assert is_quiet_asked()
+    assert not is_quiet_asked()
+
+
+def test_a_killed_process_stops_asking():
+    code = f"""
+import tempfile, time
+tempfile.tempdir = {tempfile.gettempdir()!r}
+from lorakit.storage import quiet
+with quiet():
+    print(flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert is_quiet_asked()
+        process.kill()
+    assert not is_quiet_asked()
+
+
+@pytest.mark.slow
+def test_it_pauses_while_quiet_is_asked(tmp_path):
+    ends = []
+    command = [sys.executable, "-c", COUNTS, "150"]
+    thread = threading.Thread(target=lambda: ends.append(background.run_in_background(command)))
+    # Only the main thread may set handlers of signals.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: signal.SIG_DFL)
+        thread.start()
+        wait_for(lambda: steps(tmp_path) > 5)
+        with quiet():
+            time.sleep(0.3)
+            before = steps(tmp_path)
+            time.sleep(0.3)
+            assert steps(tmp_path) == before < 150
+        thread.join(30)
+    assert ends == [0]
+    assert steps(tmp_path) == 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused):
+    def terminate():
+        wait_for(lambda: steps(tmp_path))
+        if not paused:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        with quiet():
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for((tmp_path / "saved").exists)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    assert background.run_in_background([sys.executable, "-c", SAVES_ON_SIGTERM]) == 7
+    thread.join()
+    assert (tmp_path / "saved").exists()

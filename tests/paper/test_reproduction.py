@@ -1,0 +1,97 @@
+"""A row of a log is repeated with its recorded settings, and compared score by score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorakit import storage
+from lorakit.cli import main
+from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.reproduction import RepeatedScore, reproduce
+from lorakit.paper.run_table import run_table
+
+
+def silent(text: str) -> None:
+    """Discard progress."""
+
+
+@pytest.fixture
+def logged(table2, tmp_path):
+    """A finished table with a log, and the call that repeats one of its rows."""
+    config = table2(log=str(tmp_path / "log"), keep_weights=False, limit=30)
+    run_table(config, silent)
+
+    def call(row: str, **changes) -> PaperConfig:
+        # Only the table, the log and the place of the data are named; all else is recorded.
+        return PaperConfig(
+            table="table2",
+            log=config.log,
+            reproduce=row,
+            data=config.data,
+            output=str(tmp_path / "again"),
+            **changes,
+        )
+
+    return call
+
+
+@pytest.mark.slow
+def test_the_same_machine_gives_equal_scores(logged, tmp_path):
+    result = reproduce(logged("mrpc/lora"), silent)
+    assert not result.differences
+    assert {score.verdict for score in result.scores} == {"equal"}
+    assert len({score.run for score in result.scores}) == 2
+    one = reproduce(logged("mrpc/bitfit/1"), silent)
+    assert {score.run.rpartition("-")[2] for score in one.scores} == {"1"}
+
+
+@pytest.mark.slow
+def test_an_edited_score_and_another_processor_are_told(logged, tmp_path, capsys):
+    (path,) = (tmp_path / "log" / "runs" / "mrpc" / "lora").glob("*-seed-1.json")
+    record = storage.read_record(path, RunFolderError)
+    record["scores"]["accuracy"] += 0.9
+    record["processor"] = "Another CPU"
+    storage.write_record(path, record)
+    config = logged("mrpc/lora/1")
+    words = ["--log", config.log, "--reproduce", "mrpc/lora/1", "--data.root", config.data.root]
+    main(["paper", "table2", *words, "--output", config.output])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "processor: Another CPU, here" in printed
+    assert "within the spread" in printed  # that of two seeds, one of which is the edited score
+
+
+@pytest.mark.slow
+def test_a_row_that_is_not_in_the_log(logged, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"no scored run mrpc/lora/7.*Seeds.*: 0, 1"):
+        reproduce(logged("mrpc/lora/7"), silent)
+    with pytest.raises(ConfigurationError, match=r"tasks names 'mrcp'.*mrpc"):
+        reproduce(logged("mrcp/lora"), silent)
+    with pytest.raises(ConfigurationError, match="is the folder of a table"):
+        reproduce(replace(logged("mrpc/lora"), output=str(tmp_path / "log")), silent)
+    with pytest.raises(ConfigurationError, match="is of table2, not of table3"):
+        reproduce(replace(logged("mrpc/lora"), table="table3"), silent)
+
+
+def test_reproduce_without_a_log_or_with_a_wrong_row(tmp_path):
+    with pytest.raises(ConfigurationError, match="reproduce needs the log of a table"):
+        reproduce(PaperConfig(table="table2", reproduce="rte/lora"), silent)
+    with pytest.raises(ConfigurationError, match="write DATA/METHOD or DATA/METHOD/SEED"):
+        PaperConfig(table="table2", reproduce="rte")
+
+
+@pytest.mark.parametrize(
+    ("repeated", "spread", "verdict"),
+    [
+        (0.75, 0.01, "equal"),
+        (0.76, 0.01, "within the spread"),
+        (0.78, 0.01, "outside the spread"),
+        (0.76, None, "differs"),
+        (float("nan"), 0.01, "outside the spread"),
+    ],
+)
+def test_verdicts(repeated, spread, verdict):
+    score = RepeatedScore(run="", score="", recorded=0.75, repeated=repeated, spread=spread)
+    assert score.verdict == verdict
