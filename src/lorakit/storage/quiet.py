@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-with contextlib.suppress(ImportError):  # Windows has none
+if sys.platform != "win32":
     import fcntl
 
 
@@ -22,16 +23,16 @@ def quiet() -> Iterator[None]:
 
     A killed process stops asking. Does nothing on Windows.
     """
-    if "fcntl" not in globals():
-        yield
-        return
     with _lock_file().open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 
 def is_quiet_asked() -> bool:
     """Return whether a process asks for quiet."""
+    if sys.platform == "win32":
+        return False
     with _lock_file().open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
