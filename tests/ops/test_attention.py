@@ -41,17 +41,21 @@ MASKS = {
     "padding": torch.arange(40).expand(3, 1, 40, 40) < torch.tensor([40, 11, 25]).view(3, 1, 1, 1),
     "one for all rows": causal(33)[None, None],
     "keys alone": (torch.arange(9) < 6).expand(2, 1, 1, 9),
-    "bias of each head": torch.linspace(-9, 9, 3 * 4 * 12 * 12).sin().view(3, 4, 12, 12),
-    "bias of all heads": torch.linspace(-9, 9, 2 * 12).sin().view(2, 1, 1, 12),
     "trees": torch.stack([tree(20, 10, 15), tree(50, 30, 4)])[:, None],
     "side by side": torch.block_diag(*[causal(40).float()] * 6).bool()[None, None],
 }
 
 
+BIASES = {
+    "bias of each head": torch.linspace(-9, 9, 3 * 4 * 12 * 12).sin().view(3, 4, 12, 12),
+    "bias of all heads": torch.linspace(-9, 9, 2 * 12).sin().view(2, 1, 1, 12),
+}
+
+
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", [*MASKS, *BIASES])
 def test_output_and_gradients_are_those_of_plain_arithmetic(name, key_heads):
-    mask = MASKS[name]
+    mask = {**MASKS, **BIASES}[name]
     rows, length = (2, 9) if mask is None else (max(2, len(mask)), mask.shape[-1])
     if mask is not None and len(mask) == 1 and name != "one for all rows":
         rows = 1
