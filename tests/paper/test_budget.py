@@ -13,7 +13,8 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
-from lorakit.paper.grid import GRID, open_grid
+from lorakit.paper.grid import open_grid
+from lorakit.paper.log import GRID
 from lorakit.paper.paper_config import PaperConfig, PaperDataConfig
 from lorakit.paper.run_table import run_table
 

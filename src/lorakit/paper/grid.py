@@ -19,13 +19,13 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
+from lorakit.paper.log import GRID
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import Study, StudyData, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 
-GRID = "grid.json"
 SUFFIXES = ("md", "json", "png", "html")
 """Of the files of a table in the output folder."""
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200

@@ -38,6 +38,7 @@ def markdown(comparison: Comparison) -> str:
         _table(comparison),
         *_differences(comparison),
         *_trials(comparison),
+        *_computing_time(comparison.grid),
         *_notes(comparison),
     ]
     return "\n\n".join(parts) + "\n"
@@ -224,6 +225,31 @@ def _trials(comparison: Comparison) -> list[str]:
         "each seed's best held-out score: the table scores the adapter of that step. *outermost* marks a choice that "
         "is the smallest or largest rate tried: a rate beyond it may be better.",
         table(["data", "method", "rate: held-out score", "best step"], lines),
+    ]
+
+
+def _computing_time(grid: Grid) -> list[str]:
+    """Return the section on the time of the processor, by data set and method, with all learning rates and seeds."""
+    hours: dict[str, dict[str, float]] = {}
+    processors: dict[str, None] = {}
+    for record in grid.all_records():
+        by_method = hours.setdefault(record.data_set, {})
+        spent = record.processor_seconds / 3600
+        by_method[record.variant] = by_method.get(record.variant, 0.0) + spent
+        processors |= dict.fromkeys([record.processor] if record.processor else [])
+    if not hours:
+        return []
+    variants = [v for v in grid.study.variants if any(v.key in by for by in hours.values())]
+    body = [
+        [key, *(f"{by[v.key]:.2f}" if v.key in by else _EMPTY for v in variants)]
+        for key, by in hours.items()
+    ]
+    total = sum(sum(by.values()) for by in hours.values())
+    return [
+        "## Computing time",
+        f"Hours of the processor in training steps and in scoring, over all threads, learning rates and seeds: "
+        f"{total:.2f} in all. Processors: {', '.join(processors)}.",
+        table(["data", *(v.label for v in variants)], body),
     ]
 
 

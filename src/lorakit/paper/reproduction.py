@@ -6,13 +6,12 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lorakit import storage
-from lorakit.errors import ConfigurationError, RunFolderError
-from lorakit.evaluation.decoding import Decoding
-from lorakit.models.base_config import BaseConfig
-from lorakit.paper.grid import GRID, draw_training_data, preview
+from lorakit.errors import ConfigurationError
+from lorakit.paper.grid import draw_training_data, preview
+from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun
 
@@ -95,9 +94,8 @@ def reproduce(
 
 
 def _recorded(config: PaperConfig) -> PaperConfig:
-    """Return `config` with the settings of its log, narrowed to the row to repeat."""
-    path = config.log_folder / GRID
-    if config.log is None or not path.exists():
+    """Return the configuration of the log, narrowed to the row to repeat, with this call's folders and device."""
+    if config.log is None:
         raise ConfigurationError(
             f"reproduce needs the log of a table: a folder with {GRID}. Name it with --log."
         )
@@ -106,33 +104,20 @@ def _recorded(config: PaperConfig) -> PaperConfig:
             f"'{config.folder}' is the folder of a table, whose runs would not be repeated. Choose another one with "
             "--output."
         )
-    content = storage.read_record(path, RunFolderError)
-    settings, dtype = content["settings"], content["plan"]["dtype"]
-    sections: dict[str, dict[str, Any]] = {"base": {}, "decoding": {}}
-    shared = {}
-    for name, value in settings.items():
-        section, dot, key = name.partition(".")
-        if dot:
-            sections[section][key] = value
-        else:
-            shared[name] = value
-    if shared["table"] != config.table:
+    recorded = recorded_config(config.log_folder)
+    if recorded.table != config.table:
         raise ConfigurationError(
-            f"The log '{config.log}' is of {shared['table']}, not of {config.table}. Name its table."
+            f"The log '{config.log}' is of {recorded.table}, not of {config.table}. Name its table."
         )
     task, method, _ = _row(config)
-    seeds = [
-        int(p.stem.rpartition("-")[2]) for p in path.parent.glob("runs/*/*/rate-*-seed-*.json")
-    ]
-    base = {**sections["base"], "device": config.base.device}
     return replace(
-        config,
-        **{k: v for k, v in shared.items() if k not in ("table", "tasks", "methods", "seeds")},
-        base=BaseConfig(**{**base, "dtype": dtype or base["dtype"]}),
-        decoding=Decoding(**sections["decoding"]),
+        recorded,
+        base=replace(recorded.base, device=config.base.device),
+        data=config.data,
+        output=str(config.folder),
         tasks=(task,),
         methods=(method,),
-        seeds=1 + max(seeds, default=0),
+        reproduce=config.reproduce,
     )
 
 

@@ -1,0 +1,32 @@
+"""Write the pages of the paper's tables from the logs of their runs.
+
+    python -m benchmarks.tables
+
+Each folder of docs/results/runs is the log of a table (`lorakit paper --log`). Its page, docs/results/FOLDER.md, holds
+what follows from the log and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorakit.paper.comparison import compare
+from lorakit.paper.grid import preview
+from lorakit.paper.log import recorded_config
+from lorakit.paper.report import markdown
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield the path and the text of each page; a log without a finished run has none."""
+    for log in sorted(path.parent for path in (RESULTS / "runs").glob("*/grid.json")):
+        comparison = compare(preview(recorded_config(log), lambda _: None))
+        if comparison.grid.finished:
+            yield RESULTS / f"{log.name}.md", markdown(comparison)
+
+
+if __name__ == "__main__":
+    for path, text in pages():
+        path.write_text(text, encoding="utf-8")

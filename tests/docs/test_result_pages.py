@@ -1,0 +1,28 @@
+"""The pages of the paper's tables hold exactly what follows from the logs of their runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import pages
+from lorakit import storage
+from lorakit.errors import RunFolderError
+
+PAGES = list(pages())
+
+
+@pytest.mark.parametrize(("path", "text"), PAGES, ids=[path.stem for path, _ in PAGES])
+def test_a_page_is_that_of_its_log(path: Path, text: str) -> None:
+    assert path.read_text(encoding="utf-8") == text, "write it again: python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("path", [path for path, _ in PAGES], ids=lambda path: path.stem)
+def test_every_record_is_whole_and_of_one_dtype(path: Path) -> None:
+    log = path.parent / "runs" / path.stem
+    records = [storage.read_record(run, RunFolderError) for run in log.glob("runs/*/*/*.json")]
+    assert {record["settings"].get("base.dtype") for record in records} <= {"float32"}
+    for record in records:
+        assert record["failure"] or record["curve"][-1]["step"] == record["steps"]
+        assert record["versions"]["torch"]
