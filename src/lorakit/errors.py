@@ -11,9 +11,22 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorakit.formatting import visible
+
 
 class LorakitError(Exception):
-    """Base class of all errors that lorakit raises."""
+    """Base class of all errors that lorakit raises.
+
+    Args:
+        lines: The message, one argument per line. Control characters in a line are escaped, since a message may quote
+            names and texts of untrusted files.
+    """
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*(visible(str(line)) for line in lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigurationError(LorakitError):

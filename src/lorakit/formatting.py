@@ -1,11 +1,13 @@
-"""Numbers, sizes, durations, counts and shares as text, in decimal units.
+"""Numbers, sizes, durations, counts and shares as text, in decimal units; and text of untrusted files.
 
 Pages, tables, sentences, cards and the command line use them, so that a value has the same digits everywhere.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -74,3 +76,26 @@ def number_range(numbers: Iterable[float]) -> str:
     numbers = sorted(numbers)
     low, high = number(numbers[0]), number(numbers[-1])
     return low if low == high else f"{low} to {high}"
+
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories: control, format (bidirectional overrides), lone surrogates, and separators of lines."""
+_JOINERS = "\u200c\u200d"
+"""Format characters that Persian, Hindi and emoji need."""
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Return text with the characters escaped that could control a terminal or forge a line of output.
+
+    The escapes are those of JSON, so that JSON stays valid. `keep` lists characters to leave as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        _escaped(c) if unicodedata.category(c) in _HIDDEN and c not in keep + _JOINERS else c
+        for c in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return "\\u007f" if character == "\x7f" else json.dumps(character)[1:-1]

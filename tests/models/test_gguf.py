@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tiny_gguf import BF16, CHAT_TEMPLATE, F16, F32, Q4_1, rounded, tiny_llama, write_gguf
@@ -180,7 +184,135 @@ def test_a_file_that_was_cut_off(
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BaseModelError, match=r"tiny\.gguf' is damaged.*copied or downloaded"):
         load_base(path)
-    assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
+    assert [entry.name for entry in cache.iterdir() if entry.name != ".lock"] == []
+
+
+def entry_of(data: bytes, name: str) -> int:
+    """Return the position after the name of a tensor in the table."""
+    text = name.encode()
+    return data.index(len(text).to_bytes(8, "little") + text) + 8 + len(text)
+
+
+Edit = Callable[[bytearray], None]
+
+
+def offset(name: str, of: str | None = None, *, plus: int = 0) -> Edit:
+    """Set the offset of a matrix: its own, or that of another matrix, and some bytes."""
+
+    def edit(data: bytearray) -> None:
+        source, target = (entry_of(data, n) + 4 + 16 + 4 for n in (of or name, name))
+        value = int.from_bytes(data[source : source + 8], "little") + plus
+        data[target : target + 8] = value.to_bytes(8, "little")
+
+    return edit
+
+
+def write_at(text: bytes, after: int, value: int, width: int = 8) -> Edit:
+    """Write a number some bytes after the end of a text."""
+
+    def edit(data: bytearray) -> None:
+        start = data.index(text) + len(text) + after
+        data[start : start + width] = value.to_bytes(width, "little")
+
+    return edit
+
+
+def renamed(data: bytearray) -> None:
+    start = data.index(b"blk.1.ffn_up.weight")
+    data[start : start + 19] = b"blk.0.ffn_up.weight"
+
+
+Q, V, UP = "blk.0.attn_q.weight", "blk.0.attn_v.weight", b"blk.0.ffn_up.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (offset(Q, plus=4), rf"tensor '{Q}' is not aligned"),
+        (offset(Q, plus=32 * 2**40), rf"tensor '{Q}' of shape .* after the end of the file"),
+        (offset(Q, V), rf"tensor '{Q}' overlaps tensor '{V}'|tensor '{V}' overlaps tensor '{Q}'"),
+        (offset(V, V, plus=-32), rf"tensor '{V}' overlaps tensor"),
+        (renamed, r"tensor 'blk\.0\.ffn_up\.weight' is duplicated"),
+        (write_at(UP, 0, 1000, 4), r"tensor 'blk\.0\.ffn_up\.weight' has 1,000 dimensions"),
+        (write_at(UP, 4, 2**40), r"'blk\.0\.ffn_up\.weight' of shape .* after the end"),
+        (write_at(UP, 4, 0), r"'blk\.0\.ffn_up\.weight' has shape \(0, 64\)"),
+        (write_at(UP, 20, 999, 4), r"'blk\.0\.ffn_up\.weight' has the unknown type 999"),
+        (write_at(b"GGUF", 4, 2**50), r"the number of tensors is 1,125,899,906,842,624, more than"),
+        (write_at(b"GGUF", 12, 2**50), r"the number of settings is .*, more than the file can"),
+        (write_at(b"ggml.token_type", 8, 2**50), r"length of .*token_type' is .*, more than"),
+        (write_at(b"ggml.merges", 16, 2**60), r"the setting 'tokenizer.ggml.merges' ends after"),
+        (write_at(b"llama.block_count", 4, 10**9, 4), r"'llama.block_count' is 1,000,000,000, but"),
+        (write_at(b"embedding_length", 4, 10**9, 4), r"embedding_length' is 1,000,000,000, but"),
+        (write_at(b"GGUF", 0, 1, 4), r"its GGUF version is 1"),
+    ],
+)
+@pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
+def test_a_header_that_cannot_be_true(
+    tmp_path: Path, llama: LlamaForCausalLM, edit: Edit, reason: str, folder_of: Any
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    data = bytearray(path.read_bytes())
+    edit(data)
+    path.write_bytes(data)
+    with pytest.raises(BaseModelError, match=rf"tiny\.gguf' is damaged.*{reason}"):
+        folder_of(path)
+
+
+@pytest.mark.parametrize("blocks", [None, 0, 1])
+@pytest.mark.parametrize("kind", [F32, Q4_1])
+def test_weights_that_the_model_does_not_use(
+    tmp_path: Path, llama: LlamaForCausalLM, kind: Any, blocks: int | None
+) -> None:
+    extra = {"blk.1.attn_q.bias": np.zeros(32, np.float32)} if blocks is None else {}
+    path = write_gguf(tmp_path / "tiny.gguf", llama, kind=kind, blocks=blocks, extra=extra)
+    name = "blk.1.attn_q.bias" if blocks is None else r"blk\.\d\.attn_k"
+    with pytest.raises(BaseModelError, match=rf"tiny\.gguf' holds .*'{name}.* does not use"):
+        converted_folder(path)
+
+
+def test_an_unknown_name_that_the_model_does_not_use(
+    tmp_path: Path, llama: LlamaForCausalLM
+) -> None:
+    extra = {"v.patch_embd": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "tiny.gguf", llama, extra=extra)
+    with pytest.raises(BaseModelError, match=r"holds 'v\.patch_embd' \(1 tensor in all\) with 8 "):
+        converted_folder(path)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_rotary_frequencies_in_the_file(
+    tmp_path: Path, llama: LlamaForCausalLM, factor: float
+) -> None:
+    extra = {"rope_freqs.weight": np.full(4, factor, np.float32)}
+    notices = load_base(write_gguf(tmp_path / "tiny.gguf", llama, extra=extra)).notices
+    assert [n for n in notices if "rope_freqs.weight" in n] == notices
+    assert len(notices) == (factor != 1)
+
+
+def test_failed_conversions_leave_one_lock(
+    tmp_path: Path, llama: LlamaForCausalLM, cache: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    whole = path.read_bytes()
+    for kept in (100, 200, 300):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(BaseModelError):
+            converted_folder(path)
+    assert [entry.name for entry in cache.iterdir()] == [".lock"]
+
+
+def test_conversions_in_threads_leave_the_reader_as_it_was(
+    tmp_path: Path, llama: LlamaForCausalLM
+) -> None:
+    first = write_gguf(tmp_path / "a.gguf", llama)
+    second = write_gguf(tmp_path / "b.gguf", llama, pre="gpt-2")
+    reader = gguf.GGUFReader
+    threads = [threading.Thread(target=described_folder, args=(p,)) for p in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gguf.GGUFReader is reader
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -49,12 +50,17 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = F32,
     pre: str = "smollm",
     leave_out: str | None = None,
+    blocks: int | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write ``model`` with its matrices as ``kind`` and its norms in float32."""
+    """Write ``model`` with its matrices as ``kind`` and its norms in float32.
+
+    ``blocks`` is a false number of layers, and ``extra`` holds tensors that no Llama has.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -86,6 +92,8 @@ def write_gguf(
             writer.add_tensor(target, np.ascontiguousarray(data))
         else:
             writer.add_tensor(target, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    for name, data in (extra or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

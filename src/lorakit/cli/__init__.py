@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lorakit.errors import LorakitError, nearest
+from lorakit.formatting import visible
 from lorakit.version import __version__
 
 COMMANDS = {
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         print(
-            f"lorakit: unknown command '{command}'.{nearest(command, COMMANDS)} "
+            f"lorakit: unknown command '{visible(command)}'.{nearest(command, COMMANDS)} "
             f"Commands: {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # not handled by the command: a library's own file, a failing disk
         name = f"'{error.filename}': " if error.filename else ""
-        print(f"lorakit {command}: {name}{error.strerror or error}.", file=sys.stderr)
+        print(f"lorakit {command}: {visible(f'{name}{error.strerror or error}')}.", file=sys.stderr)
         return 1
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.evaluation.scoring_config import ScoringConfig
-from lorakit.formatting import percentage
+from lorakit.formatting import percentage, visible
 from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def finish(
 ) -> None:
     """Score, save and print the computed adapter."""
     from lorakit.analysis.saving import save
-    from lorakit.cli.console import console, print_scores
+    from lorakit.cli.console import console, print_json, print_scores
     from lorakit.cli.layer_table import layer_table
 
     of_adapters = isinstance(config, OfAdaptersConfig)
@@ -75,7 +74,7 @@ def finish(
     notices = [*derived.notices, *saved.notices]
     if config.json:
         facts = {**derived.to_json(), "scores": saved.scores, "notices": notices}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
         return
     out = console()
     rows = {
@@ -93,7 +92,7 @@ def finish(
     if saved.scores:
         print_scores(saved.scores)
     for notice in notices:
-        out.print(f"note: {notice}", markup=False)
+        out.print(visible(f"note: {notice}"), markup=False)
 
 
 def _agreement(found: Agreement) -> str:

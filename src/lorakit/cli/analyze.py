@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.measures import MEASURES, Findings
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.formatting import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,9 @@ def run(argv: Sequence[str]) -> None:
     findings = measure.find(config)
     _write(name, config, findings)
     if config.json:
-        print(json.dumps(findings.facts, indent=2, ensure_ascii=False))
+        from lorakit.cli.console import print_json
+
+        print_json(findings.facts)
     else:
         _print(config, findings)
 
@@ -90,7 +92,7 @@ def _print(config: Any, findings: Findings) -> None:
         out.print(f"{findings.caption}:", markup=False)
         out.print(table)
     for notice in findings.facts["notices"]:
-        out.print(f"note: {notice}", markup=False)
+        out.print(visible(f"note: {notice}"), markup=False)
     if config.plot is not None:
         out.print(f"Figure in {config.plot}.", markup=False)
     if config.report is not None:

@@ -15,6 +15,7 @@ from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, DataError, LorakitError, nearest
 from lorakit.evaluation.decoding import Decoding
+from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -204,4 +205,4 @@ def _voice(conversation: Conversation) -> str:
 
 def _say(text: str) -> None:
     """Print a line that is no answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, keep="\n"), file=sys.stderr, flush=True)

@@ -77,8 +77,8 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
         if name not in every or _means_own(name, own):
             unknown.append(f"unknown option '{name}'.{suggestion(name, own, dashes='')}")
     if unknown:  # all of them: a file of another library has dozens
-        lines = "\n  ".join(unknown)
-        raise ConfigurationError(f"{path}: {lines} --help lists the options.")
+        first, *more = [*unknown[:-1], f"{unknown[-1]} --help lists the options."]
+        raise ConfigurationError(f"{path}: {first}", *(f"  {line}" for line in more))
     used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
     return used, {name: value for name, value in values.items() if name not in used}
 

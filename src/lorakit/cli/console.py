@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from lorakit.formatting import number
+from lorakit.formatting import number, visible
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with status 1; `main` exits with 0
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, keep="\n\t"), **options)
 
 
 def console() -> Console:
@@ -28,10 +34,22 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
     """Return a table of literal text. The first `left` columns are left-aligned, the others right-aligned."""
     result = Table(box=None, pad_edge=False)
     for i, heading in enumerate(headings):
-        result.add_column(escape(heading), justify="left" if i < left else "right", overflow="fold")
+        result.add_column(
+            literal(heading), justify="left" if i < left else "right", overflow="fold"
+        )
     for row in rows:
-        result.add_row(*map(escape, row))
+        result.add_row(*map(literal, row))
     return result
+
+
+def literal(text: str) -> str:
+    """Return a cell or part of a line that is printed as it is: without markup or line breaks of its own."""
+    return escape(visible(text))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(visible(json.dumps(value, indent=2, ensure_ascii=False), keep="\n"))
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.cli.parsing import parse
+from lorakit.formatting import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,6 @@ def run(argv: Sequence[str]) -> None:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             formats.copy_tokenizer(config.adapter, temporary)
             notices = formats.write(stored, temporary)
-    print(f"{len(stored.layers)} layers written to {config.output} ({config.to}).")
+    print(visible(f"{len(stored.layers)} layers written to {config.output} ({config.to})."))
     for notice in [*stored.notices, *notices]:
-        print(f"note: {notice}")
+        print(visible(f"note: {notice}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -54,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
         "duplicates between training and evaluation.",
         argv,
     )
-    from lorakit.cli.console import console
+    from lorakit.cli.console import console, print_json
     from lorakit.data import preview
     from lorakit.models.loading import load_tokenizer
 
@@ -65,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     )
     summary = preview(config.data, tokenizer, config.examples)
     if config.json:
-        print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
+        print_json(summary.to_dict())
     else:
         _print(console(), summary)
 

@@ -12,6 +12,7 @@ from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
+from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -160,4 +161,4 @@ def _check_conversations(
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(visible(f"note: {text}"), file=sys.stderr)

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         "adapter",
     )
     from lorakit.adapters import formats
-    from lorakit.cli.console import console
+    from lorakit.cli.console import console, print_json
     from lorakit.methods.method import describe as changed_settings
     from lorakit.methods.registry import use_method
 
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     stored = formats.read(config.adapter, alpha=alpha)
     facts = describe(stored)
     if config.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
     else:
         _print(console(), changed_settings(stored.method), facts, config.layers)
 
@@ -97,7 +97,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
 def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -> None:
     from lorakit.analysis.deltas import family
     from lorakit.cli.layer_table import layer_table
-    from lorakit.formatting import size
+    from lorakit.formatting import size, visible
 
     # Print names and texts of a downloaded file literally, never as rich markup.
     console.print(method, style="bold", markup=False, highlight=False)
@@ -118,21 +118,19 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
         for name, shape in facts["modules"].items()
     )
     for key, count in counts.items():
-        console.print(f"{count} x {key}", markup=False, highlight=False)
+        console.print(visible(f"{count} x {key}"), markup=False, highlight=False)
     for name, shape in facts["trained"].items():
-        console.print(f"trained in full: {name} {tuple(shape)}", markup=False)
+        console.print(visible(f"trained in full: {name} {tuple(shape)}"), markup=False)
     if facts["base"]:
         source = facts["base"].get("source", {})
-        console.print(
-            f"base: {source.get('name') or 'unnamed'} ({facts['base']['architecture']['class_name']})",
-            markup=False,
-        )
+        name, class_name = source.get("name"), facts["base"]["architecture"]["class_name"]
+        console.print(visible(f"base: {name or 'unnamed'} ({class_name})"), markup=False)
     for key, value in facts["provenance"].items():
         if text := _recorded(key, value):
             shown = text if len(text) < 200 else text[:197] + "..."
-            console.print(f"{key}: {shown}", markup=False, highlight=False)
+            console.print(visible(f"{key}: {shown}"), markup=False, highlight=False)
     for notice in facts["notices"]:
-        console.print(f"note: {notice}", markup=False, highlight=False)
+        console.print(visible(f"note: {notice}"), markup=False, highlight=False)
 
 
 def _recorded(key: str, value: Any) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from lorakit.analysis.deltas import family
-from lorakit.cli.console import console, table
+from lorakit.cli.console import console, literal, table
 from lorakit.formatting import number_range
 
 __all__ = ["Cell", "console", "layer_table"]
@@ -37,7 +36,7 @@ def layer_table(
     result.columns[0].min_width = min(max(map(len, groups), default=0), 60)
     for name, group in groups.items():
         spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
-        result.add_row(*map(escape, [name, *([] if each else [str(len(group))]), *spreads]))
+        result.add_row(*map(literal, [name, *([] if each else [str(len(group))]), *spreads]))
     return result
 
 

@@ -141,11 +141,12 @@ def _typed(
         else:
             values[option.name] = value
     if unknown:  # all of them: a command line of another library has several
-        lines = "\n  ".join(
+        lines = [
             f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
             for flag in unknown
-        )
-        raise ConfigurationError(f"{lines} --help lists the options.")
+        ]
+        first, *more = [*lines[:-1], f"{lines[-1]} --help lists the options."]
+        raise ConfigurationError(first, *(f"  {line}" for line in more))
     return files, {**_of_positions(free, options, positional, command), **values}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -96,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(config: PlanConfig) -> None:
-    from lorakit.cli.console import StatusLine, console
+    from lorakit.cli.console import StatusLine, console, print_json
 
     files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
     files.require_writable()
@@ -113,7 +112,7 @@ def _run(config: PlanConfig) -> None:
 
         plan_page(prediction, config.run, command=command()).write(config.report)
     if config.json:
-        print(json.dumps(prediction.as_dict(), indent=2, ensure_ascii=False))
+        print_json(prediction.as_dict())
         return
     out = console()
     _print(out, prediction)

@@ -16,6 +16,7 @@ from lorakit.adapters.loading import load_stored
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
+from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
@@ -194,7 +195,7 @@ def open_adapted(
             # The adapter brings them.
             opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
     for notice in opened.notices:
-        _LOG.warning("%s: %s", opened.source.name, notice)
+        _LOG.warning("%s", visible(f"{opened.source.name}: {notice}"))
     if adapter is not None:
         opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
     return opened

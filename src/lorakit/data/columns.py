@@ -130,12 +130,12 @@ class ColumnMap:
 
     def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:
         """Return the error that the columns fit none of the candidates."""
-        expected = "".join(
-            f"\n  {task.name + ':':<16}"
+        expected = [
+            f"  {task.name + ':':<16}"
             + " | ".join(" + ".join(layout) for layout in task.layouts)
             + task.condition
             for task in candidates
-        )
+        ]
         task_name = "any task" if name == "auto" else f"task {name}"
         if candidates[0] in GENERIC.values():
             advice = (
@@ -145,8 +145,9 @@ class ColumnMap:
         else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
         return DataError(
-            f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:{expected}\n"
-            f"Rename the columns with data.columns, {advice}."
+            f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:",
+            *expected,
+            f"Rename the columns with data.columns, {advice}.",
         )
 
 

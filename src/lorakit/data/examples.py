@@ -110,7 +110,7 @@ class Report:
             parts.append(f"{self.truncated:,} truncated")
         if self.held_out:
             parts.append(f"{self.held_out:,} on the other side of validation_fraction")
-        return f"{self.source}: {'; '.join(parts)}" + _listing(self.bad)
+        return "\n".join([f"{self.source}: {'; '.join(parts)}", *_listing(self.bad)])
 
 
 @dataclass(kw_only=True)
@@ -323,20 +323,21 @@ def _encode(
                 yield row, example
     if report.bad and config.bad_rows == "stop":
         raise DataError(
-            f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid"
-            f"{_listing(report.bad)}\nFix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."
+            f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid",
+            *_listing(report.bad),
+            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
             f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
-            f"{config.max_length:,}, the longest with {report.longest:,} tokens"
-            f"{_listing(report.too_long)}\nRaise data.max_length, or set data.too_long to skip or truncate "
-            "(--data.too_long truncate)."
+            f"{config.max_length:,}, the longest with {report.longest:,} tokens",
+            *_listing(report.too_long),
+            "Raise data.max_length, or set data.too_long to skip or truncate (--data.too_long truncate).",
         )
     if not valid:
         raise DataError(
-            f"{data.name}: none of its {report.read:,} rows is valid"
-            f"{_listing(report.bad + report.too_long)}"
+            f"{data.name}: none of its {report.read:,} rows is valid",
+            *_listing(report.bad + report.too_long),
         )
 
 
@@ -346,12 +347,12 @@ def _problem(row: Row, error: RowError, columns: ColumnMap) -> Problem:
     return Problem(row.origin, f"'{columns.column_of(error.column)}' {error.what}")
 
 
-def _listing(problems: Sequence[Problem]) -> str:
+def _listing(problems: Sequence[Problem]) -> list[str]:
     """Return the first problems, one per line, and the number of the others."""
-    lines = [f"\n  {problem}" for problem in problems[:SHOWN]]
+    lines = [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
-        lines.append(f"\n  ... and {len(problems) - SHOWN:,} more")
-    return "".join(lines)
+        lines.append(f"  ... and {len(problems) - SHOWN:,} more")
+    return lines
 
 
 def _one_side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:

@@ -21,6 +21,9 @@ def cache_folder() -> Path:
 def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:
     """Return `folder`, after `make` has created it if one of its files is missing. Other processes wait for it.
 
+    One lock serves the whole cache, so that failed conversions leave no lock files. Removing a lock file instead would
+    be a race: a process that waits for the removed file does not exclude one that creates it again.
+
     Raises:
         BaseModelError: The cache is not writable.
     """
@@ -28,7 +31,7 @@ def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{folder}.lock", is_singleton=False).acquire()
+        lock = filelock.FileLock(folder.parent / ".lock", is_singleton=False).acquire()
     except OSError as error:
         raise BaseModelError(
             f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "

@@ -6,26 +6,35 @@ import functools
 import importlib.util
 import io
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
+import numpy as np
 import torch
 
 from lorakit.errors import BaseModelError, LorakitError
+from lorakit.formatting import counted
 from lorakit.models.cache import cache_folder, cached, is_complete
+from lorakit.models.gguf_header import Header, TensorEntry, read_header
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = "conversion.json"
 _DESCRIPTION = ("config.json", "tokenizer.json")
 _CONVERTED = (*_DESCRIPTION, "model.safetensors", _RECORD)
+
+_UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_short")
+"""Tensors that transformers computes itself: frequencies of rotary embeddings. Any other unused tensor is an error."""
+_PATCHED = threading.Lock()
+"""Held while `GGUFReader` is replaced, so that two threads do not restore each other's replacement."""
 
 _GPT2_SPLIT = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
 """llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
@@ -78,10 +87,11 @@ def _folder_of(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
-        metadata, dtype = _read_header(gguf)
-        model = _read_model(gguf, dtype)
+        header = read_header(gguf)
+        model = _read_model(gguf, _smallest_dtype(gguf, header), header)
         tokenizer = _read_tokenizer(gguf)
-    notices = _finish_tokenizer(tokenizer, metadata, model.config)
+    notices = _finish_tokenizer(tokenizer, header.settings, model.config)
+    notices += _rope_notices(gguf, header)
     with atomic_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, max_shard_size="1TB")
         tokenizer.save_pretrained(temporary)
@@ -92,10 +102,10 @@ def _describe(gguf: Path, folder: Path) -> None:
     import transformers
 
     with _reading(gguf):
-        metadata, _ = _read_header(gguf)
+        header = read_header(gguf)
         config = transformers.AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         tokenizer = _read_tokenizer(gguf)
-    _finish_tokenizer(tokenizer, metadata, config)
+    _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -113,11 +123,14 @@ def _reading(gguf: Path) -> Iterator[None]:
 
     parse_once = functools.cache(library.GGUFReader)
     try:
-        with mock.patch.object(library, "GGUFReader", lambda path: parse_once(os.fspath(path))):
+        with (
+            _PATCHED,
+            mock.patch.object(library, "GGUFReader", lambda path: parse_once(os.fspath(path))),
+        ):
             yield
     except LorakitError:
         raise
-    # The readers do not validate the file: a damaged one can raise any exception.
+    # Only the header is validated: other damage can make the readers raise any exception.
     except Exception as error:
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         raise BaseModelError(
@@ -143,27 +156,86 @@ def _finish_tokenizer(
     return _restore_pre_tokenizer(tokenizer, metadata)
 
 
-def _read_header(gguf: Path) -> tuple[dict[str, Any], torch.dtype]:
-    """Return the tokenizer settings, and the smallest dtype that holds every weight exactly."""
+def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
+    """Return the smallest dtype that holds every weight exactly."""
     from gguf import GGMLQuantizationType as Kind
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)  # rejects a truncated file
-    names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-    metadata = {name: reader.fields[name].contents() for name in names if name in reader.fields}
 
     halves = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-    stored = {tensor.tensor_type for tensor in reader.tensors} - {Kind.F32}
-    dtype = halves.get(next(iter(stored))) if len(stored) == 1 else None
+    stored = {tensor.kind for tensor in header.tensors} - {Kind.F32}
+    dtype = halves.get(Kind(next(iter(stored)))) if len(stored) == 1 else None
     # The norms are float32 even in a 16-bit file. Most fit in 16 bits; if one does not, use float32.
     if dtype is not None:
-        full = (torch.tensor(t.data) for t in reader.tensors if t.tensor_type == Kind.F32)
+        full = (_float32(gguf, tensor) for tensor in header.tensors if tensor.kind == Kind.F32)
         if not all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in full):
             dtype = None
-    return metadata, dtype or torch.float32
+    return dtype or torch.float32
 
 
-def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _float32(gguf: Path, tensor: TensorEntry) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(gguf, "<f4", tensor.elements, offset=tensor.start))
+
+
+def _require_used(gguf: Path, header: Header, model: PreTrainedModel) -> None:
+    """Compare the number of weights in the file and in the model, which loaded all of its own from the file.
+
+    Raises:
+        BaseModelError: The file holds more: transformers drops silently what the model has no place for.
+    """
+    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
+    stored = {
+        tensor.name: tensor.elements
+        for tensor in header.tensors
+        if tensor.name not in tied and not any(part in _UNUSED for part in tensor.name.split("."))
+    }
+    own = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    surplus = sum(stored.values()) - sum(own.values())
+    if surplus <= 0:
+        return
+    unused = sorted(stored.keys() - _names_in_gguf(header, model))
+    named = ""
+    if (
+        sum(stored[name] for name in unused) == surplus
+    ):  # else the names of this architecture are not known
+        named = f" {', '.join(repr(name) for name in unused[:3])} ({counted(len(unused), 'tensor')} in all) with"
+    raise BaseModelError(
+        f"'{gguf}' holds{named} {counted(surplus, 'weight')} that its {model.config.model_type} model of "
+        f"{counted(model.config.num_hidden_layers, 'layer')} does not use, so it would compute something else. "
+        "Download the file again, or name the original model."
+    )
+
+
+def _names_in_gguf(header: Header, model: PreTrainedModel) -> set[str]:
+    """Return the names in the file of the model's tensors, as far as the package gguf knows them."""
+    import gguf as library
+
+    by_name = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
+    kind = by_name.get(header.settings["general.architecture"])
+    if kind is None:
+        return set()
+    names = library.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    known = (names.get_name(key, try_suffixes=(".weight", ".bias")) for key in model.state_dict())
+    return {name for name in known if name is not None}
+
+
+def _rope_notices(gguf: Path, header: Header) -> list[str]:
+    """Return a notice if the file scales the frequencies of rotary embeddings, which transformers does not read."""
+    from gguf import GGMLQuantizationType as Kind
+
+    scaled = [
+        tensor.name
+        for tensor in header.tensors
+        if tensor.name.startswith(("rope_freqs", "rope_factors"))
+        and (tensor.kind != Kind.F32 or not bool((_float32(gguf, tensor) == 1).all()))
+    ]
+    if not scaled:
+        return []
+    return [
+        f"This GGUF file scales the frequencies of rotary embeddings ({', '.join(scaled)}), which transformers does "
+        "not read: positions may be computed differently than in training. Load the original model if that matters."
+    ]
+
+
+def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:
     import transformers
 
     source_file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -184,6 +256,7 @@ def _read_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"{', '.join(sorted(info['missing_keys'])[:3])} ({len(info['missing_keys'])} in all). "
             "Download the file again, or name the original model."
         )
+    _require_used(gguf, header, source)
     settings = source.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         settings.pop(key, None)

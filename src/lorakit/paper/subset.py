@@ -37,7 +37,7 @@ def write_subset(data: DataConfig, count: int, path: Path) -> int:
     rows = []
     for row in source.rows:
         if not isinstance(row, Row):
-            raise DataError(f"{row}\nFix this row: every row of {source.name} must be readable.")
+            raise DataError(str(row), f"Fix this row: every row of {source.name} must be readable.")
         rows.append(row.values)
     random.Random(SEED).shuffle(rows)
     with storage.atomic_file(path) as temporary:

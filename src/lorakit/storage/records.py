@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.formatting import size
-from lorakit.storage.refusals import reading
+from lorakit.storage.refusals import reading, regular_file
 
 CHECKSUM = "sha256"
 """The key of the checksum in a record."""
 _CHUNK = 1 << 20
 _MAX_JSON_BYTES = 1 << 28
+_MAX_DEPTH = 100
+"""Deeper content would exceed Python's recursion limit where it is copied or written again."""
+_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
+_MAX_DIGITS = 100
+"""Enough for the 128-bit integers of random generators; a float64 can still hold such a number."""
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -32,26 +38,37 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
     """Read a file whose content is one JSON object.
 
     Raises:
-        error: The file cannot be read, is not JSON (with the position), or is not an object.
+        error: The file is not a regular file, cannot be read, is not JSON (with the position), is not an object, or
+            holds a duplicate key, a huge number or very deep nesting.
     """
-    path = Path(path)
-    with reading(path, error), path.open("rb") as file:
-        data = file.read(_MAX_JSON_BYTES + 1)
-    if len(data) > _MAX_JSON_BYTES:
-        raise error(f"'{path}' is larger than {size(_MAX_JSON_BYTES)}, the limit for a JSON file.")
+    path = regular_file(Path(path), error)
     with reading(path, error):
-        text = data.decode()
+        length = path.stat().st_size  # `read` reserves memory for as many bytes as it may return
+        if length > _MAX_JSON_BYTES:
+            raise error(
+                f"'{path}' is larger than {size(_MAX_JSON_BYTES)}, the limit for a JSON file."
+            )
+        with path.open("rb") as file:
+            text = file.read(length).decode()
     try:
         content = json.loads(
-            text, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates
+            text,
+            parse_constant=_reject_constant,
+            parse_int=_parse_integer,
+            parse_float=_parse_float,
+            object_pairs_hook=_reject_duplicates,
         )
+        _reject_deep_nesting(content)
     except json.JSONDecodeError as wrong:
         raise error(
             f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
             "Restore it from a copy."
         ) from wrong
     except (ValueError, RecursionError) as wrong:
-        raise error(f"'{path}' is not JSON: {wrong}. Restore it from a copy.") from wrong
+        reason = _TOO_DEEP if isinstance(wrong, RecursionError) else wrong
+        raise error(
+            f"'{path}' cannot be read as JSON: {reason}. Restore it from a copy."
+        ) from wrong
     if not isinstance(content, dict):
         raise error(
             f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}. Restore it from a copy."
@@ -114,13 +131,36 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _parse_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits; at most {_MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        shown = digits if len(digits) <= _MAX_DIGITS else digits[:_MAX_DIGITS] + "..."
+        raise ValueError(f"the number {shown} is beyond the range of a 64-bit float")
+    return value
+
+
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key '{duplicate}' is duplicated")
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key '{key}' is duplicated")
+        content[key] = value
     return content
+
+
+def _reject_deep_nesting(content: Any) -> None:
+    level = [[content]]
+    for _ in range(_MAX_DEPTH + 1):
+        children = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [c for several in children for c in several if isinstance(c, (dict, list))]
+    if level:
+        raise ValueError(_TOO_DEEP)
 
 
 def _json_name(value: Any) -> str:

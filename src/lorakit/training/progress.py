@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lorakit.formatting import duration, number, size
+from lorakit.formatting import duration, number, size, visible
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
@@ -52,7 +52,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(visible(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
     def step(self, state: State, rate: float) -> None:
         """Show a finished step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import os
 import pickle
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters import formats
-from lorakit.adapters.formats.tensors import read_pickle
+from lorakit.adapters.formats import pickles
+from lorakit.adapters.formats.pickles import read_pickle
 from lorakit.errors import AdapterFileError, RunFolderError
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
@@ -176,6 +179,141 @@ def test_a_zip_of_something_else(tmp_path):
     with pytest.raises(AdapterFileError):
         formats.read(tmp_path / "file.bin", alpha=1)
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def saved_pickle(path: Path, tensor: object, **more: object) -> Path:
+    torch.save({"a.lora_A": tensor, "a.lora_B": numbers(8, 2), **more}, path)
+    return path
+
+
+def quantised() -> torch.Tensor:
+    return torch.quantize_per_tensor(numbers(2, 6), 0.1, 0, torch.qint8)
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([numbers(2), numbers(3)])
+
+
+def with_an_attribute() -> torch.Tensor:
+    tensor = numbers(2, 6)
+    tensor.numel = 3  # type: ignore[method-assign]
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["loralib", "peft"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: numbers(2, 6).to("meta"), "a meta tensor"),
+        (nested, "a nested tensor"),
+        (lambda: numbers(2, 6).to_sparse(), "a sparse tensor"),
+        (quantised, "a quantised tensor"),
+        (with_an_attribute, "a tensor of a subclass or with attributes"),
+        (lambda: bytearray(8), "a bytearray"),
+    ],
+)
+def test_only_dense_tensors_are_read(tmp_path, make, kind, layout):
+    path = tmp_path / "file.bin"
+    if layout == "peft":
+        formats.write(adapter({"a": linear()}), tmp_path / "adapter")
+        for file in ("lorakit.json", "adapter_model.safetensors"):
+            (tmp_path / "adapter" / file).unlink()
+        path = tmp_path / "adapter" / "adapter_model.bin"
+    saved_pickle(path, make())
+    with pytest.raises(AdapterFileError, match=rf"holds {kind}.*Convert .* .safetensors") as caught:
+        formats.read(path.parent if layout == "peft" else path, alpha=1)
+    assert path.name in str(caught.value)
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_an_expanded_tensor_is_not_read(tmp_path, as_zip):
+    huge = torch.zeros(1).expand(32_768, 32_768)  # 4 GB over 4 bytes
+    path = tmp_path / "file.bin"
+    state = {"a.lora_A": huge, "a.lora_B": huge}
+    torch.save(state, path, _use_new_zipfile_serialization=as_zip)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(AdapterFileError, match=r"'a.lora_A'.* 4.29 GB.* storage of 4 bytes"):
+        formats.read(path, alpha=1)
+
+
+def test_many_names_for_one_storage_are_not_read(tmp_path):
+    shared = numbers(300, 300)
+    names = {f"{i}.lora_A": shared for i in range(9)}
+    torch.save(names, tmp_path / "file.bin")
+    with pytest.raises(AdapterFileError, match=r"tensors of 3\.24 MB in a file of 36"):
+        formats.read(tmp_path / "file.bin", alpha=1)
+
+
+def test_tied_tensors_are_read(tmp_path):
+    shared = numbers(300, 2)
+    names = {"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2), "x": shared, "y": shared}
+    torch.save(names, tmp_path / "file.bin")
+    assert formats.read(tmp_path / "file.bin", alpha=1).layers
+
+
+def rewritten(
+    path: Path, replaced: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> Path:
+    """Write a zip file again with other compression, or some members replaced."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in {**members, **(replaced or {})}.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_compressed_parts_are_not_unpacked(tmp_path):
+    path = saved_pickle(tmp_path / "file.bin", torch.zeros(2, 1_000_000))
+    rewritten(path, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(AdapterFileError, match=r"'.*data.*' inside it is compressed.*Convert"):
+        formats.read(path, alpha=1)
+
+
+def test_parts_larger_than_the_file(tmp_path):
+    path = saved_pickle(tmp_path / "file.bin", numbers(2, 6))
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        name = next(i.filename for i in archive.infolist() if i.filename.endswith("data/0"))
+    entry = data.rindex(name.encode()) - 46  # in the central directory
+    data[entry + 20 : entry + 28] = (2**31).to_bytes(4, "little") * 2
+    path.write_bytes(data)
+    with pytest.raises(AdapterFileError, match=r"parts of 2.15 GB in a file of"):
+        formats.read(path, alpha=1)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_an_endless_pickle_is_not_read(tmp_path, monkeypatch, as_zip):
+    monkeypatch.setattr(pickles, "_MAX_INSTRUCTIONS", 50)
+    state = {f"a{i}": i for i in range(100)}
+    torch.save(state, tmp_path / "file.bin", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(AdapterFileError, match="has more than 50 pickle instructions"):
+        formats.read(tmp_path / "file.bin", alpha=1)
+
+
+def test_no_advice_to_trust_the_file(tmp_path):
+    path = tmp_path / "file.bin"
+    torch.save({"a": numbers(2).numpy()}, path)
+    with pytest.raises(AdapterFileError) as caught:
+        formats.read(path, alpha=1)
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+    assert "Convert the file to .safetensors with the software that wrote it" in str(caught.value)
+
+
+def test_a_dictionary_with_attributes_in_place_of_its_methods(tmp_path):
+    content = collections.OrderedDict({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2)})
+    content.itemz = content.ket = content.keyz = 3  # type: ignore[attr-defined]
+    torch.save(content, tmp_path / "file.bin")
+    with zipfile.ZipFile(tmp_path / "file.bin") as archive:
+        program = archive.read("file/data.pkl")
+    for name, method in ((b"itemz", b"items"), (b"ket", b"get"), (b"keyz", b"keys")):
+        assert name in program
+        program = program.replace(name, method)
+    path = rewritten(tmp_path / "file.bin", {"file/data.pkl": program})
+    assert formats.read(path, alpha=1).layers
 
 
 def test_names_with_a_null_byte():

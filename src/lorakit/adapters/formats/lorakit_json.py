@@ -99,7 +99,7 @@ def read(folder: Path) -> StoredAdapter:
         AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json.
     """
     path = folder / NAME
-    record = storage.read_json(storage.regular_file(path))
+    record = storage.read_json(path)
     _check_record(record, path)
     notices = _check_files(record, folder)
     tensors_name = record.get("tensors")

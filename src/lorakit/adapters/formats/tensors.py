@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorakit import storage
+from lorakit.adapters.formats.pickles import check_storage, read_pickle
 from lorakit.errors import AdapterFileError
 from lorakit.storage.tensors import read_safetensors
 
 SAFETENSORS = ".safetensors"
-
-
-def _check_archive(path: Path) -> None:
-    """Verify the checksum of each part of a zip file, which `torch.load` does not do.
-
-    Raises:
-        AdapterFileError: A part is damaged.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise AdapterFileError(
-            f"'{path}' is damaged: {error}. Download or save it again."
-        ) from error
-    if damaged is not None:
-        raise AdapterFileError(
-            f"'{path}' is damaged: the checksum of '{damaged}' inside it does not match. Download or save it again."
-        )
-
-
-def read_pickle(path: Path) -> Any:
-    """Read a file of `torch.save` that contains only tensors and plain containers.
-
-    Raises:
-        AdapterFileError: The file is missing or damaged, or would run code.
-    """
-    storage.regular_file(path)
-    _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about kinds of files that are rejected below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # untrusted bytes: any part of the parser can fail
-        # Its message is hidden, since it recommends weights_only=False.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code is not None:
-            raise AdapterFileError(
-                f"'{path}' would run code ({code[1].rstrip('.')}) when it is opened. Tensor files need no "
-                "code, so it was not opened. Ask its author for a .safetensors file."
-            ) from error
-        raise AdapterFileError(
-            f"'{path}' is not a tensor file of safetensors or PyTorch, or it is truncated or damaged. Check "
-            "the path, or download or save it again."
-        ) from error
 
 
 def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
@@ -80,16 +26,20 @@ def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
     if path.suffix == SAFETENSORS:
         return read_safetensors(path)
     content = read_pickle(path)
-    if isinstance(content, Mapping) and isinstance(content.get(section), Mapping):
-        content = content[section]
-    if not isinstance(content, Mapping):
+    # `dict.get` and `dict.items`: a pickle can put attributes in the place of an OrderedDict's methods.
+    if isinstance(content, dict) and isinstance(inner := dict.get(content, section), dict):
+        content = inner
+    if not isinstance(content, dict):
         raise AdapterFileError(
             f"'{path}' holds a {type(content).__name__}; a dictionary of tensors was expected."
         )
-    for key, value in content.items():
+    tensors = {}
+    for key, value in dict.items(content):
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise AdapterFileError(
                 f"'{path}' holds a {type(value).__name__} under {key!r}; a dictionary of names and "
                 "tensors was expected."
             )
-    return dict(content)
+        tensors[key] = value.detach()
+    check_storage(path, tensors)
+    return tensors

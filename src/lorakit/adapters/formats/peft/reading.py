@@ -43,7 +43,7 @@ def read_peft(folder: str | Path) -> StoredAdapter:
     """
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
-    options = storage.read_json(storage.regular_file(config_path))
+    options = storage.read_json(config_path)
     with located(f"'{config_path}'"):
         config = parse(options)
     tensors_path = _tensors_path(folder)
