@@ -260,9 +260,15 @@ class Adapters:
         """Return the content of the adapter's file: settings, tensors, base record, provenance."""
         return saving.store(self.model, self._get(name))
 
-    def base_record(self, name: str | None = None) -> BaseRecord:
-        """Return the fingerprint of the base, without the parameters that the adapter trains in full."""
-        return base_record(self.model, exclude=tuple(self._get(name).trained))
+    def base_record(self, name: str | None = None, *, tokenizer: Any = None) -> BaseRecord:
+        """Return the fingerprint of the base, without the parameters that the adapter trains in full.
+
+        Args:
+            name: The adapter; may be omitted if the model has only one.
+            tokenizer: The base's tokenizer, to record it too.
+        """
+        trained = tuple(self._get(name).trained)
+        return base_record(self.model, exclude=trained, tokenizer=tokenizer)
 
     def save(
         self,
@@ -281,7 +287,7 @@ class Adapters:
         Args:
             folder: Where to write; must not exist unless `overwrite`.
             name: The adapter; may be omitted if the model has only one.
-            tokenizer: Saved in the same folder, chat template included.
+            tokenizer: Saved in the same folder, chat template included, and recorded in the base's fingerprint.
             provenance: How the adapter was trained (configuration, data, scores), JSON values only.
             base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
