@@ -39,12 +39,20 @@ def read_tokenizer(
     return tokenizer
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: Any) -> str | None:
     """Return a SHA-256 of what determines the ids of a text: vocabulary, rules, special tokens, chat template.
 
     Settings of padding and truncation do not count: calls of the tokenizer change them, and `load_base` sets a
     padding token.
+
+    Args:
+        tokenizer: A tokenizer of transformers, or a processor that has one. Others, and None, have no digest.
     """
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python: its class is its rules
         rules = f"{type(tokenizer).__name__}{sorted(tokenizer.get_vocab().items())}"

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,9 +28,6 @@ from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
 from lorakit.models.sources import ModelSource
 from lorakit.models.tokenizer import tokenizer_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def base_record(
     model: nn.Module,
     source: ModelSource | None = None,
     exclude: Iterable[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
