@@ -36,6 +36,7 @@ def read_tokenizer(
             f"'{Path(path) / 'tokenizer_config.json'}' has {length!r:.40} as model_max_length; a whole number of 1 or "
             "more was expected. Correct it, or remove it to set no limit."
         )
+    tokenizer.model_max_length = int(length)  # 512.0 fails in the first call that truncates
     return tokenizer
 
 
