@@ -55,7 +55,9 @@ def test_a_length_that_is_no_whole_number_is_refused(folder: Path, length: str, 
             read(folder)
 
 
-@pytest.mark.parametrize("length", ["512", "512.0", "1e30", "1000000000000000019884624838656", "null"])
+@pytest.mark.parametrize(
+    "length", ["512", "512.0", "1e30", "1000000000000000019884624838656", "null"]
+)
 def test_a_length_or_no_limit_is_read(folder: Path, length: str) -> None:
     set_length(folder, length)
     tokenizer = read_tokenizer(str(folder), LorakitError)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tiny_models
 import pytest
+import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor

@@ -17,9 +17,7 @@ _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.
 """Matches truncation and padding at the start of a serialised tokenizer. In a text of it the quotes are escaped."""
 
 
-def read_tokenizer(
-    path: str, error: type[LorakitError], **options: Any
-) -> PreTrainedTokenizerBase:
+def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or a hub id; `options` are those of transformers.
 
     Raises:

@@ -53,7 +53,9 @@ def linear_cross_entropy(
     """
     if chunk is None:
         chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]) // STEP * STEP)
-    return apply(_LinearCrossEntropy, hidden, weight, targets, bias, weights, label_smoothing, chunk)
+    return apply(
+        _LinearCrossEntropy, hidden, weight, targets, bias, weights, label_smoothing, chunk
+    )
 
 
 class _LinearCrossEntropy(Function):

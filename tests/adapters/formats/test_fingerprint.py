@@ -290,9 +290,7 @@ def test_a_nested_configuration_is_compared_by_field():
         return computing_fields(config)
 
     assert changed_fields(fields(1e-6), fields(1e-6)) == []
-    assert changed_fields(fields(1e-6), fields(1e-5)) == [
-        "text_config.rms_norm_eps 1e-06 -> 1e-05"
-    ]
+    assert changed_fields(fields(1e-6), fields(1e-5)) == ["text_config.rms_norm_eps 1e-06 -> 1e-05"]
 
 
 def test_another_version_of_transformers_may_have_other_fields():
