@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,77 @@ def adapters(model: PreTrainedModel) -> Adapters:
     randomise(adapters)
     adapters.activate("sql")
     return adapters
+
+
+REPLACED = (
+    r"layer 'model\.layers\.0\.self_attn\.q_proj' was replaced after the adapter 'sql' was attached"
+)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda adapters, folder: adapters.activate({"sql": 1.0}),
+        lambda adapters, folder: adapters.merge("sql"),
+        lambda adapters, folder: adapters.merge(),
+        lambda adapters, folder: adapters.save(folder / "saved", "sql"),
+        lambda adapters, folder: adapters.stored("sql"),
+    ],
+    ids=["activate", "merge by name", "merge", "save", "stored"],
+)
+def test_a_replaced_layer_is_named(adapters: Adapters, model, tmp_path: Path, action) -> None:
+    attention = model.model.layers[0].self_attn
+    original = attention.q_proj
+    attention.q_proj = nn.Linear(32, 32, bias=False)
+    with pytest.raises(AdapterStateError, match=REPLACED):
+        action(adapters, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert adapters.active == {"sql": 1.0}
+    adapters.activate("e2e")  # has all its layers
+    attention.q_proj = original
+    action(adapters, tmp_path)
+
+
+def test_a_replaced_block_is_named_by_its_first_layer(adapters: Adapters, model) -> None:
+    model.model.layers[0] = nn.Identity()
+    with pytest.raises(AdapterStateError, match=r"q_proj' \(and 1 more\) was replaced"):
+        adapters.activate("sql")
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), FullFineTuning()], ids=["lora", "full"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_detach_reports_a_replaced_layer_and_restores_the_others(
+    model, caplog, method, merged: bool
+) -> None:
+    before = trace(model)
+    adapters = attach(model, method, name="sql")
+    randomise(adapters)
+    if merged:
+        adapters.merge()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = nn.Linear(32, 32, bias=False)
+    adapters.detach()
+    assert any(re.search(REPLACED, record.getMessage()) for record in caplog.records)
+    assert handle_of(model) is None
+    plain = tiny_models.build("llama")
+    attention.q_proj = plain.model.layers[0].self_attn.q_proj
+    assert trace(model)[0] == before[0]
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_removing_an_adapter_reports_a_replaced_layer(adapters: Adapters, model, caplog) -> None:
+    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32, bias=False)
+    adapters.remove("sql")
+    assert any(re.search(REPLACED, record.getMessage()) for record in caplog.records)
+    assert adapters.names == ("e2e",)
+
+
+def test_a_wrapped_or_copied_layer_is_not_a_replaced_one(adapters: Adapters, model) -> None:
+    handle_of(copy.deepcopy(model)).activate("sql")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = torch.compile(attention.q_proj, backend="eager")
+    adapters.activate("sql")
+    adapters.merge("sql")
 
 
 @torch.no_grad()

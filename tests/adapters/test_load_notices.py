@@ -5,8 +5,10 @@ import logging
 import pytest
 import tiny_models
 import torch
+from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
+from lorakit.errors import WrongBaseError
 
 
 @pytest.fixture
@@ -29,6 +31,28 @@ def test_the_same_base_has_nothing_to_say(folder, caplog):
 def test_another_dtype_is_reported(folder, caplog):
     lorakit.load(tiny_models.build("llama", "causal-lm").to(torch.bfloat16), folder)
     assert any("bfloat16" in message for message in messages(caplog))
+
+
+def test_another_configuration_is_another_base(folder, caplog):
+    def other():
+        return tiny_models.build("llama", "causal-lm", rms_norm_eps=0.5)
+
+    with pytest.raises(WrongBaseError, match=r"rms_norm_eps 1e-06 -> 0\.5.*allow_other_base"):
+        lorakit.load(other(), folder)
+    lorakit.load(other(), folder, allow_other_base=True)
+    assert any("rms_norm_eps" in message for message in messages(caplog))
+
+
+def test_another_tokenizer_is_reported_where_one_is_known(tmp_path, caplog):
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2), name="adapter")
+    adapters.save(tmp_path / "adapter", tokenizer=tiny_tokenizer())
+    for tokenizer in (None, tiny_tokenizer()):
+        lorakit.load(tiny_models.build("llama"), tmp_path / "adapter", tokenizer=tokenizer)
+    assert messages(caplog) == []
+    lorakit.load(
+        tiny_models.build("llama"), tmp_path / "adapter", tokenizer=tiny_tokenizer(adds_bos=True)
+    )
+    assert ["another tokenizer" in message for message in messages(caplog)] == [True]
 
 
 def test_the_decision_for_another_base_is_logged(folder, caplog):

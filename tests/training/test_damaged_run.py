@@ -182,6 +182,79 @@ def test_a_changed_base_of_full_fine_tuning_is_refused(tmp_path, base, monkeypat
         train(dataclasses.replace(config, resume=True))
 
 
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite_rules(folder: Path) -> None:
+    """Make a tokenizer lowercase its input: the same vocabulary, other ids."""
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: edit_json(folder / "config.json", rms_norm_eps=0.5),
+            r"base configuration of '.*model' has changed since .*: rms_norm_eps 1e-06 -> 0\.5\. .*from_adapter",
+        ),
+        (
+            lambda folder: edit_json(
+                folder / "config.json", rope_parameters={"rope_theta": 10.0, "rope_type": "default"}
+            ),
+            r"has changed since .*: rope_parameters\.rope_theta 10000 -> 10\. ",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", attention_dropout=0.3),
+            r"has changed since .*: attention_dropout 0\.1 -> 0\.3\. ",
+        ),
+        (rewrite_rules, r"tokenizer has changed since .*\(tokenizers \d.*from_adapter"),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+            "tokenizer has changed since",
+        ),
+    ],
+    ids=["eps", "rope", "dropout", "tokenizer", "chat template"],
+)
+def test_a_changed_configuration_or_tokenizer_is_refused(
+    tmp_path: Path, base: str, monkeypatch, change, message: str
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "model")
+    config = nine_steps(tmp_path, str(folder))
+    stop_in_step(monkeypatch, config, 8)
+    change(folder)
+    with pytest.raises(RunFolderError, match=message):
+        train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.slow
+def test_what_does_not_change_the_computation_may_change(
+    tmp_path: Path, base: str, undisturbed: Path, monkeypatch
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "model")
+    config = nine_steps(tmp_path, str(folder))
+    stop_in_step(monkeypatch, config, 8)
+    edit_json(folder / "config.json", use_cache=False, transformers_version="4.0", dtype=None)
+    edit_json(folder / "tokenizer_config.json", model_max_length=500)
+    run = train(dataclasses.replace(config, resume=True)).folder
+    assert adapter_bytes(run) == adapter_bytes(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_records_less_of_its_base_resumes(
+    half: TrainConfig, undisturbed: Path
+) -> None:
+    """Checkpoints of earlier versions record only the weights."""
+    path = Path(half.output, NEWEST, "state.json")
+    record = storage.read_record(path, RunFolderError)
+    for name in ("base configuration", "tokenizer"):
+        del record["state"]["inputs"][name]
+    storage.write_record(path, record)
+    assert adapter_bytes(train(half).folder) == adapter_bytes(undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_changed_data_is_refused(tmp_path: Path, base: str, split: str, monkeypatch) -> None:

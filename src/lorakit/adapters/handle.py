@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.quantised import require_exact_layers
+
+_LOG = logging.getLogger(__name__)
 
 _HANDLE = "_lorakit_adapters"
 
@@ -113,11 +116,14 @@ class Adapters:
 
         Raises:
             AdapterStateError: A name is unknown, an adapter is merged, another thread runs the model, or an adapter
-                whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted.
+                whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted. Or a
+                layer of an adapter was replaced.
         """
         with self._activation.running.exclusive("activate another adapter", within_own_pass=True):
             self._refuse_merged("activate another adapter")
-            self._set_active(choice_for_batch(choice, self._get))
+            chosen = choice_for_batch(choice, self._get)
+            self._require_in_place(chosen.names)
+            self._set_active(chosen)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -183,8 +189,8 @@ class Adapters:
                 export, and the handle cannot be used afterwards. All other quantised layers are dequantised too.
 
         Raises:
-            AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, or the
-                model runs.
+            AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
+                model runs, or a layer of an adapter was replaced.
         """
         with self._activation.running.exclusive("merge"):
             self._refuse_merged("merge")
@@ -195,6 +201,7 @@ class Adapters:
                 raise AdapterStateError(
                     f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
                 )
+            self._require_in_place(merged.names)
             with self.deactivated():
                 self._swap_trained(merged)  # the merged model keeps the trained biases and heads
                 merging.merge(self.model, merged.blends[0])
@@ -228,6 +235,7 @@ class Adapters:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
             self._activation.merged = None
             merging.unmerge(self.model)
+            self._report_replaced(merged.names)
             self._activation.forbid_recomputation("unmerged")
             self._set_active(merged)
 
@@ -240,6 +248,7 @@ class Adapters:
                 self.detach()
                 return
             self._activation.forbid_recomputation("removed", frozenset({name}))
+            self._report_replaced([name])
             if name in self._activation.active.names:
                 self._set_active(BASE)
             self._remove(adapter)
@@ -253,16 +262,28 @@ class Adapters:
             self._activation.forbid_recomputation("detached", frozenset(self._installed))
             if self._activation.merged is not None:
                 self.unmerge()
+            self._report_replaced(self._installed)
             self._set_active(BASE)
             self._remove_all()
 
     def stored(self, name: str | None = None) -> StoredAdapter:
-        """Return the content of the adapter's file: settings, tensors, base record, provenance."""
+        """Return the content of the adapter's file: settings, tensors, base record, provenance.
+
+        Raises:
+            AdapterStateError: A layer of the adapter was replaced.
+        """
+        self._require_in_place([self._get(name).name])
         return saving.store(self.model, self._get(name))
 
-    def base_record(self, name: str | None = None) -> BaseRecord:
-        """Return the fingerprint of the base, without the parameters that the adapter trains in full."""
-        return base_record(self.model, exclude=tuple(self._get(name).trained))
+    def base_record(self, name: str | None = None, *, tokenizer: Any = None) -> BaseRecord:
+        """Return the fingerprint of the base, without the parameters that the adapter trains in full.
+
+        Args:
+            name: The adapter; may be omitted if the model has only one.
+            tokenizer: The base's tokenizer, to record it too.
+        """
+        trained = tuple(self._get(name).trained)
+        return base_record(self.model, exclude=trained, tokenizer=tokenizer)
 
     def save(
         self,
@@ -281,15 +302,17 @@ class Adapters:
         Args:
             folder: Where to write; must not exist unless `overwrite`.
             name: The adapter; may be omitted if the model has only one.
-            tokenizer: Saved in the same folder, chat template included.
+            tokenizer: Saved in the same folder, chat template included, and recorded in the base's fingerprint.
             provenance: How the adapter was trained (configuration, data, scores), JSON values only.
             base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
 
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
+            AdapterStateError: A layer of the adapter was replaced.
         """
         adapter = self._get(name)
+        self._require_in_place([adapter.name])
         if provenance:
             adapter.provenance = {**adapter.provenance, **provenance}
         return saving.save(
@@ -416,11 +439,8 @@ class Adapters:
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
         for name in active.names:
-            for path, module in self._installed[name].modules.items():
-                layer = self.model.get_submodule(path)
-                adapters = layer.adapters
-                assert isinstance(adapters, LayerAdapters)
-                for attribute, copy in module.trained.items():
+            for _, layer, adapters in self._installed[name].layers(self.model):
+                for attribute, copy in adapters[name].trained.items():
                     adapters.replace(layer, attribute, copy)
 
     def _get(self, name: str | None) -> InstalledAdapter:
@@ -437,6 +457,21 @@ class Adapters:
                 + nearest(str(name), self.names)
             )
         return self._installed[name]
+
+    def _require_in_place(self, names: Iterable[str]) -> None:
+        """Raise an AdapterStateError if the user has replaced a layer that one of these adapters is on."""
+        for name in names:
+            if sentence := self._installed[name].replaced_layers(self.model):
+                raise AdapterStateError(
+                    f"{sentence} Put the original layer back, or call detach() and attach or load the adapter on the "
+                    "changed model."
+                )
+
+    def _report_replaced(self, names: Iterable[str]) -> None:
+        """Warn about replaced layers where the rest can be undone."""
+        for name in names:
+            if sentence := self._installed[name].replaced_layers(self.model):
+                _LOG.warning("%s The new layer stays as it is.", sentence)
 
     def _known(self) -> str:
         return ", ".join(self.names) or "none"

@@ -55,10 +55,35 @@ class InstalledAdapter:
 
     def read_directly(self, model: nn.Module) -> Iterator[str]:
         """Yield the paths of the layers with trained copies whose weights the model may read without a call."""
-        for path, module in self.modules.items():
-            adapters: Any = model.get_submodule(path).adapters
-            if module.trained and adapters.layout.is_read_directly:
+        for path, _, adapters in self.layers(model):
+            if adapters[self.name].trained and adapters.layout.is_read_directly:
                 yield path
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
+        """Yield path, layer and `adapters` child of each layer that has the adapter.
+
+        A layer that the user has replaced since is left out (`replaced_layers`).
+        """
+        for path, module in self.modules.items():
+            try:
+                layer = model.get_submodule(path)
+            except AttributeError:  # a parent was replaced
+                continue
+            adapters = getattr(layer, ADAPTERS, None)  # also through a wrapper, as of torch.compile
+            if isinstance(adapters, LayerAdapters) and adapters._modules.get(self.name) is module:
+                yield path, layer, adapters
+
+    def replaced_layers(self, model: nn.Module) -> str:
+        """Return a sentence about the layers that were replaced since the adapter was attached; "" if none was."""
+        present = {path for path, _, _ in self.layers(model)}
+        missing = [path for path in self.modules if path not in present]
+        if not missing:
+            return ""
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        return (
+            f"The layer '{missing[0]}'{more} was replaced after the adapter '{self.name}' was attached, so it no "
+            "longer has the adapter."
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's tensors, each once."""
@@ -135,8 +160,8 @@ def uninstall(
     model: nn.Module, adapter: InstalledAdapter, others: Iterable[InstalledAdapter]
 ) -> None:
     """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
-    for path in adapter.modules:
-        remove_adapter(model.get_submodule(path), adapter.name)
+    for _, layer, adapters in adapter.layers(model):
+        remove_adapter(layer, adapters, adapter.name)
     needed = [hook for other in others for hook in other.backbone_hooks]
     remove_hooks(backbone_of(model), adapter.backbone_hooks, needed)
     remove_idle_hooks(model)

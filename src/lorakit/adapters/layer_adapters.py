@@ -300,10 +300,8 @@ def remove_hooks(
     remove_functions(module, *(hook.run for hook in hooks if hook.run not in needed_functions))
 
 
-def remove_adapter(layer: nn.Module, name: str) -> None:
-    """Remove one adapter from a layer, with the hooks that no other adapter on it needs."""
-    adapters = layer._modules[ADAPTERS]
-    assert isinstance(adapters, LayerAdapters)
+def remove_adapter(layer: nn.Module, adapters: LayerAdapters, name: str) -> None:
+    """Remove one of a layer's adapters, with the hooks that no other adapter on it needs."""
     show_parameters(layer)  # after an interrupted call
     removed = adapters[name]
     del adapters[name]

@@ -40,6 +40,7 @@ def load(
     allow_other_base: bool = False,
     alpha: float | None = None,
     trainable: bool = False,
+    tokenizer: Any = None,
 ) -> Adapters:
     """Load an adapter from disk onto a model, validate it against the model and activate it.
 
@@ -50,6 +51,7 @@ def load(
         allow_other_base: Load the adapter even if the file records another base, and log a warning.
         alpha: Alpha of a loralib file, which does not record it.
         trainable: Whether its tensors require a gradient, to continue training.
+        tokenizer: The tokenizer that you use with the model. Another one than in training is a warning.
 
     Returns:
         The model's handle; a model that already has adapters keeps its handle.
@@ -66,6 +68,7 @@ def load(
         name=name,
         allow_other_base=allow_other_base,
         trainable=trainable,
+        tokenizer=tokenizer,
     )
 
 
@@ -77,6 +80,7 @@ def load_stored(
     name: str | None = None,
     allow_other_base: bool = False,
     trainable: bool = False,
+    tokenizer: Any = None,
 ) -> Adapters:
     """Load an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
     if not name:
@@ -84,7 +88,7 @@ def load_stored(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    _check_base(model, stored, Path(path), allow_other_base)
+    _check_base(model, stored, Path(path), allow_other_base, tokenizer)
     # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
     for notice in stored.notices:
         _LOG.warning("%s: %s", path, notice)
@@ -303,7 +307,7 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
 
 
 def _check_base(
-    model: nn.Module, stored: StoredAdapter, path: Path, allow_other_base: bool
+    model: nn.Module, stored: StoredAdapter, path: Path, allow_other_base: bool, tokenizer: Any
 ) -> None:
     """Validate and complete `stored` against the model, and compare the model with the recorded base.
 
@@ -313,7 +317,7 @@ def _check_base(
     formats.check_targets(stored, path, model)
     if stored.base is None:
         return
-    live = formats.base_record(model, exclude=tuple(stored.trained))
+    live = formats.base_record(model, exclude=tuple(stored.trained), tokenizer=tokenizer)
     try:
         stored.notices.extend(formats.compare(stored.base, live) or [])
     except WrongBaseError as error:

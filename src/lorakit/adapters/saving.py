@@ -21,7 +21,10 @@ from lorakit.models.parameter_swaps import hidden_parameters
 
 
 def store(
-    model: nn.Module, adapter: InstalledAdapter, base: formats.BaseRecord | None = None
+    model: nn.Module,
+    adapter: InstalledAdapter,
+    base: formats.BaseRecord | None = None,
+    tokenizer: Any = None,
 ) -> StoredAdapter:
     """Return the stored form of a live adapter: settings, tensors on the CPU and the record of its base."""
     layers = {
@@ -36,7 +39,7 @@ def store(
         layers=layers,
         modules={path: tensors for path, tensors in modules.items() if tensors},
         trained=trained,
-        base=base or formats.base_record(model, exclude=tuple(trained)),
+        base=base or formats.base_record(model, exclude=tuple(trained), tokenizer=tokenizer),
         provenance=dict(adapter.provenance),
     )
 
@@ -53,7 +56,7 @@ def save(
     """Write an adapter folder atomically (see `Adapters.save`)."""
     if overwrite:
         formats.check_replaceable(folder)
-    stored = store(model, adapter, base)
+    stored = store(model, adapter, base, tokenizer)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -19,6 +19,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
 from lorakit.models.loading import NEW_WEIGHTS, Base
+from lorakit.models.tokenizer import read_tokenizer
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
 _LOG = logging.getLogger(__name__)
@@ -258,9 +259,15 @@ def add_adapter(
     Raises:
         LorakitError: The base and the adapter do not fit each other.
     """
+    has_own = (Path(adapter.path) / "tokenizer_config.json").exists()
     load_stored(
-        base.model, adapter.stored, adapter.path, name=name, allow_other_base=allow_other_base
+        base.model,
+        adapter.stored,
+        adapter.path,
+        name=name,
+        allow_other_base=allow_other_base,
+        tokenizer=None if has_own else base.tokenizer,
     )
-    if (Path(adapter.path) / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(adapter.path, local_files_only=True)
+    if has_own:
+        return read_tokenizer(str(adapter.path), AdapterFileError, local_files_only=True)
     return base.tokenizer

@@ -21,6 +21,7 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise
 from lorakit.models.sources import ModelSource, resolve
+from lorakit.models.tokenizer import read_tokenizer
 from lorakit.ops import seeded
 
 if TYPE_CHECKING:
@@ -340,10 +341,8 @@ def _some(names: list[str]) -> str:
 
 def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer; None if the model has none. A damaged one raises transformers' error."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = read_tokenizer(path, BaseModelError, **options)
     except (OSError, ValueError, KeyError) as error:
         folder = Path(path)
         if folder.is_dir() and any(folder.glob("tokenizer*")):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.autocast import autocast_to, no_autocast, wide_dtype
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 from lorakit.ops.dropout import fast, kept, multiplier
 from lorakit.ops.rows import round_up
 
@@ -84,7 +84,7 @@ def masked_attention(
     if blocks.length > MAX_KEYS:
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     with no_autocast(query):
-        return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
+        return apply(_MaskedAttention, query, key, value, blocks, scale, dropout)
 
 
 def fused_attention(
@@ -272,7 +272,7 @@ def _bias(mask: Tensor) -> Tensor:
     return bias.masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-class _MaskedAttention(torch.autograd.Function):
+class _MaskedAttention(Function):
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale, dropout):
         Q = blocks.split(query, key.shape[1])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.ops.derivatives import Function, apply, is_transformed
+
 PERIOD = 2**10
 """Elements after which the pattern of thresholds repeats."""
 
@@ -20,8 +22,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element set to zero with probability `p`, the others divided by ``1 - p``.
 
     On a CPU the random bits come from a small fast generator (SFC64). A draw from torch's default generator seeds
-    it, so the result depends only on torch's seed or restored state. On other devices and under torch.compile this
-    is `torch.nn.functional.dropout`.
+    it, so the result depends only on torch's seed or restored state. On other devices, under torch.compile
+    and under torch.func this is `torch.nn.functional.dropout`.
 
     Drawing random bits dominates the cost, so each element uses eight bits and compares them with a threshold. If
     256 p is not an integer, a pattern of two neighbouring thresholds averages to p. The pattern starts at a random
@@ -31,9 +33,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
         x: Any shape.
         p: Between 0 and 1, rounded to a multiple of 1 / 262,144. The scale factor uses the rounded value.
     """
-    if not fast(x) or not 0 < p < 1:
+    if not fast(x) or is_transformed(x) or not 0 < p < 1:
         return F.dropout(x, p)
-    return _Dropout.apply(x, p)
+    return apply(_Dropout, x, p)
 
 
 def fast(x: Tensor) -> bool:
@@ -78,7 +80,7 @@ def multiplier(keep: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx, x, p):
         keep, ctx.factor = kept(x, p)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 from lorakit.ops.rows import STEP, rounded_rows
 
 CHUNK_BYTES = 32 * 2**20
@@ -53,10 +53,14 @@ def linear_cross_entropy(
     """
     if chunk is None:
         chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]) // STEP * STEP)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, weights, label_smoothing, chunk)
+    return apply(
+        _LinearCrossEntropy, hidden, weight, targets, bias, weights, label_smoothing, chunk
+    )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
+    instead = "the model's own loss, or torch.nn.functional.cross_entropy of its logits"
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast
+from lorakit.ops.derivatives import Function, apply, is_transformed
 
 
 def lora_linear(
@@ -33,6 +34,8 @@ def lora_linear(
     """
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
+    if is_transformed(x, out, A, B):  # plain operations have every derivative
+        return out + (x @ A.to(out.dtype).T @ B.to(out.dtype).T) * scaling
     # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
     # addition anyway.
     in_place = (
@@ -43,7 +46,7 @@ def lora_linear(
     )
     with no_autocast(out):
         if torch.is_grad_enabled():
-            return _LoraLinear.apply(x, out, A, B, scaling, in_place)
+            return apply(_LoraLinear, x, out, A, B, scaling, in_place)
         return _add_product(x, out, A, B, scaling, in_place)
 
 
@@ -68,7 +71,7 @@ def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: 
     return total
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(Function):
     @staticmethod
     def forward(ctx, x, out, A, B, scaling, in_place):
         x_ND = x.reshape(-1, x.shape[-1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast
+from lorakit.ops.derivatives import Function, apply
 
 
 class Segment(NamedTuple):
@@ -51,7 +52,7 @@ def lora_segments(
     with no_autocast(out):
         if torch.is_grad_enabled():
             factors = [t for segment in segments for t in (segment.A, segment.B)]
-            return _LoraSegments.apply(x, out, [(s.tokens, s.scaling) for s in segments], *factors)
+            return apply(_LoraSegments, x, out, [(s.tokens, s.scaling) for s in segments], *factors)
         return _add_products(x, out if in_place else out.clone(), segments)
 
 
@@ -81,7 +82,9 @@ def _add_product(
         total.index_copy_(0, tokens, sums)
 
 
-class _LoraSegments(torch.autograd.Function):
+class _LoraSegments(Function):
+    instead = "activate one adapter for the whole batch"
+
     @staticmethod
     def forward(ctx, x, out, segments, *factors):
         total, hidden = out.clone(), []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.autograd import Function
+
+from lorakit.ops.derivatives import Function, apply
 
 STEP = 32
 """Largest multiple to which row counts are rounded up."""
@@ -39,7 +40,7 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
     Returns:
         Shape (M, ...).
     """
-    return _Take.apply(x, at)
+    return apply(_Take, x, at)
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
@@ -53,7 +54,7 @@ def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
     Returns:
         Shape (N, ...).
     """
-    return _Put.apply(rows, at, count)
+    return apply(_Put, rows, at, count)
 
 
 def _scatter(rows: Tensor, at: Tensor, count: int) -> Tensor:
@@ -61,6 +62,8 @@ def _scatter(rows: Tensor, at: Tensor, count: int) -> Tensor:
 
 
 class _Take(Function):
+    instead = "call the model itself, not lorakit's training loss"
+
     @staticmethod
     def forward(ctx, x, at):
         ctx.save_for_backward(at)
@@ -74,6 +77,8 @@ class _Take(Function):
 
 
 class _Put(Function):
+    instead = "call the model itself, not lorakit's training loss"
+
     @staticmethod
     def forward(ctx, rows, at, count):
         ctx.save_for_backward(at)

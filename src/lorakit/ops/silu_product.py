@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -18,10 +19,10 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         gate: Any shape.
         up: The shape and dtype of `gate`.
     """
-    return _SiLUProduct.apply(gate, up)
+    return apply(_SiLUProduct, gate, up)
 
 
-class _SiLUProduct(torch.autograd.Function):
+class _SiLUProduct(Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)

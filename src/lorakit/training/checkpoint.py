@@ -15,6 +15,8 @@ damaged checkpoint and uses the one before: every checkpoint of a run leads to t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import random
 import re
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from lorakit import storage
 from lorakit.data.batches import token_count
 from lorakit.errors import LorakitError, RunFolderError
+from lorakit.models.config_fields import VERSION, changed_fields
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +44,10 @@ STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
 
 Inputs = dict[str, dict[str, str]]
-"""Source and SHA-256 of the base model and of each data split that a run reads."""
+"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also their values."""
+
+FIELDS = "fields"
+"""Key of the values of settings in `Inputs`."""
 
 T = TypeVar("T")
 
@@ -216,11 +222,25 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
         ) from None
 
 
+def fields_input(source: str, fields: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the entry of `Inputs` for the fields of a configuration, so that an error can name those that changed."""
+    values = {name: value for name, value in (fields or {}).items() if name != VERSION}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {"source": source, "sha256": digest, FIELDS: json.dumps(fields, sort_keys=True)}
+
+
 def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
     none = {"source": "none", "sha256": "none"}
     for name, before in then.items():
         after = now.get(name, none)
-        if before["sha256"] != after["sha256"]:
+        if FIELDS in before and FIELDS in after:
+            changed = changed_fields(json.loads(before[FIELDS]), json.loads(after[FIELDS]))
+            if changed:
+                raise RunFolderError(
+                    f"The {name} of '{after['source']}' has changed since {path} was written: {', '.join(changed)}. "
+                    "Restore it, or start a new run with from_adapter."
+                )
+        elif before["sha256"] != after["sha256"]:
             raise RunFolderError(
                 f"The {name} has changed since {path} was written: it was '{before['source']}' with SHA-256 "
                 f"{before['sha256'][:12]} and is '{after['source']}' with {after['sha256'][:12]}. Restore it, or start "

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, Task, file_of, generic_task, task_type
-from lorakit.training.checkpoint import Inputs, State
+from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
@@ -129,11 +130,11 @@ class Job:
     @cached_property
     def base_record(self) -> BaseRecord:
         """The fingerprint of the base, taken once: training leaves the base unchanged."""
-        return self.adapters.base_record(ADAPTER)
+        return self.adapters.base_record(ADAPTER, tokenizer=self.base.tokenizer)
 
     @property
     def inputs(self) -> Inputs:
-        """Digests of the base, the data and a custom task's file, which a resumed run must match."""
+        """Digests of the base, its tokenizer, the data and a custom task's file, which a resumed run must match."""
         sets = {"train data": self.train, "validation data": self.validation}
         # The adapter's record excludes the parameters that are trained in full; a resumed run compares all.
         record = base_record(self.model) if self.base_record.excluded else self.base_record
@@ -143,6 +144,11 @@ class Job:
             "base model": {
                 "source": self.config.base.name,
                 "sha256": weights.exact or weights.dtype,  # without a hash, dtype is the reason
+            },
+            "base configuration": fields_input(self.config.base.name, record.configuration),
+            "tokenizer": {
+                "source": f"{self.config.base.name} (tokenizers {tokenizers.__version__})",
+                "sha256": str(self.base_record.tokenizer),
             },
             **{
                 split: {"source": data.report.source, "sha256": data.sha256}

@@ -33,7 +33,9 @@ def warm_start(base: Base, path: str, *, name: str) -> Adapters:
             stored.trained[parameter] = new.detach().clone()
             stored.base_copies.pop(parameter, None)
             shapes[parameter] = f"{parameter} {tuple(old.shape)} -> {tuple(new.shape)}"
-    adapters = load_stored(base.model, stored, path, name=name, trainable=True)
+    adapters = load_stored(
+        base.model, stored, path, name=name, trainable=True, tokenizer=base.tokenizer
+    )
     if shapes:
         loaded = ", ".join(n for n in stored.trained if n in of_head and n not in shapes)
         base.notices.append(

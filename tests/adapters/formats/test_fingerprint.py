@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import pytest
 import tiny_models
 import torch
+import transformers
+from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import lorakit
@@ -16,6 +18,8 @@ from lorakit.adapters.formats import fingerprint
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models import digests
+from lorakit.models.config_fields import changed_fields, computing_fields
+from lorakit.models.tokenizer import tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,110 @@ def test_mixed_dtypes():
     assert compare(record(model), record(model)) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rms_norm_eps": 0.5}, r"rms_norm_eps 1e-06 -> 0\.5"),
+        ({"hidden_act": "gelu"}, 'hidden_act "silu" -> "gelu"'),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            r"rope_parameters\.rope_theta 10000 -> 500000 ",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+            r"rope_parameters\.factor null -> 2, .*rope_type \"default\" -> \"linear\"",
+        ),
+    ],
+    ids=["eps", "activation", "theta", "rope scaling"],
+)
+def test_another_configuration_is_another_base(settings, message):
+    with pytest.raises(WrongBaseError, match=f"its configuration differs in {message}"):
+        compare(record(llama()), record(llama(**settings)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"bos_token_id": 5},
+        {"pad_token_id": None},
+        {"initializer_range": 0.5},
+        {"attention_dropout": 0.5},  # acts in training only
+        {"attn_implementation": "eager"},
+        {"rms_norm_eps": 9.999999974752427e-07},  # as float32, from GGUF
+        {"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}},
+        {"a_field_of_another_tool": 1},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_computes_the_same_is_the_same(settings):
+    live = llama()
+    for name, value in settings.items():
+        setattr(live.config, name, value)
+    assert compare(record(llama()), record(live)) == []
+
+
+def test_a_nested_configuration_is_compared_by_field():
+    def fields(eps: float) -> dict:
+        config = transformers.LlavaConfig()
+        config.text_config.rms_norm_eps = eps
+        return computing_fields(config)
+
+    assert changed_fields(fields(1e-6), fields(1e-6)) == []
+    assert changed_fields(fields(1e-6), fields(1e-5)) == ["text_config.rms_norm_eps 1e-06 -> 1e-05"]
+
+
+def test_another_version_of_transformers_may_have_other_fields():
+    then, now = record(llama()), record(llama())
+    then.configuration["transformers_version"] = "5.0.0"
+    del then.configuration["mlp_bias"]
+    now.configuration["rope_parameters"]["partial_rotary_factor"] = 1
+    assert compare(then, now) == []
+    now.configuration["rope_parameters"]["rope_theta"] = 7
+    with pytest.raises(WrongBaseError, match="rope_theta 10000 -> 7"):
+        compare(then, now)
+
+
+def test_a_model_without_a_configuration_has_none():
+    model = nn.Linear(2, 2)
+    assert record(model).configuration is None
+    model.config = {"hidden_size": 2}
+    assert record(model).configuration is None
+
+
+def test_another_tokenizer_is_reported():
+    def recorded(tokenizer) -> BaseRecord:
+        return base_record(llama(), tokenizer=tokenizer)
+
+    then = recorded(tiny_tokenizer())
+    assert compare(then, recorded(tiny_tokenizer())) == []
+    used = tiny_tokenizer()
+    used(["a", "a b c d"], padding=True, truncation=True, max_length=2)
+    used.pad_token, used.padding_side, used.model_max_length = used.eos_token, "left", 7
+    assert compare(then, recorded(used)) == []
+    for other in (tiny_tokenizer(adds_bos=True), tiny_tokenizer(chat_template=None)):
+        (notice,) = compare(then, recorded(other))
+        assert "another tokenizer" in notice
+    assert compare(then, record(llama())) == []  # not known
+    assert compare(record(llama()), then) == []
+
+
+def test_a_tokenizer_written_in_python_has_a_digest():
+    plain, longer = transformers.ByT5Tokenizer(), transformers.ByT5Tokenizer(extra_ids=7)
+    assert tokenizer_digest(plain) == tokenizer_digest(transformers.ByT5Tokenizer())
+    assert tokenizer_digest(plain) != tokenizer_digest(longer)
+
+
+def test_a_record_of_an_earlier_version_has_only_weights():
+    live = base_record(llama(rms_norm_eps=0.5), tokenizer=tiny_tokenizer())
+    values = record(llama()).to_json()
+    del values["configuration"], values["tokenizer"]
+    assert compare(BaseRecord.from_json(values), live) == []
+
+
 def test_json_there_and_back():
-    found = record(llama(), "a/b", exclude=["model.norm.weight"], revision="1")
+    source = Source("a/b", "1")
+    found = base_record(llama(), source, ["model.norm.weight"], tokenizer=tiny_tokenizer())
     text = json.dumps(found.to_json())
     again = BaseRecord.from_json(json.loads(text))
     assert again == found
@@ -255,6 +361,8 @@ def test_json_there_and_back():
         {"architecture": [1]},
         {"excluded": "all"},
         {"excluded": [1]},
+        {"configuration": [1]},
+        {"tokenizer": 1},
     ],
     ids=str,
 )

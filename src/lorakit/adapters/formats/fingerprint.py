@@ -1,6 +1,8 @@
 """Fingerprints of base models, to check that a live model is the base of an adapter.
 
-A fingerprint has three parts: the architecture, the name of the source, and a hash of the weights.
+A fingerprint has five parts: the architecture, the name of the source, a hash of the weights, the fields of the
+configuration that change the computation, and a hash of the tokenizer. An older file lacks the last two, and a model
+without a configuration or tokenizer has none; a part that is missing is not compared.
 The weights are hashed twice: exactly, and rounded to bfloat16 to recognise the same weights in another
 dtype. The second hash of a quantised weight is that of the original weight before quantisation, to
 recognise a quantised base and the unquantised one as the same.
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
 from lorakit.errors import AdapterFileError, WrongBaseError
+from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
 from lorakit.models.sources import ModelSource
+from lorakit.models.tokenizer import tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,23 @@ class BaseRecord:
     weights: Weights
     excluded: tuple[str, ...] = ()
     """Names of the parameters that are not hashed, because the adapter replaces them."""
+    configuration: dict[str, Any] | None = None
+    """The fields of the configuration that change the computation (`lorakit.models.config_fields`); None if not known.
+    """
+    tokenizer: str | None = None
+    """SHA-256 of the tokenizer (`lorakit.models.tokenizer`); None if not known."""
     layout: BaseLayout | None = field(default=None, compare=False, repr=False)
     """Other facts about a live model that the formats need; not written to files."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
         parts = {name: vars(getattr(self, name)) for name in _PARTS}
-        return {**parts, "excluded": list(self.excluded)}
+        return {
+            **parts,
+            "excluded": list(self.excluded),
+            "configuration": self.configuration,
+            "tokenizer": self.tokenizer,
+        }
 
     @classmethod
     def from_json(cls, values: Any) -> BaseRecord:
@@ -100,6 +114,13 @@ class BaseRecord:
             raise AdapterFileError(
                 f"the record of the base model has {excluded!r:.60} as 'excluded'; a list of names was expected."
             )
+        for name, kind in (("configuration", dict), ("tokenizer", str)):
+            parts[name] = values.get(name)
+            if not isinstance(parts[name], kind | None):
+                raise AdapterFileError(
+                    f"the record of the base model has {parts[name]!r:.60} as '{name}'; a {kind.__name__} or null was "
+                    "expected."
+                )
         return cls(**parts, excluded=tuple(excluded))
 
 
@@ -107,7 +128,10 @@ _PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin,
 
 
 def base_record(
-    model: nn.Module, source: ModelSource | None = None, exclude: Iterable[str] = ()
+    model: nn.Module,
+    source: ModelSource | None = None,
+    exclude: Iterable[str] = (),
+    tokenizer: Any = None,
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
@@ -116,6 +140,7 @@ def base_record(
         source: The source of the model; the default is the one in its configuration.
         exclude: Names of parameters to skip, because an adapter replaces them (a head of its
             own, trained biases).
+        tokenizer: The tokenizer, if it is known.
 
     Returns:
         The record. A tied weight counts once. Weights have no hash if they are on the meta device,
@@ -143,6 +168,8 @@ def base_record(
         source=origin,
         weights=hash_weights(weights),
         excluded=tuple(sorted(excluded)),
+        configuration=computing_fields(config),
+        tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer),
         layout=base_layout(model),
     )
 
@@ -155,11 +182,11 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         live: The record of the model, with the same parameters excluded.
 
     Returns:
-        Sentences about harmless differences (dtype, quantisation, sharding). Weights that round to the bfloat16 ones
-        of the training are no difference.
+        Sentences about harmless differences (dtype, quantisation, sharding), and about another tokenizer. Weights that
+        round to the bfloat16 ones of the training are no difference.
 
     Raises:
-        WrongBaseError: The architecture or the weights differ.
+        WrongBaseError: The architecture, the weights or the configuration differ.
     """
     then, now = recorded.architecture, live.architecture
     for attribute, a, b in (
@@ -173,7 +200,21 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     if then.shapes != now.shapes and not packed:
         reason = "it has other parameters or other shapes (another size or vocabulary)"
         raise _wrong_base(recorded, live, reason)
-    return _compare_weights(recorded, live)
+    # Dropout and other fields of training do not change the adapted model.
+    if changed := changed_fields(recorded.configuration, live.configuration, training=False):
+        reason = f"its configuration differs in {', '.join(changed)} (trained -> this model)"
+        raise _wrong_base(recorded, live, reason)
+    return [*_compare_weights(recorded, live), *_compare_tokenizers(recorded, live)]
+
+
+def _compare_tokenizers(recorded: BaseRecord, live: BaseRecord) -> list[str]:
+    """A difference is no error: a newer version of tokenizers may write the same tokenizer in another form."""
+    if None in (recorded.tokenizer, live.tokenizer) or recorded.tokenizer == live.tokenizer:
+        return []
+    return [
+        "The adapter was trained with another tokenizer: the vocabulary, the rules, the special tokens or the chat "
+        "template differ. Use the tokenizer that the adapter was trained with."
+    ]
 
 
 def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:

@@ -1,0 +1,62 @@
+"""Read a tokenizer from its files, and digest it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.DOTALL)
+"""Matches truncation and padding at the start of a serialised tokenizer. In a text of it the quotes are escaped."""
+
+
+def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or a hub id; `options` are those of transformers.
+
+    Raises:
+        error: Its `model_max_length` is not a whole number of 1 or more. Transformers accepts any value, and fails
+            when a text is tokenized.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    length = tokenizer.model_max_length
+    whole = isinstance(length, int | float) and not isinstance(length, bool) and length % 1 == 0
+    if not (whole and length >= 1):
+        raise error(
+            f"'{Path(path) / 'tokenizer_config.json'}' has {length!r:.40} as model_max_length; a whole number of 1 or "
+            "more was expected. Correct it, or remove it to set no limit."
+        )
+    tokenizer.model_max_length = int(length)  # 512.0 fails in the first call that truncates
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """Return a SHA-256 of what determines the ids of a text: vocabulary, rules, special tokens, chat template.
+
+    Settings of padding and truncation do not count: calls of the tokenizer change them, and `load_base` sets a
+    padding token.
+
+    Args:
+        tokenizer: A tokenizer of transformers, or a processor that has one. Others, and None, have no digest.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: its class is its rules
+        rules = f"{type(tokenizer).__name__}{sorted(tokenizer.get_vocab().items())}"
+    else:
+        rules = _SETTINGS.sub("", backend.to_str(), count=1)
+    special = {n: t for n, t in tokenizer.special_tokens_map.items() if n != "pad_token"}
+    others = json.dumps([special, tokenizer.chat_template], sort_keys=True, default=str)
+    return hashlib.sha256(f"{rules}\0{others}".encode()).hexdigest()

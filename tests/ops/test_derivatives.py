@@ -1,0 +1,152 @@
+"""Derivatives other than the first gradient are right, or an error that names the function and the fix."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+from lorakit import LoRA, attach
+from lorakit.errors import LorakitError
+from lorakit.models.faster import make_faster, make_stock
+from lorakit.ops import (
+    dropout,
+    linear_cross_entropy,
+    lora_linear,
+    masked_attention,
+    put_rows,
+    rms_norm,
+    silu_product,
+    take_rows,
+)
+from lorakit.ops.lora_segments import Segment, lora_segments
+
+pytestmark = pytest.mark.filterwarnings(  # torch's own, when forward mode is first used
+    "ignore:`torch.jit.script` is:DeprecationWarning"
+)
+
+A, B = torch.randn(2, 8), torch.randn(8, 2)
+AT = torch.tensor([2, 0])
+
+ONCE = {
+    "rms_norm": lambda x: rms_norm(x, torch.ones(8), 1e-6),
+    "silu_product": lambda x: silu_product(x, x),
+    "attention": lambda x: masked_attention(*[x.view(1, 1, 4, 8)] * 3, scale=1.0),
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, A, torch.tensor([0, 1, 1, 0])),
+}
+"""Functions without a second derivative, by their module."""
+
+TWICE = {
+    "lora_segments": lambda x: lora_segments(x, x * x, [Segment(AT, A, B, 2.0)]),
+    "rows": lambda x: put_rows(take_rows(x, AT).square(), AT, 3),
+}
+"""Functions with one."""
+
+EVERY = {
+    "lora_linear": lambda x: lora_linear(x, x * x, A, B, 2.0),
+    "dropout": lambda x: dropout(x, 0.5).square(),
+}
+"""Functions with every derivative."""
+
+TRANSFORMS = {
+    "grad": lambda f, x: grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: vmap(f, randomness="different")(x[None]),
+    "jvp": lambda f, x: jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: jacrev(f)(x),
+}
+
+
+def rows() -> Tensor:
+    return torch.linspace(-1, 1, 32).view(4, 8)
+
+
+def in_forward_mode(f, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize("transform", [*TRANSFORMS.values(), in_forward_mode])
+@pytest.mark.parametrize("module", [*ONCE, *TWICE])
+def test_a_transform_is_an_error_that_names_the_function(module: str, transform) -> None:
+    with pytest.raises(LorakitError, match=rf"^lorakit\.ops\.{module} does not support torch.func"):
+        transform({**ONCE, **TWICE}[module], rows())
+
+
+@pytest.mark.parametrize("transform", [*TRANSFORMS.values(), in_forward_mode])
+@pytest.mark.parametrize("module", EVERY)
+def test_the_functions_of_an_adapter_have_every_transform(module: str, transform) -> None:
+    transform(EVERY[module], rows())
+
+
+def test_transforms_of_lora_linear_compute_its_derivatives() -> None:
+    x, f = rows(), EVERY["lora_linear"]
+    torch.testing.assert_close(vmap(f)(x[None])[0], f(x))
+    (expected,) = torch.autograd.grad(f(x.requires_grad_()).sum(), x)
+    torch.testing.assert_close(grad(lambda x: f(x).sum())(x.detach()), expected)
+    torch.testing.assert_close(in_forward_mode(f, x.detach()).sum(), expected.sum())
+
+
+def test_other_tensors_of_forward_mode_do_not_matter() -> None:
+    with forward_ad.dual_level():
+        forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        assert ONCE["rms_norm"](rows()).shape == (4, 8)
+
+
+@pytest.mark.parametrize("module", ONCE)
+@pytest.mark.parametrize("by_gradient", [False, True])
+def test_a_second_derivative_is_an_error_that_names_the_function(module, by_gradient) -> None:
+    """Also where the incoming gradient is constant: the terms of the function were missing from the sum."""
+    x = rows().requires_grad_()
+    output = ONCE[module](x).sum()
+    total = (output.square() if by_gradient else output) + x.pow(3).sum()
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(LorakitError, match=rf"^lorakit\.ops\.{module} has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("module", ONCE)
+def test_a_first_derivative_with_a_graph_is_the_same(module: str) -> None:
+    x = rows().requires_grad_()
+    plain, with_graph = (
+        torch.autograd.grad(ONCE[module](x).sum(), x, create_graph=create)[0]
+        for create in (False, True)
+    )
+    assert torch.equal(plain, with_graph)
+
+
+@pytest.mark.parametrize("module", [*TWICE, "lora_linear"])
+def test_second_derivatives(module: str) -> None:
+    x = rows().double().requires_grad_()
+    segment = Segment(AT, A.double(), B.double(), 2.0)
+    f = {
+        "lora_linear": lambda x: lora_linear(x, x * x, segment.A, segment.B, 2.0),
+        "lora_segments": lambda x: lora_segments(x, x * x, [segment]),
+        "rows": TWICE["rows"],
+    }[module]
+    assert torch.autograd.gradgradcheck(f, (x,))
+
+
+def test_an_adapted_model_has_every_transform() -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2, dropout=0.1))
+    randomise(adapters)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    ids = torch.arange(3, 17).view(2, 7)
+
+    def loss(parameters, ids):
+        return functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
+
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(grad(loss)(parameters, ids), expected)
+    by_row = vmap(grad(loss), (None, 0))(parameters, ids[:, None])
+    torch.testing.assert_close({n: g.mean(0) for n, g in by_row.items()}, expected)
+    make_faster(model)
+    with pytest.raises(LorakitError, match=r"^lorakit\.ops\..*make_stock\(model\)"):
+        grad(loss)(parameters, ids)
+    make_stock(model)
+    torch.testing.assert_close(grad(loss)(parameters, ids), expected)
