@@ -164,6 +164,8 @@ def from_peft(peft_model: Any) -> Adapters:
     for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     for name in names:
+        for notice in stored[name].notices:
+            _LOG.warning("%s: %s", name, notice)
         put_on(base, stored[name], name=name, trainable=any(f".{name}." in n for n in trainable))
     handle = handle_for(base)
     handle.activate(dict.fromkeys(active, 1.0))

@@ -88,7 +88,7 @@ def test_everything_comes_back(tmp_path, name):
         assert "PEFT cannot" in notices[0]
         assert set(os.listdir(tmp_path / "adapter")) == files | {"lorakit_model.safetensors"}
     else:
-        assert notices == []
+        assert [n[:19] for n in notices] == (["PEFT up to 0.21.2 a"] if name == "attention" else [])
         peft_files = {"adapter_config.json", "adapter_model.safetensors"}
         assert set(os.listdir(tmp_path / "adapter")) == files | peft_files
         formats.read_peft(tmp_path / "adapter")  # it can also be read without lorakit.json

@@ -147,6 +147,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         ),
     ]
+    parts += form.notices
     obstacle = vllm_obstacle(form)
     if obstacle is not None:
         return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
+from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
 from lorakit.adapters.formats.peft.writing import MAGNITUDE, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -98,6 +99,7 @@ def _adapter(
             raise AdapterFileError(f"'{path}' has factors under two names.")
         is_attention = key + _OUT_PROJ in parts
         layers[path] = _layer(path, options_path, layer_parts, config, is_attention=is_attention)
+    notices = as_computed(layers, options.get("peft_version"))
     classified = _OtherTensors(config, parts, others)
     saved_modules = classified.saved_modules
     if config.modules_to_save and not saved_modules:
@@ -111,7 +113,7 @@ def _adapter(
         trained=classified.trained,
         base_copies=classified.base_copies,
         provenance={"peft": _provenance(options)},
-        notices=rank_notices(layers),
+        notices=[*notices, *rank_notices(layers)],
         peft_config=options,
     )
     if options.get("ensure_weight_tying"):

@@ -13,15 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft import trained
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME
+from lorakit.adapters.formats.peft.attention import (
+    LAST_VERSION,
+    attention_paths,
+    both_projections,
+    written_notices,
+)
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.forms import AttentionForm, EmbeddingForm, LinearForm
+from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
@@ -45,6 +50,8 @@ class PeftForm:
     """Prefix of the keys of each adapted layer, without `PREFIX`, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
+    notices: list[str] = field(default_factory=list)
+    """Sentences for the user on what the folder means to PEFT."""
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
@@ -75,17 +82,18 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     for path in stored.layers:
         if layout is not None and path in layout.beyond_peft:
             raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
-    attention = _attention_paths(stored.layers, layout)
+    attention = attention_paths(stored.layers, layout)
     entries: dict[str, StoredLayer] = {}
     for path, layer in stored.layers.items():
         with located(f"'{path}'"):
             entries[path] = to_peft(layer)
     entries |= _tied_heads(entries)
     for path in attention:
-        entries.update(_both_projections(path, entries))
+        entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
     form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
+    form.notices = written_notices(entries, attention)
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
     trained_form = trained.assign_keys(stored, layout, keys)
@@ -104,6 +112,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if form.notices:
+        form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
     return form
 
 
@@ -116,41 +126,6 @@ def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
                 raise NotExpressibleError(f"'{path}': PEFT cannot tie DoRA's magnitudes to a head.")
             heads[entry.tied_head] = replace(entry, kind=LinearForm.kind, A=entry.B.T, B=entry.A.T)
     return heads
-
-
-# --- nn.MultiheadAttention -----------------------------------------------------------------------
-
-
-def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
-    attention = {path for path, layer in layers.items() if isinstance(layer.form, AttentionForm)}
-    if layout is not None:
-        parents = {path.rpartition(".")[0] for path in layers if path.endswith(".out_proj")}
-        attention |= {path for path in parents if layout.is_attention(path)}
-    return attention
-
-
-def _both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
-    """Return both projections at one rank and scaling, as PEFT needs them, padded with zeros."""
-    names = (path, f"{path}.out_proj")
-    present = {name: entries[name] for name in names if name in entries}
-    if any(entry.magnitude is not None for entry in present.values()):
-        raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
-    if len({(entry.scaling, entry.A.dtype) for entry in present.values()}) > 1:
-        raise NotExpressibleError(
-            f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, but its input and output "
-            "projections have different scalings."
-        )
-    rank = max(entry.rank for entry in present.values())
-    first = next(iter(present.values()))
-    width = first.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
-    padded = {}
-    for name, rows in zip(names, (3 * width, width), strict=True):
-        A, B = first.A.new_zeros(rank, width), first.A.new_zeros(rows, rank)
-        if name in present:
-            entry = present[name]
-            A[: entry.rank], B[:, : entry.rank] = entry.A, entry.B
-        padded[name] = replace(first, A=A, B=B, alpha=first.alpha * rank / first.rank)
-    return padded
 
 
 def _key_start(path: str, attention: set[str]) -> str:
