@@ -261,6 +261,7 @@ def _build_layer(
         dropout=0.0 if lora_class.shadows else dropout,  # a shadowed weight has no branch
         slices=stored_layer.slices,
         grouped=stored_layer.grouped,
+        lora_bias=stored_layer.B_bias is not None,
         dora=stored_layer.magnitude is not None,
         dtype=stored_layer.A.dtype,
     )
@@ -268,6 +269,7 @@ def _build_layer(
     for attribute, tensor, expected in (
         ("lora_A", stored_layer.A, A),
         ("lora_B", stored_layer.B, B),
+        ("lora_B_bias", stored_layer.B_bias, module.lora_B_bias),
         ("magnitude", stored_layer.magnitude, module.magnitude),
         ("initial_A", stored_layer.initial_A, A),
         ("initial_B", stored_layer.initial_B, B),

@@ -74,6 +74,7 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
         kind=form.kind,
         A=_cpu_copy(module.lora_A),
         B=_cpu_copy(module.lora_B),
+        B_bias=None if module.lora_B_bias is None else _cpu_copy(module.lora_B_bias),
         scaling=module.scaling,
         alpha=module.alpha,
         magnitude=None if module.magnitude is None else _cpu_copy(module.magnitude),

@@ -51,6 +51,8 @@ class LoRA:
     """Initial A (B is zero): kaiming as in loralib, gaussian as in the paper, pissa from W0's main directions."""
     scaling: Scaling = "standard"
     """standard is alpha / rank; rslora is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    lora_bias: bool = False
+    """Train a bias of B in addition, which the scaling multiplies too: ``h = W0 x + scaling * (B A x + b)``."""
     dora: bool = False
     """Train each output row's magnitude separately from its direction (DoRA, Liu et al. 2024)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -88,6 +90,10 @@ class LoRA:
         if not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
+            )
+        if self.dora and self.lora_bias:
+            raise ConfigurationError(
+                "dora and lora_bias exclude each other: DoRA's magnitudes scale only the weight. Remove one."
             )
         if self.dora and self.tie_head:
             raise ConfigurationError(
@@ -130,6 +136,7 @@ class LoRA:
                 alpha=alpha,
                 dropout=self.dropout,
                 slices=slices,
+                lora_bias=self.lora_bias,
                 dora=self.dora,
                 dtype=dtype or torch.float32,
             )

@@ -45,7 +45,6 @@ _NOT_IMPLEMENTED = {
     "kasa_config": "the base weights are truncated (KaSA)",
     "layer_replication": "layers of the base are repeated",
     "loftq_config": "the base weights are replaced by quantised ones (LoftQ)",
-    "lora_bias": "lora_B has a bias",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "target_parameters": "parameters outside layers are adapted (mixtures of experts)",
@@ -72,6 +71,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    lora_bias: bool = False
     use_dora: bool = False
     init_lora_weights: Any = True
     fan_in_fan_out: bool = False

@@ -13,7 +13,7 @@ from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
-from lorakit.adapters.formats.peft.writing import MAGNITUDE, TENSORS_NAME
+from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
@@ -24,7 +24,7 @@ from lorakit.models.layers import parents
 PICKLE_NAME = "adapter_model.bin"
 
 _PART = re.compile(
-    r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
+    r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
 )
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
@@ -135,7 +135,7 @@ def _layer(
     """Return the layer at `path`, with the rank and alpha that PEFT looks up under `options_path`."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if parts.keys() - {MAGNITUDE} != set(names):
+    if parts.keys() - {MAGNITUDE, B_BIAS} != set(names):
         raise AdapterFileError(
             f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )
@@ -143,6 +143,11 @@ def _layer(
         raise AdapterFileError(
             f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
             f"{str(config.use_dora).lower()}."
+        )
+    if config.lora_bias != (B_BIAS in parts):
+        raise AdapterFileError(
+            f"'{path}' has {'a' if B_BIAS in parts else 'no'} {B_BIAS}, but lora_bias is "
+            f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
     magnitude = parts.get(MAGNITUDE)
@@ -166,6 +171,7 @@ def _layer(
             kind=kind,
             A=A,
             B=B,
+            B_bias=parts.get(B_BIAS),
             scaling=config.scaling_of(options_path),
             alpha=config.alpha_of(options_path),
             magnitude=magnitude,
@@ -282,6 +288,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             bias=config.bias,
             init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
             scaling="rslora" if config.use_rslora else "standard",
+            lora_bias=config.lora_bias,
             dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,

@@ -33,6 +33,7 @@ TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = trained.PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
+B_BIAS = "lora_B.bias"
 
 _KEYS = {
     LinearForm.kind: ("lora_A.weight", "lora_B.weight"),
@@ -99,12 +100,17 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     trained_form = trained.assign_keys(stored, layout, keys)
     form.tensors.update(trained_form.tensors)
     form.trained_keys = trained_form.keys
+    if len({layer.B_bias is None for layer in entries.values()}) > 1:
+        raise NotExpressibleError(
+            "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
+        )
     form.config = {
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets, layout.modules if layout else None),
         "modules_to_save": trained_form.modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
+        "lora_bias": any(layer.B_bias is not None for layer in stored.layers.values()),
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
         **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
@@ -137,12 +143,20 @@ def _key_start(path: str, attention: set[str]) -> str:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
-    """Return the keys of a layer's A, B and magnitude, for the prefix `key` of the layer."""
+def factor_keys(key: str, kind: str, *, dora: bool, lora_bias: bool) -> dict[str, str]:
+    """Return the keys of a layer's A, B, magnitude and bias of B, for the prefix `key` of the layer."""
     names = dict(zip("AB", _KEYS.get(kind, _KEYS[LinearForm.kind]), strict=True))
     if dora:
         names["magnitude"] = MAGNITUDE
+    if lora_bias:
+        names["B_bias"] = B_BIAS
     return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}
+
+
+def layer_keys(key: str, layer: StoredLayer) -> dict[str, str]:
+    """Return `factor_keys` of a layer."""
+    dora, lora_bias = layer.magnitude is not None, layer.B_bias is not None
+    return factor_keys(key, layer.kind, dora=dora, lora_bias=lora_bias)
 
 
 def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
@@ -150,9 +164,8 @@ def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
     if magnitude is not None and entry.A.ndim > 2:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
         magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
-    keys = factor_keys(key, entry.kind, dora=magnitude is not None)
-    parts = {"A": entry.A, "B": entry.B, "magnitude": magnitude}
-    return {full: tensor for part, full in keys.items() if (tensor := parts[part]) is not None}
+    parts = {**entry.tensors, "magnitude": magnitude}
+    return {full: parts[part] for part, full in layer_keys(key, entry).items()}  # type: ignore[misc]
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------
