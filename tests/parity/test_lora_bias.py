@@ -61,7 +61,9 @@ def test_it_starts_without_effect_and_adds_the_scaled_bias():
     handle.activate({"default": 0.5})  # linear in the weight
     assert_same(net(X), base + 1.25 * torch.arange(5), TIGHT)
     # B's biases count: 8 and 5 rows beside the factors.
-    assert sum(p.numel() for p in handle.trainable_parameters()) == 2 * (6 + 8) + 2 * (24 + 5) + 8 + 5
+    assert (
+        sum(p.numel() for p in handle.trainable_parameters()) == 2 * (6 + 8) + 2 * (24 + 5) + 8 + 5
+    )
 
 
 def test_gradients_and_dropout_are_pefts():

@@ -50,6 +50,13 @@ ADAPTERS: dict[str, StoredAdapter] = {
     "attention": adapter(
         {"m": fused(*contiguous(4, 0, 2), n_in=4, kind="attention"), "m.out_proj": linear(4, 4)}
     ),
+    "bias-of-B": adapter(
+        {"k": linear(4, 4, B_bias=numbers(4)), "m": linear(4, 12, B_bias=numbers(12))}
+    ),
+    "bias-of-B-on-slices": adapter(
+        {"m": fused(*contiguous(4, 0, 2), n_in=4, B_bias=numbers(8))}
+    ),
+    "bias-of-some-B": adapter({"k": linear(4, 4), "m": linear(4, 12, B_bias=numbers(12))}),
     "in-proj": adapter({"m": linear(4, 12, kind="attention")}),
     "biases": adapter(
         {"a": linear()},
@@ -75,7 +82,14 @@ ADAPTERS: dict[str, StoredAdapter] = {
 for layer in (ADAPTERS["bfloat16"].layers["a"],):
     for name in ("A", "B", "initial_A", "initial_B"):
         setattr(layer, name, getattr(layer, name).bfloat16())
-NOT_PEFT = ("attention-scalings", "grouped-dora", "loralib-grouped", "half-a-module", "full")
+NOT_PEFT = (
+    "attention-scalings",
+    "bias-of-some-B",
+    "grouped-dora",
+    "loralib-grouped",
+    "half-a-module",
+    "full",
+)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -180,7 +180,7 @@ def _layer(
     if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
-                f"'{path}' has DoRA on a grouped convolution, for which PEFT computes the norms of weights "
+                f"'{path}' has DoRA (use_dora) on a grouped convolution, for which PEFT computes the norms of weights "
                 "that the layer does not use. Load it with PEFT."
             )
         layer.grouped = False
