@@ -12,6 +12,7 @@ OTHER_NAMES = {
     "modules_to_save": "lora.train_modules",
     "init_lora_weights": "lora.init",
     "use_dora": "lora.dora",
+    "lora_bias": "lora.lora_bias",
     "use_rslora": "lora.scaling",
     "base_model_name_or_path": "base.name",
     "peft_type": "method",

@@ -33,7 +33,7 @@ from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarke
 _LOG = logging.getLogger(__name__)
 
 _ADAPTER_TENSOR = re.compile(
-    r"[\w-]+\.(lora_[AB]|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
+    r"[\w-]+\.(lora_[AB]|lora_B_bias|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
 )
 
 

@@ -152,6 +152,9 @@ def install(
         add_module(layer, owner, name, module, activation, layouts[path])
         if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
             _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
+    without_bias = (_why_no_bias(path, model.get_submodule(path), m) for path, m in modules.items())
+    if reason := next(filter(None, without_bias), None):
+        _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
     return installed
 
@@ -192,11 +195,19 @@ def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, s
         for name, module in modules.items():
             if not module.merges:
                 yield name, f"its effect at '{path}' is not a weight change"
+            elif reason := _why_no_bias(path, layer, module):
+                yield name, reason
         adding = [name for name, module in modules.items() if _merges_an_addition(module)]
         if adding and (
             reason := why_not_linear(path, layer) or why_hooks_change_output(path, layer)
         ):
             yield adding[0], reason
+
+
+def _why_no_bias(path: str, layer: nn.Module, module: AdapterModule) -> str | None:
+    """Return why a merge cannot add a bias of B (`LoRA.lora_bias`) to the layer's own, or None."""
+    lacks = getattr(module, "lora_B_bias", None) is not None and layer.bias is None
+    return f"'{path}' has no bias to which lora_bias can be added" if lacks else None
 
 
 def _merges_an_addition(module: AdapterModule) -> bool:

@@ -168,6 +168,8 @@ def from_peft(peft_model: Any) -> Adapters:
     for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     for name in names:
+        for notice in stored[name].notices:
+            _LOG.warning("%s: %s", name, notice)
         put_on(base, stored[name], name=name, trainable=any(f".{name}." in n for n in trainable))
     handle = handle_for(base)
     handle.activate(dict.fromkeys(active, 1.0))
@@ -263,6 +265,7 @@ def _build_layer(
         dropout=0.0 if lora_class.shadows else dropout,  # a shadowed weight has no branch
         slices=stored_layer.slices,
         grouped=stored_layer.grouped,
+        lora_bias=stored_layer.B_bias is not None,
         dora=stored_layer.magnitude is not None,
         dtype=stored_layer.A.dtype,
     )
@@ -270,6 +273,7 @@ def _build_layer(
     for attribute, tensor, expected in (
         ("lora_A", stored_layer.A, A),
         ("lora_B", stored_layer.B, B),
+        ("lora_B_bias", stored_layer.B_bias, module.lora_B_bias),
         ("magnitude", stored_layer.magnitude, module.magnitude),
         ("initial_A", stored_layer.initial_A, A),
         ("initial_B", stored_layer.initial_B, B),

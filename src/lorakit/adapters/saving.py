@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import hidden_parameters
+
+_LOG = logging.getLogger(__name__)
 
 
 def store(
@@ -60,7 +63,10 @@ def save(
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        formats.write(stored, temporary)
+        notices = formats.write(stored, temporary)
+        if (temporary / formats.peft.CONFIG_NAME).exists():
+            for notice in notices:  # on what PEFT computes
+                _LOG.warning("%s: %s", folder, notice)
     return folder
 
 
@@ -71,6 +77,7 @@ def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
         kind=form.kind,
         A=_cpu_copy(module.lora_A),
         B=_cpu_copy(module.lora_B),
+        B_bias=None if module.lora_B_bias is None else _cpu_copy(module.lora_B_bias),
         scaling=module.scaling,
         alpha=module.alpha,
         magnitude=None if module.magnitude is None else _cpu_copy(module.magnitude),

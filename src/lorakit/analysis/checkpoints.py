@@ -14,7 +14,9 @@ from lorakit.training.checkpoint import NAME, WEIGHTS
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
 
-_TENSORS = {"A": "lora_A", "B": "lora_B"} | {n: n for n in ("magnitude", "initial_A", "initial_B")}
+_TENSORS = {"A": "lora_A", "B": "lora_B", "B_bias": "lora_B_bias"} | {
+    n: n for n in ("magnitude", "initial_A", "initial_B")
+}
 """Name of a layer's tensor in the checkpoint, by its field in `StoredLayer`."""
 
 

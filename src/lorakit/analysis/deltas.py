@@ -166,6 +166,9 @@ def notices(stored: StoredAdapter) -> list[str]:
             f"{dora} layers have DoRA magnitudes, which also scale the rows of the base: B A covers only the change "
             "of direction."
         )
+    biases = sum(layer.B_bias is not None for layer in stored.layers.values())
+    if biases:
+        sentences.append(f"B has a bias in {biases} layers (lora_bias), which B A does not cover.")
     if stored.trained:
         names = list(stored.trained)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

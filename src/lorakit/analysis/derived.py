@@ -109,15 +109,20 @@ def inherited_provenance(original: StoredAdapter) -> dict[str, Any]:
 
 
 def require_low_rank(stored: StoredAdapter) -> None:
-    """Reject an adapter without low-rank factors, or with copies of base weights.
+    """Reject an adapter without low-rank factors, with a bias of B, or with copies of base weights.
 
     Raises:
-        AdapterFileError: It has no low-rank factors, or copies of base weights that may have been trained.
+        AdapterFileError: It has no low-rank factors, a bias of B, or copies of base weights that may have been trained.
     """
     if not stored.layers or stored.modules or not isinstance(stored.method, LoRA):
         raise AdapterFileError(
             f"This adapter ({type(stored.method).__name__}) does not consist of low-rank factors, which compress "
             "and combine need. lorakit extract computes factors from a fully fine-tuned model."
+        )
+    if any(layer.B_bias is not None for layer in stored.layers.values()):
+        raise AdapterFileError(
+            "B of this adapter has a bias (lora_bias), which compress and combine do not support. Merge it "
+            "into its base: lorakit merge."
         )
     if stored.base_copies:
         raise AdapterFileError(

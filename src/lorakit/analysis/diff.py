@@ -95,7 +95,7 @@ class AdapterDiff:
     layers: dict[str, Difference]
     """Differences of the low-rank changes by matrix; a matrix that an adapter lacks counts as zero."""
     trained: dict[str, Difference]
-    """Differences of tensors trained in full: biases, heads, DoRA's magnitudes, other methods' modules."""
+    """Differences of tensors trained in full: biases, heads, DoRA's magnitudes, biases of B, other methods' modules."""
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -169,12 +169,13 @@ def _change(delta: Delta | None, present: Delta) -> Change:
 
 
 def _trained_tensors(stored: StoredAdapter) -> dict[str, Tensor]:
-    magnitudes = {
-        f"{path}.magnitude": layer.magnitude
+    vectors = {
+        f"{path}.{name}": layer.tensors[name]
         for path, layer in stored.layers.items()
-        if layer.magnitude is not None
+        for name in ("magnitude", "B_bias")
+        if name in layer.tensors
     }
-    return {**stored.trained, **stored.module_tensors, **magnitudes}
+    return {**stored.trained, **stored.module_tensors, **vectors}
 
 
 def _tensor_difference(name: str, one: Tensor, other: Tensor) -> Difference:

@@ -82,6 +82,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
                 "B": list(layer.B.shape),
                 "norm": layer_norm(layer),
                 "dora": layer.magnitude is not None,
+                "lora_bias": layer.B_bias is not None,
                 "slices": [str(s) for s in layer.slices],
             }
             for path, layer in stored.layers.items()

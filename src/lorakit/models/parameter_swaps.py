@@ -190,7 +190,9 @@ class ReplacedParameters(AdapterSlot):
 
     def replace(self, layer: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
         """Replace a parameter of the layer, and keep the original."""
-        assert attribute not in self.replaced
+        if attribute in self.replaced:  # a bias that is trained, and to which a bias of B is merged
+            layer._parameters[attribute] = parameter
+            return
         original = layer._parameters[attribute]
         assert original is not None
         if quantised_weight(layer, original) is not None:

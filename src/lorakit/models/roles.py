@@ -5,9 +5,9 @@ This module re-exports the public names of :mod:`lorakit.models.places` and rela
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+import regex
 from torch import nn
 
 from lorakit.errors import TargetError, nearest
@@ -15,6 +15,7 @@ from lorakit.models.architectures import O
 from lorakit.models.heads import classification_head, is_never_called
 from lorakit.models.layers import LocatedModule, RowSlice, is_inside, walk, why_not_adaptable
 from lorakit.models.listing import TargetList, targets
+from lorakit.models.patterns import Matcher
 from lorakit.models.places import (
     ROLES,
     Place,
@@ -83,21 +84,23 @@ def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[P
 
 def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[LocatedModule]:
     """Return the layers whose whole path matches a regular expression, at least one."""
+    matcher, syntax_error = Matcher(), ""
     try:
-        pattern, syntax_error = re.compile(entry), ""
-    except re.error as error:
-        pattern, syntax_error = None, f" (it is not a valid regular expression: {error})"
+        matching = [m for m in modules if matcher.fullmatch(entry, m.path)]
+    except regex.error as error:
+        matching, syntax_error = [], f" (it is not a valid regular expression: {error})"
+    except TimeoutError:
+        raise TargetError(
+            f"Target {entry!r:.60} is a regular expression that takes too long to match. Write a simpler one, or the "
+            "names of the layers."
+        ) from None
     # A pattern such as ".*attn.*" also matches containers and dropouts. Skip them, since they have
     # no weight of their own.
     hits = [
         m
-        for m in modules
-        if pattern
-        and pattern.fullmatch(m.path)
-        and (
-            why_not_adaptable(m.module) is None
-            or any(True for _ in m.module.parameters(recurse=False))
-        )
+        for m in matching
+        if why_not_adaptable(m.module) is None
+        or any(True for _ in m.module.parameters(recurse=False))
     ]
     if not hits:
         names = names_of_adaptable(modules)

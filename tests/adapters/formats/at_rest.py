@@ -133,6 +133,7 @@ def adapter(layers: dict[str, StoredLayer], **more) -> StoredAdapter:
         "alpha": next(iter(layers.values())).alpha,
         "targets": tuple(layers),
         "dora": any(layer.magnitude is not None for layer in layers.values()),
+        "lora_bias": any(layer.B_bias is not None for layer in layers.values()),
         **more.pop("settings", {}),
     }
     return StoredAdapter(method=LoRA(**settings), layers=layers, **more)

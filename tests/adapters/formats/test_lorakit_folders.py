@@ -50,6 +50,13 @@ ADAPTERS: dict[str, StoredAdapter] = {
     "attention": adapter(
         {"m": fused(*contiguous(4, 0, 2), n_in=4, kind="attention"), "m.out_proj": linear(4, 4)}
     ),
+    "bias-of-B": adapter(
+        {"k": linear(4, 4, B_bias=numbers(4)), "m": linear(4, 12, B_bias=numbers(12))}
+    ),
+    "bias-of-B-on-slices": adapter(
+        {"m": fused(*contiguous(4, 0, 2), n_in=4, B_bias=numbers(8))}
+    ),
+    "bias-of-some-B": adapter({"k": linear(4, 4), "m": linear(4, 12, B_bias=numbers(12))}),
     "in-proj": adapter({"m": linear(4, 12, kind="attention")}),
     "biases": adapter(
         {"a": linear()},
@@ -75,7 +82,14 @@ ADAPTERS: dict[str, StoredAdapter] = {
 for layer in (ADAPTERS["bfloat16"].layers["a"],):
     for name in ("A", "B", "initial_A", "initial_B"):
         setattr(layer, name, getattr(layer, name).bfloat16())
-NOT_PEFT = ("attention-scalings", "grouped-dora", "loralib-grouped", "half-a-module", "full")
+NOT_PEFT = (
+    "attention-scalings",
+    "bias-of-some-B",
+    "grouped-dora",
+    "loralib-grouped",
+    "half-a-module",
+    "full",
+)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -88,7 +102,7 @@ def test_everything_comes_back(tmp_path, name):
         assert "PEFT cannot" in notices[0]
         assert set(os.listdir(tmp_path / "adapter")) == files | {"lorakit_model.safetensors"}
     else:
-        assert notices == []
+        assert [n[:19] for n in notices] == (["PEFT up to 0.21.2 a"] if name == "attention" else [])
         peft_files = {"adapter_config.json", "adapter_model.safetensors"}
         assert set(os.listdir(tmp_path / "adapter")) == files | peft_files
         formats.read_peft(tmp_path / "adapter")  # it can also be read without lorakit.json

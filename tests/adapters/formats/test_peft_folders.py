@@ -110,7 +110,8 @@ def test_every_tensor_is_read_to_the_bit(tmp_path):
         key_A, key_B = keys.get(path, (f"{path}.lora_A.weight", f"{path}.lora_B.weight"))
         same_bits(layer.A, tensors[f"base_model.model.{key_A}"], path)
         same_bits(layer.B, tensors[f"base_model.model.{key_B}"], path)
-        assert (layer.rank, layer.alpha, layer.scaling) == (2, 3.0, 1.5)
+        doubled = 2 if path == "attn.out_proj" else 1  # as PEFT computes
+        assert (layer.rank, layer.alpha, layer.scaling) == (2, doubled * 3.0, doubled * 1.5)
     biases = {"conv.bias", "attn.out_proj.bias", "body.0.bias", "body.1.bias", "body.2.bias"}
     assert stored.trained.keys() == biases | {"head.weight", "head.bias"}
     method = stored.method
@@ -468,6 +469,7 @@ def test_one_projection_of_an_attention_module_brings_the_other_as_zeros():
     assert list(stored.layers) == ["attn.out_proj"]
     form = peft_form(stored)
     assert form.config["target_modules"] == ["attn"]
+    assert (form.config["r"], form.config["lora_alpha"]) == (2, 8)  # PEFT adds it twice
     assert not form.tensors[f"{PREFIX}attn.lora_B.weight"].any()
     assert form.tensors[f"{PREFIX}attn.lora_B.weight"].shape == (24, 2)
     same_bits(
@@ -482,14 +484,79 @@ def test_attention_projections_of_different_ranks_are_filled_up():
         rank=2,
         targets="attn",
         rank_pattern={"out_proj": 4},
-        alpha_pattern={"out_proj": 32.0},
+        alpha_pattern={"out_proj": 64.0},
     )
     form = peft_form(stored)
     assert (form.config["r"], form.config["lora_alpha"]) == (4, 32)
     assert form.tensors[f"{PREFIX}attn.lora_A.weight"].shape == (4, 8)
-    stored.layers["attn"].scaling = 3.0
-    with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
-        peft_form(stored)
+    for scaling in (3.0, 32.0):
+        stored.layers["attn"].scaling = scaling
+        with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
+            peft_form(stored)
+
+
+def test_equal_scalings_of_an_attention_module_double_the_input_projection():
+    stored = from_live(Net(), rank=2, alpha=16, targets="attn")
+    form = peft_form(stored)
+    assert (form.config["r"], form.config["lora_alpha"]) == (4, 16)
+    same_bits(form.tensors[f"{PREFIX}attn.lora_B.weight"], stored.layers["attn"].B.repeat(1, 2))
+    assert form.config["peft_version"] == "0.21.2"
+    assert [notice.partition(" twice")[0] for notice in form.notices] == [
+        "PEFT up to 0.21.2 adds the change of an nn.MultiheadAttention's output projection"
+    ]
+    only_input = from_live(Net(), rank=2, alpha=16, targets="attn")
+    only_input.layers.pop("attn.out_proj")
+    form = peft_form(only_input)  # means the same to every version of PEFT
+    assert (form.config["r"], form.config["lora_alpha"], form.notices) == (2, 16, [])
+    assert "peft_version" not in form.config
+
+
+@pytest.mark.parametrize(
+    ("version", "notice"),
+    [
+        (
+            "0.21.2",
+            "PEFT 0.21.2 adds the change of an nn.MultiheadAttention's output projection twice",
+        ),
+        ("0.18.1.dev0@abc", "PEFT 0.18.1.dev0@abc adds the change"),
+        (None, "The file does not record its version of PEFT. All up to 0.21.2 add the change"),
+    ],
+)
+def test_an_attention_module_is_computed_as_by_the_peft_that_wrote_it(
+    version: str | None, notice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    theirs, _ = by_peft(Net(), tmp_path / "theirs", target_modules=["attn"])
+    config_path = tmp_path / "theirs" / "adapter_config.json"
+    options = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps({**options, "peft_version": version}))
+    model = Net()
+    handle = lorakit.load(model, tmp_path / "theirs")
+    assert [record.message for record in caplog.records if notice in record.message]
+    expected = theirs(IDS)
+    torch.testing.assert_close(model(IDS), expected)
+    caplog.clear()
+    again = handle.save(tmp_path / "again")
+    assert "compute what lorakit computes; a later PEFT may not" in caplog.text
+    assert "a later PEFT may not" in (again / "README.md").read_text()
+    torch.testing.assert_close(loaded_by_peft(Net(), again)(IDS), expected)
+    lorakit.load(second := Net(), again)
+    assert torch.equal(second(IDS), model(IDS))
+    for name, tensor in load_file(tmp_path / "theirs" / "adapter_model.safetensors").items():
+        same_bits(load_file(again / "adapter_model.safetensors")[name], tensor, name)
+    handle.merge()
+    torch.testing.assert_close(model(IDS), expected)
+    handle.detach()
+    assert torch.equal(model(IDS), Net()(IDS))
+
+
+@pytest.mark.parametrize("version", ["0.21.3", "0.22.0.dev0@abc", "1.0.0", "new", "9" * 5000])
+def test_an_attention_module_of_a_later_peft_is_refused(version: str, tmp_path: Path):
+    by_peft(Net(), tmp_path, target_modules=["attn", "body.0"])
+    config_path = tmp_path / "adapter_config.json"
+    options = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps({**options, "peft_version": version}))
+    with pytest.raises(AdapterFileError, match="lorakit does not know what this version does"):
+        read_peft(tmp_path)
 
 
 def test_modules_that_peft_would_confuse():

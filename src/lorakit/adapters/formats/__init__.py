@@ -110,6 +110,7 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     form: peft.PeftForm | None = None  # stays None if PEFT cannot load the adapter
     try:
         form = write_peft(stored, folder)
+        notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
         lorakit_json.write_tensors(stored, folder)

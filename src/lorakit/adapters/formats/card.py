@@ -96,6 +96,7 @@ def _summary(stored: StoredAdapter) -> str:
             name
             for name, used in (
                 ("DoRA", method.dora),
+                ("Bias of B", method.lora_bias),
                 ("rsLoRA", method.scaling == "rslora"),
                 ("PiSSA", method.init == "pissa"),
                 (f"dropout {method.dropout:g}", bool(method.dropout)),
@@ -147,6 +148,7 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         ),
     ]
+    parts += form.notices
     obstacle = vllm_obstacle(form)
     if obstacle is not None:
         return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
@@ -172,6 +174,7 @@ def vllm_obstacle(form: PeftForm) -> str | None:
         (config["task_type"] != "CAUSAL_LM", "it adapts only causal language models."),
         (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
         (config["use_dora"], f"it uses DoRA. {merge}"),
+        (config["lora_bias"], f"B has a bias (lora_bias). {merge}"),
         (config["bias"] != "none", f"biases are trained. {merge}"),
         # vLLM scales every layer by lora_alpha / r and ignores the patterns.
         (config["alpha_pattern"] or len(ranks) > 1, f"ranks or scalings differ by layer. {merge}"),

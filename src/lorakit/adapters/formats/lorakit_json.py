@@ -19,7 +19,7 @@ from lorakit import storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import from_peft, peft_rank
-from lorakit.adapters.formats.peft.writing import factor_keys
+from lorakit.adapters.formats.peft.writing import factor_keys, layer_keys
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
@@ -61,7 +61,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
     Raises:
         ConfigurationError: The provenance holds a value that JSON cannot represent.
     """
-    layer_keys = {} if form is None else form.layer_keys
+    key_starts = {} if form is None else form.layer_keys
     trained_keys = {} if form is None else form.trained_keys
     record: dict[str, Any] = {
         "format": "lorakit",
@@ -70,7 +70,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "method": _method_record(stored.method),
         "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
         "layers": {
-            path: _describe(layer, layer_keys.get(path)) for path, layer in stored.layers.items()
+            path: _describe(layer, key_starts.get(path)) for path, layer in stored.layers.items()
         },
         "modules": {path: list(tensors) for path, tensors in stored.modules.items()},
         "trained": {name: trained_keys.get(name) for name in stored.trained},
@@ -169,6 +169,7 @@ def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
         "B": list(layer.B.shape),
         "slices": [dataclasses.asdict(s) for s in layer.slices],
         "pissa": layer.initial_A is not None,
+        "lora_bias": layer.B_bias is not None,
         "dora": layer.magnitude is not None,
         "weight_shape": None if layer.weight_shape is None else list(layer.weight_shape),
     }
@@ -179,8 +180,7 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
     """Return the keys in PEFT's file that `read` ignores: copies of tied tensors, frozen weights, added zeros."""
     needed = set(form.trained_keys.values())
     for path, layer in stored.layers.items():
-        dora = layer.magnitude is not None
-        needed.update(factor_keys(form.layer_keys[path], layer.kind, dora=dora).values())
+        needed.update(layer_keys(form.layer_keys[path], layer).values())
     return sorted(form.tensors.keys() - needed)
 
 
@@ -278,9 +278,16 @@ def _unchanged_layer(
 
 def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> StoredLayer:
     """Remove the tensors of a layer in PEFT's form from `tensors`, and return the original layer."""
-    keys = factor_keys(description["key"], description["kind"], dora=description["dora"])
+    keys = factor_keys(
+        description["key"],
+        description["kind"],
+        dora=description["dora"],
+        lora_bias=description.get("lora_bias", False),
+    )
     parts = {name: _pop(tensors, key) for name, key in keys.items()}
-    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    A, B, magnitude, B_bias = (parts.get(name) for name in ("A", "B", "magnitude", "B_bias"))
+    assert A is not None
+    assert B is not None
     # An untrusted description could make `from_peft` allocate any amount: bound its shapes by the tensors in the file.
     for factor, name in ((A, "A"), (B, "B")):
         if torch.Size(description[name]).numel() > factor.numel():
@@ -299,10 +306,12 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     if magnitude is not None:
         shapes["magnitude"] = torch.empty(shapes["B"].shape[0], device="meta")
         magnitude = magnitude.flatten()
+    if B_bias is not None:
+        shapes["B_bias"] = torch.empty(shapes["B"].shape[0], device="meta")
     original = _build(description, shapes)
     # PEFT has one rank for both projections of an attention module; zeros pad the smaller one. Cut them off.
     rank = peft_rank(original)
-    return from_peft(original, A[:rank], B[:, : rank // original.groups], magnitude)
+    return from_peft(original, A[:rank], B[:, : rank // original.groups], magnitude, B_bias)
 
 
 def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:

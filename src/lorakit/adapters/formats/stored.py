@@ -65,6 +65,10 @@ class StoredAdapter:
     @property
     def parameters(self) -> int:
         """Number of trained numbers in the file: without PiSSA's start, base norms and base copies."""
-        factors = [t for layer in self.layers.values() for t in (layer.A, layer.B, layer.magnitude)]
+        factors = [
+            t
+            for layer in self.layers.values()
+            for t in (layer.A, layer.B, layer.B_bias, layer.magnitude)
+        ]
         others = [*self.module_tensors.values(), *self.trained.values()]
         return sum(t.numel() for t in (*factors, *others) if t is not None)

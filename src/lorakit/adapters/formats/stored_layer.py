@@ -26,13 +26,13 @@ KINDS = tuple(
     form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)
 )
 
-TENSORS = ("A", "B", "magnitude", "initial_A", "initial_B", "base_norms")
+TENSORS = ("A", "B", "B_bias", "magnitude", "initial_A", "initial_B", "base_norms")
 """Fields of a `StoredLayer` that hold its tensors."""
 
 
 @dataclass(kw_only=True)
 class StoredLayer:
-    """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``.
+    """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``, and ``scaling * B_bias`` on its bias.
 
     A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. `FactorForm` documents `slices`, `weight_shape`,
     `grouped` and `transposed`, and its module the shapes of A and B on each kind of layer.
@@ -47,6 +47,8 @@ class StoredLayer:
     B: Tensor
     scaling: float
     alpha: float
+    B_bias: Tensor | None = None
+    """The bias of B (`LoRA.lora_bias`), one number for each row of B, (rows,)."""
     magnitude: Tensor | None = None
     """DoRA's magnitudes, one for each row of B, (rows,)."""
     slices: tuple[RowSlice, ...] = ()
@@ -152,7 +154,12 @@ class StoredLayer:
                 )
         if self.magnitude is not None and not form.supports_dora:
             raise AdapterFileError("loralib's convolution factors cannot have DoRA magnitudes.")
+        if self.B_bias is not None and not form.supports_bias:
+            raise AdapterFileError(
+                f"B of a layer of kind {self.kind!r} cannot have a bias (lora_bias)."
+            )
         expected_shapes = {
+            "B_bias": (self.B.shape[0],),
             "magnitude": (self.B.shape[0],),
             "initial_A": tuple(self.A.shape),
             "initial_B": tuple(self.B.shape),

@@ -95,8 +95,10 @@ class LoralibConvLoRA(_ConvolutionLoRA):
     shadows = ("weight",)
 
     def __init__(self, layer: nn.Module, **options) -> None:
-        if options.get("dropout") or options.get("dora"):
-            raise unsupported(layer, "dropout or dora with loralib's convolution factors")
+        if options.get("dropout") or options.get("dora") or options.get("lora_bias"):
+            raise unsupported(
+                layer, "dropout, dora or lora_bias with loralib's convolution factors"
+            )
         super().__init__(layer, **options)
 
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -49,6 +49,8 @@ class FactorForm:
     weight_name = "weight"
     """Attribute of the adapted layer that holds the changed weight."""
     supports_dora = True
+    supports_bias = False
+    """Whether B may have a bias (`LoRA.lora_bias`)."""
     limits_rank = True
     """Whether a rank above the sizes of A and B is superfluous."""
     slices: tuple[RowSlice, ...] = ()
@@ -149,6 +151,7 @@ class LinearForm(FactorForm):
     """A linear layer or GPT-2's `Conv1D`, whole or by slices of a fused projection."""
 
     kind = "linear"
+    supports_bias = True
     slices: tuple[RowSlice, ...] = ()
     transposed: bool = False
 
@@ -169,6 +172,7 @@ class AttentionForm(LinearForm):
     """The input projections of `nn.MultiheadAttention`, whole or by slices."""
 
     kind = "attention"
+    supports_bias = False
     weight_name = "in_proj_weight"
 
     def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
@@ -193,6 +197,7 @@ class ConvForm(FactorForm):
     """PEFT's factors of a convolution: A has the layer's kernel, B is pointwise."""
 
     kind = "conv"
+    supports_bias = True
     limits_rank = False
     groups: int = 1
     grouped: bool = True

@@ -35,6 +35,7 @@ class LoRALayer(AdapterModule):
         dropout: Dropout probability of the branch's input.
         slices: Adapted rows of a fused projection; empty adapts all rows.
         grouped: Whether A of a grouped convolution reads the input channels of one group, or of all.
+        lora_bias: Train a bias of B, one number per adapted output row.
         dora: Train one magnitude per adapted output row.
         dtype: Dtype of the trained tensors.
     """
@@ -52,6 +53,7 @@ class LoRALayer(AdapterModule):
         dropout: float = 0.0,
         slices: tuple[RowSlice, ...] = (),
         grouped: bool = True,
+        lora_bias: bool = False,
         dora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -59,6 +61,8 @@ class LoRALayer(AdapterModule):
         if dropout and self.shadows:
             raise unsupported(layer, "dropout on the adapter's branch")
         self.rank, self.scaling, self.alpha, self.dropout = rank, scaling, alpha, dropout
+        if lora_bias and (self.shadows or not self.form_class.supports_bias):
+            raise unsupported(layer, "lora_bias")
         self.form = self.form_class.of(layer, slices, grouped)
         self.scales = not dora
         weight = getattr(layer, self.form.weight_name)
@@ -68,6 +72,7 @@ class LoRALayer(AdapterModule):
         self.lora_B = nn.Parameter(torch.empty(B_shape, **options))
         self.out_features = self.dimensions(layer)[1]
         rows = sum(s.total for s in slices) or self.out_features
+        self.lora_B_bias = nn.Parameter(torch.zeros(rows, **options)) if lora_bias else None
         self.magnitude = nn.Parameter(torch.empty(rows, **options)) if dora else None
         # The frozen initial factors of PiSSA; None for other initialisations.
         self.register_buffer("initial_A", None)
@@ -171,11 +176,12 @@ class LoRALayer(AdapterModule):
     # --- effect ----------------------------------------------------------------------------------
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        """Return ``output + weight * scaling * B A x``, or the output with DoRA's magnitudes."""
+        """Return ``output + weight * scaling * (B A x + b)``, or the output with DoRA's magnitudes."""
         A, B = self.factors()
         x = self.drop(x)
         if self.magnitude is None:
-            return output + (weight * self.scaling) * self.branch(layer, x, A, B)
+            output = output + (weight * self.scaling) * self.branch(layer, x, A, B)
+            return self._add_bias(output, weight)
         # ``m / ||W + dW|| * (W + dW) x + b``, with the norm as a constant (Liu et al. 2024, section 4.3).
         norms = self.row_norms(layer, A.detach(), B.detach())
         rows = self._rows()
@@ -188,6 +194,21 @@ class LoRALayer(AdapterModule):
         bias = torch.zeros((), dtype=output.dtype, device=output.device) if bias is None else bias
         bias = bias.view(shape) if bias.ndim else bias
         return factor * (output - bias + self.scaling * self.branch(layer, x, A, B)) + bias
+
+    def _add_bias(self, output: Tensor, weight: float) -> Tensor:
+        """Return the layer's output with the scaled bias of B added, if it has one."""
+        bias = self._bias_of_all_rows()
+        if bias is None:
+            return output
+        bias = bias.to(output.dtype).view(self.output_shape(output))
+        return torch.add(output, bias, alpha=weight * self.scaling)
+
+    def _bias_of_all_rows(self) -> Tensor | None:
+        """Return B's bias, zero outside the slices; None without one."""
+        bias = self.lora_B_bias
+        if bias is None or not self.slices:
+            return bias
+        return bias.new_zeros(self.out_features).index_copy(0, self._rows(), bias)
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to the branch's input; the frozen layer gets `x` without dropout."""
@@ -225,10 +246,14 @@ class LoRALayer(AdapterModule):
         return {name: self.form.weight(matrix, getattr(layer, name).shape)}
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
-        return [self.form.weight_name]
+        return [self.form.weight_name, *([] if self.lora_B_bias is None else ["bias"])]
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        return self._as_weight(self.delta_matrix(), layer)
+        deltas = self._as_weight(self.delta_matrix(), layer)
+        bias = self._bias_of_all_rows()
+        if bias is not None:
+            deltas["bias"] = bias.to(merge_dtype(bias)) * self.scaling
+        return deltas
 
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         if self.magnitude is None:

@@ -20,7 +20,7 @@ return a buffer that they still need."""
 
 
 class LinearLoRA(LoRALayer):
-    """``y = W x + b + scaling * B A x`` on a linear layer, whole or by slices of its output rows."""
+    """``y = W x + b + scaling * B A x`` (and B's bias) on a linear layer, whole or by slices of its output rows."""
 
     form_class = LinearForm
     by_token = True
@@ -41,10 +41,13 @@ class LinearLoRA(LoRALayer):
             return super().adapt(layer, x, output, weight)
         A, B = self.factors()
         in_place = output_is_unshared(layer)
-        return lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
+        output = lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
+        return output if self.lora_B_bias is None else self._add_bias(output, weight)
 
     def low_rank(self) -> LowRank | None:
-        if self.magnitude is not None or (self.training and self.dropout):
+        if self.magnitude is not None or self.lora_B_bias is not None:
+            return None
+        if self.training and self.dropout:
             return None
         return LowRank(*self.factors(), self.scaling)
 

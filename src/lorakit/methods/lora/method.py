@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.configuration import conform, strict
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lorakit.methods.module import AdapterModule
+    from lorakit.models.patterns import PatternTable
     from lorakit.models.roles import Place
 
 Bias = Literal["none", "all", "lora_only"]
@@ -48,6 +51,8 @@ class LoRA:
     """Initial A (B is zero): kaiming as in loralib, gaussian as in the paper, pissa from W0's main directions."""
     scaling: Scaling = "standard"
     """standard is alpha / rank; rslora is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    lora_bias: bool = False
+    """Train a bias of B in addition, which the scaling multiplies too: ``h = W0 x + scaling * (B A x + b)``."""
     dora: bool = False
     """Train each output row's magnitude separately from its direction (DoRA, Liu et al. 2024)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -78,16 +83,17 @@ class LoRA:
                     f"{name} is {alpha!r}, so the adapter would have no (or no finite) effect. "
                     "Use a number other than 0; alpha = 2 * rank is a common start."
                 )
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ConfigurationError(
-                    f"The pattern {key!r} is not a regular expression: {error}."
-                ) from None
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                with self._table(name):  # rejects an invalid pattern
+                    pass
         if not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
+            )
+        if self.dora and self.lora_bias:
+            raise ConfigurationError(
+                "dora and lora_bias exclude each other: DoRA's magnitudes scale only the weight. Remove one."
             )
         if self.dora and self.tie_head:
             raise ConfigurationError(
@@ -130,6 +136,7 @@ class LoRA:
                 alpha=alpha,
                 dropout=self.dropout,
                 slices=slices,
+                lora_bias=self.lora_bias,
                 dora=self.dora,
                 dtype=dtype or torch.float32,
             )
@@ -182,37 +189,61 @@ class LoRA:
     def _check_patterns(self, paths: list[str]) -> None:
         """Reject a rank or alpha pattern that matches no adapted layer: most likely a typo."""
         for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                if not any(_matches(key, path) for path in paths):
-                    raise ConfigurationError(
-                        f"{name} has an entry '{key}' that matches none of the {len(paths)} adapted layers "
-                        f"(the first is '{paths[0]}')."
-                        + nearest(key, {p.rsplit(".", 1)[-1] for p in paths})
-                    )
+            with self._table(name) as table:
+                unused = table.unused(paths)
+            if unused:
+                raise ConfigurationError(
+                    f"{name} has an entry '{unused[0]}' that matches none of the {len(paths)} adapted layers "
+                    f"(the first is '{paths[0]}')."
+                    + nearest(unused[0], {p.rsplit(".", 1)[-1] for p in paths})
+                )
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the layer at `path`: the first matching `rank_pattern`, else `rank`."""
-        return _lookup(self.rank_pattern, path, self.rank)
+        with self._table("rank_pattern") as table:
+            return table.get(path, self.rank)
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha of the layer at `path`: the first matching `alpha_pattern`, else `alpha`."""
-        return _lookup(self.alpha_pattern, path, self.alpha)
+        with self._table("alpha_pattern") as table:
+            return table.get(path, self.alpha)
+
+    @contextmanager
+    def _table(self, name: str) -> Iterator[PatternTable[Any]]:
+        """Yield the table of rank_pattern or alpha_pattern, for one operation with a time limit of its own.
+
+        Raises:
+            ConfigurationError: A pattern is not a regular expression, or takes too long.
+        """
+        import regex
+
+        from lorakit.models.patterns import Matcher, PatternTable
+
+        try:
+            if name not in self._tables:
+                self._tables[name] = PatternTable(getattr(self, name), Matcher())
+            self._tables[name].matcher.restart()
+            yield self._tables[name]
+        except regex.error as error:
+            raise ConfigurationError(
+                f"The pattern {error.pattern!r:.60} is not a regular expression: {error}."  # type: ignore[attr-defined]
+            ) from None
+        except TimeoutError:
+            raise ConfigurationError(
+                f"{name} has regular expressions that take too long to match. Write simpler ones, or the names of "
+                "the layers."
+            ) from None
+
+    @cached_property
+    def _tables(self) -> dict[str, PatternTable[Any]]:
+        """The tables of rank_pattern and alpha_pattern, built at their first use."""
+        return {}
 
     def scaling_for(self, rank: int, alpha: float) -> float:
         """Return the factor on ``B A``: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA."""
         return alpha / math.sqrt(rank) if self.scaling == "rslora" else alpha / rank
 
 
-def _lookup(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """Return the value of the first pattern that covers the module `path`, else the default."""
-    return next((value for key, value in patterns.items() if _matches(key, path)), default)
-
-
 def _entries(name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the entries of a pattern option, each named as in the user's configuration."""
     return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Return whether a rank or alpha pattern covers the module `path`, by PEFT's rule."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None

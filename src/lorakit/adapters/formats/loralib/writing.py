@@ -62,6 +62,8 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
     """Return A, B and the rank of the equivalent loralib layer."""
     if layer.magnitude is not None:
         raise AdapterFileError("loralib has no DoRA. Keep the adapter's folder.")
+    if layer.B_bias is not None:
+        raise AdapterFileError("loralib has no bias of B (lora_bias). Keep the adapter's folder.")
     A, B = layer.form.to_loralib(layer.A, layer.B)
     _check_slices(layer)
     if layer.initial_A is None or layer.initial_B is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from functools import cached_property
+from typing import Any, Literal
 
 import regex
 from torch import nn
@@ -15,11 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.layers import is_of_adapter
+from lorakit.models.patterns import SECONDS, Matcher, PatternTable, endings
 
 CONFIG_NAME = "adapter_config.json"
-
-_PATTERN_SECONDS = 1.0
-"""Time limit for one match; a pattern from a file could run forever."""
 
 _NO_EFFECT = {
     "auto_mapping",
@@ -31,7 +31,7 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",
+    "peft_version",  # decides only what nn.MultiheadAttention means (`attention.as_computed`)
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
@@ -45,7 +45,6 @@ _NOT_IMPLEMENTED = {
     "kasa_config": "the base weights are truncated (KaSA)",
     "layer_replication": "layers of the base are repeated",
     "loftq_config": "the base weights are replaced by quantised ones (LoftQ)",
-    "lora_bias": "lora_B has a bias",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "target_parameters": "parameters outside layers are adapted (mixtures of experts)",
@@ -72,6 +71,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    lora_bias: bool = False
     use_dora: bool = False
     init_lora_weights: Any = True
     fan_in_fan_out: bool = False
@@ -104,9 +104,7 @@ class PeftConfig:
             raise AdapterFileError(
                 f"lora_dropout is {self.lora_dropout}; it must be a number of at least 0 and below 1."
             )
-        for option in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, option):
-                matches(option, rf"(.*\.)?({pattern})", "")  # rejects an invalid pattern
+        _ = self._ranks, self._alphas  # rejects an invalid pattern
         for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             names = getattr(self, option)
             if isinstance(names, tuple) and "" in names:
@@ -123,11 +121,13 @@ class PeftConfig:
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the layer at PEFT's `path`."""
-        return _first_match("rank_pattern", self.rank_pattern, path, self.r)
+        with _valid("rank_pattern"):
+            return self._ranks.get(path, self.r)
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha of the layer at PEFT's `path`."""
-        return _first_match("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
+        with _valid("alpha_pattern"):
+            return self._alphas.get(path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
         """Return the factor on ``B A`` at `path`."""
@@ -139,21 +139,21 @@ class PeftConfig:
         if self._is_excluded(path) or self.target_modules is None:
             return False
         if isinstance(self.target_modules, str):
-            return matches("target_modules", self.target_modules, path)
-        if path in self.target_modules:
+            return self._match("target_modules", self.target_modules, path) is not None
+        if path in self._targets:
             return True
-        is_listed = path.endswith(tuple(f".{target}" for target in self.target_modules))
+        is_listed = not self._targets.isdisjoint(endings(path))
         return is_listed and (not self.layers_to_transform or self._layer_index_fits(path))
 
     def _is_excluded(self, path: str) -> bool:
-        excluded = self.exclude_modules
-        if isinstance(excluded, str):
-            if excluded and matches("exclude_modules", excluded, path):
+        if isinstance(self.exclude_modules, str):
+            pattern = self.exclude_modules
+            if pattern and self._match("exclude_modules", pattern, path):
                 return True
-        elif excluded and (path in excluded or path.endswith(tuple(f".{e}" for e in excluded))):
+        elif not self._excluded.isdisjoint(endings(path)):
             return True
         return any(
-            matches("modules_to_save", rf"(^|.*\.){module}($|\..*)", path)
+            self._match("modules_to_save", rf"(^|.*\.){module}($|\..*)", path)
             for module in self.modules_to_save
         )
 
@@ -161,10 +161,43 @@ class PeftConfig:
         """Whether layers_to_transform lists the block number in `path`, by PEFT's rule."""
         patterns = [rf"(?:^|.*?\.){name}" for name in self.layers_pattern] or [r".*?\.[^.]*"]
         for pattern in patterns:
-            match = _search("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
+            match = self._match("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
             if match is not None:
                 return int(match["index"]) in self.layers_to_transform
         return False
+
+    def _match(self, option: str, pattern: str, path: str) -> regex.Match[str] | None:
+        """Return the match of a pattern of this option with the whole path, or None.
+
+        Raises:
+            AdapterFileError: It is not a valid regular expression, or takes too long.
+        """
+        with _valid(option, pattern):
+            return self._matcher.fullmatch(pattern, path)
+
+    # Compiled at their first use. All patterns of a file share one time limit.
+
+    @cached_property
+    def _matcher(self) -> Matcher:
+        return Matcher()
+
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        with _valid("rank_pattern"):
+            return PatternTable(self.rank_pattern, self._matcher)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[float]:
+        with _valid("alpha_pattern"):
+            return PatternTable(self.alpha_pattern, self._matcher)
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
 
 
 _IMPLEMENTED = {"peft_type", *(option.name for option in fields(PeftConfig))}
@@ -226,39 +259,21 @@ def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.M
     return linear
 
 
-def matches(option: str, pattern: str, path: str) -> bool:
-    """Whether a pattern of the file matches the whole path.
-
-    Raises:
-        AdapterFileError: It is not a valid regular expression, or takes too long.
-    """
-    return _search(option, pattern, path) is not None
-
-
-def _search(option: str, pattern: str, path: str) -> regex.Match[str] | None:
+@contextmanager
+def _valid(option: str, pattern: str | None = None) -> Iterator[None]:
+    """Raise an AdapterFileError that names the option if one of its patterns is invalid or takes too long."""
     try:
-        return regex.fullmatch(pattern, path, timeout=_PATTERN_SECONDS)
+        yield
     except regex.error as error:
         raise AdapterFileError(
-            f"{option} holds {pattern!r}, which is not a valid regular expression: {error}. "
+            f"{option} holds {pattern or error.pattern!r}, which is not a valid regular expression: {error}. "  # type: ignore[attr-defined]
             f"Correct it in {CONFIG_NAME}."
         ) from error
     except TimeoutError as error:
         raise AdapterFileError(
-            f"{option} holds {pattern!r}, which takes too long to match against '{path}'. Write a "
-            "simpler pattern, or a list of names."
+            f"{option} has regular expressions that take too long to match: all patterns of a file have {SECONDS:g} "
+            f"seconds. Write simpler ones in {CONFIG_NAME}, or the names of the layers."
         ) from error
-
-
-V = TypeVar("V")
-
-
-def _first_match(option: str, patterns: Mapping[str, V], path: str, default: V) -> V:
-    """Return the value of the first pattern that matches the end of `path`, else the default."""
-    for key, value in patterns.items():
-        if matches(option, rf"(.*\.)?({key})", path):
-            return value
-    return default
 
 
 def _check_supported(options: Mapping[str, Any]) -> None:

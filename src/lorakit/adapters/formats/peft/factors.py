@@ -43,6 +43,7 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
         B=B,
         alpha=layer.alpha * (A.shape[0] // layer.rank),
         magnitude=magnitude,
+        B_bias=_bias_of_all_rows(layer),
         slices=(),
         initial_A=None,
         initial_B=None,
@@ -57,7 +58,13 @@ def peft_rank(layer: StoredLayer) -> int:
     return layer.A.shape[0] * layer.form.taps * (1 if layer.initial_A is None else 2)
 
 
-def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None) -> StoredLayer:
+def from_peft(
+    layer: StoredLayer,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor | None,
+    B_bias: Tensor | None = None,
+) -> StoredLayer:
     """Undo `to_peft`.
 
     Args:
@@ -65,6 +72,7 @@ def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None
         A: lora_A of `to_peft`.
         B: lora_B of `to_peft`.
         magnitude: DoRA's magnitudes of all rows, or None.
+        B_bias: The bias of B for all rows, or None.
 
     Raises:
         AdapterFileError: The tensors are not of that form.
@@ -81,8 +89,15 @@ def from_peft(layer: StoredLayer, A: Tensor, B: Tensor, magnitude: Tensor | None
         # PEFT's form lacks the base's norms of the adapted rows, which are never read.
         extras["base_norms"] = magnitude.index_fill(0, rows, 0)
         magnitude = magnitude[rows]
+    if B_bias is not None and layer.slices:
+        B_bias = B_bias[layer.form.rows()]
     restored = replace(
-        layer, A=trained_A.contiguous(), B=trained_B.contiguous(), magnitude=magnitude, **extras
+        layer,
+        A=trained_A.contiguous(),
+        B=trained_B.contiguous(),
+        magnitude=magnitude,
+        B_bias=B_bias,
+        **extras,
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
     again = to_peft(restored)
@@ -104,6 +119,14 @@ def _separate(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Undo `_interleave`."""
     A, A0 = both.unflatten(0, (groups, -1)).chunk(2, dim=1)
     return A.flatten(0, 1), A0.flatten(0, 1)
+
+
+def _bias_of_all_rows(layer: StoredLayer) -> Tensor | None:
+    """Return the bias of B for all rows of the layer, zero outside the slices."""
+    if layer.B_bias is None or not layer.slices:
+        return layer.B_bias
+    whole = layer.B_bias.new_zeros(layer.form.out_features(layer.B))
+    return whole.index_copy(0, layer.form.rows(), layer.B_bias)
 
 
 def _all_magnitudes(layer: StoredLayer) -> Tensor | None:

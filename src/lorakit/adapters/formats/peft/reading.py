@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lorakit import storage
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
+from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
-from lorakit.adapters.formats.peft.writing import MAGNITUDE, TENSORS_NAME
+from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE, TENSORS_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
@@ -23,7 +24,7 @@ from lorakit.models.layers import parents
 PICKLE_NAME = "adapter_model.bin"
 
 _PART = re.compile(
-    r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
+    r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
 )
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
@@ -98,6 +99,7 @@ def _adapter(
             raise AdapterFileError(f"'{path}' has factors under two names.")
         is_attention = key + _OUT_PROJ in parts
         layers[path] = _layer(path, options_path, layer_parts, config, is_attention=is_attention)
+    notices = as_computed(layers, options.get("peft_version"))
     classified = _OtherTensors(config, parts, others)
     saved_modules = classified.saved_modules
     if config.modules_to_save and not saved_modules:
@@ -111,7 +113,7 @@ def _adapter(
         trained=classified.trained,
         base_copies=classified.base_copies,
         provenance={"peft": _provenance(options)},
-        notices=rank_notices(layers),
+        notices=[*notices, *rank_notices(layers)],
         peft_config=options,
     )
     if options.get("ensure_weight_tying"):
@@ -133,7 +135,7 @@ def _layer(
     """Return the layer at `path`, with the rank and alpha that PEFT looks up under `options_path`."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if parts.keys() - {MAGNITUDE} != set(names):
+    if parts.keys() - {MAGNITUDE, B_BIAS} != set(names):
         raise AdapterFileError(
             f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
         )
@@ -141,6 +143,11 @@ def _layer(
         raise AdapterFileError(
             f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
             f"{str(config.use_dora).lower()}."
+        )
+    if config.lora_bias != (B_BIAS in parts):
+        raise AdapterFileError(
+            f"'{path}' has {'a' if B_BIAS in parts else 'no'} {B_BIAS}, but lora_bias is "
+            f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
     magnitude = parts.get(MAGNITUDE)
@@ -164,6 +171,7 @@ def _layer(
             kind=kind,
             A=A,
             B=B,
+            B_bias=parts.get(B_BIAS),
             scaling=config.scaling_of(options_path),
             alpha=config.alpha_of(options_path),
             magnitude=magnitude,
@@ -172,7 +180,7 @@ def _layer(
     if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
-                f"'{path}' has DoRA on a grouped convolution, for which PEFT computes the norms of weights "
+                f"'{path}' has DoRA (use_dora) on a grouped convolution, for which PEFT computes the norms of weights "
                 "that the layer does not use. Load it with PEFT."
             )
         layer.grouped = False
@@ -280,6 +288,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             bias=config.bias,
             init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
             scaling="rslora" if config.use_rslora else "standard",
+            lora_bias=config.lora_bias,
             dora=config.use_dora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,

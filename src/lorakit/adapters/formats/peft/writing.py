@@ -13,21 +13,27 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft import trained
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME
+from lorakit.adapters.formats.peft.attention import (
+    LAST_VERSION,
+    attention_paths,
+    both_projections,
+    written_notices,
+)
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.forms import AttentionForm, EmbeddingForm, LinearForm
+from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = trained.PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
+B_BIAS = "lora_B.bias"
 
 _KEYS = {
     LinearForm.kind: ("lora_A.weight", "lora_B.weight"),
@@ -45,6 +51,8 @@ class PeftForm:
     """Prefix of the keys of each adapted layer, without `PREFIX`, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
+    notices: list[str] = field(default_factory=list)
+    """Sentences for the user on what the folder means to PEFT."""
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
@@ -75,28 +83,34 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     for path in stored.layers:
         if layout is not None and path in layout.beyond_peft:
             raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
-    attention = _attention_paths(stored.layers, layout)
+    attention = attention_paths(stored.layers, layout)
     entries: dict[str, StoredLayer] = {}
     for path, layer in stored.layers.items():
         with located(f"'{path}'"):
             entries[path] = to_peft(layer)
     entries |= _tied_heads(entries)
     for path in attention:
-        entries.update(_both_projections(path, entries))
+        entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
     form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
+    form.notices = written_notices(entries, attention)
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
     trained_form = trained.assign_keys(stored, layout, keys)
     form.tensors.update(trained_form.tensors)
     form.trained_keys = trained_form.keys
+    if len({layer.B_bias is None for layer in entries.values()}) > 1:
+        raise NotExpressibleError(
+            "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
+        )
     form.config = {
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets, layout.modules if layout else None),
         "modules_to_save": trained_form.modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
+        "lora_bias": any(layer.B_bias is not None for layer in stored.layers.values()),
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
         **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
@@ -104,6 +118,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if form.notices:
+        form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
     return form
 
 
@@ -118,41 +134,6 @@ def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
     return heads
 
 
-# --- nn.MultiheadAttention -----------------------------------------------------------------------
-
-
-def _attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
-    attention = {path for path, layer in layers.items() if isinstance(layer.form, AttentionForm)}
-    if layout is not None:
-        parents = {path.rpartition(".")[0] for path in layers if path.endswith(".out_proj")}
-        attention |= {path for path in parents if layout.is_attention(path)}
-    return attention
-
-
-def _both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
-    """Return both projections at one rank and scaling, as PEFT needs them, padded with zeros."""
-    names = (path, f"{path}.out_proj")
-    present = {name: entries[name] for name in names if name in entries}
-    if any(entry.magnitude is not None for entry in present.values()):
-        raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
-    if len({(entry.scaling, entry.A.dtype) for entry in present.values()}) > 1:
-        raise NotExpressibleError(
-            f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, but its input and output "
-            "projections have different scalings."
-        )
-    rank = max(entry.rank for entry in present.values())
-    first = next(iter(present.values()))
-    width = first.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
-    padded = {}
-    for name, rows in zip(names, (3 * width, width), strict=True):
-        A, B = first.A.new_zeros(rank, width), first.A.new_zeros(rows, rank)
-        if name in present:
-            entry = present[name]
-            A[: entry.rank], B[:, : entry.rank] = entry.A, entry.B
-        padded[name] = replace(first, A=A, B=B, alpha=first.alpha * rank / first.rank)
-    return padded
-
-
 def _key_start(path: str, attention: set[str]) -> str:
     """Return the start of PEFT's keys of a layer: its path, except for the out_proj of an attention module."""
     parent, _, name = path.rpartition(".")
@@ -162,12 +143,20 @@ def _key_start(path: str, attention: set[str]) -> str:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def factor_keys(key: str, kind: str, *, dora: bool) -> dict[str, str]:
-    """Return the keys of a layer's A, B and magnitude, for the prefix `key` of the layer."""
+def factor_keys(key: str, kind: str, *, dora: bool, lora_bias: bool) -> dict[str, str]:
+    """Return the keys of a layer's A, B, magnitude and bias of B, for the prefix `key` of the layer."""
     names = dict(zip("AB", _KEYS.get(kind, _KEYS[LinearForm.kind]), strict=True))
     if dora:
         names["magnitude"] = MAGNITUDE
+    if lora_bias:
+        names["B_bias"] = B_BIAS
     return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}
+
+
+def layer_keys(key: str, layer: StoredLayer) -> dict[str, str]:
+    """Return `factor_keys` of a layer."""
+    dora, lora_bias = layer.magnitude is not None, layer.B_bias is not None
+    return factor_keys(key, layer.kind, dora=dora, lora_bias=lora_bias)
 
 
 def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
@@ -175,9 +164,8 @@ def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
     if magnitude is not None and entry.A.ndim > 2:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
         magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
-    keys = factor_keys(key, entry.kind, dora=magnitude is not None)
-    parts = {"A": entry.A, "B": entry.B, "magnitude": magnitude}
-    return {full: tensor for part, full in keys.items() if (tensor := parts[part]) is not None}
+    parts = {**entry.tensors, "magnitude": magnitude}
+    return {full: parts[part] for part, full in layer_keys(key, entry).items()}  # type: ignore[misc]
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------
