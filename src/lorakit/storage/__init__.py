@@ -17,17 +17,21 @@ from lorakit.storage.records import (
     write_record,
 )
 from lorakit.storage.refusals import reading, regular_file, writing
+from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
     "HOLDER_NAME",
     "LOCK_NAME",
     "atomic_file",
     "atomic_folder",
+    "dump_yaml",
     "is_quiet_asked",
     "lock_folder",
+    "parse_yaml",
     "quiet",
     "read_json",
     "read_record",
+    "read_yaml",
     "reading",
     "regular_file",
     "require_checksum",
