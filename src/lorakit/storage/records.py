@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,7 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
     with reading(path, error):
         text = data.decode()
     try:
-        content = json.loads(
-            text, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates
-        )
+        content = json.loads(text, parse_constant=_reject_constant, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as wrong:
         raise error(
             f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
@@ -114,12 +113,20 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class DuplicateKeyError(ValueError):
+    """A JSON object names a key twice. Python would keep the last value."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary; an `object_pairs_hook` for the readers of json.
+
+    Raises:
+        DuplicateKeyError: Two pairs have the same key.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key '{duplicate}' is duplicated")
+        counts = Counter(key for key, _ in pairs)
+        raise DuplicateKeyError(f"the key '{counts.most_common(1)[0][0]}' is duplicated")
     return content
 
 
