@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -96,7 +97,18 @@ REJECTED = {
     "True for a whole number": ("rank", True, "rank is True; it must be a whole number."),
     "None for a whole number": ("rank", None, "rank is None; it must be a whole number."),
     "string for a number": ("alpha", "16", "alpha is '16'; it must be a number."),
-    "too large for a number": ("alpha", 10**400, "it must be a number."),
+    "too large for a number": (
+        "alpha",
+        10**400,
+        "it must be a finite number of at most 3.4e+38 in size.",
+    ),
+    "too large for float32": ("alpha", 1e308, "alpha is 1e+308; it must be a finite number"),
+    "not finite": ("alpha", math.inf, "alpha is inf; it must be a finite number"),
+    "not a number": ("alpha", math.nan, "alpha is nan; it must be a finite number"),
+    "thousands of digits": ("alpha", 10**5000, "alpha is a number of thousands of digits; it"),
+    "too large for a whole number": ("rank", 10**30, "it must be a whole number of at most 9,"),
+    "too small for a whole number": ("rank", -(10**30), "it must be a whole number of at most 9,"),
+    "too large in a union": ("limit", 10**30, "it must be a whole number of at most 9,"),
     "complex for a number": ("alpha", 1j, "alpha is 1j; it must be a number."),
     "string for a bool": ("dora", "no", "dora is 'no'; it must be True or False."),
     "1 for a bool": ("dora", 1, "dora is 1; it must be True or False."),

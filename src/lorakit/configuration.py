@@ -9,10 +9,9 @@ import functools
 import os
 import types
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.other_names import OTHER_NAMES
@@ -21,6 +20,11 @@ Config = TypeVar("Config")
 
 _SHOWN = 100
 """Longest excerpt of a wrong value in a message, in characters."""
+
+LARGEST_NUMBER = 3.4e38
+"""Largest number: tensors in float32 hold no larger one."""
+LARGEST_WHOLE_NUMBER = 2**63 - 1
+"""Largest whole number: tensors and files hold no larger one."""
 
 Names = Mapping[Any, tuple[str, str]]
 """The name of each type in messages, singular and plural."""
@@ -89,13 +93,37 @@ class _WrongType(Exception):
 
     def message(self, names: Names) -> str:
         """Return the problem and the expected type as a sentence."""
-        shown = repr(self.value)
+        shown = _shown(self.value)
         if names is YAML and (self.value is None or isinstance(self.value, bool)):
             shown = "null" if self.value is None else shown.lower()
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         choices = get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
         hint = nearest(self.value, choices) if isinstance(self.value, str) else ""
         return f"{self.path} is {shown}; it must be {type_name(self.annotation, names)}.{hint}"
+
+
+class _OutOfRange(_WrongType):
+    """A number is too large, or not finite."""
+
+    def message(self, names: Names) -> str:
+        largest = LARGEST_WHOLE_NUMBER if self.annotation is int else LARGEST_NUMBER
+        kind = names[self.annotation][0].replace("a number", "a finite number")
+        return f"{self.path} is {_shown(self.value)}; it must be {kind} of at most {largest:,} in size."
+
+
+def _shown(value: object) -> str:
+    """Return the first characters of a value in a message."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to print an int of thousands of digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a value is a number that a float32 tensor can hold. Never raises, unlike math.isfinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return abs(cast(float, value)) <= LARGEST_NUMBER
 
 
 def _convert(value: Any, annotation: Any, path: str) -> Any:
@@ -127,13 +155,16 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
 
 def _convert_scalar(value: Any, kind: type, path: str) -> Any:
     if isinstance(value, bool) == (kind is bool):  # in Python a bool is an int
-        if isinstance(value, kind):
-            return value
         if kind is int and isinstance(value, Integral):
+            if abs(int(value)) > LARGEST_WHOLE_NUMBER:
+                raise _OutOfRange(path, value, kind)
             return int(value)
         if kind is float and isinstance(value, Real):
-            with suppress(OverflowError):
-                return float(value)
+            if not is_finite(value):
+                raise _OutOfRange(path, value, kind)
+            return float(value)
+        if isinstance(value, kind):
+            return value
         if kind is str and isinstance(value, os.PathLike):
             return os.fspath(value)
     raise _WrongType(path, value, kind)
@@ -144,6 +175,8 @@ def _convert_to_any(value: Any, union: Any, path: str) -> Any:
     for kind in get_args(union):
         try:
             return _convert(value, kind, path)
+        except _OutOfRange:
+            raise  # the type is right
         except _WrongType as error:
             errors.append(error)
     innermost = max(errors, key=lambda error: len(error.path))

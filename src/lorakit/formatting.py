@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def number(value: float, *, sign: bool = False) -> str:
@@ -62,6 +62,12 @@ def rounded_count(count: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun: 1 sample, 1,200 samples."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names as a, b, c; of a long list the first ones and the number of the others."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def percentage(part: float, whole: float = 1.0, *, sign: bool = False) -> str:

@@ -370,9 +370,12 @@ def test_model_and_tokenizer_load_from_one_commit(
     ):
         fake = from_pretrained(name, lambda result=result: result)
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", fake)
+    fake = from_pretrained("config.json", lambda: ({}, {}))
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", fake)
     base = load_base("organisation/model", revision="main")
     assert base.source.revision == "c0ffee"
     assert loaded == [
+        ("config.json", "organisation/model", "c0ffee", False),
         ("AutoConfig", "organisation/model", "c0ffee", False),
         ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
         ("AutoTokenizer", "organisation/model", "c0ffee", False),

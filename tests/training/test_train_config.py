@@ -127,6 +127,9 @@ def test_default_rates_follow_the_method() -> None:
     [
         ({"output": ""}, "output is empty"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 1e7}, "epochs is 10000000.0; it must be a number above 0, at most 1,000,000"),
+        ({"epochs": 1e300}, "epochs is 1e\\+300; it must be a finite number"),
+        ({"max_steps": 10**30}, "max_steps is 1000.*; it must be a whole number of at most"),
         ({"epochs": float("nan")}, "epochs is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"accumulation": -1}, "accumulation is -1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -10,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.configuration import is_finite
 from lorakit.errors import AdapterStateError
 
 AdapterChoice = str | Mapping[str, float] | None
@@ -127,8 +127,7 @@ def _blend(choice: AdapterChoice, get: Get) -> Blend:
     weights = {choice: 1.0} if isinstance(choice, str) else dict(choice)
     for name, weight in weights.items():
         adapter = get(name)
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(weight):
+        if not is_finite(weight):
             raise AdapterStateError(
                 f"The weight of '{name}' is {weight!r}; it must be a finite number."
             )

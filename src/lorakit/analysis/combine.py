@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,6 +29,7 @@ from lorakit.analysis.derived import (
     require_low_rank,
 )
 from lorakit.analysis.spectrum import layer_norm, require_share
+from lorakit.configuration import is_finite
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError, require_choice
 from lorakit.methods.lora import LoRA
 from lorakit.ops.autocast import wide_dtype
@@ -153,8 +153,7 @@ def _check_settings(
             f"There are {len(stored)} adapters and {len(factors)} weights; give one weight per adapter."
         )
     for factor in factors:
-        number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-        if not number or not math.isfinite(factor) or factor == 0:
+        if not is_finite(factor) or factor == 0:
             raise ConfigurationError(
                 f"A weight is {factor!r}; it must be a finite number other than 0. Omit an adapter without effect."
             )

@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lorakit import storage
 from lorakit.cli.option_names import OTHER_NAMES, suggestion
 from lorakit.cli.options import options_of, sections_of
 from lorakit.errors import ConfigurationError
-
-
-class Loader(yaml.SafeLoader):
-    """Reads 5e-4 as a number and a date as text, as YAML 1.2 does, and rejects duplicate keys."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"'{key.value}' occurs twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, dict]:
@@ -92,7 +66,7 @@ def shortest_names(skipped: Iterable[str], values: Mapping[str, Any]) -> list[st
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+        content = storage.read_yaml(path)
     except OSError as error:
         raise ConfigurationError(
             f"--config {path} cannot be read: {error.strerror or error}. Check the path."

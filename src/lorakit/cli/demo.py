@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError, require_at_least
 from lorakit.methods.lora import LoRA
@@ -164,7 +165,7 @@ def _require_demo_folder(output: Path) -> None:
     if not config.exists():
         return
     try:
-        trained_on = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["train"]
+        trained_on = storage.read_yaml(config)["data"]["train"]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         trained_on = None
     if trained_on != "docstrings":

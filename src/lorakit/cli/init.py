@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
-import yaml
-
 from lorakit import storage
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
@@ -179,5 +177,5 @@ def _lines(settings: Mapping[str, object]) -> str:
 
 def _yaml(value: object) -> str:
     """Return a value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = storage.dump_yaml(value, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")

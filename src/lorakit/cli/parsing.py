@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from lorakit.cli.config_files import Loader, read_options, shortest_names
+from lorakit import storage
+from lorakit.cli.config_files import read_options, shortest_names
 from lorakit.cli.option_names import ROWS, suggestion
 from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
@@ -253,6 +254,6 @@ def _is_text(kind: Any) -> bool:
 def _read_text(text: str) -> Any:
     """Return the YAML value of a text, or the text itself where it is not YAML."""
     try:
-        return yaml.load(text, Loader=Loader)
+        return storage.parse_yaml(text)
     except yaml.YAMLError:
         return text

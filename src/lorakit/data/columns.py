@@ -8,6 +8,7 @@ from typing import Any
 from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
+from lorakit.formatting import listed
 from lorakit.tasks import GENERIC, Labelled, Task, task_type
 
 
@@ -28,7 +29,7 @@ class ColumnMap:
             if column not in self.columns:
                 raise DataError(
                     f"{source_name} has no column {column!r}, which data.columns maps to {name!r}. Its columns are "
-                    f"{', '.join(self.columns)}." + nearest(column, self.columns)
+                    f"{listed(self.columns)}." + nearest(column, self.columns)
                 )
         texts = {"prompt": config.prompt_template, "completion": config.completion_template}
         self.templates = {
@@ -100,7 +101,7 @@ class ColumnMap:
                 return fitting[0]
             if fitting:
                 raise DataError(
-                    f"{self.source_name}: its columns ({', '.join(self.columns)}) fit several tasks; "
+                    f"{self.source_name}: its columns ({listed(self.columns)}) fit several tasks; "
                     f"set data.task to one of {', '.join(task.name for task in fitting)}"
                 )
         else:
@@ -123,7 +124,7 @@ class ColumnMap:
             texts = _inputs(task)
             expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
             raise DataError(
-                f"{self.source_name}: its columns are {', '.join(self.columns)}; task {task.name} predicts from "
+                f"{self.source_name}: its columns are {listed(self.columns)}; task {task.name} predicts from "
                 f"{expected}. Rename the columns with data.columns, for example "
                 f"{{{texts[0][0]}: {self.columns[0]}}}."
             )
@@ -145,7 +146,7 @@ class ColumnMap:
         else:
             advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
         return DataError(
-            f"{self.source_name}: its columns are {', '.join(self.columns)}; expected those of {task_name}:",
+            f"{self.source_name}: its columns are {listed(self.columns)}; expected those of {task_name}:",
             *expected,
             f"Rename the columns with data.columns, {advice}.",
         )

@@ -8,15 +8,18 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, AnyStr, BinaryIO
 
+from lorakit import storage
 from lorakit.errors import DataError
+from lorakit.formatting import size
 from lorakit.tasks.task import json_type
 
 
@@ -42,8 +45,19 @@ class Problem:
 
 Rows = Iterator[Row | Problem]
 
-# A field may hold a whole document; data.too_long handles its length.
-csv.field_size_limit(2**31 - 1)
+MAX_LINE = 1 << 26
+"""Longest line or CSV field, in bytes. A row may hold a whole book; data.too_long handles its length."""
+MAX_BLANK_LINES = 1_000_000
+"""Most blank lines in a row."""
+MAX_COLUMNS = 10_000
+"""Most columns."""
+INFLATED_BYTES, INFLATED_RATIO = 1 << 26, 100
+"""Most bytes that a compressed file inflates to, and more for each of its own bytes. Text shrinks to about a third,
+repeated rows to a fiftieth, and a file that is made to fill the memory to a thousandth."""
+FREE_ROWS = 1_000_000
+"""Most rows or lines of a file, and more for each of its bytes. Only compressed ones could have more."""
+
+csv.field_size_limit(MAX_LINE)
 
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
@@ -65,14 +79,14 @@ def lines_of(text: str) -> list[str]:
 def read_jsonl(path: Path) -> Rows:
     """Read one JSON object per line. Blank lines are skipped."""
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             origin = f"{path}:{number}"
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"))
+                value = json.loads(line.decode("utf-8"), object_pairs_hook=storage.unique_keys)
             except UnicodeDecodeError as error:
                 yield Problem(
                     origin, f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})"
@@ -80,7 +94,7 @@ def read_jsonl(path: Path) -> Rows:
             except json.JSONDecodeError as error:
                 yield Problem(origin, f"not valid JSON ({error.msg} at character {error.pos + 1})")
             except (ValueError, RecursionError) as error:
-                # For example a number of 5,000 digits, or 10,000 brackets.
+                # For example a duplicate key, a number of 5,000 digits, or 10,000 brackets.
                 yield Problem(origin, f"not readable as JSON ({error})")
             else:
                 yield _row(value, origin)
@@ -119,7 +133,7 @@ def _reject_single_object(data: bytes, path: Path) -> None:
 
 def _json_list(text: str, path: Path) -> Rows:
     # Decode the objects one at a time: json.loads gives no line numbers.
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=storage.unique_keys)
     line, counted = 1, 0
     position = _after_blanks(text, 0)
     if position == len(text):
@@ -130,14 +144,22 @@ def _json_list(text: str, path: Path) -> Rows:
         )
     position = _after_blanks(text, position + 1)
     separator = "]" if text[position : position + 1] == "]" else ","
+    rows, most = 0, _most_rows(path)
     while separator == ",":
+        rows += 1
+        if rows > most:
+            raise _too_many_rows(path)
         line += text.count("\n", counted, position)
         counted = position
+        origin = f"{path}:{line}"
         try:
             value, position = decoder.raw_decode(text, position)
+            yield _row(value, origin)
+        except storage.DuplicateKeyError as error:
+            _, position = json.JSONDecoder().raw_decode(text, position)
+            yield Problem(origin, f"not readable as JSON ({error})")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: not valid JSON ({error})") from None
-        yield _row(value, f"{path}:{line}")
+            raise DataError(f"{origin}: not valid JSON ({error})") from None
         position = _after_blanks(text, position)
         separator = text[position : position + 1]
         if separator not in (",", "]"):
@@ -159,7 +181,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
     with _open(path) as file:
         # Bytes that are not UTF-8 become surrogates, so that only their row is rejected.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(text, path), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -194,10 +216,11 @@ def read_parquet(path: Path) -> Rows:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_declared(file.metadata, file.schema_arrow.names, path)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 yield Row(values, f"{path}:row {number}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file ({error}); copy or download it again"
         ) from error
@@ -214,31 +237,129 @@ BINARY = (".parquet",)
 
 
 def _row(value: Any, origin: str) -> Row | Problem:
-    if isinstance(value, dict):
-        return Row(value, origin)
-    return Problem(origin, f"found {json_type(value)}, expected an object {{...}}")
+    if not isinstance(value, dict):
+        return Problem(origin, f"found {json_type(value)}, expected an object {{...}}")
+    if len(value) > MAX_COLUMNS:
+        return Problem(origin, _too_many(len(value)))
+    try:
+        "".join(value).encode()
+    except UnicodeEncodeError:
+        return Problem(origin, "a key is not valid Unicode: it has half of a surrogate pair")
+    return Row(value, origin)
+
+
+def _too_many(columns: int) -> str:
+    return f"{columns:,} columns, and the limit is {MAX_COLUMNS:,}; keep those that the task needs"
+
+
+def _check_declared(metadata: Any, columns: list[str], path: Path) -> None:
+    """Reject a Parquet file whose footer declares more than a file of its size holds."""
+    if not columns:
+        raise DataError(f"{path}: has no columns")
+    if len(columns) > MAX_COLUMNS:
+        raise DataError(f"{path}: {_too_many(len(columns))}")
+    if metadata.num_rows > _most_rows(path):
+        raise _too_many_rows(path)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    _check_inflated(sum(max(group.total_byte_size, 0) for group in groups), path)
+
+
+def _most_rows(path: Path) -> int:
+    return FREE_ROWS + path.stat().st_size
+
+
+def _too_many_rows(path: Path) -> DataError:
+    return DataError(
+        f"{path}: has more than {_most_rows(path):,} rows, too many for a file of {size(path.stat().st_size)}, so it "
+        "is probably damaged or made to fill the memory. If you trust it, decompress it or write it as JSONL"
+    )
+
+
+def _check_inflated(count: int, path: Path) -> None:
+    """Reject a compressed file of which `count` bytes are more than data compresses to its size."""
+    file_size = path.stat().st_size
+    if count > INFLATED_BYTES + INFLATED_RATIO * file_size:
+        raise DataError(
+            f"{path}: inflates from {size(file_size)} to at least {size(count)}, so it is probably damaged or made to "
+            "fill the memory. If you trust it, decompress it first"
+        )
+
+
+_BUFFER = 1 << 17
 
 
 def _checked_header(record: list[str], path: Path) -> list[str]:
     header = [name.strip() for name in record]
+    if len(header) > MAX_COLUMNS:
+        raise DataError(f"{path}:1: {_too_many(len(header))}")
+    counts = Counter(header)
     for position, name in enumerate(header, start=1):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{path}:1: column {position} of the header is not UTF-8; save the file as UTF-8"
+            ) from None
         if not name:
             raise DataError(
                 f"{path}:1: column {position} of the header has no name; name every column once"
             )
-        if header.count(name) > 1:
+        if counts[name] > 1:
             raise DataError(
                 f"{path}:1: the header names the column {name!r} more than once; rename one"
             )
     return header
 
 
+def _lines(file: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Neither one long line nor blank lines can take all memory or time."""
+    blank, most = 0, _most_rows(path)
+    for number in count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise DataError(
+                f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; write one row on each line"
+            )
+        if number > most:
+            raise _too_many_rows(path)
+        blank = blank + 1 if line.isspace() else 0
+        if blank > MAX_BLANK_LINES:
+            raise DataError(
+                f"{path}:{number}: more than {MAX_BLANK_LINES:,} blank lines in a row; remove them"
+            )
+        yield line
+
+
+class _Inflated(io.RawIOBase):
+    """The bytes of a gzip file, up to the limit of `_check_inflated`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count = path, 0
+        self._file = gzip.open(path)  # noqa: SIM115 (closed with this object)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        read = self._file.readinto(buffer)
+        self._count += read
+        _check_inflated(self._count, self._path)
+        return read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file, gzip or not. A read error becomes a DataError that names the file."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            yield cast(BinaryIO, file)
+        is_gzip = path.name.lower().endswith(".gz")
+        with io.BufferedReader(_Inflated(path), _BUFFER) if is_gzip else path.open("rb") as file:
+            yield file
     except EOFError:
         raise DataError(f"{path}: the gzip file is truncated; copy or download it again") from None
     except (OSError, zlib.error) as error:

@@ -16,13 +16,16 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import docstrings
-from lorakit.data.readers import READERS, Problem, Row, Rows, reader_for
+from lorakit.data.readers import MAX_COLUMNS, READERS, Problem, Row, Rows, reader_for
 from lorakit.errors import DataError, nearest
 
 BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}
 """Built-in data sets: name -> function that returns the rows of a split."""
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+
+MAX_PROBLEMS = 100_000
+"""Most unreadable rows of a file."""
 
 SCRIPT = "scripts are no longer supported"
 """Part of the error of `datasets` for a data set that is a Python program."""
@@ -73,7 +76,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     splits: list[str] = []
     for part in parts:
         before = len(rows)
-        rows += islice(part.rows(), None if limit is None else limit - before)
+        rows += islice(_bounded(part.rows()), None if limit is None else limit - before)
         if len(rows) == before:
             raise DataError(f"{part.name} is empty: it has no rows")
         splits += [part.split] * (len(rows) - before)
@@ -85,7 +88,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [part.sha256 for part in parts]
-    return DataRows(
+    data = DataRows(
         name=name,
         rows=rows,
         sha256=digests[0]
@@ -94,6 +97,25 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         class_names={column: names for part in parts for column, names in part.class_names.items()},
         splits=splits,
     )
+    if len(data.columns) > MAX_COLUMNS:
+        raise DataError(
+            f"{name}: its rows have {len(data.columns):,} different columns, and the limit is {MAX_COLUMNS:,}; name "
+            "the same columns in every row"
+        )
+    return data
+
+
+def _bounded(rows: Rows) -> Rows:
+    """Yield rows until too many of them are problems: a file of another format can have millions."""
+    problems = 0
+    for row in rows:
+        problems += isinstance(row, Problem)
+        if problems > MAX_PROBLEMS:
+            raise DataError(
+                f"{row}. This is unreadable row {problems:,}, and the limit is {MAX_PROBLEMS:,}; is the suffix that "
+                "of the file's format?"
+            )
+        yield row
 
 
 def joined(split: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from string import Formatter
 
 from lorakit.errors import ConfigurationError, DataError, nearest
+from lorakit.formatting import listed
 from lorakit.tasks.task import BadRow, json_type
 
 
@@ -50,7 +51,7 @@ class Template:
             if field not in columns:
                 raise DataError(
                     f"{source_name} has no column {field!r}, which {self.name} uses. Its columns are "
-                    f"{', '.join(columns)}." + nearest(field, columns)
+                    f"{listed(columns)}." + nearest(field, columns)
                 )
 
     def render(self, value_of: Callable[[str], object]) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import BaseModelError
+from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.declared_sizes import check_declared
 from lorakit.models.gguf import described_folder
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.sources import ModelSource, resolve
@@ -35,7 +36,7 @@ def shape_of(base: BaseConfig) -> Shape:
     Raises:
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
-    from transformers import AutoConfig, GPT2Config
+    from transformers import AutoConfig, GPT2Config, PretrainedConfig
 
     if base.name.lower() == GPT3:
         note = (
@@ -52,7 +53,11 @@ def shape_of(base: BaseConfig) -> Shape:
     elif source.kind == "gguf":
         location, options = str(described_folder(Path(location))), {}
     try:
+        declared, _ = PretrainedConfig.get_config_dict(location, **options)
+        check_declared(source.name, declared, location)
         config = AutoConfig.from_pretrained(location, **options)
+    except LorakitError:
+        raise
     # A configuration is untrusted input; its readers raise almost any exception.
     except Exception as error:
         raise BaseModelError(_refusal(source, error)) from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
+from lorakit.models.declared_sizes import check_declared
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
@@ -113,6 +114,7 @@ def load_base(
     with _quiet():
         source, path, options, notices = _locate(source, trust_remote_code)
         with _explained(source, path, task):
+            check_declared(source.name, _declared(path, options), path)
             weights_dtype = compute_dtype(dtype, device, _config(path, options, dtype))
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
@@ -179,6 +181,13 @@ def _locate(
         folder = converted_folder(Path(source.path_or_id))
         return source, str(folder), options, conversion_notices(folder)
     return source, source.path_or_id, options, []
+
+
+def _declared(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of config.json."""
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(path, **options)[0]
 
 
 def _config(
@@ -252,6 +261,11 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
             )
         elif message.startswith("Unrecognized configuration class"):
             reason = f"transformers has no head for the task '{task}' on this architecture"
+        elif "ignore_mismatched_sizes" in message:
+            reason = (
+                "the shapes of its weights differ from those that its config.json declares. Restore both files from "
+                "the model's source"
+            )
         elif type(error).__name__ == "SafetensorError":
             reason = (
                 f"its weights file is damaged or cut off ({message}). Download or copy it again"

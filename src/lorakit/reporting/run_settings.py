@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from lorakit import storage
 from lorakit.methods.registry import unused_sections
 from lorakit.reporting.run_record import RunRecord
 
@@ -36,7 +35,7 @@ def settings_text(run: RunRecord) -> str:
 
 def yaml_text(settings: Mapping[str, Any]) -> str:
     """Return settings as YAML, in their order."""
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
+    return storage.dump_yaml(dict(settings), sort_keys=False, width=100)
 
 
 def main_settings(run: RunRecord) -> list[tuple[str, str]]:

@@ -9,31 +9,39 @@ from lorakit.storage.atomic import (
 from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
+    DuplicateKeyError,
     read_json,
     read_record,
     require_checksum,
     sha256,
+    unique_keys,
     write_json,
     write_record,
 )
 from lorakit.storage.refusals import reading, regular_file, writing
+from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
     "HOLDER_NAME",
     "LOCK_NAME",
+    "DuplicateKeyError",
     "atomic_file",
     "atomic_folder",
+    "dump_yaml",
     "is_quiet_asked",
     "lock_folder",
+    "parse_yaml",
     "quiet",
     "read_json",
     "read_record",
+    "read_yaml",
     "reading",
     "regular_file",
     "require_checksum",
     "require_free_file",
     "require_free_folder",
     "sha256",
+    "unique_keys",
     "write_json",
     "write_record",
     "writing",

@@ -56,7 +56,7 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
             parse_constant=_reject_constant,
             parse_int=_parse_integer,
             parse_float=_parse_float,
-            object_pairs_hook=_reject_duplicates,
+            object_pairs_hook=unique_keys,
         )
         _reject_deep_nesting(content)
     except json.JSONDecodeError as wrong:
@@ -145,11 +145,20 @@ def _parse_float(digits: str) -> float:
     return value
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class DuplicateKeyError(ValueError):
+    """A JSON object names a key twice. Python would keep the last value."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary; an `object_pairs_hook` for the readers of json.
+
+    Raises:
+        DuplicateKeyError: Two pairs have the same key.
+    """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key '{key}' is duplicated")
+            raise DuplicateKeyError(f"the key '{key}' is duplicated")
         content[key] = value
     return content
 

@@ -150,6 +150,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        name = tokenizer.name_or_path
+        self.name = f"'{name}'" if name else type(tokenizer).__name__
         if not tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which 'messages' need; use the "
@@ -161,14 +163,14 @@ class ChatTemplate:
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn."""
-        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self._source(tools)
         if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
             return self._turns_by_tag(messages, tools)
         return self._turns_by_prefix(messages, tools)
 
     def check_tools(self, messages: list[Message], tools: list | None) -> None:
         """Reject tools and tool calls that the template would leave out without a word."""
-        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self._source(tools)
         used = {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}
         for name, given in used.items():
             if given and name not in template:
@@ -267,18 +269,30 @@ class ChatTemplate:
         actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
         return f"{actual!r} instead of {expected!r}"
 
+    def _source(self, tools: list | None) -> str:
+        """Return the text of the template; a tokenizer may have one of its own for tools."""
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise DataError(
+                f"{self.name} has several chat templates and none is the default: {error}"
+            ) from error
+        if not isinstance(template, str):
+            raise DataError(
+                f"the chat template of {self.name} is {json_type(template)}, expected text. Correct "
+                "chat_template in its tokenizer_config.json"
+            )
+        return template
+
     def _apply(
         self, messages: list[Message], tools: list | None, answer: bool = False, **options: Any
     ) -> Any:
-        from jinja2 import TemplateError
+        from lorakit.tasks.rendering import bounded_rendering  # imports jinja2
 
-        try:
+        with bounded_rendering(self.name, messages, tools):
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=answer, **options
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            # Templates reject what their model does not support: a system role, two user turns in a row.
-            raise _bad(f"was rejected by the chat template: {error}") from error
 
 
 def without_answer(messages: list[Message]) -> list[Message]:

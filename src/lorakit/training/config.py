@@ -26,6 +26,9 @@ Schedule = Literal["linear", "cosine", "constant"]
 Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
+MAX_EPOCHS = 1_000_000
+"""Most epochs. Larger numbers are mistakes, and their steps exceed 64 bits."""
+
 DEFAULT_RATES: dict[str, float] = {
     # LoRA's matrices need about ten times the rate of full fine-tuning (paper, Tables 9 and 11).
     "lora": 5e-4,
@@ -226,9 +229,10 @@ class TrainConfig:
             raise ConfigurationError(
                 "output is empty; name a folder for the run, for example out/first."
             )
-        if not 0 < self.epochs < math.inf:
+        if not 0 < self.epochs <= MAX_EPOCHS:
             raise ConfigurationError(
-                f"epochs is {self.epochs}; it must be a finite number above 0."
+                f"epochs is {self.epochs}; it must be a number above 0, at most {MAX_EPOCHS:,}. Set max_steps for a "
+                "longer run."
             )
         for name in ("batch_size", "accumulation", "max_steps"):
             require_at_least(name, getattr(self, name), 1)

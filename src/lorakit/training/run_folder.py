@@ -182,9 +182,7 @@ class RunFolder:
         if self.extends:  # first, so that a kill leaves an unfinished run
             (self.path / RESULT).unlink(missing_ok=True)
         if self.extends or not (self.path / CONFIG).exists():
-            settings = yaml.safe_dump(
-                _saved_settings(self.config), sort_keys=False, allow_unicode=True, width=100
-            )
+            settings = storage.dump_yaml(_saved_settings(self.config), sort_keys=False, width=100)
             with storage.atomic_file(self.path / CONFIG) as temporary:
                 temporary.write_text(settings, encoding="utf-8")
         with storage.writing(self.checkpoints):
@@ -393,11 +391,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: The file cannot be read, or is damaged.
     """
-    with storage.reading(path / CONFIG, RunFolderError):
-        text = (path / CONFIG).read_text(encoding="utf-8")
     try:
-        settings = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        with storage.reading(path / CONFIG, RunFolderError):
+            settings = storage.read_yaml(path / CONFIG)
+    except yaml.YAMLError as error:
         raise RunFolderError(
             f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another folder."
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorakit.configuration import is_finite
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.lora.forms import (
     AttentionForm,
@@ -71,7 +71,7 @@ class StoredLayer:
                 f"the kind of layer is {self.kind!r}; it must be one of {', '.join(KINDS)}."
             )
         for name, value in (("scaling", self.scaling), ("alpha", self.alpha)):
-            if not math.isfinite(value) or value == 0:
+            if not is_finite(value) or value == 0:
                 raise AdapterFileError(
                     f"{name} is {value!r}, so the adapter would have no (or no finite) effect. "
                     "The file is damaged, or it was written with a wrong alpha."

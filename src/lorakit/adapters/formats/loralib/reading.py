@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
+from lorakit.configuration import is_finite
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.layers import is_inside, parents
@@ -58,7 +58,7 @@ def read_loralib(
             f"'{path}' is a loralib file, which does not record alpha. Set alpha to the lora_alpha it was trained "
             "with; the official scripts use 16 for RoBERTa, 32 for DeBERTa and GPT-2."
         )
-    if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
+    if not is_finite(alpha) or alpha == 0:
         raise ConfigurationError(
             f"alpha is {alpha!r}; a finite number other than 0 was expected (0 would disable the adapter)."
         )
