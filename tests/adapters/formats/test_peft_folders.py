@@ -284,7 +284,7 @@ PREFIX = "base_model.model."
         ({"body.0.lora_B.weight": torch.ones(8, 2).bool()}, r"'body\.0': B holds bool numbers"),
         ({"body.0.lora_A.default.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
          r"'body\.0\.lora_A\.default\.weight'.*without an adapter name"),
-        ({"body.0.lora_B.bias": numbers(8)}, r"'body\.0\.lora_B\.bias'"),
+        ({"body.0.lora_B.bias": numbers(8)}, "has a lora_B.bias, but lora_bias is false"),
         ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, but use_dora is false"),
         ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
         ({"body.2.bias": numbers(8)}, r"the first 'body\.2\.bias'"),

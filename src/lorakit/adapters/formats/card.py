@@ -174,7 +174,7 @@ def vllm_obstacle(form: PeftForm) -> str | None:
         (config["task_type"] != "CAUSAL_LM", "it adapts only causal language models."),
         (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
         (config["use_dora"], f"it uses DoRA. {merge}"),
-        (config["lora_bias"], f"B has a bias (lora_bias). {merge}"),
+        (config.get("lora_bias"), f"B has a bias (lora_bias). {merge}"),
         (config["bias"] != "none", f"biases are trained. {merge}"),
         # vLLM scales every layer by lora_alpha / r and ignores the patterns.
         (config["alpha_pattern"] or len(ranks) > 1, f"ranks or scalings differ by layer. {merge}"),

@@ -110,7 +110,6 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "modules_to_save": trained_form.modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
-        "lora_bias": any(layer.B_bias is not None for layer in stored.layers.values()),
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
         **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
@@ -118,6 +117,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if any(layer.B_bias is not None for layer in stored.layers.values()):
+        form.config["lora_bias"] = True  # PEFT has it since 0.14
     if form.notices:
         form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
     return form
