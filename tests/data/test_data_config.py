@@ -16,7 +16,7 @@ from lorakit.errors import ConfigurationError
         ({"max_length": 1}, "max_length is 1; it must be .* 2 or more"),
         ({"limit": 0}, "limit is 0; it must be .* 1 or more"),
         ({"validation_fraction": 1.0}, "below 1"),
-        ({"validation_fraction": float("nan")}, "below 1"),
+        ({"validation_fraction": float("nan")}, "must be a finite number"),
         ({"validation_fraction": 0.1, "validation": "b.jsonl"}, "not both"),
         ({"too_long": "cut"}, "too_long is 'cut'; it must be one of stop, skip, truncate"),
         ({"bad_rows": "truncate"}, "bad_rows is 'truncate'; it must be one of stop, skip"),
