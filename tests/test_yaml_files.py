@@ -55,7 +55,17 @@ INVALID = {
 }
 
 
-@pytest.mark.parametrize(("text", "problem"), INVALID.values(), ids=INVALID)
+SLOW = ("many values", "merges", "nested lists")
+"""Cases that take above 0.5 s."""
+
+
+def cases(table):
+    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in table}
+    values = {name: c if isinstance(c, tuple) else (c,) for name, c in table.items()}
+    return [pytest.param(*values[name], id=name, marks=marks[name]) for name in table]
+
+
+@pytest.mark.parametrize(("text", "problem"), cases(INVALID))
 def test_an_invalid_file_is_an_error_of_the_command_line_and_of_a_run(tmp_path, text, problem):
     began = time.monotonic()
     file = tmp_path / "config.yaml"

@@ -61,6 +61,7 @@ def test_many_duplicate_keys_take_linear_time(tmp_path):
     assert time.monotonic() - began < 5  # usually 0.02 s; 100 s if each key is searched in all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_more_columns_than_the_limit_are_an_error(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
@@ -114,10 +115,11 @@ def test_a_line_above_the_limit_is_an_error_with_its_number(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("byte", [b"\n", b"x", b"\0", b" ", b"[", b'"', b"x\n", b"{}\n", b"{},"])
-def test_a_gzip_bomb_is_an_error_within_seconds(tmp_path, suffix, byte):
+def test_a_gzip_bomb_is_an_error_within_seconds(tmp_path, monkeypatch, suffix, byte):
+    monkeypatch.setattr(readers, "FREE_ROWS", 50_000)
     path = tmp_path / f"a{suffix}.gz"
-    bomb = zeros(2**30, byte)
-    assert len(bomb) < 3e6
+    bomb = zeros(2**28, byte)
+    assert len(bomb) < 1e6
     path.write_bytes(bomb)
     began = time.monotonic()
     with pytest.raises(
@@ -165,9 +167,9 @@ def test_text_that_is_not_unicode_or_too_deep_is_a_problem(tmp_path, suffix, con
 def test_a_parquet_file_that_declares_more_than_it_has_is_an_error(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(
-        pyarrow.table({"a": ["x" * 300_000_000]}), path, compression="zstd", use_dictionary=False
+        pyarrow.table({"a": ["x" * 100_000_000]}), path, compression="zstd", use_dictionary=False
     )
-    with pytest.raises(DataError, match=r"inflates from .* to at least 300 MB"):
+    with pytest.raises(DataError, match=r"inflates from .* to at least 100 MB"):
         list(readers.read_parquet(path))
     monkeypatch.setattr(readers, "FREE_ROWS", 1000)
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"] * 100_000}), path)
@@ -189,7 +191,7 @@ def test_deeply_nested_parquet_columns_are_read_or_an_error(tmp_path):
         value = {"a": [value]}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([value]), path)
     with suppress(DataError):
-        assert [row.values for row in readers.read_parquet(path)] == [value]
+        assert list(readers.read_parquet(path)) == [Row(value, f"{path}:row 1")]
 
 
 @pytest.mark.slow

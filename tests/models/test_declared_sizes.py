@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 
 import pytest
 import tiny_models
+from transformers import CONFIG_MAPPING
 
 from lorakit.errors import BaseModelError
 from lorakit.models.base_config import BaseConfig
@@ -98,6 +100,20 @@ def test_weights_of_other_shapes_are_an_error_with_the_reason(models):
         BaseModelError, match=r"shapes of its weights differ from those that its config"
     ):
         load_base(edited(models, "llama", "vocab_size", 333))
+
+
+@pytest.mark.slow
+def test_the_defaults_of_every_architecture_are_accepted():
+    checked = 0
+    for kind in CONFIG_MAPPING:
+        with suppress(Exception):  # a few need arguments, or packages that are not installed
+            config = CONFIG_MAPPING[kind]().to_dict()
+            checked += 1
+            try:
+                check_declared(kind, config, "x")
+            except BaseModelError as error:
+                pytest.fail(str(error))
+    assert checked > 300
 
 
 def test_shared_layers_and_null_are_accepted():

@@ -80,7 +80,17 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("template", TOO_LARGE.values(), ids=TOO_LARGE)
+SLOW = ("macros that double", "for ever")
+"""Cases that take above 0.5 s."""
+
+
+def cases(table):
+    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in table}
+    values = {name: c if isinstance(c, tuple) else (c,) for name, c in table.items()}
+    return [pytest.param(*values[name], id=name, marks=marks[name]) for name in table]
+
+
+@pytest.mark.parametrize("template", cases(TOO_LARGE))
 def test_a_template_that_explodes_is_an_error_at_once(template):
     began = time.monotonic()
     with pytest.raises(

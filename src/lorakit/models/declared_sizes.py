@@ -19,7 +19,7 @@ _WIDTHS = (
     *("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embedding_size"),
     *("intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
     *("num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads"),
-    *("encoder_attention_heads", "decoder_attention_heads", "head_dim", "d_kv"),
+    *("encoder_attention_heads", "decoder_attention_heads", "d_kv"),
 )
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_source_positions", "n_ctx")
 
@@ -31,6 +31,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(_WIDTHS, (1, MAX_WIDTH)),
     **dict.fromkeys(_POSITIONS, (1, MAX_POSITIONS)),
     "vocab_size": (1, MAX_VOCABULARY),
+    "head_dim": (0, MAX_WIDTH),  # 0 in GLM: from the other widths
 }
 """Least and largest value of the settings that determine the size of a model."""
 
