@@ -13,6 +13,9 @@ from pathlib import Path
 
 from lorakit.formatting import visible
 
+_MAX_LINE, _SHOWN_AT_END = 2_000, 400
+"""Longest line of a message, and how much of its end remains: names in a damaged file can have any length."""
+
 
 class LorakitError(Exception):
     """Base class of all errors that lorakit raises.
@@ -23,10 +26,19 @@ class LorakitError(Exception):
     """
 
     def __init__(self, *lines: object) -> None:
-        super().__init__(*(visible(str(line)) for line in lines))
+        super().__init__(*(_shortened(visible(str(line))) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+def _shortened(line: str) -> str:
+    """Leave out the middle of a long line: the end usually says what to do."""
+    if len(line) <= _MAX_LINE:
+        return line
+    start = _MAX_LINE - _SHOWN_AT_END
+    left_out = len(line) - _MAX_LINE
+    return f"{line[:start]} ... ({left_out:,} characters left out) ... {line[-_SHOWN_AT_END:]}"
 
 
 class ConfigurationError(LorakitError):

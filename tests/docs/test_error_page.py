@@ -168,7 +168,8 @@ def test_every_quote_is_in_the_source(page: str, library: Source) -> None:
 @pytest.mark.slow
 def test_every_message_has_an_entry(page: str, library: Source) -> None:
     assert len(library.messages) > 500
-    assert missing(page, library) == []
+    found = missing(page, library)
+    assert not found, "\n".join(map(str, found))
 
 
 def test_quotes_have_words_to_search_for(page: str) -> None:

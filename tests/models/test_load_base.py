@@ -145,7 +145,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     backend = Tokenizer(WordLevel(words, unk_token="w1"))
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(folder)
     (notice,) = load_base(folder, task="sequence-classification").notices
-    assert "150 tokens, but the model only 99 embeddings" in notice
+    assert "150 ids, but the model only 99 embeddings" in notice
 
 
 # --- new heads ----------------------------------------------------------------------------------

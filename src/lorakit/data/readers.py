@@ -76,6 +76,13 @@ def lines_of(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": storage.unique_keys,
+    "parse_constant": storage.reject_constant,
+}
+"""Options of json: no duplicate keys, no NaN or Infinity."""
+
+
 def read_jsonl(path: Path) -> Rows:
     """Read one JSON object per line. Blank lines are skipped."""
     with _open(path) as file:
@@ -86,7 +93,7 @@ def read_jsonl(path: Path) -> Rows:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"), object_pairs_hook=storage.unique_keys)
+                value = json.loads(line.decode("utf-8"), **_STRICT)
             except UnicodeDecodeError as error:
                 yield Problem(
                     origin, f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})"
@@ -133,7 +140,7 @@ def _reject_single_object(data: bytes, path: Path) -> None:
 
 def _json_list(text: str, path: Path) -> Rows:
     # Decode the objects one at a time: json.loads gives no line numbers.
-    decoder = json.JSONDecoder(object_pairs_hook=storage.unique_keys)
+    decoder = json.JSONDecoder(**_STRICT)
     line, counted = 1, 0
     position = _after_blanks(text, 0)
     if position == len(text):
@@ -218,8 +225,14 @@ def read_parquet(path: Path) -> Rows:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_declared(file.metadata, file.schema_arrow.names, path)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            number = 0
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 yield Row(values, f"{path}:row {number}")
+            if number != file.metadata.num_rows:
+                raise DataError(
+                    f"{path}: its footer declares {file.metadata.num_rows:,} rows, but it has {number:,}; "
+                    "copy or download it again"
+                )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file ({error}); copy or download it again"

@@ -89,6 +89,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
         header = read_header(gguf)
         model = _read_model(gguf, _smallest_dtype(gguf, header), header)
+        _require_finite(gguf, model)
         tokenizer = _read_tokenizer(gguf)
     notices = _finish_tokenizer(tokenizer, header.settings, model.config)
     notices += _rope_notices(gguf, header)
@@ -202,6 +203,14 @@ def _require_used(gguf: Path, header: Header, model: PreTrainedModel) -> None:
         f"{counted(model.config.num_hidden_layers, 'layer')} does not use, so it would compute something else. "
         "Download the file again, or name the original model."
     )
+
+
+def _require_finite(gguf: Path, model: PreTrainedModel) -> None:
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise BaseModelError(
+                f"'{gguf}' has weights that are NaN or infinite, the first in '{name}'. Download the file again."
+            )
 
 
 def _names_in_gguf(header: Header, model: PreTrainedModel) -> set[str]:

@@ -25,6 +25,8 @@ _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 1024
 _SIZES = ("embedding_length", "feed_forward_length", "vocab_size")
+_REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
+"""Settings of every language model. transformers would take a default for a missing one."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,12 @@ def _check_sizes(settings: dict[str, Any], tensors: tuple[TensorEntry, ...]) -> 
         raise ValueError("it does not name its architecture (general.architecture)")
     largest = max((max(entry.shape) for entry in tensors), default=0)
     limits = {"block_count": len(tensors), **dict.fromkeys(_SIZES, largest)}
+    required = [*_REQUIRED, "attention.head_count"]
+    if architecture == "llama":
+        required.append("attention.layer_norm_rms_epsilon")
+    for name in required:
+        if f"{architecture}.{name}" not in settings:
+            raise ValueError(f"the setting '{architecture}.{name}' is missing")
     for name, limit in limits.items():
         value = settings.get(f"{architecture}.{name}")
         if isinstance(value, int) and value > limit:

@@ -386,10 +386,11 @@ def _set_padding(base: Base) -> None:
             return
         tokenizer.pad_token = tokenizer.eos_token
         base.notices.append(f"The tokenizer has no padding token; {tokenizer.eos_token} is used.")
-    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", len(tokenizer))
-    if len(tokenizer) > embeddings:
+    ids = 1 + max(tokenizer.get_vocab().values())
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", ids)
+    if ids > embeddings:
         base.notices.append(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings. "
+            f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
     # A classifier skips padding to find the last token of a row, so both must use the same token.

@@ -13,6 +13,9 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TRIAL = "A river, 12 pubs.\n\tcaf\u00e9 \u4e2d\u6587 \U0001f600"
+"""A text with letters, digits, white space, accents, and characters of two to four bytes."""
+
 _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.DOTALL)
 """Matches truncation and padding at the start of a serialised tokenizer. In a text of it the quotes are escaped."""
 
@@ -35,7 +38,27 @@ def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreT
             "more was expected. Correct it, or remove it to set no limit."
         )
     tokenizer.model_max_length = int(length)  # 512.0 fails in the first call that truncates
+    _try(tokenizer, path, error)
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError]) -> None:
+    """Tokenize a text: a damaged vocabulary loads, and fails or gives other ids than its own only then."""
+    try:
+        ids = tokenizer.encode(_TRIAL)
+    except BaseException as failure:
+        # The library tokenizers is written in Rust, whose panics are no `Exception`.
+        if not isinstance(failure, Exception) and type(failure).__name__ != "PanicException":
+            raise
+        raise error(
+            f"The tokenizer in '{path}' is damaged: it fails on a first text ({type(failure).__name__}: "
+            f"{failure}). Restore its files from the model's source."
+        ) from None
+    if wrong := set(ids) - set(tokenizer.get_vocab().values()):
+        raise error(
+            f"The tokenizer in '{path}' is damaged: it gives the id {min(wrong):,}, which is not in its vocabulary. "
+            "Restore its files from the model's source."
+        )
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:

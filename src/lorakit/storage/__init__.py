@@ -9,9 +9,11 @@ from lorakit.storage.atomic import (
 from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
+    CHECKSUM,
     DuplicateKeyError,
     read_json,
     read_record,
+    reject_constant,
     require_checksum,
     sha256,
     unique_keys,
@@ -22,6 +24,7 @@ from lorakit.storage.refusals import reading, regular_file, writing
 from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
+    "CHECKSUM",
     "HOLDER_NAME",
     "LOCK_NAME",
     "DuplicateKeyError",
@@ -37,6 +40,7 @@ __all__ = [
     "read_yaml",
     "reading",
     "regular_file",
+    "reject_constant",
     "require_checksum",
     "require_free_file",
     "require_free_folder",

@@ -53,12 +53,13 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
     try:
         content = json.loads(
             text,
-            parse_constant=_reject_constant,
+            parse_constant=reject_constant,
             parse_int=_parse_integer,
             parse_float=_parse_float,
             object_pairs_hook=unique_keys,
         )
         _reject_deep_nesting(content)
+        _reject_lone_surrogates(text, content)
     except json.JSONDecodeError as wrong:
         raise error(
             f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
@@ -127,10 +128,6 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _parse_integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a number has {len(digits):,} digits; at most {_MAX_DIGITS} are read")
@@ -170,6 +167,21 @@ def _reject_deep_nesting(content: Any) -> None:
         level = [c for several in children for c in several if isinstance(c, (dict, list))]
     if level:
         raise ValueError(_TOO_DEEP)
+
+
+def _reject_lone_surrogates(text: str, content: Any) -> None:
+    """Reject half a character: it cannot be written as UTF-8 again."""
+    if "\\u" in text:  # only an escape can name one
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"a text has half a character (\\u{ord(half):04x})") from None
+
+
+def reject_constant(name: str) -> float:
+    """Reject NaN and Infinity, which Python's json accepts; a `parse_constant` for the readers of json."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _json_name(value: Any) -> str:

@@ -18,11 +18,14 @@ MAX_DIGITS = 400
 """Longest number, in characters."""
 
 _MERGE = "tag:yaml.org,2002:merge"
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_NUMBER = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+_INTEGER = re.compile(r"[-+]?\d+$|0x[0-9a-fA-F]+$")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads 5e-4 as a number and a date as text, as YAML 1.2 does, and rejects duplicate keys.
+    """Reads numbers as YAML 1.2 does (5e-4 is a number, 010 is ten, 1:30 and dates are texts); rejects duplicate keys.
 
     Every invalid document raises a yaml.YAMLError, usually with its line.
     """
@@ -94,16 +97,23 @@ class Loader(yaml.SafeLoader):
             ) from error
 
 
+def _construct_integer(_: Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 16 if node.value[:2] == "0x" else 10)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes the texts that `Loader` would read as numbers."""
 
 
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_OF_YAML_1_1 = tuple(f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float"))
 for _class in (Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OF_YAML_1_1]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
 def parse_yaml(text: str) -> Any:

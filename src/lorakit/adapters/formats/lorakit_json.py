@@ -37,6 +37,12 @@ CARD_NAME = "README.md"
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
 """Fields of a `StoredLayer` that lorakit.json holds unchanged."""
 
+_LAYER_KEYS = {*_FIELDS, "rank", "A", "B", "slices", "pissa", "dora", "weight_shape"}
+_RECORD_KEYS = {
+    *("format", "format_version", "lorakit_version", "method", "tensors", "layers", "modules"),
+    *("trained", "repeated", "base", "provenance", "files", storage.CHECKSUM),
+}
+
 
 def write_tensors(stored: StoredAdapter, folder: Path) -> None:
     """Write an adapter's tensors unchanged, for a folder that PEFT cannot load."""
@@ -101,6 +107,7 @@ def read(folder: Path) -> StoredAdapter:
     path = folder / NAME
     record = storage.read_json(path)
     _check_record(record, path)
+    _check_keys(record, path)
     notices = _check_files(record, folder)
     tensors_name = record.get("tensors")
     if tensors_name not in (TENSORS_NAME, peft.TENSORS_NAME) or tensors_name not in record["files"]:
@@ -164,16 +171,23 @@ def _describe(layer: StoredLayer, key: str | None) -> dict[str, Any]:
     """Return a layer's fields other than tensors; `key` is the prefix of its keys in PEFT's file, if it is in one."""
     description: dict[str, Any] = {
         **{name: getattr(layer, name) for name in _FIELDS},
-        "rank": layer.rank,
         "A": list(layer.A.shape),
         "B": list(layer.B.shape),
         "slices": [dataclasses.asdict(s) for s in layer.slices],
-        "pissa": layer.initial_A is not None,
-        "lora_bias": layer.B_bias is not None,
-        "dora": layer.magnitude is not None,
+        **_of_tensors(layer),
         "weight_shape": None if layer.weight_shape is None else list(layer.weight_shape),
     }
     return description if key is None else {**description, "key": key}
+
+
+def _of_tensors(layer: StoredLayer) -> dict[str, Any]:
+    """Return what a description says about the tensors that a layer has."""
+    return {
+        "rank": layer.rank,
+        "pissa": layer.initial_A is not None,
+        "lora_bias": layer.B_bias is not None,
+        "dora": layer.magnitude is not None,
+    }
 
 
 def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
@@ -202,6 +216,29 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
             "Update lorakit."
         )
     storage.require_checksum(record, path, AdapterFileError)
+
+
+def _check_keys(record: Mapping[str, Any], path: Path) -> None:
+    """Reject unknown and missing keys: an unknown one may change what the adapter computes."""
+    _require_keys(record, _RECORD_KEYS, set(), f"'{path}'")
+    layers = record["layers"]
+    for name, layer in layers.items() if isinstance(layers, Mapping) else ():
+        _require_keys(layer, _LAYER_KEYS, {"key", "lora_bias"}, f"'{path}': the layer '{name}'")
+
+
+def _require_keys(
+    record: Mapping[str, Any], required: set[str], optional: set[str], what: str
+) -> None:
+    if not isinstance(record, Mapping):
+        raise AdapterFileError(f"{what} is {record!r:.40}; names with values were expected.")
+    if unknown := sorted(record.keys() - required - optional):
+        raise AdapterFileError(
+            f"{what} has keys that this lorakit does not know: {', '.join(unknown)}. Update lorakit."
+        )
+    if missing := sorted(required - record.keys()):
+        raise AdapterFileError(
+            f"{what} lacks the keys {', '.join(missing)}. Download or save the adapter again."
+        )
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
@@ -317,9 +354,17 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
 def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
     """Return the layer that `_describe` described, with these tensors."""
     shape = description["weight_shape"]
-    return StoredLayer(
+    layer = StoredLayer(
         slices=tuple(RowSlice(**piece) for piece in description["slices"]),
         weight_shape=None if shape is None else tuple(shape),
         **{name: description[name] for name in _FIELDS},
         **tensors,
     )
+    described = {"lora_bias": False, **description}
+    for name, value in _of_tensors(layer).items():
+        if described[name] != value:
+            raise AdapterFileError(
+                f"it has {name} {described[name]!r:.40}, but its tensors have {value!r}. Download or save the adapter "
+                "again."
+            )
+    return layer

@@ -33,7 +33,7 @@ _MAX_SHARING = 4
 
 _PLAIN = re.compile(
     r"collections\.OrderedDict|collections\.Counter|_codecs\.encode|(builtins|__builtin__)\.(set|complex)"
-    r"|torch\.(Size|device|bool|\w+Storage|(bfloat|complex|float|int|uint)\w+)"
+    r"|torch\.(Size|device|bool|(?!Complex)\w+Storage|(bfloat|float|int|uint)\w+)"
     r"|torch\.storage\.(Typed|Untyped)Storage|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
 )
 """What a file of dense tensors names."""
@@ -119,6 +119,10 @@ def _programs(path: Path) -> Iterator[IO[bytes]]:
 def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     """Check the sizes and checksums of the parts of a zip file, which `torch.load` does not do."""
     parts = archive.infolist()
+    if len(set(archive.namelist())) < len(parts):
+        raise AdapterFileError(
+            f"'{path}' is damaged: parts inside it have the same name. Download or save it again."
+        )
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED:
             raise AdapterFileError(
