@@ -25,11 +25,9 @@ class LorakitError(Exception):
             names and texts of untrusted files.
     """
 
-    def __init__(self, *lines: object) -> None:
-        super().__init__(*(_shortened(visible(str(line))) for line in lines))
-
+    # Without an `__init__`, which compiled code that raises an error could not call.
     def __str__(self) -> str:
-        return "\n".join(self.args)
+        return "\n".join(_shortened(visible(str(line))) for line in self.args)
 
 
 def _shortened(line: str) -> str:
