@@ -76,13 +76,6 @@ def lines_of(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-_STRICT: dict[str, Any] = {
-    "object_pairs_hook": storage.unique_keys,
-    "parse_constant": storage.reject_constant,
-}
-"""Options of json: no duplicate keys, no NaN or Infinity."""
-
-
 def read_jsonl(path: Path) -> Rows:
     """Read one JSON object per line. Blank lines are skipped."""
     with _open(path) as file:
@@ -93,7 +86,7 @@ def read_jsonl(path: Path) -> Rows:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"), **_STRICT)
+                value = json.loads(line.decode("utf-8"), **storage.STRICT_JSON)
             except UnicodeDecodeError as error:
                 yield Problem(
                     origin, f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})"
@@ -140,7 +133,7 @@ def _reject_single_object(data: bytes, path: Path) -> None:
 
 def _json_list(text: str, path: Path) -> Rows:
     # Decode the objects one at a time: json.loads gives no line numbers.
-    decoder = json.JSONDecoder(**_STRICT)
+    decoder = json.JSONDecoder(**storage.STRICT_JSON)
     line, counted = 1, 0
     position = _after_blanks(text, 0)
     if position == len(text):
@@ -162,7 +155,7 @@ def _json_list(text: str, path: Path) -> Rows:
         try:
             value, position = decoder.raw_decode(text, position)
             yield _row(value, origin)
-        except storage.DuplicateKeyError as error:
+        except storage.StrictJsonError as error:
             _, position = json.JSONDecoder().raw_decode(text, position)
             yield Problem(origin, f"not readable as JSON ({error})")
         except (ValueError, RecursionError) as error:

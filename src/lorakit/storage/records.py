@@ -51,13 +51,7 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
         with path.open("rb") as file:
             text = file.read(length).decode()
     try:
-        content = json.loads(
-            text,
-            parse_constant=reject_constant,
-            parse_int=_parse_integer,
-            parse_float=_parse_float,
-            object_pairs_hook=unique_keys,
-        )
+        content = json.loads(text, **STRICT_JSON)
         _reject_deep_nesting(content)
         _reject_lone_surrogates(text, content)
     except json.JSONDecodeError as wrong:
@@ -128,9 +122,15 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class StrictJsonError(ValueError):
+    """A JSON value that Python's json reads, but not everyone, or not as written."""
+
+
 def _parse_integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits):,} digits; at most {_MAX_DIGITS} are read")
+        raise StrictJsonError(
+            f"a number has {len(digits):,} digits; at most {_MAX_DIGITS} are read"
+        )
     return int(digits)
 
 
@@ -138,24 +138,15 @@ def _parse_float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
         shown = digits if len(digits) <= _MAX_DIGITS else digits[:_MAX_DIGITS] + "..."
-        raise ValueError(f"the number {shown} is beyond the range of a 64-bit float")
+        raise StrictJsonError(f"the number {shown} is beyond the range of a 64-bit float")
     return value
 
 
-class DuplicateKeyError(ValueError):
-    """A JSON object names a key twice. Python would keep the last value."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object as a dictionary; an `object_pairs_hook` for the readers of json.
-
-    Raises:
-        DuplicateKeyError: Two pairs have the same key.
-    """
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise DuplicateKeyError(f"the key '{key}' is duplicated")
+            raise StrictJsonError(f"the key '{key}' is duplicated")
         content[key] = value
     return content
 
@@ -179,9 +170,17 @@ def _reject_lone_surrogates(text: str, content: Any) -> None:
             raise ValueError(f"a text has half a character (\\u{ord(half):04x})") from None
 
 
-def reject_constant(name: str) -> float:
-    """Reject NaN and Infinity, which Python's json accepts; a `parse_constant` for the readers of json."""
-    raise ValueError(f"{name} is not a JSON number")
+def _reject_constant(name: str) -> float:
+    raise StrictJsonError(f"{name} is not a JSON number")
+
+
+STRICT_JSON: dict[str, Any] = {
+    "object_pairs_hook": _unique_keys,
+    "parse_constant": _reject_constant,
+    "parse_int": _parse_integer,
+    "parse_float": _parse_float,
+}
+"""Options of `json.loads`: a StrictJsonError for a duplicate key, NaN, an infinity, or a number of too many digits."""
 
 
 def _json_name(value: Any) -> str:
