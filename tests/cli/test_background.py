@@ -15,11 +15,11 @@ from lorakit.storage import is_quiet_asked, quiet
 
 COUNTS = """
 import os, sys, time
-assert os.nice(0) == 19
 for _ in range(int(sys.argv[1])):
     with open("steps", "a") as file:
         file.write("x")
     time.sleep(0.02)
+assert os.nice(0) == 19
 """
 SAVES_ON_SIGTERM = """
 import signal, sys, time
@@ -52,7 +52,7 @@ def stands_still(folder):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 120  # the lowest priority beside a busy test suite
+    deadline = time.monotonic() + 60  # the lowest priority beside a busy test suite
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -32,8 +32,9 @@ def run_in_background(command: Sequence[str]) -> int:
     process = subprocess.Popen(
         command,
         start_new_session=True,  # so that the signals below reach its own child processes too
-        preexec_fn=lambda: os.nice(19),
     )
+    # Not in a `preexec_fn`: it can hang where this process has other threads.
+    os.setpriority(os.PRIO_PGRP, process.pid, 19)
 
     def pass_on(signum: int, _: FrameType | None) -> None:
         _send(process, signum)
