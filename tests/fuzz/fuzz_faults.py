@@ -26,7 +26,7 @@ class Fault(NamedTuple):
     """The condition of an `if`, or `except TYPE`."""
 
 
-_FORMAT = "record.get('format') != 'lorakit' or type(version) is not int"
+_FORMAT = "record.get('format') != 'lorakit' or type(version) is not int or version < 1"
 _HALVES = "not all((torch.equal(tensor.to(dtype).float(), tensor) for tensor in full))"
 
 FAULTS = (

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -147,7 +148,14 @@ def _judged(message: str, place: str) -> tuple[str, str, str] | None:
             f"message too long: {place}",
             f"{len(message):,} characters: {message[:300]!r}",
         )
-    odd = next((c for c in message if not (c.isprintable() or c in "\n ")), None)
+    odd = next(
+        (
+            c
+            for c in message
+            if not (c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs")
+        ),
+        None,
+    )
     if odd is not None:
         return "finding", f"message with control characters: {place}", repr(message[:1000])
     return None

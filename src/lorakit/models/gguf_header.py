@@ -138,7 +138,10 @@ def _parse(cursor: _Cursor) -> Header:
 def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     """Read a setting; return None for an array."""
     if kind in _SCALARS:
-        return cursor.number(_SCALARS[kind], what)
+        value = cursor.number(_SCALARS[kind], what)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{what} is {value}; a finite number was expected")
+        return value
     if kind == _STRING:
         return cursor.text(what)
     if kind != _ARRAY:

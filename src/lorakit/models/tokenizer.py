@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,8 @@ def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreT
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    with _rust_errors(path, error):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     length = tokenizer.model_max_length
     whole = isinstance(length, int | float) and not isinstance(length, bool) and length % 1 == 0
     if not (whole and length >= 1):
@@ -44,21 +47,34 @@ def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreT
 
 def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError]) -> None:
     """Tokenize a text: a damaged vocabulary loads, and fails or gives other ids than its own only then."""
-    try:
-        ids = tokenizer.encode(_TRIAL)
-    except BaseException as failure:
-        # The library tokenizers is written in Rust, whose panics are no `Exception`.
-        if not isinstance(failure, Exception) and type(failure).__name__ != "PanicException":
-            raise
-        raise error(
-            f"The tokenizer in '{path}' is damaged: it fails on a first text ({type(failure).__name__}: "
-            f"{failure}). Restore its files from the model's source."
-        ) from None
+    with _rust_errors(path, error):
+        try:
+            ids = tokenizer.encode(_TRIAL)
+        except Exception as failure:
+            raise error(_damaged(path, failure)) from None
     if wrong := set(ids) - set(tokenizer.get_vocab().values()):
         raise error(
             f"The tokenizer in '{path}' is damaged: it gives the id {min(wrong):,}, which is not in its vocabulary. "
             "Restore its files from the model's source."
         )
+
+
+@contextmanager
+def _rust_errors(path: str, error: type[LorakitError]) -> Iterator[None]:
+    """Convert a panic of the library tokenizers, which is written in Rust: its panics are no `Exception`."""
+    try:
+        yield
+    except BaseException as failure:
+        if type(failure).__name__ != "PanicException":
+            raise
+        raise error(_damaged(path, failure)) from None
+
+
+def _damaged(path: str, failure: BaseException) -> str:
+    return (
+        f"The tokenizer in '{path}' is damaged: it cannot be read, or fails on a first text "
+        f"({type(failure).__name__}: {failure}). Restore its files from the model's source."
+    )
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:

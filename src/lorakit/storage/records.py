@@ -146,7 +146,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise StrictJsonError(f"the key '{key}' is duplicated")
+            raise StrictJsonError(f"the key {key!r:.80} is duplicated")
         content[key] = value
     return content
 

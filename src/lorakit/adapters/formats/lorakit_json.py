@@ -204,7 +204,7 @@ def _repeated(form: peft.PeftForm, stored: StoredAdapter) -> list[str]:
 def _check_record(record: Mapping[str, Any], path: Path) -> None:
     """Reject a file of another format, of a newer version, or with a wrong checksum of its own."""
     version = record.get("format_version")
-    if record.get("format") != "lorakit" or type(version) is not int:
+    if record.get("format") != "lorakit" or type(version) is not int or version < 1:
         raise AdapterFileError(
             f"'{path}' does not describe a lorakit adapter: its format is {record.get('format')!r:.40} and its "
             f"format_version {version!r:.40}; 'lorakit' and a whole number were expected. Download or save the "
@@ -354,6 +354,8 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
 def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:
     """Return the layer that `_describe` described, with these tensors."""
     shape = description["weight_shape"]
+    if not isinstance(description["slices"], list):
+        raise AdapterFileError("its slices are not a list. Download or save the adapter again.")
     layer = StoredLayer(
         slices=tuple(RowSlice(**piece) for piece in description["slices"]),
         weight_shape=None if shape is None else tuple(shape),
