@@ -10,24 +10,14 @@ from contextlib import suppress
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_readers import problems, read
 
 from lorakit.data import readers
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
-from lorakit.data.readers import MAX_COLUMNS, Problem, Row, reader_for
+from lorakit.data.readers import MAX_COLUMNS, Row
 from lorakit.data.sources import read_source
 from lorakit.errors import DataError
-
-
-def read(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    reader = reader_for(path)
-    assert reader is not None
-    return list(reader(path))
-
-
-def problems(rows):
-    return [str(row) for row in rows if isinstance(row, Problem)]
 
 
 def zeros(count, byte=b"\n"):

@@ -6,6 +6,7 @@ that the file cannot hold. Layout: https://github.com/ggml-org/ggml/blob/master/
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -160,9 +161,7 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
 
 def _entry(cursor: _Cursor) -> TensorEntry:
     """Read a line of the table; `start` is relative to the first tensor."""
-    from gguf import GGML_QUANT_SIZES
-
-    sizes = {int(kind): value for kind, value in GGML_QUANT_SIZES.items()}
+    sizes = _block_sizes()
     name = cursor.text("the name of a tensor")
     if not 0 < len(name) <= _MAX_NAME:
         raise ValueError(f"the name of a tensor has {len(name):,} characters")
@@ -180,6 +179,14 @@ def _entry(cursor: _Cursor) -> TensorEntry:
             f"tensor '{name}' has shape {shape}; its type needs rows of a multiple of {block}"
         )
     return TensorEntry(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
+
+
+@functools.cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """Return the weights and the bytes of a block, by the type of a tensor."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {int(kind): value for kind, value in GGML_QUANT_SIZES.items()}
 
 
 def _placed(
