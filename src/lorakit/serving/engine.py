@@ -1,0 +1,211 @@
+"""What the HTTP layer, the verification and the benchmarks use of an engine.
+
+An engine computes requests that each name their adapters, in mixed batches on one base. It runs in a thread of its
+own. All methods of `Engine` return at once and may be called from any thread, also from an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.adapters.choice import Blend
+
+T = TypeVar("T")
+
+Ending = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What computes an answer: the base and the adapters, by the digests of their content."""
+
+    base: str
+    """SHA-256 of the base's weights, as hexadecimal digits."""
+    adapters: tuple[tuple[str, str, float], ...] = ()
+    """Public name, SHA-256 of the folder's content, and weight of each adapter; empty is the base alone."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The receipt in one line: ``base=…`` and ``name=…*weight``, with 16 digits of each digest."""
+        own = (
+            f"{name}={digest[:16]}" + ("" if weight == 1 else f"*{weight:g}")
+            for name, digest, weight in self.adapters
+        )
+        return ";".join([f"base={self.base[:16]}", *own])
+
+
+class Lease(Protocol):
+    """Adapters that stay loaded until `release` is called (`lorakit.serving.store`)."""
+
+    @property
+    def blend(self) -> Blend:
+        """Names of the adapters on the model, with weights. The names contain the digest of their content."""
+        ...
+
+    @property
+    def receipt(self) -> Receipt:
+        """What computes the answer."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The adapter's own tokenizer, if its folder has one; else the base's."""
+        ...
+
+    def release(self) -> None:
+        """Allow the adapters to be unloaded. Later calls do nothing."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from its scores."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 allows all tokens."""
+    seed: int = 0
+    """Two requests with equal settings and seeds draw the same numbers, whatever else is in their batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """A prompt to continue. The caller releases the lease after the last event."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    lease: Lease
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, besides the base's own."""
+    top_logprobs: int | None = None
+    """How many of the most likely tokens are reported for each token; None reports no log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token, with the log-probabilities under the model's own scores (temperature 1, no top_p)."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens and their log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer."""
+
+    text: str
+    """New text: whole characters, nothing of a stop text, nothing of a special token. May be empty."""
+    tokens: tuple[Token, ...]
+    """The tokens computed since the last piece. Their texts may come with a later piece."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The last event of a request; exactly one for each request, whatever happens."""
+
+    reason: Ending
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were taken from the cache."""
+    error: Exception | None = None
+    """For the reason "error"."""
+
+
+Event = Piece | End
+
+
+class Ticket(Protocol):
+    """A submitted request."""
+
+    def cancel(self) -> None:
+        """Stop computing the request. Its End follows with the reason "cancelled", if it has not ended before."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can hold."""
+
+    context: int
+    """Most tokens of one request, prompt and answer together."""
+    queue: int
+    """Most waiting requests."""
+    running: int
+    """Most requests in one batch."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine does now."""
+
+    is_alive: bool
+    """False once its thread has died; `error` says why."""
+    is_draining: bool
+    running: int
+    waiting: int
+    cache_used: float
+    """Share of the cache for keys and values that is in use."""
+    steps: int
+    """Forward passes so far."""
+    tokens: int
+    """Generated tokens so far."""
+    error: str | None = None
+
+
+class QueueFullError(Exception):
+    """As many requests wait as the engine accepts."""
+
+
+class Engine(Protocol):
+    """Computes requests in mixed batches."""
+
+    name: str
+    """"continuous" or "batched"."""
+    notice: str | None
+    """Why the model runs on the batched engine, as a sentence for the operator; None if it needs no explanation."""
+    limits: Limits
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
+        """Queue a request. `deliver` is called in the engine's thread, and must return at once without an error.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+            LorakitError: The engine has died or drains, or the request exceeds a limit.
+        """
+        ...
+
+    def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
+        """Return the log-probabilities of ``tokens[start:]``, each given all tokens before it, computed alone.
+
+        The result also serves as the reference of `Token.logprob`: it is one forward pass of this request only.
+        """
+        ...
+
+    def between_steps(self, action: Callable[[], T]) -> Future[T]:
+        """Run a short action in the engine's thread while no forward pass runs (loading, unloading)."""
+        ...
+
+    def load(self) -> Load:
+        """Return what the engine does now."""
+        ...
+
+    def drain(self) -> None:
+        """Accept no more requests; those that wait or run are finished."""
+        ...
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
+        ...
