@@ -436,6 +436,8 @@ class Adapters:
 
         `choice_for_batch` allows such an adapter only alone and with weight 1.
         """
+        if not self._activation.swapping:
+            return
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
         for name in active.names:
