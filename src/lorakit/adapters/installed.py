@@ -55,6 +55,8 @@ class InstalledAdapter:
 
     def read_directly(self, model: nn.Module) -> Iterator[str]:
         """Yield the paths of the layers with trained copies whose weights the model may read without a call."""
+        if not self.trained:
+            return
         for path, _, adapters in self.layers(model):
             if adapters[self.name].trained and adapters.layout.is_read_directly:
                 yield path

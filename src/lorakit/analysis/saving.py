@@ -15,7 +15,7 @@ from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.card import card
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.checkpoints import is_checkpoint, saved_adapter
+from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig

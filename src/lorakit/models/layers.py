@@ -88,6 +88,8 @@ def base_modules(
                 continue
             seen.add(id(module))
         yield path, module
+        if not module._modules:
+            continue
         start = f"{path}." if path else ""
         pending += [
             (start + name, child)

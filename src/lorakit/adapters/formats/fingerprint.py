@@ -284,7 +284,7 @@ def hash_weights(
         ("sharded", _is_sharded),
         ("quantised", _is_packed),
     ):
-        if any(applies(w) for w in plain):
+        if any(map(applies, plain)):
             return Weights(reason, None, None)
     known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
     hashed = {name: pair for name, pair in known.items() if pair is not None}
@@ -330,11 +330,13 @@ def _combine(digest_of: dict[str, bytes]) -> str:
 
 
 def _is_meta(parameter: Tensor) -> bool:
-    return parameter.device.type == "meta"
+    return parameter.is_meta
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")  # DTensor, DeepSpeed
+    is_plain = type(parameter) in (Tensor, nn.Parameter)
+    # DTensor, DeepSpeed. A missing attribute of a tensor is slow to look up.
+    return "ds_id" in parameter.__dict__ or (not is_plain and hasattr(parameter, "full_tensor"))
 
 
 def _is_packed(parameter: Tensor) -> bool:
