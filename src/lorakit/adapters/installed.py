@@ -154,7 +154,7 @@ def install(
     for path, module in modules.items():
         layer = layers[path]
         owner = model.get_submodule(path.rpartition(".")[0])
-        layout = layouts[path] if path in layouts else layer.adapters.layout
+        layout: Any = layouts[path] if path in layouts else layer.adapters.layout  # noqa: SIM401
         add_module(layer, owner, name, module, activation, layout)
         if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
             _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)

@@ -196,9 +196,7 @@ def _restore_originals(peft_model: nn.Module) -> None:
             setattr(peft_model.get_submodule(parent), name, original)
 
 
-def build_modules(
-    model: nn.Module, stored: StoredAdapter, origin: str
-) -> dict[str, AdapterModule]:
+def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[str, AdapterModule]:
     """Return the adapter's modules with the file's tensors, by layer path; the model is not changed.
 
     Args:
@@ -237,7 +235,9 @@ def _build_other_modules(
     others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
     if others:
         devices = (parameter.device for parameter in model.parameters())
-        with seeded(0, devices):  # initial values are overwritten; keep the global generator's state
+        with seeded(
+            0, devices
+        ):  # initial values are overwritten; keep the global generator's state
             for part in others:
                 modules.update(part.modules(model))
     for path in {**modules, **stored.modules}:

@@ -32,7 +32,6 @@ _FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
 
 _RESOLUTION = 20_000_000
 """Nanoseconds: two writes of a file that are further apart have different times."""
-_ATTEMPTS = 5
 
 State = tuple[tuple[str, int, int, int, int], ...]
 """Path, inode, size, time of modification and of change of each file."""
@@ -105,9 +104,7 @@ class RunSource:
     path: str
 
     def locate(self) -> Location | None:
-        saved = [
-            folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")
-        ]
+        saved = [folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")]
         if not saved:
             return None
         if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
@@ -133,13 +130,19 @@ def adapters_in(root: Path) -> Iterator[str]:
         for entry in entries:
             if not is_folder_name(entry.name) or not entry.is_dir():
                 continue
-            if AdapterSource(entry.path).locate() is not None and is_within(entry.path, root):
+            if entry.is_symlink() and not is_within(entry.path, root):
+                continue
+            if AdapterSource(entry.path).locate() is not None:
                 yield entry.name
 
 
 def is_folder_name(name: str) -> bool:
     """Return whether `name` is the name of one visible folder, not a path."""
-    return bool(name) and name[0] != "." and not any(char in name for char in "/\\\0")
+    return (
+        isinstance(name, str)
+        and name[:1] not in ("", ".")
+        and not any(char in name for char in "/\\\0")
+    )
 
 
 def is_within(path: str | os.PathLike[str], root: Path) -> bool:
@@ -172,7 +175,7 @@ class Digests:
     """Of the tokenizer's files."""
 
 
-def digests_of(state: State) -> Digests:
+def digests_of(location: Location, state: State) -> Digests:
     """Hash the content of files.
 
     Raises:
@@ -180,17 +183,14 @@ def digests_of(state: State) -> Digests:
     """
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
     for path, *_ in state:
-        name = os.path.basename(path)
+        name = path.removeprefix(f"{location.folder}/")  # a checkpoint's path stays whole
+        name = name if name != path else os.path.basename(path)
         with storage.reading(path, AdapterFileError):
             part = f"{name}\0{storage.sha256(storage.regular_file(Path(path)))}\0".encode()
         whole.update(part)
         if name not in _FILES:
             tokenizer.update(part)
     return Digests(whole.hexdigest(), tokenizer.hexdigest())
-
-
-class ChangingError(Exception):
-    """The files changed while they were read."""
 
 
 def settled(source: Source) -> tuple[Location, State] | None:

@@ -73,9 +73,7 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _sort_base_copies(
-    stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor]
-) -> None:
+def _sort_base_copies(stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor]) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
