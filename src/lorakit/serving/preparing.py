@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from lorakit.adapters.loading import build_modules, check_base
 from lorakit.adapters.mixed_batch import why_not_by_token
 from lorakit.adapters.row_layout import row_layouts
 from lorakit.errors import AdapterFileError, AdapterStateError
-from lorakit.methods.lora.forms import LinearForm
 from lorakit.methods.module import AdapterModule
 from lorakit.models.heads import logits_layer
 from lorakit.models.layers import ADAPTERS, base_modules
@@ -126,7 +125,8 @@ def _pad_head(
 ) -> tuple[int | None, tuple[str, ...]]:
     """Pad an adapter's head with zero rows to the number of logits of the model's; return its own number and names.
 
-    So heads with different numbers of labels are one product. The caller takes the first logits of each row.
+    So heads with different numbers of labels are one product. The caller takes the first logits of each row. Factors
+    on the head are not padded: their adapter needs the base's head with its own number of labels.
 
     Raises:
         AdapterFileError: The adapter has more labels than the model.
@@ -136,25 +136,14 @@ def _pad_head(
         return None, ()
     rows = int(model.get_submodule(head).out_features)  # type: ignore[arg-type]
     names = [name for name in stored.trained if name.rpartition(".")[0] == head]
-    layer = stored.layers.get(head)
-    counts = {len(stored.trained[name]) for name in names}
-    if layer is not None and isinstance(layer.form, LinearForm) and not layer.slices:
-        counts.add(len(layer.B))
-    count = max(counts, default=rows)
+    count = max((len(stored.trained[name]) for name in names), default=rows)
     if count > rows:
         raise AdapterFileError(
             f"'{path}' has {count} labels, and the base was opened with a head for {rows}. Open it with the most "
             f"labels of all adapters: num_labels={count}."
         )
-    if count < rows:
-        for name in names:
-            stored.trained[name] = _padded(stored.trained[name], rows)
-        if layer is not None and len(layer.B) == count:
-            stored.layers[head] = replace(
-                layer,
-                B=_padded(layer.B, rows),
-                B_bias=None if layer.B_bias is None else _padded(layer.B_bias, rows),
-            )
+    for name in names:
+        stored.trained[name] = _padded(stored.trained[name], rows)
     recorded = stored.provenance.get("labels")
     return count, _names(recorded if isinstance(recorded, list) else [], count)
 
