@@ -166,24 +166,25 @@ class AdapterStore:
         """Return the names of all adapters that can be requested, sorted."""
         found = set(folders.adapters_in(self.root)) if self.root is not None else set()
         with self._lock:
-            added = {name for name, e in self._entries.items() if not self._is_in_root(name, e)}
-            found = (found - self._removed) | added
-        return sorted(found)
-
-    def _is_in_root(self, name: str, entry: _Entry) -> bool:
-        """Return whether an entry stands for the folder of its name in the root."""
-        return self.root is not None and entry.source == AdapterSource(f"{self.root}/{name}")
+            found -= self._removed
+            entries = {n: e.source for n, e in self._entries.items() if n not in found}
+        return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
 
     def _entry(self, name: str) -> _Entry:
+        """Return the entry of a name; a folder in the root gets one at its first use."""
         with self._lock:
             entry = self._entries.get(name)
             is_folder = folders.is_folder_name(name) and name not in self._removed
-            if entry is None and self.root is not None and is_folder:
-                source = AdapterSource(f"{self.root}/{name}")
-                if source.locate() is not None:
-                    entry = self._entries[name] = _Entry(source)
+        if entry is None and self.root is not None and is_folder:
+            source = AdapterSource(f"{self.root}/{name}")
+            if _serves(source):
+                with self._lock:
+                    if name not in self._removed:  # another thread may have removed it meanwhile
+                        return self._entries.setdefault(name, _Entry(source))
         if entry is None:
             raise self._unknown(name)
+        if not _serves(entry.source):
+            raise self._vanished(name, entry)
         return entry
 
     def _unknown(self, name: str) -> UnknownAdapterError:
@@ -533,6 +534,11 @@ def _common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...
                 "by one."
             )
     return one.outputs, one.labels
+
+
+def _serves(source: Source) -> bool:
+    """Return whether an adapter is there. A run is known before it has saved one."""
+    return isinstance(source, RunSource) or source.locate() is not None
 
 
 def _taken(name: str) -> AdapterStateError:
