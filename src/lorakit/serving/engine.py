@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.choice import Blend
+from lorakit.tasks import LabelledExample
 
 T = TypeVar("T")
 
@@ -208,4 +210,20 @@ class Engine(Protocol):
 
     def close(self, timeout: float | None = None) -> bool:
         """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
+        ...
+
+
+class Classifier(Protocol):
+    """Computes classes and scores, beside or instead of text."""
+
+    def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
+        """Return the logits (examples, outputs) of the adapter's own head, in float32 on the CPU.
+
+        The examples carry token types besides ids, which BERT's pairs of texts need. The caller releases the lease
+        after the result.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+            LorakitError: The classifier has died or drains.
+        """
         ...

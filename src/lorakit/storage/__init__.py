@@ -11,6 +11,7 @@ from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
     CHECKSUM,
     STRICT_JSON,
+    parse_json,
     StrictJsonError,
     read_json,
     read_record,
@@ -27,6 +28,7 @@ __all__ = [
     "HOLDER_NAME",
     "LOCK_NAME",
     "STRICT_JSON",
+    "parse_json",
     "StrictJsonError",
     "atomic_file",
     "atomic_folder",
