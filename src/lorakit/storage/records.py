@@ -58,9 +58,7 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
             "Restore it from a copy."
         ) from wrong
     except ValueError as wrong:
-        raise error(
-            f"'{path}' cannot be read as JSON: {wrong}. Restore it from a copy."
-        ) from wrong
+        raise error(f"'{path}' cannot be read as JSON: {wrong}. Restore it from a copy.") from wrong
     if not isinstance(content, dict):
         raise error(
             f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}. Restore it from a copy."

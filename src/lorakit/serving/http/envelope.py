@@ -10,14 +10,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakit.serving.http.errors import ApiError, ClientGone, error_answer
+from lorakit.serving.http.errors import LOG, ApiError, ClientGone, error_answer
 from lorakit.serving.http.keys import OPEN
 from lorakit.serving.http.state import RequestRecord, Serving
 
 HEALTH = "/health"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-CLOSED = 499
-"""Status in the metrics for a client that closed the connection, as nginx has it."""
 
 
 class Envelope:
@@ -49,18 +47,17 @@ class Envelope:
         try:
             self._check(scope, headers, record)
             await self.app(scope, receive, send_with_id)
-        except ClientGone:
-            status.append(CLOSED)
+        except ClientGone as gone:
+            status[:] = [gone.status_code]
         except Exception as error:
             if status:  # the status is sent; a cut answer shows the client that it is not whole
-                error_answer(error)
-                raise
+                LOG.error("request %s failed within its answer", record.id, exc_info=error)
+                return
             await error_answer(error)(scope, receive, send_with_id)
         finally:
             self.serving.in_flight -= 1
             seconds = time.monotonic() - record.began
-            code = CLOSED if CLOSED in status or not status else status[0]
-            self.serving.metrics.request(record.model, _route(scope), code, seconds)
+            self.serving.metrics.request(record.model, _route(scope), (status or [0])[0], seconds)
 
     def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         """Reject a request to another host, or without a valid key. Covers every route."""

@@ -76,8 +76,11 @@ class ApiError(HTTPException):
         return error_content(self.status_code, self.detail, self.param, self.code)
 
 
-class ClientGone(Exception):
-    """The client closed the connection before the answer was complete."""
+class ClientGone(ApiError):
+    """The client closed the connection before the answer was complete. Only the metrics see this status, nginx's."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client closed the connection.")
 
 
 def error_content(
@@ -157,6 +160,10 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if isinstance(wrong := problem.get("ctx", {}).get("error"), ApiError):
         return wrong
     name = f"'{param}'" if param else "The body"
+    if kind == "unsupported":
+        field = problem["ctx"]["field"]
+        param = ".".join([*map(str, path), field])
+        return ApiError(400, str(problem["msg"]), param=param, code="unsupported_field")
     if kind == "missing":
         message = f"{name} is missing." if param else "The body is empty; send a JSON object."
         return ApiError(400, message, param=param, code="missing_field")

@@ -143,7 +143,9 @@ class KeyRing:
 
 
 def _unauthorized(reason: str) -> ApiError:
-    return ApiError(401, f"{reason}. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key")
+    return ApiError(
+        401, f"{reason}. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key"
+    )
 
 
 def digest_of(key: str) -> bytes:
@@ -177,11 +179,15 @@ def read_keys(path: str | Path) -> KeyRing:
             f"The keys '{path}' cannot be read: {error.strerror or error}. Check the path."
         ) from None
     except UnicodeDecodeError:
-        raise ConfigurationError(f"The keys '{path}' are not UTF-8 text. Save the file as UTF-8.") from None
+        raise ConfigurationError(
+            f"The keys '{path}' are not UTF-8 text. Save the file as UTF-8."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # the message itself may quote a key
         where = f": line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"The keys '{path}' are not valid YAML{where}. Correct that line.") from None
+        raise ConfigurationError(
+            f"The keys '{path}' are not valid YAML{where}. Correct that line."
+        ) from None
     if isinstance(content, dict) and list(content) == ["keys"]:
         content = content["keys"]
     if not isinstance(content, list) or not content:
@@ -191,7 +197,9 @@ def read_keys(path: str | Path) -> KeyRing:
     keys = [_key(entry, number, path) for number, entry in enumerate(content, start=1)]
     for what, values in (("name", [k.name for k in keys]), ("key", [k.digest for k in keys])):
         if len(set(values)) < len(values):
-            raise ConfigurationError(f"'{path}' has two entries with the same {what}. Remove one of them.")
+            raise ConfigurationError(
+                f"'{path}' has two entries with the same {what}. Remove one of them."
+            )
     return KeyRing(keys)
 
 
@@ -215,7 +223,9 @@ def _key(entry: object, number: int, path: str | Path) -> Key:
                 f"{name} in {where} is not text. Put it between quotation marks."
             ) from None
     if not values.get("name") or ("key" in values) == ("sha256" in values):
-        raise ConfigurationError(f"{where} needs name, and either key or sha256 (the SHA-256 of the key).")
+        raise ConfigurationError(
+            f"{where} needs name, and either key or sha256 (the SHA-256 of the key)."
+        )
     for name in ("requests_per_minute", "tokens_per_minute"):
         if values.get(name, 1) < 1:
             raise ConfigurationError(f"{name} in {where} is {values[name]}; it must be at least 1.")

@@ -41,13 +41,23 @@ class Metrics:
         )
         self._generated = Counter("generated_tokens", "Generated tokens", ["adapter"], **own)
         self._first = Histogram(
-            "time_to_first_token_seconds", "From the request to its first token", buckets=_SECONDS, **own
+            "time_to_first_token_seconds",
+            "From the request to its first token",
+            buckets=_SECONDS,
+            **own,
         )
         self._between = Histogram(
-            "time_between_tokens_seconds", "Between two tokens of an answer", buckets=_BETWEEN, **own
+            "time_between_tokens_seconds",
+            "Between two tokens of an answer",
+            buckets=_BETWEEN,
+            **own,
         )
         self._whole = Histogram(
-            "request_seconds", "From the request to the end of its answer", ["route"], buckets=_SECONDS, **own
+            "request_seconds",
+            "From the request to the end of its answer",
+            ["route"],
+            buckets=_SECONDS,
+            **own,
         )
         self.verification = Verification(self, own)
         self._labels: set[str] = set()
@@ -70,10 +80,16 @@ class Metrics:
         self._requests.labels(self.label(adapter), route, str(status)).inc()
         self._whole.labels(route).observe(seconds)
 
-    def tokens(self, adapter: str | None, *, prompt: int = 0, cached: int = 0, generated: int = 0) -> None:
+    def tokens(
+        self, adapter: str | None, *, prompt: int = 0, cached: int = 0, generated: int = 0
+    ) -> None:
         """Count the tokens of a request."""
         label = self.label(adapter)
-        for series, count in ((self._prompt, prompt), (self._cached, cached), (self._generated, generated)):
+        for series, count in (
+            (self._prompt, prompt),
+            (self._cached, cached),
+            (self._generated, generated),
+        ):
             series.labels(label).inc(count)
 
     def first_token(self, seconds: float) -> None:
@@ -133,16 +149,28 @@ class _State(Collector):
         """Yield the series."""
         if self._load is not None:
             load = self._load()
-            yield GaugeMetricFamily("lorakit_engine_alive", "1 while the engine runs", float(load.is_alive))
-            yield GaugeMetricFamily("lorakit_running_requests", "Requests in the batch", load.running)
-            yield GaugeMetricFamily("lorakit_waiting_requests", "Requests in the queue", load.waiting)
-            yield GaugeMetricFamily("lorakit_cache_used_ratio", "Share of the cache in use", load.cache_used)
+            yield GaugeMetricFamily(
+                "lorakit_engine_alive", "1 while the engine runs", float(load.is_alive)
+            )
+            yield GaugeMetricFamily(
+                "lorakit_running_requests", "Requests in the batch", load.running
+            )
+            yield GaugeMetricFamily(
+                "lorakit_waiting_requests", "Requests in the queue", load.waiting
+            )
+            yield GaugeMetricFamily(
+                "lorakit_cache_used_ratio", "Share of the cache in use", load.cache_used
+            )
             yield CounterMetricFamily("lorakit_engine_steps", "Forward passes", load.steps)
             yield CounterMetricFamily("lorakit_engine_tokens", "Generated tokens", load.tokens)
         if self._stats is not None:
             stats = self._stats()
             yield GaugeMetricFamily("lorakit_adapters_loaded", "Adapters in memory", stats.loaded)
             yield GaugeMetricFamily("lorakit_adapter_bytes", "Memory of adapters", stats.bytes)
-            yield GaugeMetricFamily("lorakit_adapter_bytes_limit", "Memory for adapters", stats.budget)
+            yield GaugeMetricFamily(
+                "lorakit_adapter_bytes_limit", "Memory for adapters", stats.budget
+            )
             yield CounterMetricFamily("lorakit_adapter_loads", "Adapters read", stats.loads)
-            yield CounterMetricFamily("lorakit_adapter_evictions", "Adapters evicted", stats.evictions)
+            yield CounterMetricFamily(
+                "lorakit_adapter_evictions", "Adapters evicted", stats.evictions
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,18 @@ class Serving:
     workers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-http")
     )
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> None:
+        """Count a request for tokens or classes."""
+        with self._lock:
+            self.computing += 1
+
+    def finish(self) -> None:
+        """Count the end of a request for tokens or classes; from any thread."""
+        with self._lock:
+            self.computing -= 1
 
     def drain(self) -> None:
         """Accept no more requests for tokens or classes; those that wait or run are finished."""
@@ -220,4 +233,3 @@ def busy(serving: Serving) -> ApiError:
         code="queue_full",
         retry=RETRY_SECONDS,
     )
-
