@@ -30,7 +30,6 @@ class Answer(BaseModel):
     """What every answer has."""
 
     id: str
-    object: str
     created: int
     model: str
     """As in the request."""

@@ -55,15 +55,10 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
 
     def prepare(lease: Lease) -> None:
         examples.extend(_encode(task, lease.tokenizer, rows, serving.engine.limits.context))
+        record.key.reserve_tokens(sum(map(len, examples)))
 
     async def work() -> tuple[Lease, Tensor]:
-        serving.begin()
-        try:
-            lease, _ = await serving.leased(choice, prepare)
-            record.key.reserve_tokens(sum(map(len, examples)))
-        except BaseException:
-            serving.finish()
-            raise
+        lease, _ = await serving.leased(choice, prepare)
         return lease, await asyncio.wrap_future(_submit(serving, classifier, examples, lease))
 
     lease, logits = await guarded(request, work())
@@ -142,7 +137,6 @@ def _submit(
     """Return the future result. The lease is released with it, also if nobody waits for it any more."""
 
     def end(_: object = None) -> None:
-        serving.finish()
         serving.release(lease)
 
     try:

@@ -87,7 +87,7 @@ class _Form:
     async def stream(self) -> AsyncIterator[str]:
         """Yield the events of a stream."""
         options = self._body.stream_options
-        extra = {"usage": None} if options and options.include_usage else {}
+        extra: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
         async for index, part in self._generation.events():
             if isinstance(part, End):
                 # `events` raises for other reasons.

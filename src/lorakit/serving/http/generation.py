@@ -135,12 +135,7 @@ async def begin(
         return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        serving.begin()
-        try:
-            lease, (requests, prompt_tokens) = await serving.leased(choice, prepare)
-        except BaseException:
-            serving.finish()
-            raise
+        lease, (requests, prompt_tokens) = await serving.leased(choice, prepare)
         generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)
         generation.start()
         return generation
@@ -311,7 +306,6 @@ class Generation:
                 self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
                 self._reserved -= self.prompt_tokens
             self._record.key.give_back_tokens(max(self._reserved, 0))
-            self._serving.finish()
             self._serving.release(self.lease)
 
 

@@ -93,7 +93,8 @@ class Key:
             raise ApiError(
                 400,
                 f"The request may use {count:,} tokens (the prompts, and max_tokens for each answer), and the key "
-                f"{self.name!r} allows {self.tokens.per_minute:,} per minute (tokens_per_minute). Set a lower max_tokens.",
+                f"{self.name!r} allows {self.tokens.per_minute:,} per minute (tokens_per_minute). Set a lower "
+                "max_tokens.",
                 param="max_tokens",
                 code="tokens_per_minute",
             )
@@ -210,7 +211,8 @@ def _key(entry: object, number: int, path: str | Path) -> Key:
     for name in entry:
         if name not in _FIELDS:
             raise ConfigurationError(
-                f"{where} has the unknown field {name!r:.40}.{nearest(str(name), _FIELDS)} Fields: {', '.join(_FIELDS)}."
+                f"{where} has the unknown field {name!r:.40}.{nearest(str(name), _FIELDS)} Fields: "
+                f"{', '.join(_FIELDS)}."
             )
     values = {}
     for name, value in entry.items():

@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 
+def unsupported(field: str, message: str) -> PydanticCustomError:
+    """Return the error of a field that the server does not support as it is set."""
+    return PydanticCustomError("unsupported", "{message}", {"message": message, "field": field})
+
+
 class Strict(BaseModel):
     """A body without unknown fields, whose values have exactly the declared types."""
 
@@ -28,10 +33,9 @@ class Strict(BaseModel):
             if value is None or any(value == n and type(value) is type(n) for n in neutral):
                 continue
             also = f", or set it to {_listed(neutral)}" if neutral else ""
-            raise PydanticCustomError(
-                "unsupported",
+            raise unsupported(
+                name,
                 f"'{name}' is a field of OpenAI's API that this server does not support. Leave it out{also}.",
-                {"field": name},
             )
         return {name: value for name, value in data.items() if name not in cls.unsupported}
 
@@ -90,10 +94,8 @@ class Generating(Strict):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Any:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "unsupported",
-                "'stream_options' needs stream: true. Leave it out.",
-                {"field": "stream_options"},
+            raise unsupported(
+                "stream_options", "'stream_options' needs stream: true. Leave it out."
             )
         return self
 
@@ -137,10 +139,8 @@ class CompletionRequest(Generating):
     @model_validator(mode="after")
     def _best_of_is_n(self) -> Any:
         if self.best_of not in (None, self.n or 1):
-            raise PydanticCustomError(
-                "unsupported",
-                "'best_of' other than n is not supported by this server. Leave it out.",
-                {"field": "best_of"},
+            raise unsupported(
+                "best_of", "'best_of' other than n is not supported by this server. Leave it out."
             )
         return self
 
@@ -238,16 +238,11 @@ class ChatRequest(Generating):
     @model_validator(mode="after")
     def _agree(self) -> Any:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "unsupported",
-                "'top_logprobs' needs logprobs: true. Leave it out.",
-                {"field": "top_logprobs"},
-            )
+            raise unsupported("top_logprobs", "'top_logprobs' needs logprobs: true. Leave it out.")
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
-            raise PydanticCustomError(
-                "unsupported",
+            raise unsupported(
+                "max_tokens",
                 "'max_tokens' and 'max_completion_tokens' differ. Leave out max_tokens, the older name.",
-                {"field": "max_tokens"},
             )
         return self
 

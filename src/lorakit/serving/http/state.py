@@ -60,16 +60,6 @@ class Serving:
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self) -> None:
-        """Count a request for tokens or classes."""
-        with self._lock:
-            self.computing += 1
-
-    def finish(self) -> None:
-        """Count the end of a request for tokens or classes; from any thread."""
-        with self._lock:
-            self.computing -= 1
-
     def drain(self) -> None:
         """Accept no more requests for tokens or classes; those that wait or run are finished."""
         self.is_draining = True
@@ -137,9 +127,10 @@ class Serving:
         return await asyncio.wrap_future(self.workers.submit(work))
 
     async def leased(self, choice: AdapterChoice, prepare: Callable[[Lease], T]) -> tuple[Lease, T]:
-        """Acquire adapters and prepare a request with them, in a worker thread.
+        """Acquire adapters and prepare a request with them, in a worker thread. Count the request as computing.
 
-        The lease is released if the preparation fails, or if nobody waits for it any more.
+        If it fails, or nobody waits for it any more, the lease is released and the request no longer counts. Else both
+        are the caller's to do (`release`).
         """
 
         def work() -> tuple[Lease, T]:
@@ -150,24 +141,37 @@ class Serving:
                 lease.release()
                 raise
 
+        def abandon(future: Future[tuple[Lease, T]]) -> None:
+            if future.cancelled() or future.exception() is not None:
+                self._count(-1)
+            else:
+                self.release(future.result()[0])
+
         future = self.workers.submit(work)
+        self._count(1)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            future.add_done_callback(_release_result)
+            future.add_done_callback(abandon)
+            raise
+        except BaseException:
+            self._count(-1)
             raise
 
     def release(self, lease: Lease) -> None:
-        """Release a lease in a worker thread: the store may hold its lock while the engine's thread waits."""
+        """End a leased request, from any thread.
+
+        A worker thread releases the lease: the store may hold its lock while it waits for the engine's thread.
+        """
+        self._count(-1)
         try:
             self.workers.submit(lease.release)
         except RuntimeError:  # the server has ended
             lease.release()
 
-
-def _release_result(future: Future[tuple[Lease, T]]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result()[0].release()
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.computing += change
 
 
 def serving_of(request: Request) -> Serving:
