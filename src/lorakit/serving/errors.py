@@ -1,4 +1,4 @@
-"""The errors of serving that a user can see."""
+"""Errors of serving that a client or an operator can meet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from lorakit.errors import LorakitError
 
 
 class UnknownAdapterError(LorakitError):
-    """No adapter has this name."""
+    """A request names an adapter that the server does not have."""
 
 
 class StoreFullError(LorakitError):
-    """The memory for adapters is held by adapters in use."""
+    """The memory for adapters is held by adapters that requests use."""
+
+
+class EngineStoppedError(LorakitError):
+    """The engine accepts no more requests: it drains, was closed, or has failed."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from served import Serve
 from fakes import TEXT
+from served import Serve
 from test_completions import events
 from tiny_tokenizer import EOS, tiny_tokenizer
 

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from served import BASE, Serve, wait_for
 from fakes import BASE_DIGEST, DIGESTS, TEXT
+from served import BASE, Serve, wait_for
 
 from lorakit.errors import LorakitError
 from lorakit.serving.engine import Sampling

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, settings
 
 schemathesis = pytest.importorskip("schemathesis")
 
-from served import BASE  # noqa: E402
+from served import BASE
 
-from lorakit.serving.http.app import create_app  # noqa: E402
-from lorakit.serving.http.settings import HttpSettings  # noqa: E402
+from lorakit.serving.http.app import create_app
+from lorakit.serving.http.settings import HttpSettings
 
 _store = FakeStore()
 _app = create_app(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,9 +24,20 @@ from lorakit.serving.http import running
 Live = Callable[..., str]
 
 
-def connect(address: str) -> socket.socket:
-    parts = urlsplit(address)
-    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+Connect = Callable[[str], socket.socket]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Connect to an address; the test's end closes the connections."""
+    with contextlib.ExitStack() as stack:
+
+        def open_one(address: str) -> socket.socket:
+            parts = urlsplit(address)
+            peer = (parts.hostname or "", parts.port or 0)
+            return stack.enter_context(socket.create_connection(peer, timeout=10))
+
+        yield open_one
 
 
 def request(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
@@ -47,7 +58,7 @@ BODY = {"model": "sql", "prompt": "a", "n": 2, "max_tokens": 50}
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_clients_disconnect_cancels_its_requests(
-    serve: Serve, live: Live, stream: bool
+    connect: Connect, serve: Serve, live: Live, stream: bool
 ) -> None:
     served = serve()
     served.engine.pause = threading.Event()
@@ -65,7 +76,9 @@ def test_the_clients_disconnect_cancels_its_requests(
     wait_for(lambda: '"499"' in served.app.state.serving.metrics.page().decode())
 
 
-def test_a_disconnect_while_an_adapter_is_read_releases_it(serve: Serve, live: Live) -> None:
+def test_a_disconnect_while_an_adapter_is_read_releases_it(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
     served = serve()
     served.store.hold = threading.Event()
     connection = connect(live(served))
@@ -86,7 +99,9 @@ def chunks(*parts: bytes) -> bytes:
     return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
 
 
-def test_a_body_without_a_length_is_read_up_to_the_limit(serve: Serve, live: Live) -> None:
+def test_a_body_without_a_length_is_read_up_to_the_limit(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
     served = serve(limits={"max_body": 1000})
     connection = connect(live(served))
     connection.sendall(chunks(b"[" * 800, b"[" * 800))  # and no end
@@ -96,14 +111,16 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(serve: Serve, live: Liv
     assert b"connection: close" in answer.lower()
 
 
-def test_a_declared_length_above_the_limit_is_rejected_unread(serve: Serve, live: Live) -> None:
+def test_a_declared_length_above_the_limit_is_rejected_unread(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
     connection = connect(live(serve(limits={"max_body": 1000})))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(head + b"Content-Length: 99999999999\r\n\r\n")
     assert read_all(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_slow_body_is_408(serve: Serve, live: Live) -> None:
+def test_a_slow_body_is_408(connect: Connect, serve: Serve, live: Live) -> None:
     served = serve(limits={"max_body_seconds": 0.3})
     connection = connect(live(served))
     connection.sendall(request(BODY)[:-5])
@@ -113,7 +130,7 @@ def test_a_slow_body_is_408(serve: Serve, live: Live) -> None:
 
 
 def test_slow_headers_close_the_connection(
-    serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
+    connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "HEADER_SECONDS", 0.15)
     served = serve()
@@ -130,7 +147,7 @@ def test_slow_headers_close_the_connection(
 
 
 def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
-    serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
+    connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "HEADER_SECONDS", 0.1)
     served = serve()
@@ -142,14 +159,14 @@ def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
-def test_large_headers_are_rejected(serve: Serve, live: Live) -> None:
+def test_large_headers_are_rejected(connect: Connect, serve: Serve, live: Live) -> None:
     address = live(serve(), h11_max_incomplete_event_size=running.HEADER_BYTES)
     connection = connect(address)
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40_000 + b"\r\n\r\n")
     assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
-def test_a_keep_alive_connection_answers_twice(serve: Serve, live: Live) -> None:
+def test_a_keep_alive_connection_answers_twice(connect: Connect, serve: Serve, live: Live) -> None:
     connection = connect(live(serve()))
     for _ in range(2):
         connection.sendall(request(BODY))
@@ -233,58 +250,58 @@ import os; os._exit(0)
 """
 
 
-def start_server(seconds: str) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SERVER), seconds],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-    )
-    assert process.stdout is not None
-    port = process.stdout.readline().strip()
-    if not port:
-        raise AssertionError(process.communicate()[1])
-    return process, f"http://127.0.0.1:{port}"
+@pytest.fixture
+def start_server() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], str]]]:
+    """Start a server whose answers end after some seconds, or never."""
+    with contextlib.ExitStack() as stack:
+
+        def start(seconds: str) -> tuple[subprocess.Popen[str], str]:
+            command = [sys.executable, "-c", textwrap.dedent(SERVER), seconds]
+            process = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            assert port, process.communicate()[1]
+            return process, f"http://127.0.0.1:{port}"
+
+        yield start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_what_runs_and_refuses_the_rest(sent: signal.Signals) -> None:
+def test_a_signal_finishes_what_runs_and_refuses_the_rest(
+    connect: Connect, start_server: Any, sent: signal.Signals
+) -> None:
     process, address = start_server("1.5")
-    try:
-        running_one = connect(address)
-        running_one.sendall(request({**BODY, "model": "sql", "stream": True}))
-        assert running_one.recv(10_000)
-        process.send_signal(sent)
-        time.sleep(0.3)
-        late = connect(address)
-        late.sendall(request(BODY))
-        answer = late.recv(10_000)
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"shutting down" in answer
-        health = connect(address)
-        health.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert health.recv(10_000).startswith(b"HTTP/1.1 503 ")
-        assert b"[DONE]" in read_all(running_one)
-        out, err = process.communicate(timeout=10)
-        assert (process.returncode, out, err) == (0, "ended\n", "")
-    finally:
-        process.kill()
+    running_one = connect(address)
+    running_one.sendall(request({**BODY, "model": "sql", "stream": True}))
+    assert running_one.recv(10_000)
+    process.send_signal(sent)
+    time.sleep(0.3)
+    late = connect(address)
+    late.sendall(request(BODY))
+    answer = late.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"shutting down" in answer
+    health = connect(address)
+    health.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert health.recv(10_000).startswith(b"HTTP/1.1 503 ")
+    assert b"[DONE]" in read_all(running_one)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_at_once(connect: Connect, start_server: Any) -> None:
     process, address = start_server("never")
-    try:
-        connection = connect(address)
-        connection.sendall(request({**BODY, "stream": True}))
-        assert connection.recv(10_000)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
-        assert process.returncode == 0
-    finally:
-        process.kill()
+    connection = connect(address)
+    connection.sendall(request({**BODY, "stream": True}))
+    assert connection.recv(10_000)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 0
