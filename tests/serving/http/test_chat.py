@@ -129,6 +129,7 @@ def test_a_tokenizer_without_a_template_is_named(serve: Serve) -> None:
     assert "has no chat template" in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_template_without_an_end_is_an_error(serve: Serve) -> None:
     served = serve()
     served.store.tokenizer = tiny_tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -51,6 +52,18 @@ def read_all(connection: socket.socket) -> bytes:
     while part := connection.recv(65536):
         parts.append(part)
     return b"".join(parts)
+
+
+def read_one(connection: socket.socket) -> bytes:
+    """Read one answer with a content-length."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
 
 
 BODY = {"model": "sql", "prompt": "a", "n": 2, "max_tokens": 50}
@@ -138,7 +151,7 @@ def test_slow_headers_close_the_connection(
     silent, trickling = connect(address), connect(address)
     began = time.monotonic()
     trickling.sendall(b"GET /health HTTP/1.1\r\n")
-    with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe
+    with contextlib.suppress(ConnectionError):
         while time.monotonic() - began < 5:
             trickling.sendall(b"X: y\r\n")
             time.sleep(0.03)
@@ -146,6 +159,7 @@ def test_slow_headers_close_the_connection(
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
     connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,15 +176,15 @@ def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
 def test_large_headers_are_rejected(connect: Connect, serve: Serve, live: Live) -> None:
     address = live(serve(), h11_max_incomplete_event_size=running.HEADER_BYTES)
     connection = connect(address)
-    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40_000 + b"\r\n\r\n")
-    assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40_000)
+    assert read_all(connection).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_keep_alive_connection_answers_twice(connect: Connect, serve: Serve, live: Live) -> None:
     connection = connect(live(serve()))
     for _ in range(2):
         connection.sendall(request(BODY))
-        assert connection.recv(100_000).startswith(b"HTTP/1.1 200 ")
+        assert read_one(connection).startswith(b"HTTP/1.1 200 ")
 
 
 # --- the official client -------------------------------------------------------------------------------
@@ -270,19 +284,18 @@ def start_server() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs_and_refuses_the_rest(
-    connect: Connect, start_server: Any, sent: signal.Signals
+    connect: Connect, start_server: Any
 ) -> None:
     process, address = start_server("1.5")
     running_one = connect(address)
     running_one.sendall(request({**BODY, "model": "sql", "stream": True}))
     assert running_one.recv(10_000)
-    process.send_signal(sent)
+    process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     late = connect(address)
     late.sendall(request(BODY))
-    answer = late.recv(10_000)
+    answer = read_one(late)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"shutting down" in answer
     health = connect(address)
@@ -302,6 +315,6 @@ def test_a_second_signal_ends_at_once(connect: Connect, start_server: Any) -> No
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 0

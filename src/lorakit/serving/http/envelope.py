@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakit.serving.http.errors import LOG, ApiError, ClientGone, error_answer
+from lorakit.serving.http.errors import LOG, ApiError, error_answer
 from lorakit.serving.http.keys import OPEN
 from lorakit.serving.http.state import RequestRecord, Serving
 
@@ -35,11 +35,10 @@ class Envelope:
             id=given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, began=time.monotonic()
         )
         scope["lorakit.record"] = record
-        status: list[int] = []
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status.append(message["status"])
+                record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
@@ -47,17 +46,15 @@ class Envelope:
         try:
             self._check(scope, headers, record)
             await self.app(scope, receive, send_with_id)
-        except ClientGone as gone:
-            status[:] = [gone.status_code]
         except Exception as error:
-            if status:  # the status is sent; a cut answer shows the client that it is not whole
+            if record.status:  # it is sent; a cut answer shows the client that it is not whole
                 LOG.error("request %s failed within its answer", record.id, exc_info=error)
-                return
-            await error_answer(error)(scope, receive, send_with_id)
+            else:
+                await error_answer(error)(scope, receive, send_with_id)
         finally:
             self.serving.in_flight -= 1
             seconds = time.monotonic() - record.began
-            self.serving.metrics.request(record.model, _route(scope), (status or [0])[0], seconds)
+            self.serving.metrics.request(record.model, _route(scope), record.status, seconds)
 
     def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         """Reject a request to another host, or without a valid key. Covers every route."""

@@ -36,6 +36,8 @@ class RequestRecord:
     key: Key = OPEN
     model: str | None = None
     """Name of the model for the metrics, once it is known to exist."""
+    status: int = 0
+    """HTTP status of the answer, for the metrics."""
 
 
 @dataclass(eq=False)

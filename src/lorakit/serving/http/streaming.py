@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.serving.http.errors import ClientGone, api_error
 from lorakit.serving.http.generation import Generation
-from lorakit.serving.http.state import guarded
+from lorakit.serving.http.state import guarded, record_of
 
 DONE = "data: [DONE]\n\n"
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -63,8 +63,8 @@ class EventStream(Response):
                 }
             )
             await guarded(Request(scope, receive), write_all())
-        except ClientGone:
-            raise
+        except ClientGone as gone:
+            record_of(Request(scope)).status = gone.status_code
         except Exception as error:
             await write(f"data: {json.dumps(api_error(error).content)}\n\n", more=False)
         else:
