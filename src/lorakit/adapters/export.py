@@ -26,7 +26,7 @@ from lorakit import storage
 from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, base_modules
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
@@ -143,12 +143,19 @@ def guard_loading(model: nn.Module) -> None:
     Every module that contains an adapted layer gets `refuse_loading`, so that a refused load of the model, or of a part
     of it, changes nothing.
     """
-    for module in model.modules():
+    contains: dict[int, bool] = {}
+
+    def contains_adapted(module: nn.Module) -> bool:
+        if id(module) not in contains:
+            children = [child for child in module._modules.values() if child is not None]
+            contains[id(module)] = any(
+                isinstance(child, LayerAdapters) or contains_adapted(child) for child in children
+            )
+        return contains[id(module)]
+
+    for _, module in base_modules(model):
         adapted = isinstance(module._modules.get(ADAPTERS), LayerAdapters)
-        contains = not isinstance(module, LayerAdapters) and any(
-            isinstance(m, LayerAdapters) for m in module.modules()
-        )
-        _register_loading(module, refuse_loading, contains)
+        _register_loading(module, refuse_loading, contains_adapted(module))
         _register_loading(module, keep_base_weights, adapted)
 
 

@@ -18,6 +18,7 @@ from lorakit.adapters.activation import Activation
 from lorakit.adapters.choice import (
     BASE,
     AdapterChoice,
+    Blend,
     Choice,
     choice_by_row,
     choice_by_token,
@@ -58,6 +59,7 @@ class Adapters:
         self.model = model
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
+        self._is_kept = False
         self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
 
     @property
@@ -240,11 +242,11 @@ class Adapters:
             self._set_active(merged)
 
     def remove(self, name: str) -> None:
-        """Remove one adapter from the model; removing the last one is a `detach`."""
+        """Remove one adapter from the model; removing the last one is a `detach`, unless `keep` was called."""
         with self._activation.running.exclusive("remove an adapter"):
             self._refuse_merged("remove an adapter")
             adapter = self._get(name)
-            if len(self._installed) == 1:
+            if len(self._installed) == 1 and not self._is_kept:
                 self.detach()
                 return
             self._activation.forbid_recomputation("removed", frozenset({name}))
@@ -252,6 +254,25 @@ class Adapters:
             if name in self._activation.active.names:
                 self._set_active(BASE)
             self._remove(adapter)
+
+    def keep(self) -> None:
+        """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
+
+        The base is frozen from now on.
+        """
+        with self._activation.running.exclusive("keep the handle"):
+            if handle_of(self.model) is None:
+                self._set_up_model()
+                self._freeze_base()
+            self._is_kept = True
+
+    def blend(self, choice: AdapterChoice) -> Blend:
+        """Return the names and weights of a choice of adapters; empty for None.
+
+        Raises:
+            AdapterStateError: As for `activate`, if a name is unknown or the adapters cannot be mixed.
+        """
+        return choice_for_batch(choice, self._get).blends[0]
 
     def detach(self) -> None:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys."""
@@ -391,9 +412,12 @@ class Adapters:
         )
         export.guard_loading(self.model)
         if is_first:
-            for _, parameter in base_parameters(self.model):
-                parameter.requires_grad_(False)
+            self._freeze_base()
         return adapter
+
+    def _freeze_base(self) -> None:
+        for _, parameter in base_parameters(self.model):
+            parameter.requires_grad_(False)
 
     def _set_up_model(self) -> None:
         """Put the handle on the model, and replace its `save_pretrained`, when it gets its first adapter."""
@@ -423,6 +447,7 @@ class Adapters:
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         self.model.__dict__.pop(_HANDLE, None)
+        self._is_kept = False
         unwatch(self.model)
         for module in self.model.modules():
             module.__dict__.pop("save_pretrained", None)
@@ -436,6 +461,8 @@ class Adapters:
 
         `choice_for_batch` allows such an adapter only alone and with weight 1.
         """
+        if not self._activation.swapping:
+            return
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
         for name in active.names:

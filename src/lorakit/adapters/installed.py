@@ -25,7 +25,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, base_modules
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
 _LOG = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class InstalledAdapter:
 
     def read_directly(self, model: nn.Module) -> Iterator[str]:
         """Yield the paths of the layers with trained copies whose weights the model may read without a call."""
+        if not self.trained:
+            return
         for path, _, adapters in self.layers(model):
             if adapters[self.name].trained and adapters.layout.is_read_directly:
                 yield path
@@ -145,14 +147,18 @@ def install(
             modules.setdefault(path, AdapterModule()).trained[attribute] = copy
     for path in modules:  # check all before the first change
         check_free(path, model.get_submodule(path))
-    layouts = row_layouts(model, list(modules))
+    layers = {path: model.get_submodule(path) for path in modules}
+    layouts = row_layouts(
+        model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
+    )
     for path, module in modules.items():
+        layer = layers[path]
         owner = model.get_submodule(path.rpartition(".")[0])
-        layer = model.get_submodule(path)
-        add_module(layer, owner, name, module, activation, layouts[path])
+        layout: Any = layouts[path] if path in layouts else layer.adapters.layout  # noqa: SIM401
+        add_module(layer, owner, name, module, activation, layout)
         if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
             _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
-    without_bias = (_why_no_bias(path, model.get_submodule(path), m) for path, m in modules.items())
+    without_bias = (_why_no_bias(path, layers[path], m) for path, m in modules.items())
     if reason := next(filter(None, without_bias), None):
         _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
@@ -165,8 +171,9 @@ def uninstall(
     """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
     for _, layer, adapters in adapter.layers(model):
         remove_adapter(layer, adapters, adapter.name)
-    needed = [hook for other in others for hook in other.backbone_hooks]
-    remove_hooks(backbone_of(model), adapter.backbone_hooks, needed)
+    if hooks := adapter.backbone_hooks:
+        needed = [hook for other in others for hook in other.backbone_hooks]
+        remove_hooks(backbone_of(model), hooks, needed)
     remove_idle_hooks(model)
 
 
@@ -182,7 +189,7 @@ def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
     """Yield path, layer and `adapters` child of every layer that has an adapter."""
-    for path, module in list(model.named_modules()):
+    for path, module in list(base_modules(model)):
         child = module._modules.get(ADAPTERS)
         if isinstance(child, LayerAdapters):
             yield path, module, child
@@ -218,24 +225,26 @@ def _merges_an_addition(module: AdapterModule) -> bool:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and tensor of every parameter of the base, as before the first adapter."""
-    adapter_modules = {id(m) for _, _, child in adapted_layers(model) for m in child.modules()}
+    for _, name, parameter in _base_parameters(model):
+        yield name, parameter
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield layer, name and tensor of `base_parameters`."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
-        if id(module) in adapter_modules:
-            continue
+    for path, module in base_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             parameter = base_parameter(module, attribute)
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield (f"{path}.{attribute}" if path else attribute), parameter
+                yield module, (f"{path}.{attribute}" if path else attribute), parameter
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
     """Yield `base_parameters`, each quantised one as a `QuantisedWeight` with the unpacked shape."""
-    for name, parameter in base_parameters(model):
-        layer = model.get_submodule(name.rpartition(".")[0])
+    for layer, name, parameter in _base_parameters(model):
         yield name, quantised_weight(layer, parameter) or parameter
 
 

@@ -15,7 +15,7 @@ from lorakit.adapters.mixed_batch import Call, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
-from lorakit.models.layers import ADAPTERS, layer_input
+from lorakit.models.layers import ADAPTERS, base_modules, layer_input
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
     hide_parameters,
@@ -238,11 +238,11 @@ def add_module(
         layout: Where the rows of a batch are in the layer's input.
     """
     if ADAPTERS not in layer._modules:
-        layer.register_module(ADAPTERS, LayerAdapters(activation, layout))
+        layer.register_module(ADAPTERS, LayerAdapters(activation, layout).train(layer.training))
         add_adapter_hook(layer)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     add_hooks(layer, module.layer_hooks)
-    layer.adapters.train(layer.training)  # type: ignore[operator, union-attr]
+    module.train(layer.training)
     caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
     reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
     if reads_weights and shadow_weights not in caller._forward_pre_hooks.values():
@@ -305,7 +305,9 @@ def remove_adapter(layer: nn.Module, adapters: LayerAdapters, name: str) -> None
     show_parameters(layer)  # after an interrupted call
     removed = adapters[name]
     del adapters[name]
-    remove_hooks(layer, removed.layer_hooks, [h for m in adapters.values() for h in m.layer_hooks])
+    if removed.layer_hooks:
+        needed = [hook for module in adapters.values() for hook in module.layer_hooks]
+        remove_hooks(layer, removed.layer_hooks, needed)
     if not adapters:
         del layer._modules[ADAPTERS]
         remove_functions(layer, after_forward)
@@ -313,6 +315,6 @@ def remove_adapter(layer: nn.Module, adapters: LayerAdapters, name: str) -> None
 
 def remove_idle_hooks(model: nn.Module) -> None:
     """Remove the hooks of modules that no longer read an adapted weight."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
             remove_functions(module, shadow_weights, unshadow_weights)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
+from lorakit.adapters.formats.fingerprint import BaseRecord
+from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.installed import base_parameters
+from lorakit.adapters.installed import InstalledAdapter
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.lora import LoRA
@@ -27,6 +29,7 @@ from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
+from lorakit.models.layers import base_modules
 from lorakit.ops import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -88,10 +91,7 @@ def load_stored(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    _check_base(model, stored, Path(path), allow_other_base, tokenizer)
-    # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
-    for notice in stored.notices:
-        _LOG.warning("%s: %s", path, notice)
+    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=tokenizer)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
 
 
@@ -119,16 +119,27 @@ def put_on(
     handle.check_can_add(name)
     model = handle.model
     with handle.deactivated():
-        modules = _build_modules(model, stored, origin)
-        _check_trained(model, stored, origin)
-        adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
-        with torch.no_grad():
-            for parameter_name, copy in adapter.trained_tensors().items():
-                copy.copy_(stored.trained[parameter_name])
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(trainable and parameter.is_floating_point())
+        install(handle, stored, build_modules(model, stored, origin), name, trainable=trainable)
     handle.activate(name)
     return handle
+
+
+def install(
+    handle: Adapters,
+    stored: StoredAdapter,
+    modules: dict[str, AdapterModule],
+    name: str,
+    *,
+    trainable: bool = False,
+) -> InstalledAdapter:
+    """Add the modules that `build_modules` returned to the model, without activating the adapter."""
+    adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
+    with torch.no_grad():
+        for parameter_name, copy in adapter.trained_tensors().items():
+            copy.copy_(stored.trained[parameter_name])
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    return adapter
 
 
 def from_peft(peft_model: Any) -> Adapters:
@@ -185,11 +196,18 @@ def _restore_originals(peft_model: nn.Module) -> None:
             setattr(peft_model.get_submodule(parent), name, original)
 
 
-def _build_modules(
-    model: nn.Module, stored: StoredAdapter, origin: str
-) -> dict[str, AdapterModule]:
-    """Return the adapter's modules with the file's tensors, by layer path; the model is not changed."""
-    known = dict(model.named_modules())
+def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[str, AdapterModule]:
+    """Return the adapter's modules with the file's tensors, by layer path; the model is not changed.
+
+    Args:
+        model: The base, without active adapters.
+        stored: The adapter, checked by `check_base`.
+        origin: The adapter's file, or a phrase for it, for messages.
+
+    Raises:
+        AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
+    """
+    known = dict(base_modules(model))
     missing = [path for path in stored.layers if path not in known]
     if missing:
         raise AdapterFileError(
@@ -197,7 +215,7 @@ def _build_modules(
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
     modules: dict[str, AdapterModule] = {
-        path: _build_layer(model, path, layer, stored, origin)
+        path: _build_layer(model, path, known[path], layer, stored, origin)
         for path, layer in stored.layers.items()
     }
     modules.update(_build_other_modules(model, stored, origin))
@@ -205,6 +223,7 @@ def _build_modules(
     if lora is not None and lora.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
+    _check_trained(model, stored, origin)
     return modules
 
 
@@ -213,10 +232,13 @@ def _build_other_modules(
 ) -> dict[str, AdapterModule]:
     """Return the modules of methods other than LoRA: built by the method, then filled with the file's tensors."""
     modules: dict[str, AdapterModule] = {}
-    devices = (parameter.device for parameter in model.parameters())
-    with seeded(0, devices):  # initial values are overwritten; do not advance the global generator
-        for part in parts(stored.method):
-            if not isinstance(part, LoRA):
+    others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
+    if others:
+        devices = (parameter.device for parameter in model.parameters())
+        with seeded(
+            0, devices
+        ):  # initial values are overwritten; keep the global generator's state
+            for part in others:
                 modules.update(part.modules(model))
     for path in {**modules, **stored.modules}:
         expected = modules[path].state_dict() if path in modules else {}
@@ -242,10 +264,14 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _build_layer(
-    model: nn.Module, path: str, stored_layer: StoredLayer, stored: StoredAdapter, origin: str
+    model: nn.Module,
+    path: str,
+    layer: nn.Module,
+    stored_layer: StoredLayer,
+    stored: StoredAdapter,
+    origin: str,
 ) -> LoRALayer:
     """Return the LoRA module of one layer with the file's tensors, in the file's dtype."""
-    layer = model.get_submodule(path)
     lora_class = kind_of(layer, model, path)
     # The model's layer does not show loralib's factorisation of a convolution; only the file does.
     if lora_class is ConvLoRA and isinstance(stored_layer.form, LoralibConvForm):
@@ -295,7 +321,9 @@ def _build_layer(
 
 def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None:
     """Reject a parameter trained in full that the model lacks or has in another shape."""
-    known = dict(model.named_parameters(remove_duplicate=False)) | dict(base_parameters(model))
+    if not stored.trained:
+        return
+    known = parameter_names(model).parameters
     for name, tensor in stored.trained.items():
         if name not in known:
             raise AdapterFileError(
@@ -310,20 +338,40 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
             )
 
 
-def _check_base(
-    model: nn.Module, stored: StoredAdapter, path: Path, allow_other_base: bool, tokenizer: Any
+def check_base(
+    model: nn.Module,
+    stored: StoredAdapter,
+    path: str | Path,
+    *,
+    allow_other_base: bool,
+    tokenizer: Any,
 ) -> None:
-    """Validate and complete `stored` against the model, and compare the model with the recorded base.
+    """Validate and complete `stored` against the model, compare the base that it records, and log its notices.
 
     Raises:
-        WrongBaseError: It is another base, and `allow_other_base` is False; if True, a notice is added.
+        AdapterFileError: The options and tensors of the file do not fit the model.
+        WrongBaseError: It is another base, and `allow_other_base` is False; if True, a warning is logged.
     """
     formats.check_targets(stored, path, model)
-    if stored.base is None:
-        return
-    live = formats.base_record(model, exclude=tuple(stored.trained), tokenizer=tokenizer)
+    if stored.base is not None:
+        _compare_base(model, stored, stored.base, allow_other_base, tokenizer)
+    # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
+    for notice in stored.notices:
+        _LOG.warning("%s: %s", path, notice)
+
+
+def _compare_base(
+    model: nn.Module,
+    stored: StoredAdapter,
+    recorded: BaseRecord,
+    allow_other_base: bool,
+    tokenizer: Any,
+) -> None:
+    live = formats.base_record(
+        model, exclude=tuple(stored.trained), tokenizer=tokenizer, for_comparison=True
+    )
     try:
-        stored.notices.extend(formats.compare(stored.base, live) or [])
+        stored.notices.extend(formats.compare(recorded, live) or [])
     except WrongBaseError as error:
         if not allow_other_base:
             if getattr(getattr(model, "config", None), MERGED, False):

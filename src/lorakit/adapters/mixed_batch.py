@@ -6,7 +6,7 @@ low-rank products are one operation (`ops.lora_segments`).
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Mapping
+from collections.abc import Iterable, KeysView, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +108,39 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) ->
     return _adapt_parts(adapters, call, x, output, of_pass).transpose(0, axis)
 
 
+def why_not_by_token(
+    layer: nn.Module, layout: RowLayout, module: AdapterModule | None, trained: Iterable[str]
+) -> str | None:
+    """Return why a choice by token cannot use an adapter on a layer, or None if it can.
+
+    Args:
+        layer: The layer.
+        layout: Where the rows of a batch are in its input.
+        module: What the adapter adds to its output; None if nothing.
+        trained: The attributes of the layer of which the adapter has trained copies.
+
+    A forward pass may refuse more: a layer that sees another number of tokens than the batch has, such as the pooler of
+    an encoder, which sees the first token of each row.
+    """
+    if layout.refused is not None:
+        return layout.refused
+    if layout.axis != 0:
+        return "it is sequence-first"
+    if layout.is_table:
+        return "its input is not known to be an input of the model"
+    shadows = module is not None and module.shadows
+    if shadows or isinstance(layer, nn.MultiheadAttention):
+        return "the model reads its weights directly"
+    if module is not None:
+        has_hooks = module.layer_hooks or module.backbone_hooks
+        if has_hooks or not (module.by_token or module.leaves_output):
+            return "the adapter there may mix the tokens of a sequence"
+    trained = dict.fromkeys(trained)
+    if trained and not _computes_by_token(layer):
+        return f"the adapter trains it in full, and a {type(layer).__name__} may mix the tokens of a sequence"
+    return _why_not_computed_again(layer, trained) if trained else None
+
+
 def _adapt_parts(
     adapters: Adapting, call: Call, x: Tensor, output: Tensor, of_pass: Pass
 ) -> Tensor:
@@ -173,7 +206,7 @@ def _add(adapters: Adapting, layer: nn.Module, x: Tensor, output: Tensor, blend:
     return output
 
 
-def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Tensor]) -> str | None:
+def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:
     """Return why calling the layer's forward with other parameters may not give what calling the layer gives."""
     hooks = (
         *(*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()),

@@ -18,7 +18,7 @@ from lorakit.adapters.passes import Pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import parents, walk
+from lorakit.models.layers import base_modules, parents, walk
 
 _MAIN_INPUTS = (
     *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
@@ -107,6 +107,8 @@ class RowLayout:
 
 def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     """Return the layout of each layer at `paths`."""
+    if not paths:
+        return {}
     configs = {at.path: at.config for at in walk(model)}
     inputs = {id(table) for table in _input_tables(model)}
     layouts = {}
@@ -155,7 +157,7 @@ def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
 
 def _input_tables(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the tables of the model's input tokens, of every part."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         try:
             table = getattr(module, "get_input_embeddings", lambda: None)()
         except (AttributeError, NotImplementedError):

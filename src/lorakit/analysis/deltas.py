@@ -20,9 +20,9 @@ from torch import Tensor
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.analysis.checkpoints import is_checkpoint, read_checkpoint
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.ops.autocast import wide_dtype
+from lorakit.training.checkpoint_adapter import is_checkpoint, read_checkpoint
 
 Layer = TypeVar("Layer")
 Factors = tuple[Tensor, Tensor]

@@ -15,7 +15,6 @@ from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.card import card
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.checkpoints import is_checkpoint, saved_adapter
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
@@ -24,6 +23,7 @@ from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.checkpoint import WEIGHTS
+from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
 
 TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME, WEIGHTS)

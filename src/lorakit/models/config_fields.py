@@ -5,6 +5,7 @@ Every field counts unless it is listed here, so a field of a new architecture co
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -46,13 +47,12 @@ def computing_fields(config: Any) -> dict[str, Any] | None:
     """
     if not hasattr(config, "to_dict"):  # do not import transformers for other models
         return None
-    from transformers import GenerationConfig, PretrainedConfig
+    from transformers import PretrainedConfig
     from transformers import __version__ as version
 
     if not isinstance(config, PretrainedConfig):
         return None
-    # Training shifts the labels of an encoder-decoder by the start token.
-    ignored = _NOT_COMPUTED | (GenerationConfig().to_dict().keys() - {"decoder_start_token_id"})
+    ignored = _ignored()
 
     def fields(part: PretrainedConfig, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in part.to_dict().items():
@@ -65,6 +65,14 @@ def computing_fields(config: Any) -> dict[str, Any] | None:
                 yield f"{prefix}{name}", _plain(value)
 
     return {**dict(fields(config, "")), VERSION: version}
+
+
+@functools.cache
+def _ignored() -> frozenset[str]:
+    from transformers import GenerationConfig
+
+    # Training shifts the labels of an encoder-decoder by the start token.
+    return _NOT_COMPUTED | (GenerationConfig().to_dict().keys() - {"decoder_start_token_id"})
 
 
 def changed_fields(

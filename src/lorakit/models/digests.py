@@ -1,16 +1,19 @@
 """SHA-256 digests of weights: exact, and rounded to bfloat16.
 
-The rounded digest recognises the same weights loaded in another dtype.
+The rounded digest recognises the same weights loaded in another dtype. `remember` keeps digests for `known_digests`,
+because hashing a base takes seconds and an adapter is loaded in milliseconds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorakit.models.dtypes import dtype_name
 
@@ -55,3 +58,86 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 def _bytes(chunk: Tensor) -> memoryview:
     return chunk.contiguous().view(torch.uint8).numpy().data
+
+
+# --- digests computed before -------------------------------------------------------------------------
+
+_SAMPLES = 32
+"""Numbers of a tensor that are compared in full."""
+
+
+class _Known(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    """Another tensor may get the same id later."""
+    state: list[Any]
+    digests: Digests
+
+
+_KNOWN: dict[int, _Known] = {}
+"""By the id of the tensor."""
+
+
+def remember(tensors: Sequence[Tensor], of: Digests) -> None:
+    """Keep the digests of a weight that these tensors determine, until the first of them is deleted."""
+    first, state = tensors[0], _state(tensors)
+    if state is None:
+        return
+    key = id(first)
+    _KNOWN[key] = _Known(weakref.ref(first, lambda ref: _forget(key, ref)), state, of)
+
+
+def known_digests(tensors: Sequence[Tensor]) -> Digests | None:
+    """Return the remembered digests of a weight, or None if there are none, or the weight has changed.
+
+    A change shows in the version counter, the memory address, the number of steps of all optimizers (a fused one
+    does not count a version), or in a sample of the numbers. So only one case goes unnoticed: a write through
+    `tensor.data` or a NumPy view that leaves the sampled numbers equal. Use the digests for checks, and hash again
+    for what is written to a file.
+    """
+    known = _KNOWN.get(id(tensors[0]))
+    if known is None or known.tensor() is not tensors[0]:
+        return None
+    return known.digests if known.state == _state(tensors) else None
+
+
+def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
+    known = _KNOWN.get(key)
+    if known is not None and known.tensor is ref:
+        del _KNOWN[key]
+
+
+def _state(tensors: Sequence[Tensor]) -> list[Any] | None:
+    """Return what differs after a change of a tensor; None if a change would not show.
+
+    Only the first is an object of the model; bitsandbytes makes new tensors of its scales for each reader.
+    """
+    first = tensors[0]
+    if first.is_inference() or not all(t.numel() for t in tensors):
+        return None
+    return [
+        _Optimizers.steps,
+        (first._version, first.data_ptr(), first.stride()),
+        *((t.dtype, tuple(t.shape), _sample(t)) for t in tensors),
+    ]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return the bytes of numbers at even distances."""
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        flat = flat.select(0, len(flat) // 2) if flat.ndim > 1 else flat
+        flat = flat.contiguous()
+    step = max(1, flat.numel() // _SAMPLES)
+    return bytes(_bytes(flat.view(-1)[::step].cpu()))
+
+
+class _Optimizers:
+    steps = 0
+    """Steps of all optimizers of the process."""
+
+    @classmethod
+    def count(cls, *_: object) -> None:
+        cls.steps += 1
+
+
+register_optimizer_step_post_hook(_Optimizers.count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.models.architectures import architecture_of
-from lorakit.models.layers import LocatedModule, is_inside, why_not_adaptable
+from lorakit.models.layers import LocatedModule, base_modules, is_inside, why_not_adaptable
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -28,6 +28,20 @@ def classification_head(model: nn.Module) -> list[str]:
         for name, child in model.named_children()
         if child is not base and any(True for _ in child.parameters())
     ]
+
+
+def logits_layer(model: nn.Module) -> str | None:
+    """Return the path of the layer that computes the logits of a task head, or None if there is none.
+
+    It is the last linear layer of the head that has one output for each label.
+    """
+    count = getattr(getattr(model, "config", None), "num_labels", None)
+    found = None
+    for head in classification_head(model):
+        for path, module in base_modules(model.get_submodule(head)):
+            if isinstance(module, nn.Linear) and module.out_features == count:
+                found = f"{head}.{path}" if path else head
+    return found
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

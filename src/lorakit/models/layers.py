@@ -75,6 +75,29 @@ class RowSlice:
         return f"rows {self.offset}:{last} of every {self.stride}"
 
 
+def base_modules(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `model.named_modules()` without the adapters, in time that does not depend on their number."""
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if remove_duplicate:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        yield path, module
+        if not module._modules:
+            continue
+        start = f"{path}." if path else ""
+        pending += [
+            (start + name, child)
+            for name, child in reversed(list(module._modules.items()))  # another thread may add one
+            if child is not None and not isinstance(child, AdapterSlot)
+        ]
+
+
 class LocatedModule(NamedTuple):
     """A module of a model with its path and its configuration."""
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError
 from lorakit.models.digests import Digests, digests
+from lorakit.models.layers import base_modules
 
 KINDS = frozenset({"nf4", "fp4", "int8"})
 """Supported kinds of quantisation; fp4 only in models that other tools quantised."""
@@ -92,13 +93,17 @@ class QuantisedWeight:
 
     def digests(self) -> Digests:
         """Return the digests of the packed numbers with their scales, and of the original in bfloat16."""
-        state = getattr(self.packed, "quant_state", None)
-        parts = {"scales": self._row_scales} if state is None else state.as_dict(packed=True)
         exact = hashlib.sha256(f"{self.kind}{tuple(self.shape)}\0".encode())
-        for name, part in sorted({"packed": self.packed.data, **parts}.items()):
+        for name, part in sorted({"packed": self.packed.data, **self.scales}.items()):
             exact.update(name.encode() + digests(part).exact)
         made_from = getattr(self.layer, "made_from", None)
         return Digests(exact.digest(), made_from and made_from.bfloat16)
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """The tensors by which the packed numbers are multiplied, by name."""
+        state = getattr(self.packed, "quant_state", None)
+        return {"scales": self._row_scales} if state is None else state.as_dict(packed=True)
 
     @property
     def _row_scales(self) -> Tensor:
@@ -224,7 +229,7 @@ def require_exact_layers(model: nn.Module) -> None:
     bnb = _loaded_library()
     if bnb is None:
         return
-    modules: Any = model.named_modules()
+    modules: Any = base_modules(model)
     for path, layer in modules:
         if not isinstance(layer, bnb.nn.Linear4bit) or not layer.weight.bnb_quantized:
             continue

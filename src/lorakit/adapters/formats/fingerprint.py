@@ -23,7 +23,7 @@ from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
 from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
-from lorakit.models.digests import Digests, digests
+from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
 from lorakit.models.sources import ModelSource
@@ -132,6 +132,8 @@ def base_record(
     source: ModelSource | None = None,
     exclude: Iterable[str] = (),
     tokenizer: Any = None,
+    *,
+    for_comparison: bool = False,
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
@@ -141,6 +143,8 @@ def base_record(
         exclude: Names of parameters to skip, because an adapter replaces them (a head of its
             own, trained biases).
         tokenizer: The tokenizer, if it is known.
+        for_comparison: Return a record for `compare` only: without `layout`, and with the hashes that an earlier call
+            computed of weights that have not changed since (`lorakit.models.digests.known_digests`).
 
     Returns:
         The record. A tied weight counts once. Weights have no hash if they are on the meta device,
@@ -166,11 +170,11 @@ def base_record(
             shapes=shapes.hexdigest(),
         ),
         source=origin,
-        weights=hash_weights(weights),
+        weights=hash_weights(weights, reuse=for_comparison),
         excluded=tuple(sorted(excluded)),
         configuration=computing_fields(config),
         tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer),
-        layout=base_layout(model),
+        layout=None if for_comparison else base_layout(model),
     )
 
 
@@ -264,8 +268,15 @@ def _describe(record: BaseRecord) -> str:
 # --- hashing -------------------------------------------------------------------------------------
 
 
-def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Weights:
-    """Hash named weights; their order does not matter."""
+def hash_weights(
+    weights: Iterable[tuple[str, Tensor | QuantisedWeight]], *, reuse: bool = False
+) -> Weights:
+    """Hash named weights; their order does not matter.
+
+    Args:
+        weights: The weights.
+        reuse: Use earlier hashes of weights that have not changed since.
+    """
     weights = list(weights)
     plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (
@@ -273,13 +284,16 @@ def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Wei
         ("sharded", _is_sharded),
         ("quantised", _is_packed),
     ):
-        if any(applies(w) for w in plain):
+        if any(map(applies, plain)):
             return Weights(reason, None, None)
+    known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
+    hashed = {name: pair for name, pair in known.items() if pair is not None}
     # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
-    by_size = sorted(weights, key=lambda item: -item[1].numel())
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests_of = pool.map(_digests, (w for _, w in by_size))
-        hashed = {name: pair for (name, _), pair in zip(by_size, digests_of, strict=True)}
+    by_size = sorted((w for w in weights if w[0] not in hashed), key=lambda w: -w[1].numel())
+    if by_size:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            digests_of = pool.map(_digests, (w for _, w in by_size))
+            hashed |= {name: pair for (name, _), pair in zip(by_size, digests_of, strict=True)}
     rounded = {name: d.bfloat16 for name, d in hashed.items() if d.bfloat16 is not None}
     return Weights(
         _dtype_label(w for _, w in weights),
@@ -289,7 +303,14 @@ def hash_weights(weights: Iterable[tuple[str, Tensor | QuantisedWeight]]) -> Wei
 
 
 def _digests(weight: Tensor | QuantisedWeight) -> Digests:
-    return digests(weight) if isinstance(weight, Tensor) else weight.digests()
+    computed = digests(weight) if isinstance(weight, Tensor) else weight.digests()
+    remember(_tensors(weight), computed)
+    return computed
+
+
+def _tensors(weight: Tensor | QuantisedWeight) -> list[Tensor]:
+    """Return the tensors that determine the digests of a weight, the parameter first."""
+    return [weight] if isinstance(weight, Tensor) else [weight.packed, *weight.scales.values()]
 
 
 def _dtype_label(weights: Iterable[Tensor | QuantisedWeight]) -> str:
@@ -309,11 +330,13 @@ def _combine(digest_of: dict[str, bytes]) -> str:
 
 
 def _is_meta(parameter: Tensor) -> bool:
-    return parameter.device.type == "meta"
+    return parameter.is_meta
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")  # DTensor, DeepSpeed
+    is_plain = type(parameter) in (Tensor, nn.Parameter)
+    # DTensor, DeepSpeed. A missing attribute of a tensor is slow to look up.
+    return "ds_id" in parameter.__dict__ or (not is_plain and hasattr(parameter, "full_tensor"))
 
 
 def _is_packed(parameter: Tensor) -> bool:

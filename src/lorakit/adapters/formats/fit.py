@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.layout import BaseLayout, base_layout, peft_differs_on
+from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.trained import trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -15,6 +16,7 @@ from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
+from lorakit.models.layers import base_modules
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -33,7 +35,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     Raises:
         AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
     """
-    modules = dict(model.named_modules())
+    modules = dict(base_modules(model))
     if stored.peft_config is not None:
         for layer_path in stored.layers:
             reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
@@ -54,10 +56,11 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             )
     elif stored.base is None:  # a loralib file records no base
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
-    layout = base_layout(model)
-    if stored.base_copies:
-        _sort_base_copies(stored, path, layout)
-    _list_tied(stored, path, model, layout)
+    if stored.base_copies or stored.trained:
+        names = parameter_names(model)
+        if stored.base_copies:
+            _sort_base_copies(stored, path, names.parameters)
+        _list_tied(stored, path, model, names.aliases)
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
@@ -70,9 +73,8 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _sort_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLayout) -> None:
+def _sort_base_copies(stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor]) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
-    live = layout.parameters
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
         if name not in live:
@@ -112,10 +114,13 @@ def _sort_base_copies(stored: StoredAdapter, path: str | Path, layout: BaseLayou
 
 
 def _list_tied(
-    stored: StoredAdapter, path: str | Path, model: nn.Module, layout: BaseLayout
+    stored: StoredAdapter,
+    path: str | Path,
+    model: nn.Module,
+    aliases: Mapping[str, tuple[str, ...]],
 ) -> None:
     """List a trained parameter that the model ties under every name that the method trains."""
-    for first, others in layout.aliases.items():
+    for first, others in aliases.items():
         names = (first, *others)
         in_file = [name for name in names if name in stored.trained]
         if not in_file:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.installed import base_parameter
 from lorakit.methods.lora.forms import EmbeddingForm
-from lorakit.models.layers import is_of_adapter
+from lorakit.models.layers import base_modules, is_of_adapter
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,39 @@ class BaseLayout:
         return f"{path}.in_proj_weight" in self.shapes or f"{path}.q_proj_weight" in self.shapes
 
 
-def base_layout(model: nn.Module) -> BaseLayout:
-    """Return the layout of a live model, without its adapters."""
-    paths: dict[int, list[str]] = {}
-    modules: dict[str, nn.Module] = {}
+class ParameterNames(NamedTuple):
+    """The parameters of a base model, without its adapters."""
+
+    parameters: dict[str, Tensor]
+    """See `BaseLayout.parameters`."""
+    aliases: dict[str, tuple[str, ...]]
+    """See `BaseLayout.aliases`."""
+
+
+def parameter_names(model: nn.Module) -> ParameterNames:
+    """Return the parameters of a live model by each of their names, without those of its adapters."""
     names: dict[int, list[str]] = {}
     parameters: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if is_of_adapter(path):
-            continue
-        if id(module) not in paths:
-            modules[path] = module
-        paths.setdefault(id(module), []).append(path)
-        for attribute, current in module._parameters.items():
+    for path, module in base_modules(model, remove_duplicate=False):
+        for attribute, current in list(module._parameters.items()):
             if current is not None:
                 name = f"{path}.{attribute}" if path else attribute
                 parameter = base_parameter(module, attribute)
                 parameters[name] = parameter.detach()
                 names.setdefault(id(parameter), []).append(name)
+    aliases = {first: tuple(others) for first, *others in names.values() if others}
+    return ParameterNames(parameters, aliases)
+
+
+def base_layout(model: nn.Module) -> BaseLayout:
+    """Return the layout of a live model, without its adapters."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, module in base_modules(model, remove_duplicate=False):
+        if id(module) not in paths:
+            modules[path] = module
+        paths.setdefault(id(module), []).append(path)
+    parameters, aliases = parameter_names(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     beyond = {path: reason for path, m in modules.items() if (reason := peft_differs_on(m))}
     for shared in paths.values():
@@ -87,7 +103,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
             for key, value in model.state_dict().items()
             if isinstance(value, Tensor) and not is_of_adapter(key)
         },
-        aliases={first: tuple(others) for first, *others in names.values() if others},
+        aliases=aliases,
         parameters=parameters,
         beyond_peft=beyond,
         output_head=next((p for p, m in modules.items() if head is not None and m is head), None),

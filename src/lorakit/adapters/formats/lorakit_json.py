@@ -24,6 +24,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
 from lorakit.methods import METHODS, Combined, Method
+from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.methods.registry import recorded_method
 from lorakit.models.roles import RowSlice
 from lorakit.storage.tensors import read_safetensors, write_safetensors
@@ -325,6 +326,10 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     A, B, magnitude, B_bias = (parts.get(name) for name in ("A", "B", "magnitude", "B_bias"))
     assert A is not None
     assert B is not None
+    if magnitude is not None:
+        magnitude = magnitude.flatten()
+    if _is_unchanged(description, A, B):
+        return _build(description, {"A": A, "B": B, "B_bias": B_bias, "magnitude": magnitude})
     # An untrusted description could make `from_peft` allocate any amount: bound its shapes by the tensors in the file.
     for factor, name in ((A, "A"), (B, "B")):
         if torch.Size(description[name]).numel() > factor.numel():
@@ -342,13 +347,22 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
         shapes |= {"initial_A": shapes["A"], "initial_B": shapes["B"]}
     if magnitude is not None:
         shapes["magnitude"] = torch.empty(shapes["B"].shape[0], device="meta")
-        magnitude = magnitude.flatten()
     if B_bias is not None:
         shapes["B_bias"] = torch.empty(shapes["B"].shape[0], device="meta")
     original = _build(description, shapes)
     # PEFT has one rank for both projections of an attention module; zeros pad the smaller one. Cut them off.
     rank = peft_rank(original)
     return from_peft(original, A[:rank], B[:, : rank // original.groups], magnitude, B_bias)
+
+
+def _is_unchanged(description: Mapping[str, Any], A: Tensor, B: Tensor) -> bool:
+    """Return whether PEFT's factors of a layer are those of lorakit: of a whole linear or embedding layer."""
+    return (
+        description["kind"] in (LinearForm.kind, EmbeddingForm.kind)
+        and not description["slices"]
+        and not description["pissa"]
+        and (list(A.shape), list(B.shape)) == (description["A"], description["B"])
+    )
 
 
 def _build(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> StoredLayer:

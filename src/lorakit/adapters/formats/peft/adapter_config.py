@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.models.layers import is_of_adapter
+from lorakit.models.layers import base_modules
 from lorakit.models.patterns import SECONDS, Matcher, PatternTable, endings
 
 CONFIG_NAME = "adapter_config.json"
@@ -237,9 +237,7 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
     config = parse(options)
     if config.target_modules is None:
         return None
-    modules = {
-        path: module for path, module in model.named_modules() if path and not is_of_adapter(path)
-    }
+    modules = {path: module for path, module in base_modules(model) if path}
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
     targets = {path for path in modules if config.is_target(path)}

@@ -29,10 +29,7 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
     Raises:
         NotExpressibleError: PEFT's form cannot represent it exactly.
     """
-    A, B = layer.form.to_peft(layer.A, layer.B)
-    if layer.initial_A is not None and layer.initial_B is not None:
-        A0, B0 = layer.form.to_peft(layer.initial_A, layer.initial_B)
-        A, B = _interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
+    A, B = _factors(layer)
     magnitude = _all_magnitudes(layer)
     if magnitude is not None and layer.groups > 1:
         raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
@@ -51,6 +48,15 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
         weight_shape=None,
         grouped=False,
     )
+
+
+def _factors(layer: StoredLayer) -> tuple[Tensor, Tensor]:
+    """Return A and B of `to_peft`."""
+    A, B = layer.form.to_peft(layer.A, layer.B)
+    if layer.initial_A is not None and layer.initial_B is not None:
+        A0, B0 = layer.form.to_peft(layer.initial_A, layer.initial_B)
+        A, B = _interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
+    return A, B
 
 
 def peft_rank(layer: StoredLayer) -> int:
@@ -100,8 +106,8 @@ def from_peft(
         **extras,
     )
     same_shapes = (restored.A.shape, restored.B.shape) == (layer.A.shape, layer.B.shape)
-    again = to_peft(restored)
-    same_factors = torch.equal(again.A, A) and torch.equal(again.B, B)
+    again_A, again_B = _factors(restored)
+    same_factors = torch.equal(again_A, A) and torch.equal(again_B, B)
     if not (same_shapes and same_factors):
         raise AdapterFileError(
             "its lora_A and lora_B are not of the form that lorakit.json describes."

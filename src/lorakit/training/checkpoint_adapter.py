@@ -1,4 +1,4 @@
-"""Reading a checkpoint of a training run as an adapter."""
+"""Read a checkpoint of a training run as an adapter."""
 
 from __future__ import annotations
 
@@ -61,6 +61,9 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
                 if getattr(layer, field) is not None
             }
             stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]
+        for module, own in stored.modules.items():
+            prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
+            stored.modules[module] = {name: tensors.pop(f"{prefix}.{name}") for name in own}
         for name in stored.trained:
             module, _, attribute = name.rpartition(".")
             key = f"{module}.{ADAPTERS}.{ADAPTER_NAME}.trained.{attribute}"

@@ -1,0 +1,78 @@
+"""What an adapter's files say about it, read without its tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit import storage
+from lorakit.adapters.formats import lorakit_json, peft
+from lorakit.serving.folders import Location, State
+
+
+@dataclass(frozen=True)
+class Card:
+    """Facts for a list of adapters. None is not known."""
+
+    path: str | None = None
+    size: int | None = None
+    """Bytes of its files."""
+    base: str | None = None
+    method: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    task: str | None = None
+    labels: tuple[str, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    step: int | None = None
+
+
+def read_card(location: Location, state: State) -> Card:
+    """Read the facts about an adapter.
+
+    Raises:
+        AdapterFileError: The file that describes it cannot be read.
+    """
+    folder = Path(location.folder)
+    size = sum(length for path, _, length, *_ in state if path.endswith((".safetensors", ".bin")))
+    if not os.path.lexists(folder / lorakit_json.NAME):
+        options = storage.read_json(folder / peft.CONFIG_NAME)
+        return Card(
+            path=location.path,
+            size=size,
+            base=_typed(options.get("base_model_name_or_path"), str),
+            method=_typed(options.get("peft_type"), str),
+            rank=_typed(options.get("r"), int),
+            alpha=_typed(options.get("lora_alpha"), (int, float)),
+            task=_typed(options.get("task_type"), str),
+        )
+    record = storage.read_json(folder / lorakit_json.NAME)
+    method, provenance = _mapping(record, "method"), _mapping(record, "provenance")
+    labels, scores = provenance.get("labels"), _mapping(provenance, "scores")
+    step = provenance.get("step")
+    if location.checkpoint is not None:
+        step, scores = int(location.checkpoint.rpartition("-")[2]), {}
+    return Card(
+        path=location.path,
+        size=size,
+        base=_typed(_mapping(_mapping(record, "base"), "source").get("name"), str),
+        method=_typed(method.get("name"), str),
+        rank=_typed(method.get("rank"), int),
+        alpha=_typed(method.get("alpha"), (int, float)),
+        task=_typed(provenance.get("task"), str),
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
+        scores={str(k): v for k, v in scores.items() if isinstance(v, int | float)},
+        step=_typed(step, int),
+    )
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    return value if isinstance(value, kind) else None

@@ -1,0 +1,240 @@
+"""Adapters on disk: which files belong to one, whether they have changed, and the digest of their content.
+
+A state is a few calls of `stat` and reads no file. A file that is written again has another state, because its time of
+change is part of it. Such times have a resolution of some milliseconds, so a file is only read once it is older.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Protocol
+
+from lorakit import storage
+from lorakit.adapters import formats
+from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.training.checkpoint import NAME, STATE, WEIGHTS
+from lorakit.training.checkpoint_adapter import read_checkpoint
+from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
+
+CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
+"""A folder with one of these files is an adapter."""
+_TENSORS = (lorakit_json.TENSORS_NAME, peft.TENSORS_NAME)
+_FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
+
+_RESOLUTION = 20_000_000
+"""Nanoseconds: two writes of a file that are further apart have different times."""
+
+State = tuple[tuple[str, int, int, int, int], ...]
+"""Path, inode, size, time of modification and of change of each file."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the files of an adapter are now."""
+
+    folder: str
+    """The adapter folder. It describes the tensors and may have a tokenizer."""
+    checkpoint: str | None = None
+    """The checkpoint of a training run that has newer tensors; the folder then describes them."""
+
+    @property
+    def path(self) -> str:
+        """The path to show to users."""
+        return self.checkpoint or self.folder
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder has a tokenizer."""
+        return os.path.exists(os.path.join(self.folder, "tokenizer_config.json"))
+
+    def state(self) -> State:
+        """Return the state of the files that determine the adapter.
+
+        Raises:
+            AdapterFileError: The folder cannot be read.
+        """
+        with storage.reading(self.path, AdapterFileError):
+            return tuple(sorted(_states(self.folder))) + (
+                tuple(sorted(_states(self.checkpoint))) if self.checkpoint else ()
+            )
+
+    def read(self) -> StoredAdapter:
+        """Read the adapter.
+
+        Raises:
+            AdapterFileError: It is damaged, incomplete or unsafe.
+        """
+        return read_checkpoint(self.checkpoint) if self.checkpoint else formats.read(self.folder)
+
+
+class Source(Protocol):
+    """What a public name stands for."""
+
+    def locate(self) -> Location | None:
+        """Return where the adapter is now; None if there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A folder with an adapter, or a finished run whose adapter is in its folder ``adapter``."""
+
+    path: str
+
+    def locate(self) -> Location | None:
+        return next(
+            (Location(path) for path in (self.path, f"{self.path}/{ADAPTER}") if is_adapter(path)),
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """A run that may still be training: its newest checkpoint, or its adapter once it is finished."""
+
+    path: str
+
+    def locate(self) -> Location | None:
+        saved = [folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")]
+        if not saved:
+            return None
+        if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
+            return Location(saved[0])
+        try:
+            names = os.listdir(f"{self.path}/{CHECKPOINTS}")
+        except OSError:
+            names = []
+        steps = [int(match[1]) for match in map(NAME.fullmatch, names) if match]
+        if not steps:
+            return Location(saved[0])
+        return Location(saved[0], f"{self.path}/{CHECKPOINTS}/step-{max(steps):06d}")
+
+
+def is_adapter(folder: str) -> bool:
+    """Return whether a folder has one of the files that describe an adapter."""
+    return any(os.path.lexists(f"{folder}/{name}") for name in CONFIG_NAMES)
+
+
+def adapters_in(root: Path) -> Iterator[str]:
+    """Yield the names of the direct subfolders of `root` that hold an adapter."""
+    with storage.reading(root, AdapterFileError), os.scandir(root) as entries:
+        for entry in entries:
+            if not is_folder_name(entry.name) or not entry.is_dir():
+                continue
+            if entry.is_symlink() and not is_within(entry.path, root):
+                continue
+            if AdapterSource(entry.path).locate() is not None:
+                yield entry.name
+
+
+def is_folder_name(name: str) -> bool:
+    """Return whether `name` is the name of one visible folder, not a path."""
+    return (
+        isinstance(name, str)
+        and name[:1] not in ("", ".")
+        and not any(char in name for char in "/\\\0")
+    )
+
+
+def is_within(path: str | os.PathLike[str], root: Path) -> bool:
+    """Return whether the real path is inside the real `root`, and not `root` itself."""
+    real, real_root = os.path.realpath(path), os.path.realpath(root)
+    return real.startswith(real_root.rstrip(os.sep) + os.sep)
+
+
+def require_within(location: Location, root: Path) -> None:
+    """Reject an adapter with a folder or file outside `root`.
+
+    Raises:
+        AdapterFileError: A path leads outside through a symbolic link or ``..``.
+    """
+    for path in (location.folder, *(name for name, *_ in location.state())):
+        if not is_within(path, root):
+            raise AdapterFileError(
+                f"'{path}' leads outside '{root}', so it is not served. Copy the files into that folder (cp -rL "
+                "resolves symbolic links)."
+            )
+
+
+@dataclass(frozen=True)
+class Digests:
+    """SHA-256 digests of an adapter's files."""
+
+    whole: str
+    """Of all files that determine the adapter."""
+    tokenizer: str
+    """Of the tokenizer's files."""
+
+
+def digests_of(location: Location, state: State) -> Digests:
+    """Hash the content of files.
+
+    Raises:
+        AdapterFileError: A file cannot be read.
+    """
+    whole, tokenizer = hashlib.sha256(), hashlib.sha256()
+    for path, *_ in state:
+        name = path.removeprefix(f"{location.folder}/")  # a checkpoint's path stays whole
+        name = name if name != path else os.path.basename(path)
+        with storage.reading(path, AdapterFileError):
+            part = f"{name}\0{storage.sha256(storage.regular_file(Path(path)))}\0".encode()
+        whole.update(part)
+        if name not in _FILES:
+            tokenizer.update(part)
+    return Digests(whole.hexdigest(), tokenizer.hexdigest())
+
+
+def settled(source: Source) -> tuple[Location, State] | None:
+    """Return where an adapter is and the state of its files, once these are old enough to tell a later write.
+
+    Raises:
+        AdapterFileError: Its folder cannot be read.
+    """
+    location = source.locate()
+    if location is None:
+        return None
+    state = location.state()
+    newest = max((changed for *_, changed in state), default=0)
+    age = time.time_ns() - newest
+    if age < _RESOLUTION:
+        time.sleep(min(_RESOLUTION - age, 2 * _RESOLUTION) / 1e9)
+    return location, state
+
+
+def unchanged(location: Location, state: State) -> bool:
+    """Return whether the files still have this state."""
+    try:
+        return location.state() == state
+    except LorakitError:
+        return False
+
+
+def _states(folder: str) -> Iterator[tuple[str, int, int, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _counts(entry.name):
+                continue
+            if entry.is_dir():  # additional chat templates
+                for path in sorted(os.listdir(entry.path)):
+                    yield _stat(os.path.join(entry.path, path))
+            else:
+                yield _stat(entry.path)
+
+
+def _stat(path: str) -> tuple[str, int, int, int, int]:
+    found = os.stat(path)
+    return path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@functools.lru_cache(1000)
+def _counts(name: str) -> bool:
+    return name in _FILES or any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)

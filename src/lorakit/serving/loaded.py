@@ -1,0 +1,231 @@
+"""The adapters on the model: which are in use, which leave when memory is short, and every change of the model.
+
+A change goes through `between_steps`, because no forward pass may run then. One change waits at a time, and no other
+lock is held meanwhile: leases of loaded adapters are taken and released without waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.adapters.handle import Adapters
+from lorakit.adapters.loading import install
+from lorakit.formatting import size
+from lorakit.serving.errors import StoreFullError
+from lorakit.serving.preparing import Prepared
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Loaded:
+    """An adapter on the model."""
+
+    digest: str
+    bytes: int
+    outputs: int | None
+    labels: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its own tokenizer; None is the base's."""
+    leases: int = 1
+    used: int = 0
+    """When a lease was last taken or returned, as a count."""
+
+    @property
+    def name(self) -> str:
+        """Its name on the model."""
+        return f"a{self.digest[:24]}"
+
+
+class LoadedAdapters:
+    """The adapters on one model, by digest.
+
+    Args:
+        handle: The handle on the model.
+        budget: Most bytes of their tensors.
+    """
+
+    def __init__(self, handle: Adapters, budget: int) -> None:
+        self.handle, self.budget = handle, budget
+        self.between_steps: Callable[[Callable[[], Any]], Any] = lambda action: action()
+        self.bytes = 0
+        """Of all adapters on the model, and of one that is being installed."""
+        self.loads = self.evictions = 0
+        self._lock = threading.Lock()
+        """Guards the tables, for moments only."""
+        self._changes = threading.Lock()
+        """Held for the length of a change of the model. The engine's thread never takes it."""
+        self._usable: dict[str, Loaded] = {}
+        self._garbage: list[Loaded] = []
+        """Adapters that no name and no lease refers to."""
+        self._named: frozenset[str] = frozenset()
+        self._pinned: frozenset[str] = frozenset()
+        self._loading: dict[str, tuple[threading.Lock, int]] = {}
+        """By digest, the lock of its loading and the number of threads that hold or want it."""
+        self._clock = itertools.count()
+        self._collector: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self._usable) + len(self._garbage)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._usable
+
+    @property
+    def pinned(self) -> int:
+        """Number of loaded adapters that always stay."""
+        return len(self._pinned & self._usable.keys())
+
+    def take(self, digest: str) -> Loaded | None:
+        """Return a loaded adapter with one more lease; None if it is not loaded."""
+        with self._lock:
+            loaded = self._usable.get(digest)
+            if loaded is not None:
+                loaded.leases += 1
+                loaded.used = next(self._clock)
+            return loaded
+
+    def give_back(self, *several: Loaded) -> None:
+        """Return a lease of each adapter. Removing one that has lost its name waits in another thread."""
+        with self._lock:
+            for loaded in several:
+                loaded.leases -= 1
+                loaded.used = next(self._clock)
+            self._drop_unused()
+            must_collect = bool(self._garbage)
+            is_collecting = self._collector is not None and self._collector.is_alive()
+            if must_collect and not is_collecting:
+                self._collector = threading.Thread(target=self.collect, daemon=True)
+                self._collector.start()
+
+    def retain(self, named: Collection[str], pinned: Collection[str]) -> None:
+        """Set the digests that names stand for, and those that stay loaded; all others leave with their last lease."""
+        with self._lock:
+            self._named, self._pinned = frozenset(named), frozenset(pinned)
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        for digest, loaded in list(self._usable.items()):
+            if not loaded.leases and digest not in self._named:
+                self._garbage.append(self._usable.pop(digest))
+
+    @contextmanager
+    def loading(self, digest: str) -> Iterator[None]:
+        """Let one thread at a time load the adapter with this digest."""
+        with self._lock:
+            lock, users = self._loading.get(digest, (threading.Lock(), 0))
+            self._loading[digest] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, users = self._loading.pop(digest)
+                if users > 1:
+                    self._loading[digest] = lock, users - 1
+
+    def install(self, loaded: Loaded, prepared: Prepared, path: str) -> None:
+        """Put a prepared adapter on the model, and unload others if memory is short.
+
+        Args:
+            loaded: The adapter, with its first lease.
+            prepared: Its modules.
+            path: Its folder, for the message.
+
+        Raises:
+            StoreFullError: Adapters in use hold the memory.
+        """
+        with self._changes:
+            with self._lock:
+                leaving = self._make_room(loaded.bytes, path)
+                self.bytes += loaded.bytes
+            try:
+                self._change(leaving, lambda: self._add(loaded, prepared))
+            except BaseException:
+                with self._lock:
+                    self.bytes -= loaded.bytes
+                raise
+            with self._lock:
+                loaded.used = next(self._clock)
+                self._usable[loaded.digest] = loaded
+                self.loads += 1
+
+    def _add(self, loaded: Loaded, prepared: Prepared) -> None:
+        with self.handle.deactivated():
+            try:
+                install(self.handle, prepared.stored, prepared.modules, loaded.name)
+            except BaseException:
+                if loaded.name in self.handle.names:
+                    self.handle.remove(loaded.name)
+                raise
+
+    def _make_room(self, needed: int, path: str) -> list[Loaded]:
+        """Withdraw adapters that free `needed` bytes, the least recently used first, and return them."""
+        free = self.budget - self.bytes + sum(other.bytes for other in self._garbage)
+        idle = [
+            other
+            for other in self._usable.values()
+            if not other.leases and other.digest not in self._pinned
+        ]
+        evicted: list[Loaded] = []
+        for other in sorted(idle, key=lambda other: other.used):
+            if free >= needed:
+                break
+            evicted.append(other)
+            free += other.bytes
+        if free < needed:
+            raise StoreFullError(
+                f"'{path}' needs {size(needed)}, and {size(max(0, free))} of the {size(self.budget)} for adapters can "
+                "be freed: the others are in use or pinned. Try again later, or raise --adapter_memory."
+            )
+        for other in evicted:
+            del self._usable[other.digest]
+        self.evictions += len(evicted)
+        leaving, self._garbage = [*self._garbage, *evicted], []
+        return leaving
+
+    def collect(self) -> None:
+        """Remove the adapters that nothing can use any more from the model."""
+        with self._changes:
+            with self._lock:
+                leaving, self._garbage = self._garbage, []
+            if not leaving:
+                return
+            try:
+                self._change(leaving)
+            except (
+                Exception
+            ) as error:  # the engine has died, or a forward pass runs: the next change tries again
+                _LOG.debug("unloading is put off: %s", error)
+
+    def settle(self) -> None:
+        """Wait until the adapters that nothing can use any more have left the model."""
+        collector = self._collector
+        if collector is not None:
+            collector.join()
+        self.collect()
+
+    def _change(self, leaving: list[Loaded], then: Callable[[], None] = lambda: None) -> None:
+        """Remove adapters from the model between two forward passes; those that stay after an error are garbage."""
+        gone: list[Loaded] = []
+
+        def change() -> None:
+            for other in leaving:
+                self.handle.remove(other.name)
+                gone.append(other)
+            then()
+
+        try:
+            self.between_steps(change)
+        finally:
+            with self._lock:
+                self.bytes -= sum(other.bytes for other in gone)
+                self._garbage += [other for other in leaving if other not in gone]

@@ -1,0 +1,160 @@
+"""Read an adapter and check that mixed batches on this base can compute it; nothing is changed on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.loading import build_modules, check_base
+from lorakit.adapters.mixed_batch import why_not_by_token
+from lorakit.adapters.row_layout import row_layouts
+from lorakit.errors import AdapterFileError, AdapterStateError
+from lorakit.methods.module import AdapterModule
+from lorakit.models.heads import logits_layer
+from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.loading import Base
+from lorakit.serving.folders import Location
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that can be installed on the model."""
+
+    stored: StoredAdapter
+    modules: dict[str, AdapterModule]
+    """What it adds to layers, by their paths."""
+    bytes: int
+    """Size of its tensors on the model."""
+    outputs: int | None
+    """Number of its logits in a classification or regression head; None for a language model."""
+    labels: tuple[str, ...]
+    """Names of these logits; empty for regression and for a language model."""
+
+
+def prepare(
+    base: Base,
+    location: Location,
+    *,
+    allow_other_base: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Prepared:
+    """Read an adapter, check it as `lorakit.load` does, and build its modules.
+
+    Args:
+        base: The base, without active adapters.
+        location: The adapter's files.
+        allow_other_base: Accept an adapter that records another base, and log a warning.
+        tokenizer: The tokenizer that its requests use.
+
+    Raises:
+        AdapterFileError: The file is damaged or unsafe, or its tensors do not fit the model's layers.
+        WrongBaseError: It was trained on another base.
+        AdapterStateError: A batch of several adapters cannot use it.
+    """
+    model, path, stored = base.model, location.path, location.read()
+    if missing := [name for name in base.new_weights if name not in stored.trained]:
+        raise AdapterFileError(
+            f"'{path}' has no tensors for '{missing[0]}', which the base lacks: its answers would be random. Train the "
+            "adapter with a head of its own (train_modules), or serve a base that has a head."
+        )
+    outputs, labels = _pad_head(stored, model, path)
+    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=tokenizer)
+    modules = build_modules(model, stored, path)
+    if not modules and not stored.trained:
+        raise AdapterFileError(
+            f"'{path}' changes no layer of this base, which would answer in its place. Load the adapter on the base it "
+            "was trained on."
+        )
+    _require_mixable(model, stored, modules, path)
+    own = [t for module in modules.values() for t in (*module.parameters(), *module.buffers())]
+    size = sum(t.numel() * t.element_size() for t in {id(t): t for t in own}.values())
+    copies = {id(t): t.numel() for t in stored.trained.values()}  # a tied one has several names
+    size += sum(copies.values()) * model.dtype.itemsize
+    return Prepared(stored, modules, size, outputs, labels)
+
+
+def _require_mixable(
+    model: nn.Module, stored: StoredAdapter, modules: Mapping[str, AdapterModule], path: str
+) -> None:
+    """Reject an adapter that a batch with several adapters cannot compute, before its first forward pass."""
+    if getattr(stored.method, "virtual_tokens", None):
+        raise AdapterStateError(
+            f"'{path}' has virtual tokens ({type(stored.method).__name__}), which a batch of several adapters cannot "
+            "compute. Use `lorakit generate` with this adapter alone, or train LoRA."
+        )
+    attributes: dict[str, list[str]] = {}
+    for name in stored.trained:
+        owner, _, attribute = name.rpartition(".")
+        attributes.setdefault(owner, []).append(attribute)
+    known = dict(base_modules(model))
+    layers = {p: known.get(p) or model.get_submodule(p) for p in (*modules, *attributes)}
+    slots = {p: layer._modules.get(ADAPTERS) for p, layer in layers.items()}
+    layouts = {p: s.layout for p, s in slots.items() if isinstance(s, LayerAdapters)}
+    layouts |= row_layouts(model, [p for p in layers if p not in layouts])
+    for p, layer in layers.items():
+        reason = why_not_by_token(layer, layouts[p], modules.get(p), attributes.get(p, ()))
+        if reason is not None:
+            raise AdapterStateError(
+                f"'{path}' cannot be used in a batch of several adapters: at '{p}', {reason}. Use `lorakit generate` "
+                "or `lorakit predict` with this adapter alone, merge it into a base of its own (`lorakit merge`), or "
+                "train LoRA on linear layers."
+            )
+
+
+# --- heads of classifiers -------------------------------------------------------------------------
+
+
+def base_labels(model: nn.Module) -> tuple[int | None, tuple[str, ...]]:
+    """Return number and names of the logits of the base's own head; None and no names for a language model."""
+    if logits_layer(model) is None:
+        return None, ()
+    config: Any = model.config
+    count = int(config.num_labels)
+    return count, _names([str(config.id2label.get(i, i)) for i in range(count)], count)
+
+
+def _pad_head(
+    stored: StoredAdapter, model: nn.Module, path: str
+) -> tuple[int | None, tuple[str, ...]]:
+    """Pad an adapter's head with zero rows to the number of logits of the model's; return its own number and names.
+
+    So heads with different numbers of labels are one product. The caller takes the first logits of each row. Factors
+    on the head are not padded: their adapter needs the base's head with its own number of labels.
+
+    Raises:
+        AdapterFileError: The adapter has more labels than the model.
+    """
+    head = logits_layer(model)
+    if head is None:
+        return None, ()
+    rows = int(model.get_submodule(head).out_features)  # type: ignore[arg-type]
+    names = [name for name in stored.trained if name.rpartition(".")[0] == head]
+    count = max((len(stored.trained[name]) for name in names), default=rows)
+    if count > rows:
+        raise AdapterFileError(
+            f"'{path}' has {count} labels, and the base was opened with a head for {rows}. Open it with the most "
+            f"labels of all adapters: num_labels={count}."
+        )
+    for name in names:
+        stored.trained[name] = _padded(stored.trained[name], rows)
+    recorded = stored.provenance.get("labels")
+    return count, _names(recorded if isinstance(recorded, list) else [], count)
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """Return a tensor (k, ...) with zero rows appended, (rows, ...)."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, rows - len(tensor)))
+
+
+def _names(recorded: Sequence[Any], count: int) -> tuple[str, ...]:
+    """Return the recorded names of labels, or those of transformers; none for a single number (regression)."""
+    if len(recorded) == count and all(isinstance(name, str) for name in recorded):
+        return tuple(recorded)
+    return () if count == 1 else tuple(f"LABEL_{i}" for i in range(count))

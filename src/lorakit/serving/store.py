@@ -1,0 +1,552 @@
+"""The adapters that one base serves, by public name: loaded on demand, and shared by content.
+
+An adapter is known by the digest of its files. Its name on the model contains the digest, so two folders with the same
+content share one copy, and new content under an old name is another adapter. Requests in flight keep the old one until
+their lease ends.
+
+Reading and checking happen in the thread that calls `acquire`; `lorakit.serving.loaded` changes the model. Acquiring a
+loaded adapter costs a few calls of `stat`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.adapters.attach import handle_for
+from lorakit.adapters.choice import AdapterChoice, Blend, choice_for_batch
+from lorakit.adapters.formats.fingerprint import base_record
+from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, nearest
+from lorakit.models.loading import Base
+from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
+from lorakit.serving import folders
+from lorakit.serving.cards import Card, read_card
+from lorakit.serving.engine import Receipt
+from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
+from lorakit.serving.loaded import Loaded, LoadedAdapters
+from lorakit.serving.preparing import base_labels, prepare
+
+T = TypeVar("T")
+
+_ATTEMPTS = 5
+"""How often files are read that change meanwhile."""
+_NAMED = 20
+"""Names that an error lists."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The content of an adapter's files in a state."""
+
+    state: State
+    digest: str = ""
+    refusal: LorakitError | None = None
+    """Why it is not served, in place of a digest."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A public name."""
+
+    source: Source
+    seen: _Seen | None = None
+    card: tuple[State, Card] | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the content that was loaded last; None if there is none, or it is refused."""
+        return (self.seen and self.seen.digest) or None
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What the store holds now."""
+
+    loaded: int
+    """Adapters on the model."""
+    pinned: int
+    bytes: int
+    """Size of the tensors of loaded adapters."""
+    budget: int
+    loads: int
+    """Adapters loaded so far."""
+    evictions: int
+    """Adapters unloaded so far to make room."""
+    leases: dict[str, int]
+    """Leases by public name."""
+
+
+@dataclass(eq=False)
+class AdapterLease:
+    """Adapters that stay loaded until `release`; a context manager releases it too."""
+
+    blend: Blend
+    receipt: Receipt
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
+    """Names of the logits of a classification head; empty for regression and for a language model."""
+    outputs: int | None
+    """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
+    _release: Callable[[], None] = field(repr=False)
+
+    def release(self) -> None:
+        """Allow the adapters to be unloaded. Later calls do nothing."""
+        self._release()
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class AdapterStore:
+    """The adapters that one base serves. All methods may be called from any thread but the engine's.
+
+    `AdapterLease.release` may also be called in the engine's thread.
+
+    Args:
+        base: The base. The store keeps a handle on its model, `handle`, until the process ends.
+        root: The folder whose direct subfolders hold adapters; None serves only those that `follow` adds.
+        budget: Most bytes of the tensors of loaded adapters.
+        pinned: Names of adapters that are loaded now and stay loaded. No forward pass may run yet.
+        between_steps: Runs an action while no forward pass of the model runs, and returns its result.
+        allow_other_base: Load adapters that record another base, and log a warning.
+
+    Raises:
+        LorakitError: A pinned adapter cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        root: Path | None,
+        *,
+        budget: int,
+        pinned: Collection[str] = (),
+        between_steps: Callable[[Callable[[], T]], T] = lambda action: action(),
+        allow_other_base: bool = False,
+    ) -> None:
+        assert base.tokenizer is not None
+        self.base, self.root, self.budget = base, root, budget
+        self.handle = handle_for(base.model)
+        """The handle on the model; the names of a lease's blend are names of its adapters."""
+        self.handle.keep()
+        record = base_record(base.model, exclude=base.new_weights, tokenizer=base.tokenizer)
+        self.base_digest = record.weights.exact or record.architecture.shapes
+        """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
+        self._loaded = LoadedAdapters(self.handle, budget)
+        self._allow_other_base = allow_other_base
+        self._base_tokenizer_digest = tokenizer_digest(base.tokenizer)
+        self._tokenizers: WeakValueDictionary[str, PreTrainedTokenizerBase] = WeakValueDictionary()
+        self._lock = threading.Lock()
+        """Guards the tables below, for moments only: never while a file is read or the model changes."""
+        self._entries: dict[str, _Entry] = {}
+        self._removed: set[str] = set()
+        """Names of folders in the root that `remove` has withdrawn."""
+        self._leases: Counter[str] = Counter()
+        self._pinned = frozenset(pinned)
+        for name in sorted(self._pinned):
+            self.acquire(name).release()
+        self._loaded.between_steps = between_steps
+
+    # --- names -------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Return the names of all adapters that can be requested, sorted."""
+        found = set(folders.adapters_in(self.root)) if self.root is not None else set()
+        with self._lock:
+            added = {name for name, e in self._entries.items() if not self._is_in_root(name, e)}
+            found = (found - self._removed) | added
+        return sorted(found)
+
+    def _is_in_root(self, name: str, entry: _Entry) -> bool:
+        """Return whether an entry stands for the folder of its name in the root."""
+        return self.root is not None and entry.source == AdapterSource(f"{self.root}/{name}")
+
+    def _entry(self, name: str) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(name)
+            is_folder = folders.is_folder_name(name) and name not in self._removed
+            if entry is None and self.root is not None and is_folder:
+                source = AdapterSource(f"{self.root}/{name}")
+                if source.locate() is not None:
+                    entry = self._entries[name] = _Entry(source)
+        if entry is None:
+            raise self._unknown(name)
+        return entry
+
+    def _unknown(self, name: str) -> UnknownAdapterError:
+        names = self.names()
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        known = (
+            f"The known ones are {', '.join(names[:_NAMED])}{more}" if names else "None is known"
+        )
+        return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
+
+    def add(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Serve the adapter at `path` under a name, after loading it once.
+
+        Args:
+            name: The public name.
+            path: Its folder, inside the root; a relative path starts there.
+            replace: Replace an adapter of this name. Requests in flight keep the old one.
+
+        Raises:
+            AdapterStateError: The name is taken or not printable, or a batch of several adapters cannot use it.
+            AdapterFileError: The path is outside the root, holds no adapter, or a damaged one.
+            WrongBaseError: It was trained on another base.
+            StoreFullError: Adapters in use hold the memory.
+        """
+        if not name or len(name) > 200 or not name.isprintable() or name != name.strip():
+            raise AdapterStateError(
+                f"{name!r:.80} cannot name an adapter. Use up to 200 printable characters."
+            )
+        source = AdapterSource(self._inside(path))
+        self._put(name, source, replace=replace)
+
+    def follow(self, run: str | Path, name: str) -> None:
+        """Serve the newest adapter of a training run, also while the run goes on.
+
+        Until the run is finished, that is its newest checkpoint, or the best adapter if it has no checkpoint yet.
+        Checkpoints hold tensors alone, so the run must have saved an adapter that describes them: it does so after its
+        first validation. The run may be outside the root.
+
+        Raises:
+            AdapterStateError: The name is taken.
+        """
+        self._put(name, RunSource(os.path.realpath(run)), replace=False, load=False)
+
+    def _inside(self, path: str | Path) -> str:
+        if self.root is None:
+            raise AdapterFileError(
+                f"'{path}' cannot be added, because the server has no folder of adapters. Start it with one."
+            )
+        joined = os.path.join(os.path.realpath(self.root), path)
+        if "\0" in joined or not folders.is_within(joined, self.root):
+            raise AdapterFileError(
+                f"{str(path)!r} is outside the folder of adapters, '{self.root}'. Copy the adapter into it, and give "
+                "its path from there."
+            )
+        if AdapterSource(joined).locate() is None:
+            raise AdapterFileError(
+                f"'{joined}' holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
+            )
+        return joined
+
+    def _put(self, name: str, source: Source, *, replace: bool, load: bool = True) -> None:
+        entry = _Entry(source)
+        if not replace:
+            self._require_free(name)
+        loaded = self._acquire(name, entry) if load else None
+        try:
+            with self._lock:
+                if not replace and name in self._entries:  # another thread was faster
+                    raise _taken(name)
+                self._entries[name] = entry
+                self._removed.discard(name)
+                self._retain()
+        finally:
+            self._loaded.give_back(*filter(None, [loaded]))
+        self._loaded.collect()
+
+    def _require_free(self, name: str) -> None:
+        with suppress(UnknownAdapterError):
+            self._entry(name)
+            raise _taken(name)
+
+    def _retain(self) -> None:
+        """Tell which digests have names. The caller holds the lock."""
+        digests = {name: e.digest for name, e in self._entries.items() if e.digest is not None}
+        pinned = [digest for name, digest in digests.items() if name in self._pinned]
+        self._loaded.retain(digests.values(), pinned)
+
+    def remove(self, name: str) -> None:
+        """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
+
+        The files stay, and `add` serves them again.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+        """
+        self._entry(name)
+        with self._lock:
+            self._entries.pop(name, None)
+            self._removed.add(name)
+            self._pinned -= {name}
+            self._retain()
+        self._loaded.collect()
+
+    # --- leases ------------------------------------------------------------------------------------------
+
+    def acquire(self, choice: AdapterChoice) -> AdapterLease:
+        """Load adapters if they are not loaded, and keep them loaded until the lease is released.
+
+        Args:
+            choice: A name, ``{name: weight}`` for a blend, or None for the base alone.
+
+        Raises:
+            UnknownAdapterError: A name is unknown; the message lists the known ones.
+            AdapterFileError: The file is damaged or unsafe, does not fit the model, or changes while it is read; or the
+                adapters of a blend have different tokenizers.
+            WrongBaseError: It was trained on another base.
+            AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
+            StoreFullError: Adapters in use hold the memory.
+        """
+        weights = dict(choice_for_batch(choice, lambda name: _ANY).blends[0])
+        if not weights:
+            return self._lease_of_base()
+        held: dict[str, Loaded] = {}
+        try:
+            for name in weights:
+                held[name] = self._acquire(name, self._entry(name))
+            blend: dict[str, float] = {}
+            for name, weight in weights.items():  # two names may have the same content
+                blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
+            checked = self.handle.blend(blend)
+            tokenizer = self._common_tokenizer(held)
+            outputs, labels = _common_head(held)
+        except BaseException:
+            self._loaded.give_back(*held.values())
+            raise
+        with self._lock:
+            self._leases.update(held.keys())
+
+        def release() -> None:
+            with self._lock:
+                self._leases.subtract(held.keys())
+                self._leases += Counter()  # drop names without leases
+            self._loaded.give_back(*held.values())
+
+        adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
+        receipt = Receipt(self.base_digest, adapters)
+        return AdapterLease(checked, receipt, tokenizer, labels, outputs, _once(release))
+
+    def _lease_of_base(self) -> AdapterLease:
+        if self.base.new_weights:
+            raise AdapterStateError(
+                f"The base has no trained '{self.base.new_weights[0]}', so its own answers would be random. Choose an "
+                "adapter."
+            )
+        assert self.base.tokenizer is not None
+        outputs, labels = base_labels(self.base.model)
+        receipt = Receipt(self.base_digest)
+        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, lambda: None)
+
+    def _common_tokenizer(self, held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
+        tokenizers = {
+            name: loaded.tokenizer or self.base.tokenizer for name, loaded in held.items()
+        }
+        (first, tokenizer), *others = tokenizers.items()
+        assert tokenizer is not None
+        for name, other in others:
+            if other is not tokenizer and tokenizer_digest(other) != tokenizer_digest(tokenizer):
+                raise AdapterFileError(
+                    f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend "
+                    "of them. Request them one by one."
+                )
+        return tokenizer
+
+    def _acquire(self, name: str, entry: _Entry) -> Loaded:
+        """Return the loaded adapter of an entry, with one more lease."""
+        location = entry.source.locate()
+        if location is None:
+            raise self._vanished(name, entry)
+        state = location.state()
+        with self._lock:
+            seen = entry.seen
+        if seen is not None and seen.state == state:
+            if seen.refusal is not None:
+                raise type(seen.refusal)(*seen.refusal.args)
+            if loaded := self._loaded.take(seen.digest):
+                return loaded
+        for _ in range(_ATTEMPTS):
+            found = folders.settled(entry.source)
+            if found is None:
+                raise self._vanished(name, entry)
+            location, state = found
+            try:
+                with _refusing():
+                    self._require_allowed(entry.source, location)
+                    digests = folders.digests_of(location, state)
+                with self._loaded.loading(digests.whole):
+                    loaded = self._loaded.take(digests.whole) or self._load(
+                        location, state, digests
+                    )
+            except _NotServedError as refused:
+                if not folders.unchanged(location, state):
+                    continue
+                self._see(entry, _Seen(state, refusal=refused.error))
+                raise refused.error from None
+            if loaded is not None:
+                self._see(entry, _Seen(state, digests.whole))
+                return loaded
+        raise AdapterFileError(
+            f"'{location.path}' changed each time it was read. Write a new adapter into another folder and rename it."
+        )
+
+    def _see(self, entry: _Entry, seen: _Seen) -> None:
+        """Record what an entry's files hold. Their former content has lost its name."""
+        with self._lock:
+            entry.seen = seen
+            self._retain()
+        self._loaded.collect()
+
+    def _vanished(self, name: str, entry: _Entry) -> LorakitError:
+        """Return the error for a name whose files are gone."""
+        if isinstance(entry.source, RunSource):
+            return AdapterFileError(
+                f"The run '{entry.source.path}' of '{name}' has saved no adapter yet. It saves one after its first "
+                "validation, and at its end."
+            )
+        with self._lock:
+            if self._entries.get(name) is entry:
+                del self._entries[name]
+            self._retain()
+        self._loaded.collect()
+        return self._unknown(name)
+
+    def _require_allowed(self, source: Source, location: Location) -> None:
+        if isinstance(source, AdapterSource):
+            assert self.root is not None
+            folders.require_within(location, self.root)
+
+    def _load(self, location: Location, state: State, digests: folders.Digests) -> Loaded | None:
+        """Load an adapter, with its first lease; return None if its files have changed meanwhile."""
+        with _refusing():
+            tokenizer = self._tokenizer(location, digests.tokenizer)
+            prepared = prepare(
+                self.base,
+                location,
+                allow_other_base=self._allow_other_base,
+                tokenizer=tokenizer or self.base.tokenizer,
+            )
+        if not folders.unchanged(location, state):
+            return None
+        outputs, labels = prepared.outputs, prepared.labels
+        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer)
+        self._loaded.install(loaded, prepared, location.path)
+        return loaded
+
+    def _tokenizer(self, location: Location, digest: str) -> PreTrainedTokenizerBase | None:
+        """Return the folder's own tokenizer, read once for all folders with the same files; None is the base's."""
+        if not location.has_tokenizer:
+            return None
+        tokenizer = self._tokenizers.get(digest)
+        if tokenizer is None:
+            tokenizer = read_tokenizer(location.folder, AdapterFileError, local_files_only=True)
+            if tokenizer_digest(tokenizer) == self._base_tokenizer_digest:
+                tokenizer = self.base.tokenizer
+            assert tokenizer is not None
+            self._tokenizers[digest] = tokenizer
+        return tokenizer
+
+    def settle(self) -> None:
+        """Wait until the adapters that no name and no lease refers to have left the model."""
+        self._loaded.settle()
+
+    # --- descriptions ------------------------------------------------------------------------------------
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return what is known of an adapter without loading it, for lists and cards.
+
+        Returns:
+            The fields of `Card`, with ``digest`` and ``loaded``; a damaged folder has ``error``, and None for the rest.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+        """
+        entry = self._entry(name)
+        location = entry.source.locate()
+        card, error = Card(), None
+        try:
+            if location is None:
+                raise AdapterFileError("There is no adapter yet.")
+            state = location.state()
+            if entry.card is None or entry.card[0] != state:
+                self._require_allowed(entry.source, location)
+                entry.card = state, read_card(location, state)
+            card = entry.card[1]
+        except LorakitError as wrong:
+            error = str(wrong)
+        digest = entry.digest
+        return {**vars(card), "digest": digest, "loaded": digest in self._loaded, "error": error}
+
+    def stats(self) -> StoreStats:
+        """Return what the store holds now."""
+        loaded = self._loaded
+        with self._lock:
+            leases = dict(self._leases)
+        return StoreStats(
+            loaded=len(loaded),
+            pinned=loaded.pinned,
+            bytes=loaded.bytes,
+            budget=loaded.budget,
+            loads=loaded.loads,
+            evictions=loaded.evictions,
+            leases=leases,
+        )
+
+
+class _NotServedError(Exception):
+    """Content that is not served. Other errors, such as full memory, may be gone at the next request."""
+
+    def __init__(self, error: LorakitError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except LorakitError as error:
+        raise _NotServedError(error) from error
+
+
+class _Any:
+    """An adapter that can be blended, to validate a choice before its adapters are loaded."""
+
+    method, scales = None, True
+
+
+_ANY = _Any()
+
+
+def _common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]]:
+    """Return number and names of the logits of the adapters of a blend."""
+    (first, one), *others = held.items()
+    for name, other in others:
+        if (other.outputs, other.labels) != (one.outputs, one.labels):
+            raise AdapterFileError(
+                f"'{first}' and '{name}' predict different labels, so a blend of them has no meaning. Request them one "
+                "by one."
+            )
+    return one.outputs, one.labels
+
+
+def _taken(name: str) -> AdapterStateError:
+    return AdapterStateError(
+        f"An adapter is named '{name}' already. Choose another name, or replace it (load_inplace)."
+    )
+
+
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that runs `action` at its first call only, in any thread."""
+    pending = [action]
+
+    def run() -> None:
+        with suppress(IndexError):
+            pending.pop()()
+
+    return run

@@ -1,0 +1,638 @@
+"""The store of adapters: identity by content, leases, the byte budget, and what is refused."""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import io
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from random_adapters import randomise
+from tiny_tokenizer import tiny_tokenizer
+
+import lorakit
+from lorakit.adapters import handle_of
+from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError
+from lorakit.methods.method import Method
+from lorakit.models.loading import Base
+from lorakit.models.sources import ModelSource
+from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.serving.store import AdapterLease, AdapterStore
+
+LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
+LARGE = 10**9
+VOCABULARY = len(tiny_tokenizer())
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def open_base(arch: str = "llama", head: str | None = None, **fields: Any) -> Base:
+    """Return a base as `load_base` does."""
+    new = fields.pop("new_weights", [])
+    model = tiny_models.build(arch, head, vocab_size=VOCABULARY, **fields)
+    return Base(
+        model,
+        tiny_tokenizer(),
+        ModelSource(name="tiny", path_or_id="tiny", kind="folder"),
+        new_weights=new,
+    )
+
+
+def write_adapter(
+    folder: Path,
+    *,
+    seed: int = 0,
+    method: Method = LORA,
+    tokenizer: Any = None,
+    base: Base | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Path:
+    """Write a random adapter of the tiny base; a present folder is replaced in one step."""
+    model = (base or open_base()).model
+    handle = lorakit.attach(model, method, name="x", seed=seed)
+    randomise(handle, seed=seed)
+    handle.save(folder, tokenizer=tokenizer, provenance=provenance, overwrite=True)
+    handle.detach()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four adapters, a to d, of one size."""
+    root = tmp_path_factory.mktemp("made")
+    for i, name in enumerate("abcd"):
+        write_adapter(root / name, seed=i)
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A folder of its own with these adapters."""
+    shutil.copytree(made, tmp_path / "root")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def store(root: Path) -> AdapterStore:
+    return AdapterStore(open_base(), root, budget=LARGE)
+
+
+def size_of_one(root: Path) -> int:
+    store = AdapterStore(open_base(), root, budget=LARGE)
+    store.acquire("a").release()
+    return store.stats().bytes
+
+
+@torch.no_grad()
+def answer(store: AdapterStore, lease: AdapterLease) -> torch.Tensor:
+    """Return the logits under a lease, in a packed batch."""
+    ((name, weight),) = lease.blend or (("", 0),)
+    with store.handle.per_token([({name: weight} if name else None, 4)]):
+        return store.base.model(IDS).logits
+
+
+@torch.no_grad()
+def alone(folder: Path) -> torch.Tensor:
+    """Return the logits of the adapter in a folder, on a base of its own."""
+    model = open_base().model
+    lorakit.load(model, folder, name="x")
+    return model(IDS).logits
+
+
+def tensors_on_model(store: AdapterStore, lease: AdapterLease) -> dict[str, torch.Tensor]:
+    """Return the tensors of the lease's one adapter, by their names in PEFT's file."""
+    ((name, _),) = lease.blend
+    return {
+        f"base_model.model.{path}.{part}.weight": getattr(module, part).detach().clone()
+        for path, module in store.handle.modules(name).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+# --- identity -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_answers_as_it_does_alone(store: AdapterStore, root: Path) -> None:
+    assert store.names() == ["a", "b", "c", "d"]
+    for name in ("a", "b"):
+        with store.acquire(name) as lease:
+            torch.testing.assert_close(answer(store, lease), alone(root / name))
+            assert lease.receipt.adapters == ((name, store.describe(name)["digest"], 1.0),)
+    with store.acquire(None) as lease:
+        assert lease.blend == ()
+        assert lease.receipt.adapters == ()
+        torch.testing.assert_close(answer(store, lease), open_base().model(IDS).logits)
+
+
+def test_equal_content_is_loaded_once(store: AdapterStore, root: Path) -> None:
+    shutil.copytree(root / "a", root / "copy")
+    one, other = store.acquire("a"), store.acquire("copy")
+    assert one.blend == other.blend
+    assert (store.stats().loads, store.stats().loaded) == (1, 1)
+    assert [name for name, *_ in other.receipt.adapters] == ["copy"]
+    with store.acquire({"a": 0.25, "copy": 0.5}) as both:  # one adapter with both weights
+        assert both.blend == ((one.blend[0][0], 0.75),)
+
+
+def test_reload_under_the_old_name_gives_the_new_content_and_old_leases_keep_the_old(
+    store: AdapterStore, root: Path
+) -> None:
+    old = store.acquire("a")
+    before = answer(store, old)
+    write_adapter(root / "a", seed=9)
+    new = store.acquire("a")
+    assert new.blend != old.blend
+    assert new.receipt.fingerprint != old.receipt.fingerprint
+    assert answer(store, old).equal(before)
+    torch.testing.assert_close(answer(store, new), alone(root / "a"))
+    old.release()
+    store.settle()
+    assert store.handle.names == (new.blend[0][0],)
+
+
+def test_content_changed_in_place_is_seen_although_size_and_time_are_equal(
+    store: AdapterStore, root: Path
+) -> None:
+    file = root / "a" / "adapter_model.safetensors"
+    store.acquire("a").release()
+    seen = file.stat()
+    for name in ("adapter_model.safetensors", "lorakit.json"):
+        content = (root / "b" / name).read_bytes()
+        (root / "a" / name).write_bytes(content)  # the same inode
+        os.utime(root / "a" / name, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert (file.stat().st_ino, file.stat().st_size) == (seen.st_ino, seen.st_size)
+    with store.acquire("a") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "b"))
+
+
+def test_no_file_is_opened_for_an_adapter_that_is_loaded(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.acquire("a").release()
+    opened: list[Any] = []
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (opened.append(args), original(*args, **kwargs))[1]
+
+    for owner in (builtins, io, os):
+        monkeypatch.setattr(owner, "open", counting(owner.open))
+    store.acquire("a").release()
+    assert opened == []
+    store.acquire("b").release()
+    assert opened != []
+
+
+def test_files_that_change_while_they_are_read_are_read_again(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.serving import folders
+
+    original, reads = folders.Location.read, []
+
+    def read_and_replace(self: folders.Location) -> Any:
+        stored = original(self)
+        reads.append(self)
+        if len(reads) == 1:
+            shutil.rmtree(root / "a")
+            shutil.copytree(root / "b", root / "a")
+        return stored
+
+    monkeypatch.setattr(folders.Location, "read", read_and_replace)
+    with store.acquire("a") as lease:
+        assert len(reads) == 2
+        torch.testing.assert_close(answer(store, lease), alone(root / "b"))
+
+
+def test_files_that_change_all_the_time_are_refused(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.serving import folders
+
+    original = folders.Location.read
+
+    def read_and_touch(self: folders.Location) -> Any:
+        os.utime(root / "a" / "lorakit.json")
+        return original(self)
+
+    monkeypatch.setattr(folders.Location, "read", read_and_touch)
+    with pytest.raises(AdapterFileError, match="changed each time it was read"):
+        store.acquire("a")
+    assert store.handle.names == ()
+
+
+# --- names and paths ----------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_lists_the_known_ones_with_the_nearest(
+    store: AdapterStore, root: Path
+) -> None:
+    (root / "a").rename(root / "weather")
+    with pytest.raises(UnknownAdapterError, match=r"'wether'.*b, c, d, weather.*mean 'weather'"):
+        store.acquire("wether")
+    with pytest.raises(UnknownAdapterError):
+        store.acquire({"b": 0.5, "none": 0.5})
+    assert store.stats().leases == {}
+    assert "a" not in store.names()
+
+
+@pytest.mark.parametrize("name", ["../root/a", "a/", "/", "..", ".", ".hidden", "", "a\0", "\\a"])
+def test_a_name_is_not_a_path(store: AdapterStore, name: str) -> None:
+    with pytest.raises(UnknownAdapterError):
+        store.acquire(name)
+
+
+def test_paths_outside_the_root_are_refused(
+    store: AdapterStore, root: Path, tmp_path: Path
+) -> None:
+    outside = shutil.copytree(root / "a", tmp_path / "outside")
+    for path in ("../outside", str(outside), "a/../../outside", "..", ".", "", "a\0"):
+        with pytest.raises(AdapterFileError, match="outside the folder of adapters"):
+            store.add("x", path)
+    (root / "link").symlink_to(outside)
+    (root / "b" / "adapter_model.safetensors").unlink()
+    (root / "b" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    assert "link" not in store.names()
+    for name in ("link", "b"):
+        with pytest.raises(AdapterFileError, match="leads outside"):
+            store.acquire(name)
+    with pytest.raises(AdapterFileError, match="outside the folder"):
+        store.add("x", "link")
+    with pytest.raises(AdapterFileError, match="holds no adapter"):
+        store.add("x", "missing")
+    assert store.handle.names == ()
+    with pytest.raises(AdapterFileError, match="no folder of adapters"):
+        AdapterStore(open_base(), None, budget=LARGE).add("x", str(root / "a"))
+
+
+def test_the_adapter_of_a_run_folder_has_the_name_of_the_run(
+    store: AdapterStore, root: Path
+) -> None:
+    (root / "run").mkdir()
+    shutil.copytree(root / "a", root / "run" / "adapter")
+    assert "run" in store.names()
+    assert store.acquire("run").blend == store.acquire("a").blend
+
+
+def test_add_and_replace(store: AdapterStore, root: Path) -> None:
+    (root / "deep").mkdir()
+    shutil.copytree(root / "b", root / "deep" / "er")
+    store.add("x/y", "deep/er")
+    assert store.names() == ["a", "b", "c", "d", "x/y"]
+    old = store.acquire("x/y")
+    with pytest.raises(AdapterStateError, match="'x/y' already"):
+        store.add("x/y", "a")
+    with pytest.raises(AdapterStateError, match="'a' already"):
+        store.add("a", "b")
+    store.add("x/y", "a", replace=True)
+    assert store.acquire("x/y").blend == store.acquire("a").blend != old.blend
+    for name in ("", " x", "a\n", "x" * 201):
+        with pytest.raises(AdapterStateError, match="cannot name an adapter"):
+            store.add(name, "a")
+
+
+def test_a_replacement_that_is_damaged_leaves_the_old_adapter(
+    store: AdapterStore, root: Path
+) -> None:
+    store.add("x", "a")
+    file = root / "b" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(AdapterFileError):
+        store.add("x", "b", replace=True)
+    with store.acquire("x") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+
+
+def test_a_removed_name_is_unknown_at_once_and_its_memory_is_freed(
+    store: AdapterStore, root: Path
+) -> None:
+    lease = store.acquire("a")
+    module = next(iter(store.handle.modules(lease.blend[0][0]).values()))
+    tensor, expected = weakref.ref(module.lora_A), alone(root / "a")
+    del module
+    store.remove("a")
+    for _ in range(2):
+        with pytest.raises(UnknownAdapterError):
+            store.acquire("a")
+    with pytest.raises(UnknownAdapterError):
+        store.remove("a")
+    assert "a" not in store.names()
+    torch.testing.assert_close(answer(store, lease), expected)  # the request in flight goes on
+    lease.release()
+    lease.release()
+    store.settle()
+    gc.collect()
+    assert tensor() is None
+    assert (store.stats().loaded, store.stats().bytes, store.handle.names) == (0, 0, ())
+    store.add("a", "a")
+    with store.acquire("a") as lease:
+        torch.testing.assert_close(answer(store, lease), expected)
+
+
+def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
+    for _ in range(20):
+        for name in "abcd":
+            store.acquire(name).release()
+    waiting = threading.Thread(target=lambda: [store.remove(name) for name in "abcd"], daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert store.stats().bytes == 0
+
+
+def test_the_handle_stays_when_the_last_adapter_is_removed(store: AdapterStore, root: Path) -> None:
+    assert handle_of(store.base.model) is store.handle
+    store.acquire("a").release()
+    store.remove("a")
+    assert handle_of(store.base.model) is store.handle
+    assert not any(p.requires_grad for p in store.base.model.parameters())
+    with store.acquire("b") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "b"))
+
+
+# --- the budget ---------------------------------------------------------------------------------------
+
+
+def test_eviction_never_takes_an_adapter_in_use(root: Path) -> None:
+    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root))
+    in_use = store.acquire("a")
+    expected = answer(store, in_use)
+    for name in "bcdbcd":
+        store.acquire(name).release()
+        assert store.stats().loaded == 2
+        assert in_use.blend[0][0] in store.handle.names
+    assert answer(store, in_use).equal(expected)
+    assert store.stats().evictions == 5
+    other = store.acquire("b")
+    with pytest.raises(StoreFullError, match="--adapter_memory"):
+        store.acquire("c")
+    assert answer(store, in_use).equal(expected)
+    other.release()
+    store.acquire("c").release()  # the error is not remembered
+    assert store.stats().bytes <= store.budget
+
+
+def test_the_least_recently_used_one_leaves(root: Path) -> None:
+    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root))
+    for name in "abac":
+        store.acquire(name).release()
+    assert [store.describe(name)["loaded"] for name in "abc"] == [True, False, True]
+
+
+def test_pinned_adapters_are_loaded_from_the_start_and_stay(root: Path) -> None:
+    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root), pinned=["a"])
+    assert (store.stats().loads, store.stats().pinned) == (1, 1)
+    for name in "bcdb":
+        store.acquire(name).release()
+    assert store.describe("a")["loaded"]
+    with pytest.raises(StoreFullError):
+        AdapterStore(open_base(), root, budget=100, pinned=["a"])
+    with pytest.raises(UnknownAdapterError):
+        AdapterStore(open_base(), root, budget=LARGE, pinned=["none"])
+
+
+def test_two_threads_load_an_adapter_once(store: AdapterStore) -> None:
+    begin, leases = threading.Barrier(4), []
+
+    def acquire() -> None:
+        begin.wait()
+        leases.append(store.acquire("a"))
+
+    threads = [threading.Thread(target=acquire) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.stats().loads == 1
+    assert store.stats().leases == {"a": 4}
+    assert len({lease.blend for lease in leases}) == 1
+    for lease in leases:
+        lease.release()
+    assert store.stats().leases == {}
+
+
+def test_loading_one_adapter_does_not_block_another(root: Path) -> None:
+    """An engine whose step takes long, and a lease that is released in its thread."""
+    may_change, waits = threading.Event(), threading.Event()
+
+    def between_steps(action: Callable[[], Any]) -> Any:
+        waits.set()
+        assert may_change.wait(10)
+        return action()
+
+    store = AdapterStore(open_base(), root, budget=LARGE, pinned=["a"], between_steps=between_steps)
+    loading = threading.Thread(target=lambda: store.acquire("b").release())
+    loading.start()
+    assert waits.wait(10)
+    began = time.perf_counter()
+    lease = store.acquire("a")
+    store.remove_later = None  # type: ignore[attr-defined]
+    lease.release()
+    assert time.perf_counter() - began < 1
+    may_change.set()
+    loading.join(10)
+    assert store.describe("b")["loaded"]
+
+
+def test_a_lease_is_released_in_the_engines_thread_without_waiting_for_it(root: Path) -> None:
+    """The engine runs changes in its own thread, so a release there must not wait for a change."""
+    import queue
+    from concurrent.futures import Future
+
+    tasks: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
+
+    def engine() -> None:
+        while (task := tasks.get()) is not None:
+            action, future = task
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def between_steps(action: Callable[[], Any]) -> Any:
+        future: Future[Any] = Future()
+        tasks.put((action, future))
+        return future.result(10)
+
+    thread = threading.Thread(target=engine, daemon=True)
+    thread.start()
+    store = AdapterStore(open_base(), root, budget=LARGE, between_steps=between_steps)
+    lease = store.acquire("a")
+    store.remove("a")
+    between_steps(lease.release)
+    store.settle()
+    assert store.stats().bytes == 0
+    tasks.put(None)
+    thread.join(10)
+
+
+def test_an_engine_that_has_died_does_not_make_an_adapter_bad(root: Path) -> None:
+    dead = True
+
+    def between_steps(action: Callable[[], Any]) -> Any:
+        if dead:
+            raise AdapterStateError("the engine has died")
+        return action()
+
+    store = AdapterStore(open_base(), root, budget=LARGE, between_steps=between_steps)
+    with pytest.raises(AdapterStateError, match="has died"):
+        store.acquire("a")
+    assert store.stats().bytes == 0
+    dead = False
+    store.acquire("a").release()
+
+
+# --- what is refused ----------------------------------------------------------------------------------
+
+
+def test_a_truncated_file_is_refused_and_the_next_good_content_accepted(
+    store: AdapterStore, root: Path
+) -> None:
+    file = root / "a" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    store.acquire("a").release()
+    file.write_bytes(content[: len(content) // 2])
+    for _ in range(2):
+        with pytest.raises(AdapterFileError, match=r"has changed|truncated"):
+            store.acquire("a")
+    assert store.stats().loaded == 0  # the old content is not served either
+    assert store.describe("a")["digest"] is None
+    file.write_bytes(content)
+    with store.acquire("a") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+
+
+def test_an_adapter_that_matches_no_module_is_refused(root: Path, tmp_path: Path) -> None:
+    base = open_base("gpt2")
+    store = AdapterStore(base, root, budget=LARGE, allow_other_base=True)
+    with pytest.raises(AdapterFileError, match="layers that the model does not have"):
+        store.acquire("a")
+    with pytest.raises(WrongBaseError):
+        AdapterStore(open_base(seed=1), root, budget=LARGE).acquire("a")
+    other = AdapterStore(open_base(seed=1), root, budget=LARGE, allow_other_base=True)
+    other.acquire("a").release()
+
+
+CONVOLUTION = lorakit.LoRA(rank=1, alpha=1, targets=("conv.conv",))
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "reason"),
+    [
+        ("llama", lorakit.PrefixEmbedding(prefix_length=2), "has virtual tokens"),
+        ("llama", lorakit.PrefixLayer(prefix_length=2), "has virtual tokens"),
+        (
+            "llama",
+            lorakit.Combined(methods=(LORA, lorakit.PrefixEmbedding(prefix_length=2))),
+            "has virtual tokens",
+        ),
+        ("deberta-v2", CONVOLUTION, "cannot be used in a batch"),
+    ],
+)
+def test_an_adapter_that_mixes_tokens_is_refused_before_its_first_pass(
+    arch: str, method: Method, reason: str, tmp_path: Path
+) -> None:
+    base = open_base(arch)
+    write_adapter(tmp_path / "root" / "x", method=method, base=base)
+    store = AdapterStore(base, tmp_path / "root", budget=LARGE)
+    with pytest.raises(AdapterStateError, match=reason):
+        store.acquire("x")
+    assert store.handle.names == ()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lorakit.LoRA(rank=2, alpha=4, targets="all-linear", bias="none"),
+        lorakit.LoRA(rank=2, alpha=4, targets="attention.qv", dora=True),
+        lorakit.LoRA(rank=2, alpha=4, targets=("embedding", "attention.q")),
+        lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules=("norm",)),
+        lorakit.BottleneckAdapter(size=4, kind="houlsby"),
+    ],
+    ids=str,
+)
+def test_what_the_store_accepts_a_pass_by_token_computes(method: Method, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "root" / "x", method=method)
+    store = AdapterStore(open_base(), tmp_path / "root", budget=LARGE)
+    with store.acquire("x") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(tmp_path / "root" / "x"))
+
+
+def test_blends(store: AdapterStore, root: Path, tmp_path: Path) -> None:
+    with store.acquire({"a": 0.5, "b": -2}) as lease:
+        assert [weight for _, weight in lease.blend] == [0.5, -2.0]
+        assert [(n, w) for n, _, w in lease.receipt.adapters] == [("a", 0.5), ("b", -2.0)]
+    for choice in ({"a": float("nan")}, 3, {"a": None}):
+        with pytest.raises(AdapterStateError):
+            store.acquire(choice)  # type: ignore[arg-type]
+    write_adapter(
+        root / "dora", method=lorakit.LoRA(rank=2, alpha=4, targets="attention.q", dora=True)
+    )
+    with pytest.raises(AdapterStateError, match="linear in a weight"):
+        store.acquire({"dora": 0.5, "a": 0.5})
+    assert store.stats().leases == {}
+    store.acquire({"dora": 1.0}).release()
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_is_the_folders_own(store: AdapterStore, root: Path) -> None:
+    own = tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    write_adapter(root / "own", seed=1, tokenizer=own)
+    write_adapter(root / "again", seed=2, tokenizer=own)
+    write_adapter(root / "same", seed=3, tokenizer=tiny_tokenizer())
+    leases = {name: store.acquire(name) for name in ("own", "again", "same", "a")}
+    assert leases["own"].tokenizer.chat_template == own.chat_template
+    assert leases["again"].tokenizer is leases["own"].tokenizer  # read once
+    assert leases["same"].tokenizer is leases["a"].tokenizer is store.base.tokenizer
+    with pytest.raises(AdapterFileError, match="different tokenizers"):
+        store.acquire({"own": 0.5, "a": 0.5})
+    store.acquire({"own": 0.5, "again": 0.5}).release()
+    store.acquire({"same": 0.5, "a": 0.5}).release()
+
+
+# --- classification -----------------------------------------------------------------------------------
+
+LABELS = {"two": ("no", "yes"), "three": ("a", "b", "c"), "four": ("n", "e", "s", "w")}
+
+
+@pytest.mark.parametrize("arch", ["llama", "roberta", "deberta-v2", "bert", "gpt2"])
+def test_heads_of_different_sizes_share_a_batch(arch: str, tmp_path: Path) -> None:
+    """Adapters with 2, 3 and 4 labels in one batch give the logits that each gives alone."""
+    head = "sequence-classification"
+    modules = {"llama": "score", "gpt2": "score"}.get(arch, "classifier")
+    batch = {"input_ids": torch.randint(3, 90, (3, 5)), "attention_mask": torch.ones(3, 5).long()}
+    expected = {}
+    for i, (name, labels) in enumerate(LABELS.items()):
+        base = open_base(arch, head, num_labels=len(labels))
+        method = lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules=modules)
+        provenance = {"labels": list(labels), "task": "classification"}
+        write_adapter(tmp_path / name, method=method, base=base, seed=i, provenance=provenance)
+        lorakit.load(base.model, tmp_path / name, name="x")
+        with torch.no_grad():
+            expected[name] = base.model(**batch).logits[i]
+    base = open_base(arch, head, num_labels=4)
+    store = AdapterStore(base, tmp_path, budget=LARGE)
+    leases = [store.acquire(name) for name in LABELS]
+    assert [lease.labels for lease in leases] == list(LABELS.values())
+    assert [lease.outputs for lease in leases] == [2, 3, 4]
+    with torch.no_grad(), store.handle.per_sample([dict(lease.blend) for lease in leases]):
+        logits = base.model(**batch).logits
+    for i, (name, labels) in enumerate(LABELS.items()):
+        torch.testing.assert_close(logits[i, : len(labels)], expected[name])
+        assert not logits[i, len(labels) :].any()
+    with pytest.raises(AdapterStateError, match="not linear in a weight"):
+        store.acquire({"two": 0.5, "three": 0.5})
