@@ -42,6 +42,9 @@ class FakeLease:
         )
         self.tokenizer = store.tokenizer
         self.releases = 0
+        record = store.records.get(str(choice), {})
+        self.labels = tuple(record.get("labels", ()))
+        self.outputs = record.get("outputs")
 
     def release(self) -> None:
         self.releases += 1
@@ -193,10 +196,10 @@ class FakeClassifier:
 def classifying_store() -> FakeStore:
     store = FakeStore(
         {
-            "mrpc": {"task": "mrpc", "labels": ["not_equivalent", "equivalent"]},
-            "reviews": {"task": "classification", "labels": ["bad", "good"]},
-            "stsb": {"task": "stsb", "labels": []},
-            "sql": {"task": "completion", "labels": []},
+            "mrpc": {"task": "mrpc", "labels": ["not_equivalent", "equivalent"], "outputs": 2},
+            "reviews": {"task": "classification", "labels": ["bad", "good"], "outputs": 2},
+            "stsb": {"task": "stsb", "labels": [], "outputs": 1},
+            "sql": {"task": "completion"},
         }
     )
     store.tokenizer = tiny_encoder_tokenizer()

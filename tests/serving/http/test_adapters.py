@@ -136,8 +136,8 @@ def test_a_score_has_no_label(serve: Serve) -> None:
 
 
 CLASSIFIED = {
-    "the base": ({"model": BASE, "input": "a"}, "model", "has no classes"),
-    "an adapter for text": ({"model": "sql", "input": "a"}, "model", "'completion'"),
+    "the base": ({"model": BASE, "input": "a"}, "model", "neither classes nor"),
+    "an adapter for text": ({"model": "sql", "input": "a"}, "model", "neither classes nor"),
     "one text for a pair": ({"model": "mrpc", "input": "a"}, "input.0", "takes pairs of texts"),
     "an empty text": ({"model": "reviews", "input": ["a", ""]}, "input.1", "empty"),
     "three texts": ({"model": "mrpc", "input": [["a", "b", "c"]]}, "input", "pairs of texts"),

@@ -111,6 +111,7 @@ def _model(serving: Serving, name: str) -> Model:
         LorakitError
     ) as error:  # the list stays whole where one adapter is damaged or just removed
         details = {"error": str(error)}
-    # The path of the server's folders is not the client's business.
-    root = Path(str(details.pop("path", name))).name
+    # Paths on the server are not the client's business.
+    root = Path(str(details.pop("path", None) or name)).name
+    details.pop("base", None)
     return Model(id=name, created=created, root=root, parent=base, details=details)

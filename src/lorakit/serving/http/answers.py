@@ -156,7 +156,7 @@ class ClassifyRow(BaseModel):
     """Probability of every class; empty for a score."""
 
 
-class Classification(Answer):
+class ClassifyAnswer(Answer):
     """Predictions, in the order of the inputs."""
 
     object: Literal["list"] = "list"

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -18,19 +17,19 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.data import DataTask
 from lorakit.errors import LorakitError
 from lorakit.serving.engine import Classifier, Lease, QueueFullError
-from lorakit.serving.http.answers import Classification, ClassifyRow, PromptTokens, Usage
+from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING
 from lorakit.serving.http.schemas import ClassifyRequest
 from lorakit.serving.http.state import Serving, admitted, busy, guarded, record_of, serving_of
-from lorakit.tasks import TASKS, BadRow, Labelled, LabelledExample
+from lorakit.tasks import TASKS, BadRow, Classification, Labelled, LabelledExample, Regression
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/classify", response_model=Classification)
+@router.post("/v1/classify", response_model=ClassifyAnswer)
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Predict the class or the score of texts, or of pairs of texts, with an adapter."""
     serving, record = serving_of(request), record_of(request)
@@ -46,15 +45,12 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     record.key.take_request()
     admitted(serving)
     choice = serving.choose(record, body.model)
-    if choice is None:
-        raise _invalid(
-            f"'model' is the base {body.model!r}, which has no classes. Name an adapter.", "model"
-        )
-    task = await serving.in_worker(partial(_task, serving, body.model))
     examples: list[LabelledExample] = []
 
     def prepare(lease: Lease) -> None:
-        examples.extend(_encode(task, lease.tokenizer, rows, serving.engine.limits.context))
+        name = None if choice is None else body.model
+        task, context = _task(serving, name, lease), serving.engine.limits.context
+        examples.extend(_encode(task, lease.tokenizer, rows, context))
         record.key.reserve_tokens(sum(map(len, examples)))
 
     async def work() -> tuple[Lease, Tensor]:
@@ -64,12 +60,12 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     lease, logits = await guarded(request, work())
     tokens = sum(map(len, examples))
     serving.metrics.tokens(record.model, prompt=tokens)
-    answer = Classification(
+    answer = ClassifyAnswer(
         id=f"classify-{record.id}",
         created=int(time.time()),
         model=body.model,
         system_fingerprint=lease.receipt.fingerprint,
-        data=_predictions(logits, task.labels),
+        data=_predictions(logits, lease.labels),
         usage=Usage(
             prompt_tokens=tokens,
             completion_tokens=0,
@@ -80,20 +76,23 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     return JSONResponse(answer.model_dump(), headers=receipt_headers(lease))
 
 
-def _task(serving: Serving, name: str) -> DataTask:
-    """Return the task of an adapter, with its labels.
+def _task(serving: Serving, name: str | None, lease: Lease) -> DataTask:
+    """Return the task that an adapter was trained for; without a record the one that fits its head.
 
     Raises:
         ApiError: It does not classify.
     """
-    record = serving.store.describe(name)
-    kind = TASKS.get(str(record.get("task")))
-    if kind is None or not issubclass(kind, Labelled):
+    recorded = None if name is None else serving.store.describe(name).get("task")
+    kind = TASKS.get(str(recorded))
+    is_text = kind is not None and not issubclass(kind, Labelled)
+    if is_text or lease.outputs is None:
         raise _invalid(
-            f"The adapter {name!r} records the task {record.get('task')!r}, which has no classes and no score.",
+            f"{name or 'The base'!r} has neither classes nor a score. Name an adapter that has.",
             "model",
         )
-    return DataTask(name=str(record["task"]), labels=tuple(record.get("labels") or ()))
+    if kind is None:
+        kind = Classification if lease.labels else Regression
+    return DataTask(name=kind.name, labels=lease.labels)
 
 
 def _encode(

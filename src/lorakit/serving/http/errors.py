@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from lorakit.errors import AdapterStateError, DataError, LorakitError, nearest
 from lorakit.formatting import listed
-from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
 
 LOG = logging.getLogger("lorakit.serving")
 
@@ -106,6 +106,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, StoreFullError):
         return ApiError(503, str(error), code="adapter_memory_full", retry=RETRY_SECONDS)
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, str(error), code="unavailable", retry=RETRY_SECONDS)
     if isinstance(error, AdapterStateError | DataError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, LorakitError):

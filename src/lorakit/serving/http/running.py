@@ -15,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorakit.serving.http.state import Serving
 
+BACKLOG = 1024
+"""Connections that wait to be accepted."""
 HEADER_SECONDS = 20.0
 """Seconds until a request's line and headers have arrived; up to twice as many."""
 HEADER_BYTES = 32_768
@@ -89,7 +91,7 @@ def run(
 
     Args:
         app: The application.
-        listener: A socket that listens.
+        listener: A bound socket. It listens once everything is open, so that nobody waits for a start that fails.
         started: Called once the server answers.
         access_log: Log a line for each request.
     """
@@ -106,7 +108,7 @@ def run(
         server_header=False,
     )
     server = Server(config, app.state.serving)
-    # The socket queues connections from now on, so that a client can start at once.
+    listener.listen(BACKLOG)
     started()
     server.run([listener])
 
