@@ -16,7 +16,7 @@ from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.loading import Base
+from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.choosing import engine_for
@@ -61,7 +61,8 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
     root, followed = sources(config)
     cards = _cards(root, followed)
     base = open_base(_base(config.base, cards), _task(cards))
-    for notice in base.notices:
+    # Adapters bring their heads; the store refuses those that do not.
+    for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
     worker = _worker(base, config, _task(cards))
     store = AdapterStore(

@@ -238,7 +238,7 @@ def choice_of(blend: Blend) -> AdapterChoice:
 
 def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: those of the model's generation configuration, and the tokenizer's."""
-    config = model.generation_config
+    config = getattr(model, "generation_config", None)  # classifiers have none
     end = None if config is None else config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     if tokenizer.eos_token_id is not None:
