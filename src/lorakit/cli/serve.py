@@ -67,7 +67,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
             os.kill(os.getpid(), signal.SIGTERM)  # the server drains
 
     opened = open_all(config, report)
-    base_name = opened.base.source.name
+    base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
     hosts = (
         ("localhost", "127.0.0.1", "[::1]", config.host)
@@ -132,13 +132,13 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
     dtype = str(model.dtype).removeprefix("torch.")
     print(
         visible(
-            f"lorakit serve: {address}, base {opened.base.source.name} ({dtype}, {model.device}), {opened.engine.name} "
+            f"lorakit serve: {address}, base {opened.name} ({dtype}, {model.device}), {opened.engine.name} "
             f"engine, {counted(len(names), 'adapter')}"
         )
     )
     if opened.engine.notice:
         print(visible(f"note: {opened.engine.notice}"), file=sys.stderr)
-    name = names[0] if names else opened.base.source.name
+    name = names[0] if names else opened.name
     is_text = opened.classifier is None
     route = "completions" if is_text else "classify"
     body = {"model": name, "prompt" if is_text else "input": "Hello"}

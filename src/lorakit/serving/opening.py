@@ -42,6 +42,8 @@ class Opened:
     """What answers requests. Start the worker last."""
 
     base: Base
+    name: str
+    """Name of the base in requests."""
     store: AdapterStore
     engine: Engine
     worker: Worker
@@ -73,18 +75,19 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
         between_steps=lambda action: _wait(worker.between_steps(action)),
         allow_other_base=config.allow_other_base,
     )
-    for name, path in followed.items():
-        store.follow(path, name)
-    if base.source.name in store.names():
+    for run, path in followed.items():
+        store.follow(path, run)
+    name = config.served_name or base.source.name
+    if name in store.names():
         raise ConfigurationError(
-            f"An adapter has the name of the base, '{base.source.name}'. Rename its folder."
+            f"An adapter has the name of the base, '{name}'. Rename its folder, or name the base: --served_name NAME."
         )
     engine: Engine = worker
     classifier = worker if isinstance(worker, ClassifyingEngine) else None
     if config.verify and classifier is None:
         bound = bound_for(base.model.dtype)
         engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
-    return Opened(base, store, engine, worker, classifier)
+    return Opened(base, name, store, engine, worker, classifier)
 
 
 def _wait(future: Future[T]) -> T:

@@ -22,6 +22,8 @@ class ServeConfig(HttpLimits):
 
     base: BaseConfig | None = None
     """The base model. Default: the base recorded in the adapters."""
+    served_name: str | None = None
+    """Name of the base in requests. Default: its own, such as smollm2-135m-instruct-q4_1."""
     adapters: str | None = None
     """Folder whose subfolders are adapters or runs; each is offered under its folder's name. Default: the adapter of
     lorakit demo, in out/demo."""
@@ -124,7 +126,7 @@ def bytes_of(name: str, text: str) -> int:
     Raises:
         ConfigurationError: It is not a size.
     """
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([A-Za-z]*)", text.strip())
     if match is None or match[2] not in _UNITS:
         raise ConfigurationError(f"{name} is {text!r}; write a size such as 500MB or 2GB.")
     return int(float(match[1]) * _UNITS[match[2]])
