@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import gc
 import io
+import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 import weakref
@@ -17,18 +19,32 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from random_adapters import randomise
+from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.adapters import handle_of
+from lorakit.data import DataConfig
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError
 from lorakit.methods.method import Method
-from lorakit.models.loading import Base
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.loading import Base, load_base
 from lorakit.models.sources import ModelSource
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
 from lorakit.serving.store import AdapterLease, AdapterStore
+from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
 
+TENSORS = "adapter_model.safetensors"
 LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
 LARGE = 10**9
 VOCABULARY = len(tiny_tokenizer())
@@ -438,7 +454,6 @@ def test_loading_one_adapter_does_not_block_another(root: Path) -> None:
     assert waits.wait(10)
     began = time.perf_counter()
     lease = store.acquire("a")
-    store.remove_later = None  # type: ignore[attr-defined]
     lease.release()
     assert time.perf_counter() - began < 1
     may_change.set()
@@ -615,10 +630,15 @@ def test_heads_of_different_sizes_share_a_batch(arch: str, tmp_path: Path) -> No
     head = "sequence-classification"
     modules = {"llama": "score", "gpt2": "score"}.get(arch, "classifier")
     batch = {"input_ids": torch.randint(3, 90, (3, 5)), "attention_mask": torch.ones(3, 5).long()}
+    weights = open_base(arch, head, num_labels=4).model.state_dict()
     expected = {}
     for i, (name, labels) in enumerate(LABELS.items()):
         base = open_base(arch, head, num_labels=len(labels))
-        method = lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules=modules)
+        own = base.model.state_dict()
+        shared = {key: t for key, t in weights.items() if t.shape == own[key].shape}
+        base.model.load_state_dict({**own, **shared})
+        # DeBERTa's q and k also see positions, which belong to no row.
+        method = lorakit.LoRA(rank=2, alpha=4, targets="attention.v", train_modules=modules)
         provenance = {"labels": list(labels), "task": "classification"}
         write_adapter(tmp_path / name, method=method, base=base, seed=i, provenance=provenance)
         lorakit.load(base.model, tmp_path / name, name="x")
@@ -636,3 +656,193 @@ def test_heads_of_different_sizes_share_a_batch(arch: str, tmp_path: Path) -> No
         assert not logits[i, len(labels) :].any()
     with pytest.raises(AdapterStateError, match="not linear in a weight"):
         store.acquire({"two": 0.5, "three": 0.5})
+
+
+def test_a_head_with_more_labels_than_the_base_is_refused(tmp_path: Path) -> None:
+    head = "sequence-classification"
+    method = lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules="score")
+    write_adapter(tmp_path / "x", method=method, base=open_base("llama", head, num_labels=5))
+    with pytest.raises(AdapterFileError, match=r"has 5 labels.*num_labels=5"):
+        AdapterStore(open_base("llama", head, num_labels=4), tmp_path, budget=LARGE).acquire("x")
+
+
+def test_a_random_head_is_never_used(root: Path) -> None:
+    base = open_base("llama", "sequence-classification", new_weights=["score.weight"])
+    store = AdapterStore(base, root, budget=LARGE, allow_other_base=True)
+    with pytest.raises(AdapterStateError, match="no trained 'score"):
+        store.acquire(None)
+    with pytest.raises(AdapterFileError, match="no tensors for 'score"):
+        store.acquire("a")
+
+
+# --- training runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
+    """The newest checkpoint, then the finished adapter."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"river {i}:", "completion": " pub"} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = tmp_path / "base"
+    base = open_base()
+    base.model.save_pretrained(source)
+    assert base.tokenizer is not None
+    base.tokenizer.save_pretrained(source)
+    run = tmp_path / "run"
+
+    def train(steps: int) -> None:
+        lorakit.train(
+            TrainConfig(
+                base=BaseConfig(name=str(source), dtype="float32"),
+                data=DataConfig(train=str(data), validation=str(data), task="completion"),
+                method="lora",
+                lora=LORA,
+                output=str(run),
+                batch_size=2,
+                max_steps=steps,
+                evaluation=HeldOutConfig(every=1),
+                checkpoints=CheckpointConfig(every=2),
+                resume=True,
+            )
+        )
+
+    store = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE)
+    store.follow(run, "live")
+    assert "live" in store.names()
+    with pytest.raises(AdapterFileError, match="has saved no adapter yet"):
+        store.acquire("live")
+    train(2)
+    final = store.acquire("live")
+    assert store.describe("live")["step"] == 2
+    assert same_tensors(tensors_on_model(store, final), load_file(run / "adapter" / TENSORS))
+    (run / "result.json").unlink()  # as while it trains
+    newest = store.acquire("live")
+    assert newest.receipt.adapters != final.receipt.adapters
+    assert store.describe("live")["path"].endswith("step-000002")
+    assert same_tensors(tensors_on_model(store, newest), tensors_on_model(store, final))
+    train(4)
+    with store.acquire("live") as lease:
+        assert store.describe("live")["step"] == 4
+        assert same_tensors(tensors_on_model(store, lease), load_file(run / "adapter" / TENSORS))
+        assert not same_tensors(tensors_on_model(store, lease), tensors_on_model(store, newest))
+    with pytest.raises(AdapterStateError, match="'live' already"):
+        store.follow(run, "live")
+
+
+# --- all of it in any order -----------------------------------------------------------------------------
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Names, contents and leases in any order: the tensors of each lease are those of the file when it was taken."""
+
+    NAMES = "xyz"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.root = self.folder / "root"
+        self.root.mkdir()
+        self.store = AdapterStore(self.base, self.root, budget=2 * self.size + 10)
+        self.files: dict[str, int] = {}
+        """Content of each folder."""
+        self.withdrawn: set[str] = set()
+        self.leases: list[tuple[AdapterLease, int]] = []
+
+    contents: Path
+    base: Base
+    size: int
+    tensors: list[dict[str, torch.Tensor]]
+
+    @property
+    def known(self) -> set[str]:
+        return self.files.keys() - self.withdrawn
+
+    @rule(name=st.sampled_from(NAMES), content=st.integers(0, 3), in_place=st.booleans())
+    def write(self, name: str, content: int, in_place: bool) -> None:
+        folder = self.root / name
+        if in_place and folder.exists():
+            for file in (self.contents / "abcd"[content]).iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self.contents / "abcd"[content], folder)
+        self.files[name] = content
+
+    @rule(name=st.sampled_from(NAMES))
+    def delete(self, name: str) -> None:
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        self.files.pop(name, None)
+
+    @rule(name=st.sampled_from(NAMES))
+    def remove(self, name: str) -> None:
+        if name in self.known:
+            self.store.remove(name)
+            self.withdrawn.add(name)
+        else:
+            with pytest.raises(UnknownAdapterError):
+                self.store.remove(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def add(self, name: str) -> None:
+        if name not in self.files:
+            with pytest.raises(AdapterFileError):
+                self.store.add(name, name, replace=True)
+            return
+        try:
+            self.store.add(name, name, replace=True)
+        except StoreFullError:
+            assert len({content for _, content in self.leases}) == 2
+            return
+        self.withdrawn.discard(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def acquire(self, name: str) -> None:
+        if name not in self.known:
+            with pytest.raises(UnknownAdapterError):
+                self.store.acquire(name)
+            return
+        content, in_use = self.files[name], {content for _, content in self.leases}
+        try:
+            lease = self.store.acquire(name)
+        except StoreFullError:
+            assert content not in in_use
+            assert len(in_use) == 2
+            return
+        self.leases.append((lease, content))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        lease.release()
+
+    @invariant()
+    def leases_keep_their_content(self) -> None:
+        for lease, content in self.leases:
+            assert same_tensors(tensors_on_model(self.store, lease), self.tensors[content])
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.store.settle()
+        stats = self.store.stats()
+        assert stats.loaded == len(self.store.handle.names) <= 2
+        assert stats.bytes == self.size * stats.loaded
+        assert sum(stats.leases.values()) == len(self.leases)
+        assert set(self.store.names()) == self.known
+
+    def teardown(self) -> None:
+        for lease, _ in self.leases:
+            lease.release()
+        self.store.handle.detach()
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.slow
+def test_leases_keep_their_content_in_any_order_of_changes(made: Path) -> None:
+    StoreMachine.contents, StoreMachine.base = made, open_base()
+    StoreMachine.size = size_of_one(made)
+    StoreMachine.tensors = [load_file(made / name / TENSORS) for name in "abcd"]
+    run_state_machine_as_test(
+        StoreMachine, settings=settings(max_examples=8, stateful_step_count=20, deadline=None)
+    )

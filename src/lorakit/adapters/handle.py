@@ -410,7 +410,8 @@ class Adapters:
             swaps=bool(adapter.trained),
             read_directly=next(adapter.read_directly(self.model), None),
         )
-        export.guard_loading(self.model)
+        if adapter.is_first_somewhere:
+            export.guard_loading(self.model)
         if is_first:
             self._freeze_base()
         return adapter
@@ -437,8 +438,8 @@ class Adapters:
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
         self._activation.remove(adapter.name)
-        uninstall(self.model, adapter, self._installed.values())
-        export.guard_loading(self.model)
+        if uninstall(self.model, adapter, self._installed.values()):
+            export.guard_loading(self.model)
 
     def _remove_all(self) -> None:
         """Remove all adapters and undo `_set_up_model`."""
@@ -461,8 +462,6 @@ class Adapters:
 
         `choice_for_batch` allows such an adapter only alone and with weight 1.
         """
-        if not self._activation.swapping:
-            return
         for _, layer, adapters in adapted_layers(self.model):
             adapters.restore(layer)
         for name in active.names:

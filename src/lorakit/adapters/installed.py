@@ -42,6 +42,8 @@ class InstalledAdapter:
     trained: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Layer path and attribute of each base parameter trained in full, by its name; a tied one by its first name."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    is_first_somewhere: bool = False
+    """Whether a layer had no adapter before."""
 
     @property
     def scales(self) -> bool:
@@ -144,13 +146,14 @@ def install(
         copy = nn.Parameter(base.detach().clone())
         for parameter_name in names:
             path, _, attribute = parameter_name.rpartition(".")
-            modules.setdefault(path, AdapterModule()).trained[attribute] = copy
+            modules.setdefault(path, AdapterModule()).add_trained(attribute, copy)
     for path in modules:  # check all before the first change
         check_free(path, model.get_submodule(path))
     layers = {path: model.get_submodule(path) for path in modules}
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )
+    installed.is_first_somewhere = bool(layouts)
     for path, module in modules.items():
         layer = layers[path]
         owner = model.get_submodule(path.rpartition(".")[0])
@@ -167,14 +170,21 @@ def install(
 
 def uninstall(
     model: nn.Module, adapter: InstalledAdapter, others: Iterable[InstalledAdapter]
-) -> None:
-    """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
+) -> bool:
+    """Remove an adapter's modules from the model, with the hooks that no other adapter needs.
+
+    Returns:
+        Whether a layer has no adapter any more.
+    """
+    is_last = False
     for _, layer, adapters in adapter.layers(model):
         remove_adapter(layer, adapters, adapter.name)
+        is_last = is_last or not adapters
     if hooks := adapter.backbone_hooks:
         needed = [hook for other in others for hook in other.backbone_hooks]
         remove_hooks(backbone_of(model), hooks, needed)
     remove_idle_hooks(model)
+    return is_last
 
 
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:

@@ -6,6 +6,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.layers import base_modules
+from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ def load_stored(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=tokenizer)
+    digest = None if tokenizer is None else tokenizer_digest(tokenizer)
+    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
 
 
@@ -344,9 +347,16 @@ def check_base(
     path: str | Path,
     *,
     allow_other_base: bool,
-    tokenizer: Any,
+    tokenizer: str | None,
 ) -> None:
     """Validate and complete `stored` against the model, compare the base that it records, and log its notices.
+
+    Args:
+        model: The base.
+        stored: The adapter; changed in place.
+        path: Its file, for messages.
+        allow_other_base: Accept another base than the recorded one.
+        tokenizer: Digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known.
 
     Raises:
         AdapterFileError: The options and tensors of the file do not fit the model.
@@ -365,11 +375,10 @@ def _compare_base(
     stored: StoredAdapter,
     recorded: BaseRecord,
     allow_other_base: bool,
-    tokenizer: Any,
+    tokenizer: str | None,
 ) -> None:
-    live = formats.base_record(
-        model, exclude=tuple(stored.trained), tokenizer=tokenizer, for_comparison=True
-    )
+    live = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
+    live = replace(live, tokenizer=tokenizer)
     try:
         stored.notices.extend(formats.compare(recorded, live) or [])
     except WrongBaseError as error:

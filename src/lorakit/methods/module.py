@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+_NONE: Mapping[str, nn.Parameter] = {}
 
 
 class ModuleHook(NamedTuple):
@@ -53,9 +55,19 @@ class AdapterModule(nn.Module):
     shadows: tuple[str, ...] = ()
     """Names of layer weights to replace during a call, for layers whose output nothing can be added to."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.trained = nn.ParameterDict()
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """Trained copies of the layer's own parameters, by attribute."""
+        return self._modules.get("trained", _NONE)  # type: ignore[return-value]
+
+    def add_trained(self, attribute: str, copy: nn.Parameter) -> None:
+        """Add a trained copy of one of the layer's parameters.
+
+        Most adapters have none, and an empty module in each layer would double the memory that the modules need
+        besides their tensors.
+        """
+        copies = self._modules.setdefault("trained", nn.ParameterDict())
+        copies[attribute] = copy  # type: ignore[index]
 
     def adapt(self, layer: nn.Module, x: Any, output: Any, weight: float) -> Any:
         """Return `output` with the adapter's effect, scaled by the adapter's `weight`; the plain module has none.

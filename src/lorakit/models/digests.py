@@ -125,10 +125,10 @@ def _sample(tensor: Tensor) -> bytes:
     """Return the bytes of numbers at even distances."""
     flat = tensor.detach()
     if not flat.is_contiguous():
-        flat = flat.select(0, len(flat) // 2) if flat.ndim > 1 else flat
-        flat = flat.contiguous()
+        flat = flat.select(0, len(flat) // 2).contiguous() if flat.ndim > 1 else flat.contiguous()
     step = max(1, flat.numel() // _SAMPLES)
-    return bytes(_bytes(flat.view(-1)[::step].cpu()))
+    chosen = flat.as_strided((flat.numel() // step,), (step,))
+    return bytes(_bytes(chosen.cpu()))
 
 
 class _Optimizers:

@@ -25,6 +25,14 @@ from lorakit.serving.preparing import Prepared
 _LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with the digest of what determines its ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    digest: str | None
+
+
 @dataclass(eq=False)
 class Loaded:
     """An adapter on the model."""
@@ -33,8 +41,7 @@ class Loaded:
     bytes: int
     outputs: int | None
     labels: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    """Its own tokenizer; None is the base's."""
+    tokenizer: Tokenizer
     leases: int = 1
     used: int = 0
     """When a lease was last taken or returned, as a count."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
@@ -43,7 +42,7 @@ def prepare(
     location: Location,
     *,
     allow_other_base: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: str | None,
 ) -> Prepared:
     """Read an adapter, check it as `lorakit.load` does, and build its modules.
 
@@ -51,7 +50,7 @@ def prepare(
         base: The base, without active adapters.
         location: The adapter's files.
         allow_other_base: Accept an adapter that records another base, and log a warning.
-        tokenizer: The tokenizer that its requests use.
+        tokenizer: Digest of the tokenizer that its requests use.
 
     Raises:
         AdapterFileError: The file is damaged or unsafe, or its tensors do not fit the model's layers.

@@ -33,7 +33,7 @@ from lorakit.serving.cards import Card, read_card
 from lorakit.serving.engine import Receipt
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
-from lorakit.serving.loaded import Loaded, LoadedAdapters
+from lorakit.serving.loaded import Loaded, LoadedAdapters, Tokenizer
 from lorakit.serving.preparing import base_labels, prepare
 
 T = TypeVar("T")
@@ -147,8 +147,9 @@ class AdapterStore:
         """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
         self._loaded = LoadedAdapters(self.handle, budget)
         self._allow_other_base = allow_other_base
-        self._base_tokenizer_digest = tokenizer_digest(base.tokenizer)
-        self._tokenizers: WeakValueDictionary[str, PreTrainedTokenizerBase] = WeakValueDictionary()
+        self._tokenizer = Tokenizer(base.tokenizer, tokenizer_digest(base.tokenizer))
+        self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
+        """Tokenizers of adapter folders, by the digest of their files."""
         self._lock = threading.Lock()
         """Guards the tables below, for moments only: never while a file is read or the model changes."""
         self._entries: dict[str, _Entry] = {}
@@ -166,24 +167,25 @@ class AdapterStore:
         """Return the names of all adapters that can be requested, sorted."""
         found = set(folders.adapters_in(self.root)) if self.root is not None else set()
         with self._lock:
-            added = {name for name, e in self._entries.items() if not self._is_in_root(name, e)}
-            found = (found - self._removed) | added
-        return sorted(found)
-
-    def _is_in_root(self, name: str, entry: _Entry) -> bool:
-        """Return whether an entry stands for the folder of its name in the root."""
-        return self.root is not None and entry.source == AdapterSource(f"{self.root}/{name}")
+            found -= self._removed
+            entries = {n: e.source for n, e in self._entries.items() if n not in found}
+        return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
 
     def _entry(self, name: str) -> _Entry:
+        """Return the entry of a name; a folder in the root gets one at its first use."""
         with self._lock:
             entry = self._entries.get(name)
             is_folder = folders.is_folder_name(name) and name not in self._removed
-            if entry is None and self.root is not None and is_folder:
-                source = AdapterSource(f"{self.root}/{name}")
-                if source.locate() is not None:
-                    entry = self._entries[name] = _Entry(source)
+        if entry is None and self.root is not None and is_folder:
+            source = AdapterSource(f"{self.root}/{name}")
+            if _serves(source):
+                with self._lock:
+                    if name not in self._removed:  # another thread may have removed it meanwhile
+                        return self._entries.setdefault(name, _Entry(source))
         if entry is None:
             raise self._unknown(name)
+        if not _serves(entry.source):
+            raise self._vanished(name, entry)
         return entry
 
     def _unknown(self, name: str) -> UnknownAdapterError:
@@ -314,7 +316,7 @@ class AdapterStore:
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
             checked = self.handle.blend(blend)
-            tokenizer = self._common_tokenizer(held)
+            tokenizer = _common_tokenizer(held)
             outputs, labels = _common_head(held)
         except BaseException:
             self._loaded.give_back(*held.values())
@@ -342,20 +344,6 @@ class AdapterStore:
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
         return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, lambda: None)
-
-    def _common_tokenizer(self, held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
-        tokenizers = {
-            name: loaded.tokenizer or self.base.tokenizer for name, loaded in held.items()
-        }
-        (first, tokenizer), *others = tokenizers.items()
-        assert tokenizer is not None
-        for name, other in others:
-            if other is not tokenizer and tokenizer_digest(other) != tokenizer_digest(tokenizer):
-                raise AdapterFileError(
-                    f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend "
-                    "of them. Request them one by one."
-                )
-        return tokenizer
 
     def _acquire(self, name: str, entry: _Entry) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease."""
@@ -424,12 +412,12 @@ class AdapterStore:
     def _load(self, location: Location, state: State, digests: folders.Digests) -> Loaded | None:
         """Load an adapter, with its first lease; return None if its files have changed meanwhile."""
         with _refusing():
-            tokenizer = self._tokenizer(location, digests.tokenizer)
+            tokenizer = self._tokenizer_of(location, digests.tokenizer)
             prepared = prepare(
                 self.base,
                 location,
                 allow_other_base=self._allow_other_base,
-                tokenizer=tokenizer or self.base.tokenizer,
+                tokenizer=tokenizer.digest,
             )
         if not folders.unchanged(location, state):
             return None
@@ -438,18 +426,17 @@ class AdapterStore:
         self._loaded.install(loaded, prepared, location.path)
         return loaded
 
-    def _tokenizer(self, location: Location, digest: str) -> PreTrainedTokenizerBase | None:
-        """Return the folder's own tokenizer, read once for all folders with the same files; None is the base's."""
+    def _tokenizer_of(self, location: Location, files: str) -> Tokenizer:
+        """Return the folder's own tokenizer, read once for all folders with the same files; else the base's."""
         if not location.has_tokenizer:
-            return None
-        tokenizer = self._tokenizers.get(digest)
-        if tokenizer is None:
-            tokenizer = read_tokenizer(location.folder, AdapterFileError, local_files_only=True)
-            if tokenizer_digest(tokenizer) == self._base_tokenizer_digest:
-                tokenizer = self.base.tokenizer
-            assert tokenizer is not None
-            self._tokenizers[digest] = tokenizer
-        return tokenizer
+            return self._tokenizer
+        found = self._tokenizers.get(files)
+        if found is None:
+            own = read_tokenizer(location.folder, AdapterFileError, local_files_only=True)
+            digest = tokenizer_digest(own)
+            found = self._tokenizer if digest == self._tokenizer.digest else Tokenizer(own, digest)
+            self._tokenizers[files] = found
+        return found
 
     def settle(self) -> None:
         """Wait until the adapters that no name and no lease refers to have left the model."""
@@ -523,6 +510,18 @@ class _Any:
 _ANY = _Any()
 
 
+def _common_tokenizer(held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the adapters of a blend."""
+    (first, one), *others = held.items()
+    for name, other in others:
+        if other.tokenizer.digest != one.tokenizer.digest:
+            raise AdapterFileError(
+                f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend of "
+                "them. Request them one by one."
+            )
+    return one.tokenizer.tokenizer
+
+
 def _common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]]:
     """Return number and names of the logits of the adapters of a blend."""
     (first, one), *others = held.items()
@@ -533,6 +532,11 @@ def _common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...
                 "by one."
             )
     return one.outputs, one.labels
+
+
+def _serves(source: Source) -> bool:
+    """Return whether an adapter is there. A run is known before it has saved one."""
+    return isinstance(source, RunSource) or source.locate() is not None
 
 
 def _taken(name: str) -> AdapterStateError:

@@ -42,6 +42,12 @@ class LoRALayer(AdapterModule):
 
     form_class: type[FactorForm]
     """The form of A and B on this layer type."""
+    rank: int
+    scaling: float
+    alpha: float
+    dropout: float
+    form: FactorForm
+    out_features: int
 
     def __init__(
         self,
@@ -60,17 +66,23 @@ class LoRALayer(AdapterModule):
         super().__init__()
         if dropout and self.shadows:
             raise unsupported(layer, "dropout on the adapter's branch")
-        self.rank, self.scaling, self.alpha, self.dropout = rank, scaling, alpha, dropout
+        # The `__setattr__` of modules is slow, and a server loads thousands of these.
+        self.__dict__.update(
+            rank=rank,
+            scaling=scaling,
+            alpha=alpha,
+            dropout=dropout,
+            form=self.form_class.of(layer, slices, grouped),
+            scales=not dora,
+            out_features=self.dimensions(layer)[1],
+        )
         if lora_bias and (self.shadows or not self.form_class.supports_bias):
             raise unsupported(layer, "lora_bias")
-        self.form = self.form_class.of(layer, slices, grouped)
-        self.scales = not dora
         weight = getattr(layer, self.form.weight_name)
         A_shape, B_shape = self.factor_shapes(layer)
         options = {"dtype": dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(A_shape, **options))
         self.lora_B = nn.Parameter(torch.empty(B_shape, **options))
-        self.out_features = self.dimensions(layer)[1]
         rows = sum(s.total for s in slices) or self.out_features
         self.lora_B_bias = nn.Parameter(torch.zeros(rows, **options)) if lora_bias else None
         self.magnitude = nn.Parameter(torch.empty(rows, **options)) if dora else None
