@@ -190,7 +190,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """ "continuous", "batched" or "classifying"."""
+        """What it is: continuous, batched or classifying."""
         ...
 
     @property

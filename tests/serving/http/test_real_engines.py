@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from fastapi.testclient import TestClient
 from random_adapters import randomise
+from served import wait_for
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 import lorakit
@@ -82,7 +83,9 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(folder: Path, **settings: Any) -> Iterator[tuple[TestClient, Opened]]:
+def served(
+    folder: Path, *, report: Any = lambda verdict: None, **settings: Any
+) -> Iterator[tuple[TestClient, Opened]]:
     config = ServeConfig(
         base=BaseConfig(name=str(folder / "base"), dtype="float32"),
         adapters=str(folder / "adapters"),
@@ -90,7 +93,7 @@ def served(folder: Path, **settings: Any) -> Iterator[tuple[TestClient, Opened]]
         adapter_memory="10MB",
         **settings,
     )
-    opened = open_all(config, lambda verdict: None)
+    opened = open_all(config, report)
     app = create_app(
         opened.engine,
         opened.store,
@@ -209,6 +212,20 @@ def test_a_prefix_is_shared_only_by_requests_of_one_adapter(text: Path) -> None:
         ]  # fmt: skip
     assert cached[0] == cached[2] == cached[3] == 0
     assert cached[1] > 0
+
+
+@pytest.mark.slow
+def test_answers_are_computed_again_if_asked(text: Path) -> None:
+    verdicts: list[Any] = []
+    with served(text, report=verdicts.append, verify=1.0) as (client, opened):
+        for model in ("sql", "base"):
+            post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
+        wait_for(lambda: len(verdicts) == 4)
+        assert opened.store.stats().leases == {}
+    assert all(verdict.agrees for verdict in verdicts)
+    assert {verdict.receipt.adapters[0][0] for verdict in verdicts if verdict.receipt.adapters} == {
+        "sql"
+    }
 
 
 @pytest.mark.slow

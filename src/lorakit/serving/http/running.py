@@ -15,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorakit.serving.http.state import Serving
 
+MAX_CONNECTIONS = 1024
+"""Open connections, uvicorn's limit_concurrency: it answers more with 503. Each may hold a body of max_body bytes."""
 BACKLOG = 1024
 """Connections that wait to be accepted."""
 HEADER_SECONDS = 20.0
@@ -103,6 +105,7 @@ def run(
         log_level="info" if access_log else "warning",
         access_log=access_log,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=5,
         server_header=False,
