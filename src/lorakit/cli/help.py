@@ -54,6 +54,18 @@ SHORT = {
         *("split", "scores", "limit", "batch_size", "method", "decoding.max_new_tokens"),
         *("decoding.temperature", "output", "overwrite"),
     ),
+    "serve": (
+        *("base.name", "base.dtype", "adapters", "follow", "host", "port", "keys", "allow_loading"),
+        *(
+            "allow_public",
+            "adapter_memory",
+            "cache_memory",
+            "max_running",
+            "max_queue",
+            "max_tokens",
+        ),
+        *("max_seconds", "verify"),
+    ),
 }
 """The options that `--help` shows for commands with many. Other commands show `_MATTERS` of their sections."""
 

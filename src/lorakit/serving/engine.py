@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.choice import Blend
+from lorakit.tasks import LabelledExample
 
 T = TypeVar("T")
 
@@ -55,6 +57,16 @@ class Lease(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The adapter's own tokenizer, if its folder has one; else the base's."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the logits of a classification head; empty for regression and for a language model."""
+        ...
+
+    @property
+    def outputs(self) -> int | None:
+        """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
         ...
 
     def share(self) -> Lease:
@@ -176,11 +188,20 @@ class QueueFullError(Exception):
 class Engine(Protocol):
     """Computes requests in mixed batches."""
 
-    name: str
-    """"continuous" or "batched"."""
-    notice: str | None
-    """Why the model runs on the batched engine, as a sentence for the operator; None if it needs no explanation."""
-    limits: Limits
+    @property
+    def name(self) -> str:
+        """What it is: continuous, batched or classifying."""
+        ...
+
+    @property
+    def notice(self) -> str | None:
+        """Why the model runs on the batched engine, as a sentence for the operator; None without a reason to give."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What the engine can hold."""
+        ...
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
         """Queue a request. `deliver` is called in the engine's thread, and must return at once without an error.
@@ -212,4 +233,20 @@ class Engine(Protocol):
 
     def close(self, timeout: float | None = None) -> bool:
         """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
+        ...
+
+
+class Classifier(Protocol):
+    """Computes classes and scores, beside or instead of text."""
+
+    def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
+        """Queue examples. The result is the logits (examples, outputs) of the adapter's own head, float32 on the CPU.
+
+        The examples carry token types besides ids, which BERT's pairs of texts need. The caller releases the lease
+        after the result. A future that is cancelled before is not computed.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+            LorakitError: The classifier has died or drains.
+        """
         ...

@@ -15,7 +15,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -98,6 +99,11 @@ class AdapterLease:
     outputs: int | None
     """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
     _release: Callable[[], None] = field(repr=False)
+    _share: Callable[[], Callable[[], None]] = field(repr=False)
+
+    def share(self) -> AdapterLease:
+        """Return another lease of the same adapters, to be released on its own. Call it before `release`."""
+        return replace(self, _release=self._share())
 
     def release(self) -> None:
         """Allow the adapters to be unloaded. Later calls do nothing."""
@@ -332,7 +338,8 @@ class AdapterStore:
 
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        return AdapterLease(checked, receipt, tokenizer, labels, outputs, _once(release))
+        share = _holders(release)
+        return AdapterLease(checked, receipt, tokenizer, labels, outputs, share(), share)
 
     def _lease_of_base(self) -> AdapterLease:
         if self.base.new_weights:
@@ -343,7 +350,8 @@ class AdapterStore:
         assert self.base.tokenizer is not None
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
-        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, lambda: None)
+        share = _holders(lambda: None)
+        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, share(), share)
 
     def _acquire(self, name: str, entry: _Entry) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease."""
@@ -545,12 +553,26 @@ def _taken(name: str) -> AdapterStateError:
     )
 
 
-def _once(action: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that runs `action` at its first call only, in any thread."""
-    pending = [action]
+def _holders(action: Callable[[], None]) -> Callable[[], Callable[[], None]]:
+    """Return a function that adds a holder, and returns the function by which that holder leaves.
 
-    def run() -> None:
-        with suppress(IndexError):
-            pending.pop()()
+    The action runs when the last holder leaves. A holder leaves at its first call only, in any thread.
+    """
+    lock, holders = threading.Lock(), set[int]()
+    numbers = count()
 
-    return run
+    def add() -> Callable[[], None]:
+        with lock:
+            number = next(numbers)
+            holders.add(number)
+
+        def leave() -> None:
+            with lock:
+                is_last = holders == {number}
+                holders.discard(number)
+            if is_last:
+                action()
+
+        return leave
+
+    return add

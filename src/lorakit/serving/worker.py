@@ -148,6 +148,9 @@ class Worker(ABC):
     def _end_cancelled(self) -> None:
         """End the cancelled ones of the running answers."""
 
+    def _has_waiting(self) -> bool:
+        return len(self._waiting) > 0
+
     def _running_count(self) -> int:
         return len(self._running())
 
@@ -166,7 +169,7 @@ class Worker(ABC):
                     self._end_cancelled()
                     if not self._advance():
                         with self._changed:
-                            if not (self._actions or len(self._waiting) or self._is_closing):
+                            if not (self._actions or self._has_waiting() or self._is_closing):
                                 self._changed.wait(1.0)
         except BaseException as error:  # nobody else would see it
             _LOG.exception("The engine has failed.")
@@ -180,16 +183,20 @@ class Worker(ABC):
             self._is_draining = self._is_closing = True
             waiting = self._waiting.remove_where(lambda _: True)
             actions, self._actions = self._actions, deque()
-        error = EngineStoppedError(
-            "The engine has failed. Restart the server."
-            if self._error
-            else "The server was shut down."
-        )
+        error = self._stopped()
         for answer in (*waiting, *self._running()):
             answer.fail(error)
         for _, future in actions:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+
+    def _stopped(self) -> EngineStoppedError:
+        """Return the error of a request that is not finished when the thread ends."""
+        return EngineStoppedError(
+            "The engine has failed. Restart the server."
+            if self._error
+            else "The server was shut down."
+        )
 
     def _run_actions(self) -> None:
         while self._actions:
@@ -231,7 +238,7 @@ def choice_of(blend: Blend) -> AdapterChoice:
 
 def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: those of the model's generation configuration, and the tokenizer's."""
-    config = model.generation_config
+    config = getattr(model, "generation_config", None)  # classifiers have none
     end = None if config is None else config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     if tokenizer.eos_token_id is not None:

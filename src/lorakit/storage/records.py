@@ -51,23 +51,34 @@ def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) ->
         with path.open("rb") as file:
             text = file.read(length).decode()
     try:
-        content = json.loads(text, **STRICT_JSON)
-        _reject_deep_nesting(content)
-        _reject_lone_surrogates(text, content)
+        content = parse_json(text)
     except json.JSONDecodeError as wrong:
         raise error(
             f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
             "Restore it from a copy."
         ) from wrong
-    except (ValueError, RecursionError) as wrong:
-        reason = _TOO_DEEP if isinstance(wrong, RecursionError) else wrong
-        raise error(
-            f"'{path}' cannot be read as JSON: {reason}. Restore it from a copy."
-        ) from wrong
+    except ValueError as wrong:
+        raise error(f"'{path}' cannot be read as JSON: {wrong}. Restore it from a copy.") from wrong
     if not isinstance(content, dict):
         raise error(
             f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}. Restore it from a copy."
         )
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON document that may come from anyone.
+
+    Raises:
+        json.JSONDecodeError: The text is not JSON.
+        ValueError: It holds a duplicate key, NaN, a huge number, half a character or very deep nesting.
+    """
+    try:
+        content = json.loads(text, **STRICT_JSON)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _reject_deep_nesting(content)
+    _reject_lone_surrogates(text, content)
     return content
 
 

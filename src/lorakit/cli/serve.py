@@ -1,0 +1,150 @@
+"""`lorakit serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorakit.cli.parsing import parse
+from lorakit.errors import ConfigurationError
+from lorakit.formatting import counted, visible
+from lorakit.serving.serve_config import ServeConfig
+
+if TYPE_CHECKING:
+    from lorakit.serving.opening import Opened
+    from lorakit.serving.verification import Verdict
+
+CONFIGS = (ServeConfig,)
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve many adapters from one base, until a signal."""
+    config = parse(
+        ServeConfig,
+        "serve",
+        "Serve a base and many adapters by OpenAI's API, in mixed batches. Each request names its adapter, or a blend "
+        "of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
+        argv,
+    )
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigurationError(
+            f"lorakit serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            "Install them: pip install 'lorakit[serve]'."
+        )
+    from lorakit.serving.http.keys import read_keys
+
+    keys = None if config.keys is None else read_keys(config.keys)
+    with _listener(config) as listener:  # before the base, which takes longer to open
+        return _serve(config, listener, keys)
+
+
+def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
+    from lorakit.serving.http.app import create_app
+    from lorakit.serving.http.keys import KeyRing
+    from lorakit.serving.http.metrics import BLEND, Metrics
+    from lorakit.serving.http.running import run as run_server
+    from lorakit.serving.http.settings import HttpSettings
+    from lorakit.serving.opening import open_all
+
+    assert keys is None or isinstance(keys, KeyRing)
+    failed: list[Verdict] = []
+
+    def report(verdict: Verdict) -> None:
+        names = [name for name, _, _ in verdict.receipt.adapters]
+        model = names[0] if len(names) == 1 else BLEND if names else base_name
+        metrics.verification.record(model, passed=verdict.agrees, difference=verdict.difference)
+        if not verdict.agrees and config.verify_stops and not failed:
+            failed.append(verdict)
+            os.kill(os.getpid(), signal.SIGTERM)  # the server drains
+
+    opened = open_all(config, report)
+    base_name = opened.name
+    metrics = Metrics(opened.engine.load, opened.store.stats)
+    hosts = (
+        ("localhost", "127.0.0.1", "[::1]", config.host)
+        if config.is_loopback and keys is None
+        else ()
+    )
+    settings = HttpSettings(
+        base_name=base_name,
+        limits=config,
+        allow_loading=config.allow_loading,
+        health_without_key=config.health_without_key,
+        hosts=hosts,
+    )
+    app = create_app(
+        opened.engine,
+        opened.store,
+        settings,
+        keys=keys,
+        classifier=opened.classifier,
+        metrics=metrics,
+    )
+    logging.getLogger("lorakit").setLevel(logging.INFO)
+    opened.worker.start()
+    try:
+        run_server(
+            app,
+            listener,
+            started=lambda: _greet(config, listener, opened),
+            access_log=config.access_log,
+        )
+    finally:
+        opened.worker.close(timeout=10)
+    if failed:
+        print("lorakit serve: stopped, because an answer failed its verification.", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _listener(config: ServeConfig) -> socket.socket:
+    """Return a socket that is bound to the address.
+
+    Raises:
+        ConfigurationError: The address is not this machine's, or the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"Cannot listen on {config.host}, port {config.port}: {error.strerror or error}. Choose another --port or "
+            "--host."
+        ) from None
+    return listener
+
+
+def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None:
+    """Print where the server is, what it serves, and a command to try."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    names, model = opened.store.names(), opened.base.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(
+        visible(
+            f"lorakit serve: {address}, base {opened.name} ({dtype}, {model.device}), {opened.engine.name} "
+            f"engine, {counted(len(names), 'adapter')}"
+        )
+    )
+    if opened.engine.notice:
+        print(visible(f"note: {opened.engine.notice}"), file=sys.stderr)
+    name = names[0] if names else opened.name
+    is_text = opened.classifier is None
+    route = "completions" if is_text else "classify"
+    body = {"model": name, "prompt" if is_text else "input": "Hello"}
+    key = ' -H "Authorization: Bearer $KEY"' if config.keys else ""
+    text = json.dumps(body).replace("'", "\\u0027")
+    print(
+        visible(f"curl {address}/v1/{route}{key} -H 'Content-Type: application/json' -d '{text}'"),
+        flush=True,
+    )

@@ -1,0 +1,151 @@
+"""Classes and scores in mixed batches: each row of a batch has its own adapter and its own head."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters import handle_of
+from lorakit.compute.batching import collator, context_length
+from lorakit.errors import DataError
+from lorakit.models.loading import Base
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
+from lorakit.serving.worker import Worker, choice_of
+from lorakit.tasks import LabelledExample
+
+_LOG = logging.getLogger(__name__)
+
+UNLIMITED = 2**20
+"""Context of a model that states none."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """The examples of one request, and the logits of those that are computed."""
+
+    examples: Sequence[LabelledExample]
+    lease: Lease
+    future: Future[Tensor] = field(default_factory=Future)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    is_running: bool | None = None
+    """None before its turn; False if it was cancelled before."""
+
+
+class ClassifyingEngine(Worker):
+    """See the module. Implements `Engine`, without text, and `Classifier`.
+
+    Args:
+        base: A base with a head of classes or a score.
+        running: Most rows of a batch.
+        queue: Most waiting rows. A request with more of them is accepted if none waits.
+    """
+
+    name = "classifying"
+
+    def __init__(self, base: Base, *, running: int = 32, queue: int = 4096) -> None:
+        assert base.tokenizer is not None
+        context = context_length(base.model) or UNLIMITED
+        super().__init__(base.model, base.tokenizer, Limits(context, queue, running))
+        self._collate = collator(base)
+        self._rows: deque[tuple[_Job, int]] = deque()
+        self._batch: list[tuple[_Job, int]] = []
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Reject a request for text.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError("This server classifies texts and generates none. Use /v1/classify.")
+
+    def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
+        """Queue examples (`Classifier.classify`)."""
+        job = _Job(examples, lease)
+        with self._changed:
+            self._require_open()
+            if self._rows and len(self._rows) + len(examples) > self.limits.queue:
+                raise QueueFullError(f"{len(self._rows)} texts wait already")
+            self._rows.extend((job, i) for i in range(len(examples)))
+            self._changed.notify()
+        return job.future
+
+    def load(self) -> Load:
+        """Return what the engine does now, with waiting rows as waiting requests."""
+        return replace(super().load(), waiting=len(self._rows))
+
+    def _running(self) -> Sequence[Answer]:
+        return []
+
+    def _running_count(self) -> int:
+        return len(self._batch)
+
+    def _end_cancelled(self) -> None:
+        return
+
+    def _has_waiting(self) -> bool:
+        return bool(self._rows)
+
+    def _advance(self) -> bool:
+        with self._changed:
+            while self._rows and len(self._batch) < self.limits.running:
+                job, row = self._rows.popleft()
+                if job.is_running is None:
+                    job.is_running = job.future.set_running_or_notify_cancel()
+                if job.is_running and not job.future.done():
+                    self._batch.append((job, row))
+        if not self._batch:
+            return bool(self._rows)
+        try:
+            self._compute(self._batch)
+        except Exception as error:
+            self._compute_apart(error)
+        finally:
+            self._batch = []
+        return True
+
+    def _compute(self, batch: list[tuple[_Job, int]]) -> None:
+        handle = handle_of(self.model)
+        inputs = self._collate([job.examples[row] for job, row in batch])
+        inputs.pop("labels", None)
+        choices = [choice_of(job.lease.blend) for job, _ in batch]
+        if handle is None:
+            logits = self.model(**inputs).logits
+        else:
+            with handle.per_sample(choices):
+                logits = self.model(**inputs).logits
+        logits = logits.float().cpu()
+        self.steps += 1
+        for (job, row), values in zip(batch, logits, strict=True):
+            job.logits[row] = values[: job.lease.outputs]
+            if len(job.logits) == len(job.examples):
+                job.future.set_result(torch.stack([job.logits[i] for i in range(len(job.logits))]))
+
+    def _compute_apart(self, error: Exception) -> None:
+        """After an error compute each request's rows alone, so that it fails the request at fault and no other."""
+        jobs = dict.fromkeys(job for job, _ in self._batch if not job.future.done())
+        for job in jobs:
+            try:
+                if len(jobs) == 1:
+                    raise error
+                self._compute([entry for entry in self._batch if entry[0] is job])
+            except Exception as own:
+                _LOG.warning("A request for classes has failed.", exc_info=own)
+                job.future.set_exception(own)
+
+    def _end_all(self) -> None:
+        super()._end_all()
+        with self._changed:
+            rows, self._rows = [*self._batch, *self._rows], deque()
+        for job in dict.fromkeys(job for job, _ in rows):
+            if job.is_running is None:
+                job.is_running = job.future.set_running_or_notify_cancel()
+            if job.is_running and not job.future.done():
+                job.future.set_exception(self._stopped())

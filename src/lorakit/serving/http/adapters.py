@@ -1,0 +1,117 @@
+"""GET /v1/models, and the routes that load and unload adapters."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from lorakit.errors import LorakitError
+from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.http.answers import Loaded, Model, Models
+from lorakit.serving.http.body import StrictRoute
+from lorakit.serving.http.errors import ApiError, unknown_model
+from lorakit.serving.http.keys import Key
+from lorakit.serving.http.schemas import LoadRequest, UnloadRequest
+from lorakit.serving.http.state import Serving, record_of, serving_of
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Models:
+    """List the base, then each adapter that the key may use."""
+    serving, key = serving_of(request), record_of(request).key
+    return await serving.in_worker(
+        lambda: Models(data=[_model(serving, n) for n in serving.models(key)])
+    )
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(request: Request, model: str) -> Model:
+    """Describe a model."""
+    serving, key = serving_of(request), record_of(request).key
+    known = serving.models(key)
+    if model not in known:
+        raise unknown_model(model, known)
+    return await serving.in_worker(partial(_model, serving, model))
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
+    """Offer an adapter from a folder under the server's folder of adapters."""
+    serving, name = serving_of(request), body.lora_name
+    _require_operator(serving, record_of(request).key, name)
+    if name == serving.settings.base_name:
+        raise ApiError(
+            400,
+            f"'lora_name' is {name!r}, the name of the base. Choose another.",
+            param="lora_name",
+        )
+    if name in serving.store.names() and not body.load_inplace:
+        raise ApiError(
+            400,
+            f"There is an adapter {name!r} already. Set load_inplace: true to replace it.",
+            param="lora_name",
+            code="name_taken",
+        )
+    try:
+        await serving.in_worker(
+            partial(serving.store.add, name, body.lora_path, replace=body.load_inplace)
+        )
+    except LorakitError as error:
+        raise ApiError(400, str(error), param="lora_path", code="cannot_be_served") from error
+    return Loaded(id=name, status="loaded")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(request: Request, body: UnloadRequest) -> Loaded:
+    """Offer an adapter no more. Requests in flight finish with it; then its memory is free."""
+    serving, name = serving_of(request), body.lora_name
+    key = record_of(request).key
+    _require_operator(serving, key, name)
+    try:
+        await serving.in_worker(partial(serving.store.remove, name))
+    except UnknownAdapterError as error:
+        raise unknown_model(name, serving.models(key), "lora_name") from error
+    return Loaded(id=name, status="unloaded")
+
+
+def _require_operator(serving: Serving, key: Key, name: str) -> None:
+    if not serving.settings.allow_loading:
+        raise ApiError(
+            403,
+            "This server does not load or unload adapters by HTTP. Start it with --allow_loading true.",
+            code="allow_loading",
+        )
+    if not key.operator:
+        raise ApiError(
+            403,
+            f"The key {key.name!r} may not load or unload adapters (operator).",
+            code="operator",
+        )
+    if not key.allows(name):
+        raise ApiError(
+            403,
+            f"The key {key.name!r} may not use the name {name!r:.200} (adapters).",
+            param="lora_name",
+        )
+
+
+def _model(serving: Serving, name: str) -> Model:
+    base, created = serving.settings.base_name, int(serving.began)
+    if name == base:
+        details = {"digest": serving.store.base_digest}
+        return Model(id=name, created=created, root=base, parent=None, details=details)
+    try:
+        details = serving.store.describe(name)
+    except (
+        LorakitError
+    ) as error:  # the list stays whole where one adapter is damaged or just removed
+        details = {"error": str(error)}
+    # Paths on the server are not the client's business.
+    root = Path(str(details.pop("path", None) or name)).name
+    details.pop("base", None)
+    return Model(id=name, created=created, root=root, parent=base, details=details)

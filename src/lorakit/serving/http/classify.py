@@ -1,0 +1,173 @@
+"""POST /v1/classify: classes and scores."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data import DataTask
+from lorakit.errors import LorakitError
+from lorakit.serving.engine import Classifier, Lease, QueueFullError
+from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
+from lorakit.serving.http.body import StrictRoute
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError
+from lorakit.serving.http.generation import receipt_headers
+from lorakit.serving.http.prompts import TOKENISING
+from lorakit.serving.http.schemas import ClassifyRequest
+from lorakit.serving.http.state import Serving, admitted, busy, guarded, record_of, serving_of
+from lorakit.tasks import TASKS, BadRow, Classification, Labelled, LabelledExample, Regression
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/v1/classify", response_model=ClassifyAnswer)
+async def classify(request: Request, body: ClassifyRequest) -> Response:
+    """Predict the class or the score of texts, or of pairs of texts, with an adapter."""
+    serving, record = serving_of(request), record_of(request)
+    classifier = serving.classifier
+    if classifier is None:
+        raise _invalid("This server generates text; none of its models classifies.", "model")
+    rows, most = body.rows, serving.settings.limits.max_inputs
+    if len(rows) > most:
+        message = (
+            f"'input' has {len(rows):,} texts; this server allows at most {most:,} (max_inputs)."
+        )
+        raise ApiError(400, message, param="input", code="max_inputs")
+    record.key.take_request()
+    admitted(serving)
+    choice = serving.choose(record, body.model)
+    examples: list[LabelledExample] = []
+
+    def prepare(lease: Lease) -> None:
+        name = None if choice is None else body.model
+        task, context = _task(serving, name, lease), serving.engine.limits.context
+        examples.extend(_encode(task, lease.tokenizer, rows, context))
+        record.key.reserve_tokens(sum(map(len, examples)))
+
+    async def work() -> tuple[Lease, Tensor]:
+        lease, _ = await serving.leased(choice, prepare)
+        return lease, await asyncio.wrap_future(_submit(serving, classifier, examples, lease))
+
+    lease, logits = await guarded(request, work())
+    tokens = sum(map(len, examples))
+    serving.metrics.tokens(record.model, prompt=tokens)
+    answer = ClassifyAnswer(
+        id=f"classify-{record.id}",
+        created=int(time.time()),
+        model=body.model,
+        system_fingerprint=lease.receipt.fingerprint,
+        data=_predictions(logits, lease.labels),
+        usage=Usage(
+            prompt_tokens=tokens,
+            completion_tokens=0,
+            total_tokens=tokens,
+            prompt_tokens_details=PromptTokens(),
+        ),
+    )
+    return JSONResponse(answer.model_dump(), headers=receipt_headers(lease))
+
+
+def _task(serving: Serving, name: str | None, lease: Lease) -> DataTask:
+    """Return the task that an adapter was trained for; without a record the one that fits its head.
+
+    Raises:
+        ApiError: It does not classify.
+    """
+    recorded = None if name is None else serving.store.describe(name).get("task")
+    kind = TASKS.get(str(recorded))
+    is_text = kind is not None and not issubclass(kind, Labelled)
+    if is_text or lease.outputs is None:
+        raise _invalid(
+            f"{name or 'The base'!r} has neither classes nor a score. Name an adapter that has.",
+            "model",
+        )
+    if kind is None:
+        kind = Classification if lease.labels else Regression
+    return DataTask(name=kind.name, labels=lease.labels)
+
+
+def _encode(
+    task: DataTask,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, ...]],
+    context: int,
+) -> list[LabelledExample]:
+    """Return the inputs as in training."""
+    assert issubclass(task.type, Labelled)
+    encoder = task.type(tokenizer, max_length=sys.maxsize, labels=task.labels)
+    examples = []
+    for number, row in enumerate(rows):
+        pair = len(row) == 2
+        names = encoder.texts or (("sentence1", "sentence2") if pair else ("text",))
+        if len(names) != len(row):
+            raise _invalid(
+                f"'input' has {'a pair of texts' if pair else 'one text'} at position {number}; the task {task.name} "
+                f"takes {'pairs of texts' if len(names) == 2 else 'single texts'}.",
+                f"input.{number}",
+            )
+        try:
+            with TOKENISING:
+                example = encoder.encode_unlabelled(dict(zip(names, row, strict=True)))
+        except BadRow as error:
+            raise _invalid(f"'input' at position {number}: {error}.", f"input.{number}") from None
+        if len(example) > context:
+            raise ApiError(
+                400,
+                f"'input' has {len(example):,} tokens at position {number}; the context is {context:,}. Shorten it.",
+                param=f"input.{number}",
+                code="context_length_exceeded",
+            )
+        examples.append(example)
+    return examples
+
+
+def _submit(
+    serving: Serving, classifier: Classifier, examples: list[LabelledExample], lease: Lease
+) -> Future[Tensor]:
+    """Return the future result. The lease is released with it, also if nobody waits for it any more."""
+
+    def end(_: object = None) -> None:
+        serving.release(lease)
+
+    try:
+        future = classifier.classify(examples, lease)
+    except BaseException as error:
+        end()
+        if isinstance(error, QueueFullError):
+            raise busy(serving) from None
+        problem = serving.problem()
+        if isinstance(error, LorakitError) and problem:
+            raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS) from error
+        raise
+    future.add_done_callback(end)
+    return future
+
+
+def _predictions(logits: Tensor, labels: Sequence[str]) -> list[ClassifyRow]:
+    """Return the class or the score of each row of logits (rows, outputs)."""
+    if not logits.isfinite().all():
+        raise ApiError(
+            500, "The model's output is not finite. Try base.dtype float32.", code="not_finite"
+        )
+    if not labels:
+        scores = logits.reshape(-1).tolist()
+        return [ClassifyRow(index=i, label=None, score=s, scores={}) for i, s in enumerate(scores)]
+    rows = []
+    for index, row in enumerate(logits.double().softmax(-1).tolist()):
+        scores = dict(zip(labels, row, strict=True))
+        label = max(scores, key=scores.__getitem__)
+        rows.append(ClassifyRow(index=index, label=label, score=scores[label], scores=scores))
+    return rows
+
+
+def _invalid(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

@@ -1,0 +1,82 @@
+"""What surrounds every route: request id, host, key, metrics, and an answer for every exception."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.serving.http.errors import LOG, ApiError, error_answer
+from lorakit.serving.http.keys import OPEN
+from lorakit.serving.http.state import RequestRecord, Serving
+
+HEALTH = "/health"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Envelope:
+    """Surrounds every route. Pure ASGI, so that it sees routes that do not exist, and streams pass unchanged."""
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self.app, self.serving = app, serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        record = RequestRecord(
+            id=given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, began=time.monotonic()
+        )
+        scope["lorakit.record"] = record
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.id
+            await send(message)
+
+        self.serving.in_flight += 1
+        try:
+            self._check(scope, headers, record)
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            if record.status:  # it is sent; a cut answer shows the client that it is not whole
+                LOG.error("request %s failed within its answer", record.id, exc_info=error)
+            else:
+                await error_answer(error)(scope, receive, send_with_id)
+        finally:
+            self.serving.in_flight -= 1
+            seconds = time.monotonic() - record.began
+            self.serving.metrics.request(record.model, _route(scope), record.status, seconds)
+
+    def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
+        """Reject a request to another host, or without a valid key. Covers every route."""
+        hosts = self.serving.settings.hosts
+        if hosts and _host(headers.get("host", "")) not in hosts:
+            raise ApiError(
+                403,
+                f"The Host header is {headers.get('host', '')!r:.100}. This server answers to {', '.join(hosts)} only, "
+                "since it has no keys.",
+                code="host_not_allowed",
+            )
+        if self.serving.keys is None:
+            record.key = OPEN
+        elif scope["path"] != HEALTH or not self.serving.settings.health_without_key:
+            record.key = self.serving.keys.find(headers.get("authorization"))
+
+
+def _host(header: str) -> str:
+    """Return the name in a Host header, without the port."""
+    return header.rpartition(":")[0] if re.search(r":\d*$", header) else header
+
+
+def _route(scope: dict[str, Any] | Scope) -> str:
+    """Return the route's pattern, so that paths of clients never become labels."""
+    return getattr(scope.get("route"), "path", "(none)")

@@ -1,0 +1,196 @@
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from lorakit.errors import AdapterStateError, DataError, LorakitError, nearest
+from lorakit.formatting import listed
+from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
+
+LOG = logging.getLogger("lorakit.serving")
+
+RETRY_SECONDS = 1
+"""Value of Retry-After where nothing better is known."""
+PLAIN = "The server failed. Its log has the details, under the x-request-id of this answer."
+"""Message of an unexpected exception: shows nothing of the server's inside."""
+
+
+class ErrorContent(BaseModel):
+    """What is wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    """`invalid_request_error`, `authentication_error`, `rate_limit_error` or `server_error`."""
+    param: str | None = None
+    """The field at fault."""
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer with a status of 400 or more."""
+
+    error: ErrorContent
+
+
+class ApiError(HTTPException):
+    """An error with its status, for the client.
+
+    Args:
+        status: The HTTP status.
+        message: What was found, what was expected, and what to write instead.
+        param: The field at fault.
+        code: The kind of error, for programs.
+        retry: Seconds after which the same request may succeed; None if it never does.
+        close: Whether to close the connection, because the rest of the body is not read.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry: float | None = None,
+        close: bool = False,
+    ) -> None:
+        headers = {} if retry is None else {"retry-after": str(max(1, -int(-retry // 1)))}
+        headers |= {"connection": "close"} if close else {}
+        headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return error_content(self.status_code, self.detail, self.param, self.code)
+
+
+class ClientGone(ApiError):
+    """The client closed the connection before the answer was complete. Only the metrics see this status, nginx's."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client closed the connection.")
+
+
+def error_content(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return the body of an error."""
+    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = "server_error" if status >= 500 else types.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_answer(error: Exception) -> JSONResponse:
+    """Return the answer for an exception; logs one that nobody foresaw."""
+    wrong = api_error(error)
+    return JSONResponse(wrong.content, wrong.status_code, headers=wrong.headers)
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return an exception as an error for the client."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownAdapterError):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, StoreFullError):
+        return ApiError(503, str(error), code="adapter_memory_full", retry=RETRY_SECONDS)
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, str(error), code="unavailable", retry=RETRY_SECONDS)
+    if isinstance(error, AdapterStateError | DataError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, LorakitError):
+        return ApiError(500, str(error), code="cannot_be_served")
+    LOG.error("request failed", exc_info=error)
+    return ApiError(500, PLAIN, code="internal_error")
+
+
+def unknown_model(name: str, known: Iterable[str], param: str = "model") -> ApiError:
+    """Return the 404 for a model that does not exist, or that the key may not use."""
+    names = list(known)
+    return ApiError(
+        404,
+        f"There is no model {name!r:.200}.{nearest(name, names)} Models: {listed(names) or 'none'}.",
+        param=param,
+        code="model_not_found",
+    )
+
+
+# --- errors of routing and validation ------------------------------------------------------------------
+
+
+async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer an error of routing, or one of ours."""
+    if isinstance(error, HTTPException) and not isinstance(error, ApiError):
+        reasons = {
+            404: ("There is no such route. /openapi.json lists the routes.", "not_found"),
+            405: (
+                "The route does not have this method. /openapi.json lists the methods.",
+                "method_not_allowed",
+            ),
+        }
+        message, code = reasons.get(error.status_code, (str(error.detail), None))
+        content = error_content(error.status_code, message, code=code)
+        return JSONResponse(content, error.status_code, headers=error.headers)
+    return error_answer(error)
+
+
+async def answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer a body that does not fit the route with its first problem."""
+    assert isinstance(error, RequestValidationError)
+    return error_answer(validation_error(error.errors()))
+
+
+def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
+    """Return the 400 for problems that pydantic found, with the field at fault."""
+    # In a union every member reports its problems; the longest path is the member that was meant.
+    problem = max(problems, key=lambda p: len(_path(p)))
+    path = _path(problem)
+    param = ".".join(map(str, path)) or None
+    kind, shown = problem["type"], _shown(problem.get("input"))
+    if isinstance(wrong := problem.get("ctx", {}).get("error"), ApiError):
+        return wrong
+    name = f"'{param}'" if param else "The body"
+    if kind == "unsupported":
+        field = problem["ctx"]["field"]
+        param = ".".join([*map(str, path), field])
+        return ApiError(400, str(problem["msg"]), param=param, code="unsupported_field")
+    if kind == "missing":
+        message = f"{name} is missing." if param else "The body is empty; send a JSON object."
+        return ApiError(400, message, param=param, code="missing_field")
+    if kind == "extra_forbidden":
+        message = f"{name} is not a field of this route. /openapi.json lists the fields."
+        return ApiError(400, message, param=param, code="unknown_field")
+    expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    text = f"{name} is {shown}; it must be {expected}."
+    return ApiError(400, text, param=param, code="invalid_value")
+
+
+def _path(problem: Mapping[str, Any]) -> list[str | int]:
+    """Return the path of a field, without the names of union members that pydantic puts in."""
+    path = [part for part in problem["loc"] if part not in ("body", "query", "path")]
+    return [p for p in path if isinstance(p, int) or (p.isidentifier() and p not in _MEMBERS)]
+
+
+_MEMBERS = frozenset({"str", "int", "float", "bool", "TextPart"})
+"""Names of union members that look like fields."""
+
+
+def _shown(value: object) -> str:
+    """Return the first characters of a value as JSON."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError):
+        text = str(type(value).__name__)
+    return text if len(text) <= 100 else f"{text[:100]}..."

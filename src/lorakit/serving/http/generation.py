@@ -1,0 +1,350 @@
+"""The answers of one request while the engine computes them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from starlette.requests import Request
+
+from lorakit.errors import LorakitError
+from lorakit.serving.engine import (
+    End,
+    Event,
+    GenerationRequest,
+    Lease,
+    Piece,
+    QueueFullError,
+    Sampling,
+    Ticket,
+    Token,
+)
+from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error
+from lorakit.serving.http.schemas import Generating
+from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
+
+Prompts = tuple[list[list[int]], frozenset[int]]
+"""Token ids of each prompt, and the tokens that end an answer."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the answers of a request are generated."""
+
+    sampling: Sampling
+    answers: int
+    """Answers for each prompt."""
+    max_tokens: int | None
+    """None is what the context leaves."""
+    stop: tuple[str, ...]
+    top_logprobs: int | None
+
+
+def checked_settings(
+    serving: Serving,
+    body: Generating,
+    *,
+    max_tokens: int | None,
+    max_tokens_name: str,
+    top_logprobs: int | None,
+    top_logprobs_name: str,
+    prompts: int = 1,
+) -> Settings:
+    """Return the settings of a request within the server's limits.
+
+    Raises:
+        ApiError: A field exceeds a limit.
+    """
+    limits, answers = serving.settings.limits, body.n or 1
+    _require(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
+    _require("n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)")
+    _require("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
+    for text in body.stops:
+        _require(
+            "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
+        )
+    _require(top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
+    sampling = Sampling(
+        temperature=1.0 if body.temperature is None else float(body.temperature),
+        top_p=1.0 if body.top_p is None else float(body.top_p),
+        top_k=body.top_k or 0,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+    )
+    return Settings(sampling, answers, max_tokens, body.stops, top_logprobs)
+
+
+def _require(field: str, value: int, most: int, limit: str, unit: str = "") -> None:
+    if value > most:
+        has = f"has {value:,} {unit}" if unit else f"is {value:,}"
+        raise ApiError(
+            400,
+            f"'{field}' {has}; this server allows at most {most:,} ({limit}).",
+            param=field,
+            code=limit,
+        )
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """Return the seed of an answer; the first has the request's own."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def begin(
+    request: Request,
+    serving: Serving,
+    record: RequestRecord,
+    body: Generating,
+    settings: Settings,
+    encode: Callable[[Lease], Prompts],
+) -> Generation:
+    """Acquire the adapters, encode the prompts, and submit an engine request for each answer.
+
+    Raises:
+        ApiError: The request cannot be answered. Then nothing is leased.
+    """
+    record.key.take_request()
+    admitted(serving)
+    choice = serving.choose(record, body.model, body.lora)
+
+    def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
+        prompts, stop_ids = encode(lease)
+        requests = [
+            GenerationRequest(
+                prompt=ids,
+                lease=lease,
+                max_tokens=_room(serving, ids, settings),
+                sampling=_with_seed(settings.sampling, p * settings.answers + k),
+                stop=settings.stop,
+                stop_ids=stop_ids,
+                top_logprobs=settings.top_logprobs,
+            )
+            for p, ids in enumerate(prompts)
+            for k in range(settings.answers)
+        ]
+        return requests, sum(map(len, prompts))
+
+    async def work() -> Generation:
+        lease, (requests, prompt_tokens) = await serving.leased(choice, prepare)
+        generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)
+        generation.start()
+        return generation
+
+    return await guarded(request, work())
+
+
+def _with_seed(sampling: Sampling, index: int) -> Sampling:
+    return Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=derived_seed(sampling.seed, index),
+    )
+
+
+def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
+    """Return the most new tokens after a prompt.
+
+    Raises:
+        ApiError: The prompt is too long.
+    """
+    limits, context = serving.settings.limits, serving.engine.limits.context
+    most = limits.max_prompt_tokens
+    if most is not None and len(ids) > most:
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids):,} tokens; this server allows at most {most:,} (max_prompt_tokens).",
+            param="prompt",
+            code="max_prompt_tokens",
+        )
+    wanted = settings.max_tokens
+    if len(ids) + (wanted or 1) > context:
+        new = f"{wanted or 1:,} new ones" if wanted != 1 else "1 new one"
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids):,} tokens, and with {new} that exceeds the context of {context:,}. Shorten the "
+            "prompt, or set a lower max_tokens.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return wanted or min(context - len(ids), limits.max_tokens)
+
+
+class Generation:
+    """The answers of one request while the engine computes them.
+
+    The lease is released exactly once, after the last answer's End, whatever happens to the HTTP request.
+    """
+
+    def __init__(
+        self,
+        serving: Serving,
+        record: RequestRecord,
+        requests: list[GenerationRequest],
+        lease: Lease,
+        prompt_tokens: int,
+        answers: int,
+    ) -> None:
+        self.lease, self.requests, self.prompt_tokens = lease, requests, prompt_tokens
+        self._serving, self._record, self._answers = serving, record, answers
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        self._ends: dict[int, End] = {}
+        self._reserved = 0
+        self._lock = threading.Lock()
+        self._open = 1
+        """Answers that have not ended, and 1 while they are submitted."""
+
+    def start(self) -> None:
+        """Submit an engine request for each answer.
+
+        Raises:
+            ApiError: The queue is full, the engine accepts no requests, or one exceeds a limit.
+        """
+        try:
+            most = self.prompt_tokens + sum(r.max_tokens for r in self.requests)
+            self._record.key.reserve_tokens(most)
+            self._reserved = most
+            for index, request in enumerate(self.requests):
+                with self._lock:
+                    self._open += 1
+                try:
+                    ticket = self._serving.engine.submit(request, partial(self._deliver, index))
+                except BaseException:
+                    self._close()
+                    raise
+                self._tickets.append(ticket)
+        except BaseException as error:
+            self.cancel()
+            if isinstance(error, QueueFullError):
+                raise busy(self._serving) from None
+            if isinstance(error, LorakitError):
+                problem = self._serving.problem()
+                if problem is not None:
+                    raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS) from error
+                raise ApiError(400, str(error), code="invalid_value") from error
+            raise
+        finally:
+            self._close()
+
+    def cancel(self) -> None:
+        """Stop computing. The Ends follow, and with the last the lease is released."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events of all answers with the answer's index, until all have ended.
+
+        Raises:
+            ApiError: An answer ended with an error, or because the server ends.
+        """
+        metrics, last = self._serving.metrics, dict[int, float]()
+        while len(self._ends) < len(self.requests):
+            index, at, event = await self._events.get()
+            if isinstance(event, Piece) and event.tokens:
+                if index in last:
+                    metrics.between_tokens(at - last[index], len(event.tokens))
+                else:
+                    metrics.first_token(at - self._record.began)
+                last[index] = at
+            if isinstance(event, End):
+                self._ends[index] = event
+                if event.reason == "error":
+                    raise api_error(event.error or RuntimeError("the engine gave no reason"))
+                if event.reason == "cancelled":
+                    raise ApiError(
+                        503,
+                        "The server ended the request.",
+                        code="unavailable",
+                        retry=RETRY_SECONDS,
+                    )
+            yield index, event
+
+    @property
+    def usage(self) -> Usage:
+        """The number of tokens of the answers that have ended."""
+        generated = sum(end.completion_tokens for end in self._ends.values())
+        cached = sum(end.cached_tokens for i, end in self._ends.items() if i % self._answers == 0)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=self.prompt_tokens + generated,
+            prompt_tokens_details=PromptTokens(cached_tokens=cached),
+        )
+
+    def _deliver(self, index: int, event: Event) -> None:
+        """Take an event, in the engine's thread."""
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(
+                self._events.put_nowait, (index, time.monotonic(), event)
+            )
+        if isinstance(event, End):
+            self._serving.metrics.tokens(
+                self._record.model, generated=event.completion_tokens, cached=event.cached_tokens
+            )
+            self._close(event.completion_tokens)
+
+    def _close(self, generated: int = 0) -> None:
+        """Note that an answer has ended, or that all are submitted."""
+        with self._lock:
+            self._open -= 1
+            self._reserved -= generated if self._reserved else 0
+            is_last = self._open == 0
+        if is_last:
+            if self._tickets:
+                self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
+                self._reserved -= self.prompt_tokens
+            self._record.key.give_back_tokens(max(self._reserved, 0))
+            self._serving.release(self.lease)
+
+
+@dataclass
+class Whole:
+    """An answer that has ended."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    reason: FinishReason = "stop"
+
+
+async def collect(generation: Generation) -> list[Whole]:
+    """Return all answers when they have ended. Whatever happens, nothing goes on behind the caller's back.
+
+    Raises:
+        ApiError: An answer ended with an error.
+    """
+    answers = [Whole() for _ in generation.requests]
+    texts: list[list[str]] = [[] for _ in answers]
+    tokens: list[list[Token]] = [[] for _ in answers]
+    try:
+        async for index, event in generation.events():
+            if isinstance(event, Piece):
+                texts[index].append(event.text)
+                tokens[index] += event.tokens
+            elif event.reason in ("stop", "length"):  # `events` raises for others
+                answers[index].reason = event.reason
+    finally:
+        generation.cancel()
+    for answer, parts, own in zip(answers, texts, tokens, strict=True):
+        answer.text, answer.tokens = "".join(parts), tuple(own)
+    return answers
+
+
+def receipt_headers(lease: Lease) -> dict[str, str]:
+    """Return the headers with the full digests of what computes an answer."""
+    receipt = lease.receipt
+    adapters = [
+        digest if weight == 1 else f"{digest}*{weight:g}" for _, digest, weight in receipt.adapters
+    ]
+    return {"x-lorakit-base": receipt.base, "x-lorakit-adapter": ", ".join(adapters) or "none"}

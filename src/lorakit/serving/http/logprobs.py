@@ -1,0 +1,100 @@
+"""Texts of single tokens, and log-probabilities in OpenAI's two forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.serving.engine import Token
+from lorakit.serving.http.answers import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
+
+LOWEST = -9999.0
+"""What OpenAI reports for a token of probability 0; JSON has no infinity."""
+_PART = "\ufffd"
+"""Stands for a part of a character."""
+
+
+class TokenTexts:
+    """The text of each token of one answer, with the blanks that it has after the tokens before it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._new: list[int] = []
+        """Tokens after the context; together they end within a character."""
+        self._offset = 0
+
+    def text(self, token: int) -> str:
+        """Return the text that a token would have next."""
+        return self._after(self._context, token)
+
+    def add(self, token: int) -> tuple[str, int]:
+        """Append a token. Return its text, and the position of that in the text of all tokens."""
+        shown, offset = self._after([*self._context, *self._new], token), self._offset
+        self._new.append(token)
+        text = self._decode([*self._context, *self._new])[len(self._decode(self._context)) :]
+        if not text.endswith(_PART):
+            self._offset += len(text)
+            self._context, self._new = self._new, []
+        return shown, offset
+
+    def _after(self, context: list[int], token: int) -> str:
+        before, after = (self._decode(ids, special=True) for ids in (context, [*context, token]))
+        if after.startswith(before):
+            return after[len(before) :]
+        return self._decode([token], special=True)
+
+    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def chat_logprobs(tokens: Sequence[Token], texts: TokenTexts) -> ChatLogprobs:
+    """Return the log-probabilities of new tokens of a chat's answer."""
+    content = []
+    for token in tokens:
+        top = [_top(texts.text(i), value) for i, value in token.top]
+        own = _top(texts.add(token.id)[0], token.logprob)
+        content.append(TokenLogprob(**own.model_dump(), top_logprobs=top))
+    return ChatLogprobs(content=content)
+
+
+def completion_logprobs(tokens: Sequence[Token], texts: TokenTexts, top: int) -> CompletionLogprobs:
+    """Return the log-probabilities of new tokens of a completion, with the `top` most likely ones."""
+    result = CompletionLogprobs(
+        tokens=[], token_logprobs=[], top_logprobs=[] if top else None, text_offset=[]
+    )
+    for token in tokens:
+        likely: dict[str, float] = {}
+        for i, value in token.top:  # the most likely of several tokens with one text
+            likely.setdefault(texts.text(i), _finite(value))
+        text, offset = texts.add(token.id)
+        result.tokens.append(text)
+        result.token_logprobs.append(_finite(token.logprob))
+        result.text_offset.append(offset)
+        if result.top_logprobs is not None:
+            # OpenAI adds the token itself where it is not among them.
+            result.top_logprobs.append({**likely, text: _finite(token.logprob)})
+    return result
+
+
+def _top(text: str, value: float | None) -> TopLogprob:
+    return TopLogprob(
+        token=text,
+        logprob=_finite(value),
+        bytes=None if _PART in text else list(text.encode()),
+    )
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else LOWEST

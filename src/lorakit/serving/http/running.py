@@ -1,0 +1,119 @@
+"""Run the application by uvicorn, with an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lorakit.serving.http.state import Serving
+
+MAX_CONNECTIONS = 1024
+"""Open connections, uvicorn's limit_concurrency: it answers more with 503. Each may hold a body of max_body bytes."""
+BACKLOG = 1024
+"""Connections that wait to be accepted."""
+HEADER_SECONDS = 20.0
+"""Seconds until a request's line and headers have arrived; up to twice as many."""
+HEADER_BYTES = 32_768
+"""Bytes of a request's line and headers, uvicorn's h11_max_incomplete_event_size."""
+IDLE_SECONDS = 30
+"""Seconds that an idle connection stays open, uvicorn's timeout_keep_alive."""
+
+
+class TimedProtocol(H11Protocol):
+    """Closes a connection on which no whole request has begun for a while. uvicorn itself would wait for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to watch the connection."""
+        super().connection_made(transport)
+        self._watch(None)
+
+    def _watch(self, last: tuple[object] | None) -> None:
+        """Close the connection if it waits for a request's headers, as at the last look, and none came between."""
+        if self.transport.is_closing():
+            return
+        is_waiting = self.conn.their_state is h11.IDLE
+        if is_waiting and last is not None and last[0] is self.cycle:
+            self.transport.close()
+            return
+        seen = (self.cycle,) if is_waiting else None
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._watch, seen)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop watching."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """Finishes what runs at the first signal, and ends at once at the second."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._ending: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; uvicorn's own handler would refuse new connections without an answer."""
+        del sig, frame
+        if self._serving.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._serving.is_draining = True
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._begin_end)
+
+    def _begin_end(self) -> None:
+        self._serving.drain()
+        self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        while self._serving.in_flight and not self.should_exit:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def run(
+    app: FastAPI, listener: socket.socket, *, started: Callable[[], Any], access_log: bool = False
+) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish those that run.
+
+    Args:
+        app: The application.
+        listener: A bound socket. It listens once everything is open, so that nobody waits for a start that fails.
+        started: Called once the server answers.
+        access_log: Log a line for each request.
+    """
+    config = uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    server = Server(config, app.state.serving)
+    listener.listen(BACKLOG)
+    started()
+    server.run([listener])
+
+
+__all__ = ["HEADER_BYTES", "HEADER_SECONDS", "Server", "TimedProtocol", "run"]

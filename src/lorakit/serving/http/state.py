@@ -1,0 +1,241 @@
+"""What all routes of a server share, and what is known of one request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from lorakit.adapters.choice import AdapterChoice
+from lorakit.serving.engine import Classifier, Engine, Lease
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, ClientGone, unknown_model
+from lorakit.serving.http.keys import OPEN, Key, KeyRing
+from lorakit.serving.http.metrics import BLEND, Metrics
+from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.http.stores import Store
+
+T = TypeVar("T")
+
+THREADS = 8
+"""Threads that read adapters, render chat templates and tokenise."""
+
+
+@dataclass
+class RequestRecord:
+    """What is known of one request."""
+
+    id: str
+    began: float
+    key: Key = OPEN
+    model: str | None = None
+    """Name of the model for the metrics, once it is known to exist."""
+    status: int = 0
+    """HTTP status of the answer, for the metrics."""
+
+
+@dataclass(eq=False)
+class Serving:
+    """What all routes of a server share."""
+
+    engine: Engine
+    store: Store
+    settings: HttpSettings
+    keys: KeyRing | None
+    classifier: Classifier | None
+    metrics: Metrics
+    began: float = field(default_factory=time.time)
+    in_flight: int = 0
+    """Requests that are not answered yet."""
+    computing: int = 0
+    """Requests for tokens or classes that are not answered yet."""
+    is_draining: bool = False
+    workers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-http")
+    )
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def drain(self) -> None:
+        """Accept no more requests for tokens or classes; those that wait or run are finished."""
+        self.is_draining = True
+        self.engine.drain()
+
+    def problem(self) -> str | None:
+        """Return why no request can be answered; None if the server is well."""
+        load = self.engine.load()
+        if not load.is_alive:
+            return "The engine has stopped. Restart the server; its log has the reason."
+        if self.is_draining or load.is_draining:
+            return "The server is shutting down."
+        return None
+
+    @property
+    def most_requests(self) -> int:
+        """Requests for tokens or classes at a time."""
+        limits = self.engine.limits
+        return self.settings.limits.max_requests or limits.running + limits.queue
+
+    def models(self, key: Key) -> list[str]:
+        """Return the names of the models that a key may use: the base, then the adapters."""
+        names = [self.settings.base_name, *self.store.names()]
+        return [name for name in names if key.allows(name)]
+
+    def choose(
+        self, record: RequestRecord, model: str, lora: Mapping[str, float] | None = None
+    ) -> AdapterChoice:
+        """Return the adapters that a request names.
+
+        A model that the key may not use is answered as one that does not exist: the answer says nothing of others'.
+
+        Raises:
+            ApiError: 404 for an unknown model, 400 for a blend on an adapter.
+        """
+        known = self.models(record.key)
+        for param, name in (("model", model), *((f"lora.{name}", name) for name in lora or ())):
+            if name not in known:
+                raise unknown_model(name, known, param)
+        if lora is None:
+            record.model = model
+            return None if model == self.settings.base_name else model
+        if model != self.settings.base_name:
+            raise ApiError(
+                400,
+                f"'lora' blends adapters on the base, but 'model' is the adapter {model!r}. Set it to "
+                f"{self.settings.base_name!r}.",
+                param="lora",
+                code="invalid_value",
+            )
+        most = self.settings.limits.max_blend
+        if not lora or len(lora) > most or self.settings.base_name in lora:
+            raise ApiError(
+                400,
+                f"'lora' has {len(lora)} adapters; it must be a mapping from names of adapters to weights, with 1 to "
+                f"{most} entries (max_blend).",
+                param="lora",
+                code="invalid_value",
+            )
+        record.model = BLEND
+        return dict(lora)
+
+    async def in_worker(self, work: Callable[[], T]) -> T:
+        """Run a function in a worker thread."""
+        return await asyncio.wrap_future(self.workers.submit(work))
+
+    async def leased(self, choice: AdapterChoice, prepare: Callable[[Lease], T]) -> tuple[Lease, T]:
+        """Acquire adapters and prepare a request with them, in a worker thread. Count the request as computing.
+
+        If it fails, or nobody waits for it any more, the lease is released and the request no longer counts. Else both
+        are the caller's to do (`release`).
+        """
+
+        def work() -> tuple[Lease, T]:
+            lease = self.store.acquire(choice)
+            try:
+                return lease, prepare(lease)
+            except BaseException:
+                lease.release()
+                raise
+
+        def abandon(future: Future[tuple[Lease, T]]) -> None:
+            if future.cancelled() or future.exception() is not None:
+                self._count(-1)
+            else:
+                self.release(future.result()[0])
+
+        future = self.workers.submit(work)
+        self._count(1)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(abandon)
+            raise
+        except BaseException:
+            self._count(-1)
+            raise
+
+    def release(self, lease: Lease) -> None:
+        """End a leased request, from any thread.
+
+        A worker thread releases the lease: the store may hold its lock while it waits for the engine's thread.
+        """
+        self._count(-1)
+        try:
+            self.workers.submit(lease.release)
+        except RuntimeError:  # the server has ended
+            lease.release()
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.computing += change
+
+
+def serving_of(request: Request) -> Serving:
+    """Return what all routes share."""
+    return request.app.state.serving
+
+
+def record_of(request: Request) -> RequestRecord:
+    """Return what is known of a request."""
+    return request.scope["lorakit.record"]
+
+
+async def guarded(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of some work on a request, unless its client goes or its time ends; then cancel the work.
+
+    Raises:
+        ClientGone: The client closed the connection.
+        ApiError: 408, after `max_seconds` from the start of the request.
+    """
+    most = serving_of(request).settings.limits.max_seconds
+    left = record_of(request).began + most - time.monotonic()
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGone
+        raise ApiError(
+            408,
+            f"The request took longer than {most:g} seconds, the limit max_seconds of this server, and was cancelled.",
+            code="max_seconds",
+        )
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await future
+
+
+async def _until_gone(request: Request) -> None:
+    """Return when the client has closed the connection. The body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def admitted(serving: Serving) -> None:
+    """Raise an ApiError if no more requests for tokens or classes can be accepted."""
+    if problem := serving.problem():
+        raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
+    if serving.computing >= serving.most_requests:
+        raise busy(serving)
+
+
+def busy(serving: Serving) -> ApiError:
+    """Return the 429 for a full queue."""
+    return ApiError(
+        429,
+        f"The server already works on {serving.computing:,} requests, and its queue is full (max_queue, max_requests). "
+        "Try again later.",
+        code="queue_full",
+        retry=RETRY_SECONDS,
+    )

@@ -1,0 +1,180 @@
+"""Open everything that answers requests: the base, the adapters, the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorakit.compute.adapted import TEXT
+from lorakit.compute.base import open_base
+from lorakit.data import DataTask
+from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.formatting import visible
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.loading import NEW_WEIGHTS, Base
+from lorakit.serving import folders
+from lorakit.serving.cards import Card, read_card
+from lorakit.serving.choosing import engine_for
+from lorakit.serving.classifying import ClassifyingEngine
+from lorakit.serving.engine import Engine
+from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
+from lorakit.serving.store import AdapterStore
+from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
+from lorakit.serving.worker import Worker
+from lorakit.tasks import TASKS
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+
+_KINDS = {name: task.kind for name, task in TASKS.items()} | {"SEQ_CLS": "classification"}
+"""The kind of output by the recorded task; SEQ_CLS is PEFT's name."""
+
+
+@dataclass
+class Opened:
+    """What answers requests. Start the worker last."""
+
+    base: Base
+    name: str
+    """Name of the base in requests."""
+    store: AdapterStore
+    engine: Engine
+    worker: Worker
+    classifier: ClassifyingEngine | None
+
+
+def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
+    """Open the base, the adapters and the engine.
+
+    Args:
+        config: The options of `lorakit serve`.
+        report: Called with the comparison of each answer that was computed again.
+
+    Raises:
+        LorakitError: The base or a pinned adapter cannot be opened, or nothing is to be served.
+    """
+    root, followed = sources(config)
+    cards = _cards(root, followed)
+    base = open_base(_base(config.base, cards), _task(cards))
+    # Adapters bring their heads; the store refuses those that do not.
+    for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
+        _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
+    worker = _worker(base, config, _task(cards))
+    store = AdapterStore(
+        base,
+        root,
+        budget=bytes_of("adapter_memory", config.adapter_memory),
+        pinned=config.pin,
+        between_steps=lambda action: _wait(worker.between_steps(action)),
+        allow_other_base=config.allow_other_base,
+    )
+    for run, path in followed.items():
+        store.follow(path, run)
+    name = config.served_name or base.source.name
+    if name in store.names():
+        raise ConfigurationError(
+            f"An adapter has the name of the base, '{name}'. Rename its folder, or name the base: --served_name NAME."
+        )
+    engine: Engine = worker
+    classifier = worker if isinstance(worker, ClassifyingEngine) else None
+    if config.verify and classifier is None:
+        bound = bound_for(base.model.dtype)
+        engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
+    return Opened(base, name, store, engine, worker, classifier)
+
+
+def _wait(future: Future[T]) -> T:
+    return future.result()
+
+
+def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
+    assert base.tokenizer is not None
+    if not task.generates:
+        return ClassifyingEngine(base, running=config.max_running)
+    return engine_for(
+        base.model,
+        base.tokenizer,
+        cache_bytes=bytes_of("cache_memory", config.cache_memory),
+        running=config.max_running,
+        queue=config.max_queue,
+    )
+
+
+def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
+    """Return the folder of adapters, and the runs to follow by name.
+
+    Raises:
+        ConfigurationError: The folder does not exist, or there is nothing to serve.
+    """
+    followed = config.followed
+    if config.adapters is not None:
+        root = Path(config.adapters).expanduser()
+        if not root.is_dir():
+            raise ConfigurationError(
+                f"adapters is '{root}', which is not a folder. Check the path."
+            )
+        if folders.is_adapter(str(root)):
+            raise ConfigurationError(
+                f"adapters is '{root}', which is an adapter itself. Name the folder that holds it: --adapters "
+                f"{root.parent}."
+            )
+        return root, followed
+    if not followed and (Path(DEMO) / "adapter").is_dir():
+        followed = {"demo": DEMO}
+    if not followed and (config.base is None or not config.base.name):
+        raise ConfigurationError(
+            "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
+            f"{DEMO}, which lorakit serve then offers as 'demo'."
+        )
+    return None, followed
+
+
+def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
+    """Return what the adapters' files say about them; one that is damaged is an error only for those who name it."""
+    places = (
+        [folders.AdapterSource(f"{root}/{name}") for name in folders.adapters_in(root)]
+        if root
+        else []
+    )
+    cards = []
+    for source in [*places, *map(folders.RunSource, followed.values())]:
+        try:
+            location = source.locate()
+            if location is not None:
+                cards.append(read_card(location, location.state()))
+        except AdapterFileError as error:
+            _LOG.warning("%s", error)
+    return cards
+
+
+def _base(configured: BaseConfig | None, cards: list[Card]) -> BaseConfig:
+    """Return the configured base, or without a name the base that all adapters record."""
+    base = configured or BaseConfig()
+    if base.name:
+        return base
+    names = sorted({card.base for card in cards if card.base})
+    if len(names) != 1:
+        found = (
+            f"The adapters were made for {', '.join(names)}"
+            if names
+            else "The adapters record no base"
+        )
+        raise ConfigurationError(f"{found}. Name the base to serve: --base.name MODEL.")
+    return dataclasses.replace(base, name=names[0])
+
+
+def _task(cards: list[Card]) -> DataTask:
+    """Return the task that decides the model's head: text, unless every adapter has classes or a score."""
+    kinds = [_KINDS.get(card.task or "", "text") for card in cards]
+    if not kinds or any(kind not in ("classification", "regression") for kind in kinds):
+        return TEXT
+    labels = max((card.labels for card in cards), key=len)
+    name = "classification" if "classification" in kinds else "regression"
+    return DataTask(name=name, labels=labels)

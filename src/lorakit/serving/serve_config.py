@@ -1,0 +1,132 @@
+"""Options of `lorakit serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorakit.configuration import conform
+from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.models.base_config import BaseConfig
+from lorakit.serving.http.settings import HttpLimits
+
+DEMO = "out/demo"
+"""Run folder of `lorakit demo`, whose adapter is served if no other is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(HttpLimits):
+    """Options of `lorakit serve`."""
+
+    base: BaseConfig | None = None
+    """The base model. Default: the base recorded in the adapters."""
+    served_name: str | None = None
+    """Name of the base in requests. Default: its own, such as smollm2-135m-instruct-q4_1."""
+    adapters: str | None = None
+    """Folder whose subfolders are adapters or runs; each is offered under its folder's name. Default: the adapter of
+    lorakit demo, in out/demo."""
+    follow: list[str] = field(default_factory=list)
+    """Run folders to follow, each as PATH or NAME=PATH. The newest adapter of a run answers while its training goes
+    on."""
+    pin: list[str] = field(default_factory=list)
+    """Adapters to load at the start and to keep loaded."""
+    host: str = "127.0.0.1"
+    """Address to listen on. One that other machines can reach needs keys."""
+    port: int = 8000
+    """Port to listen on. 0 takes a free one."""
+    keys: str | None = None
+    """YAML or JSON file of API keys, with the adapters and rates of each. Every route then needs a key."""
+    health_without_key: bool = False
+    """Answer /health without a key, for load balancers that cannot send one."""
+    allow_loading: bool = False
+    """Offer the routes that load and unload adapters of the folder. With keys, only operators may use them."""
+    allow_public: bool = False
+    """Listen on an address that other machines can reach without keys. Anyone there can then use the server."""
+    allow_other_base: bool = False
+    """Allow adapters that record another base."""
+    adapter_memory: str = "1GB"
+    """Most memory for adapters. The least recently used one is unloaded for another."""
+    cache_memory: str = "2GB"
+    """Memory for keys and values of running requests."""
+    max_running: int = 32
+    """Requests in a batch."""
+    max_queue: int = 256
+    """Requests that wait for a place in a batch. One more is answered with 429."""
+    verify: float = 0.0
+    """Share of the answers, 0 to 1, that are computed again by their adapters alone and compared. Failures are logged
+    and counted in /metrics."""
+    verify_stops: bool = False
+    """Shut down when an answer that was computed again differs."""
+    access_log: bool = False
+    """Print a line for each request."""
+
+    def __post_init__(self) -> None:
+        conform(self)
+        for name in (
+            "max_running",
+            "max_queue",
+            "max_body",
+            "max_tokens",
+            "max_choices",
+            "max_messages",
+            "max_inputs",
+        ):
+            require_at_least(name, getattr(self, name), 1)
+        for name in (
+            "max_stops",
+            "max_stop_length",
+            "max_top_logprobs",
+            "max_blend",
+            "verify",
+            "port",
+        ):
+            require_at_least(name, getattr(self, name), 0)
+        for name in ("max_prompt_tokens", "max_requests"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("max_seconds", "max_body_seconds"):
+            require_at_least(name, getattr(self, name), 0.001)
+        if self.verify > 1 or self.port > 65535:
+            name, most = ("verify", 1) if self.verify > 1 else ("port", 65535)
+            raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at most {most}.")
+        for name in ("adapter_memory", "cache_memory"):
+            bytes_of(name, getattr(self, name))
+        if not self.is_loopback and self.keys is None and not self.allow_public:
+            raise ConfigurationError(
+                f"host is {self.host}, which other machines can reach, and there are no keys. Add --keys FILE, or "
+                "--allow_public true to let anyone use the server."
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def followed(self) -> dict[str, str]:
+        """The runs to follow: name to path."""
+        found = {}
+        for run in self.follow:
+            name, equals, path = run.partition("=")
+            found[name if equals else Path(run).name] = path if equals else run
+        return found
+
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def bytes_of(name: str, text: str) -> int:
+    """Return a size as a number of bytes.
+
+    Raises:
+        ConfigurationError: It is not a size.
+    """
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([A-Za-z]*)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigurationError(f"{name} is {text!r}; write a size such as 500MB or 2GB.")
+    return int(float(match[1]) * _UNITS[match[2]])

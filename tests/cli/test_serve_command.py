@@ -1,0 +1,133 @@
+"""`lorakit serve`: its options, and the server from its start to its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from random_adapters import randomise
+from tiny_tokenizer import tiny_tokenizer
+
+import lorakit
+from lorakit.cli import main
+from lorakit.errors import ConfigurationError
+from lorakit.serving.opening import sources
+from lorakit.serving.serve_config import ServeConfig, bytes_of
+
+
+def error_of(capsys: Any, *arguments: str) -> str:
+    assert main(["serve", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+INVALID = {
+    "a public address": (["--host", "0.0.0.0"], "no keys. Add --keys FILE, or --allow_public true"),
+    "an address by name": (["--host", "example.org"], "which other machines can reach"),
+    "no size": (["--adapter_memory", "much"], "adapter_memory is 'much'; write a size such as"),
+    "a share above 1": (["--verify", "2"], "verify is 2.0; it must be at most 1"),
+    "no new tokens": (["--max_tokens", "0"], "max_tokens is 0"),
+    "no time": (["--max_seconds", "0"], "max_seconds is 0.0"),
+    "a port": (["--port", "70000"], "port is 70000; it must be at most 65535"),
+    "keys that are not there": (["--keys", "none.yaml"], "The keys 'none.yaml' cannot be read"),
+    "an unknown option": (["--max_token", "1"], "Did you mean '--max_tokens'?"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_option_is_an_error(case: str, capsys: Any) -> None:
+    arguments, words = INVALID[case]
+    assert words in error_of(capsys, *arguments)
+
+
+def test_a_port_that_is_taken_is_an_error(capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        message = error_of(capsys, "--port", port)
+    assert f"Cannot listen on 127.0.0.1, port {port}" in message
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = error_of(capsys)
+    assert "fastapi, uvicorn, prometheus_client" in message
+    assert "pip install 'lorakit[serve]'" in message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_loopback_address_needs_no_keys(host: str) -> None:
+    assert ServeConfig(host=host).is_loopback
+
+
+def test_a_public_address_needs_keys_or_a_decision() -> None:
+    assert ServeConfig(host="0.0.0.0", keys="keys.yaml").keys
+    assert ServeConfig(host="::", allow_public=True).allow_public
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500", 500), ("1GB", 10**9), ("1.5 kB", 1500), ("2GiB", 2**31)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert bytes_of("x", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e9", "1 XB", "1GB2", "٣GB", "9" * 40])
+def test_texts_that_are_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="write a size"):
+        bytes_of("x", text)
+
+
+def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="lorakit demo writes out/demo"):
+        sources(ServeConfig())
+    (tmp_path / "out/demo/adapter").mkdir(parents=True)
+    assert sources(ServeConfig()) == (None, {"demo": "out/demo"})
+    assert sources(ServeConfig(follow=["out/a", "b=out/c"])) == (None, {"a": "out/a", "b": "out/c"})
+    with pytest.raises(ConfigurationError, match="not a folder"):
+        sources(ServeConfig(adapters="nowhere"))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="which is an adapter itself"):
+        sources(ServeConfig(adapters="one"))
+
+
+@pytest.mark.slow
+def test_the_server_from_its_start_to_its_end(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_models.build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    opened = lorakit.load_base(tmp_path / "base", dtype="float32")
+    randomise(lorakit.attach(opened.model, lorakit.LoRA(rank=2), name="x"), seed=1)
+    lorakit.adapters.handle_of(opened.model).save(tmp_path / "adapters/sql")  # type: ignore[union-attr]
+    command = [sys.executable, "-m", "lorakit", "serve", "--adapters", "adapters", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--base.name", "base", "--cache_memory", "10MB"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            greeting, curl = process.stdout.readline(), process.stdout.readline()
+            assert "base base (float32, cpu), continuous engine, 1 adapter" in greeting
+            address = greeting.split()[2].rstrip(",")
+            assert curl.startswith(f"curl {address}/v1/completions ")
+            body = curl.split(" -d ")[1].strip().strip("'").encode()
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/completions", body, headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["model"] == "sql"
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+            assert (process.returncode, err) == (0, "")
+        finally:
+            process.kill()

@@ -1,0 +1,422 @@
+"""Every error has OpenAI's form and a request id, and every limit is a 4xx that names it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+from fakes import TEXT
+from served import BASE, Serve, Served
+
+from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
+from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+
+
+def error_of(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    content = answer.json()
+    assert list(content) == ["error"]
+    assert list(content["error"]) == ["message", "type", "param", "code"]
+    return content["error"]
+
+
+COMPLETIONS = {
+    "an unknown field": ({"tempreature": 1}, "tempreature", "unknown_field", "is not a field"),
+    "echo": ({"echo": True}, "echo", "unsupported_field", "does not support"),
+    "suffix": ({"suffix": "x"}, "suffix", "unsupported_field", "does not support"),
+    "logit_bias": ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_field", "does not support"),
+    "frequency_penalty": (
+        {"frequency_penalty": 0.5},
+        "frequency_penalty",
+        "unsupported_field",
+        "or set it to 0",
+    ),
+    "presence_penalty": (
+        {"presence_penalty": False},
+        "presence_penalty",
+        "unsupported_field",
+        "does not",
+    ),
+    "best_of": ({"best_of": 3}, "best_of", "unsupported_field", "other than n"),
+    "text for a number": (
+        {"max_tokens": "1"},
+        "max_tokens",
+        "invalid_value",
+        'is "1"; it must be a valid integer',
+    ),
+    "a bool for a number": (
+        {"temperature": True},
+        "temperature",
+        "invalid_value",
+        "is true; it must be",
+    ),
+    "a float for a whole number": ({"n": 1.0}, "n", "invalid_value", "integer"),
+    "a number for a bool": ({"stream": 1}, "stream", "invalid_value", "boolean"),
+    "temperature 3": (
+        {"temperature": 3},
+        "temperature",
+        "invalid_value",
+        "less than or equal to 2",
+    ),
+    "top_p 0": ({"top_p": 0}, "top_p", "invalid_value", "greater than 0"),
+    "n 0": ({"n": 0}, "n", "invalid_value", "greater than or equal to 1"),
+    "max_tokens 0": (
+        {"max_tokens": 0},
+        "max_tokens",
+        "invalid_value",
+        "greater than or equal to 1",
+    ),
+    "a huge seed": ({"seed": 2**63}, "seed", "invalid_value", "less than"),
+    "a stop of no text": ({"stop": [""]}, "stop", "invalid_value", "none is empty"),
+    "a stop of a number": ({"stop": ["a", 1]}, "stop", "invalid_value", "list of texts"),
+    "no prompt": ({"prompt": None}, "prompt", "invalid_value", "it must be a text"),
+    "an empty prompt": ({"prompt": ""}, "prompt", "invalid_value", "has no tokens"),
+    "no prompts": ({"prompt": []}, "prompt", "invalid_value", "it must be a text"),
+    "prompts of two kinds": ({"prompt": ["a", 1]}, "prompt", "invalid_value", "it must be a text"),
+    "an unknown token": ({"prompt": [5, 100000]}, "prompt", "invalid_value", "token id 100000"),
+    "a negative token": ({"prompt": [-1]}, "prompt", "invalid_value", "token id -1"),
+    "stream_options": (
+        {"stream_options": {}},
+        "stream_options",
+        "unsupported_field",
+        "needs stream",
+    ),
+    "an unknown stream option": (
+        {"stream": True, "stream_options": {"x": 1}},
+        "stream_options.x",
+        "unknown_field",
+        "is not a field",
+    ),
+    "an empty blend": ({"model": BASE, "lora": {}}, "lora", "invalid_value", "1 to 8"),
+    "a blend on an adapter": ({"lora": {"sql": 1}}, "lora", "invalid_value", f"'{BASE}'"),
+    "a weight of text": (
+        {"model": BASE, "lora": {"sql": "1"}},
+        "lora.sql",
+        "invalid_value",
+        "number",
+    ),
+    "a huge weight": ({"model": BASE, "lora": {"sql": 1e9}}, "lora.sql", "invalid_value", "100"),
+    "a blend of the base": (
+        {"model": BASE, "lora": {BASE: 1}},
+        "lora",
+        "invalid_value",
+        "names of adapters",
+    ),
+    "too many new tokens": ({"max_tokens": 5000}, "max_tokens", "max_tokens", "at most 4,096"),
+    "more than the context": (
+        {"max_tokens": 300},
+        "prompt",
+        "context_length_exceeded",
+        "context of 256",
+    ),
+    "a long prompt": (
+        {"prompt": "x y " * 300, "max_tokens": 1},
+        "prompt",
+        "context_length_exceeded",
+        "1 new one",
+    ),
+    "too many answers": ({"n": 17}, "n", "max_choices", "at most 16"),
+    "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "max_choices", "has 18 answers"),
+    "too many stops": ({"stop": list("abcde")}, "stop", "max_stops", "at most 4"),
+    "a long stop": ({"stop": "a" * 257}, "stop", "max_stop_length", "at most 256"),
+    "too many logprobs": ({"logprobs": 21}, "logprobs", "max_top_logprobs", "at most 20"),
+}
+
+
+@pytest.mark.parametrize("case", COMPLETIONS)
+def test_an_invalid_completion_names_its_field(serve: Serve, case: str) -> None:
+    body, param, code, words = COMPLETIONS[case]
+    served = serve()
+    error = error_of(served.complete(**body), 400)
+    assert (error["param"], error["code"]) == (param, code)
+    assert words in error["message"], error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert served.engine.tickets == []
+
+
+USER = {"role": "user", "content": "a"}
+CHATS = {
+    "tools": ({"tools": [{"type": "function"}]}, "tools", "does not support"),
+    "response_format": (
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        "does not support",
+    ),
+    "store": ({"store": True}, "store", "or set it to false"),
+    "metadata": ({"metadata": {"a": "b"}}, "metadata", "does not support"),
+    "reasoning_effort": ({"reasoning_effort": "low"}, "reasoning_effort", "does not support"),
+    "a prompt": ({"prompt": "a"}, "prompt", "is not a field"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    "logprobs as a number": ({"logprobs": 2}, "logprobs", "boolean"),
+    "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+    "a long answer": ({"max_completion_tokens": 5000}, "max_completion_tokens", "at most 4,096"),
+    "no messages": ({"messages": []}, "messages", "at least 1 item"),
+    "an unknown role": ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "'assistant'"),
+    "a named message": (
+        {"messages": [{**USER, "name": "x"}]},
+        "messages.0.name",
+        "does not support",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages.0.content",
+        "text only",
+    ),
+    "no content": (
+        {"messages": [{"role": "user", "content": None}]},
+        "messages.0.content",
+        "it must be a text",
+    ),
+    "an empty answer": (
+        {"messages": [USER, {"role": "assistant", "content": ""}]},
+        "messages",
+        "empty assistant",
+    ),
+    "too many messages": ({"messages": [USER] * 1025}, "messages", "max_messages"),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_an_invalid_chat_names_its_field(serve: Serve, case: str) -> None:
+    body, param, words = CHATS[case]
+    error = error_of(serve().chat(**body), 400)
+    assert error["param"] == param
+    assert words in error["message"], error["message"]
+
+
+NEUTRAL = {
+    "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+    "response_format": {"type": "text"}, "store": False, "metadata": None, "user": "someone", "modalities": ["text"],
+    "service_tier": "auto", "safety_identifier": "someone",
+}  # fmt: skip
+
+
+def test_values_that_change_nothing_are_accepted(serve: Serve) -> None:
+    served = serve()
+    assert served.chat(**NEUTRAL).status_code == 200
+    assert (
+        served.complete(echo=False, suffix=None, best_of=2, n=2, logit_bias=None).status_code == 200
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_unknown_model_lists_the_known_ones(serve: Serve, path: str) -> None:
+    body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [USER]}
+    error = error_of(serve().post(path, model="sqll", **body), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "Did you mean 'sql'?" in error["message"]
+    assert f"Models: {BASE}, e2e, sql." in error["message"]
+
+
+def test_an_unknown_adapter_of_a_blend_is_named(serve: Serve) -> None:
+    error = error_of(serve().complete(model=BASE, lora={"sql": 1, "other": 1}), 404)
+    assert error["param"] == "lora.other"
+
+
+def test_an_unknown_model_is_never_answered_by_the_base(serve: Serve) -> None:
+    served = serve()
+    for model in ("", "SQL", "base", "sql ", "../sql"):
+        assert served.complete(model=model).status_code in (400, 404)
+    assert served.engine.tickets == []
+
+
+# --- bodies --------------------------------------------------------------------------------------------
+
+JSON = {
+    "malformed": (b'{"model": ', "line 1, column 11"),
+    "a duplicate key": (
+        b'{"model": "sql", "model": "e2e", "prompt": "a"}',
+        "'model' is duplicated",
+    ),
+    "NaN": (b'{"model": "sql", "prompt": "a", "temperature": NaN}', "NaN is not a JSON number"),
+    "infinity": (b'{"model": "sql", "prompt": "a", "temperature": 1e999}', "beyond the range"),
+    "deep nesting": (b"[" * 5000, "nested more than 100 levels"),
+    "deep but well-formed": (b"[" * 200 + b"]" * 200, "nested more than 100 levels"),
+    "no UTF-8": (b'{"model": "\xff"}', "not UTF-8"),
+    "half a character": (b'{"model": "sql", "prompt": "\\ud800"}', "half a character"),
+    "a huge number": (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
+    "empty": (b"", "empty"),
+    "a list": (b"[]", "The body is []"),
+}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_a_body_is_strict_json(serve: Serve, case: str) -> None:
+    body, words = JSON[case]
+    headers = {"content-type": "application/json"}
+    answer = serve().client.post("/v1/completions", content=body, headers=headers)
+    assert words in error_of(answer, 400)["message"]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_another_content_type_is_rejected(serve: Serve, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    body = json.dumps({"model": "sql", "prompt": "a"}).encode()
+    answer = serve().client.post("/v1/completions", content=body, headers=headers)
+    assert error_of(answer, 415)["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_large_body_is_413(serve: Serve, is_chunked: bool) -> None:
+    served = serve(limits={"max_body": 1000})
+    whole = json.dumps({"model": "sql", "prompt": "a" * 2000}).encode()
+    content = iter([whole[:900], whole[900:]]) if is_chunked else whole
+    answer = served.client.post(
+        "/v1/completions", content=content, headers={"content-type": "application/json"}
+    )
+    error = error_of(answer, 413)
+    assert error["code"] == "max_body"
+    assert "1 kB" in error["message"]
+
+
+# --- routes, ids, and the state of the server ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/", 404),
+     ("GET", "/v1/completions", 405), ("DELETE", "/health", 405)],
+)  # fmt: skip
+def test_errors_of_routing(serve: Serve, method: str, path: str, status: int) -> None:
+    error = error_of(serve().client.request(method, path), status)
+    assert "/openapi.json" in error["message"]
+
+
+@pytest.mark.parametrize("given", ["abc-1", "x" * 128])
+def test_a_short_request_id_is_kept(serve: Serve, given: str) -> None:
+    answer = serve().client.get("/health", headers={"x-request-id": given})
+    assert answer.headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "a b", "a\tb", "é"])
+def test_another_request_id_is_replaced(serve: Serve, given: str) -> None:
+    headers = {"x-request-id": given.encode("latin-1")}
+    kept = serve().client.get("/health", headers=headers).headers["x-request-id"]
+    assert len(kept) == 32
+    assert kept != given
+
+
+STORE_ERRORS = [
+    (UnknownAdapterError("There is no adapter 'sql'."), 404, "There is no adapter"),
+    (StoreFullError("All memory for adapters is in use."), 503, "All memory"),
+    (AdapterFileError("'sql' is damaged."), 500, "is damaged"),
+    (AdapterStateError("'sql' is not linear in a weight."), 400, "not linear"),
+    (OSError("/secret/path"), 500, "The server failed"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "words"), STORE_ERRORS)
+def test_errors_of_the_store(serve: Serve, error: Exception, status: int, words: str) -> None:
+    served = serve()
+    served.store.fails = error
+    message = error_of(served.complete(), status)["message"]
+    assert words in message
+    assert "secret" not in message
+
+
+def test_a_full_queue_is_429(serve: Serve) -> None:
+    served = serve()
+    served.engine.is_full = True
+    answer = served.complete(n=2)
+    assert error_of(answer, 429)["code"] == "queue_full"
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_requests_beyond_the_most_are_429_before_any_work(serve: Serve) -> None:
+    served = serve(limits={"max_requests": 1})
+    served.store.hold = threading.Event()
+    answers: list[Any] = []
+    first = threading.Thread(target=lambda: answers.append(served.complete()))
+    first.start()
+    from served import wait_for
+
+    wait_for(lambda: served.app.state.serving.computing == 1)
+    assert error_of(served.complete(), 429)["code"] == "queue_full"
+    served.store.hold.set()
+    first.join()
+    assert answers[0].status_code == 200
+    served.settle()
+    assert served.complete().status_code == 200
+
+
+def _die(served: Served) -> None:
+    served.engine.is_alive = False
+
+
+def _drain(served: Served) -> None:
+    served.app.state.serving.drain()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(_die, "has stopped"), (_drain, "shutting down")],
+    ids=["dead", "draining"],
+)
+def test_a_dead_or_draining_engine_is_503(serve: Serve, change: Any, words: str) -> None:
+    served = serve()
+    assert served.client.get("/health").json() == {"status": "ok"}
+    change(served)
+    for answer in (served.client.get("/health"), served.complete(), served.chat()):
+        assert words in error_of(answer, 503)["message"]
+        assert answer.headers["retry-after"]
+
+
+def test_an_engine_that_dies_at_a_request_is_503(serve: Serve) -> None:
+    served = serve()
+    served.engine.refuses = LorakitError("The engine has died.")
+    original = served.engine.submit
+
+    def submit(*arguments: Any) -> Any:
+        served.engine.is_alive = False
+        return original(*arguments)
+
+    served.engine.submit = submit  # type: ignore[method-assign]
+    error_of(served.complete(), 503)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_request_is_cancelled(serve: Serve, stream: bool) -> None:
+    served = serve(limits={"max_seconds": 0.3})
+    served.engine.pause = threading.Event()
+    answer = served.complete(stream=stream)
+    if stream:
+        assert '"code": "max_seconds"' in answer.text.split("\n\n")[-2]
+        assert "[DONE]" not in answer.text
+    else:
+        assert error_of(answer, 408)["code"] == "max_seconds"
+    assert served.engine.tickets[0].cancelled.wait(1)
+
+
+def test_a_slow_preparation_is_cancelled_and_its_lease_released(serve: Serve) -> None:
+    served = serve(limits={"max_seconds": 0.2})
+    served.store.hold = threading.Event()
+    error_of(served.complete(), 408)
+    served.store.hold.set()
+    served.settle()
+    assert len(served.store.leases) == 1
+
+
+def test_the_openapi_document_names_every_route(serve: Serve) -> None:
+    document = serve().client.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        *("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/models"),
+        *("/v1/models/{model}", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        *("/health", "/metrics"),
+    }
+    assert "422" not in json.dumps(document)
+
+
+def test_another_host_is_rejected_where_hosts_are_named(serve: Serve) -> None:
+    served = serve(hosts=("localhost", "127.0.0.1", "[::1]"))
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert served.client.get("/health", headers={"host": host}).status_code == 200
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+        answer = served.client.get("/health", headers={"host": host})
+        assert error_of(answer, 403)["code"] == "host_not_allowed"
+
+
+def test_the_answer_is_whole_after_all_that(serve: Serve) -> None:
+    assert serve().complete(max_tokens=100).json()["choices"][0]["text"] == TEXT

@@ -1,0 +1,303 @@
+"""The whole server on tiny models: every answer is what its adapters alone would have said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from fastapi.testclient import TestClient
+from random_adapters import randomise
+from served import wait_for
+from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+
+import lorakit
+from lorakit.models.base_config import BaseConfig
+from lorakit.serving.http.app import create_app
+from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.opening import Opened, open_all
+from lorakit.serving.serve_config import ServeConfig
+
+LABELS = {"three": ["a", "b", "c"], "two": ["no", "yes"], "score": []}
+
+
+def save(folder: Path, model: Any, tokenizer: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(
+    base: Path, folder: Path, method: Any, *, seed: int, head: Any, **provenance: Any
+) -> None:
+    opened = lorakit.load_base(base, dtype="float32", **head)
+    handle = lorakit.attach(opened.model, method, name="x", seed=seed)
+    randomise(handle, scale=0.3, seed=seed)
+    handle.save(folder, provenance=provenance, overwrite=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    sizes = {"vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 256}
+    base = save(folder / "base", tiny_models.build("llama", **sizes), tiny_tokenizer())
+    for seed, name in enumerate(("e2e", "sql"), start=1):
+        method = lorakit.LoRA(rank=4, alpha=8, targets="all-linear")
+        write(
+            base,
+            folder / "adapters" / name,
+            method,
+            seed=seed,
+            head={},
+            task="completion",
+            labels=[],
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classes")
+    tokenizer = tiny_encoder_tokenizer()
+    base = save(
+        folder / "base", tiny_models.build("bert", "base", vocab_size=len(tokenizer)), tokenizer
+    )
+    for seed, (name, labels) in enumerate(LABELS.items(), start=1):
+        head = (
+            {"task": "sequence-classification", "num_labels": len(labels)}
+            if labels
+            else {"task": "regression"}
+        )
+        method = lorakit.LoRA(rank=4, alpha=8, targets="attention.qv", train_modules=["classifier"])
+        task = "classification" if labels else "regression"
+        write(
+            base, folder / "adapters" / name, method, seed=seed, head=head, task=task, labels=labels
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def served(
+    folder: Path, *, report: Any = lambda verdict: None, **settings: Any
+) -> Iterator[tuple[TestClient, Opened]]:
+    config = ServeConfig(
+        base=BaseConfig(name=str(folder / "base"), dtype="float32"),
+        adapters=str(folder / "adapters"),
+        cache_memory="20MB",
+        adapter_memory="10MB",
+        **settings,
+    )
+    opened = open_all(config, report)
+    app = create_app(
+        opened.engine,
+        opened.store,
+        HttpSettings(base_name="base", limits=config, allow_loading=True),
+        classifier=opened.classifier,
+    )
+    opened.worker.start()
+    try:
+        with TestClient(app) as client:
+            yield client, opened
+    finally:
+        assert opened.worker.close(10)
+
+
+def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def alone(folder: Path, adapter: Any, prompt: str, count: int) -> list[int]:
+    """Return the greedy continuation by `generate` on a base of its own."""
+    opened = lorakit.load_base(folder / "base", dtype="float32")
+    names = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else adapter
+    for name in names:
+        handle = lorakit.load(opened.model, folder / "adapters" / name, name=name)
+    if names:
+        handle.activate(names)
+    ids = opened.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = opened.model.generate(ids, max_new_tokens=count, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+CHOICES: list[Any] = [None, "e2e", "sql", {"e2e": 0.5, "sql": -0.5}, "e2e", None]
+
+
+@pytest.mark.slow
+def test_requests_at_a_time_get_what_their_adapters_alone_say(text: Path) -> None:
+    prompt = "The river pub"
+
+    def ask(client: TestClient, adapter: Any, *, stream: bool) -> str:
+        model = (
+            {"model": "base", "lora": adapter}
+            if isinstance(adapter, dict)
+            else {"model": adapter or "base"}
+        )
+        body = {**model, "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        if not stream:
+            return post(client, "/v1/completions", **body)["choices"][0]["text"]
+        answer = client.post("/v1/completions", json={**body, "stream": True})
+        events = [e.removeprefix("data: ") for e in answer.text.split("\n\n")[:-2]]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    with served(text) as (client, opened):
+        assert opened.engine.name == "continuous"
+        with ThreadPoolExecutor(12) as pool:
+            answers = [
+                [pool.submit(ask, client, adapter, stream=stream) for adapter in CHOICES]
+                for stream in (False, True)
+            ]
+            whole, streamed = ([one.result() for one in several] for several in answers)
+        tokenizer = opened.base.tokenizer
+        assert tokenizer is not None
+        assert opened.store.stats().leases == {}
+    expected = [
+        tokenizer.decode(alone(text, adapter, prompt, 12), skip_special_tokens=True)
+        for adapter in CHOICES
+    ]
+    assert whole == streamed == expected
+    assert len(set(expected)) == 4
+
+
+@pytest.mark.slow
+def test_seeds_logprobs_and_stops_hold_with_a_real_engine(text: Path) -> None:
+    with served(text) as (client, opened):
+        body = {
+            "model": "sql",
+            "prompt": "The river",
+            "max_tokens": 10,
+            "seed": 5,
+            "n": 3,
+            "logprobs": 1,
+        }
+        first, second = (post(client, "/v1/completions", **body)["choices"] for _ in range(2))
+        assert [c["text"] for c in first] == [c["text"] for c in second]
+        assert len({c["text"] for c in first}) > 1
+        (lone,) = post(client, "/v1/completions", **{**body, "n": 1})["choices"]
+        assert lone["text"] == first[0]["text"]
+        # The reported log-probabilities are those of the adapter alone.
+        lease = opened.store.acquire("sql")
+        prompt = lease.tokenizer("The river")["input_ids"]
+        request = post(
+            client, "/v1/completions", **{**body, "n": 1, "temperature": 0, "max_tokens": 4}
+        )
+        (choice,) = request["choices"]
+        ids = alone(text, "sql", "The river", 4)
+        scores = opened.engine.score([*prompt, *ids], lease, start=len(prompt)).result(10)
+        lease.release()
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores, abs=1e-4)
+        stop = choice["text"][1:3]
+        stopped = post(
+            client, "/v1/completions", **{**body, "n": 1, "temperature": 0, "stop": stop}
+        )
+        assert stopped["choices"][0]["text"] == choice["text"].partition(stop)[0]
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.slow
+def test_a_prefix_is_shared_only_by_requests_of_one_adapter(text: Path) -> None:
+    with served(text) as (client, _):
+        prompt = "The river pub near the park serves cheap English food. " * 4
+        cached = [
+            post(client, "/v1/completions", model=model, prompt=prompt, max_tokens=1)["usage"]
+            ["prompt_tokens_details"]["cached_tokens"]
+            for model in ("sql", "sql", "e2e", "base")
+        ]  # fmt: skip
+    assert cached[0] == cached[2] == cached[3] == 0
+    assert cached[1] > 0
+
+
+@pytest.mark.slow
+def test_answers_are_computed_again_if_asked(text: Path) -> None:
+    verdicts: list[Any] = []
+    with served(text, report=verdicts.append, verify=1.0) as (client, opened):
+        for model in ("sql", "base"):
+            post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
+        wait_for(lambda: len(verdicts) == 4)
+        assert opened.store.stats().leases == {}
+    assert all(verdict.agrees for verdict in verdicts)
+    assert {verdict.receipt.adapters[0][0] for verdict in verdicts if verdict.receipt.adapters} == {
+        "sql"
+    }
+
+
+@pytest.mark.slow
+def test_loading_and_unloading_between_requests(text: Path) -> None:
+    with served(text) as (client, opened):
+        before = post(
+            client, "/v1/completions", model="sql", prompt="a", max_tokens=5, temperature=0
+        )
+        post(client, "/v1/load_lora_adapter", lora_name="again", lora_path="sql")
+        again = post(
+            client, "/v1/completions", model="again", prompt="a", max_tokens=5, temperature=0
+        )
+        assert again["choices"] == before["choices"]
+        post(client, "/v1/unload_lora_adapter", lora_name="again")
+        assert (
+            client.post("/v1/completions", json={"model": "again", "prompt": "a"}).status_code
+            == 404
+        )
+        answer = client.post(
+            "/v1/load_lora_adapter", json={"lora_name": "out", "lora_path": str(text / "base")}
+        )
+        assert answer.status_code == 400
+        models = client.get("/v1/models").json()["data"]
+        assert [model["id"] for model in models] == ["base", "e2e", "sql"]
+        assert models[2]["details"]["rank"] == 4
+        assert str(text) not in str(models)
+        assert opened.store.stats().leases == {}
+
+
+@torch.no_grad()
+def logits_alone(folder: Path, name: str, rows: list[Any]) -> torch.Tensor:
+    labels = LABELS[name]
+    head = (
+        {"task": "sequence-classification", "num_labels": len(labels)}
+        if labels
+        else {"task": "regression"}
+    )
+    opened = lorakit.load_base(folder / "base", dtype="float32", **head)
+    lorakit.load(opened.model, folder / "adapters" / name, name="x")
+    return torch.cat(
+        [opened.model(**opened.tokenizer(*row, return_tensors="pt")).logits for row in rows]
+    )
+
+
+@pytest.mark.slow
+def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> None:
+    rows = [["The river pub", "A pub near the river"], ["cheap food", "a plane"], ["a", "b"]]
+    with served(classes) as (client, opened):
+        assert opened.engine.name == "classifying"
+        with ThreadPoolExecutor(6) as pool:
+            calls = {
+                (name, repeat): pool.submit(post, client, "/v1/classify", model=name, input=rows)
+                for repeat in range(2)
+                for name in LABELS
+            }
+            answers = {key: call.result()["data"] for key, call in calls.items()}
+        refused = client.post("/v1/completions", json={"model": "two", "prompt": "a"})
+        assert refused.status_code == 400
+        assert "generates none" in refused.json()["error"]["message"]
+        base = client.post("/v1/classify", json={"model": "base", "input": "a"})
+        assert base.status_code == 400
+        assert "no trained" in base.json()["error"]["message"]
+        assert opened.store.stats().leases == {}
+    for (name, _), data in answers.items():
+        logits = logits_alone(classes, name, rows)
+        if not LABELS[name]:
+            assert [row["score"] for row in data] == pytest.approx(logits[:, 0].tolist(), abs=1e-5)
+            continue
+        for row, probabilities in zip(data, logits.softmax(-1).tolist(), strict=True):
+            assert list(row["scores"]) == LABELS[name]
+            assert list(row["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+            assert (
+                row["label"]
+                == LABELS[name][max(range(len(probabilities)), key=probabilities.__getitem__)]
+            )
