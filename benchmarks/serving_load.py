@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,6 +74,10 @@ class System(Protocol):
 
     def submit(self, request: Request, answer: Answer) -> None:
         """Start a request and return at once. Report it to `answer`."""
+        ...
+
+    def drain(self) -> None:
+        """Give up all unfinished requests, and wait until nothing is computed."""
         ...
 
     def stop(self) -> None:
@@ -212,6 +216,7 @@ class Batches:
         self._waiting: list[tuple[Request, Answer]] = []
         self._changed = threading.Condition()
         self._stopped = False
+        self._is_computing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -228,6 +233,14 @@ class Batches:
             self._changed.notify()
         self._thread.join(timeout=60)
 
+    def drain(self) -> None:
+        """Forget the waiting requests, and wait for the current batch."""
+        with self._changed:
+            waiting, self._waiting = self._waiting, []
+        for _, answer in waiting:
+            answer.end("Cancelled")
+        wait_until(lambda: not self._is_computing)
+
     def take(self, waiting: list[tuple[Request, Answer]]) -> list[tuple[Request, Answer]]:
         """Remove and return the next batch from the waiting requests, of which there is at least one."""
         raise NotImplementedError
@@ -243,6 +256,7 @@ class Batches:
                 if self._stopped:
                     return
                 batch = self.take(self._waiting)
+                self._is_computing = True
             try:
                 self.compute(batch)
                 error = "NoAnswer"
@@ -250,3 +264,17 @@ class Batches:
                 error = type(failure).__name__
             for _, answer in batch:
                 answer.end(error)  # does nothing for those that compute has ended
+            self._is_computing = False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Wait for a condition that another thread changes.
+
+    Raises:
+        TimeoutError: It did not become true.
+    """
+    until = time.perf_counter() + seconds
+    while not condition():
+        if time.perf_counter() > until:
+            raise TimeoutError(f"A system did not come to rest within {seconds:.0f} s.")
+        time.sleep(0.01)

@@ -19,3 +19,7 @@ class Setup:
     threads: int
     names: tuple[str, ...] = ()
     """All adapters of the benchmark."""
+
+
+class UnavailableError(Exception):
+    """The system cannot run on this machine, or not with so many adapters."""

@@ -76,9 +76,8 @@ class StaticBatches(Batches):
         """Generate until the longest answer is complete."""
         options: dict[str, Any] = {}
         adapters = [request.adapter for request, _ in batch]
-        if isinstance(self._model, PeftModel) and self.mode == "mixed":
-            if any(adapters):
-                options["adapter_names"] = [name or "__base__" for name in adapters]
+        if self.mode == "mixed" and any(adapters):
+            options["adapter_names"] = [name or "__base__" for name in adapters]
         if self.mode == "switching" and adapters[0]:
             self._model.set_adapter(adapters[0])
         ids, mask = _padded([request.prompt for request, _ in batch])

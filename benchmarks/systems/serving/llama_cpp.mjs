@@ -1,4 +1,5 @@
-// Serves requests with llama.cpp, as JSON lines: stdin {"id", "prompt", "adapter", "tokens"} or {"load": [paths], "sequences", "batchSize"},
+// Serves requests with llama.cpp, as JSON lines: stdin {"id", "prompt", "adapter", "tokens"} or {"load": [paths], "sequences", "batchSize"} or
+// {"cancel": true},
 // stdout {"id", "token"}, {"id", "end", "error"?} and {"ready": true}. Usage: node llama_cpp.mjs OPTIONS-AS-JSON
 //
 // llama.cpp applies an adapter to a whole context, so each adapter has a context of its own, with several sequences
@@ -15,6 +16,8 @@ const llama = await getLlama({gpu: false, logLevel: "error", build: "never", max
 const model = await llama.loadModel({modelPath: options.model, gpuLayers: 0});
 
 const contexts = new Map();
+let cancelled = 0; // all requests up to this number
+let newest = 0;
 let size = {sequences: options.sequences, batchSize: options.batchSize};
 async function contextOf(adapter) {
     if (!contexts.has(adapter))
@@ -52,12 +55,14 @@ async function answer({id, prompt, adapter, tokens}) {
         const context = await contextOf(adapter ?? null);
         const sequence = await acquire(context);
         try {
+            if (id <= cancelled)
+                throw new Error("cancelled");
             await sequence.clearHistory();
             let count = 0;
             for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
                 say({id, token});
                 count++;
-                if (count === tokens)
+                if (count === tokens || id <= cancelled)
                     break;
             }
             say({id, end: true});
@@ -85,7 +90,11 @@ for await (const line of readline.createInterface({input: process.stdin})) {
         } catch (error) {
             say({ready: false, error: String(error?.message ?? error).slice(0, 200)});
         }
-    } else
+    } else if (message.cancel)
+        cancelled = newest;
+    else {
+        newest = message.id;
         void answer(message);
+    }
 }
 process.exit(0);

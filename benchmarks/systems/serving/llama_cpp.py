@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from benchmarks.serving_load import Answer, Request
-from benchmarks.systems.serving import Setup
+from benchmarks.serving_load import Answer, Request, wait_until
+from benchmarks.systems.serving import Setup, UnavailableError
 from benchmarks.systems.serving.gguf_adapters import convert
 from lorakit.models.cache import cache_folder
 from lorakit.models.packaged import PACKAGED_MODELS
@@ -31,8 +31,7 @@ SEQUENCES = 32
 """Most sequences of a context: the batch of the other systems. Many contexts have fewer each."""
 
 
-class UnavailableError(Exception):
-    """The system cannot run on this machine."""
+_NPM_OPTIONS = ("--no-save", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund")
 
 
 def start(setup: Setup) -> LlamaCpp:
@@ -62,8 +61,13 @@ def installed_module() -> Path:
     try:
         # The optional packages are binaries for GPUs, of several GB; name the one for this processor instead.
         done = subprocess.run(
-            ["npm", "install", "--no-save", "--omit=optional", "--ignore-scripts", "--no-audit"]
-            + ["--no-fund", f"node-llama-cpp@{version}", f"{_binary()}@{version}"],
+            [
+                "npm",
+                "install",
+                *_NPM_OPTIONS,
+                f"node-llama-cpp@{version}",
+                f"{_binary()}@{version}",
+            ],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -155,6 +159,11 @@ class LlamaCpp:
         """End the process."""
         self._process.kill()
         self._process.wait()
+
+    def drain(self) -> None:
+        """Ask the process to end its answers, and wait for them."""
+        self._write({"cancel": True})
+        wait_until(lambda: not self._answers)
 
     def _file(self, name: str) -> str:
         target = self._setup.adapters / "gguf" / f"{name}.gguf"

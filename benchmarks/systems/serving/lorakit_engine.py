@@ -1,0 +1,95 @@
+"""lorakit's engine and store in this process, without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks.serving_load import Answer, Request, wait_until
+from benchmarks.systems.serving import Setup
+from lorakit.models.loading import load_base
+from lorakit.serving.engine import End, Engine, Event, GenerationRequest, Sampling, Ticket
+
+NAME = "lorakit, engine alone"
+BUDGET = 8 << 30
+"""Bytes for loaded adapters: all of them."""
+
+
+def start(setup: Setup, *, budget: int = BUDGET) -> LorakitEngine:
+    """Load the base, and start the engine's thread."""
+    return LorakitEngine(setup, budget)
+
+
+def open_engine(setup: Setup, budget: int) -> tuple[Any, Engine]:
+    """Return a store of adapters and an engine on one base."""
+    raise NotImplementedError
+
+
+class LorakitEngine:
+    """Requests take their adapters from the store in threads, as the HTTP layer does."""
+
+    name = NAME
+
+    def __init__(self, setup: Setup, budget: int) -> None:
+        self.store, self.engine = open_engine(setup, budget)
+        self._threads = ThreadPoolExecutor(8)
+        self._tickets: dict[int, Ticket | None] = {}
+
+    def prepare(self, adapters: Sequence[str]) -> None:
+        """Load each adapter."""
+        for name in adapters:
+            self.store.acquire(name).release()
+
+    def submit(self, request: Request, answer: Answer) -> None:
+        """Acquire the adapter in a thread, and submit the request."""
+        self._tickets[id(answer)] = None
+        self._threads.submit(self._start, request, answer)
+
+    def drain(self) -> None:
+        """Cancel all unfinished requests."""
+        for ticket in list(self._tickets.values()):
+            if ticket is not None:
+                ticket.cancel()
+        wait_until(lambda: not self._tickets)
+
+    def stop(self) -> None:
+        """End the engine's thread."""
+        self._threads.shutdown()
+        self.engine.close(60)
+
+    def _start(self, request: Request, answer: Answer) -> None:
+        try:
+            lease = self.store.acquire(request.adapter)
+        except Exception as error:
+            self._end(answer, type(error).__name__)
+            return
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, End):
+                lease.release()
+                failed = event.reason in ("error", "cancelled")
+                error = type(event.error).__name__ if event.error else event.reason
+                self._end(answer, error if failed else None)
+            else:
+                for token in event.tokens:
+                    answer.token(token.id)
+
+        job = GenerationRequest(
+            prompt=request.prompt,
+            lease=lease,
+            max_tokens=request.tokens,
+            sampling=Sampling(temperature=0),
+        )
+        try:
+            ticket = self.engine.submit(job, deliver)
+        except Exception as error:
+            lease.release()
+            self._end(answer, type(error).__name__)
+            return
+        if id(answer) in self._tickets:
+            self._tickets[id(answer)] = ticket
+
+    def _end(self, answer: Answer, error: str | None) -> None:
+        answer.end(error)
+        self._tickets.pop(id(answer), None)
