@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+_COMMAND = (sys.executable, "-m", "lorakit", "serve")
 START = 180.0
 """Seconds until a server must answer /health."""
 
@@ -50,10 +51,10 @@ class ServerProcess:
         variables = {**os.environ, **(environment or {})}
         if threads is not None:
             variables["OMP_NUM_THREADS"] = str(threads)
+        address = ["--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lorakit", "serve", str(base), str(adapters)]
-                + ["--host", "127.0.0.1", "--port", str(port), *options],
+                [*_COMMAND, str(base), str(adapters), *address, *options],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=variables,

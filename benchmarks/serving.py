@@ -255,8 +255,8 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
         f"Throughput with {IN_FLIGHT} requests in flight: {record['base']}, {record['dtype']}",
         throughput(record["systems"]),
         "Output tokens per second, and answers per second in brackets. Prompts of "
-        f"{PROMPT[0]} to {PROMPT[1]} tokens, answers of {ANSWER[0]} to {ANSWER[1]}. A trial of a slow system ends after "
-        f"{record['size']['patience']:.0f} seconds. llama.cpp computes with weights of 4 bits.",
+        f"{PROMPT[0]} to {PROMPT[1]} tokens, answers of {ANSWER[0]} to {ANSWER[1]}. A trial of a slow system ends "
+        f"after {record['size']['patience']:.0f} seconds. llama.cpp computes with weights of 4 bits.",
     )
     yield report.Section(
         f"Latency of requests that arrive at random: {record['base']}, {record['dtype']}",

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
-from lorakit.models.loading import load_base
 from lorakit.serving.engine import End, Engine, Event, GenerationRequest, Sampling, Ticket
 
 NAME = "lorakit, engine alone"

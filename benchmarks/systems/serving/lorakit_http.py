@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_load import Answer, Request, closed_loop, wait_until
 from benchmarks.server_process import ServerProcess
+from benchmarks.serving_load import Answer, Request, closed_loop, wait_until
 from benchmarks.systems.serving import Setup
 
 NAME = "lorakit serve, over HTTP"
