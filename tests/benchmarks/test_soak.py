@@ -405,7 +405,7 @@ def test_contents_with_faults_are_written(tmp_path: Path, model: LlamaForCausalL
     )
     nan = load_file(tmp_path / soak.NAN / "adapter_model.safetensors")
     assert all(tensor.isnan().all() for tensor in nan.values())
-    with pytest.raises(Exception, match="incomplete|truncated|header|covered"):
+    with pytest.raises(Exception, match=r"incomplete|truncated|header|covered"):
         load_file(tmp_path / soak.TRUNCATED / "adapter_model.safetensors")
 
 
