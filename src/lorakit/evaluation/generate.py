@@ -77,7 +77,7 @@ def generate(
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
-    settings = _generation_config(model, tokenizer, decoding, stop_ids)
+    settings = generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     processors = LogitsProcessorList([RefuseNaN(model)])
     if decoding.no_repeat_ngram:
@@ -90,7 +90,7 @@ def generate(
     with _generating(model, settings, decoding.seed or 0):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            inputs = _left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
+            inputs = left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
             past = cache.take(model, ids[batch[0]]) if cache else None
             if past is not None:
                 inputs[ARGUMENT] = past
@@ -147,7 +147,7 @@ def _check_lengths(
             )
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
@@ -227,7 +227,7 @@ class NoRepeatedNGrams(LogitsProcessor):
         return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
 
 
-def _left_pad(prompts: list[list[int]], pad: int | None, device: torch.device) -> dict[str, Any]:
+def left_pad(prompts: list[list[int]], pad: int | None, device: torch.device) -> dict[str, Any]:
     """Return input_ids and attention_mask (B, longest prompt)."""
     width = max(map(len, prompts))
     return {

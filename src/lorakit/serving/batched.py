@@ -1,0 +1,161 @@
+"""Batches that end together: `model.generate` with an adapter for each row (`Adapters.per_sample`).
+
+Runs on every model that generates text, also where keys cannot be paged: encoder-decoders, other attentions. A
+request waits until the batch before it has ended. It is also the reference that continuous batching is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from lorakit.adapters import handle_of
+from lorakit.compute.batching import context_length
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.generate import generation_config, left_pad
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Limits
+from lorakit.serving.sampling import choose
+from lorakit.serving.worker import Worker, choice_of
+
+UNLIMITED = 2**20
+"""Context of a model that states none."""
+
+
+class BatchedEngine(Worker):
+    """See the module.
+
+    Args:
+        model: A model that generates text.
+        tokenizer: Its tokenizer.
+        running: Most requests in a batch.
+        queue: Most waiting requests.
+        notice: Why the model is computed this way.
+    """
+
+    name = "batched"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        running: int = 16,
+        queue: int = 256,
+        notice: str | None = None,
+    ) -> None:
+        context = context_length(model) or UNLIMITED
+        super().__init__(model, tokenizer, Limits(context, queue, running))
+        self.notice = notice
+        self._batch: list[Answer] = []
+
+    def _running(self) -> Sequence[Answer]:
+        return [answer for answer in self._batch if not answer.has_ended]
+
+    def _end_cancelled(self) -> None:
+        for answer in self._running():
+            if answer.is_cancelled:
+                answer.end("cancelled")
+
+    def _advance(self) -> bool:
+        with self._changed:
+            while len(self._batch) < self.limits.running and len(self._waiting):
+                answer = next(self._waiting.turns())
+                self._waiting.take(answer)
+                self._batch.append(answer)
+        if not self._batch:
+            return False
+        try:
+            self._compute(self._batch)
+        finally:
+            self._batch = []
+        return True
+
+    def _compute(self, batch: list[Answer]) -> None:
+        """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
+        try:
+            self._generate(batch)
+        except Exception as error:
+            rest = [answer for answer in batch if not answer.has_ended]
+            again = [answer for answer in rest if len(batch) > 1 and not answer.tokens]
+            for answer in rest:
+                if answer not in again:
+                    answer.fail(error)
+            for answer in again:
+                self._compute([answer])
+
+    def _generate(self, batch: list[Answer]) -> None:
+        model = self.model
+        longest = max(answer.request.max_tokens for answer in batch)
+        config = generation_config(
+            model, self.tokenizer, Decoding(max_new_tokens=longest), stop_ids=()
+        )
+        config.eos_token_id = None  # each answer knows its own end
+        prompts = [self._prompt(answer) for answer in batch]
+        inputs = left_pad(prompts, config.pad_token_id, model.device)
+        handle = handle_of(model)
+        choices = [choice_of(answer.request.lease.blend) for answer in batch]
+        choosing = nullcontext() if handle is None else handle.per_sample(choices)
+        with choosing:
+            model.generate(  # type: ignore[operator]
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_NextTokens(self, batch)]),
+                stopping_criteria=StoppingCriteriaList([_Ended(batch)]),
+            )
+        for answer in batch:
+            answer.end("length")
+
+    def _prompt(self, answer: Answer) -> list[int]:
+        prompt = list(answer.request.prompt)
+        if self.model.config.is_encoder_decoder:
+            prompt.append(int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
+        return prompt
+
+
+class _NextTokens(LogitsProcessor):
+    """Chooses each row's token, delivers it, and leaves `generate` no other choice."""
+
+    def __init__(self, engine: BatchedEngine, batch: list[Answer]) -> None:
+        self._engine, self._batch = engine, batch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (B, V) in which all but the chosen token are minus infinity."""
+        del input_ids
+        engine = self._engine
+        engine.steps += 1
+        engine._end_cancelled()
+        live = [i for i, answer in enumerate(self._batch) if not answer.has_ended]
+        tokens = choose(scores[live], [self._batch[i].chooser for i in live]) if live else []
+        chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
+        for i, token in zip(live, tokens, strict=True):
+            self._batch[i].accept(token)
+            if token is not None:
+                engine.tokens += 1
+                chosen[i] = token.id
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, chosen[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """Ends the rows whose answers have ended."""
+
+    def __init__(self, batch: list[Answer]) -> None:
+        self._batch = batch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        """Return for each row (B) whether its answer has ended."""
+        ended = [answer.has_ended for answer in self._batch]
+        return torch.tensor(ended, device=input_ids.device)

@@ -1,0 +1,276 @@
+"""Continuous batching: each step computes the next token of all running requests, and parts of new prompts.
+
+A step is one packed row of tokens, in which each request has its own adapters (`Adapters.per_token`) and its own keys
+(`lorakit.serving.paged_attention`). Requests join and leave between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.adapters import handle_of
+from lorakit.compute.batching import context_length
+from lorakit.evaluation.prompt_cache import ARGUMENT
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Lease, Limits
+from lorakit.serving.paged_attention import NAME, Part, Step, computing
+from lorakit.serving.paged_check import checked_storage
+from lorakit.serving.pages import Key, PagePool, first_key, next_key
+from lorakit.serving.sampling import choose
+from lorakit.serving.worker import Worker, choice_of
+
+_LOG = logging.getLogger(__name__)
+
+PAGE = 16
+"""Tokens of a page. Small pages waste little memory at the end of a text, and share short prefixes."""
+
+STEP_TOKENS = 256
+"""Most tokens of a step. More compute prompts a little faster; fewer delay the running answers less."""
+
+
+def salt_of(lease: Lease) -> str:
+    """Return what the keys and values of a request depend on besides its tokens."""
+    receipt = lease.receipt
+    return repr((receipt.base, [(digest, weight) for _, digest, weight in receipt.adapters]))
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that has pages."""
+
+    answer: Answer
+    tokens: list[int]
+    """Prompt and answer."""
+    past: int
+    """Number of tokens whose keys and values are cached."""
+    pages: list[int]
+    keys: list[Key]
+    """The key before the first page, and the key of each page whose content is known to the pool."""
+    needed: int
+    """Number of pages of the longest possible answer."""
+    prefix: Key | None
+    """Key of the first full page of the prompt that was not cached."""
+    count: int = 0
+    """Number of tokens in the current step."""
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether tokens besides the last one are not computed yet."""
+        return len(self.tokens) - self.past > 1
+
+
+class ContinuousEngine(Worker):
+    """See the module.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        cache_bytes: Memory for keys and values.
+        running: Most requests in a step.
+        queue: Most waiting requests.
+        step_tokens: Most tokens of a step.
+
+    Raises:
+        UnsupportedModelError: The model cannot be computed this way. The message says why, as the end of a sentence.
+    """
+
+    name = "continuous"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cache_bytes: int = 2**30,
+        running: int = 64,
+        queue: int = 256,
+        step_tokens: int = STEP_TOKENS,
+    ) -> None:
+        self._storage = checked_storage(model, cache_bytes, PAGE)
+        self._pool = PagePool(self._storage.pages)
+        capacity = self._storage.pages * PAGE
+        context = min(context_length(model) or capacity, capacity)
+        super().__init__(model, tokenizer, Limits(context, queue, running))
+        self._step_tokens = max(step_tokens, running)
+        self._requests: list[_Running] = []
+        self._stock = model.config._attn_implementation or "sdpa"
+        model.set_attn_implementation(NAME)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the thread, and restore the model's own attention."""
+        ended = super().close(timeout)
+        if ended and self.model.config._attn_implementation == NAME:
+            self.model.set_attn_implementation(self._stock)
+        return ended
+
+    def _running(self) -> Sequence[Answer]:
+        return [request.answer for request in list(self._requests)]
+
+    def _cache_used(self) -> float:
+        return 1 - self._pool.available / self._pool.count
+
+    def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
+        self.model.set_attn_implementation(self._stock)
+        try:
+            return super()._score(tokens, lease, start)
+        finally:
+            self.model.set_attn_implementation(NAME)
+
+    # --- between steps -----------------------------------------------------------------------------------
+
+    def _end_cancelled(self) -> None:
+        for request in self._requests[:]:
+            if request.answer.is_cancelled:
+                self._remove(request)
+                request.answer.end("cancelled")
+
+    def _remove(self, request: _Running) -> None:
+        self._pool.release(request.pages)
+        self._requests.remove(request)
+
+    def _admit(self) -> None:
+        """Start waiting requests, in their turns, while there is room for their longest answers."""
+        while len(self._requests) < self.limits.running:
+            with self._changed:
+                turns = list(self._waiting.turns())
+            # A prefix that another request computes now is found in a later step.
+            computed = {r.prefix for r in self._requests if r.is_prefill}
+            for answer in turns:
+                request = self._prepare(answer)
+                if request.prefix is None or request.prefix not in computed:
+                    break
+            else:
+                return
+            reserved = sum(r.needed - len(r.pages) for r in self._requests)
+            idle = sum(not self._pool.is_held(page) for page in request.pages)
+            if self._pool.available - idle - reserved < request.needed - len(request.pages):
+                return  # no smaller request overtakes: this one might never start
+            with self._changed:
+                self._waiting.take(answer)
+            for page in request.pages:
+                self._pool.hold(page)
+            answer.cached_tokens = request.past
+            self._requests.append(request)
+
+    def _prepare(self, answer: Answer) -> _Running:
+        """Return a waiting request with the pages of its prompt that are cached. They are not held yet."""
+        tokens = list(answer.request.prompt)
+        keys, pages, missing = [first_key(salt_of(answer.request.lease))], [], None
+        for start in range(
+            0, len(tokens) - PAGE, PAGE
+        ):  # the last token must be computed for its scores
+            key = next_key(keys[-1], tokens[start : start + PAGE])
+            page = self._pool.find(key)
+            if page is None:
+                missing = key
+                break
+            keys.append(key)
+            pages.append(page)
+        needed = -(-(len(tokens) + answer.request.max_tokens) // PAGE)
+        return _Running(answer, tokens, len(pages) * PAGE, pages, keys, needed, missing)
+
+    # --- a step ------------------------------------------------------------------------------------------
+
+    def _advance(self) -> bool:
+        self._admit()
+        batch = self._schedule()
+        if not batch:
+            return False
+        computed, scores = self._compute(batch)
+        self.steps += 1
+        for request in computed:
+            request.past += request.count
+        # A prompt that is not at its end yet has scores that nobody needs.
+        ready = [i for i, r in enumerate(computed) if r.past == len(r.tokens)]
+        if ready:
+            answers = [computed[i].answer for i in ready]
+            tokens = choose(scores[ready], [answer.chooser for answer in answers])
+            for i, answer, token in zip(ready, answers, tokens, strict=True):
+                if token is not None:
+                    computed[i].tokens.append(token.id)
+                    self.tokens += 1
+                if answer.accept(token):
+                    self._finish(computed[i], has_failed=token is None)
+        for request in computed:
+            if not request.answer.has_ended:
+                self._name_pages(request)
+        return True
+
+    def _schedule(self) -> list[_Running]:
+        """Return the requests of the next step, those with one token first; each has its number of tokens."""
+        budget = self._step_tokens
+        decoding = [request for request in self._requests if not request.is_prefill]
+        for request in decoding:
+            request.count = 1
+            budget -= 1
+        filling = []
+        for request in self._requests:
+            if request.is_prefill and budget > 0:
+                request.count = min(budget, len(request.tokens) - request.past)
+                budget -= request.count
+                filling.append(request)
+        batch = sorted(decoding + filling, key=lambda request: request.count > 1)
+        for request in batch:
+            while len(request.pages) * PAGE < request.past + request.count:
+                page = self._pool.take()
+                self._storage.clear(page)
+                request.pages.append(page)
+        return batch
+
+    def _compute(self, batch: list[_Running]) -> tuple[list[_Running], Tensor]:
+        """Return the requests that were computed, and the scores after the last token of each (N, V).
+
+        After an error each request is computed alone, and only those that fail again end with it.
+        """
+        try:
+            return batch, self._forward(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                _LOG.warning("A request failed: %s", error, exc_info=True)
+                batch[0].answer.fail(error)
+                self._finish(batch[0], has_failed=True)
+                return [], torch.empty(0)
+        parts = [self._compute([request]) for request in batch]
+        computed = [request for requests, _ in parts for request in requests]
+        return computed, torch.cat(
+            [scores for requests, scores in parts if requests] or [torch.empty(0)]
+        )
+
+    def _forward(self, batch: list[_Running]) -> Tensor:
+        parts = [Part(r.tokens[r.past : r.past + r.count], r.past, r.pages) for r in batch]
+        step = Step(self._storage, parts, self.model.device)
+        handle = handle_of(self.model)
+        spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
+        choosing = nullcontext() if handle is None else handle.per_token(spans)
+        with choosing, computing(step) as cache:
+            output = self.model(
+                input_ids=step.input_ids,
+                position_ids=step.position_ids,
+                logits_to_keep=step.last,
+                use_cache=True,
+                **{ARGUMENT: cache},
+            )
+        return output.logits[0]
+
+    def _finish(self, request: _Running, *, has_failed: bool) -> None:
+        """Free the pages of a request that has ended, and keep what other requests can reuse."""
+        if has_failed:
+            self._pool.forget(request.pages)
+        else:
+            self._name_pages(request)
+        self._remove(request)
+
+    def _name_pages(self, request: _Running) -> None:
+        """Tell the pool the content of the pages that are full now."""
+        while len(request.keys) * PAGE <= request.past:
+            i = len(request.keys) - 1
+            key = next_key(request.keys[-1], request.tokens[i * PAGE : (i + 1) * PAGE])
+            request.keys.append(key)
+            self._pool.name(request.pages[i], key)

@@ -1,0 +1,17 @@
+"""Errors of serving that a client or an operator can meet."""
+
+from __future__ import annotations
+
+from lorakit.errors import LorakitError
+
+
+class UnknownAdapterError(LorakitError):
+    """A request names an adapter that the server does not have."""
+
+
+class StoreFullError(LorakitError):
+    """The memory for adapters is held by adapters that requests use."""
+
+
+class EngineStoppedError(LorakitError):
+    """The engine accepts no more requests: it drains, was closed, or has failed."""

@@ -1,0 +1,239 @@
+"""The thread of an engine: it takes requests from a fair queue, computes them, and runs short actions in between."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.adapters import handle_of
+from lorakit.adapters.choice import AdapterChoice, Blend
+from lorakit.compute.mode import evaluating
+from lorakit.errors import DataError
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
+from lorakit.serving.errors import EngineStoppedError
+from lorakit.serving.queue import FairQueue
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+SCORED_ROWS = 64
+"""Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
+
+
+class Worker(ABC):
+    """What both engines share (`lorakit.serving.engine.Engine`).
+
+    Args:
+        model: The base. Nothing else may compute with it until `close`.
+        tokenizer: Its tokenizer.
+        limits: What the engine can hold.
+    """
+
+    name: str
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    ) -> None:
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        self.notice: str | None = None
+        self.steps = self.tokens = 0
+        self._ends = frozenset(ending_tokens(model, tokenizer))
+        self._waiting: FairQueue[Answer] = FairQueue()
+        self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed = threading.Condition()
+        self._is_draining = self._is_closing = False
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._main, name=f"lorakit-{self.name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    # --- called from any thread --------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Queue a request (`Engine.submit`)."""
+        if not request.prompt:
+            raise DataError("The prompt is empty; it must have at least one token.")
+        if request.max_tokens < 1:
+            raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
+        needed = len(request.prompt) + request.max_tokens
+        if needed > self.limits.context:
+            raise DataError(
+                f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "
+                f"context of {self.limits.context}. Shorten the prompt or lower max_tokens."
+            )
+        answer = Answer(request, deliver, self._ends, self._wake)
+        with self._changed:
+            self._require_open()
+            if len(self._waiting) >= self.limits.queue:
+                raise QueueFullError(f"{self.limits.queue} requests wait already")
+            self._waiting.put(answer.key, answer)
+            self._changed.notify()
+        return answer
+
+    def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
+        """Return log-probabilities of given tokens (`Engine.score`)."""
+        return self.between_steps(lambda: self._score(list(tokens), lease, start))
+
+    def between_steps(self, action: Callable[[], T]) -> Future[T]:
+        """Run an action in the thread of the engine (`Engine.between_steps`)."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._error is not None or self._is_closing:
+                self._require_open()
+            self._actions.append((action, future))
+            self._changed.notify()
+        return future
+
+    def load(self) -> Load:
+        """Return what the engine does now (`Engine.load`)."""
+        return Load(
+            is_alive=self._thread.is_alive() and self._error is None,
+            is_draining=self._is_draining,
+            running=self._running_count(),
+            waiting=len(self._waiting),
+            cache_used=self._cache_used(),
+            steps=self.steps,
+            tokens=self.tokens,
+            error=self._error,
+        )
+
+    def drain(self) -> None:
+        """Accept no more requests (`Engine.drain`)."""
+        with self._changed:
+            self._is_draining = True
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the thread (`Engine.close`)."""
+        with self._changed:
+            self._is_draining = self._is_closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _require_open(self) -> None:
+        if self._error is not None:
+            raise EngineStoppedError(f"The engine has failed: {self._error} Restart the server.")
+        if self._is_draining:
+            raise EngineStoppedError("The server is shutting down and accepts no more requests.")
+
+    # --- called in the thread ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _advance(self) -> bool:
+        """Compute a step or a batch; return whether there was anything to do."""
+
+    @abstractmethod
+    def _running(self) -> Sequence[Answer]:
+        """Return the answers that are computed now."""
+
+    @abstractmethod
+    def _end_cancelled(self) -> None:
+        """End the cancelled ones of the running answers."""
+
+    def _running_count(self) -> int:
+        return len(self._running())
+
+    def _cache_used(self) -> float:
+        return 0.0
+
+    def _main(self) -> None:
+        try:
+            with evaluating(self.model):
+                while not self._is_closing:
+                    self._run_actions()
+                    with self._changed:
+                        cancelled = self._waiting.remove_where(lambda answer: answer.is_cancelled)
+                    for answer in cancelled:
+                        answer.end("cancelled")
+                    self._end_cancelled()
+                    if not self._advance():
+                        with self._changed:
+                            if not (self._actions or len(self._waiting) or self._is_closing):
+                                self._changed.wait(1.0)
+        except BaseException as error:  # nobody else would see it
+            _LOG.exception("The engine has failed.")
+            self._error = f"{type(error).__name__}: {error}."
+        finally:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """End what is not finished, when the thread ends."""
+        with self._changed:
+            self._is_draining = self._is_closing = True
+            waiting = self._waiting.remove_where(lambda _: True)
+            actions, self._actions = self._actions, deque()
+        error = EngineStoppedError(
+            "The engine has failed. Restart the server."
+            if self._error
+            else "The server was shut down."
+        )
+        for answer in (*waiting, *self._running()):
+            answer.fail(error)
+        for _, future in actions:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _run_actions(self) -> None:
+        while self._actions:
+            action, future = self._actions.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+    @torch.no_grad()
+    def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
+        if not 1 <= start <= len(tokens):
+            raise DataError(f"start is {start}; it must be from 1 to the number of tokens.")
+        if len(tokens) > self.limits.context:
+            raise DataError(
+                f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
+            )
+        handle = handle_of(self.model)
+        ids = torch.tensor([tokens], device=self.model.device)
+        if handle is None:
+            scores = self.model(input_ids=ids, use_cache=False).logits[0]
+        else:
+            with handle.per_sample([choice_of(lease.blend)]):
+                scores = self.model(input_ids=ids, use_cache=False).logits[0]
+        values: list[float] = []
+        for first in range(start, len(tokens), SCORED_ROWS):
+            last = min(first + SCORED_ROWS, len(tokens))
+            rows = scores[first - 1 : last - 1].float().log_softmax(-1)
+            values += rows.gather(-1, ids[0, first:last, None])[:, 0].tolist()
+        return values
+
+
+def choice_of(blend: Blend) -> AdapterChoice:
+    """Return a blend as the handle's methods take it."""
+    return dict(blend) or None
+
+
+def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a text: those of the model's generation configuration, and the tokenizer's."""
+    config = model.generation_config
+    end = None if config is None else config.eos_token_id
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    if tokenizer.eos_token_id is not None:
+        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    return ends

@@ -1,0 +1,66 @@
+"""Run requests on an engine and collect their answers."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from leases import PlainLease
+
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import End, Event, GenerationRequest, Token
+from lorakit.serving.worker import Worker
+
+TIMEOUT = 60
+
+
+@dataclass
+class Collected:
+    """The events of one request."""
+
+    events: queue.Queue[Event] = field(default_factory=queue.Queue)
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    end: End | None = None
+    ticket: Answer | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    def next(self) -> Event:
+        event = self.events.get(timeout=TIMEOUT)
+        if isinstance(event, End):
+            self.end = event
+        else:
+            self.tokens += event.tokens
+            self.text += event.text
+        return event
+
+    def wait(self) -> Collected:
+        while self.end is None:
+            self.next()
+        return self
+
+
+def send(
+    engine: Worker, prompt: Sequence[int], lease: PlainLease, max_tokens: int = 8, **settings: Any
+) -> Collected:
+    """Submit a request."""
+    collected = Collected()
+    request = GenerationRequest(prompt=prompt, lease=lease, max_tokens=max_tokens, **settings)
+    collected.ticket = engine.submit(request, collected.events.put)
+    return collected
+
+
+@contextmanager
+def running(engine: Worker) -> Iterator[Worker]:
+    """Start an engine, and close it at the end."""
+    engine.start()
+    try:
+        yield engine
+    finally:
+        assert engine.close(TIMEOUT)

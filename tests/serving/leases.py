@@ -1,0 +1,36 @@
+"""Adapters on a tiny model, and leases of them, without a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from random_adapters import randomise
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lorakit
+from lorakit.adapters.choice import Blend
+from lorakit.serving.engine import Receipt
+
+
+@dataclass
+class PlainLease:
+    """A lease of adapters that are attached already; their names are their digests."""
+
+    blend: Blend
+    tokenizer: PreTrainedTokenizerBase
+    released: int = 0
+
+    @property
+    def receipt(self) -> Receipt:
+        return Receipt("base", tuple((name, name, weight) for name, weight in self.blend))
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def attach_some(model: PreTrainedModel, names: str = "abc", targets: str = "attention.qv") -> None:
+    """Attach random adapters with these names."""
+    for i, name in enumerate(names):
+        adapters = lorakit.attach(model, lorakit.LoRA(rank=4, alpha=8, targets=targets), name=name)
+        randomise(adapters, name, seed=i + 1)
+        adapters.activate(None)

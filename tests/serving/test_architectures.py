@@ -1,0 +1,42 @@
+"""Which architectures run on which engine, and that both compute what `generate` does."""
+
+from __future__ import annotations
+
+import pytest
+from engines import running, send
+from leases import PlainLease, attach_some
+from test_engines import GREEDY, TOKENIZER, alone, prompts
+from tiny_models import build
+
+from lorakit.adapters import handle_of
+from lorakit.serving.choosing import engine_for
+
+CONTINUOUS = "llama mistral qwen2 qwen3 phi3 gemma gpt2 opt gpt_neox gemma3_text smollm3 granite".split()
+BATCHED = "gemma2 bloom t5 bart".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*CONTINUOUS, *BATCHED])
+def test_the_answers_are_those_of_generate(arch):
+    try:
+        model = build(arch, vocab_size=len(TOKENIZER))
+    except KeyError:
+        pytest.skip("no tiny model")
+    model.generation_config.eos_token_id = None
+    attach_some(model, "ab")
+    handle = handle_of(model)
+    given = [p[:20] for p in prompts(3, seed=6)]
+    blends = [(), (("a", 1.0),), (("b", 1.0),)]
+    engine = engine_for(model, TOKENIZER)
+    assert engine.name == ("continuous" if arch in CONTINUOUS else "batched"), engine.notice
+    is_encoder_decoder = model.config.is_encoder_decoder
+    if not is_encoder_decoder:
+        expected = [alone(model, p, b, 10) for p, b in zip(given, blends, strict=True)]
+    with running(engine):
+        sent = [send(engine, p, PlainLease(b, TOKENIZER), 10, sampling=GREEDY) for p, b in zip(given, blends, strict=True)]
+        found = [answer.wait() for answer in sent]
+        if is_encoder_decoder:
+            again = [send(engine, p, PlainLease(b, TOKENIZER), 10, sampling=GREEDY).wait() for p, b in zip(given, blends, strict=True)]
+            expected = [answer.ids for answer in again]
+    assert [answer.ids for answer in found] == expected
+    assert handle.active == {}

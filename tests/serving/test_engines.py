@@ -1,0 +1,354 @@
+"""Both engines give each request what its adapters alone give, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import running, send
+from leases import PlainLease, attach_some
+from tiny_models import build
+from tiny_tokenizer import tiny_tokenizer
+
+from lorakit.adapters import handle_of
+from lorakit.errors import DataError
+from lorakit.serving.batched import BatchedEngine
+from lorakit.serving.continuous import PAGE, ContinuousEngine
+from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
+from lorakit.serving.errors import EngineStoppedError
+
+GREEDY = Sampling(temperature=0)
+TOKENIZER = tiny_tokenizer()
+CHOICES = [
+    (),
+    (("a", 1.0),),
+    (("b", 1.0),),
+    (("c", 1.0),),
+    (("a", 0.5), ("b", 0.75)),
+    (("b", 1.0),),
+]
+
+
+def model_with_adapters(arch="llama", **settings):
+    model = build(arch, vocab_size=len(TOKENIZER), max_position_embeddings=256, **settings)
+    model.generation_config.eos_token_id = None
+    attach_some(model)
+    return model
+
+
+def make(kind, model, **settings):
+    return {"continuous": ContinuousEngine, "batched": BatchedEngine}[kind](
+        model, TOKENIZER, **settings
+    )
+
+
+def prompts(count, *, shortest=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, shortest + 45, (count,), generator=generator).tolist()
+    return [torch.randint(4, len(TOKENIZER), (n,), generator=generator).tolist() for n in lengths]
+
+
+def alone(model, prompt, blend, count):
+    """The greedy continuation of `generate` with one adapter activated."""
+    handle = handle_of(model)
+    handle.activate(dict(blend) or None)
+    ids = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    handle.activate(None)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(params=["continuous", "batched"])
+def kind(request):
+    return request.param
+
+
+def test_every_request_gets_what_its_adapters_alone_give(kind):
+    model = model_with_adapters()
+    expected = [alone(model, p, blend, 12) for p, blend in zip(prompts(6), CHOICES, strict=True)]
+    assert len({tuple(ids) for ids in expected}) == len(expected)
+    with running(make(kind, model)) as engine:
+        sent = [
+            send(engine, p, PlainLease(blend, TOKENIZER), 12, sampling=GREEDY)
+            for p, blend in zip(prompts(6), CHOICES, strict=True)
+        ]
+        found = [answer.wait() for answer in sent]
+    assert [answer.ids for answer in found] == expected
+    assert [answer.end.reason for answer in found] == ["length"] * 6
+    assert [answer.text for answer in found] == [
+        TOKENIZER.decode(ids, skip_special_tokens=True) for ids in expected
+    ]
+
+
+def test_requests_that_join_later_change_no_answer():
+    model = model_with_adapters()
+    given = prompts(12, seed=1)
+    expected = [alone(model, p, CHOICES[i % 6], 4 + i) for i, p in enumerate(given)]
+    with running(ContinuousEngine(model, TOKENIZER, step_tokens=16, running=4)) as engine:
+        sent = []
+        for i, prompt in enumerate(given):
+            sent.append(
+                send(engine, prompt, PlainLease(CHOICES[i % 6], TOKENIZER), 4 + i, sampling=GREEDY)
+            )
+            sent[-1].next()  # the others go on meanwhile
+        assert [answer.wait().ids for answer in sent] == expected
+
+
+def test_a_prefix_is_reused_under_the_same_adapters_only():
+    model = model_with_adapters()
+    prompt = prompts(1, shortest=3 * PAGE + 1)[0]
+    expected = [alone(model, prompt, blend, 6) for blend in CHOICES[:5]]
+    with running(ContinuousEngine(model, TOKENIZER)) as engine:
+        for _ in range(2):
+            found = [
+                send(engine, prompt, PlainLease(blend, TOKENIZER), 6, sampling=GREEDY).wait()
+                for blend in CHOICES[:5]
+            ]
+            assert [answer.ids for answer in found] == expected
+    assert all(answer.end.cached_tokens == (len(prompt) - 1) // PAGE * PAGE for answer in found)
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once():
+    model = model_with_adapters()
+    prompt = prompts(1, shortest=3 * PAGE + 1)[0]
+    with running(ContinuousEngine(model, TOKENIZER)) as engine:
+        blocker = engine.between_steps(
+            lambda: [
+                send(engine, prompt, PlainLease((("a", 1.0),), TOKENIZER), 6, sampling=GREEDY)
+                for _ in range(3)
+            ]
+        )
+        found = [answer.wait() for answer in blocker.result(60)]
+    assert [answer.end.cached_tokens for answer in found] == [
+        0,
+        *[(len(prompt) - 1) // PAGE * PAGE] * 2,
+    ]
+    assert len({tuple(answer.ids) for answer in found}) == 1
+
+
+def test_nan_of_one_adapter_fails_its_requests_alone(kind):
+    model = model_with_adapters()
+    handle = handle_of(model)
+    with torch.no_grad():
+        next(iter(handle.modules("b").values())).lora_B.fill_(torch.nan)
+    given = prompts(4, seed=2)
+    blends = [(("a", 1.0),), (("b", 1.0),), (), (("c", 1.0),)]
+    expected = [
+        None if i == 1 else alone(model, p, b, 8)
+        for i, (p, b) in enumerate(zip(given, blends, strict=True))
+    ]
+    with running(make(kind, model)) as engine:
+        for _ in range(2):  # the second time with pages that had held NaN
+            sent = [
+                send(engine, p, PlainLease(b, TOKENIZER), 8, sampling=GREEDY)
+                for p, b in zip(given, blends, strict=True)
+            ]
+            found = [answer.wait() for answer in sent]
+            assert [a.ids if a.end.reason == "length" else None for a in found] == expected
+            assert "NaN" in str(found[1].end.error)
+            assert "adapter b" in str(found[1].end.error)
+
+
+def test_an_error_in_a_layer_fails_its_request_alone(kind):
+    model = model_with_adapters()
+    handle = handle_of(model)
+    given = prompts(3, seed=3)
+    expected = [alone(model, p, CHOICES[i], 5) for i, p in enumerate(given)]
+
+    def refuse(module, x, y, weight=1.0):
+        raise RuntimeError("broken adapter")
+
+    broken = next(iter(handle.modules("b").values()))
+    broken.low_rank = lambda: None  # through `adapt`
+    broken.adapt = refuse
+    with running(make(kind, model)) as engine:
+        sent = [
+            send(engine, p, PlainLease(CHOICES[i], TOKENIZER), 5, sampling=GREEDY)
+            for i, p in enumerate(given)
+        ]
+        found = [answer.wait() for answer in sent]
+    assert [a.ids for a in found[:2]] == expected[:2]
+    assert found[2].end.reason == "error"
+    assert "broken adapter" in str(found[2].end.error)
+
+
+def test_a_seed_gives_the_same_answer_in_any_batch(kind):
+    model = model_with_adapters()
+    given = prompts(5, seed=4)
+    sampling = Sampling(temperature=1.3, top_p=0.9, top_k=30, seed=7)
+    with running(make(kind, model)) as engine:
+        one = send(
+            engine, given[0], PlainLease(CHOICES[1], TOKENIZER), 10, sampling=sampling
+        ).wait()
+        sent = [
+            send(
+                engine,
+                p,
+                PlainLease(CHOICES[i % 3], TOKENIZER),
+                10,
+                sampling=sampling if i == 1 else Sampling(seed=i),
+            )
+            for i, p in enumerate([given[1], given[0], *given[2:]])
+        ]
+        found = [answer.wait() for answer in sent]
+    assert found[1].ids == one.ids
+    assert found[0].ids != one.ids
+
+
+def test_log_probabilities_are_those_of_the_model(kind):
+    model = model_with_adapters()
+    prompt = prompts(1)[0]
+    with running(make(kind, model)) as engine:
+        lease = PlainLease(CHOICES[1], TOKENIZER)
+        found = send(engine, prompt, lease, 6, sampling=GREEDY, top_logprobs=3).wait()
+        scores = engine.score([*prompt, *found.ids], lease, start=len(prompt)).result(60)
+    assert [t.logprob for t in found.tokens] == pytest.approx(scores, abs=1e-4)
+    for token in found.tokens:
+        assert len(token.top) == 3
+        assert token.top[0] == (token.id, token.logprob)  # greedy
+        assert token.top[0][1] >= token.top[1][1] >= token.top[2][1]
+
+
+def test_stop_texts_and_stop_ids_end_an_answer(kind):
+    model = model_with_adapters()
+    prompt = prompts(1)[0]
+    lease = PlainLease((), TOKENIZER)
+    with running(make(kind, model)) as engine:
+        whole = send(engine, prompt, lease, 20, sampling=GREEDY).wait()
+        middle = len(whole.text) // 2
+        stop = whole.text[middle : middle + 3]
+        assert stop
+        cut = send(engine, prompt, lease, 20, sampling=GREEDY, stop=(stop,)).wait()
+        by_id = send(
+            engine, prompt, lease, 20, sampling=GREEDY, stop_ids=frozenset({whole.ids[4]})
+        ).wait()
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.end.reason == by_id.end.reason == "stop"
+    assert by_id.ids == whole.ids[: whole.ids.index(whole.ids[4]) + 1]
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(kind):
+    model = model_with_adapters()
+    given = prompts(2)
+    expected = alone(model, given[1], (), 60)
+    with running(make(kind, model)) as engine:
+        sent = [send(engine, p, PlainLease((), TOKENIZER), 60, sampling=GREEDY) for p in given]
+        assert isinstance(sent[0].next(), Piece)
+        sent[0].ticket.cancel()
+        assert sent[0].wait().end.reason == "cancelled"
+        assert len(sent[0].ids) < 60
+        assert sent[1].wait().ids == expected
+        assert engine.load().running == 0
+
+
+def test_no_adapter_starves_the_others():
+    model = model_with_adapters()
+    prompt, order = prompts(1)[0], []
+    with running(ContinuousEngine(model, TOKENIZER, running=1)) as engine:
+
+        def deliver(i):
+            return lambda event: order.append(i) if isinstance(event, End) else None
+
+        def fill():
+            for i, name in enumerate("aaaab"):
+                lease = PlainLease(((name, 1.0),), TOKENIZER)
+                engine.submit(
+                    GenerationRequest(prompt=prompt, lease=lease, max_tokens=2), deliver(i)
+                )
+
+        engine.between_steps(fill).result(60)
+        send(engine, prompt, PlainLease((("a", 1.0),), TOKENIZER), 2).wait()
+    assert order == [0, 4, 1, 2, 3]
+
+
+def test_the_queue_is_bounded():
+    model = model_with_adapters()
+    with running(ContinuousEngine(model, TOKENIZER, running=1, queue=2)) as engine:
+
+        def fill():
+            for _ in range(2):
+                send(engine, [5, 6], PlainLease((), TOKENIZER), 4)
+            with pytest.raises(QueueFullError, match="2 requests wait"):
+                send(engine, [5, 6], PlainLease((), TOKENIZER), 4)
+
+        engine.between_steps(fill).result(60)
+
+
+def test_a_request_beyond_the_context_is_refused(kind):
+    model = model_with_adapters()
+    with running(make(kind, model)) as engine:
+        with pytest.raises(DataError, match="exceeds the context of 256"):
+            send(engine, [5] * 250, PlainLease((), TOKENIZER), 7)
+        with pytest.raises(DataError, match="empty"):
+            send(engine, [], PlainLease((), TOKENIZER), 7)
+
+
+def test_a_small_cache_serves_one_request_after_the_other():
+    model = model_with_adapters()
+    given = prompts(6, seed=5)
+    expected = [alone(model, p, CHOICES[i], 10) for i, p in enumerate(given)]
+    # 2 layers x keys and values x 2 heads of width 8 in float32: 256 bytes for a token
+    with running(ContinuousEngine(model, TOKENIZER, cache_bytes=256 * 96)) as engine:
+        sent = [
+            send(engine, p, PlainLease(CHOICES[i], TOKENIZER), 10, sampling=GREEDY)
+            for i, p in enumerate(given)
+        ]
+        assert [answer.wait().ids for answer in sent] == expected
+        assert engine._pool.available == engine._pool.count
+
+
+def test_draining_finishes_what_runs_and_refuses_the_rest(kind):
+    model = model_with_adapters()
+    engine = make(kind, model)
+    with running(engine):
+        sent = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 30, sampling=GREEDY)
+        sent.next()
+        engine.drain()
+        with pytest.raises(EngineStoppedError, match="shutting down"):
+            send(engine, [5], PlainLease((), TOKENIZER), 3)
+        assert len(sent.wait().ids) == 30
+    assert not engine.load().is_alive
+
+
+def test_closing_ends_every_request_with_an_error(kind):
+    model = model_with_adapters()
+    engine = make(kind, model)
+    with running(engine):
+        sent = [send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 200) for _ in range(3)]
+        sent[0].next()
+    ends = [answer.wait().end for answer in sent]
+    assert all(end.reason in ("error", "length") for end in ends)
+    assert any("shut down" in str(end.error) for end in ends) or kind == "batched"
+
+
+def test_a_dead_thread_is_reported(kind, monkeypatch):
+    model = model_with_adapters()
+    engine = make(kind, model)
+    monkeypatch.setattr(engine, "_advance", lambda: 1 / 0)
+    with running(engine):
+        engine._thread.join(60)
+        assert not engine.load().is_alive
+        assert "ZeroDivisionError" in engine.load().error
+        with pytest.raises(EngineStoppedError, match="has failed"):
+            send(engine, [5], PlainLease((), TOKENIZER), 3)
+
+
+def test_adapters_change_between_steps():
+    model = model_with_adapters()
+    handle = handle_of(model)
+    prompt = prompts(1)[0]
+    expected = alone(model, prompt, (("a", 1.0),), 60)
+    with running(ContinuousEngine(model, TOKENIZER)) as engine:
+        sent = send(engine, prompt, PlainLease((("a", 1.0),), TOKENIZER), 60, sampling=GREEDY)
+        sent.next()
+        engine.between_steps(lambda: handle.remove("b")).result(60)
+        engine.between_steps(lambda: attach_some(model, "d")).result(60)
+        assert sent.wait().ids == expected
+        found = send(
+            engine, prompt, PlainLease((("d", 1.0),), TOKENIZER), 8, sampling=GREEDY
+        ).wait()
+    assert found.ids == alone(model, prompt, (("d", 1.0),), 8)
