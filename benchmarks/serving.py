@@ -151,10 +151,13 @@ def measure(
         except UnavailableError as error:
             results.append({**case._asdict(), "skipped": str(error)})
             continue
-        warm = requests(prompts(tokenizer, 2, seed=9), names[:2], answer=(4, 4), seed=9)
+        passages = prompts(tokenizer, 2, seed=len(results) + 1_000_000)
+        warm = requests(passages, names[:2], answer=(4, 4))
         closed_loop(system, warm, 2, patience=60)
         count = size.saturated if case.share is None else int(case.share * capacity * size.open)
-        jobs = requests(prompts(tokenizer, max(count, 1)), names)
+        # Equal for all systems, and new in each trial, so that no system has a prompt in its cache.
+        seed = 1000 * case.adapters + round(10 * (case.share or 0))
+        jobs = requests(prompts(tokenizer, max(count, 1), seed=seed), names, seed=seed)
         if case.share is None:
             trial = closed_loop(system, jobs, IN_FLIGHT, patience=size.patience)
         else:

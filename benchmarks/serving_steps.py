@@ -8,6 +8,7 @@ python -m benchmarks.serving_steps throughput --dtype bfloat16 --result FILE    
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -83,10 +84,15 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
     mixed = generate.start(setup, mode="mixed")
     mixed.prepare(names)
 
-    def saturate(system: System, count: int, chosen: Sequence[str]) -> Callable[[], dict[str, Any]]:
-        jobs = requests(prompts(tokenizer, count), chosen)
+    def saturate(
+        system: System, count: int, chosen: Sequence[str], group: int
+    ) -> Callable[[], dict[str, Any]]:
+        # New prompts in each round and group, so that none is in the cache; equal for the systems of a group.
+        seeds = itertools.count(1000 * group)
 
         def trial() -> dict[str, Any]:
+            seed = next(seeds)
+            jobs = requests(prompts(tokenizer, count, seed=seed), chosen, seed=seed)
             found = figures(closed_loop(system, jobs, count, patience=60))
             system.drain()
             return found
@@ -95,11 +101,11 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
 
     rows = []
     for system in (plain, full, static):
-        saturate(system, 2, ())()  # warm up
+        saturate(system, 2, (), 1)()  # warm up
     for count in concurrent:
         trials = {
-            "engine": saturate(plain, count, ()),
-            "generate": saturate(static, count, ()),
+            "engine": saturate(plain, count, (), 10 + count),
+            "generate": saturate(static, count, (), 10 + count),
         }
         found = in_turn(trials, rounds)
         rows.append(
@@ -110,16 +116,16 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
             )
         )
     count = min(32, max(concurrent))
-    saturate(full, 4, names)()
+    saturate(full, 4, names, 2)()
     found = in_turn(
         {
-            "base": saturate(plain, count, ()),
-            "base, loaded": saturate(full, count, ()),
-            "mixed": saturate(full, count, names),
+            "base": saturate(plain, count, (), 3),
+            "base, loaded": saturate(full, count, (), 3),
+            "mixed": saturate(full, count, names, 3),
         },
         rounds,
     )
-    found |= in_turn({"PEFT": saturate(mixed, count, names)}, 1)
+    found |= in_turn({"PEFT": saturate(mixed, count, names, 3)}, 1)
     base = _rates(found["base"])
     rows += [
         ratio_row(

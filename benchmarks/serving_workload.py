@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from lorakit.models.loading import load_base
 PROMPT = (32, 256)
 ANSWER = (16, 64)
 """Fewest and most tokens."""
-RANK, ALPHA = 8, 16
+CORPUS = 50_000
+"""Tokens that prompts are cut from."""
+RANK = 8
 TARGETS = ("q_proj", "v_proj")
 
 
@@ -30,19 +33,25 @@ def prompts(
     length: tuple[int, int] = PROMPT,
     seed: int = 0,
 ) -> list[tuple[int, ...]]:
-    """Return passages of the documentation of Python's standard library, of random lengths in tokens."""
+    """Return passages of the documentation of Python's standard library, of random lengths in tokens.
+
+    They begin at random tokens. So prompts of different seeds share no prefix, and no system finds one in its cache.
+    """
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(length[0], length[1] + 1, count)
+    lengths = rng.integers(length[0], length[1] + 1, count).tolist()
+    corpus = _corpus(tokenizer)
+    starts = rng.integers(0, len(corpus) - length[1], count).tolist()
+    return [corpus[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+
+@functools.lru_cache(1)
+def _corpus(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ids: list[int] = []
     for row in docstrings.load("train"):
-        if len(ids) >= lengths.sum():
+        if len(ids) >= CORPUS:
             break
         ids += tokenizer(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"]
-    ids *= -(-int(lengths.sum()) // len(ids))
-    ends = np.cumsum(lengths)
-    return [
-        tuple(ids[end - n : end]) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)
-    ]
+    return tuple(ids)
 
 
 def requests(

@@ -34,6 +34,8 @@ from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
 from lorakit.models.loading import load_base
+from lorakit.serving.folders import Location
+from lorakit.serving.folders import digests_of as content_digests
 
 NAMES, VERSIONS = 16, 24
 """Names that clients ask for, and contents that they can stand for."""
@@ -179,9 +181,11 @@ def write_contents(root: Path, config: Any, seed: int) -> dict[str, Path]:
 
 def digests_of(versions: Mapping[str, Path]) -> dict[str, str]:
     """Return the contents by the first 16 digits of their digests."""
-    from lorakit.serving.store import content_digest
-
-    return {content_digest(folder)[:16]: content for content, folder in versions.items()}
+    found = {}
+    for content, folder in versions.items():
+        location = Location(str(folder))
+        found[content_digests(location, location.state()).whole[:16]] = content
+    return found
 
 
 def end_tokens_of(model: Any) -> frozenset[int]:

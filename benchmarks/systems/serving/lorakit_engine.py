@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
-from lorakit.serving.engine import End, Engine, Event, GenerationRequest, Sampling, Ticket
+from lorakit.models.loading import load_base
+from lorakit.serving.choosing import engine_for
+from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
+from lorakit.serving.store import AdapterStore
+from lorakit.serving.worker import Worker
 
 NAME = "lorakit, engine alone"
 BUDGET = 8 << 30
@@ -20,9 +23,22 @@ def start(setup: Setup, *, budget: int = BUDGET) -> LorakitEngine:
     return LorakitEngine(setup, budget)
 
 
-def open_engine(setup: Setup, budget: int) -> tuple[Any, Engine]:
-    """Return a store of adapters and an engine on one base."""
-    raise NotImplementedError
+def open_engine(setup: Setup, budget: int) -> tuple[AdapterStore, Worker]:
+    """Return a store of adapters and a started engine on one base."""
+    base = load_base(setup.base, dtype=setup.dtype)  # type: ignore[arg-type]
+    assert base.tokenizer is not None
+    base.model.requires_grad_(False)
+    engine = engine_for(base.model, base.tokenizer)
+    if engine.name != "continuous":
+        raise RuntimeError(f"The base does not run by continuous batching: {engine.notice}.")
+    store = AdapterStore(
+        base,
+        setup.adapters,
+        budget=budget,
+        between_steps=lambda action: engine.between_steps(action).result(),
+    )
+    engine.start()
+    return store, engine
 
 
 class LorakitEngine:
