@@ -180,6 +180,8 @@ def endless_base(name: str, folder: Path) -> Path:
     base = load_base(name, dtype="float32")
     assert base.tokenizer is not None
     base.model.config.eos_token_id = None
+    base.tokenizer.pad_token = base.tokenizer.pad_token or base.tokenizer.eos_token
+    base.tokenizer.eos_token = None
     if base.model.generation_config is not None:
         base.model.generation_config.eos_token_id = None
     temporary = folder.with_name(f"{folder.name}-{os.getpid()}")

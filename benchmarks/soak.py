@@ -33,9 +33,10 @@ from benchmarks.serving_workload import prompts, write_adapter
 from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
-from lorakit.models.loading import load_base
+from lorakit.models.loading import Base, load_base
 from lorakit.serving.folders import Location
 from lorakit.serving.folders import digests_of as content_digests
+from lorakit.serving.worker import ending_tokens
 
 NAMES, VERSIONS = 16, 24
 """Names that clients ask for, and contents that they can stand for."""
@@ -141,7 +142,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         digests_of(versions),
         timeline,
         bound=bound,
-        end_tokens=end_tokens_of(base.model),
+        end_tokens=end_tokens_of(base),
     )
     record = {
         "machine": report.machine(),
@@ -188,11 +189,9 @@ def digests_of(versions: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def end_tokens_of(model: Any) -> frozenset[int]:
+def end_tokens_of(base: Base) -> frozenset[int]:
     """Return the tokens that end an answer of the base."""
-    ids = model.generation_config.eos_token_id
-    ids = [ids] if isinstance(ids, int) else ids or []
-    return frozenset(ids)
+    return frozenset(ending_tokens(base.model, base.tokenizer))  # type: ignore[arg-type]
 
 
 class MemoryWatch:
