@@ -183,7 +183,7 @@ def figures(trial: Trial) -> dict[str, Any]:
     tokens = sum(len(a.times) for a in answers)
     return {
         "requests": len(answers),
-        "adapters": len({a.request.adapter for a in answers}),
+        "chosen": len({a.request.adapter for a in answers}),
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
