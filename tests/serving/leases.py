@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from random_adapters import randomise
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +19,15 @@ class PlainLease:
     blend: Blend
     tokenizer: PreTrainedTokenizerBase
     released: int = 0
+    shared: list[PlainLease] = field(default_factory=list)
 
     @property
     def receipt(self) -> Receipt:
         return Receipt("base", tuple((name, name, weight) for name, weight in self.blend))
+
+    def share(self) -> PlainLease:
+        self.shared.append(PlainLease(self.blend, self.tokenizer))
+        return self.shared[-1]
 
     def release(self) -> None:
         self.released += 1

@@ -46,8 +46,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt and return only the new text, without special tokens.
 
-    Sorts prompts by length, so that batches have little padding. Pads on the left, so that each continuation starts
-    right after its prompt.
+    Sorts prompts by length, so that batches have little padding. A decoder is padded on the left, so that each
+    continuation starts right after its prompt.
 
     Args:
         model: A causal or encoder-decoder language model, with its active adapters.
@@ -90,7 +90,7 @@ def generate(
     with _generating(model, settings, decoding.seed or 0):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            inputs = left_pad([ids[i] for i in batch], settings.pad_token_id, model.device)
+            inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
             past = cache.take(model, ids[batch[0]]) if cache else None
             if past is not None:
                 inputs[ARGUMENT] = past
@@ -227,12 +227,27 @@ class NoRepeatedNGrams(LogitsProcessor):
         return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
 
 
-def left_pad(prompts: list[list[int]], pad: int | None, device: torch.device) -> dict[str, Any]:
-    """Return input_ids and attention_mask (B, longest prompt)."""
+def padded(
+    model: PreTrainedModel, prompts: list[list[int]], pad: int | None
+) -> dict[str, torch.Tensor]:
+    """Return input_ids and attention_mask (B, longest prompt), padded where the model needs it.
+
+    A decoder continues the last token, so its padding is on the left. An encoder such as BART's counts positions from
+    the first entry, so its padding is on the right.
+    """
     width = max(map(len, prompts))
+    rows = [([pad] * (width - len(p)), [0] * (width - len(p)), p, [1] * len(p)) for p in prompts]
+    if model.config.is_encoder_decoder:
+        ids, mask = (
+            [[*p, *pads] for pads, _, p, _ in rows],
+            [[*ones, *zeros] for _, zeros, _, ones in rows],
+        )
+    else:
+        ids, mask = (
+            [[*pads, *p] for pads, _, p, _ in rows],
+            [[*zeros, *ones] for _, zeros, _, ones in rows],
+        )
     return {
-        "input_ids": torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device),
-        "attention_mask": torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
-        ),
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
     }

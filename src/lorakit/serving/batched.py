@@ -24,7 +24,7 @@ from transformers import (
 from lorakit.adapters import handle_of
 from lorakit.compute.batching import context_length
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generation_config, left_pad
+from lorakit.evaluation.generate import generation_config, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
@@ -104,7 +104,7 @@ class BatchedEngine(Worker):
         )
         config.eos_token_id = None  # each answer knows its own end
         prompts = [self._prompt(answer) for answer in batch]
-        inputs = left_pad(prompts, config.pad_token_id, model.device)
+        inputs = padded(model, prompts, config.pad_token_id)
         handle = handle_of(model)
         choices = [choice_of(answer.request.lease.blend) for answer in batch]
         choosing = nullcontext() if handle is None else handle.per_sample(choices)

@@ -50,7 +50,5 @@ def engine_for(
             step_tokens=step_tokens,
         )
     except UnsupportedModelError as reason:
-        notice = (
-            f"requests are computed in batches that end together, not by continuous batching: {reason}"
-        )
+        notice = f"requests are computed in batches that end together, not by continuous batching: {reason}"
         return BatchedEngine(model, tokenizer, running=min(running, 16), queue=queue, notice=notice)

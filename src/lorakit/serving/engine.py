@@ -57,6 +57,10 @@ class Lease(Protocol):
         """The adapter's own tokenizer, if its folder has one; else the base's."""
         ...
 
+    def share(self) -> Lease:
+        """Return another lease of the same adapters, to be released on its own."""
+        ...
+
     def release(self) -> None:
         """Allow the adapters to be unloaded. Later calls do nothing."""
         ...

@@ -1,0 +1,181 @@
+"""Replay a share of the answers, to find out whether an answer came from other adapters than its receipt says.
+
+The tokens of an answer are computed again by the adapters of its receipt alone, all in one forward pass without
+batching, pages or reused prefixes, and the two log-probabilities of each token are compared. Texts cannot be compared:
+in bfloat16, rounding alone changes which of two likely tokens comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+
+from lorakit.errors import require_at_least
+from lorakit.serving.engine import (
+    End,
+    Engine,
+    Event,
+    GenerationRequest,
+    Lease,
+    Limits,
+    Load,
+    Receipt,
+    Ticket,
+    Token,
+)
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest mean difference of the log-probabilities of an answer's tokens that is taken for rounding, by dtype."""
+BOUND_OF_SHORT = 0.25
+"""The same for 16-bit dtypes."""
+
+
+def bound_for(dtype: torch.dtype) -> float:
+    """Return the largest mean difference that is taken for rounding in a dtype."""
+    return BOUNDS.get(dtype, BOUND_OF_SHORT)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The comparison of one answer."""
+
+    receipt: Receipt
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    served: tuple[float, ...]
+    """Log-probabilities of the tokens as served."""
+    alone: tuple[float, ...]
+    """Log-probabilities of the tokens computed alone."""
+    bound: float
+
+    @property
+    def difference(self) -> float:
+        """Mean absolute difference of the two."""
+        return fmean(abs(a - b) for a, b in zip(self.served, self.alone, strict=True))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within the bound; False for NaN."""
+        return self.difference <= self.bound
+
+
+class VerifiedEngine:
+    """An engine that replays a share of its answers. All else is the engine's own.
+
+    Args:
+        engine: The engine.
+        share: Share of the answers, from 0 to 1.
+        bound: Largest mean difference of the log-probabilities of an answer's tokens.
+        report: Called with each verdict, in the engine's thread.
+        pending: Most answers that wait to be replayed. Others are not replayed then, so that a busy server does not
+            collect them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        share: float,
+        *,
+        bound: float,
+        report: Callable[[Verdict], Any],
+        pending: int = 64,
+    ) -> None:
+        require_at_least("verify", share, 0)
+        self._engine, self._share, self._bound, self._report = engine, share, bound, report
+        self._pending = threading.Semaphore(pending)
+        self._random = random.Random()
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return self._engine.name
+
+    @property
+    def notice(self) -> str | None:
+        """The engine's notice."""
+        return self._engine.notice
+
+    @property
+    def limits(self) -> Limits:
+        """The engine's limits."""
+        return self._engine.limits
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
+        """Queue a request (`Engine.submit`)."""
+        if self._random.random() >= self._share:
+            return self._engine.submit(request, deliver)
+        recorded = dataclasses.replace(request, top_logprobs=request.top_logprobs or 0)
+        tokens: list[Token] = []
+
+        def record(event: Event) -> None:
+            if isinstance(event, End):
+                if event.reason in ("stop", "length") and tokens:
+                    self._replay(request, tokens)  # shares the lease before the caller releases it
+            else:
+                tokens.extend(event.tokens)
+            deliver(event)
+
+        return self._engine.submit(recorded, record)
+
+    def _replay(self, request: GenerationRequest, tokens: Sequence[Token]) -> None:
+        if not self._pending.acquire(blocking=False):
+            return
+        lease = request.lease.share()
+        prompt, ids = tuple(request.prompt), tuple(token.id for token in tokens)
+        served = tuple(float("nan") if t.logprob is None else t.logprob for t in tokens)
+
+        def compare(done: Future[list[float]]) -> None:
+            lease.release()
+            self._pending.release()
+            if done.cancelled() or done.exception() is not None:
+                _LOG.warning("An answer could not be replayed: %s", done.exception())
+                return
+            verdict = Verdict(lease.receipt, prompt, ids, served, tuple(done.result()), self._bound)
+            if not verdict.agrees:
+                _LOG.error(
+                    "An answer does not agree with its receipt %s: its log-probabilities differ from those computed "
+                    "alone by %.3g on average, and the bound is %.3g. Prompt %s, tokens %s, served %s, alone %s.",
+                    lease.receipt.fingerprint,
+                    verdict.difference,
+                    self._bound,
+                    list(prompt),
+                    list(ids),
+                    [round(value, 3) for value in served],
+                    [round(value, 3) for value in verdict.alone],
+                )
+            self._report(verdict)
+
+        self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
+
+    def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
+        """Return log-probabilities of given tokens (`Engine.score`)."""
+        return self._engine.score(tokens, lease, start=start)
+
+    def between_steps(self, action: Callable[[], T]) -> Future[T]:
+        """Run an action in the engine's thread (`Engine.between_steps`)."""
+        return self._engine.between_steps(action)
+
+    def load(self) -> Load:
+        """Return what the engine does now."""
+        return self._engine.load()
+
+    def drain(self) -> None:
+        """Accept no more requests."""
+        self._engine.drain()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the engine's thread."""
+        return self._engine.close(timeout)

@@ -1,0 +1,101 @@
+"""Verification finds answers of other adapters than those of the receipt, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+
+import pytest
+from engines import running, send
+from leases import PlainLease
+from test_engines import CHOICES, TOKENIZER, model_with_adapters, prompts
+
+from lorakit.errors import ConfigurationError
+from lorakit.serving import continuous
+from lorakit.serving.continuous import PAGE, ContinuousEngine
+from lorakit.serving.engine import Sampling
+from lorakit.serving.verification import VerifiedEngine, bound_for
+
+
+@pytest.fixture
+def verdicts():
+    return []
+
+
+def verified(engine, verdicts, share=1.0):
+    return VerifiedEngine(
+        engine, share, bound=bound_for(engine.model.dtype), report=verdicts.append
+    )
+
+
+def wait_for(verdicts, count):
+    end = time.monotonic() + 60
+    while len(verdicts) < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return verdicts
+
+
+def test_right_answers_agree(verdicts):
+    given = prompts(6, shortest=2 * PAGE)
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        sent = [
+            send(
+                verified(engine, verdicts),
+                p,
+                PlainLease(CHOICES[i], TOKENIZER),
+                8,
+                sampling=Sampling(seed=i),
+            )
+            for i, p in enumerate(given)
+        ]
+        for answer in sent:
+            answer.wait()
+        assert all(verdict.agrees for verdict in wait_for(verdicts, 6))
+    leases = [answer.ticket.request.lease for answer in sent]
+    assert [[shared.released for shared in lease.shared] for lease in leases] == [[1]] * 6
+
+
+def test_a_prefix_reused_across_adapters_is_found(verdicts, monkeypatch, caplog):
+    monkeypatch.setattr(continuous, "salt_of", lambda lease: "the same for all")
+    prompt = prompts(1, shortest=3 * PAGE)[0]
+    with (
+        running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine,
+        caplog.at_level(logging.ERROR),
+    ):
+        for blend in CHOICES[:3]:
+            send(verified(engine, verdicts), prompt, PlainLease(blend, TOKENIZER), 8).wait()
+        assert [verdict.agrees for verdict in wait_for(verdicts, 3)] == [True, False, False]
+    assert "does not agree with its receipt base=base;a=a" in caplog.text
+
+
+def test_an_answer_of_another_adapter_is_found(verdicts):
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        submit = engine.submit
+
+        def confuse(request, deliver):
+            other = PlainLease((("b", 1.0),), TOKENIZER)
+            return submit(dataclasses.replace(request, lease=other), deliver)
+
+        engine.submit = confuse
+        send(
+            verified(engine, verdicts), prompts(1)[0], PlainLease((("a", 1.0),), TOKENIZER), 8
+        ).wait()
+        assert not wait_for(verdicts, 1)[0].agrees
+
+
+def test_a_share_is_replayed(verdicts):
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        some = verified(engine, verdicts, share=0.25)
+        some._random.seed(1)
+        sent = [send(some, [5, 6, 7], PlainLease((), TOKENIZER), 2) for _ in range(80)]
+        for answer in sent:
+            answer.wait()
+        engine.between_steps(lambda: None).result(60)
+    assert 8 <= len(verdicts) <= 32
+
+
+def test_a_negative_share_is_refused():
+    with pytest.raises(ConfigurationError, match="verify is -1"):
+        VerifiedEngine(None, -1, bound=1, report=print)
