@@ -25,6 +25,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+from lorakit.serving.folders import Location
+from lorakit.serving.folders import digests_of as content_digests
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report
@@ -34,8 +36,6 @@ from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
 from lorakit.models.loading import Base, load_base
-from lorakit.serving.folders import Location
-from lorakit.serving.folders import digests_of as content_digests
 from lorakit.serving.worker import ending_tokens
 
 NAMES, VERSIONS = 16, 24

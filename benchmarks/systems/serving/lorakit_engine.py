@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+from lorakit.serving.store import AdapterStore
 
 from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
-from lorakit.serving.store import AdapterStore
+from lorakit.serving.errors import StoreFullError
 from lorakit.serving.worker import Worker
 
 NAME = "lorakit, engine alone"
@@ -41,6 +44,10 @@ def open_engine(setup: Setup, budget: int) -> tuple[AdapterStore, Worker]:
     return store, engine
 
 
+RETRY = 0.02
+"""Seconds until a request tries again to get room for its adapter."""
+
+
 class LorakitEngine:
     """Requests take their adapters from the store in threads, as the HTTP layer does."""
 
@@ -50,6 +57,7 @@ class LorakitEngine:
         self.store, self.engine = open_engine(setup, budget)
         self._threads = ThreadPoolExecutor(8)
         self._tickets: dict[int, Ticket | None] = {}
+        self._is_draining = False
 
     def prepare(self, adapters: Sequence[str]) -> None:
         """Load each adapter."""
@@ -63,10 +71,16 @@ class LorakitEngine:
 
     def drain(self) -> None:
         """Cancel all unfinished requests."""
-        for ticket in list(self._tickets.values()):
-            if ticket is not None:
-                ticket.cancel()
-        wait_until(lambda: not self._tickets)
+        self._is_draining = True
+
+        def is_idle() -> bool:
+            for ticket in list(self._tickets.values()):
+                if ticket is not None:
+                    ticket.cancel()
+            return not self._tickets
+
+        wait_until(is_idle)
+        self._is_draining = False
 
     def stop(self) -> None:
         """End the engine's thread."""
@@ -74,11 +88,21 @@ class LorakitEngine:
         self.engine.close(60)
 
     def _start(self, request: Request, answer: Answer) -> None:
-        try:
-            lease = self.store.acquire(request.adapter)
-        except Exception as error:
-            self._end(answer, type(error).__name__)
+        if self._is_draining:
+            self._end(answer, "Cancelled")
             return
+        lease = None
+        while lease is None:
+            try:
+                lease = self.store.acquire(request.adapter)
+            except StoreFullError:
+                if self._is_draining:
+                    self._end(answer, "Cancelled")
+                    return
+                time.sleep(RETRY)  # as a client that is told to try again; the time counts
+            except Exception as error:
+                self._end(answer, type(error).__name__)
+                return
 
         def deliver(event: Event) -> None:
             if isinstance(event, End):
@@ -102,7 +126,7 @@ class LorakitEngine:
             lease.release()
             self._end(answer, type(error).__name__)
             return
-        if id(answer) in self._tickets:
+        if id(answer) in self._tickets:  # unless it has ended meanwhile
             self._tickets[id(answer)] = ticket
 
     def _end(self, answer: Answer, error: str | None) -> None:
