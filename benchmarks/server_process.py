@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import psutil
 
-_COMMAND = (sys.executable, "-m", "lorakit", "serve")
+COMMAND = ("lorakit",)
+ROOT = Path(__file__).parents[1]
 START = 180.0
 """Seconds until a server must answer /health."""
 
@@ -26,7 +27,7 @@ class ServerProcess:
         adapters: Folder of adapter folders.
         log: File for what the server prints.
         options: Further options of `lorakit serve`.
-        environment: Variables to set.
+        command: The module to run, and arguments before `serve`.
         threads: Threads of torch.
 
     Raises:
@@ -40,7 +41,7 @@ class ServerProcess:
         log: Path,
         *,
         options: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = COMMAND,
         threads: int | None = None,
     ) -> None:
         with socket.socket() as probe:
@@ -48,13 +49,23 @@ class ServerProcess:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        variables = {**os.environ, **(environment or {})}
+        variables = dict(os.environ)
         if threads is not None:
             variables["OMP_NUM_THREADS"] = str(threads)
         address = ["--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [*_COMMAND, str(base), str(adapters), *address, *options],
+                [
+                    sys.executable,
+                    "-m",
+                    *command,
+                    "serve",
+                    str(base),
+                    str(adapters),
+                    *address,
+                    *options,
+                ],
+                cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=variables,

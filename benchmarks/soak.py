@@ -30,11 +30,13 @@ from lorakit.serving.folders import digests_of as content_digests
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report
-from benchmarks.server_process import ServerProcess
+from benchmarks.faults import FAULTS
+from benchmarks.server_process import COMMAND, ServerProcess
 from benchmarks.serving_workload import prompts, write_adapter
 from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
+from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.models.loading import Base, load_base
 from lorakit.serving.worker import ending_tokens
 
@@ -45,8 +47,6 @@ SCALE = 0.05
 PREFIXES, PREFIX = 2, 80
 """Beginnings that prompts share, and their tokens: several pages of the cache."""
 ANSWER = (4, 24)
-FAULTS: dict[str, dict[str, str]] = {"prefix": {"LORAKIT_SERVE_FAULT": "prefix"}}
-"""Environment of a server with a fault, by its name. prefix: keys and values are reused across adapters."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -112,7 +112,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         root,
         folder / "log",
         options=options,
-        environment=FAULTS[args.fault] if args.fault else {},
+        command=("benchmarks.faults", args.fault) if args.fault else COMMAND,
     )
     outcome = Outcome()
     try:
@@ -142,6 +142,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         digests_of(versions),
         timeline,
         bound=bound,
+        base=base_record(base.model, tokenizer=base.tokenizer).weights.exact or "",
         end_tokens=end_tokens_of(base),
     )
     record = {

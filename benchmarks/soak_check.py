@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -162,19 +161,24 @@ def receipt_of(fingerprint: str) -> tuple[str, list[tuple[str, str, float]]]:
     return first[5:], adapters
 
 
-def content_of(kept: Kept, digests: Mapping[str, str], timeline: Timeline) -> Content:
+def content_of(
+    kept: Kept, digests: Mapping[str, str], timeline: Timeline, base: str = ""
+) -> Content:
     """Return the contents that computed an answer, by its receipt.
 
     Args:
         kept: The answer.
         digests: Content by the first 16 digits of its digest.
         timeline: What the names stood for.
+        base: Digest of the base; empty accepts any.
 
     Raises:
         ValueError: The receipt is missing, names other adapters than the request, or a content that no name stood for
             at the time of the request.
     """
-    _, adapters = receipt_of(kept.fingerprint)
+    found_base, adapters = receipt_of(kept.fingerprint)
+    if not base.startswith(found_base) and base:
+        raise ValueError(f"receipt of another base ({found_base}, not {base})")
     header = kept.receipt.get("x-lorakit-adapter", "")
     asked = sorted(kept.question.adapters)
     if sorted((name, weight) for name, _, weight in adapters) != asked:
@@ -200,15 +204,15 @@ def check(
     timeline: Timeline,
     *,
     bound: float,
+    base: str = "",
     end_tokens: frozenset[int] = frozenset(),
-    on_progress: Any = lambda done: None,
 ) -> Checked:
     """Check every answer, grouped by the contents that computed it."""
     result = Checked()
     groups: dict[Content, list[Kept]] = defaultdict(list)
     for kept in answers:
         try:
-            groups[content_of(kept, digests, timeline)].append(kept)
+            groups[content_of(kept, digests, timeline, base)].append(kept)
         except ValueError as error:
             result.answers += 1
             result.wrong.append(Wrong(kept, str(error)))
@@ -222,7 +226,6 @@ def check(
                 rows = [(kept.question.prompt, own) for kept, own in zip(part, ids, strict=True)]
                 for kept, own, scores in zip(part, ids, reference.logprobs(rows), strict=True):
                     _check_one(kept, own, scores, result, bound, end_tokens)
-                on_progress(result.answers)
     return result
 
 
