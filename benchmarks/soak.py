@@ -96,6 +96,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
     base = load_base(args.base, dtype=args.dtype)
     assert base.tokenizer is not None
     root = folder / "adapters"
+    digest = base_record(base.model, tokenizer=base.tokenizer).weights.exact or ""
     versions = write_contents(root, base.model.config, args.seed)
     timeline = Timeline()
     names = [f"t{i:02}" for i in range(NAMES)]
@@ -104,7 +105,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         timeline.loaded(name, content, 0, 0)
     outside = folder / "outside"
     shutil.copytree(next(iter(versions.values())), outside)
-    options = ["--allow-loading", "--dtype", args.dtype, *args.serve_options.split()]
+    options = ["--allow_loading", "true", "--dtype", args.dtype, *args.serve_options.split()]
     if args.verify is not None:
         options += ["--verify", str(args.verify)]
     server = ServerProcess(
@@ -142,7 +143,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         digests_of(versions),
         timeline,
         bound=bound,
-        base=base_record(base.model, tokenizer=base.tokenizer).weights.exact or "",
+        base=digest,
         end_tokens=end_tokens_of(base),
     )
     record = {
