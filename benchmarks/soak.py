@@ -233,7 +233,8 @@ def verification_metrics(text: str) -> dict[str, float]:
     found = {}
     for line in text.splitlines():
         name, _, value = line.rpartition(" ")
-        if "verif" in name and not name.startswith("#") and "_created" not in name:
+        is_counted = "verif" in name and not name.startswith("#")
+        if is_counted and "_created" not in name and "_bucket" not in name:
             found[name] = float(value)
     return found
 

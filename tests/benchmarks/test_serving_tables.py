@@ -160,7 +160,9 @@ def test_table_of_a_soak() -> None:
 
 def test_counters_of_the_servers_own_verification() -> None:
     lines = ["# HELP lorakit_verified_total x", "lorakit_verified_total 5.0", "lorakit_other 1.0"]
-    text = "\n".join([*lines, "lorakit_verify_failed_total 2.0"])
+    text = "\n".join(
+        [*lines, 'lorakit_verify_bucket{le="1"} 3.0', "lorakit_verify_failed_total 2.0"]
+    )
     assert soak.verification_metrics(text) == {
         "lorakit_verified_total": 5.0,
         "lorakit_verify_failed_total": 2.0,
