@@ -1,0 +1,210 @@
+"""The parts of the engines: pages, sampling, texts, the queue."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from tiny_tokenizer import tiny_tokenizer
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lorakit.serving.engine import Sampling
+from lorakit.serving.pages import PagePool, first_key, next_key
+from lorakit.serving.queue import FairQueue
+from lorakit.serving.sampling import Chooser, choose
+from lorakit.serving.text import TextStream
+
+TOKENIZER = tiny_tokenizer()
+
+# --- pages ---------------------------------------------------------------------------------------------
+
+
+class Pages(RuleBasedStateMachine):
+    """Requests take, find, name and release pages; no page ever has two meanings."""
+
+    held = Bundle("held")
+
+    def __init__(self):
+        super().__init__()
+        self.pool = PagePool(6)
+        self.holders: Counter[int] = Counter()
+        self.content: dict[int, int] = {}  # what was named last, by page
+
+    @rule(target=held)
+    def take(self):
+        if not self.pool.available:
+            with pytest.raises(IndexError):
+                self.pool.take()
+            return None
+        page = self.pool.take()
+        assert not self.holders[page]
+        self.holders[page] += 1
+        self.content.pop(page, None)
+        return page
+
+    @rule(target=held, key=st.integers(0, 3))
+    def find(self, key):
+        page = self.pool.find(bytes([key]))
+        if page is not None:
+            assert self.content[page] == key
+            self.pool.hold(page)
+            self.holders[page] += 1
+        return page
+
+    @rule(page=held, key=st.integers(0, 3))
+    def name(self, page, key):
+        if page is not None and self.holders[page]:
+            known = self.pool.find(bytes([key]))
+            self.pool.name(page, bytes([key]))
+            if known is None and page not in self.content:
+                self.content[page] = key
+
+    @rule(page=consumes(held))
+    def release(self, page):
+        if page is not None and self.holders[page]:
+            self.pool.release([page])
+            self.holders[page] -= 1
+
+    @rule(page=held)
+    def forget(self, page):
+        if page is not None and self.holders[page]:
+            self.pool.forget([page])
+            self.content.pop(page, None)
+
+    @invariant()
+    def no_page_is_lost(self):
+        assert self.pool.available == 6 - sum(1 for count in self.holders.values() if count)
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_key_depends_on_everything_before_it():
+    keys = {
+        next_key(next_key(first_key(salt), first), second)
+        for salt in ("a", "b")
+        for first in ([1, 2], [2, 1])
+        for second in ([3, 4], [4, 3])
+    }
+    assert len(keys) == 8
+
+
+# --- sampling --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(top_k=5),
+        Sampling(top_p=0.6),
+        Sampling(temperature=1.5, top_p=0.8, top_k=12),
+    ],
+)
+def test_tokens_are_drawn_as_transformers_defines_the_settings(sampling):
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
+    expected = TemperatureLogitsWarper(sampling.temperature)(None, scores[None])
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(None, expected)
+    expected = expected[0].softmax(-1)
+    chooser, count = Chooser(sampling), 4000
+    drawn = torch.zeros(40)
+    for _ in range(count):
+        drawn[choose(scores[None], [chooser])[0].id] += 1
+    assert set(drawn.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+    error = (drawn / count - expected).abs().max()
+    assert error < 4 * (0.25 / count) ** 0.5  # four standard deviations of the least certain share
+
+
+def test_top_p_of_a_flat_distribution_needs_more_than_the_few_that_are_sorted_first():
+    chooser = Chooser(Sampling(top_p=0.9))
+    drawn = {choose(torch.zeros(1, 5000), [chooser])[0].id for _ in range(3000)}
+    assert len(drawn) > 1500
+
+
+def test_rows_without_a_possible_token_are_none_and_the_others_are_chosen():
+    scores = torch.tensor(
+        [[0.0, 1.0], [torch.nan, 1.0], [-torch.inf, -torch.inf], [2.0, -torch.inf]]
+    )
+    for temperature in (0.0, 1.0):
+        chosen = choose(scores, [Chooser(Sampling(temperature=temperature), 0) for _ in range(4)])
+        assert [token is None for token in chosen] == [False, True, True, False]
+    assert chosen[3].id == 0
+    assert chosen[3].logprob == 0
+
+
+# --- texts -----------------------------------------------------------------------------------------------
+
+
+@given(st.text(min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_the_pieces_of_any_text_are_the_text(text):
+    ids = TOKENIZER(text)["input_ids"]
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+@given(
+    st.text("ab é😀", min_size=1, max_size=30),
+    st.lists(st.text("ab é😀", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_stop_text_is_found_wherever_tokens_end(text, stops):
+    stream, pieces = TextStream(TOKENIZER, stops), []
+    for token in TOKENIZER(text)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    found = [text.find(stop) for stop in stops if stop in text]
+    result = "".join(pieces) + stream.finish()
+    if found:
+        assert stream.stopped
+        # A token may complete two stop texts at once; then the first in the text counts.
+        assert text.startswith(result)
+        assert not any(stop in result for stop in stops)
+        assert len(result) >= min(found)
+    else:
+        assert result == text
+
+
+def test_an_incomplete_character_is_kept_back():
+    stream = TextStream(TOKENIZER)
+    ids = TOKENIZER("😀")["input_ids"]
+    assert len(ids) > 1
+    assert [stream.push(token) for token in ids] == [*[""] * (len(ids) - 1), "😀"]
+    assert stream.push(ids[0]) == ""
+    assert stream.finish() == "�"
+
+
+# --- the queue -------------------------------------------------------------------------------------------
+
+
+def test_keys_take_turns():
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        queue.put(item[0], item)
+    order = []
+    while len(queue):
+        item = next(queue.turns())
+        queue.take(item)
+        order.append(item)
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_items_are_removed_wherever_they_wait():
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1"):
+        queue.put(item[0], item)
+    assert sorted(queue.remove_where(lambda item: item.endswith("1"))) == ["a1", "b1"]
+    assert list(queue) == ["a2"]
+    assert len(queue) == 1
+    with pytest.raises(ValueError, match="not the first"):
+        queue.take("a3")
