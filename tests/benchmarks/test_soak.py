@@ -23,11 +23,12 @@ from starlette.routing import Route
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import soak
+from benchmarks import faults, soak
 from benchmarks.serving_workload import write_adapter
 from benchmarks.soak_check import Checked, Reference, Vocabulary, check, receipt_of
 from benchmarks.soak_load import Kept, Outcome, Question, Site, Timeline
 from benchmarks.soak_load import soak as run_clients
+from lorakit.serving import continuous
 
 BOUND = 1e-3
 TOKENIZER = tiny_tokenizer()
@@ -420,3 +421,20 @@ def test_a_soak_with_anything_wrong_fails() -> None:
     assert soak.is_clean(clean)
     for change in ({"wrong": 1}, {"lost": 1}, {"unexpected": {"x": 1}}, {"exit": None}):
         assert not soak.is_clean({**clean, **change})
+
+
+def test_the_faults_replace_what_the_engine_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("salt_of", "choice_of"):
+        monkeypatch.setattr(continuous, name, getattr(continuous, name))  # restored afterwards
+    called = set(continuous.ContinuousEngine._prepare.__code__.co_names)
+    called |= set(continuous.ContinuousEngine._forward.__code__.co_names)
+    called |= {
+        name
+        for constant in continuous.ContinuousEngine._forward.__code__.co_consts
+        for name in getattr(constant, "co_names", ())  # a comprehension, before Python 3.12
+    }
+    assert {"salt_of", "choice_of"} <= called
+    faults.prefix()
+    assert continuous.salt_of(None) == ""  # type: ignore[arg-type]
+    faults.base()
+    assert continuous.choice_of((("a", 1.0),)) is None
