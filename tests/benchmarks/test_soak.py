@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +27,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import faults, soak
 from benchmarks.serving_workload import write_adapter
 from benchmarks.soak_check import Checked, Reference, Vocabulary, check, receipt_of
-from benchmarks.soak_load import Kept, Outcome, Question, Site, Timeline
+from benchmarks.soak_load import (
+    Kept,
+    Outcome,
+    Question,
+    Site,
+    Timeline,
+    ask,
+    ask_bad,
+    change,
+    question,
+    send_malformed,
+)
 from benchmarks.soak_load import soak as run_clients
 from lorakit.serving import continuous
 
@@ -126,7 +138,7 @@ class Server:
             return _error(500 if self.fault == "crashes" else 400, "body")
         self.asked += 1
         is_faulty = self.asked % 5 == 0
-        if is_faulty and self.fault == "loses":
+        if self.fault == "loses":
             await asyncio.sleep(60)
         lora = body.get("lora") or ({} if body["model"] == "base" else {body["model"]: 1.0})
         if any(name not in self.contents for name in lora):
@@ -187,15 +199,12 @@ def _error(status: int, code: str) -> Response:
     return JSONResponse({"error": {"message": "", "code": code, "type": ""}}, status)
 
 
-def run(
-    model: LlamaForCausalLM, folders: dict[str, Path], fault: str, seconds: float = 1.5
-) -> tuple[Outcome, Checked]:
-    """Soak a server with a fault, and check its answers."""
-    server = Server(model, folders, fault)
-    timeline, outcome = Timeline(), Outcome()
+def site_of(server: Server, folders: dict[str, Path]) -> Site:
+    """A site for the clients, with the adapters that the server begins with."""
+    timeline = Timeline()
     for name, content in server.contents.items():
         timeline.loaded(name, content, 0, 0)
-    site = Site(
+    return Site(
         url="http://fake",
         base="base",
         names=NAMES,
@@ -206,25 +215,49 @@ def run(
         timeline=timeline,
         outside=Path("/elsewhere"),
         bad=("nan",),
-        time_limit=0.8,
+        time_limit=0.5,
     )
-    transport = httpx.ASGITransport(server.app)
-    asyncio.run(run_clients(site, 6, seconds, outcome, transport=transport))
-    checked = check(
+
+
+def checked_answers(
+    model: LlamaForCausalLM, folders: dict[str, Path], site: Site, outcome: Outcome
+) -> Checked:
+    return check(
         outcome.kept,
         Reference(copy.deepcopy(model), folders),
         Vocabulary(TOKENIZER),
         DIGESTS,
-        timeline,
+        site.timeline,
         bound=BOUND,
         end_tokens=frozenset({TOKENIZER.eos_token_id}),
     )
-    return outcome, checked
+
+
+def run(model: LlamaForCausalLM, folders: dict[str, Path], fault: str) -> tuple[Outcome, Checked]:
+    """Send a fixed sequence of requests to a server with a fault, and check its answers."""
+    server, outcome = Server(model, folders, fault), Outcome()
+    site = site_of(server, folders)
+    rng = random.Random(0)
+
+    async def send() -> None:
+        transport = httpx.ASGITransport(server.app)
+        async with httpx.AsyncClient(base_url=site.url, transport=transport) as http:
+            for number in range(60):
+                await ask(http, site, question(site, rng), outcome, leave=number % 20 == 7)
+                if number % 6 == 5:
+                    await change(http, site, rng, outcome)
+                if number % 20 == 5:
+                    await ask_bad(http, site, rng, outcome)
+            for _ in range(60):
+                await send_malformed(http, site, rng, outcome)
+
+    asyncio.run(send())
+    return outcome, checked_answers(model, folders, site, outcome)
 
 
 @pytest.mark.slow
 def test_a_correct_server_passes(model: LlamaForCausalLM, folders: dict[str, Path]) -> None:
-    outcome, checked = run(model, folders, "", seconds=3)
+    outcome, checked = run(model, folders, "")
     assert not checked.wrong
     assert outcome.unexpected == Counter()
     assert outcome.lost == 0
@@ -235,7 +268,7 @@ def test_a_correct_server_passes(model: LlamaForCausalLM, folders: dict[str, Pat
     assert set(outcome.changes) >= {"reload"}
     assert any(name.startswith("malformed") for name in outcome.expected)
     assert any(name.startswith("nan") for name in outcome.expected)
-    assert outcome.disconnected > 0
+    assert outcome.disconnected == 3
 
 
 @pytest.mark.slow
@@ -257,10 +290,24 @@ def test_wrong_answers_are_found(
 
 
 @pytest.mark.slow
+def test_clients_at_the_same_time(model: LlamaForCausalLM, folders: dict[str, Path]) -> None:
+    server, outcome = Server(model, folders), Outcome()
+    site = replace(site_of(server, folders), time_limit=60)
+    transport = httpx.ASGITransport(server.app)
+    asyncio.run(run_clients(site, 4, 2, outcome, transport=transport))
+    assert outcome.kept
+    assert (outcome.lost, outcome.unexpected) == (0, Counter())
+    assert not checked_answers(model, folders, site, outcome).wrong
+
+
+@pytest.mark.slow
 def test_lost_answers_are_found(model: LlamaForCausalLM, folders: dict[str, Path]) -> None:
-    outcome, checked = run(model, folders, "loses")
+    server, outcome = Server(model, folders, "loses"), Outcome()
+    site = site_of(server, folders)
+    transport = httpx.ASGITransport(server.app)
+    asyncio.run(run_clients(site, 4, 1.5, outcome, transport=transport))
     assert outcome.lost > 0
-    assert not checked.wrong
+    assert not outcome.kept
 
 
 @pytest.mark.slow
