@@ -466,8 +466,8 @@ def test_the_memory_after_a_minute() -> None:
 def test_a_soak_with_anything_wrong_fails() -> None:
     clean: dict[str, Any] = {"wrong": 0, "lost": 0, "unexpected": {}, "exit": 0}
     assert soak.is_clean(clean)
-    for change in ({"wrong": 1}, {"lost": 1}, {"unexpected": {"x": 1}}, {"exit": None}):
-        assert not soak.is_clean({**clean, **change})
+    for fault in ({"wrong": 1}, {"lost": 1}, {"unexpected": {"x": 1}}, {"exit": None}):
+        assert not soak.is_clean({**clean, **fault})
 
 
 def test_the_faults_replace_what_the_engine_calls(monkeypatch: pytest.MonkeyPatch) -> None:
