@@ -105,7 +105,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         timeline.loaded(name, content, 0, 0)
     outside = folder / "outside"
     shutil.copytree(next(iter(versions.values())), outside)
-    options = ["--allow_loading", "true", "--dtype", args.dtype, *args.serve_options.split()]
+    options = ["--allow_loading", "true", "--base.dtype", args.dtype, *args.serve_options.split()]
     if args.verify is not None:
         options += ["--verify", str(args.verify)]
     server = ServerProcess(

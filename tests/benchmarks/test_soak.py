@@ -104,7 +104,7 @@ class Server:
         path = Path(body["lora_path"])
         if path not in self.reference._folders.values():
             return _error(400, "path")
-        if self.fault != "stale":
+        if self.fault != "stale" or body["lora_name"] not in self.contents:
             self.contents[body["lora_name"]] = path.name
         return JSONResponse({})
 

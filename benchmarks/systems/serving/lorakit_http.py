@@ -35,7 +35,7 @@ class LorakitHttp:
             setup.base,
             setup.adapters,
             Path(self._scratch.name) / "log",
-            options=["--dtype", setup.dtype],
+            options=["--base.dtype", setup.dtype],
             threads=setup.threads,
         )
         self._base_name = self._server.base_name
