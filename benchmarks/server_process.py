@@ -52,7 +52,7 @@ class ServerProcess:
         variables = dict(os.environ)
         if threads is not None:
             variables["OMP_NUM_THREADS"] = str(threads)
-        fixed = ["--base", str(base), "--adapters", str(adapters), "--port", str(port)]
+        fixed = ["--base.name", str(base), "--adapters", str(adapters), "--port", str(port)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [
