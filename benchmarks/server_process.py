@@ -55,16 +55,7 @@ class ServerProcess:
         fixed = ["--base.name", str(base), "--adapters", str(adapters), "--port", str(port)]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    *command,
-                    "serve",
-                    str(base),
-                    str(adapters),
-                    *address,
-                    *options,
-                ],
+                [sys.executable, "-m", *command, "serve", *fixed, *options],
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
