@@ -74,7 +74,7 @@ def requests(
     names: Sequence[str | None] = [None] * len(passages)
     if adapters:
         chosen = rng.choice(len(adapters), len(passages), p=zipf(len(adapters)))
-        names = [adapters[i] for i in chosen]
+        names = [adapters[i] for i in chosen.tolist()]
     return [
         Request(prompt, name, tokens)
         for prompt, name, tokens in zip(passages, names, lengths, strict=True)
