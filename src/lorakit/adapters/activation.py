@@ -326,6 +326,7 @@ class Activation:
         del self.adapters[name]
         self.swapping.discard(name)
         self.read_directly.pop(name, None)
+        self.decoding.remove(name)
 
     # --- forward passes ----------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ class Activation:
         outer = self.running.innermost
         if outer is not None and outer.of_pass is not None:
             return outer.of_pass.step if choice is outer.of_pass.choice else None
-        return self.decoding.begin(choice if choice is self.active else BASE, args, kwargs)
+        return self.decoding.begin(choice, args, kwargs, is_active=choice is self.active)
 
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
