@@ -50,7 +50,7 @@ class _Block:
     activation: Activation
     choice: Choice
     adapters: dict[str, int]
-    """Serial number of each adapter when the block began."""
+    """Serial number of each adapter of the choice when the block began."""
     is_generation: bool = False
     is_open: bool = True
 
@@ -249,7 +249,8 @@ class Activation:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
         self.running.drop_interrupted()
-        block = _Block(self, choice, dict(self.adapters), is_generation)
+        serials = {name: self.adapters[name] for name in choice.names}
+        block = _Block(self, choice, serials, is_generation)
         before, thread = self._thread.block, threading.get_ident()
         _BLOCKS.set((*_BLOCKS.get(), block))
         with self.running.lock:

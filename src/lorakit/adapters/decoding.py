@@ -22,7 +22,7 @@ FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
 that of the stacks."""
 
-FEW_MIXED_TOKENS = 128
+FEW_MIXED_TOKENS = 512
 """The most tokens of a decoding step with different adapters."""
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

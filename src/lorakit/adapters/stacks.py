@@ -96,7 +96,7 @@ class Stacks:
     def _drop(self, blend: Blend) -> None:
         self._sources.pop(blend, None)
         self._slots = [None if other == blend else other for other in self._slots]
-        self._arrangement = None
+        self._in_use, self._arrangement = [], None
 
     def learn(
         self, layer: Layer, x: Any, before: tuple[Tensor, Input] | None
