@@ -25,8 +25,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-from lorakit.serving.folders import Location
-from lorakit.serving.folders import digests_of as content_digests
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import report
@@ -38,6 +36,8 @@ from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.models.loading import Base, load_base
+from lorakit.serving.folders import Location
+from lorakit.serving.folders import digests_of as content_digests
 from lorakit.serving.worker import ending_tokens
 
 NAMES, VERSIONS = 16, 24

@@ -14,10 +14,9 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from test_decoding import (
-    NEXT,
+    assign_state_dict,
     layer_by_layer,
     load_state_dict,
-    assign_state_dict,
     new_parameter,
     new_scaling,
     run,

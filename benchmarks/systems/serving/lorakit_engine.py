@@ -6,14 +6,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from lorakit.serving.store import AdapterStore
-
 from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
 from lorakit.serving.errors import StoreFullError
+from lorakit.serving.store import AdapterStore
 from lorakit.serving.worker import Worker
 
 NAME = "lorakit, engine alone"
