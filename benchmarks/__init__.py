@@ -13,11 +13,18 @@ mixed_batch.py      latency of 8 rows with 8 adapters, in lorakit and in PEFT
 table1.py           the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py          time to attach, save and load an adapter
 merge_drift.py      changes in the base weights after merging and unmerging
+serving.py          many adapters on one base: throughput and latency of lorakit, PEFT, generate and llama.cpp
+serving_steps.py    ratios and times of serving within one process
+soak.py             every answer of a busy server, checked against the adapter alone; has its own command
 planner.py          predictions of `lorakit plan` against measurements
 long_run.py         one long run in both orders of the data; has its own command
 ------------------  ----------------------------------------------------------------------------------
 workloads.py        the rows of the training tables
 examples.py         the tokenised, ordered examples that every system of a row reads
+serving_load.py     open and closed load, and the measures of a trial
+serving_workload.py the requests and adapters of the serving benchmark; server_process.py starts lorakit serve
+soak_load.py        the clients of the soak test; soak_check.py checks their answers
+systems/serving/    one module per serving system
 systems/            one training script per system, written as its users would
 run.py              one run of one system; measure.py measures it, before.py sets the memory baseline
 limit.py            operations and bytes that a batch needs; matmul rate and bandwidth of this machine

@@ -1,11 +1,12 @@
 """Run the benchmarks.
 
-python -m benchmarks                              all parts except compiled, dtypes, planner, accuracy, profile
+python -m benchmarks                              all parts except compiled, dtypes, planner, accuracy, serving, profile
 python -m benchmarks compiled planner             named parts only
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     resume an interrupted run
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
 python -m benchmarks --results results-here       write somewhere else than benchmarks/results
+python -m benchmarks soak --minutes 10            check every answer of a busy server; see its --help
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ PARTS = {
     "dtypes": "benchmarks.dtypes",
     "planner": "benchmarks.planner",
     "accuracy": "benchmarks.accuracy",
+    "serving": "benchmarks.serving",
     "profile": "benchmarks.profile",
 }
 
-ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "profile")
+ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "serving", "profile")
 """Parts that run only if named, so that the default fits into an hour."""
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["soak"]:
+        sys.exit(import_module("benchmarks.soak").run(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,9 +14,9 @@ from random_adapters import randomise
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorakit.adapters import Adapters, attach, decoding
+from lorakit.adapters import Adapters, attach, decoding, stacks
 from lorakit.adapters.attach import handle_for
-from lorakit.adapters.decoding import SharedInput
+from lorakit.adapters.stacks import SharedInput
 from lorakit.methods.lora.method import LoRA
 
 Change = Callable[[Adapters], Any]
@@ -39,6 +39,7 @@ def layer_by_layer() -> Iterator[None]:
     """Compute no step with shared products: the reference."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "FEW_TOKENS", 0)
+        patch.setattr(decoding, "FEW_MIXED_TOKENS", 0)
         yield
 
 
@@ -66,13 +67,13 @@ def steps(adapters: Adapters, change: Change | None = None, *, before: int = 3) 
 def groups(adapters: Adapters) -> list[list[str]]:
     """Return the names of the layers of the first block that share an input."""
     stacks = adapters._activation.decoding._stacks
-    if stacks is None:
+    if stacks is None or stacks._arrangement is None:
         return []
     names: dict[SharedInput, list[str]] = {}
     for path, layer in adapters.model.named_modules():
-        shared = stacks.inputs.get(getattr(layer, "adapters", None))  # type: ignore[arg-type]
-        if shared is not None and ".0." in path:
-            names.setdefault(shared, []).append(path.rpartition(".")[2])
+        part = stacks._arrangement.parts.get(getattr(layer, "adapters", None))  # type: ignore[arg-type]
+        if part is not None and ".0." in path:
+            names.setdefault(part.shared, []).append(path.rpartition(".")[2])
     return list(names.values())
 
 
@@ -88,7 +89,7 @@ def test_layers_that_read_the_same_input_share_it():
 
 
 def test_wide_layers_do_not_share(monkeypatch):
-    monkeypatch.setattr(decoding, "LARGEST_B", 0)
+    monkeypatch.setattr(stacks, "LARGEST_B", 0)
     _, adapters = adapted()
     found = steps(adapters)
     assert all(len(names) == 1 for names in groups(adapters))

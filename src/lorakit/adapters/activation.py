@@ -50,7 +50,7 @@ class _Block:
     activation: Activation
     choice: Choice
     adapters: dict[str, int]
-    """Serial number of each adapter when the block began."""
+    """Serial number of each adapter of the choice when the block began."""
     is_generation: bool = False
     is_open: bool = True
 
@@ -249,7 +249,8 @@ class Activation:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
         self.running.drop_interrupted()
-        block = _Block(self, choice, dict(self.adapters), is_generation)
+        serials = {name: self.adapters[name] for name in choice.names}
+        block = _Block(self, choice, serials, is_generation)
         before, thread = self._thread.block, threading.get_ident()
         _BLOCKS.set((*_BLOCKS.get(), block))
         with self.running.lock:
@@ -326,6 +327,7 @@ class Activation:
         del self.adapters[name]
         self.swapping.discard(name)
         self.read_directly.pop(name, None)
+        self.decoding.remove(name)
 
     # --- forward passes ----------------------------------------------------------------------------------
 
@@ -344,7 +346,7 @@ class Activation:
         outer = self.running.innermost
         if outer is not None and outer.of_pass is not None:
             return outer.of_pass.step if choice is outer.of_pass.choice else None
-        return self.decoding.begin(choice if choice is self.active else BASE, args, kwargs)
+        return self.decoding.begin(choice, args, kwargs, is_active=choice is self.active)
 
     def begin(self, of_pass: Pass, frame: FrameType) -> None:
         """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""

@@ -131,7 +131,7 @@ def _blend(choice: AdapterChoice, get: Get) -> Blend:
             raise AdapterStateError(
                 f"The weight of '{name}' is {weight!r}; it must be a finite number."
             )
-        if not adapter.scales and (len(weights) > 1 or weight != 1):
+        if (len(weights) > 1 or weight != 1) and not adapter.scales:  # `scales` visits all layers
             raise AdapterStateError(
                 f"'{name}' ({type(adapter.method).__name__}) has parts whose effect is not linear in a weight "
                 "(DoRA, or biases or modules trained in full). Activate it alone and with weight 1."

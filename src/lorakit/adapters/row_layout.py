@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.choice import Choice
@@ -86,6 +87,15 @@ class RowLayout:
                 f"its input of shape {tuple(x.shape)} has as many rows as tokens, so it may be sequence-first"
             )
         return size
+
+    def is_in_order(self, shape: torch.Size) -> bool:
+        """Return whether an input (*shape, in) is certain to hold the tokens of a batch of this shape in order.
+
+        `entries` accepts such an input.
+        """
+        ambiguous = len(shape) > 1 and shape[0] == shape[1] > 1
+        certain = self.axis == 0 and self.refused is None and not self.is_table
+        return certain and (self.is_known or not ambiguous)
 
     def _count_tokens(self, x: Tensor, of_pass: Pass, axes: int) -> int:
         total = sum(of_pass.choice.tokens)

@@ -106,7 +106,7 @@ class LoadedAdapters:
             for loaded in several:
                 loaded.leases -= 1
                 loaded.used = next(self._clock)
-            self._drop_unused()
+                self._drop_if_unused(loaded)
             must_collect = bool(self._garbage)
             is_collecting = self._collector is not None and self._collector.is_alive()
             if must_collect and not is_collecting:
@@ -117,12 +117,13 @@ class LoadedAdapters:
         """Set the digests that names stand for, and those that stay loaded; all others leave with their last lease."""
         with self._lock:
             self._named, self._pinned = frozenset(named), frozenset(pinned)
-            self._drop_unused()
+            for loaded in list(self._usable.values()):
+                self._drop_if_unused(loaded)
 
-    def _drop_unused(self) -> None:
-        for digest, loaded in list(self._usable.items()):
-            if not loaded.leases and digest not in self._named:
-                self._garbage.append(self._usable.pop(digest))
+    def _drop_if_unused(self, loaded: Loaded) -> None:
+        is_usable = self._usable.get(loaded.digest) is loaded
+        if is_usable and not loaded.leases and loaded.digest not in self._named:
+            self._garbage.append(self._usable.pop(loaded.digest))
 
     @contextmanager
     def loading(self, digest: str) -> Iterator[None]:

@@ -464,9 +464,9 @@ class AdapterStore:
         entry = self._entry(name)
         location = entry.source.locate()
         card, error = Card(), None
+        if location is None:
+            return {**vars(card), "digest": None, "loaded": False, "error": "no adapter yet"}
         try:
-            if location is None:
-                raise AdapterFileError("There is no adapter yet.")
             state = location.state()
             if entry.card is None or entry.card[0] != state:
                 self._require_allowed(entry.source, location)

@@ -1,0 +1,148 @@
+"""The matrices of one blend of adapters, and whether they are still those that were copied."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lorakit.adapters.choice import Blend
+from lorakit.methods.module import LowRank
+from lorakit.ops.autocast import wide_dtype
+
+
+class Layout(Protocol):
+    """How a layer receives the rows of a batch (`RowLayout`)."""
+
+    def is_in_order(self, shape: torch.Size) -> bool: ...
+
+
+class Layer(Protocol):
+    """The adapters of one layer (`LayerAdapters`)."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    replaced: dict[str, nn.Parameter]
+    _modules: dict[str, Any]
+
+    def __len__(self) -> int: ...
+    def __hash__(self) -> int: ...
+
+
+_versions = operator.attrgetter("_version")
+_settings = operator.attrgetter("training", "scaling", "dropout")
+
+
+class Source:
+    """The low-rank products of one blend on each layer, and the state of their tensors when this object was built.
+
+    Args:
+        blend: The adapters.
+        layers: The layers to look at.
+        is_active: Whether `activate` chose the blend, so that its trained copies are in place.
+    """
+
+    def __init__(self, blend: Blend, layers: Iterable[Layer], *, is_active: bool) -> None:
+        _Optimizers.watch()
+        self.dtype = torch.float32
+        """The dtype in which the products are computed: wide enough for all factors."""
+        self.ranks: dict[Layer, int] = {}
+        """The sum of ranks on each layer on which nothing but low-rank products acts."""
+        self.others: set[Layer] = set()
+        """The layers on which something else acts."""
+        self._acting: dict[Layer, list[tuple[Any, float]]] = {}
+        self._places: list[tuple[dict[str, Any], str]] = []
+        for layer in layers:
+            self._read(layer, blend, is_active)
+        # The check of a step reads thousands of tensors, so it consists of few calls of C functions. Nothing else can
+        # have the identity of a module that is kept.
+        self._modules = [owner[name] for owner, name in self._places]
+        self._owners = [owner for owner, _ in self._places]
+        self._names = [name for _, name in self._places]
+        self._dicts = [d for m in self._modules for d in (m._parameters, m._buffers)]
+        self._values = self._current_values()
+        # Aliases keep the addresses from being used again.
+        self._tensors = [tensor for tensor in self._values if tensor is not None]
+        self._kept = [tensor.detach() for tensor in self._tensors]
+        self._state = self._current_state()
+
+    def _read(self, layer: Layer, blend: Blend, is_active: bool) -> None:
+        acting, rank = [], 0
+        for name, weight in blend:
+            module = layer._modules.get(name)
+            if module is None or (module.leaves_output and (is_active or not module.trained)):
+                continue
+            product = None if module.trained and not is_active else module.low_rank()
+            tensors = _tensors(module)
+            if product is None or not all(map(_is_plain, tensors)):
+                self.others.add(layer)
+                return
+            acting.append((module, weight))
+            rank += len(product.A)
+            self.dtype = wide_dtype(*tensors, torch.empty(0, dtype=self.dtype))
+            self._places.append((layer._modules, name))
+        if acting:
+            self._acting[layer], self.ranks[layer] = acting, rank
+
+    def products(self, layer: Layer) -> Iterator[LowRank]:
+        """Yield what the blend adds to a layer's output, each product scaled by its weight."""
+        for module, weight in self._acting.get(layer, ()):
+            product = module.low_rank()
+            yield product._replace(scaling=weight * product.scaling)
+
+    def is_current(self) -> bool:
+        """Return whether no tensor and no setting has changed since this object was built."""
+        if not all(map(operator.is_, map(dict.get, self._owners, self._names), self._modules)):
+            return False
+        values = self._current_values()
+        return (
+            len(values) == len(self._values)
+            and all(map(operator.is_, values, self._values))
+            and self._state == self._current_state()
+        )
+
+    def _current_values(self) -> list[Tensor | None]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._dicts))]
+
+    def _current_state(self) -> tuple[Any, ...]:
+        return (
+            _Optimizers.steps,
+            [*map(_versions, self._tensors)],
+            [*map(Tensor.data_ptr, self._tensors)],
+            [*map(_settings, self._modules)],
+        )
+
+
+class _Optimizers:
+    """The number of steps of all optimizers, because a fused one writes without a new `_version`."""
+
+    steps = 0
+
+    @staticmethod
+    @functools.cache
+    def watch() -> None:
+        """Count from the first call on."""
+        register_optimizer_step_post_hook(_Optimizers._count)
+
+    @classmethod
+    def _count(cls, *_: object) -> None:
+        cls.steps += 1
+
+
+def _tensors(module: Any) -> list[Tensor]:
+    """Return the tensors of an adapter's module."""
+    every = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in every if tensor is not None]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is whole outside its layer's call (FSDP's are not), and counts its versions."""
+    whole = type(tensor) in (Tensor, nn.Parameter) and tensor.untyped_storage().size() > 0
+    return whole and not tensor.is_inference()
