@@ -70,6 +70,10 @@ class FakeStore:
             self.hold.wait(10)
         if self.fails is not None:
             raise self.fails
+        names = [] if choice is None else [choice] if isinstance(choice, str) else list(choice)
+        for name in names:
+            if name not in self.records:
+                raise UnknownAdapterError(f"No adapter is named '{name}'. Known: secret.")
         lease = FakeLease(self, choice)
         self.leases.append(lease)
         return lease

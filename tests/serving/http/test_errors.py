@@ -300,7 +300,11 @@ def test_another_request_id_is_replaced(serve: Serve, given: str) -> None:
 
 
 STORE_ERRORS = [
-    (UnknownAdapterError("There is no adapter 'sql'."), 404, "There is no adapter"),
+    (
+        UnknownAdapterError("No adapter is named 'sql'. Known: secret."),
+        404,
+        "There is no model 'sql'",
+    ),
     (StoreFullError("All memory for adapters is in use."), 503, "All memory"),
     (AdapterFileError("'sql' is damaged."), 500, "is damaged"),
     (AdapterStateError("'sql' is not linear in a weight."), 400, "not linear"),

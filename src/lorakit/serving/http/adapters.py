@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from lorakit.errors import LorakitError
-from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.errors import StoreFullError, UnknownAdapterError
 from lorakit.serving.http.answers import Loaded, Model, Models
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import ApiError, unknown_model
@@ -33,10 +33,14 @@ async def list_models(request: Request) -> Models:
 async def get_model(request: Request, model: str) -> Model:
     """Describe a model."""
     serving, key = serving_of(request), record_of(request).key
-    known = serving.models(key)
-    if model not in known:
-        raise unknown_model(model, known)
-    return await serving.in_worker(partial(_model, serving, model))
+
+    def find() -> Model:
+        known = serving.models(key)
+        if model not in known:
+            raise unknown_model(model, known)
+        return _model(serving, model)
+
+    return await serving.in_worker(find)
 
 
 @router.post("/v1/load_lora_adapter")
@@ -50,19 +54,23 @@ async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
             f"'lora_name' is {name!r}, the name of the base. Choose another.",
             param="lora_name",
         )
-    if name in serving.store.names() and not body.load_inplace:
-        raise ApiError(
-            400,
-            f"There is an adapter {name!r} already. Set load_inplace: true to replace it.",
-            param="lora_name",
-            code="name_taken",
-        )
-    try:
-        await serving.in_worker(
-            partial(serving.store.add, name, body.lora_path, replace=body.load_inplace)
-        )
-    except LorakitError as error:
-        raise ApiError(400, str(error), param="lora_path", code="cannot_be_served") from error
+
+    def add() -> None:
+        if name in serving.store.names() and not body.load_inplace:
+            raise ApiError(
+                400,
+                f"There is an adapter {name!r} already. Set load_inplace: true to replace it.",
+                param="lora_name",
+                code="name_taken",
+            )
+        try:
+            serving.store.add(name, body.lora_path, replace=body.load_inplace)
+        except StoreFullError:
+            raise
+        except LorakitError as error:
+            raise ApiError(400, str(error), param="lora_path", code="cannot_be_served") from error
+
+    await serving.in_worker(add)
     return Loaded(id=name, status="loaded")
 
 
@@ -74,8 +82,9 @@ async def unload_adapter(request: Request, body: UnloadRequest) -> Loaded:
     _require_operator(serving, key, name)
     try:
         await serving.in_worker(partial(serving.store.remove, name))
-    except UnknownAdapterError as error:
-        raise unknown_model(name, serving.models(key), "lora_name") from error
+    except UnknownAdapterError:
+        known = await serving.in_worker(partial(serving.models, key))
+        raise unknown_model(name, known, "lora_name") from None
     return Loaded(id=name, status="unloaded")
 
 
@@ -107,9 +116,7 @@ def _model(serving: Serving, name: str) -> Model:
         return Model(id=name, created=created, root=base, parent=None, details=details)
     try:
         details = serving.store.describe(name)
-    except (
-        LorakitError
-    ) as error:  # the list stays whole where one adapter is damaged or just removed
+    except LorakitError as error:  # the list stays whole where one adapter is damaged
         details = {"error": str(error)}
     # Paths on the server are not the client's business.
     root = Path(str(details.pop("path", None) or name)).name

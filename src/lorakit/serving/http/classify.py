@@ -44,17 +44,16 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
         raise ApiError(400, message, param="input", code="max_inputs")
     record.key.take_request()
     admitted(serving)
-    choice = serving.choose(record, body.model)
     examples: list[LabelledExample] = []
 
     def prepare(lease: Lease) -> None:
-        name = None if choice is None else body.model
+        name = None if body.model == serving.settings.base_name else body.model
         task, context = _task(serving, name, lease), serving.engine.limits.context
         examples.extend(_encode(task, lease.tokenizer, rows, context))
         record.key.reserve_tokens(sum(map(len, examples)))
 
     async def work() -> tuple[Lease, Tensor]:
-        lease, _ = await serving.leased(choice, prepare)
+        lease, _ = await serving.leased(record, prepare, body.model)
         return lease, await asyncio.wrap_future(_submit(serving, classifier, examples, lease))
 
     lease, logits = await guarded(request, work())

@@ -103,7 +103,10 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownAdapterError):
-        return ApiError(404, str(error), param="model", code="model_not_found")
+        # Its message lists all adapters, also those that the key may not use.
+        return ApiError(
+            404, "The adapter was just unloaded.", param="model", code="model_not_found"
+        )
     if isinstance(error, StoreFullError):
         return ApiError(503, str(error), code="adapter_memory_full", retry=RETRY_SECONDS)
     if isinstance(error, EngineStoppedError):

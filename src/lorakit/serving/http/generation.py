@@ -115,7 +115,6 @@ async def begin(
     """
     record.key.take_request()
     admitted(serving)
-    choice = serving.choose(record, body.model, body.lora)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         prompts, stop_ids = encode(lease)
@@ -135,7 +134,9 @@ async def begin(
         return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        lease, (requests, prompt_tokens) = await serving.leased(choice, prepare)
+        lease, (requests, prompt_tokens) = await serving.leased(
+            record, prepare, body.model, body.lora
+        )
         generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)
         generation.start()
         return generation

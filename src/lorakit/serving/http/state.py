@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.engine import Classifier, Engine, Lease
+from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, ClientGone, unknown_model
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import BLEND, Metrics
@@ -87,33 +88,24 @@ class Serving:
         names = [self.settings.base_name, *self.store.names()]
         return [name for name in names if key.allows(name)]
 
-    def choose(
-        self, record: RequestRecord, model: str, lora: Mapping[str, float] | None = None
-    ) -> AdapterChoice:
+    def _choice(self, model: str, lora: Mapping[str, float] | None) -> AdapterChoice:
         """Return the adapters that a request names.
 
-        A model that the key may not use is answered as one that does not exist: the answer says nothing of others'.
-
         Raises:
-            ApiError: 404 for an unknown model, 400 for a blend on an adapter.
+            ApiError: 400 for a blend on an adapter, or of too many.
         """
-        known = self.models(record.key)
-        for param, name in (("model", model), *((f"lora.{name}", name) for name in lora or ())):
-            if name not in known:
-                raise unknown_model(name, known, param)
         if lora is None:
-            record.model = model
             return None if model == self.settings.base_name else model
         if model != self.settings.base_name:
             raise ApiError(
                 400,
-                f"'lora' blends adapters on the base, but 'model' is the adapter {model!r}. Set it to "
+                f"'lora' blends adapters on the base, but 'model' is the adapter {model!r:.200}. Set it to "
                 f"{self.settings.base_name!r}.",
                 param="lora",
                 code="invalid_value",
             )
         most = self.settings.limits.max_blend
-        if not lora or len(lora) > most or self.settings.base_name in lora:
+        if not lora or len(lora) > most or model in lora:
             raise ApiError(
                 400,
                 f"'lora' has {len(lora)} adapters; it must be a mapping from names of adapters to weights, with 1 to "
@@ -121,22 +113,49 @@ class Serving:
                 param="lora",
                 code="invalid_value",
             )
-        record.model = BLEND
         return dict(lora)
+
+    def _acquire(
+        self, record: RequestRecord, model: str, lora: Mapping[str, float] | None
+    ) -> Lease:
+        """Acquire the adapters that a request names.
+
+        A model that the key may not use is answered as one that does not exist: the answer says nothing of others'.
+        """
+        named = {"model": model, **{f"lora.{name}": name for name in lora or ()}}
+        try:
+            if not all(map(record.key.allows, named.values())):
+                raise UnknownAdapterError
+            lease = self.store.acquire(self._choice(model, lora))
+        except UnknownAdapterError:
+            known = self.models(record.key)
+            param = next((p for p, name in named.items() if name not in known), "model")
+            raise unknown_model(named[param], known, param) from None
+        record.model = model if lora is None else BLEND
+        return lease
 
     async def in_worker(self, work: Callable[[], T]) -> T:
         """Run a function in a worker thread."""
         return await asyncio.wrap_future(self.workers.submit(work))
 
-    async def leased(self, choice: AdapterChoice, prepare: Callable[[Lease], T]) -> tuple[Lease, T]:
-        """Acquire adapters and prepare a request with them, in a worker thread. Count the request as computing.
+    async def leased(
+        self,
+        record: RequestRecord,
+        prepare: Callable[[Lease], T],
+        model: str,
+        lora: Mapping[str, float] | None = None,
+    ) -> tuple[Lease, T]:
+        """Acquire the adapters that a request names and prepare it, in a worker thread. Count it as computing.
 
         If it fails, or nobody waits for it any more, the lease is released and the request no longer counts. Else both
         are the caller's to do (`release`).
+
+        Raises:
+            ApiError: 404 for an unknown model, 400 for an invalid blend.
         """
 
         def work() -> tuple[Lease, T]:
-            lease = self.store.acquire(choice)
+            lease = self._acquire(record, model, lora)
             try:
                 return lease, prepare(lease)
             except BaseException:
