@@ -52,6 +52,24 @@ class Loaded:
         return f"a{self.digest[:24]}"
 
 
+@dataclass(frozen=True)
+class StoreStats:
+    """What the store holds now."""
+
+    loaded: int
+    """Adapters on the model."""
+    pinned: int
+    bytes: int
+    """Size of the tensors of loaded adapters."""
+    budget: int
+    loads: int
+    """Adapters loaded so far."""
+    evictions: int
+    """Adapters unloaded so far to make room."""
+    leases: dict[str, int]
+    """Leases by public name."""
+
+
 class LoadedAdapters:
     """The adapters on one model, by digest.
 
@@ -80,16 +98,21 @@ class LoadedAdapters:
         self._clock = itertools.count()
         self._collector: threading.Thread | None = None
 
-    def __len__(self) -> int:
-        return len(self._usable) + len(self._garbage)
-
     def __contains__(self, digest: object) -> bool:
         return digest in self._usable
 
-    @property
-    def pinned(self) -> int:
-        """Number of loaded adapters that always stay."""
-        return len(self._pinned & self._usable.keys())
+    def stats(self, leases: dict[str, int]) -> StoreStats:
+        """Return the present numbers; `leases` are those by public name."""
+        with self._lock:
+            return StoreStats(
+                loaded=len(self._usable) + len(self._garbage),
+                pinned=len(self._pinned & self._usable.keys()),
+                bytes=self.bytes,
+                budget=self.budget,
+                loads=self.loads,
+                evictions=self.evictions,
+                leases=leases,
+            )
 
     def take(self, digest: str) -> Loaded | None:
         """Return a loaded adapter with one more lease; None if it is not loaded."""

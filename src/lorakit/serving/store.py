@@ -13,18 +13,15 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from transformers import PreTrainedTokenizerBase
-
 from lorakit.adapters.attach import handle_for
-from lorakit.adapters.choice import AdapterChoice, Blend, choice_for_batch
+from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, nearest
 from lorakit.models.loading import Base
@@ -34,7 +31,8 @@ from lorakit.serving.cards import Card, read_card
 from lorakit.serving.engine import Receipt
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
-from lorakit.serving.loaded import Loaded, LoadedAdapters, Tokenizer
+from lorakit.serving.leases import ANY_ADAPTER, AdapterLease, Holders, common_head, common_tokenizer
+from lorakit.serving.loaded import Loaded, LoadedAdapters, StoreStats, Tokenizer
 from lorakit.serving.preparing import base_labels, prepare
 
 T = TypeVar("T")
@@ -67,53 +65,6 @@ class _Entry:
     def digest(self) -> str | None:
         """Digest of the content that was loaded last; None if there is none, or it is refused."""
         return (self.seen and self.seen.digest) or None
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """What the store holds now."""
-
-    loaded: int
-    """Adapters on the model."""
-    pinned: int
-    bytes: int
-    """Size of the tensors of loaded adapters."""
-    budget: int
-    loads: int
-    """Adapters loaded so far."""
-    evictions: int
-    """Adapters unloaded so far to make room."""
-    leases: dict[str, int]
-    """Leases by public name."""
-
-
-@dataclass(eq=False)
-class AdapterLease:
-    """Adapters that stay loaded until `release`; a context manager releases it too."""
-
-    blend: Blend
-    receipt: Receipt
-    tokenizer: PreTrainedTokenizerBase
-    labels: tuple[str, ...]
-    """Names of the logits of a classification head; empty for regression and for a language model."""
-    outputs: int | None
-    """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
-    _release: Callable[[], None] = field(repr=False)
-    _share: Callable[[], Callable[[], None]] = field(repr=False)
-
-    def share(self) -> AdapterLease:
-        """Return another lease of the same adapters, to be released on its own. Call it before `release`."""
-        return replace(self, _release=self._share())
-
-    def release(self) -> None:
-        """Allow the adapters to be unloaded. Later calls do nothing."""
-        self._release()
-
-    def __enter__(self) -> AdapterLease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class AdapterStore:
@@ -311,7 +262,7 @@ class AdapterStore:
             AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
             StoreFullError: Adapters in use hold the memory.
         """
-        weights = dict(choice_for_batch(choice, lambda name: _ANY).blends[0])
+        weights = dict(choice_for_batch(choice, lambda name: ANY_ADAPTER).blends[0])
         if not weights:
             return self._lease_of_base()
         held: dict[str, Loaded] = {}
@@ -322,8 +273,8 @@ class AdapterStore:
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
             checked = self.handle.blend(blend)
-            tokenizer = _common_tokenizer(held)
-            outputs, labels = _common_head(held)
+            tokenizer = common_tokenizer(held)
+            outputs, labels = common_head(held)
         except BaseException:
             self._loaded.give_back(*held.values())
             raise
@@ -338,8 +289,7 @@ class AdapterStore:
 
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        share = _holders(release)
-        return AdapterLease(checked, receipt, tokenizer, labels, outputs, share(), share)
+        return AdapterLease(checked, receipt, tokenizer, labels, outputs, Holders(release))
 
     def _lease_of_base(self) -> AdapterLease:
         if self.base.new_weights:
@@ -350,8 +300,9 @@ class AdapterStore:
         assert self.base.tokenizer is not None
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
-        share = _holders(lambda: None)
-        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, share(), share)
+        return AdapterLease(
+            (), receipt, self.base.tokenizer, labels, outputs, Holders(lambda: None)
+        )
 
     def _acquire(self, name: str, entry: _Entry) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease."""
@@ -479,18 +430,9 @@ class AdapterStore:
 
     def stats(self) -> StoreStats:
         """Return what the store holds now."""
-        loaded = self._loaded
         with self._lock:
             leases = dict(self._leases)
-        return StoreStats(
-            loaded=len(loaded),
-            pinned=loaded.pinned,
-            bytes=loaded.bytes,
-            budget=loaded.budget,
-            loads=loaded.loads,
-            evictions=loaded.evictions,
-            leases=leases,
-        )
+        return self._loaded.stats(leases)
 
 
 class _NotServedError(Exception):
@@ -509,39 +451,6 @@ def _refusing() -> Iterator[None]:
         raise _NotServedError(error) from error
 
 
-class _Any:
-    """An adapter that can be blended, to validate a choice before its adapters are loaded."""
-
-    method, scales = None, True
-
-
-_ANY = _Any()
-
-
-def _common_tokenizer(held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the adapters of a blend."""
-    (first, one), *others = held.items()
-    for name, other in others:
-        if other.tokenizer.digest != one.tokenizer.digest:
-            raise AdapterFileError(
-                f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend of "
-                "them. Request them one by one."
-            )
-    return one.tokenizer.tokenizer
-
-
-def _common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]]:
-    """Return number and names of the logits of the adapters of a blend."""
-    (first, one), *others = held.items()
-    for name, other in others:
-        if (other.outputs, other.labels) != (one.outputs, one.labels):
-            raise AdapterFileError(
-                f"'{first}' and '{name}' predict different labels, so a blend of them has no meaning. Request them one "
-                "by one."
-            )
-    return one.outputs, one.labels
-
-
 def _serves(source: Source) -> bool:
     """Return whether an adapter is there. A run is known before it has saved one."""
     return isinstance(source, RunSource) or source.locate() is not None
@@ -551,28 +460,3 @@ def _taken(name: str) -> AdapterStateError:
     return AdapterStateError(
         f"An adapter is named '{name}' already. Choose another name, or replace it (load_inplace)."
     )
-
-
-def _holders(action: Callable[[], None]) -> Callable[[], Callable[[], None]]:
-    """Return a function that adds a holder, and returns the function by which that holder leaves.
-
-    The action runs when the last holder leaves. A holder leaves at its first call only, in any thread.
-    """
-    lock, holders = threading.Lock(), set[int]()
-    numbers = count()
-
-    def add() -> Callable[[], None]:
-        with lock:
-            number = next(numbers)
-            holders.add(number)
-
-        def leave() -> None:
-            with lock:
-                is_last = holders == {number}
-                holders.discard(number)
-            if is_last:
-                action()
-
-        return leave
-
-    return add
