@@ -348,6 +348,7 @@ def check_base(
     *,
     allow_other_base: bool,
     tokenizer: str | None,
+    record: BaseRecord | None = None,
 ) -> None:
     """Validate and complete `stored` against the model, compare the base that it records, and log its notices.
 
@@ -357,6 +358,7 @@ def check_base(
         path: Its file, for messages.
         allow_other_base: Accept another base than the recorded one.
         tokenizer: Digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known.
+        record: Fingerprint of the whole base, from a caller that knows that it has not changed.
 
     Raises:
         AdapterFileError: The options and tensors of the file do not fit the model.
@@ -364,7 +366,10 @@ def check_base(
     """
     formats.check_targets(stored, path, model)
     if stored.base is not None:
-        _compare_base(model, stored, stored.base, allow_other_base, tokenizer)
+        if record is None or stored.trained:
+            record = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
+        live = replace(record, tokenizer=tokenizer)
+        _compare_base(model, stored, stored.base, live, allow_other_base)
     # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
     for notice in stored.notices:
         _LOG.warning("%s: %s", path, notice)
@@ -374,11 +379,9 @@ def _compare_base(
     model: nn.Module,
     stored: StoredAdapter,
     recorded: BaseRecord,
+    live: BaseRecord,
     allow_other_base: bool,
-    tokenizer: str | None,
 ) -> None:
-    live = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
-    live = replace(live, tokenizer=tokenizer)
     try:
         stored.notices.extend(formats.compare(recorded, live) or [])
     except WrongBaseError as error:

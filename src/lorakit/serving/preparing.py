@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.loading import build_modules, check_base
@@ -43,6 +44,7 @@ def prepare(
     *,
     allow_other_base: bool,
     tokenizer: str | None,
+    record: BaseRecord,
 ) -> Prepared:
     """Read an adapter, check it as `lorakit.load` does, and build its modules.
 
@@ -51,6 +53,7 @@ def prepare(
         location: The adapter's files.
         allow_other_base: Accept an adapter that records another base, and log a warning.
         tokenizer: Digest of the tokenizer that its requests use.
+        record: Fingerprint of the base, which does not change while it is served.
 
     Raises:
         AdapterFileError: The file is damaged or unsafe, or its tensors do not fit the model's layers.
@@ -64,7 +67,14 @@ def prepare(
             "adapter with a head of its own (train_modules), or serve a base that has a head."
         )
     outputs, labels = _pad_head(stored, model, path)
-    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=tokenizer)
+    check_base(
+        model,
+        stored,
+        path,
+        allow_other_base=allow_other_base,
+        tokenizer=tokenizer,
+        record=None if base.new_weights else record,
+    )
     modules = build_modules(model, stored, path)
     if not modules and not stored.trained:
         raise AdapterFileError(

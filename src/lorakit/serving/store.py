@@ -99,8 +99,8 @@ class AdapterStore:
         self.handle = handle_for(base.model)
         """The handle on the model; the names of a lease's blend are names of its adapters."""
         self.handle.keep()
-        record = base_record(base.model, exclude=base.new_weights, tokenizer=base.tokenizer)
-        self.base_digest = record.weights.exact or record.architecture.shapes
+        self._record = base_record(base.model, exclude=base.new_weights, tokenizer=base.tokenizer)
+        self.base_digest = self._record.weights.exact or self._record.architecture.shapes
         """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
         self._loaded = LoadedAdapters(self.handle, budget)
         self._allow_other_base = allow_other_base
@@ -377,6 +377,7 @@ class AdapterStore:
                 location,
                 allow_other_base=self._allow_other_base,
                 tokenizer=tokenizer.digest,
+                record=self._record,
             )
         if not folders.unchanged(location, state):
             return None

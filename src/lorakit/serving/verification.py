@@ -40,8 +40,8 @@ _LOG = logging.getLogger(__name__)
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest mean difference of the log-probabilities of an answer's tokens that is taken for rounding, by dtype."""
 BOUND_OF_SHORT = 0.2
-"""The same for 16-bit dtypes. On SmolLM2-135M in bfloat16 right answers differ by up to 0.09, and those of another adapter
-or of the base by 0.25 and more."""
+"""The same for 16-bit dtypes. On SmolLM2-135M in bfloat16 right answers differ by up to 0.09, and those of another
+adapter or of the base by 0.25 and more."""
 
 
 def bound_for(dtype: torch.dtype) -> float:
