@@ -245,7 +245,7 @@ def store(setup: Setup, quick: bool) -> list[Row]:
 
 def budget(setup: Setup, quick: bool) -> list[Row]:
     """Compare a budget for a tenth of the adapters with one for all, at half of the capacity."""
-    many, seconds = (10, 4.0) if quick else (MANY, 15.0)
+    many, seconds = (30, 4.0) if quick else (MANY, 15.0)
     names = adapter_names(many)
     tokenizer = AutoTokenizer.from_pretrained(setup.base)
     large = lorakit_engine.start(setup)

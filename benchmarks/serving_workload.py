@@ -71,10 +71,10 @@ def requests(
     """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(answer[0], answer[1] + 1, len(passages)).tolist()
-    names: Sequence[str | None] = [None] * len(passages)
+    names: list[str | None] = [None] * len(passages)
     if adapters:
         chosen = rng.choice(len(adapters), len(passages), p=zipf(len(adapters)))
-        names = [adapters[i] for i in chosen.tolist()]
+        names = [adapters[int(i)] for i in chosen]
     return [
         Request(prompt, name, tokens)
         for prompt, name, tokens in zip(passages, names, lengths, strict=True)

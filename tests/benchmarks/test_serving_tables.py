@@ -159,11 +159,17 @@ def test_table_of_a_soak() -> None:
 
 
 def test_counters_of_the_servers_own_verification() -> None:
-    lines = ["# HELP lorakit_verified_total x", "lorakit_verified_total 5.0", "lorakit_other 1.0"]
-    text = "\n".join(
-        [*lines, 'lorakit_verify_bucket{le="1"} 3.0', "lorakit_verify_failed_total 2.0"]
-    )
-    assert soak.verification_metrics(text) == {
-        "lorakit_verified_total": 5.0,
+    lines = [
+        "# HELP lorakit_verified_total x",
+        'lorakit_verified_total{adapter="a",result="failed"} 5.0',
+        'lorakit_verified_total{adapter="b",result="failed"} 1.0',
+        'lorakit_verified_total{adapter="b",result="passed"} 2.0',
+        "lorakit_other 1.0",
+        'lorakit_verified_bucket{le="1"} 3.0',
+        'lorakit_verify_failed_total{adapter="a"} 2.0',
+    ]
+    assert soak.verification_metrics("\n".join(lines)) == {
+        'lorakit_verified_total{result="failed"}': 6.0,
+        'lorakit_verified_total{result="passed"}': 2.0,
         "lorakit_verify_failed_total": 2.0,
     }
