@@ -90,8 +90,11 @@ class Step:
         if part is None:
             self._learnt = self._stacks.learn(adapters, x, self._learnt)
             return None
-        if torch.is_grad_enabled() or not (
-            arrangement.is_active or (x.shape[:-1] == arrangement.shape and not adapters.replaced)
+        in_order = x.shape[:-1] == arrangement.shape and not adapters.replaced
+        if (
+            torch.is_grad_enabled()
+            or not (arrangement.is_active or in_order)
+            or x.dtype.itemsize > part.shared.dtype.itemsize
         ):
             return None
         version = None if x.is_inference() else x._version
