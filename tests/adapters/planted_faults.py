@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,9 @@ def stale_choice() -> Iterator[None]:
 
     def moment(self: Activation) -> Moment:
         now = original(self)
-        before, self._last = getattr(self, "_last", now), now  # type: ignore[attr-defined]
+        before = getattr(self, "_last", now)
+        # Without the decoding step, which cannot be copied with the model.
+        self._last = now._replace(of_pass=replace(now.of_pass, step=None))  # type: ignore[attr-defined]
         fits = before.of_pass.batch == now.of_pass.batch
         known = before.of_pass.choice.names <= self.adapters.keys()
         return before if fits and known else now

@@ -206,6 +206,20 @@ def test_bfloat16_rounds_no_more_than_segments() -> None:
         assert error < 2 * (in_one_batch(adapters, batches).double() - exact).norm()
 
 
+def test_a_base_of_a_wider_dtype_than_the_adapters() -> None:
+    adapters = adapted()
+    adapters.model.float()
+    for _ in range(2):
+        packed(adapters, ["a", "b"])
+    adapters.model.double()
+    for module in adapters.model.modules():
+        if hasattr(module, "lora_A"):
+            module.float()
+    found = packed(adapters, ["a", "b"])
+    with layer_by_layer():
+        torch.testing.assert_close(found, packed(adapters, ["a", "b"]))
+
+
 def test_inference_mode() -> None:
     adapters = adapted()
     batches = compositions(3)
