@@ -76,9 +76,7 @@ class Step:
         self._deltas: dict[SharedInput, tuple[Tensor, ...]] = {}
 
     @staticmethod
-    def begin(
-        stacks: Stacks, choice: Choice, shape: torch.Size, *, is_active: bool
-    ) -> Step | None:
+    def begin(stacks: Stacks, choice: Choice, shape: torch.Size, *, is_active: bool) -> Step | None:
         """Return the step of a batch of this shape; None if the stacks are in use."""
         step = Step(stacks)
         arrangement = stacks.arrange(choice, shape, step, is_active=is_active)
@@ -95,8 +93,7 @@ class Step:
             return None
         arrangement = self._arrangement
         if torch.is_grad_enabled() or not (
-            arrangement.is_active
-            or (x.shape[:-1] == arrangement.shape and not adapters.replaced)
+            arrangement.is_active or (x.shape[:-1] == arrangement.shape and not adapters.replaced)
         ):
             return None
         version = None if x.is_inference() else x._version

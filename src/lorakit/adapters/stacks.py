@@ -381,6 +381,8 @@ def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]
     mean = math.ceil(sum(map(len, tokens.values())) / len(tokens))
     rows = min(longest, 2 * mean)
     tiles = [
-        (blend, own[i : i + rows]) for blend, own in tokens.items() for i in range(0, len(own), rows)
+        (blend, own[i : i + rows])
+        for blend, own in tokens.items()
+        for i in range(0, len(own), rows)
     ]
     return tiles, rows
