@@ -59,11 +59,11 @@ class Arrangement(NamedTuple):
     parts: dict[Layer, Part]
     slot: int | None
     """The slot of all tokens; None if they differ. The other fields are for tokens that differ."""
-    slots: int = 0
+    slots: int
     """How many slots to multiply."""
-    gather: dict[torch.device, Tensor] = {}
+    gather: dict[torch.device, Tensor]
     """The token that each row of the batched product reads."""
-    select: dict[torch.device, Tensor] = {}
+    select: dict[torch.device, Tensor]
     """The row of the batched product that is the result of each token; any row for a token without adapters."""
 
 
@@ -180,12 +180,8 @@ class Stacks:
             self._build(layers, self._in_use, count + spare)
         slots = self._slots_of([blend for blend, _ in tiles])
         parts = self._parts(layers, sources, tokens, shape)
-        whole = len(tiles) == 1 and len(tiles[0][1]) == size
-        arrangement = Arrangement(
-            choice, self._is_active, shape, parts, slots[0] if whole else None
-        )
-        if whole:
-            return arrangement
+        if len(tiles) == 1 and len(tiles[0][1]) == size:
+            return Arrangement(choice, self._is_active, shape, parts, slots[0], 1, {}, {})
         used = max(slots) + 1
         gather, select = [0] * (used * rows), [0] * size
         for slot, (_, own) in zip(slots, tiles, strict=True):
@@ -194,7 +190,12 @@ class Stacks:
             for row, token in enumerate(own, first):
                 select[token] = row
         devices = {shared.device for shared in self._shared}
-        return arrangement._replace(
+        return Arrangement(
+            choice,
+            self._is_active,
+            shape,
+            parts,
+            slot=None,
             slots=used,
             gather={device: torch.tensor(gather, device=device) for device in devices},
             select={device: torch.tensor(select, device=device) for device in devices},

@@ -17,7 +17,6 @@ from lorakit.formatting import size
 from lorakit.serving.http.errors import ApiError, ClientGone
 from lorakit.serving.http.state import serving_of
 
-
 LARGE = 65_536
 """Bytes of a body that a worker thread parses: it takes longer than other requests should wait."""
 
