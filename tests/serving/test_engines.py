@@ -176,6 +176,22 @@ def test_an_error_in_a_layer_fails_its_request_alone(kind):
     assert "broken adapter" in str(found[2].end.error)
 
 
+class BrokenTokenizer:
+    def decode(self, ids, **options):
+        raise RuntimeError("broken tokenizer")
+
+
+def test_an_error_of_a_tokenizer_fails_its_request_alone(kind):
+    model = model_with_adapters()
+    given = prompts(2, seed=3)
+    expected = alone(model, given[0], (), 5)
+    with running(make(kind, model)) as engine:
+        good = send(engine, given[0], PlainLease((), TOKENIZER), 5, sampling=GREEDY)
+        bad = send(engine, given[1], PlainLease((), BrokenTokenizer()), 5, sampling=GREEDY)
+        assert good.wait().ids == expected
+        assert "broken tokenizer" in str(bad.wait().end.error)
+
+
 def test_a_seed_gives_the_same_answer_in_any_batch(kind):
     model = model_with_adapters()
     given = prompts(5, seed=4)

@@ -129,6 +129,21 @@ def test_top_p_of_a_flat_distribution_needs_more_than_the_few_that_are_sorted_fi
     assert len(drawn) > 1500
 
 
+SMALLEST = 5e-324
+
+
+@pytest.mark.parametrize("temperature", [SMALLEST, 1e-40, 1e-7, 2.0])
+@pytest.mark.parametrize("top_p", [SMALLEST, 1e-40, 0.5, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 2**31 - 1])
+def test_any_settings_choose_a_possible_token(temperature, top_p, top_k):
+    scores = torch.tensor([[3.0, -torch.inf, 1.0, 3e38], [1.0, -3e38, -torch.inf, -1.0]])
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    first, second = choose(scores, [Chooser(sampling, 50), Chooser(sampling)])
+    assert first.id == 3
+    assert second.id == 0 if min(temperature, top_p) < 1e-6 or top_k == 1 else second.id in (0, 3)
+    assert len(first.top) == 4
+
+
 def test_rows_without_a_possible_token_are_none_and_the_others_are_chosen():
     scores = torch.tensor(
         [[0.0, 1.0], [torch.nan, 1.0], [-torch.inf, -torch.inf], [2.0, -torch.inf]]

@@ -67,11 +67,19 @@ class Answer:
                 )
             )
             return True
+        try:
+            self._add(token)
+        except Exception as error:  # of the tokenizer, which may be the adapter's own
+            _LOG.warning("The text of an answer cannot be decoded.", exc_info=error)
+            self.fail(error)
+        return self.has_ended
+
+    def _add(self, token: Token) -> None:
         self.tokens.append(token.id)
         if token.id in self._ends:
             self._give(Piece(self._text.finish(), (token,)))
             self.end("stop")
-            return True
+            return
         text = self._text.push(token.id)
         is_last = len(self.tokens) >= self.request.max_tokens
         if self._text.stopped:
@@ -82,7 +90,6 @@ class Answer:
             self.end("stop" if self._text.stopped else "length")
         else:
             self._give(Piece(text, (token,)))
-        return self.has_ended
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

@@ -18,6 +18,9 @@ from lorakit.serving.engine import Sampling, Token
 FEW = 1024
 """Number of most likely tokens that are sorted first. They nearly always hold the share top_p; a full sort of the
 vocabulary takes milliseconds."""
+COLDEST = 1e-6
+"""A lower temperature is taken as this one, which is greedy but for equal scores. Scores divided by a number that is 0
+in float32 would be NaN."""
 
 
 @dataclass
@@ -59,9 +62,12 @@ def choose(scores: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
         rows = scores if len(reported) == len(scores) else scores[reported]
         logprobs = rows - rows.logsumexp(-1, keepdim=True)
         own = (
-            logprobs.gather(-1, torch.tensor([[tokens[i]] for i in reported])).squeeze(-1).tolist()
+            logprobs.gather(-1, torch.tensor([[tokens[i]] for i in reported], device=rows.device))
+            .squeeze(-1)
+            .tolist()
         )
         most = max(choosers[i].top_logprobs or 0 for i in reported)
+        most = min(most, scores.shape[-1])
         values, ids = logprobs.topk(most) if most else (logprobs[:, :0], logprobs[:, :0])
         for i, logprob, row_ids, row in zip(
             reported, own, ids.tolist(), values.tolist(), strict=True
@@ -77,7 +83,7 @@ def choose(scores: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
 def _sample(scores: Tensor, chooser: Chooser) -> int:
     """Draw a token from the scores of one request (V): temperature, then top_k, then top_p, as transformers does."""
     sampling = chooser.sampling
-    scores = scores / sampling.temperature
+    scores = (scores - scores.max()) / max(sampling.temperature, COLDEST)
     point = chooser.draw()
     if sampling.top_k or sampling.top_p < 1:
         kept, ids = _most_likely(scores, sampling)
@@ -100,6 +106,7 @@ def _most_likely(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
             continue  # top_p is a share of the top_k tokens
         before = probabilities.cumsum(-1) - probabilities
         allowed = before < sampling.top_p
+        allowed[0] = True  # also for a top_p that is 0 in float32
         if not bool(allowed[-1]) or count == size:
             return probabilities[allowed], ids[allowed]
     raise AssertionError("the last count is the size")

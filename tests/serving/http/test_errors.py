@@ -12,6 +12,7 @@ from served import BASE, Serve, Served
 
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.serving.http import errors
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -249,6 +250,52 @@ def test_a_body_is_strict_json(serve: Serve, case: str) -> None:
     headers = {"content-type": "application/json"}
     answer = serve().client.post("/v1/completions", content=body, headers=headers)
     assert words in error_of(answer, 400)["message"]
+
+
+MANY = 30_000
+WRONG = {
+    "messages": ("/v1/chat/completions", {"messages": [0] * MANY}, "messages.0"),
+    "messages without fields": (
+        "/v1/chat/completions",
+        {"messages": [{}] * MANY},
+        "messages.0.role",
+    ),
+    "fields": ("/v1/completions", {"prompt": "a", **dict.fromkeys(map(str, range(MANY)))}, "0"),
+    "fields of messages": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a", **dict.fromkeys(map(str, range(1, MANY)))}]},
+        "messages.0.1",
+    ),
+    "parts": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text"}] * MANY}]},
+        "messages.0.content.0.text",
+    ),
+    "weights": (
+        "/v1/completions",
+        {"prompt": "a", "lora": dict.fromkeys(map(str, range(MANY)), "1")},
+        "lora",
+    ),
+    "stops": ("/v1/completions", {"prompt": "a", "stop": [0] * MANY}, "stop"),
+    "pairs": ("/v1/classify", {"input": [["a"]] * MANY}, "input"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_validation_stops_at_the_first_problem(
+    serve: Serve, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on the event loop: a body of 2 MB with a problem in every value would stop the server for seconds."""
+    path, body, param = WRONG[case]
+    counts, original = [], errors.validation_error
+
+    def counted(problems: Any) -> Any:
+        counts.append(len(list(problems)))
+        return original(problems)
+
+    monkeypatch.setattr(errors, "validation_error", counted)
+    assert error_of(serve().post(path, model="sql", **body), 400)["param"] == param
+    assert max(counts) < 10
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])

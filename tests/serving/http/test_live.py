@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from fakes import TEXT
 from served import Serve, Served, wait_for
+from starlette.responses import StreamingResponse
 
 from lorakit.serving.http import running
 
@@ -171,6 +172,43 @@ def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
     time.sleep(0.5)
     served.engine.pause.set()
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.slow
+def test_a_body_that_nobody_reads_does_not_keep_the_connection(
+    connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a key: each of 1,024 such connections would make uvicorn answer everyone else with 503."""
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.1)
+    connection = connect(live(serve(), timeout_keep_alive=60))
+    connection.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+    assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - began < 3:
+            connection.sendall(b"x")
+            time.sleep(0.03)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 100])
+def test_a_client_that_reads_nothing_is_dropped(
+    connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
+    served = serve()
+
+    def answer(_: Any) -> StreamingResponse:
+        return StreamingResponse(iter([b"x" * (20_000_000 // parts)] * parts))
+
+    served.app.add_route("/large", answer)
+    connection = connect(live(served))
+    connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert connection.recv(10)
+    time.sleep(1)
+    wait_for(lambda: served.app.state.serving.in_flight == 0)
+    assert len(read_all(connection)) < 20_000_000
 
 
 def test_large_headers_are_rejected(connect: Connect, serve: Serve, live: Live) -> None:

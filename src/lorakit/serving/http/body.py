@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -14,7 +15,10 @@ from starlette.responses import Response
 from lorakit import storage
 from lorakit.formatting import size
 from lorakit.serving.http.errors import ApiError, ClientGone
-from lorakit.serving.http.settings import HttpLimits
+from lorakit.serving.http.state import serving_of
+
+LARGE = 65_536
+"""Bytes of a body that a worker thread parses: it takes longer than other requests should wait."""
 
 
 class StrictRequest(Request):
@@ -28,7 +32,7 @@ class StrictRequest(Request):
             ClientGone: The client closed the connection.
         """
         if not hasattr(self, "_body"):
-            limits: HttpLimits = self.app.state.serving.settings.limits
+            limits = serving_of(self).settings.limits
             try:
                 self._body = await asyncio.wait_for(
                     self._read(limits.max_body), limits.max_body_seconds
@@ -46,7 +50,10 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         """Return the value of the body."""
         if not hasattr(self, "_json"):
-            self._json = _parsed(await self.body())
+            body = await self.body()
+            parse = partial(_parsed, body)
+            is_large = len(body) > LARGE
+            self._json = await serving_of(self).in_worker(parse) if is_large else parse()
         return self._json
 
     async def _read(self, most: int) -> bytes:

@@ -172,8 +172,9 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if kind == "missing":
         message = f"{name} is missing." if param else "The body is empty; send a JSON object."
         return ApiError(400, message, param=param, code="missing_field")
-    if kind == "extra_forbidden":
-        message = f"{name} is not a field of this route. /openapi.json lists the fields."
+    if kind == "unknown":
+        param = ".".join([*map(str, path), problem["ctx"]["field"]])
+        message = f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
         return ApiError(400, message, param=param, code="unknown_field")
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     text = f"{name} is {shown}; it must be {expected}."

@@ -20,7 +20,8 @@ MAX_CONNECTIONS = 1024
 BACKLOG = 1024
 """Connections that wait to be accepted."""
 HEADER_SECONDS = 20.0
-"""Seconds until a request's line and headers have arrived; up to twice as many."""
+"""Seconds until a request's line and headers have arrived, and in which a client reads some of its answer; up to twice
+as many."""
 HEADER_BYTES = 32_768
 """Bytes of a request's line and headers, uvicorn's h11_max_incomplete_event_size."""
 IDLE_SECONDS = 30
@@ -28,22 +29,27 @@ IDLE_SECONDS = 30
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection on which no whole request has begun for a while. uvicorn itself would wait for ever."""
+    """Closes a connection on which nothing useful happens for a while. uvicorn itself would wait for ever.
+
+    That is a connection without a whole request, one that sends on with a body whose request is answered, and one
+    whose client reads nothing of its answer.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch the connection."""
         super().connection_made(transport)
         self._watch(None)
 
-    def _watch(self, last: tuple[object] | None) -> None:
-        """Close the connection if it waits for a request's headers, as at the last look, and none came between."""
-        if self.transport.is_closing():
+    def _watch(self, last: tuple[object, bool, int] | None) -> None:
+        """Close the connection if it is idle, or its client reads nothing, as at the last look."""
+        is_idle = self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+        unread = self.transport.get_write_buffer_size()
+        seen = self.cycle, is_idle, unread
+        if seen == last and unread:
+            self.transport.abort()  # `close` would wait for the client
             return
-        is_waiting = self.conn.their_state is h11.IDLE
-        if is_waiting and last is not None and last[0] is self.cycle:
+        if seen == last and is_idle:
             self.transport.close()
-            return
-        seen = (self.cycle,) if is_waiting else None
         self._timer = self.loop.call_later(HEADER_SECONDS, self._watch, seen)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+
+List = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first invalid item ends the validation. All of a large body would take seconds on the event loop."""
+MOST = 1000
+"""Most prompts or adapters in a body, whatever the server's limits are; they are counted before they are validated."""
 
 
 def unsupported(field: str, message: str) -> PydanticCustomError:
@@ -14,7 +21,7 @@ def unsupported(field: str, message: str) -> PydanticCustomError:
 
 
 class Strict(BaseModel):
-    """A body without unknown fields, whose values have exactly the declared types."""
+    """A body without unknown fields, whose values have exactly the declared types. The first unknown field is named."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -37,7 +44,11 @@ class Strict(BaseModel):
                 name,
                 f"'{name}' is a field of OpenAI's API that this server does not support. Leave it out{also}.",
             )
-        return {name: value for name, value in data.items() if name not in cls.unsupported}
+        known = {n: value for n, value in data.items() if n not in cls.unsupported}
+        for name in known:
+            if name not in cls.model_fields:
+                raise PydanticCustomError("unknown", "is not a field", {"field": name})
+        return known
 
 
 def _listed(values: tuple[Any, ...]) -> str:
@@ -75,13 +86,20 @@ class Generating(Strict):
     """Not of OpenAI's API. 0 allows all tokens."""
     seed: Seed | None = None
     """Two requests with the same settings and seed get the same answer. Default: a random one."""
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     """Texts that end an answer and are not part of it."""
     max_tokens: Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     """A name of the end user, which changes nothing: it is neither stored nor logged."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST:
+            raise ValueError(f"a mapping with at most {MOST:,} entries")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -117,7 +135,7 @@ class CompletionRequest(Generating):
 
     unsupported = {**_UNSUPPORTED, "echo": (False,), "suffix": ("",)}
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     """A text or the ids of its tokens, or a list of these; each is answered."""
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -129,10 +147,11 @@ class CompletionRequest(Generating):
     @classmethod
     def _one_kind(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str) or _is_ids(value) else value
-        is_list = isinstance(parts, list) and len(parts) > 0
+        is_list = isinstance(parts, list) and 0 < len(parts) <= MOST
         if not is_list or not (all(isinstance(p, str) for p in parts) or all(map(_is_ids, parts))):
             raise ValueError(
-                "a text, a list of token ids, or a list of texts or of lists of token ids"
+                "a text, a list of token ids, or a list of texts or of lists of token ids, "
+                f"at most {MOST:,}"
             )
         return value
 
@@ -183,7 +202,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     """developer is another name of system."""
-    content: str | list[TextPart]
+    content: str | List[TextPart]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -225,7 +244,7 @@ class ChatRequest(Generating):
         "web_search_options": (),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1)
     max_completion_tokens: Count | None = None
     """New tokens of an answer. Default: what the context leaves, up to the server's limit."""
     logprobs: bool | None = False
@@ -257,7 +276,7 @@ class ClassifyRequest(Strict):
 
     model: Name
     """An adapter with classes or a score."""
-    input: str | list[str] | list[list[str]]
+    input: str | List[str] | List[List[str]]
     """A text, a list of texts, or a list of pairs of texts."""
 
     @field_validator("input", mode="before")
