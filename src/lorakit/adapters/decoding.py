@@ -16,7 +16,7 @@ from transformers import Cache
 
 from lorakit.adapters.choice import Choice
 from lorakit.adapters.sources import Layer
-from lorakit.adapters.stacks import Input, SharedInput, Stacks
+from lorakit.adapters.stacks import Arrangement, Input, Reading, Stacks
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
@@ -56,7 +56,12 @@ class Decoding:
         if not choice.names:
             return None
         stacks = self._stacks = self._stacks or Stacks()
-        return Step.begin(stacks, choice, shape, is_active=is_active)
+        step = Step(stacks)
+        arrangement = stacks.arrange(choice, shape, step, is_active=is_active)
+        if arrangement is None:
+            return None
+        step.arrangement = arrangement
+        return step
 
     def remove(self, name: str) -> None:
         """Forget an adapter that leaves the model."""
@@ -67,44 +72,36 @@ class Decoding:
 class Step:
     """One decoding step. A layer is known by its child module `adapters`."""
 
+    arrangement: Arrangement
+    """How the stacks compute the batch."""
+
     def __init__(self, stacks: Stacks) -> None:
         self.thread = threading.get_ident()
         self._stacks = stacks
         self._learnt: tuple[Tensor, Input] | None = None
         self._x: Tensor | None = None
         self._version: int | None = None
-        self._deltas: dict[SharedInput, tuple[Tensor, ...]] = {}
-
-    @staticmethod
-    def begin(stacks: Stacks, choice: Choice, shape: torch.Size, *, is_active: bool) -> Step | None:
-        """Return the step of a batch of this shape; None if the stacks are in use."""
-        step = Step(stacks)
-        arrangement = stacks.arrange(choice, shape, step, is_active=is_active)
-        if arrangement is None:
-            return None
-        step._arrangement, step._parts = arrangement, arrangement.parts
-        return step
+        self._reading: Reading | None = None
 
     def adapt(self, adapters: Layer, x: Tensor, output: Tensor) -> Tensor | None:
         """Return the layer's output with the effect of its adapters; None if other code must compute it."""
-        part = self._parts.get(adapters)
+        arrangement = self.arrangement
+        part = arrangement.parts.get(adapters)
         if part is None:
             self._learnt = self._stacks.learn(adapters, x, self._learnt)
             return None
-        arrangement = self._arrangement
-        if torch.is_grad_enabled() or not (
-            arrangement.is_active or (x.shape[:-1] == arrangement.shape and not adapters.replaced)
+        in_order = x.shape[:-1] == arrangement.shape and not adapters.replaced
+        if (
+            torch.is_grad_enabled()
+            or not (arrangement.is_active or in_order)
+            or x.dtype.itemsize > part.shared.dtype.itemsize
         ):
             return None
         version = None if x.is_inference() else x._version
-        if x is not self._x or version is None or version != self._version:
-            self._deltas = {}
+        if self._reading is None or x is not self._x or version is None or version != self._version:
+            self._reading = Reading(x, arrangement)
             self._x, self._version = x, version
-        deltas = self._deltas.get(part.shared)
-        if deltas is None:
-            deltas = part.shared.deltas(x, arrangement, output.dtype)
-            self._deltas[part.shared] = deltas
-        adapted = output + deltas[part.number]
+        adapted = output + self._reading.delta(part, output.dtype)
         return adapted if part.tokens is None else torch.where(part.tokens, adapted, output)
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend, Choice
@@ -48,6 +47,15 @@ class Part(NamedTuple):
     """Mask of the tokens with adapters on this layer, shape (batch, length, 1); None is all."""
 
 
+class Rows(NamedTuple):
+    """How the tokens of a batch are in the rows of a batched product, as indices on one device."""
+
+    gather: Tensor | None
+    """The token that each row reads; None if these are all tokens in order."""
+    select: Tensor | None
+    """The row with the result of each token; None if these are all rows in order."""
+
+
 class Arrangement(NamedTuple):
     """How to compute a batch of one composition. Steps of several threads may share it."""
 
@@ -57,14 +65,10 @@ class Arrangement(NamedTuple):
     shape: torch.Size
     """Shape of the batch, (batch, length)."""
     parts: dict[Layer, Part]
-    slot: int | None
-    """The slot of all tokens; None if they differ. The other fields are for tokens that differ."""
-    slots: int
-    """How many slots to multiply."""
-    gather: dict[torch.device, Tensor]
-    """The token that each row of the batched product reads."""
-    select: dict[torch.device, Tensor]
-    """The row of the batched product that is the result of each token; any row for a token without adapters."""
+    matrices: dict[SharedInput, tuple[Tensor, Tensor]]
+    """A (in, rank) and B (rank, out) of the slot of all tokens; if they differ, of all slots in use."""
+    rows: dict[torch.device, Rows] | None
+    """None if all tokens have the same adapters. An input of another shape than the batch's can then be read too."""
 
 
 class Stacks:
@@ -181,7 +185,8 @@ class Stacks:
         slots = self._slots_of([blend for blend, _ in tiles])
         parts = self._parts(layers, sources, tokens, shape)
         if len(tiles) == 1 and len(tiles[0][1]) == size:
-            return Arrangement(choice, self._is_active, shape, parts, slots[0], 1, {}, {})
+            matrices = {shared: shared.matrices(slots[0]) for shared in self._shared}
+            return Arrangement(choice, self._is_active, shape, parts, matrices, None)
         used = max(slots) + 1
         gather, select = [0] * (used * rows), [0] * size
         for slot, (_, own) in zip(slots, tiles, strict=True):
@@ -189,17 +194,16 @@ class Stacks:
             gather[first : first + rows] = own + own[:1] * (rows - len(own))
             for row, token in enumerate(own, first):
                 select[token] = row
+        in_order = gather == [*range(size)]
         devices = {shared.device for shared in self._shared}
-        return Arrangement(
-            choice,
-            self._is_active,
-            shape,
-            parts,
-            slot=None,
-            slots=used,
-            gather={device: torch.tensor(gather, device=device) for device in devices},
-            select={device: torch.tensor(select, device=device) for device in devices},
-        )
+        indices = {
+            device: Rows(None, None)
+            if in_order
+            else Rows(torch.tensor(gather, device=device), torch.tensor(select, device=device))
+            for device in devices
+        }
+        matrices = {shared: shared.matrices(slice(used)) for shared in self._shared}
+        return Arrangement(choice, self._is_active, shape, parts, matrices, indices)
 
     def _build(self, layers: Iterable[Layer], sources: list[Source], slots: int) -> None:
         """Build empty stacks for these layers, with room for the blends of `sources`."""
@@ -323,20 +327,49 @@ class SharedInput:
                 row = rows.stop
             column += width
 
-    def deltas(self, x: Tensor, arrangement: Arrangement, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what is added to the output of each layer, for an input (..., in)."""
-        x = x.to(self.dtype)
-        slot = arrangement.slot
-        if slot is not None:
-            total = F.linear(x, self._A[slot]) @ self._B[slot]
-        else:
-            slots, rows = arrangement.slots, arrangement.gather[self.device]
-            x_SMD = x.flatten(0, -2).index_select(0, rows).view(slots, -1, self.inputs)
-            h_SMR = torch.bmm(x_SMD, self._A[:slots].mT)
-            total = torch.bmm(h_SMR, self._B[:slots]).flatten(0, 1)
-            total = total.index_select(0, arrangement.select[self.device])
-            total = total.view(*x.shape[:-1], self.outputs)
-        return total.to(dtype).split([*self.layers.values()], dim=-1)
+    def matrices(self, slots: int | slice) -> tuple[Tensor, Tensor]:
+        """Return views of A (..., in, rank) and B (..., rank, out)."""
+        return self._A[slots].mT, self._B[slots]
+
+
+class Reading:
+    """What the layers compute that read one tensor (..., in), which does not change meanwhile."""
+
+    def __init__(self, x: Tensor, arrangement: Arrangement) -> None:
+        self._x, self._arrangement = x, arrangement
+        self._wide: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._deltas: dict[SharedInput, Sequence[Tensor]] = {}
+
+    def delta(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the output of a layer."""
+        shared = part.shared
+        deltas = self._deltas.get(shared)
+        if deltas is None:
+            total = self._product(shared).to(dtype)
+            widths = [*shared.layers.values()]
+            deltas = total.split(widths, dim=-1) if len(widths) > 1 else (total,)
+            self._deltas[shared] = deltas
+        return deltas[part.number]
+
+    def _product(self, shared: SharedInput) -> Tensor:
+        A, B = self._arrangement.matrices[shared]
+        rows = self._arrangement.rows
+        key = shared.dtype, shared.device
+        x = self._wide.get(key)
+        if x is None:
+            x = self._x.to(shared.dtype)
+            if rows is not None:
+                gather = rows[shared.device].gather
+                x = x.flatten(0, -2)
+                x = x if gather is None else x.index_select(0, gather)
+                x = x.view(len(A), -1, shared.inputs)
+            self._wide[key] = x
+        if rows is None:
+            return x @ A @ B
+        select = rows[shared.device].select
+        total = torch.bmm(torch.bmm(x, A), B).view(-1, shared.outputs)
+        total = total if select is None else total.index_select(0, select)
+        return total.view(*self._x.shape[:-1], shared.outputs)
 
 
 def _stacks(
