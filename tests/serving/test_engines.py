@@ -303,6 +303,13 @@ def test_a_request_beyond_the_context_is_refused(kind):
             send(engine, [], PlainLease((), TOKENIZER), 7)
 
 
+def test_a_token_without_an_embedding_is_refused(kind):
+    with running(make(kind, model_with_adapters())) as engine:
+        with pytest.raises(DataError, match="token id 320, and the base has 320 tokens"):
+            send(engine, [5, len(TOKENIZER)], PlainLease((), TOKENIZER))
+        assert send(engine, [5, len(TOKENIZER) - 1], PlainLease((), TOKENIZER)).wait().tokens
+
+
 def test_a_small_cache_serves_one_request_after_the_other():
     model = model_with_adapters()
     given = prompts(6, seed=5)

@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
+_READ = 4
+"""Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
 _NAMED = 20
 """Names that an error lists."""
 
@@ -216,9 +218,9 @@ class AdapterStore:
             WrongBaseError: It was trained on another base.
             StoreFullError: Adapters in use hold the memory.
         """
-        if not name or len(name) > 200 or not name.isprintable() or name != name.strip():
+        if not folders.is_public_name(name):
             raise AdapterStateError(
-                f"{name!r:.80} cannot name an adapter. Use up to 200 printable characters."
+                f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
         source = AdapterSource(self._inside(path))
         self._put(name, source, replace=replace)
@@ -374,6 +376,7 @@ class AdapterStore:
             try:
                 with _refusing():
                     self._require_allowed(entry.source, location)
+                    folders.require_size(state, max(_READ * self.budget, folders.LARGEST_OTHER))
                     digests = folders.digests_of(location, state)
                 with self._loaded.loading(digests.whole):
                     loaded = self._loaded.take(digests.whole) or self._load(

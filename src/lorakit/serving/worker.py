@@ -67,6 +67,7 @@ class Worker(ABC):
             raise DataError("The prompt is empty; it must have at least one token.")
         if request.max_tokens < 1:
             raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
+        self._require_known(request.prompt)
         needed = len(request.prompt) + request.max_tokens
         if needed > self.limits.context:
             raise DataError(
@@ -123,6 +124,21 @@ class Worker(ABC):
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
+
+        The tokenizer of an adapter, and of some bases, has more tokens than the base.
+
+        Raises:
+            DataError: An id is beyond the base's vocabulary.
+        """
+        size = self.model.config.get_text_config().vocab_size
+        if max(ids, default=0) >= size:
+            raise DataError(
+                f"The text has the token id {max(ids):,}, and the base has {size:,} tokens. Leave out the token, which "
+                "only the tokenizer knows."
+            )
 
     def _wake(self) -> None:
         with self._changed:

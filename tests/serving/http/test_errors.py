@@ -332,6 +332,12 @@ def test_errors_of_routing(serve: Serve, method: str, path: str, status: int) ->
     assert "/openapi.json" in error["message"]
 
 
+def test_a_route_with_a_slash_is_another_one(serve: Serve) -> None:
+    """A redirect would lead to whatever the Host header says."""
+    answer = serve().client.post("/v1/completions/", json={}, follow_redirects=False)
+    assert error_of(answer, 404)["code"] == "not_found"
+
+
 @pytest.mark.parametrize("given", ["abc-1", "x" * 128])
 def test_a_short_request_id_is_kept(serve: Serve, given: str) -> None:
     answer = serve().client.get("/health", headers={"x-request-id": given})
@@ -366,6 +372,15 @@ def test_errors_of_the_store(serve: Serve, error: Exception, status: int, words:
     message = error_of(served.complete(), status)["message"]
     assert words in message
     assert "secret" not in message
+
+
+def test_a_client_does_not_see_the_paths_of_the_server(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve()
+    served.store.fails = AdapterFileError("'/srv/secret/adapters/sql/adapter_config.json' is bad.")
+    assert error_of(served.complete(), 500)["message"] == "'sql/adapter_config.json' is bad."
+    assert "/srv/secret/adapters/sql/adapter_config.json" in caplog.text
 
 
 def test_a_full_queue_is_429(serve: Serve) -> None:

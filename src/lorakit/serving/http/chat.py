@@ -89,14 +89,18 @@ class _Form:
 
     async def whole(self) -> Chat:
         """Return the answers when all have ended."""
+        answers = await collect(self._generation)
+        logprobs = await self._generation.in_worker(
+            lambda: [self._logprobs(i, Piece("", a.tokens)) for i, a in enumerate(answers)]
+        )
         choices = [
             ChatChoice(
                 index=index,
                 message=ChatMessage(content=answer.text),
-                logprobs=self._logprobs(index, Piece("", answer.tokens)),
+                logprobs=logprobs[index],
                 finish_reason=answer.reason,
             )
-            for index, answer in enumerate(await collect(self._generation))
+            for index, answer in enumerate(answers)
         ]
         return Chat(**self._common, choices=choices, usage=self._generation.usage)
 
