@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import io
 import json
-import subprocess
-import sys
 import os
 import pickle
+import subprocess
+import sys
 import traceback
 import zipfile
 from pathlib import Path
