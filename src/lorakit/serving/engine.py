@@ -81,6 +81,11 @@ class Lease(Protocol):
         """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
         ...
 
+    @property
+    def task(self) -> str | None:
+        """The task that the adapter was trained for, as its folder records it."""
+        ...
+
     def share(self) -> Lease:
         """Return another lease of the same adapters, to be released on its own."""
         ...

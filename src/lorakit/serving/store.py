@@ -100,6 +100,8 @@ class AdapterLease:
     """Names of the logits of a classification head; empty for regression and for a language model."""
     outputs: int | None
     """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
+    task: str | None
+    """The task that the adapter was trained for, as its folder records it."""
     _release: Callable[[], None] = field(repr=False)
     _share: Callable[[], Callable[[], None]] = field(repr=False)
 
@@ -341,7 +343,8 @@ class AdapterStore:
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
         share = _holders(release)
-        return AdapterLease(checked, receipt, tokenizer, labels, outputs, share(), share)
+        task = next(iter(held.values())).task
+        return AdapterLease(checked, receipt, tokenizer, labels, outputs, task, share(), share)
 
     def _lease_of_base(self) -> AdapterLease:
         if self.base.new_weights:
@@ -353,7 +356,7 @@ class AdapterStore:
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
         share = _holders(lambda: None)
-        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, share(), share)
+        return AdapterLease((), receipt, self.base.tokenizer, labels, outputs, None, share(), share)
 
     def _acquire(self, name: str, entry: _Entry) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease."""
@@ -433,7 +436,7 @@ class AdapterStore:
         if not folders.unchanged(location, state):
             return None
         outputs, labels = prepared.outputs, prepared.labels
-        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer)
+        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task)
         self._loaded.install(loaded, prepared, location.path)
         return loaded
 

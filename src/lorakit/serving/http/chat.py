@@ -62,7 +62,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     )
 
     def encode(lease: Lease) -> Prompts:
-        ids, stop_ids = encode_chat(lease.tokenizer, body.messages)
+        ids, stop_ids = encode_chat(lease.tokenizer, body.messages, serving.engine.limits.context)
         return [ids], stop_ids
 
     generation = await begin(request, serving, record, body, settings, encode)

@@ -46,7 +46,8 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     )
 
     def encode(lease: Lease) -> Prompts:
-        return [encode_prompt(lease.tokenizer, prompt) for prompt in prompts], frozenset()
+        context = serving.engine.limits.context
+        return [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts], frozenset()
 
     generation = await begin(request, serving, record, body, settings, encode)
     headers = receipt_headers(generation.lease)
