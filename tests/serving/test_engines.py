@@ -229,6 +229,19 @@ def test_log_probabilities_are_those_of_the_model(kind):
         assert token.top[0][1] >= token.top[1][1] >= token.top[2][1]
 
 
+def test_scores_of_a_prompt_are_not_computed():
+    """Those of a long prompt would take gigabytes of memory for the vocabulary."""
+    model, rows = model_with_adapters(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    with running(make("continuous", model)) as engine:
+        rows.clear()
+        tokens = prompts(1, shortest=100)[0]
+        all_of_them = engine.score(tokens, PlainLease((), TOKENIZER)).result(60)
+        last = engine.score(tokens, PlainLease((), TOKENIZER), start=len(tokens) - 3).result(60)
+    assert rows == [len(tokens), 4]
+    assert last == pytest.approx(all_of_them[-3:], abs=1e-5)
+
+
 def test_stop_texts_and_stop_ids_end_an_answer(kind):
     model = model_with_adapters()
     prompt = prompts(1)[0]

@@ -15,6 +15,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lorakit.serving.engine import Receipt, Sampling
 from lorakit.serving.http.logprobs import TokenTexts
 from lorakit.serving.pages import PagePool, first_key, next_key
+from lorakit.serving.preparing import _names as label_names
 from lorakit.serving.queue import FairQueue
 from lorakit.serving.sampling import Chooser, choose
 from lorakit.serving.text import TextStream
@@ -102,6 +103,13 @@ def test_a_receipt_names_adapters_and_weights_without_doubt():
     assert found == (
         f"base={digits[0]};a={digits[1]};b%3D2%3Bc%2A={digits[2]}*0.123456789;é={digits[3]}*2"
     )
+
+
+def test_equal_labels_are_replaced_by_numbers():
+    assert label_names(["no", "yes"], 2) == ("no", "yes")
+    assert label_names(["yes", "yes"], 2) == ("LABEL_0", "LABEL_1")
+    assert label_names(["yes"], 2) == ("LABEL_0", "LABEL_1")
+    assert label_names([], 1) == ()
 
 
 # --- sampling --------------------------------------------------------------------------------------------

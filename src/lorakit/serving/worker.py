@@ -170,6 +170,11 @@ class Worker(ABC):
     def _running_count(self) -> int:
         return len(self._running())
 
+    def _last_scores(self, count: int) -> dict[str, Any]:
+        """Return arguments by which the model computes the scores of the last `count` tokens only, if it has any."""
+        del count
+        return {}
+
     def _cache_used(self) -> float:
         return 0.0
 
@@ -234,15 +239,17 @@ class Worker(ABC):
             )
         handle = handle_of(self.model)
         ids = torch.tensor([tokens], device=self.model.device)
+        options = {**self._last_scores(len(tokens) - start + 1), "use_cache": False}
         if handle is None:
-            scores = self.model(input_ids=ids, use_cache=False).logits[0]
+            scores = self.model(input_ids=ids, **options).logits[0]
         else:
             with handle.per_sample([choice_of(lease.blend)]):
-                scores = self.model(input_ids=ids, use_cache=False).logits[0]
+                scores = self.model(input_ids=ids, **options).logits[0]
         values: list[float] = []
+        before = len(tokens) - len(scores)  # tokens whose scores are not computed
         for first in range(start, len(tokens), SCORED_ROWS):
             last = min(first + SCORED_ROWS, len(tokens))
-            rows = scores[first - 1 : last - 1].float().log_softmax(-1)
+            rows = scores[first - 1 - before : last - 1 - before].float().log_softmax(-1)
             values += rows.gather(-1, ids[0, first:last, None])[:, 0].tolist()
         return values
 
