@@ -45,6 +45,7 @@ class FakeLease:
         record = store.records.get(str(choice), {})
         self.labels = tuple(record.get("labels", ()))
         self.outputs = record.get("outputs")
+        self.task = record.get("task")
 
     def release(self) -> None:
         self.releases += 1

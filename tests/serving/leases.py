@@ -21,6 +21,8 @@ class PlainLease:
     released: int = 0
     shared: list[PlainLease] = field(default_factory=list)
 
+    task = None
+
     @property
     def receipt(self) -> Receipt:
         return Receipt("base", tuple((name, name, weight) for name, weight in self.blend))

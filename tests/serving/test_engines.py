@@ -229,6 +229,19 @@ def test_log_probabilities_are_those_of_the_model(kind):
         assert token.top[0][1] >= token.top[1][1] >= token.top[2][1]
 
 
+def test_scores_of_a_prompt_are_not_computed():
+    """Those of a long prompt would take gigabytes of memory for the vocabulary."""
+    model, rows = model_with_adapters(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    with running(make("continuous", model)) as engine:
+        rows.clear()
+        tokens = prompts(1, shortest=100)[0]
+        all_of_them = engine.score(tokens, PlainLease((), TOKENIZER)).result(60)
+        last = engine.score(tokens, PlainLease((), TOKENIZER), start=len(tokens) - 3).result(60)
+    assert rows == [len(tokens), 4]
+    assert last == pytest.approx(all_of_them[-3:], abs=1e-5)
+
+
 def test_stop_texts_and_stop_ids_end_an_answer(kind):
     model = model_with_adapters()
     prompt = prompts(1)[0]
@@ -301,6 +314,13 @@ def test_a_request_beyond_the_context_is_refused(kind):
             send(engine, [5] * 250, PlainLease((), TOKENIZER), 7)
         with pytest.raises(DataError, match="empty"):
             send(engine, [], PlainLease((), TOKENIZER), 7)
+
+
+def test_a_token_without_an_embedding_is_refused(kind):
+    with running(make(kind, model_with_adapters())) as engine:
+        with pytest.raises(DataError, match="token id 320, and the base has 320 tokens"):
+            send(engine, [5, len(TOKENIZER)], PlainLease((), TOKENIZER))
+        assert send(engine, [5, len(TOKENIZER) - 1], PlainLease((), TOKENIZER)).wait().tokens
 
 
 def test_a_small_cache_serves_one_request_after_the_other():

@@ -12,8 +12,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from tiny_tokenizer import tiny_tokenizer
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lorakit.serving.engine import Sampling
+from lorakit.serving.engine import Receipt, Sampling
+from lorakit.serving.http.logprobs import TokenTexts
 from lorakit.serving.pages import PagePool, first_key, next_key
+from lorakit.serving.preparing import _names as label_names
 from lorakit.serving.queue import FairQueue
 from lorakit.serving.sampling import Chooser, choose
 from lorakit.serving.text import TextStream
@@ -92,6 +94,22 @@ def test_a_key_depends_on_everything_before_it():
         for second in ([3, 4], [4, 3])
     }
     assert len(keys) == 8
+
+
+def test_a_receipt_names_adapters_and_weights_without_doubt():
+    adapters = (("a", "1" * 64, 1.0), ("b=2;c*", "2" * 64, 0.123456789), ("é", "3" * 64, 2.0))
+    found = Receipt("0" * 64, adapters).fingerprint
+    digits = [f"{i}" * 16 for i in range(4)]
+    assert found == (
+        f"base={digits[0]};a={digits[1]};b%3D2%3Bc%2A={digits[2]}*0.123456789;é={digits[3]}*2"
+    )
+
+
+def test_equal_labels_are_replaced_by_numbers():
+    assert label_names(["no", "yes"], 2) == ("no", "yes")
+    assert label_names(["yes", "yes"], 2) == ("LABEL_0", "LABEL_1")
+    assert label_names(["yes"], 2) == ("LABEL_0", "LABEL_1")
+    assert label_names([], 1) == ()
 
 
 # --- sampling --------------------------------------------------------------------------------------------
@@ -200,6 +218,24 @@ def test_an_incomplete_character_is_kept_back():
 
 
 # --- the queue -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", ["\N{REPLACEMENT CHARACTER}", "special"])
+def test_tokens_without_text_cost_the_same_for_ever(token):
+    class Counting:
+        longest = 0
+
+        def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+            self.longest = max(self.longest, len(ids))
+            return "" if token == "special" and skip_special_tokens else token * len(ids)
+
+    tokenizer = Counting()
+    stream, texts = TextStream(tokenizer), TokenTexts(tokenizer)
+    pieces = [stream.push(5) for _ in range(500)] + [stream.finish()]
+    for _ in range(500):
+        texts.add(5)
+    assert tokenizer.longest < 100
+    assert "".join(pieces) == ("" if token == "special" else token * 500)
 
 
 def test_keys_take_turns():

@@ -274,6 +274,70 @@ def test_a_name_is_not_a_path(store: AdapterStore, name: str) -> None:
         store.acquire(name)
 
 
+ODD_NAMES = [b"a\nb", b" a", b"a ", b"\xff", "\u202ea".encode(), b"a" * 201]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_with_an_unprintable_name_is_not_offered(
+    store: AdapterStore, root: Path, name: bytes
+) -> None:
+    shutil.copytree(root / "a", os.fsdecode(os.fsencode(root) + b"/" + name))
+    assert store.names() == ["a", "b", "c", "d"]
+    with pytest.raises(UnknownAdapterError):
+        store.acquire(os.fsdecode(name))
+
+
+def test_a_loop_of_links_leaves_the_list_whole(store: AdapterStore, root: Path) -> None:
+    (root / "loop").symlink_to("loop")
+    assert store.names() == ["a", "b", "c", "d"]
+
+
+def test_a_file_that_cannot_fit_is_refused_unread(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with holes costs its writer nothing, and the server minutes."""
+    monkeypatch.setattr("lorakit.storage.sha256", lambda *_: pytest.fail("was read"))
+    with (root / "a" / TENSORS).open("ab") as file:
+        file.truncate(5 * LARGE)
+    with pytest.raises(AdapterFileError, match="is 5 GB, and more than 4 GB"):
+        store.acquire("a")
+
+
+@pytest.mark.slow
+def test_a_file_that_grows_while_it_is_read_ends(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.storage import records
+
+    monkeypatch.setattr(records, "_CHUNK", 4096)
+    path, original, reads = root / "a" / TENSORS, Path.open, []
+
+    def growing(self: Path, *options: Any) -> Any:
+        file = original(self, *options)
+        if self != path:
+            return file
+
+        class Growing:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                file.close()
+
+            def read(self, length: int = -1) -> bytes:
+                reads.append(length)
+                assert len(reads) < 10_000, "the file is read for ever"
+                with open(path, "ab") as end:
+                    end.write(b"x" * 5000)
+                return file.read(length)
+
+        return Growing()
+
+    monkeypatch.setattr(Path, "open", growing)
+    with pytest.raises(AdapterFileError, match="changed each time"):
+        store.acquire("a")
+
+
 def test_paths_outside_the_root_are_refused(
     store: AdapterStore, root: Path, tmp_path: Path
 ) -> None:

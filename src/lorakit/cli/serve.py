@@ -70,7 +70,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
     base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
     hosts = (
-        ("localhost", "127.0.0.1", "[::1]", config.host)
+        tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", config.host)))
         if config.is_loopback and keys is None
         else ()
     )

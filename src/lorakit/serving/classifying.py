@@ -68,6 +68,8 @@ class ClassifyingEngine(Worker):
 
     def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
         """Queue examples (`Classifier.classify`)."""
+        for example in examples:
+            self._require_known(example.input_ids)
         job = _Job(examples, lease)
         with self._changed:
             self._require_open()

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,9 @@ class ContinuousEngine(Worker):
 
     def _cache_used(self) -> float:
         return 1 - self._pool.available / self._pool.count
+
+    def _last_scores(self, count: int) -> dict[str, Any]:
+        return {"logits_to_keep": count}
 
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
         self.model.set_attn_implementation(self._stock)

@@ -33,12 +33,24 @@ class Receipt:
 
     @property
     def fingerprint(self) -> str:
-        """The receipt in one line: ``base=…`` and ``name=…*weight``, with 16 digits of each digest."""
+        """The receipt in one line: ``base=…`` and ``name=…*weight``, with 16 digits of each digest.
+
+        The characters ``%;=*`` of a name are escaped as in URLs.
+        """
         own = (
-            f"{name}={digest[:16]}" + ("" if weight == 1 else f"*{weight:g}")
+            f"{name.translate(_ESCAPED)}={digest[:16]}{factor(weight)}"
             for name, digest, weight in self.adapters
         )
         return ";".join([f"base={self.base[:16]}", *own])
+
+
+_ESCAPED = {ord(char): f"%{ord(char):02X}" for char in "%;=*"}
+"""What separates the parts of a fingerprint, in a name."""
+
+
+def factor(weight: float) -> str:
+    """Return a weight as a factor with all its digits; nothing for 1."""
+    return "" if weight == 1 else f"*{float(weight)!r}".removesuffix(".0")
 
 
 class Lease(Protocol):
@@ -67,6 +79,11 @@ class Lease(Protocol):
     @property
     def outputs(self) -> int | None:
         """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
+        ...
+
+    @property
+    def task(self) -> str | None:
+        """The task that the adapter was trained for, as its folder records it."""
         ...
 
     def share(self) -> Lease:

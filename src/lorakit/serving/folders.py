@@ -21,6 +21,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.formatting import size
 from lorakit.training.checkpoint import NAME, STATE, WEIGHTS
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
@@ -32,6 +33,11 @@ _FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
 
 _RESOLUTION = 20_000_000
 """Nanoseconds: two writes of a file that are further apart have different times."""
+
+LONGEST_NAME = 200
+"""Most characters of a public name."""
+LARGEST_OTHER = 1 << 28
+"""Most bytes of a file without tensors."""
 
 State = tuple[tuple[str, int, int, int, int], ...]
 """Path, inode, size, time of modification and of change of each file."""
@@ -128,7 +134,7 @@ def adapters_in(root: Path) -> Iterator[str]:
     """Yield the names of the direct subfolders of `root` that hold an adapter."""
     with storage.reading(root, AdapterFileError), os.scandir(root) as entries:
         for entry in entries:
-            if not is_folder_name(entry.name) or not entry.is_dir():
+            if not is_folder_name(entry.name) or not os.path.isdir(entry.path):
                 continue
             if entry.is_symlink() and not is_within(entry.path, root):
                 continue
@@ -137,12 +143,13 @@ def adapters_in(root: Path) -> Iterator[str]:
 
 
 def is_folder_name(name: str) -> bool:
-    """Return whether `name` is the name of one visible folder, not a path."""
-    return (
-        isinstance(name, str)
-        and name[:1] not in ("", ".")
-        and not any(char in name for char in "/\\\0")
-    )
+    """Return whether `name` is the name of one visible folder, not a path, and can be shown to everyone."""
+    return is_public_name(name) and name[0] != "." and not any(char in name for char in "/\\")
+
+
+def is_public_name(name: str) -> bool:
+    """Return whether answers and logs can show a name: without line breaks, half characters or blanks at its ends."""
+    return 0 < len(name) <= LONGEST_NAME and name.isprintable() and name == name.strip()
 
 
 def is_within(path: str | os.PathLike[str], root: Path) -> bool:
@@ -173,6 +180,25 @@ class Digests:
     """Of all files that determine the adapter."""
     tokenizer: str
     """Of the tokenizer's files."""
+
+
+def require_size(state: State, most: int) -> None:
+    """Reject a file that is too large to be read.
+
+    Args:
+        state: The files.
+        most: Most bytes of a file with tensors.
+
+    Raises:
+        AdapterFileError: A file is larger.
+    """
+    for path, _, length, *_ in state:
+        allowed = most if path.endswith((".safetensors", ".bin")) else LARGEST_OTHER
+        if length > allowed:
+            raise AdapterFileError(
+                f"'{path}' is {size(length)}, and more than {size(allowed)} is not read. Check the file, or raise "
+                "--adapter_memory."
+            )
 
 
 def digests_of(location: Location, state: State) -> Digests:

@@ -54,6 +54,8 @@ class AdapterLease:
     """Names of the logits of a classification head; empty for regression and for a language model."""
     outputs: int | None
     """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
+    task: str | None
+    """The task that the adapter was trained for, as its folder records it."""
     _holders: Holders = field(repr=False)
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class Loaded:
     outputs: int | None
     labels: tuple[str, ...]
     tokenizer: Tokenizer
+    task: str | None
     leases: int = 1
     used: int = 0
     """When a lease was last taken or returned, as a count."""

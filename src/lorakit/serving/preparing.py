@@ -36,6 +36,8 @@ class Prepared:
     """Number of its logits in a classification or regression head; None for a language model."""
     labels: tuple[str, ...]
     """Names of these logits; empty for regression and for a language model."""
+    task: str | None
+    """The recorded task."""
 
 
 def prepare(
@@ -86,7 +88,8 @@ def prepare(
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in own}.values())
     copies = {id(t): t.numel() for t in stored.trained.values()}  # a tied one has several names
     size += sum(copies.values()) * model.dtype.itemsize
-    return Prepared(stored, modules, size, outputs, labels)
+    task = stored.provenance.get("task")
+    return Prepared(stored, modules, size, outputs, labels, task if isinstance(task, str) else None)
 
 
 def _require_mixable(
@@ -163,7 +166,8 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _names(recorded: Sequence[Any], count: int) -> tuple[str, ...]:
-    """Return the recorded names of labels, or those of transformers; none for a single number (regression)."""
-    if len(recorded) == count and all(isinstance(name, str) for name in recorded):
+    """Return the recorded names of labels, or those of transformers where two are equal; none for regression."""
+    is_text = all(isinstance(name, str) for name in recorded)
+    if is_text and len(recorded) == count == len(set(recorded)):
         return tuple(recorded)
     return () if count == 1 else tuple(f"LABEL_{i}" for i in range(count))

@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
+_READ = 4
+"""Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
 _NAMED = 20
 """Names that an error lists."""
 
@@ -167,9 +169,9 @@ class AdapterStore:
             WrongBaseError: It was trained on another base.
             StoreFullError: Adapters in use hold the memory.
         """
-        if not name or len(name) > 200 or not name.isprintable() or name != name.strip():
+        if not folders.is_public_name(name):
             raise AdapterStateError(
-                f"{name!r:.80} cannot name an adapter. Use up to 200 printable characters."
+                f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
         source = AdapterSource(self._inside(path))
         self._put(name, source, replace=replace)
@@ -287,9 +289,10 @@ class AdapterStore:
                 self._leases += Counter()  # drop names without leases
             self._loaded.give_back(*held.values())
 
+        task = next(iter(held.values())).task
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        return AdapterLease(checked, receipt, tokenizer, labels, outputs, Holders(release))
+        return AdapterLease(checked, receipt, tokenizer, labels, outputs, task, Holders(release))
 
     def _lease_of_base(self) -> AdapterLease:
         if self.base.new_weights:
@@ -301,7 +304,7 @@ class AdapterStore:
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
         return AdapterLease(
-            (), receipt, self.base.tokenizer, labels, outputs, Holders(lambda: None)
+            (), receipt, self.base.tokenizer, labels, outputs, None, Holders(lambda: None)
         )
 
     def _acquire(self, name: str, entry: _Entry) -> Loaded:
@@ -325,6 +328,7 @@ class AdapterStore:
             try:
                 with _refusing():
                     self._require_allowed(entry.source, location)
+                    folders.require_size(state, max(_READ * self.budget, folders.LARGEST_OTHER))
                     digests = folders.digests_of(location, state)
                 with self._loaded.loading(digests.whole):
                     loaded = self._loaded.take(digests.whole) or self._load(
@@ -382,7 +386,7 @@ class AdapterStore:
         if not folders.unchanged(location, state):
             return None
         outputs, labels = prepared.outputs, prepared.labels
-        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer)
+        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task)
         self._loaded.install(loaded, prepared, location.path)
         return loaded
 

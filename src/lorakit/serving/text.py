@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+WINDOW = 32
+"""Tokens that are decoded again until they form text. A character has four at most; more are no whole characters."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for an incomplete character."""
 
@@ -33,7 +35,8 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._start, self._read)
         after = self._decode(self._start, len(self._ids))
-        if len(after) <= len(before) or after.endswith(REPLACEMENT):
+        is_certain = len(after) > len(before) and not after.endswith(REPLACEMENT)
+        if not is_certain and len(self._ids) - self._read < WINDOW:
             return ""
         self._start, self._read = self._read, len(self._ids)
         return self._until_stop(after[len(before) :])

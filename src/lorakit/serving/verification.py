@@ -122,12 +122,13 @@ class VerifiedEngine:
         tokens: list[Token] = []
 
         def record(event: Event) -> None:
-            if isinstance(event, End):
-                if event.reason in ("stop", "length") and tokens:
+            try:
+                if not isinstance(event, End):
+                    tokens.extend(event.tokens)
+                elif event.reason in ("stop", "length") and tokens:
                     self._replay(request, tokens)  # shares the lease before the caller releases it
-            else:
-                tokens.extend(event.tokens)
-            deliver(event)
+            finally:
+                deliver(event)
 
         return self._engine.submit(recorded, record)
 

@@ -67,6 +67,7 @@ class Worker(ABC):
             raise DataError("The prompt is empty; it must have at least one token.")
         if request.max_tokens < 1:
             raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
+        self._require_known(request.prompt)
         needed = len(request.prompt) + request.max_tokens
         if needed > self.limits.context:
             raise DataError(
@@ -124,6 +125,21 @@ class Worker(ABC):
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
+
+        The tokenizer of an adapter, and of some bases, has more tokens than the base.
+
+        Raises:
+            DataError: An id is beyond the base's vocabulary.
+        """
+        size = self.model.config.get_text_config().vocab_size
+        if max(ids, default=0) >= size:
+            raise DataError(
+                f"The text has the token id {max(ids):,}, and the base has {size:,} tokens. Leave out the token, which "
+                "only the tokenizer knows."
+            )
+
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
@@ -153,6 +169,11 @@ class Worker(ABC):
 
     def _running_count(self) -> int:
         return len(self._running())
+
+    def _last_scores(self, count: int) -> dict[str, Any]:
+        """Return arguments by which the model computes the scores of the last `count` tokens only, if it has any."""
+        del count
+        return {}
 
     def _cache_used(self) -> float:
         return 0.0
@@ -218,15 +239,17 @@ class Worker(ABC):
             )
         handle = handle_of(self.model)
         ids = torch.tensor([tokens], device=self.model.device)
+        options = {**self._last_scores(len(tokens) - start + 1), "use_cache": False}
         if handle is None:
-            scores = self.model(input_ids=ids, use_cache=False).logits[0]
+            scores = self.model(input_ids=ids, **options).logits[0]
         else:
             with handle.per_sample([choice_of(lease.blend)]):
-                scores = self.model(input_ids=ids, use_cache=False).logits[0]
+                scores = self.model(input_ids=ids, **options).logits[0]
         values: list[float] = []
+        before = len(tokens) - len(scores)  # tokens whose scores are not computed
         for first in range(start, len(tokens), SCORED_ROWS):
             last = min(first + SCORED_ROWS, len(tokens))
-            rows = scores[first - 1 : last - 1].float().log_softmax(-1)
+            rows = scores[first - 1 - before : last - 1 - before].float().log_softmax(-1)
             values += rows.gather(-1, ids[0, first:last, None])[:, 0].tolist()
         return values
 

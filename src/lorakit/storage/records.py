@@ -119,11 +119,13 @@ def require_checksum(
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal. What others append meanwhile does not count."""
     digest = hashlib.sha256()
+    left = Path(path).stat().st_size
     with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while left and (chunk := file.read(min(_CHUNK, left))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.storage.refusals import regular_file
 
 
-def read_safetensors(path: Path, error: type[LorakitError] = AdapterFileError) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, copied out of its memory map.
+def read_safetensors(
+    path: Path, error: type[LorakitError] = AdapterFileError, *, mapped: bool = False
+) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Args:
+        path: The file.
+        error: The class of errors.
+        mapped: Copy the tensors out of a memory map, which needs half the memory. Only for files that nothing writes
+            to: one that is cut meanwhile ends the process.
 
     Raises:
         error: The file is missing, truncated, or not a safetensors file.
     """
     regular_file(path, error)
     try:
-        with safe_open(path, framework="pt") as file:
-            _require_unique_names(path)
-            # Without the copies, a later change of the file would change the tensors.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        if mapped:
+            with safe_open(path, framework="pt") as file:
+                _require_unique_names(path)
+                # Without the copies, a later change of the file would change the tensors.
+                return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        with path.open("rb") as file:
+            content = file.read(path.stat().st_size)
+        tensors = load(content)
+        _require_unique_names(content)
+        del content
+        # The copies are aligned as other tensors are: products of others may round differently.
+        return {name: tensors.pop(name).clone() for name in list(tensors)}
     except Exception as wrong:  # damaged bytes can make any part of the parser raise
         raise error(
             f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
@@ -34,7 +51,7 @@ def read_safetensors(path: Path, error: type[LorakitError] = AdapterFileError) -
         ) from wrong
 
 
-def _require_unique_names(path: Path) -> None:
+def _require_unique_names(source: Path | bytes) -> None:
     """Reject a header in which a name occurs twice; safetensors reads the last of them without a word."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -43,7 +60,8 @@ def _require_unique_names(path: Path) -> None:
             raise ValueError("a name in its header occurs twice")
         return content
 
-    with path.open("rb") as file:  # safetensors has validated the length
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        # safetensors has validated the length
         json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=unique)
 
 

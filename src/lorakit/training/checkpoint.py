@@ -154,7 +154,7 @@ def restore(
         return State(inputs=inputs)
     path, state = newest_whole(checkpoints)
     _require_same(inputs, state.inputs, path)
-    stored = read_safetensors(path / WEIGHTS, RunFolderError)
+    stored = read_safetensors(path / WEIGHTS, RunFolderError, mapped=True)
     if differing := stored.keys() ^ weights.keys():
         raise RunFolderError(
             f"{path} does not fit this run: {len(differing)} tensors are only in the checkpoint or only in the "
@@ -164,8 +164,8 @@ def restore(
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(stored[name])
-    _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError))
-    _restore_random_states(read_safetensors(path / RANDOM, RunFolderError))
+    _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
+    _restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
     return state
 
 

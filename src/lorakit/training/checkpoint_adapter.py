@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
     path = Path(path)
     saved = saved_adapter(path)
     stored = formats.read(saved)
-    tensors = read_safetensors(path / WEIGHTS)
+    tensors = read_safetensors(path / WEIGHTS, mapped=True)
     try:
         for module, layer in stored.layers.items():
             prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"

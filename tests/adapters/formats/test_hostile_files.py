@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import traceback
 import zipfile
 from pathlib import Path
@@ -95,6 +97,31 @@ def test_reading_does_not_hold_on_to_the_file(tmp_path):
     ) as file:  # with a memory map, this would change the tensor or crash the process
         file.truncate(0)
     assert torch.equal(found, numbers(1000))
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_no_process(tmp_path):
+    """A page of a memory map beyond the end of its file is a bus error, which no `except` catches."""
+    path = tmp_path / "file.safetensors"
+    save_file({"a": numbers(100_000)}, path)
+    code = """
+import sys
+from pathlib import Path
+from lorakit.errors import AdapterFileError
+from lorakit.storage import tensors
+path = Path(sys.argv[1])
+original = tensors._require_unique_names
+def cut(*arguments):
+    original(*arguments)
+    with path.open("r+b") as file:
+        file.truncate(1000)
+tensors._require_unique_names = cut
+try:
+    tensors.read_safetensors(path)
+except AdapterFileError:
+    pass
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_names_for_the_same_memory_are_written_apart(tmp_path):

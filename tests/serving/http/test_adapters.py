@@ -14,6 +14,7 @@ from test_errors import error_of
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.serving.engine import QueueFullError
 from lorakit.serving.http import metrics as metrics_module
+from lorakit.serving.http.keys import Budget, Key, KeyRing, digest_of
 from lorakit.serving.http.metrics import Metrics
 
 
@@ -173,6 +174,31 @@ def test_errors_of_the_classifier(serve: Serve, error: Exception, status: int) -
     classifier.error = error
     served = serve(store=classifying_store(), classifier=classifier)
     error_of(served.post("/v1/classify", model="reviews", input="a"), status)
+
+
+def test_the_task_is_that_of_the_leased_adapter(serve: Serve) -> None:
+    """Another adapter may have its name by now."""
+    store = classifying_store()
+    served = serve(store=store, classifier=FakeClassifier())
+    acquire = store.acquire
+
+    def acquire_and_replace(choice: Any) -> Any:
+        lease = acquire(choice)
+        store.records[choice] = {"task": "mrpc", "labels": ["x", "y"], "outputs": 2}
+        return lease
+
+    store.acquire = acquire_and_replace  # type: ignore[method-assign]
+    assert served.post("/v1/classify", model="reviews", input="a").status_code == 200
+
+
+def test_unused_tokens_of_a_key_are_given_back(serve: Serve) -> None:
+    key = Key(name="k", digest=digest_of("k" * 20), tokens=Budget(100, now=lambda: 0.0))
+    classifier = FakeClassifier()
+    classifier.error = QueueFullError()
+    served = serve(store=classifying_store(), classifier=classifier, keys=KeyRing([key]))
+    served.client.headers["authorization"] = "Bearer " + "k" * 20
+    error_of(served.post("/v1/classify", model="reviews", input="a b c"), 429)
+    assert key.tokens.take(100) == 0  # type: ignore[union-attr]
 
 
 def test_an_output_that_is_not_finite_is_an_error(serve: Serve) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from served import BASE, Serve, wait_for
 
 from lorakit.errors import LorakitError
 from lorakit.serving.engine import Sampling
+from lorakit.serving.http.logprobs import TokenTexts
 
 
 def events(text: str) -> list[Any]:
@@ -140,6 +142,24 @@ def test_logprobs_have_the_offsets_of_the_tokens(serve: Serve) -> None:
         assert len(top) == 3
     (choice,) = served.complete(logprobs=0).json()["choices"]
     assert choice["logprobs"]["top_logprobs"] is None
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_logprobs_of_a_whole_answer_do_not_stop_the_event_loop(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    """Thousands of tokens with 20 likely ones each take seconds."""
+    original, threads = TokenTexts.add, set()
+
+    def add(self: TokenTexts, token: int) -> Any:
+        threads.add(threading.current_thread().name)
+        return original(self, token)
+
+    monkeypatch.setattr(TokenTexts, "add", add)
+    served = serve()
+    answer = served.chat(logprobs=True) if chat else served.complete(logprobs=1)
+    assert answer.json()["choices"][0]["logprobs"]
+    assert all(name.startswith("lorakit-http") for name in threads)
 
 
 def test_tokens_within_a_character_have_its_offset(serve: Serve) -> None:

@@ -7,12 +7,12 @@ import threading
 from typing import Any
 
 import pytest
-from fakes import TEXT
+from fakes import TEXT, FakeClassifier, classifying_store
 from served import BASE, Serve, Served
 
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
-from lorakit.serving.http import errors
+from lorakit.serving.http import classify, errors, prompts
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -332,6 +332,12 @@ def test_errors_of_routing(serve: Serve, method: str, path: str, status: int) ->
     assert "/openapi.json" in error["message"]
 
 
+def test_a_route_with_a_slash_is_another_one(serve: Serve) -> None:
+    """A redirect would lead to whatever the Host header says."""
+    answer = serve().client.post("/v1/completions/", json={}, follow_redirects=False)
+    assert error_of(answer, 404)["code"] == "not_found"
+
+
 @pytest.mark.parametrize("given", ["abc-1", "x" * 128])
 def test_a_short_request_id_is_kept(serve: Serve, given: str) -> None:
     answer = serve().client.get("/health", headers={"x-request-id": given})
@@ -366,6 +372,34 @@ def test_errors_of_the_store(serve: Serve, error: Exception, status: int, words:
     message = error_of(served.complete(), status)["message"]
     assert words in message
     assert "secret" not in message
+
+
+def test_a_client_does_not_see_the_paths_of_the_server(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve()
+    served.store.fails = AdapterFileError("'/srv/secret/adapters/sql/adapter_config.json' is bad.")
+    assert error_of(served.complete(), 500)["message"] == "'sql/adapter_config.json' is bad."
+    assert "/srv/secret/adapters/sql/adapter_config.json" in caplog.text
+
+
+@pytest.mark.parametrize("route", ["completions", "chat", "classify"])
+def test_a_text_that_cannot_fit_is_not_tokenised(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """Other requests wait for their turn to tokenise; 2 MB take seconds."""
+    monkeypatch.setattr(prompts, "TOKENISING", None)
+    monkeypatch.setattr(classify, "TOKENISING", None)
+    text = "a " * 100_000
+    if route == "classify":
+        served = serve(store=classifying_store(), classifier=FakeClassifier())
+        answer = served.post("/v1/classify", model="reviews", input=["a" * 10, text][1:])
+    else:
+        served = serve()
+        answer = served.chat(text) if route == "chat" else served.complete(prompt=text)
+    error = error_of(answer, 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "200,0" in error["message"]
 
 
 def test_a_full_queue_is_429(serve: Serve) -> None:

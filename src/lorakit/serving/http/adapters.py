@@ -12,7 +12,7 @@ from lorakit.errors import LorakitError
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
 from lorakit.serving.http.answers import Loaded, Model, Models
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import ApiError, unknown_model
+from lorakit.serving.http.errors import ApiError, unknown_model, without_folders
 from lorakit.serving.http.keys import Key
 from lorakit.serving.http.schemas import LoadRequest, UnloadRequest
 from lorakit.serving.http.state import Serving, record_of, serving_of
@@ -118,7 +118,8 @@ def _model(serving: Serving, name: str) -> Model:
         details = serving.store.describe(name)
     except LorakitError as error:  # the list stays whole where one adapter is damaged
         details = {"error": str(error)}
-    # Paths on the server are not the client's business.
+    if details.get("error"):
+        details["error"] = without_folders(details["error"])
     root = Path(str(details.pop("path", None) or name)).name
     details.pop("base", None)
     return Model(id=name, created=created, root=root, parent=base, details=details)

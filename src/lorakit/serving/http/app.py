@@ -62,6 +62,7 @@ def create_app(
         description="Many adapters on one base, by OpenAI's API.",
         docs_url=None,  # the pages load scripts of other sites
         redoc_url=None,
+        redirect_slashes=False,  # a redirect repeats the client's Host header
         responses=_ERRORS,
     )
     app.state.serving = Serving(

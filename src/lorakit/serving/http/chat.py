@@ -62,7 +62,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     )
 
     def encode(lease: Lease) -> Prompts:
-        ids, stop_ids = encode_chat(lease.tokenizer, body.messages)
+        ids, stop_ids = encode_chat(lease.tokenizer, body.messages, serving.engine.limits.context)
         return [ids], stop_ids
 
     generation = await begin(request, serving, record, body, settings, encode)
@@ -89,14 +89,18 @@ class _Form:
 
     async def whole(self) -> Chat:
         """Return the answers when all have ended."""
+        answers = await collect(self._generation)
+        logprobs = await self._generation.in_worker(
+            lambda: [self._logprobs(i, Piece("", a.tokens)) for i, a in enumerate(answers)]
+        )
         choices = [
             ChatChoice(
                 index=index,
                 message=ChatMessage(content=answer.text),
-                logprobs=self._logprobs(index, Piece("", answer.tokens)),
+                logprobs=logprobs[index],
                 finish_reason=answer.reason,
             )
-            for index, answer in enumerate(await collect(self._generation))
+            for index, answer in enumerate(answers)
         ]
         return Chat(**self._common, choices=choices, usage=self._generation.usage)
 

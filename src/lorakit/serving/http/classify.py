@@ -21,7 +21,7 @@ from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptToke
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError
 from lorakit.serving.http.generation import receipt_headers
-from lorakit.serving.http.prompts import TOKENISING
+from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
 from lorakit.serving.http.state import Serving, admitted, busy, guarded, record_of, serving_of
 from lorakit.tasks import TASKS, BadRow, Classification, Labelled, LabelledExample, Regression
@@ -47,14 +47,18 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     examples: list[LabelledExample] = []
 
     def prepare(lease: Lease) -> None:
-        name = None if body.model == serving.settings.base_name else body.model
-        task, context = _task(serving, name, lease), serving.engine.limits.context
+        task, context = _task(body.model, lease), serving.engine.limits.context
         examples.extend(_encode(task, lease.tokenizer, rows, context))
         record.key.reserve_tokens(sum(map(len, examples)))
 
     async def work() -> tuple[Lease, Tensor]:
         lease, _ = await serving.leased(record, prepare, body.model)
-        return lease, await asyncio.wrap_future(_submit(serving, classifier, examples, lease))
+        try:
+            future = _submit(serving, classifier, examples, lease)
+        except BaseException:
+            record.key.give_back_tokens(sum(map(len, examples)))
+            raise
+        return lease, await asyncio.wrap_future(future)
 
     lease, logits = await guarded(request, work())
     tokens = sum(map(len, examples))
@@ -75,18 +79,17 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     return JSONResponse(answer.model_dump(), headers=receipt_headers(lease))
 
 
-def _task(serving: Serving, name: str | None, lease: Lease) -> DataTask:
+def _task(name: str, lease: Lease) -> DataTask:
     """Return the task that an adapter was trained for; without a record the one that fits its head.
 
     Raises:
         ApiError: It does not classify.
     """
-    recorded = None if name is None else serving.store.describe(name).get("task")
-    kind = TASKS.get(str(recorded))
+    kind = TASKS.get(str(lease.task))
     is_text = kind is not None and not issubclass(kind, Labelled)
     if is_text or lease.outputs is None:
         raise _invalid(
-            f"{name or 'The base'!r} has neither classes nor a score. Name an adapter that has.",
+            f"{name!r} has neither classes nor a score. Name an adapter that has.",
             "model",
         )
     if kind is None:
@@ -113,6 +116,8 @@ def _encode(
                 f"takes {'pairs of texts' if len(names) == 2 else 'single texts'}.",
                 f"input.{number}",
             )
+        for text in row:
+            require_short(tokenizer, text, context, f"input.{number}")
         try:
             with TOKENISING:
                 example = encoder.encode_unlabelled(dict(zip(names, row, strict=True)))

@@ -46,7 +46,8 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     )
 
     def encode(lease: Lease) -> Prompts:
-        return [encode_prompt(lease.tokenizer, prompt) for prompt in prompts], frozenset()
+        context = serving.engine.limits.context
+        return [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts], frozenset()
 
     generation = await begin(request, serving, record, body, settings, encode)
     headers = receipt_headers(generation.lease)
@@ -73,14 +74,18 @@ class _Form:
 
     async def whole(self) -> Completion:
         """Return the answers when all have ended."""
+        answers = await collect(self._generation)
+        logprobs = await self._generation.in_worker(
+            lambda: [self._logprobs(i, Piece("", a.tokens)) for i, a in enumerate(answers)]
+        )
         choices = [
             CompletionChoice(
                 index=index,
                 text=answer.text,
-                logprobs=self._logprobs(index, Piece("", answer.tokens)),
+                logprobs=logprobs[index],
                 finish_reason=answer.reason,
             )
-            for index, answer in enumerate(await collect(self._generation))
+            for index, answer in enumerate(answers)
         ]
         return Completion(**self._common, choices=choices, usage=self._generation.usage)
 

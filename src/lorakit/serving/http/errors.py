@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,13 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from lorakit.errors import AdapterStateError, DataError, LorakitError, nearest
-from lorakit.formatting import listed
+from lorakit.formatting import listed, visible
 from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
 
 LOG = logging.getLogger("lorakit.serving")
 
 RETRY_SECONDS = 1
 """Value of Retry-After where nothing better is known."""
+_FOLDERS = re.compile(r"(?<=')/[^'\n]*/(?=[^'/]+/[^'/]+')")
+"""The folders before the last two parts of a path between quotation marks. They are not the client's business."""
 PLAIN = "The server failed. Its log has the details, under the x-request-id of this answer."
 """Message of an unexpected exception: shows nothing of the server's inside."""
 
@@ -107,16 +110,23 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(
             404, "The adapter was just unloaded.", param="model", code="model_not_found"
         )
+    message = without_folders(str(error))
     if isinstance(error, StoreFullError):
-        return ApiError(503, str(error), code="adapter_memory_full", retry=RETRY_SECONDS)
+        return ApiError(503, message, code="adapter_memory_full", retry=RETRY_SECONDS)
     if isinstance(error, EngineStoppedError):
-        return ApiError(503, str(error), code="unavailable", retry=RETRY_SECONDS)
+        return ApiError(503, message, code="unavailable", retry=RETRY_SECONDS)
     if isinstance(error, AdapterStateError | DataError):
-        return ApiError(400, str(error), code="invalid_value")
+        return ApiError(400, message, code="invalid_value")
     if isinstance(error, LorakitError):
-        return ApiError(500, str(error), code="cannot_be_served")
+        LOG.warning("%s", visible(str(error)))
+        return ApiError(500, message, code="cannot_be_served")
     LOG.error("request failed", exc_info=error)
     return ApiError(500, PLAIN, code="internal_error")
+
+
+def without_folders(message: str) -> str:
+    """Return a message for clients, without the folders of the server."""
+    return _FOLDERS.sub("", message)
 
 
 def unknown_model(name: str, known: Iterable[str], param: str = "model") -> ApiError:

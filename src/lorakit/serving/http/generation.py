@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -25,11 +26,14 @@ from lorakit.serving.engine import (
     Sampling,
     Ticket,
     Token,
+    factor,
 )
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error
 from lorakit.serving.http.schemas import Generating
 from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
+
+T = TypeVar("T")
 
 Prompts = tuple[list[list[int]], frozenset[int]]
 """Token ids of each prompt, and the tokens that end an answer."""
@@ -239,6 +243,11 @@ class Generation:
         finally:
             self._close()
 
+    async def in_worker(self, work: Callable[[], T]) -> T:
+        """Run a function in a worker thread, such as one that decodes thousands of tokens, if a token is reported."""
+        reports = self.requests[0].top_logprobs is not None
+        return await self._serving.in_worker(work) if reports else work()
+
     def cancel(self) -> None:
         """Stop computing. The Ends follow, and with the last the lease is released."""
         for ticket in self._tickets:
@@ -345,7 +354,5 @@ async def collect(generation: Generation) -> list[Whole]:
 def receipt_headers(lease: Lease) -> dict[str, str]:
     """Return the headers with the full digests of what computes an answer."""
     receipt = lease.receipt
-    adapters = [
-        digest if weight == 1 else f"{digest}*{weight:g}" for _, digest, weight in receipt.adapters
-    ]
+    adapters = [f"{digest}{factor(weight)}" for _, digest, weight in receipt.adapters]
     return {"x-lorakit-base": receipt.base, "x-lorakit-adapter": ", ".join(adapters) or "none"}

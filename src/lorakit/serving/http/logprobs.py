@@ -14,6 +14,7 @@ from lorakit.serving.http.answers import (
     TokenLogprob,
     TopLogprob,
 )
+from lorakit.serving.text import WINDOW
 
 LOWEST = -9999.0
 """What OpenAI reports for a token of probability 0; JSON has no infinity."""
@@ -40,7 +41,7 @@ class TokenTexts:
         shown, offset = self._after([*self._context, *self._new], token), self._offset
         self._new.append(token)
         text = self._decode([*self._context, *self._new])[len(self._decode(self._context)) :]
-        if not text.endswith(_PART):
+        if not text.endswith(_PART) or len(self._new) >= WINDOW:
             self._offset += len(text)
             self._context, self._new = self._new, []
         return shown, offset

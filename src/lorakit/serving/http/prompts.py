@@ -19,13 +19,36 @@ TOKENISING = threading.Lock()
 _STOP_IDS: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:
+_LONGEST: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
+
+
+def require_short(tokenizer: PreTrainedTokenizerBase, text: str, context: int, param: str) -> None:
+    """Reject a text that cannot fit in the context, before others wait until it is tokenised.
+
+    Raises:
+        ApiError: It has more characters than the longest tokens of a context.
+    """
+    if tokenizer not in _LONGEST:
+        _LONGEST[tokenizer] = max(map(len, tokenizer.get_vocab()), default=1)
+    if len(text) > context * _LONGEST[tokenizer]:
+        raise ApiError(
+            400,
+            f"'{param}' has {len(text):,} characters, more than {context:,} tokens, the context, can hold. Shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], context: int
+) -> list[int]:
     """Return the token ids of a prompt, as in the training of completions.
 
     Raises:
-        ApiError: It has no tokens, or an id is not in the vocabulary.
+        ApiError: It has no tokens, an id is not in the vocabulary, or the text is too long.
     """
     if isinstance(prompt, str):
+        require_short(tokenizer, prompt, context, "prompt")
         with TOKENISING:
             ids = prompt_ids(tokenizer, prompt)
         if not ids:
@@ -41,12 +64,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], context: int
 ) -> tuple[list[int], frozenset[int]]:
     """Return the token ids of a conversation, rendered for an answer, and the tokens that end one.
 
     Raises:
-        ApiError: The template rejects the conversation.
+        ApiError: The template rejects the conversation, or the text is too long.
         DataError: The tokenizer has no chat template, or one that cannot be rendered.
     """
     # Templates know the role system only; developer is its new name.
@@ -68,6 +91,7 @@ def encode_chat(
         text = template.text(rows, answer=True)
     except BadRow as error:
         raise _invalid(f"'messages' {error}.", "messages") from None
+    require_short(tokenizer, text, context, "messages")
     with TOKENISING:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]
     if not ids:

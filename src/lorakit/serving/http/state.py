@@ -85,7 +85,8 @@ class Serving:
 
     def models(self, key: Key) -> list[str]:
         """Return the names of the models that a key may use: the base, then the adapters."""
-        names = [self.settings.base_name, *self.store.names()]
+        # A folder that has got the base's name since the start cannot be requested.
+        names = dict.fromkeys([self.settings.base_name, *self.store.names()])
         return [name for name in names if key.allows(name)]
 
     def _choice(self, model: str, lora: Mapping[str, float] | None) -> AdapterChoice:
