@@ -19,7 +19,6 @@ import shutil
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -232,14 +231,14 @@ def memory_at(samples: Sequence[tuple[float, int]], seconds: float) -> int | Non
 
 def verification_metrics(text: str) -> dict[str, float]:
     """Return the counters of the server's own verification, summed over the adapters."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for line in text.splitlines():
         name, _, value = line.rpartition(" ")
         name = re.sub(r'adapter="[^"]*",?', "", name).replace("{}", "")
         is_counted = "verif" in name and not name.startswith("#")
         if is_counted and "_created" not in name and "_bucket" not in name:
-            found[name] += float(value)
-    return dict(found)
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 def counts(outcome: Outcome, checked: Checked) -> dict[str, Any]:

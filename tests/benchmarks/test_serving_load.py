@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +32,17 @@ ANSWERED = 0.02
 
 
 class Fake:
-    """Answers each request in a thread of its own, or fails, or never ends, by the name of the adapter."""
+    """Answers each request in a thread of its own, or fails, or never ends, by the name of the adapter.
+
+    Args:
+        at_once: Answer before `submit` returns.
+    """
 
     name = "fake"
 
-    def __init__(self) -> None:
-        self.sent: list[float] = []
+    def __init__(self, *, at_once: bool = False) -> None:
         self.most = 0
+        self._at_once = at_once
         self._running = 0
         self._lock = threading.Lock()
 
@@ -48,16 +51,17 @@ class Fake:
     def stop(self) -> None: ...
 
     def submit(self, request: Request, answer: Answer) -> None:
-        self.sent.append(time.perf_counter())
         if request.adapter == "refused":
             raise ValueError
-        threading.Thread(target=self._answer, args=(request, answer)).start()
-
-    def _answer(self, request: Request, answer: Answer) -> None:
         with self._lock:
             self._running += 1
             self.most = max(self.most, self._running)
-        time.sleep(ANSWERED)
+        if self._at_once:
+            self._answer(request, answer)
+        else:
+            threading.Timer(ANSWERED, self._answer, (request, answer)).start()
+
+    def _answer(self, request: Request, answer: Answer) -> None:
         with self._lock:
             self._running -= 1
         for token in range(request.tokens - (request.adapter == "short")):
@@ -66,37 +70,73 @@ class Fake:
             answer.end("Broken" if request.adapter == "broken" else None)
 
 
+class Clock:
+    """Time that passes only while somebody sleeps, so that a busy machine changes no test."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(serving_load, "time", clock)
+    return clock
+
+
 def of(*adapters: str | None) -> list[Request]:
     return [Request((1, 2), adapter, 3) for adapter in adapters]
 
 
-def test_open_load_sends_each_request_when_it_is_due() -> None:
-    fake = Fake()
+def test_open_load_sends_each_request_when_it_is_due(clock: Clock) -> None:
+    class Last(Fake):
+        """Answers everything once the last request has come: the load must not wait for answers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sent: list[float] = []
+            self.answers: list[Answer] = []
+
+        def submit(self, request: Request, answer: Answer) -> None:
+            self.sent.append(clock.now)
+            self.answers.append(answer)
+            if len(self.answers) == 5:
+                for each in self.answers:
+                    each.token()
+                    each.end()
+
+    system = Last()
     times = [0.0, 0.01, 0.05, 0.05, 0.12]
-    trial = open_loop(fake, of(*[None] * 5), times, patience=5)
-    sent = [at - trial.began for at in fake.sent]
-    assert all(0 <= s - t < 0.03 for s, t in zip(sent, times, strict=True))
-    assert figures(trial)["late"] < 0.03
-    # It does not wait for answers: two were due at once.
-    assert fake.most >= 2
+    trial = open_loop(system, of(*[None] * 5), times, patience=5)
+    assert system.sent == pytest.approx([100 + t for t in times])
+    found = figures(trial)
+    assert (found["late"], found["lost"]) == (pytest.approx(0), 0)
+    assert found["first_token"]["p99"] == pytest.approx(0.12, rel=0.01)
 
 
-def test_time_to_the_first_token_counts_from_when_a_request_was_due() -> None:
+def test_time_to_the_first_token_counts_from_when_a_request_was_due(clock: Clock) -> None:
     class Blocking(Fake):
         def submit(self, request: Request, answer: Answer) -> None:
-            time.sleep(0.1)
+            clock.sleep(0.1)
             answer.token()
             answer.end()
 
     trial = open_loop(Blocking(), of(None, None), [0.0, 0.0], patience=5)
-    assert trial.answers[1].times[0] - trial.began == pytest.approx(0.2, abs=0.05)
-    assert figures(trial)["first_token"]["p99"] == pytest.approx(0.2, abs=0.05)
-    assert figures(trial)["late"] == pytest.approx(0.1, abs=0.05)
+    found = figures(trial)
+    assert [a.times[0] - trial.began for a in trial.answers] == pytest.approx([0.1, 0.2])
+    assert found["first_token"]["p50"] == pytest.approx(0.15)
+    assert found["late"] == pytest.approx(0.1)
 
 
 def test_a_closed_load_keeps_a_number_of_requests_in_flight() -> None:
     fake = Fake()
-    found = figures(closed_loop(fake, of(*[None] * 12), 3, patience=5))
+    found = figures(closed_loop(fake, of(*[None] * 12), 3, patience=60))
     assert fake.most == 3
     assert (found["requests"], found["tokens"], found["lost"]) == (12, 36, 0)
     assert found["seconds"] >= 4 * ANSWERED
@@ -104,7 +144,7 @@ def test_a_closed_load_keeps_a_number_of_requests_in_flight() -> None:
 
 def test_errors_lost_and_short_answers_are_counted() -> None:
     trial = open_loop(
-        Fake(),
+        Fake(at_once=True),
         of("a", "broken", "refused", "endless", "short", "broken"),
         [0.0] * 6,
         patience=0.3,
@@ -113,11 +153,11 @@ def test_errors_lost_and_short_answers_are_counted() -> None:
     assert found["errors"] == {"Broken": 2, "ValueError": 1}
     assert (found["lost"], found["short"]) == (1, 1)
     assert found["requests_per_second"] == pytest.approx(2 / found["seconds"])
-    assert trial.finished - trial.began == pytest.approx(0.3, abs=0.1)
+    assert trial.finished - trial.began >= 0.3
 
 
 def test_a_closed_load_gives_up_on_a_system_that_hangs() -> None:
-    found = figures(closed_loop(Fake(), of("endless", "endless", "a"), 2, patience=0.2))
+    found = figures(closed_loop(Fake(at_once=True), of("endless", "endless", "a"), 2, patience=0.2))
     assert (found["requests"], found["lost"]) == (2, 2)
 
 
@@ -160,7 +200,7 @@ def test_batches_are_computed_in_order_and_failures_reported() -> None:
                     answer.end()
 
     system = Pairs()
-    trial = closed_loop(system, of("a", "b", "forgotten", "raises"), 4, patience=5)  # type: ignore[arg-type]
+    trial = closed_loop(system, of("a", "b", "forgotten", "raises"), 4, patience=60)  # type: ignore[arg-type]
     system.stop()
     errors = [answer.error for answer in trial.answers]
     assert errors[:2] == [None, None]
@@ -170,19 +210,23 @@ def test_batches_are_computed_in_order_and_failures_reported() -> None:
 
 
 def test_draining_batches_forgets_the_waiting_ones() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
     class Slow(Batches):
         def take(self, waiting):
             return [waiting.pop(0)]
 
         def compute(self, batch) -> None:
-            time.sleep(0.1)
+            started.set()
+            go_on.wait(60)
             batch[0][1].end()
 
     system = Slow()
     answers = [Answer(request, 0) for request in of(None, None, None)]
     for answer in answers:
         system.submit(answer.request, answer)
-    time.sleep(0.03)
+    assert started.wait(60)
+    threading.Timer(0.05, go_on.set).start()
     system.drain()
     assert [answer.error for answer in answers] == [None, "Cancelled", "Cancelled"]
     system.stop()
