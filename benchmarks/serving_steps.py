@@ -26,7 +26,7 @@ from benchmarks.latency import ratio
 from benchmarks.runs import Runs
 from benchmarks.serving_load import Request, System, Trial, closed_loop, figures, open_loop
 from benchmarks.serving_workload import adapter_names, poisson, prompts, requests, write_adapters
-from benchmarks.systems.serving import Setup, generate, lorakit_engine
+from benchmarks.systems.serving import Setup, generate, lorakit_engine, lorakit_http
 
 CONCURRENT = (8, 32, 64)
 MANY = 64
@@ -251,14 +251,19 @@ def budget(setup: Setup, quick: bool) -> list[Row]:
     large = lorakit_engine.start(setup)
     large.prepare(names)
     size = large.store.stats().bytes
-    small = lorakit_engine.start(setup, budget=size // 10)
     jobs = requests(prompts(tokenizer, 16), names)
     capacity = figures(closed_loop(large, jobs, 16, patience=60))["requests_per_second"]
+    large.stop()
     jobs = requests(prompts(tokenizer, max(int(capacity / 2 * seconds), 4), seed=1), names)
     times = poisson(capacity / 2, len(jobs))
     found = {}
-    for name, system in (("all", large), ("a tenth", small)):
-        found[name] = figures(open_loop(system, jobs, times, patience=60))
+    for name, share in (("all", 2.0), ("a tenth", 0.1)):
+        server = lorakit_http.start(setup, ["--adapter_memory", f"{int(size * share)}B"])
+        if name == "all":
+            server.prepare(names)
+        found[name] = figures(open_loop(server, jobs, times, patience=60))
+        server.stop()
+    small = lorakit_engine.start(setup, budget=size // 10)
     swaps = []
     for name in [*names[:20], *names[:20]]:
         before = small.store.stats().loads
@@ -266,6 +271,7 @@ def budget(setup: Setup, quick: bool) -> list[Row]:
         small.store.acquire(name).release()
         if small.store.stats().loads > before:
             swaps.append(time.perf_counter() - began)
+    small.stop()
     rows = [
         row(
             f"budget for a tenth of {many} adapters: swap one in",

@@ -93,7 +93,7 @@ class FakeStore:
         return {"path": f"/private/adapters/{name}", "rank": 8, **self.records[name]}
 
     def stats(self) -> Any:
-        return SimpleNamespace(loaded=2, bytes=1000, budget=2000, loads=3, evictions=1)
+        return SimpleNamespace(loaded=2, bytes=1000, budget=2000, loads=3, evictions=1, leases={})
 
     @property
     def all_released_once(self) -> bool:

@@ -19,9 +19,9 @@ from benchmarks.systems.serving import Setup
 NAME = "lorakit serve, over HTTP"
 
 
-def start(setup: Setup) -> LorakitHttp:
-    """Start the server."""
-    return LorakitHttp(setup)
+def start(setup: Setup, options: Sequence[str] = ()) -> LorakitHttp:
+    """Start the server, with further options of `lorakit serve`."""
+    return LorakitHttp(setup, options)
 
 
 class LorakitHttp:
@@ -29,13 +29,13 @@ class LorakitHttp:
 
     name = NAME
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, options: Sequence[str]) -> None:
         self._scratch = TemporaryDirectory()
         self._server = ServerProcess(
             setup.base,
             setup.adapters,
             Path(self._scratch.name) / "log",
-            options=["--base.dtype", setup.dtype],
+            options=["--base.dtype", setup.dtype, *options],
             threads=setup.threads,
         )
         self._base_name = self._server.base_name

@@ -21,6 +21,7 @@ from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import BLEND, Metrics
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.stores import Store
+from lorakit.serving.room import Room
 
 T = TypeVar("T")
 
@@ -62,6 +63,9 @@ class Serving:
     )
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.room = Room(lambda: bool(self.store.stats().leases))
 
     def drain(self) -> None:
         """Accept no more requests for tokens or classes; those that wait or run are finished."""
@@ -148,8 +152,8 @@ class Serving:
     ) -> tuple[Lease, T]:
         """Acquire the adapters that a request names and prepare it, in a worker thread. Count it as computing.
 
-        If it fails, or nobody waits for it any more, the lease is released and the request no longer counts. Else both
-        are the caller's to do (`release`).
+        Waits until there is memory for the adapters. If it fails, or nobody waits for it any more, the lease is
+        released and the request no longer counts. Else both are the caller's to do (`release`).
 
         Raises:
             ApiError: 404 for an unknown model, 400 for an invalid blend.
@@ -160,7 +164,7 @@ class Serving:
             try:
                 return lease, prepare(lease)
             except BaseException:
-                lease.release()
+                self._give_back(lease)
                 raise
 
         def abandon(future: Future[tuple[Lease, T]]) -> None:
@@ -169,13 +173,18 @@ class Serving:
             else:
                 self.release(future.result()[0])
 
-        future = self.workers.submit(work)
+        async def attempt() -> tuple[Lease, T]:
+            future = self.workers.submit(work)
+            try:
+                return await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                self._count(1)  # until the thread has ended
+                future.add_done_callback(abandon)
+                raise
+
         self._count(1)
         try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(abandon)
-            raise
+            return await self.room.acquire(attempt)
         except BaseException:
             self._count(-1)
             raise
@@ -187,9 +196,13 @@ class Serving:
         """
         self._count(-1)
         try:
-            self.workers.submit(lease.release)
+            self.workers.submit(self._give_back, lease)
         except RuntimeError:  # the server has ended
             lease.release()
+
+    def _give_back(self, lease: Lease) -> None:
+        lease.release()
+        self.room.released()
 
     def _count(self, change: int) -> None:
         with self._lock:

@@ -1,0 +1,90 @@
+"""Requests wait in order for memory for their adapters."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lorakit.serving import room
+from lorakit.serving.errors import StoreFullError
+from lorakit.serving.room import Room
+
+
+class Memory:
+    """Room for two adapters."""
+
+    def __init__(self, size: int = 2) -> None:
+        self.size, self.held, self.order = size, [], []
+        self.room = Room(lambda: bool(self.held))
+
+    async def use(self, name: str) -> None:
+        async def attempt() -> None:
+            if name not in self.held and len(set(self.held)) >= self.size:
+                raise StoreFullError("full")
+            self.held.append(name)
+
+        await self.room.acquire(attempt)
+        self.order.append(name)
+
+    def release(self, name: str) -> None:
+        self.held.remove(name)
+        self.room.released()
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_the_first_that_waits_is_the_first_that_is_served(monkeypatch):
+    monkeypatch.setattr(room, "PATIENCE", 0)
+
+    async def play() -> list[str]:
+        memory = Memory()
+        tasks = [asyncio.create_task(memory.use(name)) for name in ("a", "b", "c", "a", "d")]
+        await settle()
+        assert memory.order == ["a", "b"]  # the second "a" does not overtake "c"
+        for name, order in (("b", "abca"), ("a", "abca"), ("c", "abcad")):
+            memory.release(name)
+            await settle()
+            assert memory.order == list(order)
+        await asyncio.gather(*tasks)
+        return memory.order
+
+    assert asyncio.run(play()) == list("abcad")
+
+
+def test_loaded_adapters_overtake_for_a_while():
+    async def play() -> None:
+        memory = Memory()
+        tasks = [asyncio.create_task(memory.use(name)) for name in ("a", "b", "c", "a")]
+        await settle()
+        assert memory.order == ["a", "b", "a"]
+        memory.release("b")
+        await asyncio.gather(*tasks)
+        assert memory.order == ["a", "b", "a", "c"]
+
+    asyncio.run(play())
+
+
+def test_one_that_gives_up_lets_the_next_one_try():
+    async def play() -> None:
+        memory = Memory()
+        tasks = [asyncio.create_task(memory.use(name)) for name in ("a", "b", "c", "d")]
+        await settle()
+        tasks[2].cancel()
+        memory.release("a")
+        await tasks[3]
+        assert memory.order == ["a", "b", "d"]
+
+    asyncio.run(play())
+
+
+def test_waiting_for_nothing_is_an_error():
+    async def play() -> None:
+        memory = Memory(size=0)
+        with pytest.raises(StoreFullError):
+            await asyncio.wait_for(memory.use("a"), 5)
+
+    asyncio.run(play())
