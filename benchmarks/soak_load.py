@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-TIME_LIMIT = 120.0
+TIME_LIMIT = 300.0
 """Seconds after which a request without an end counts as lost."""
 NAN, TRUNCATED = "not-a-number", "truncated"
 """Adapters that must be answered with an error."""
