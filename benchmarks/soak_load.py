@@ -422,6 +422,7 @@ async def change(http: httpx.AsyncClient, site: Site, rng: random.Random, outcom
     kind = rng.choices(("reload", "unload", "wrong"), (6, 3, 1))[0] if exists else "load"
     if kind == "unload":
         before = time.monotonic()
+        site.timeline.unloaded(name, before, math.inf)  # others may see it before this client does
         response = await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
         if _changed(response, kind, outcome):
             site.timeline.unloaded(name, before, time.monotonic())
