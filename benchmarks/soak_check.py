@@ -1,29 +1,32 @@
 """Check kept answers against the base with the adapter added to its weights, in float32.
 
 The reference shares nothing with lorakit's adapters, its engine or its cache: the weights are W + scale x B A, the
-model is that of transformers, and each answer is one forward pass over prompt and answer.
+model and its cache are those of transformers, and the cache holds what a few prompts of one content share.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.soak_load import Kept, Timeline
+from lorakit.evaluation.prompt_cache import ARGUMENT
 
 BOUNDS = {"float32": 2e-3, "bfloat16": 0.5}
 """Largest difference of a log-probability from the reference, by the dtype that is served. In bfloat16 the reference
 has the same rounded weights, but its activations are not rounded."""
-BATCH = 4
+BATCH = 16
 """Answers in a forward pass of the reference."""
 
 Content = tuple[tuple[str, float], ...]
@@ -123,11 +126,21 @@ class Reference:
             tokens = torch.tensor([*prompt, *answer])
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        # The beginning that all prompts share is computed once; their last tokens are needed in any case.
+        shared = len(os.path.commonprefix([list(prompt[:-1]) for prompt, _ in rows]))  # noqa: RUF071, of any lists
+        options: dict[str, Any] = {"attention_mask": mask}
+        if shared:
+            cache = DynamicCache(config=self.model.config)
+            self.model.base_model(input_ids=ids[:1, :shared], use_cache=True, **{ARGUMENT: cache})
+            cache.batch_repeat_interleave(len(rows))
+            options |= {"use_cache": True, ARGUMENT: cache}
+        hidden = self.model.base_model(input_ids=ids[:, shared:], **options).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None
         return [
-            head(hidden[i, len(prompt) - 1 : len(prompt) + len(answer)]).float().log_softmax(-1)
+            head(hidden[i, len(prompt) - 1 - shared : len(prompt) + len(answer) - shared])
+            .float()
+            .log_softmax(-1)
             for i, (prompt, answer) in enumerate(rows)
         ]
 
@@ -217,8 +230,13 @@ def check(
             result.answers += 1
             result.wrong.append(Wrong(kept, str(error)))
     for content, group in sorted(groups.items()):
-        # Answers of similar length share a forward pass.
-        group.sort(key=lambda kept: len(kept.question.prompt) + len(kept.tokens))
+        # Answers of similar beginnings and lengths share a forward pass.
+        group.sort(
+            key=lambda kept: (
+                kept.question.prompt[:8],
+                len(kept.question.prompt) + len(kept.tokens),
+            )
+        )
         with reference.adapted(content):
             for start in range(0, len(group), BATCH):
                 part = group[start : start + BATCH]
