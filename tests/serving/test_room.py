@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pytest
 
 from lorakit.serving import room
 from lorakit.serving.errors import StoreFullError
 from lorakit.serving.room import Room
+
+T = TypeVar("T")
 
 
 class Memory:
@@ -32,6 +37,12 @@ class Memory:
         self.room.released()
 
 
+def run(play: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread of its own: another test may leave an event loop running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, play).result()
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -52,7 +63,7 @@ def test_the_first_that_waits_is_the_first_that_is_served(monkeypatch):
         await asyncio.gather(*tasks)
         return memory.order
 
-    assert asyncio.run(play()) == list("abcad")
+    assert run(play()) == list("abcad")
 
 
 def test_loaded_adapters_overtake_for_a_while():
@@ -65,7 +76,7 @@ def test_loaded_adapters_overtake_for_a_while():
         await asyncio.gather(*tasks)
         assert memory.order == ["a", "b", "a", "c"]
 
-    asyncio.run(play())
+    run(play())
 
 
 def test_one_that_gives_up_lets_the_next_one_try():
@@ -78,7 +89,7 @@ def test_one_that_gives_up_lets_the_next_one_try():
         await tasks[3]
         assert memory.order == ["a", "b", "d"]
 
-    asyncio.run(play())
+    run(play())
 
 
 def test_waiting_for_nothing_is_an_error():
@@ -87,4 +98,4 @@ def test_waiting_for_nothing_is_an_error():
         with pytest.raises(StoreFullError):
             await asyncio.wait_for(memory.use("a"), 5)
 
-    asyncio.run(play())
+    run(play())
