@@ -1,4 +1,4 @@
-"""The load generator and the workload of the serving benchmark, with a system that answers as it is told."""
+"""The load generator and the workload of the serving benchmark, with a system of scripted answers."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
 def shape(value: Any) -> Any:
     """Return the keys of JSON, with types in place of values; a list by its first item."""
     if isinstance(value, dict):
-        free = {"details"}  # what is known of a model
+        free = {"details"}  # a description of the adapter
         return {key: ... if key in free else shape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shape(value[0])] if value else []

@@ -7,16 +7,15 @@ import gc
 import io
 import json
 import os
-import queue
 import random
 import shutil
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -529,33 +528,22 @@ def test_loading_one_adapter_does_not_block_another(root: Path) -> None:
     assert store.describe("b")["loaded"]
 
 
+@contextmanager
+def engine_thread() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Yield a function that runs an action in another thread, as an engine does between its steps."""
+    with ThreadPoolExecutor(1) as thread:
+        yield lambda action: thread.submit(action).result(30)
+
+
 def test_a_lease_is_released_in_the_engines_thread_without_waiting_for_it(root: Path) -> None:
     """The engine runs changes in its own thread, so a release there must not wait for a change."""
-    tasks: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
-
-    def engine() -> None:
-        while (task := tasks.get()) is not None:
-            action, future = task
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
-
-    def between_steps(action: Callable[[], Any]) -> Any:
-        future: Future[Any] = Future()
-        tasks.put((action, future))
-        return future.result(10)
-
-    thread = threading.Thread(target=engine, daemon=True)
-    thread.start()
-    store = AdapterStore(open_base(), root, budget=LARGE, between_steps=between_steps)
-    lease = store.acquire("a")
-    store.remove("a")
-    between_steps(lease.release)
-    store.settle()
-    assert store.stats().bytes == 0
-    tasks.put(None)
-    thread.join(10)
+    with engine_thread() as in_engine:
+        store = AdapterStore(open_base(), root, budget=LARGE, between_steps=in_engine)
+        lease = store.acquire("a")
+        store.remove("a")
+        in_engine(lease.release)
+        store.settle()
+        assert store.stats().bytes == 0
 
 
 def test_an_engine_that_has_died_does_not_make_an_adapter_bad(root: Path) -> None:
@@ -916,60 +904,44 @@ def test_leases_keep_their_content_in_any_order_of_changes(made: Path) -> None:
 @pytest.mark.slow
 def test_threads_that_load_while_the_model_runs_get_their_own_answers(root: Path) -> None:
     """An engine runs passes of the leases it is given; other threads acquire, replace, remove and add."""
-    tasks: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
     errors: list[BaseException] = []
     expected = {name: alone(root / name) for name in "abcd"}
+    with engine_thread() as in_engine:
+        store = AdapterStore(
+            open_base(), root, budget=3 * size_of_one(root), between_steps=in_engine
+        )
 
-    def engine() -> None:
-        while (task := tasks.get()) is not None:
-            action, future = task
+        def request(seed: int) -> None:
+            draw = random.Random(seed)
             try:
-                future.set_result(action())
+                for _ in range(40):
+                    name = draw.choice("abcd")
+                    try:
+                        lease = store.acquire(name)
+                    except (StoreFullError, UnknownAdapterError):
+                        continue
+
+                    def compute(lease: AdapterLease = lease) -> torch.Tensor:
+                        logits = answer(store, lease)
+                        if draw.random() < 0.5:
+                            lease.release()
+                        return logits
+
+                    torch.testing.assert_close(in_engine(compute), expected[name])
+                    lease.release()
+                    if draw.random() < 0.2:
+                        with suppress(UnknownAdapterError, StoreFullError, AdapterStateError):
+                            store.remove(name)
+                            store.add(name, name)
             except BaseException as error:
-                future.set_exception(error)
+                errors.append(error)
 
-    def in_engine(action: Callable[[], Any]) -> Any:
-        future: Future[Any] = Future()
-        tasks.put((action, future))
-        return future.result(30)
-
-    store = AdapterStore(open_base(), root, budget=3 * size_of_one(root), between_steps=in_engine)
-
-    def request(seed: int) -> None:
-        draw = random.Random(seed)
-        try:
-            for _ in range(40):
-                name = draw.choice("abcd")
-                try:
-                    lease = store.acquire(name)
-                except (StoreFullError, UnknownAdapterError):
-                    continue
-
-                def compute(lease: AdapterLease = lease) -> torch.Tensor:
-                    logits = answer(store, lease)
-                    if draw.random() < 0.5:
-                        lease.release()
-                    return logits
-
-                torch.testing.assert_close(in_engine(compute), expected[name])
-                lease.release()
-                if draw.random() < 0.2:
-                    with suppress(UnknownAdapterError, StoreFullError, AdapterStateError):
-                        store.remove(name)
-                        store.add(name, name)
-        except BaseException as error:
-            errors.append(error)
-
-    running = threading.Thread(target=engine)
-    running.start()
-    threads = [threading.Thread(target=request, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    store.settle()
-    tasks.put(None)
-    running.join(10)
+        threads = [threading.Thread(target=request, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        store.settle()
     assert not errors, errors[0]
     assert store.stats().leases == {}
     assert store.stats().loaded == len(store.handle.names)

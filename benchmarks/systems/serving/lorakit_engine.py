@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,6 @@ from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
-from lorakit.serving.errors import StoreFullError
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.worker import Worker
 
@@ -41,10 +39,6 @@ def open_engine(setup: Setup, budget: int) -> tuple[AdapterStore, Worker]:
     )
     engine.start()
     return store, engine
-
-
-RETRY = 0.02
-"""Seconds until a request tries again to get room for its adapter."""
 
 
 class LorakitEngine:
@@ -90,18 +84,11 @@ class LorakitEngine:
         if self._is_draining:
             self._end(answer, "Cancelled")
             return
-        lease = None
-        while lease is None:
-            try:
-                lease = self.store.acquire(request.adapter)
-            except StoreFullError:
-                if self._is_draining:
-                    self._end(answer, "Cancelled")
-                    return
-                time.sleep(RETRY)  # as a client that is told to try again; the time counts
-            except Exception as error:
-                self._end(answer, type(error).__name__)
-                return
+        try:
+            lease = self.store.acquire(request.adapter)
+        except Exception as error:
+            self._end(answer, type(error).__name__)
+            return
 
         def deliver(event: Event) -> None:
             if isinstance(event, End):

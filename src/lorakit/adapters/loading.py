@@ -238,9 +238,8 @@ def _build_other_modules(
     others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
     if others:
         devices = (parameter.device for parameter in model.parameters())
-        with seeded(
-            0, devices
-        ):  # initial values are overwritten; keep the global generator's state
+        # The initial values are overwritten. The state of the global generator stays.
+        with seeded(0, devices):
             for part in others:
                 modules.update(part.modules(model))
     for path in {**modules, **stored.modules}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorakit.adapters.choice import Blend
 from lorakit.methods.module import LowRank
+from lorakit.models.optimizer_steps import optimizer_steps
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -50,7 +49,6 @@ class Source:
     """
 
     def __init__(self, blend: Blend, layers: Iterable[Layer], *, is_active: bool) -> None:
-        _Optimizers.watch()
         self.dtype = torch.float32
         """The dtype in which the products are computed: wide enough for all factors."""
         self.ranks: dict[Layer, int] = {}
@@ -113,27 +111,11 @@ class Source:
 
     def _current_state(self) -> tuple[Any, ...]:
         return (
-            _Optimizers.steps,
+            optimizer_steps(),
             [*map(_versions, self._tensors)],
             [*map(Tensor.data_ptr, self._tensors)],
             [*map(_settings, self._modules)],
         )
-
-
-class _Optimizers:
-    """The number of steps of all optimizers, because a fused one writes without a new `_version`."""
-
-    steps = 0
-
-    @staticmethod
-    @functools.cache
-    def watch() -> None:
-        """Count from the first call on."""
-        register_optimizer_step_post_hook(_Optimizers._count)
-
-    @classmethod
-    def _count(cls, *_: object) -> None:
-        cls.steps += 1
 
 
 def _tensors(module: Any) -> list[Tensor]:

@@ -159,11 +159,7 @@ def generation_config(
     """
     own = model.generation_config
     assert own is not None  # every model with generate() has one
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    if tokenizer.eos_token_id is not None:
-        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
-    ends = list(dict.fromkeys([*ends, *stop_ids]))
+    ends = list(dict.fromkeys([*ending_tokens(model, tokenizer), *stop_ids]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     samples, beams = bool(decoding.temperature), decoding.beams or 1
     penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
@@ -182,6 +178,16 @@ def generation_config(
         forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
     )
+
+
+def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a text: those of the model's generation configuration, then the tokenizer's."""
+    config = getattr(model, "generation_config", None)  # classifiers have none
+    end = None if config is None else config.eos_token_id
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    if tokenizer.eos_token_id is not None:
+        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    return list(dict.fromkeys(ends))
 
 
 class Interrupted(StoppingCriteria):

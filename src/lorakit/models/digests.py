@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorakit.models.dtypes import dtype_name
+from lorakit.models.optimizer_steps import optimizer_steps
 
 _CHUNK = 1 << 22
 """Numbers hashed at a time, so that a large tensor is never copied whole."""
@@ -115,7 +115,7 @@ def _state(tensors: Sequence[Tensor]) -> list[Any] | None:
     if first.is_inference() or not all(t.numel() for t in tensors):
         return None
     return [
-        _Optimizers.steps,
+        optimizer_steps(),
         (first._version, first.data_ptr(), first.stride()),
         *((t.dtype, tuple(t.shape), _sample(t)) for t in tensors),
     ]
@@ -129,15 +129,3 @@ def _sample(tensor: Tensor) -> bytes:
     step = max(1, flat.numel() // _SAMPLES)
     chosen = flat.as_strided((flat.numel() // step,), (step,))
     return bytes(_bytes(chosen.cpu()))
-
-
-class _Optimizers:
-    steps = 0
-    """Steps of all optimizers of the process."""
-
-    @classmethod
-    def count(cls, *_: object) -> None:
-        cls.steps += 1
-
-
-register_optimizer_step_post_hook(_Optimizers.count)

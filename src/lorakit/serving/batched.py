@@ -7,7 +7,6 @@ request waits until the batch before it has ended. It is also the reference that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +20,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorakit.adapters import handle_of
 from lorakit.compute.batching import context_length
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import Worker, choice_of
-
-UNLIMITED = 2**20
-"""Context of a model that states none."""
+from lorakit.serving.worker import UNLIMITED, Worker
 
 
 class BatchedEngine(Worker):
@@ -105,10 +100,7 @@ class BatchedEngine(Worker):
         config.eos_token_id = None  # each answer knows its own end
         prompts = [self._prompt(answer) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)
-        handle = handle_of(model)
-        choices = [choice_of(answer.request.lease.blend) for answer in batch]
-        choosing = nullcontext() if handle is None else handle.per_sample(choices)
-        with choosing:
+        with self._by_row([answer.request.lease for answer in batch]):
             model.generate(  # type: ignore[operator]
                 **inputs,
                 generation_config=config,

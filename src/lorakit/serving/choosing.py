@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import BaseModelError
 from lorakit.serving.batched import BatchedEngine
-from lorakit.serving.continuous import STEP_TOKENS, ContinuousEngine
+from lorakit.serving.continuous import ContinuousEngine
 from lorakit.serving.paged_attention import UnsupportedModelError
 from lorakit.serving.worker import Worker
 
@@ -18,7 +18,6 @@ def engine_for(
     cache_bytes: int = 2**30,
     running: int = 64,
     queue: int = 256,
-    step_tokens: int = STEP_TOKENS,
 ) -> Worker:
     """Return an engine for a model: continuous batching where the model can be computed so, else whole batches.
 
@@ -30,7 +29,6 @@ def engine_for(
         cache_bytes: Memory for keys and values, in continuous batching.
         running: Most requests in a batch.
         queue: Most waiting requests.
-        step_tokens: Most tokens of a step, in continuous batching.
 
     Raises:
         BaseModelError: The model generates no text.
@@ -47,7 +45,6 @@ def engine_for(
             cache_bytes=cache_bytes,
             running=running,
             queue=queue,
-            step_tokens=step_tokens,
         )
     except UnsupportedModelError as reason:
         notice = f"requests are computed in batches that end together, not by continuous batching: {reason}"

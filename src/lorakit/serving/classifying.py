@@ -12,19 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters import handle_of
 from lorakit.compute.batching import collator, context_length
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
-from lorakit.serving.worker import Worker, choice_of
+from lorakit.serving.worker import UNLIMITED, Worker
 from lorakit.tasks import LabelledExample
 
 _LOG = logging.getLogger(__name__)
-
-UNLIMITED = 2**20
-"""Context of a model that states none."""
 
 
 @dataclass(eq=False)
@@ -114,16 +110,10 @@ class ClassifyingEngine(Worker):
         return True
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> None:
-        handle = handle_of(self.model)
         inputs = self._collate([job.examples[row] for job, row in batch])
         inputs.pop("labels", None)
-        choices = [choice_of(job.lease.blend) for job, _ in batch]
-        if handle is None:
-            logits = self.model(**inputs).logits
-        else:
-            with handle.per_sample(choices):
-                logits = self.model(**inputs).logits
-        logits = logits.float().cpu()
+        with self._by_row([job.lease for job, _ in batch]):
+            logits = self.model(**inputs).logits.float().cpu()
         self.steps += 1
         for (job, row), values in zip(batch, logits, strict=True):
             job.logits[row] = values[: job.lease.outputs]

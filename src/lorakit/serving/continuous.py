@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.compute.batching import context_length
-from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Lease, Limits
-from lorakit.serving.paged_attention import NAME, Part, Step, computing
+from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
 from lorakit.serving.pages import Key, PagePool, first_key, next_key
 from lorakit.serving.sampling import choose
@@ -167,9 +166,8 @@ class ContinuousEngine(Worker):
         """Return a waiting request with the pages of its prompt that are cached. They are not held yet."""
         tokens = list(answer.request.prompt)
         keys, pages, missing = [first_key(salt_of(answer.request.lease))], [], None
-        for start in range(
-            0, len(tokens) - PAGE, PAGE
-        ):  # the last token must be computed for its scores
+        # The last token is never cached: it must be computed for its scores.
+        for start in range(0, len(tokens) - PAGE, PAGE):
             key = next_key(keys[-1], tokens[start : start + PAGE])
             page = self._pool.find(key)
             if page is None:
@@ -253,15 +251,8 @@ class ContinuousEngine(Worker):
         handle = handle_of(self.model)
         spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
         choosing = nullcontext() if handle is None else handle.per_token(spans)
-        with choosing, computing(step) as cache:
-            output = self.model(
-                input_ids=step.input_ids,
-                position_ids=step.position_ids,
-                logits_to_keep=step.last,
-                use_cache=True,
-                **{ARGUMENT: cache},
-            )
-        return output.logits[0]
+        with choosing:
+            return compute(self.model, step)
 
     def _finish(self, request: _Running, *, has_failed: bool) -> None:
         """Free the pages of a request that has ended, and keep what other requests can reuse."""

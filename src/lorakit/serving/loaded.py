@@ -233,9 +233,8 @@ class LoadedAdapters:
                 return
             try:
                 self._change(leaving)
-            except (
-                Exception
-            ) as error:  # the engine has died, or a forward pass runs: the next change tries again
+            except Exception as error:
+                # The engine has died, or a forward pass runs: the next change tries again.
                 _LOG.debug("unloading is put off: %s", error)
 
     def settle(self) -> None:

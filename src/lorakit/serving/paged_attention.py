@@ -11,7 +11,6 @@ attention of other backends. A model whose layers do neither cannot be computed 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.pages import ZEROS
 
 NAME = "lorakit_paged"
@@ -272,7 +272,7 @@ class Step:
 _STEP: ContextVar[Step | None] = ContextVar("lorakit_paged_step", default=None)
 
 
-class StepCache(Cache):
+class _StepCache(Cache):
     """Writes a step's keys and values to its pages. The attention reads what it needs."""
 
     def __init__(self, step: Step) -> None:
@@ -292,12 +292,22 @@ class StepCache(Cache):
         return 0
 
 
-@contextmanager
-def computing(step: Step) -> Iterator[StepCache]:
-    """Let the attention of this thread's forward passes be that of `step`, for the length of a `with` block."""
+def compute(model: PreTrainedModel, step: Step) -> Tensor:
+    """Return a step's scores after the last token of each request, shape (N, V).
+
+    Args:
+        model: Its attention implementation is `NAME`.
+        step: The step.
+    """
     token = _STEP.set(step)
     try:
-        yield StepCache(step)
+        return model(
+            input_ids=step.input_ids,
+            position_ids=step.position_ids,
+            logits_to_keep=step.last,
+            use_cache=True,
+            **{ARGUMENT: _StepCache(step)},
+        ).logits[0]
     finally:
         _STEP.reset(token)
 

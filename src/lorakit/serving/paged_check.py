@@ -16,7 +16,7 @@ from lorakit.serving.paged_attention import (
     Part,
     Step,
     UnsupportedModelError,
-    computing,
+    compute,
 )
 
 LENGTHS = (21, 9, 34)
@@ -116,14 +116,6 @@ def _over_pages(
             Part(prompt[start:stop], start, own)
             for prompt, start, stop, own in zip(prompts, past, stops, pages, strict=True)
         ]
-        step = Step(storage, parts, model.device)
-        with computing(step) as cache:
-            scores = model(
-                input_ids=step.input_ids,
-                position_ids=step.position_ids,
-                logits_to_keep=step.last,
-                use_cache=True,
-                **{ARGUMENT: cache},
-            ).logits[0]
+        scores = compute(model, Step(storage, parts, model.device))
         past = list(stops)
     return scores

@@ -409,7 +409,7 @@ class AdapterStore:
     # --- descriptions ------------------------------------------------------------------------------------
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what is known of an adapter without loading it, for lists and cards.
+        """Describe an adapter without loading it, for lists and cards.
 
         Returns:
             The fields of `Card`, with ``digest`` and ``loaded``; a damaged folder has ``error``, and None for the rest.

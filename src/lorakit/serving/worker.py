@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from lorakit.adapters import handle_of
 from lorakit.adapters.choice import AdapterChoice, Blend
 from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError
+from lorakit.evaluation.generate import ending_tokens
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
 from lorakit.serving.errors import EngineStoppedError
@@ -25,6 +27,9 @@ from lorakit.serving.queue import FairQueue
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
+
+UNLIMITED = 2**20
+"""Context of a model that states none."""
 
 SCORED_ROWS = 64
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
@@ -229,6 +234,13 @@ class Worker(ABC):
             except BaseException as error:
                 future.set_exception(error)
 
+    def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
+        """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""
+        handle = handle_of(self.model)
+        if handle is None:  # no adapter was ever loaded
+            return nullcontext()
+        return handle.per_sample([choice_of(lease.blend) for lease in leases])
+
     @torch.no_grad()
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
         if not 1 <= start <= len(tokens):
@@ -237,14 +249,10 @@ class Worker(ABC):
             raise DataError(
                 f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
             )
-        handle = handle_of(self.model)
         ids = torch.tensor([tokens], device=self.model.device)
         options = {**self._last_scores(len(tokens) - start + 1), "use_cache": False}
-        if handle is None:
+        with self._by_row([lease]):
             scores = self.model(input_ids=ids, **options).logits[0]
-        else:
-            with handle.per_sample([choice_of(lease.blend)]):
-                scores = self.model(input_ids=ids, **options).logits[0]
         values: list[float] = []
         before = len(tokens) - len(scores)  # tokens whose scores are not computed
         for first in range(start, len(tokens), SCORED_ROWS):
@@ -257,13 +265,3 @@ class Worker(ABC):
 def choice_of(blend: Blend) -> AdapterChoice:
     """Return a blend as the handle's methods take it."""
     return dict(blend) or None
-
-
-def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: those of the model's generation configuration, and the tokenizer's."""
-    config = getattr(model, "generation_config", None)  # classifiers have none
-    end = None if config is None else config.eos_token_id
-    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    if tokenizer.eos_token_id is not None:
-        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
-    return ends

@@ -23,7 +23,7 @@ BASE = "tiny/base"
 
 @dataclasses.dataclass
 class Served:
-    """An application with what stands behind it, and a client."""
+    """An application, its engine and store, and a client."""
 
     app: FastAPI
     engine: FakeEngine

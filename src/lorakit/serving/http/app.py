@@ -16,7 +16,7 @@ from lorakit.serving.http.keys import KeyRing
 from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
-from lorakit.serving.http.stores import Store
+from lorakit.serving.store import AdapterStore
 from lorakit.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_app(
     engine: Engine,
-    store: Store,
+    store: AdapterStore,
     settings: HttpSettings,
     *,
     keys: KeyRing | None = None,

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from lorakit.serving.engine import End, Lease, Piece
+from lorakit.serving.engine import End, Lease, Token
 from lorakit.serving.http.answers import Completion, CompletionChoice, CompletionLogprobs
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.generation import (
-    Generation,
-    Prompts,
-    begin,
-    checked_settings,
-    collect,
-    receipt_headers,
-)
-from lorakit.serving.http.logprobs import TokenTexts, completion_logprobs
+from lorakit.serving.http.form import Form
+from lorakit.serving.http.generation import Prompts, begin, checked_settings
+from lorakit.serving.http.logprobs import completion_logprobs
 from lorakit.serving.http.prompts import encode_prompt
 from lorakit.serving.http.schemas import CompletionRequest
-from lorakit.serving.http.state import guarded, record_of, serving_of
-from lorakit.serving.http.streaming import STREAM, event, started
+from lorakit.serving.http.state import record_of, serving_of
+from lorakit.serving.http.streaming import STREAM, event
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -50,50 +43,27 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
         return [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts], frozenset()
 
     generation = await begin(request, serving, record, body, settings, encode)
-    headers = receipt_headers(generation.lease)
-    form = _Form(generation, body, f"cmpl-{record.id}")
-    if body.stream:
-        return await started(request, generation, form.stream(), headers)
-    content = await guarded(request, form.whole())
-    return JSONResponse(content.model_dump(), headers=headers)
+    return await _Form(generation, body, f"cmpl-{record.id}").answer(request)
 
 
-class _Form:
+class _Form(Form[CompletionRequest, CompletionLogprobs]):
     """Puts events into OpenAI's form of completions."""
 
-    def __init__(self, generation: Generation, body: CompletionRequest, identity: str) -> None:
-        self._generation, self._body = generation, body
-        self._common: dict[str, Any] = {
-            "id": identity,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": generation.lease.receipt.fingerprint,
-        }
-        self._texts = [TokenTexts(generation.lease.tokenizer) for _ in generation.requests]
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs | None:
+        top = self.body.logprobs
+        return None if top is None else completion_logprobs(tokens, self.texts[index], top)
 
     async def whole(self) -> Completion:
-        """Return the answers when all have ended."""
-        answers = await collect(self._generation)
-        logprobs = await self._generation.in_worker(
-            lambda: [self._logprobs(i, Piece("", a.tokens)) for i, a in enumerate(answers)]
-        )
         choices = [
             CompletionChoice(
-                index=index,
-                text=answer.text,
-                logprobs=logprobs[index],
-                finish_reason=answer.reason,
+                index=index, text=answer.text, logprobs=logprobs, finish_reason=answer.reason
             )
-            for index, answer in enumerate(answers)
+            for index, (answer, logprobs) in enumerate(await self.ended())
         ]
-        return Completion(**self._common, choices=choices, usage=self._generation.usage)
+        return self._completion(choices, usage=self.generation.usage)
 
     async def stream(self) -> AsyncIterator[str]:
-        """Yield the events of a stream."""
-        options = self._body.stream_options
-        extra: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
-        async for index, part in self._generation.events():
+        async for index, part in self.generation.events():
             if isinstance(part, End):
                 # `events` raises for other reasons.
                 choice = CompletionChoice(
@@ -102,20 +72,18 @@ class _Form:
                     logprobs=None,
                     finish_reason=part.reason,  # type: ignore[arg-type]
                 )
-            elif part.text or self._body.logprobs is not None:
+            elif part.text or self.body.logprobs is not None:
                 choice = CompletionChoice(
                     index=index,
                     text=part.text,
-                    logprobs=self._logprobs(index, part),
+                    logprobs=self.logprobs(index, part.tokens),
                     finish_reason=None,
                 )
             else:
                 continue
-            yield event(Completion(**self._common, choices=[choice], **extra))
-        if extra:
-            usage = self._generation.usage
-            yield event(Completion(**self._common, choices=[], usage=usage))
+            yield event(self._completion([choice], **self.extra))
+        if self.extra:
+            yield event(self._completion([], usage=self.generation.usage))
 
-    def _logprobs(self, index: int, piece: Piece) -> CompletionLogprobs | None:
-        top = self._body.logprobs
-        return None if top is None else completion_logprobs(piece.tokens, self._texts[index], top)
+    def _completion(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
+        return Completion(**self.common, object="text_completion", choices=choices, **fields)

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from lorakit.serving.engine import Load
-from lorakit.serving.http.stores import StoreStats
+from lorakit.serving.loaded import StoreStats
 
 NONE, BLEND, OTHER = "(none)", "(blend)", "(other)"
 """Labels of requests without a model that exists, of blends, and of models beyond `MOST_LABELS`."""

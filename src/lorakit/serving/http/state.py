@@ -1,4 +1,4 @@
-"""What all routes of a server share, and what is known of one request."""
+"""The objects that all routes of a server use, and the record of one request."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, ClientGone, unk
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import BLEND, Metrics
 from lorakit.serving.http.settings import HttpSettings
-from lorakit.serving.http.stores import Store
 from lorakit.serving.room import Room
+from lorakit.serving.store import AdapterStore
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ THREADS = 8
 
 @dataclass
 class RequestRecord:
-    """What is known of one request."""
+    """The record of one request."""
 
     id: str
     began: float
@@ -44,10 +44,10 @@ class RequestRecord:
 
 @dataclass(eq=False)
 class Serving:
-    """What all routes of a server share."""
+    """The objects that all routes of a server use."""
 
     engine: Engine
-    store: Store
+    store: AdapterStore
     settings: HttpSettings
     keys: KeyRing | None
     classifier: Classifier | None
@@ -210,12 +210,12 @@ class Serving:
 
 
 def serving_of(request: Request) -> Serving:
-    """Return what all routes share."""
+    """Return the objects that all routes use."""
     return request.app.state.serving
 
 
 def record_of(request: Request) -> RequestRecord:
-    """Return what is known of a request."""
+    """Return the record of a request."""
     return request.scope["lorakit.record"]
 
 
