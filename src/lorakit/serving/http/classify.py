@@ -19,7 +19,7 @@ from lorakit.errors import LorakitError
 from lorakit.serving.engine import Classifier, Lease, QueueFullError
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, invalid_value
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
@@ -35,7 +35,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     serving, record = serving_of(request), record_of(request)
     classifier = serving.classifier
     if classifier is None:
-        raise _invalid("This server generates text; none of its models classifies.", "model")
+        raise invalid_value("This server generates text; none of its models classifies.", "model")
     rows, most = body.rows, serving.settings.limits.max_inputs
     if len(rows) > most:
         message = (
@@ -88,7 +88,7 @@ def _task(name: str, lease: Lease) -> DataTask:
     kind = TASKS.get(str(lease.task))
     is_text = kind is not None and not issubclass(kind, Labelled)
     if is_text or lease.outputs is None:
-        raise _invalid(
+        raise invalid_value(
             f"{name!r} has neither classes nor a score. Name an adapter that has.",
             "model",
         )
@@ -111,7 +111,7 @@ def _encode(
         pair = len(row) == 2
         names = encoder.texts or (("sentence1", "sentence2") if pair else ("text",))
         if len(names) != len(row):
-            raise _invalid(
+            raise invalid_value(
                 f"'input' has {'a pair of texts' if pair else 'one text'} at position {number}; the task {task.name} "
                 f"takes {'pairs of texts' if len(names) == 2 else 'single texts'}.",
                 f"input.{number}",
@@ -122,7 +122,9 @@ def _encode(
             with TOKENISING:
                 example = encoder.encode_unlabelled(dict(zip(names, row, strict=True)))
         except BadRow as error:
-            raise _invalid(f"'input' at position {number}: {error}.", f"input.{number}") from None
+            raise invalid_value(
+                f"'input' at position {number}: {error}.", f"input.{number}"
+            ) from None
         if len(example) > context:
             raise ApiError(
                 400,
@@ -171,7 +173,3 @@ def _predictions(logits: Tensor, labels: Sequence[str]) -> list[ClassifyRow]:
         label = max(scores, key=scores.__getitem__)
         rows.append(ClassifyRow(index=index, label=label, score=scores[label], scores=scores))
     return rows
-
-
-def _invalid(message: str, param: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")

@@ -129,6 +129,11 @@ def without_folders(message: str) -> str:
     return _FOLDERS.sub("", message)
 
 
+def invalid_value(message: str, param: str | None) -> ApiError:
+    """Return the 400 for a value of a field that cannot be used."""
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
 def unknown_model(name: str, known: Iterable[str], param: str = "model") -> ApiError:
     """Return the 404 for a model that does not exist, or that the key may not use."""
     names = list(known)
@@ -188,7 +193,7 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, message, param=param, code="unknown_field")
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     text = f"{name} is {shown}; it must be {expected}."
-    return ApiError(400, text, param=param, code="invalid_value")
+    return invalid_value(text, param)
 
 
 def _path(problem: Mapping[str, Any]) -> list[str | int]:

@@ -14,12 +14,10 @@ from lorakit.serving.http.answers import (
     TokenLogprob,
     TopLogprob,
 )
-from lorakit.serving.text import WINDOW
+from lorakit.serving.text import REPLACEMENT, WINDOW
 
 LOWEST = -9999.0
 """What OpenAI reports for a token of probability 0; JSON has no infinity."""
-_PART = "\ufffd"
-"""Stands for a part of a character."""
 
 
 class TokenTexts:
@@ -41,7 +39,7 @@ class TokenTexts:
         shown, offset = self._after([*self._context, *self._new], token), self._offset
         self._new.append(token)
         text = self._decode([*self._context, *self._new])[len(self._decode(self._context)) :]
-        if not text.endswith(_PART) or len(self._new) >= WINDOW:
+        if not text.endswith(REPLACEMENT) or len(self._new) >= WINDOW:
             self._offset += len(text)
             self._context, self._new = self._new, []
         return shown, offset
@@ -93,7 +91,7 @@ def _top(text: str, value: float | None) -> TopLogprob:
     return TopLogprob(
         token=text,
         logprob=_finite(value),
-        bytes=None if _PART in text else list(text.encode()),
+        bytes=None if REPLACEMENT in text else list(text.encode()),
     )
 
 

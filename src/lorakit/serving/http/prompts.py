@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.serving.http.errors import ApiError
+from lorakit.serving.http.errors import ApiError, invalid_value
 from lorakit.serving.http.schemas import Message
 from lorakit.tasks import BadRow, Chat
 from lorakit.tasks.chat import ChatTemplate, checked_messages
@@ -52,11 +52,11 @@ def encode_prompt(
         with TOKENISING:
             ids = prompt_ids(tokenizer, prompt)
         if not ids:
-            raise _invalid("'prompt' has no tokens; it must have at least one.", "prompt")
+            raise invalid_value("'prompt' has no tokens; it must have at least one.", "prompt")
         return ids
     wrong = [i for i in prompt if not 0 <= i < len(tokenizer)]
     if wrong:
-        raise _invalid(
+        raise invalid_value(
             f"'prompt' has the token id {wrong[0]}; ids of this vocabulary are 0 to {len(tokenizer) - 1:,}.",
             "prompt",
         )
@@ -90,12 +90,12 @@ def encode_chat(
             rows = template.with_system(rows[1:] or rows, rows[0]["content"])
         text = template.text(rows, answer=True)
     except BadRow as error:
-        raise _invalid(f"'messages' {error}.", "messages") from None
+        raise invalid_value(f"'messages' {error}.", "messages") from None
     require_short(tokenizer, text, context, "messages")
     with TOKENISING:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]
     if not ids:
-        raise _invalid("'messages' has no tokens; it must have at least one.", "messages")
+        raise invalid_value("'messages' has no tokens; it must have at least one.", "messages")
     return ids, _stop_ids(tokenizer)
 
 
@@ -104,7 +104,3 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if tokenizer not in _STOP_IDS:
         _STOP_IDS[tokenizer] = frozenset(Chat.stop_ids(tokenizer))
     return _STOP_IDS[tokenizer]
-
-
-def _invalid(message: str, param: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")

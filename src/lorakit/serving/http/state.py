@@ -16,7 +16,13 @@ from starlette.requests import Request
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.engine import Classifier, Engine, Lease
 from lorakit.serving.errors import UnknownAdapterError
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, ClientGone, unknown_model
+from lorakit.serving.http.errors import (
+    RETRY_SECONDS,
+    ApiError,
+    ClientGone,
+    invalid_value,
+    unknown_model,
+)
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import BLEND, Metrics
 from lorakit.serving.http.settings import HttpSettings
@@ -102,21 +108,17 @@ class Serving:
         if lora is None:
             return None if model == self.settings.base_name else model
         if model != self.settings.base_name:
-            raise ApiError(
-                400,
+            raise invalid_value(
                 f"'lora' blends adapters on the base, but 'model' is the adapter {model!r:.200}. Set it to "
                 f"{self.settings.base_name!r}.",
-                param="lora",
-                code="invalid_value",
+                "lora",
             )
         most = self.settings.limits.max_blend
         if not lora or len(lora) > most or model in lora:
-            raise ApiError(
-                400,
+            raise invalid_value(
                 f"'lora' has {len(lora)} adapters; it must be a mapping from names of adapters to weights, with 1 to "
                 f"{most} entries (max_blend).",
-                param="lora",
-                code="invalid_value",
+                "lora",
             )
         return dict(lora)
 
