@@ -7,6 +7,7 @@ keeps a fixed number of requests in flight.
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import threading
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from lorakit.models.processor import in_own_thread
 
 PERCENTILES = (50, 95, 99)
 
@@ -258,7 +261,8 @@ class Batches:
                 batch = self.take(self._waiting)
                 self._is_computing = True
             try:
-                self.compute(batch)
+                # Else the OpenMP threads of two systems in a process would slow each other.
+                in_own_thread(functools.partial(self.compute, batch))
                 error = "NoAnswer"
             except Exception as failure:
                 error = type(failure).__name__

@@ -24,7 +24,15 @@ from transformers import AutoConfig, AutoTokenizer
 from benchmarks import report
 from benchmarks.latency import ratio
 from benchmarks.runs import Runs
-from benchmarks.serving_load import Request, System, Trial, closed_loop, figures, open_loop
+from benchmarks.serving_load import (
+    Answer,
+    Request,
+    System,
+    closed_loop,
+    figures,
+    open_loop,
+    wait_until,
+)
 from benchmarks.serving_workload import adapter_names, poisson, prompts, requests, write_adapters
 from benchmarks.systems.serving import Setup, generate, lorakit_engine, lorakit_http
 
@@ -83,6 +91,8 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
     static = generate.start(setup, mode="base", batch=max(concurrent))
     mixed = generate.start(setup, mode="mixed")
     mixed.prepare(names)
+    for engine in (plain, full):
+        engine.rest()
 
     def saturate(
         system: System, count: int, chosen: Sequence[str], group: int
@@ -93,8 +103,12 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
         def trial() -> dict[str, Any]:
             seed = next(seeds)
             jobs = requests(prompts(tokenizer, count, seed=seed), chosen, seed=seed)
+            if isinstance(system, lorakit_engine.LorakitEngine):
+                system.wake()
             found = figures(closed_loop(system, jobs, count, patience=60))
             system.drain()
+            if isinstance(system, lorakit_engine.LorakitEngine):
+                system.rest()
             return found
 
         return trial
@@ -167,18 +181,25 @@ def steps(setup: Setup, quick: bool) -> list[Row]:
     def trial(name: str, chosen: Sequence[str | None]) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             jobs = [Request(next(passages), adapter, ANSWER) for adapter in chosen]
-            prefill, step = batch_times(closed_loop(system, jobs, ROWS, patience=60))
+            # The first step finds all requests, so that the steps of all trials have the same tokens.
+            begun = system.engine.between_steps(start_time)
+            trial = closed_loop(system, jobs, ROWS, patience=60)
+            prefill, step = batch_times(trial.answers, begun.result())
             times["prefill"][name].append(prefill)
             times["step"][name].append(step)
             return {}
 
         return run
 
+    def start_time() -> float:
+        wait_until(lambda: system.engine.load().waiting == ROWS)
+        return time.perf_counter()
+
     trials = {"base": trial("base", [None] * ROWS), "mixed": trial("mixed", names)}
     in_turn(trials, 1)
     for kind in times:
         times[kind] = {name: [] for name in trials}  # the first round warmed up
-    in_turn(trials, 2 if quick else 6)
+    in_turn(trials, 2 if quick else 12)
     rows = []
     for kind, title in (("step", "decoding step"), ("prefill", f"prefill of {PROMPT} tokens")):
         mixed, base = (times[kind][name] for name in ("mixed", "base"))
@@ -190,18 +211,18 @@ def steps(setup: Setup, quick: bool) -> list[Row]:
     return rows
 
 
-def batch_times(trial: Trial) -> tuple[float, float]:
+def batch_times(answers: Sequence[Answer], began: float) -> tuple[float, float]:
     """Return the seconds until all first tokens of a batch, and the median seconds of a step after them."""
-    if any(answer.error or answer.ended is None for answer in trial.answers):
-        raise RuntimeError(f"A request failed: {[answer.error for answer in trial.answers]}.")
-    first = max(answer.times[0] for answer in trial.answers)
+    if any(answer.error or answer.ended is None for answer in answers):
+        raise RuntimeError(f"A request failed: {[answer.error for answer in answers]}.")
+    first = max(answer.times[0] for answer in answers)
     gaps = [
         after - before
-        for answer in trial.answers
+        for answer in answers
         for before, after in zip(answer.times, answer.times[1:], strict=False)
         if before >= first
     ]
-    return first - trial.began, median(gaps)
+    return first - began, median(gaps)
 
 
 def store(setup: Setup, quick: bool) -> list[Row]:

@@ -14,9 +14,8 @@ from random_adapters import randomise
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorakit.adapters import Adapters, attach, decoding, stacks
+from lorakit.adapters import Adapters, attach, decoding
 from lorakit.adapters.attach import handle_for
-from lorakit.adapters.stacks import SharedInput
 from lorakit.methods.lora.method import LoRA
 
 Change = Callable[[Adapters], Any]
@@ -64,37 +63,10 @@ def steps(adapters: Adapters, change: Change | None = None, *, before: int = 3) 
     return torch.stack(logits)
 
 
-def groups(adapters: Adapters) -> list[list[str]]:
-    """Return the names of the layers of the first block that share an input."""
-    stacks = adapters._activation.decoding._stacks
-    if stacks is None or stacks._arrangement is None:
-        return []
-    names: dict[SharedInput, list[str]] = {}
-    for path, layer in adapters.model.named_modules():
-        part = stacks._arrangement.parts.get(getattr(layer, "adapters", None))  # type: ignore[arg-type]
-        if part is not None and ".0." in path:
-            names.setdefault(part.shared, []).append(path.rpartition(".")[2])
-    return list(names.values())
-
-
-def test_layers_that_read_the_same_input_share_it():
-    _, adapters = adapted()
-    steps(adapters)
-    assert groups(adapters) == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
-
-
-def test_wide_layers_do_not_share(monkeypatch):
-    monkeypatch.setattr(stacks, "LARGEST_B", 0)
-    _, adapters = adapted()
-    found = steps(adapters)
-    assert all(len(names) == 1 for names in groups(adapters))
-    with layer_by_layer():
-        torch.testing.assert_close(found, steps(adapters))
+def stacked_layers(adapters: Adapters) -> int:
+    """Return how many layers the stacks computed in the last step."""
+    found = adapters._activation.decoding._stacks
+    return len(found._arrangement.parts) if found and found._arrangement else 0
 
 
 METHODS = {
@@ -131,7 +103,7 @@ def test_bfloat16_rounds_no_more_than_layer_by_layer():
         if hasattr(layer, "lora_A"):
             layer.float()
     error = (steps(adapters) - exact).norm()
-    assert groups(adapters)
+    assert stacked_layers(adapters)
     with layer_by_layer():
         assert error < 2 * (steps(adapters) - exact).norm()
     assert error < 0.05 * exact.norm()
@@ -270,7 +242,7 @@ def test_dropout_acts_in_a_step_of_a_model_in_training_mode():
     _, adapters = adapted(method=LoRA(rank=2, dropout=0.5, targets="all-linear"))
     found = steps(adapters, lambda a: a.model.train())
     assert not torch.equal(found[-1], found[-2])
-    assert groups(adapters) == []
+    assert not stacked_layers(adapters)
 
 
 # --- inside a step -----------------------------------------------------------------------------------
@@ -282,7 +254,7 @@ def test_an_input_that_changes_between_two_layers_is_read_again():
     attention = model.model.layers[0].self_attn
     attention.k_proj.register_forward_pre_hook(lambda layer, args: (args[0].add_(0.5),))
     found = steps(adapters)
-    assert groups(adapters)
+    assert stacked_layers(adapters)
     with layer_by_layer():
         torch.testing.assert_close(found, steps(adapters))
 
@@ -293,7 +265,7 @@ def test_gradients_of_a_step():
     with torch.no_grad():
         for _ in range(4):
             run(model, NEXT, cache)
-    assert groups(adapters)
+    assert stacked_layers(adapters)
     with torch.enable_grad():
         run(model, NEXT, cache).sum().backward()
     assert all(p.grad is not None for p in adapters.trainable_parameters())
@@ -325,6 +297,6 @@ def test_generate_gives_the_same_tokens():
     model, adapters = adapted()
     options: dict = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     found = model.generate(PROMPT, pad_token_id=0, **options)
-    assert groups(adapters)
+    assert stacked_layers(adapters)
     with layer_by_layer():
         assert torch.equal(found, model.generate(PROMPT, pad_token_id=0, **options))

@@ -151,21 +151,18 @@ def test_a_packed_step_needs_no_cache_of_transformers() -> None:
 
 
 def test_many_tokens_of_one_adapter_beside_single_ones() -> None:
-    """Their slots would otherwise be padded to 40 rows each."""
+    """The single ones have a product of their own, with a row each."""
     adapters = adapted()
     tokens: Rows = [*["a"] * 40, "b", "c", None, "d", {"a": 2.0}]
     packed(adapters, tokens)
     found = packed(adapters, tokens)
     used = adapters._activation.decoding._stacks
     assert used is not None
-    assert used._slots.count((("a", 1.0),)) == 3
+    assert used._arrangement is not None
+    part = next(iter(used._arrangement.parts.values()))
+    assert [len(A) for A, _ in part.matrices] == [4, 1]
     with layer_by_layer():
         torch.testing.assert_close(found, packed(adapters, tokens))
-
-
-def test_wide_layers_do_not_share(monkeypatch) -> None:
-    monkeypatch.setattr(stacks, "LARGEST_B", 0)
-    test_each_row_computes_what_it_computes_alone(0)
 
 
 @pytest.mark.parametrize("limit", [0, 60_000])
@@ -457,7 +454,7 @@ def test_adapters_that_are_no_longer_used_are_freed() -> None:
         packed(adapters, rows)
     found = adapters._activation.decoding._stacks
     assert found is not None
-    assert found._sources.keys() <= {slot for slot in found._slots if slot}
+    assert found._sources.keys() == found._slot_of.keys()
 
 
 def test_loading_and_unloading_leaves_nothing_behind() -> None:
@@ -472,7 +469,7 @@ def test_loading_and_unloading_leaves_nothing_behind() -> None:
         packed(adapters, ["b", None])
         found = adapters._activation.decoding._stacks
         assert found is not None
-        sizes.append((len(found._known), len(found._inputs)))
+        sizes.append((len(found._known), len(found._of_layer)))
     assert sizes[1:-1] == sizes[2:]
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_benchmark_tables import cells
 
 from benchmarks import report, serving, serving_steps, soak
-from benchmarks.serving_load import Answer, Request, Trial
+from benchmarks.serving_load import Answer, Request
 
 
 def trial(adapters: int, share: float | None, rate: float, **changes: Any) -> dict[str, Any]:
@@ -112,14 +112,12 @@ def test_times_of_a_batch() -> None:
         return given
 
     # The second prompt is computed while the first answer decodes: its first gap is not a plain step.
-    found = serving_steps.batch_times(
-        Trial([answer([11, 13, 14, 15]), answer([13, 14, 15])], 10.0, 15.0)
-    )
+    found = serving_steps.batch_times([answer([11, 13, 14, 15]), answer([13, 14, 15])], 10.0)
     assert found == (3.0, 1.0)
     failed = answer([11.0])
     failed.error = "Broken"
     with pytest.raises(RuntimeError, match="Broken"):
-        serving_steps.batch_times(Trial([failed], 10.0, 15.0))
+        serving_steps.batch_times([failed], 10.0)
 
 
 def test_failed_trials_give_no_rate() -> None:

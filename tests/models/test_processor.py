@@ -123,3 +123,41 @@ def test_cached_kernels_have_a_bound() -> None:
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
     assert second < 3 * first + 10 * 2**20
+
+
+THREADS = """
+import contextvars, json, os, torch
+from lorakit.models.processor import in_own_thread
+
+choice = contextvars.ContextVar("choice", default=0)
+choice.set(3)
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+def multiply():
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    return count(), choice.get()
+
+before = count()
+inside, chosen = in_own_thread(multiply)
+try:
+    in_own_thread(lambda: [][0])
+except IndexError as error:
+    failed = str(error)
+print(json.dumps([before, inside, count(), chosen, failed]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_a_thread_of_its_own_ends_with_its_computing_threads() -> None:
+    """Threads that stay would make those of a server's engine sleep between operations."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, inside, after, chosen, failed = json.loads(done.stdout)
+    assert inside == before + 2
+    assert after == before
+    assert chosen == 3
+    assert failed == "list index out of range"

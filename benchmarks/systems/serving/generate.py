@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.serving_load import Answer, Batches, Request
 from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
+from lorakit.models.processor import in_own_thread
 
 BATCH = 32
 NAMES = {
@@ -33,7 +34,7 @@ Waiting = list[tuple[Request, Answer]]
 
 def start(setup: Setup, *, mode: str, batch: int = BATCH) -> StaticBatches:
     """Load the base."""
-    model = load_base(setup.base, dtype=setup.dtype).model  # type: ignore[arg-type]
+    model = in_own_thread(lambda: load_base(setup.base, dtype=setup.dtype)).model  # type: ignore[arg-type]
     return StaticBatches(model, setup, mode, batch)
 
 
@@ -50,6 +51,9 @@ class StaticBatches(Batches):
 
     def prepare(self, adapters: Sequence[str]) -> None:
         """Load the adapters that are not loaded yet."""
+        in_own_thread(lambda: self._load(adapters))
+
+    def _load(self, adapters: Sequence[str]) -> None:
         for name in adapters:
             path = self._setup.adapters / name
             if not isinstance(self._model, PeftModel):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
+from lorakit.models.processor import in_own_thread
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
 from lorakit.serving.store import AdapterStore
@@ -23,34 +24,44 @@ def start(setup: Setup, *, budget: int = BUDGET) -> LorakitEngine:
     return LorakitEngine(setup, budget)
 
 
-def open_engine(setup: Setup, budget: int) -> tuple[AdapterStore, Worker]:
-    """Return a store of adapters and a started engine on one base."""
-    base = load_base(setup.base, dtype=setup.dtype)  # type: ignore[arg-type]
-    assert base.tokenizer is not None
-    base.model.requires_grad_(False)
-    engine = engine_for(base.model, base.tokenizer)
-    if engine.name != "continuous":
-        raise RuntimeError(f"The base does not run by continuous batching: {engine.notice}.")
-    store = AdapterStore(
-        base,
-        setup.adapters,
-        budget=budget,
-        between_steps=lambda action: engine.between_steps(action).result(),
-    )
-    engine.start()
-    return store, engine
-
-
 class LorakitEngine:
     """Requests take their adapters from the store in threads, as the HTTP layer does."""
 
     name = NAME
 
+    engine: Worker
+
     def __init__(self, setup: Setup, budget: int) -> None:
-        self.store, self.engine = open_engine(setup, budget)
+        base = in_own_thread(lambda: load_base(setup.base, dtype=setup.dtype))  # type: ignore[arg-type]
+        base.model.requires_grad_(False)
+        self._base = base
+        self.store = in_own_thread(
+            lambda: AdapterStore(
+                base,
+                setup.adapters,
+                budget=budget,
+                between_steps=lambda action: self.engine.between_steps(action).result(),
+            )
+        )
+        self.wake()
         self._threads = ThreadPoolExecutor(8)
         self._tickets: dict[int, Ticket | None] = {}
         self._is_draining = False
+
+    def wake(self) -> None:
+        """Start an engine, after `rest`."""
+        model, tokenizer = self._base.model, self._base.tokenizer
+        assert tokenizer is not None
+        self.engine = in_own_thread(lambda: engine_for(model, tokenizer))
+        if self.engine.name != "continuous":
+            raise RuntimeError(
+                f"The base does not run by continuous batching: {self.engine.notice}."
+            )
+        self.engine.start()
+
+    def rest(self) -> None:
+        """End the engine's thread, so that its OpenMP threads do not slow another system (`in_own_thread`)."""
+        self.engine.close(60)
 
     def prepare(self, adapters: Sequence[str]) -> None:
         """Load each adapter."""

@@ -1,8 +1,8 @@
 """Decoding steps: a few tokens without gradients.
 
-In such a step the overhead of each operation exceeds its arithmetic. So the adapters of all tokens, and of the layers
-that read the same input, share two products of stacked matrices (`adapters.stacks`). The first step of a generation
-learns which layers these are. Later steps use the stacks while no tensor of an adapter changes.
+In such a step the overhead of each operation exceeds its arithmetic. So the adapters of all tokens share batched
+products of stacked matrices (`adapters.stacks`). The first step of a generation learns what the layers read. Later
+steps use the stacks while no tensor of an adapter changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import Cache
 
 from lorakit.adapters.choice import Choice
 from lorakit.adapters.sources import Layer
-from lorakit.adapters.stacks import Arrangement, Input, Reading, Stacks
+from lorakit.adapters.stacks import Arrangement, Reading, Stacks
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
@@ -78,7 +78,6 @@ class Step:
     def __init__(self, stacks: Stacks) -> None:
         self.thread = threading.get_ident()
         self._stacks = stacks
-        self._learnt: tuple[Tensor, Input] | None = None
         self._x: Tensor | None = None
         self._version: int | None = None
         self._reading: Reading | None = None
@@ -88,18 +87,18 @@ class Step:
         arrangement = self.arrangement
         part = arrangement.parts.get(adapters)
         if part is None:
-            self._learnt = self._stacks.learn(adapters, x, self._learnt)
+            self._stacks.learn(adapters, x)
             return None
         in_order = x.shape[:-1] == arrangement.shape and not adapters.replaced
         if (
             torch.is_grad_enabled()
             or not (arrangement.is_active or in_order)
-            or x.dtype.itemsize > part.shared.dtype.itemsize
+            or x.dtype.itemsize > part.input_dtype.itemsize
         ):
             return None
         version = None if x.is_inference() else x._version
         if self._reading is None or x is not self._x or version is None or version != self._version:
-            self._reading = Reading(x, arrangement)
+            self._reading = Reading(x, arrangement.rows)
             self._x, self._version = x, version
         adapted = output + self._reading.delta(part, output.dtype)
         return adapted if part.tokens is None else torch.where(part.tokens, adapted, output)

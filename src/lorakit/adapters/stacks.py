@@ -1,16 +1,15 @@
 """The matrices of the adapters in use, stacked for decoding steps.
 
-Layers that read the same input (q, k and v; gate and up) share one stack. Each blend of adapters has a slot in it:
-the A of these layers, and their B as one block-diagonal matrix, in a wide dtype. One batched product over the slots
-computes all tokens, each with its own blend. Tokens are gathered and selected, never masked by a product: NaN of one
-adapter stays in its tokens.
+Each layer has a stack, and each blend of adapters has a slot in all stacks: its A and B, in a wide dtype. Two batched
+products over the slots compute all tokens, each with its own blend: one for the blends with few tokens, and one, in the
+dtype of the input, for those with many. Tokens are gathered and selected, never masked by a product: NaN of one adapter
+stays in its tokens.
 
 The slots outlive a step. A batch of another composition writes only the slots of blends that are new.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Iterable, Sequence
@@ -22,36 +21,31 @@ from torch import Tensor, nn
 from lorakit.adapters.choice import Blend, Choice
 from lorakit.adapters.sources import Layer, Source
 
-LARGEST_B = 2**17
-"""The most elements of the B of several layers, in all slots: reading its zeros must cost less than it saves."""
+MANY_TOKENS = 8
+"""Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
+bfloat16 product takes half as long as one in float32; with one token of each of eight, twice as long."""
 
 LARGEST_STACKS = 2**30
 """The most bytes of all stacks. Further layers compute one adapter after the other."""
 
 
-class Input:
-    """The layers that read the same tensor."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.layers: list[Layer] = []
-
-
 class Part(NamedTuple):
     """What a step computes for one layer."""
 
-    shared: SharedInput
-    number: int
-    """Which layer of `shared` it is."""
+    matrices: list[tuple[Tensor, Tensor]]
+    """A (in, rank) and B (rank, out) of the adapters of all tokens; if these differ in adapters, (slots, in, rank) and
+    (slots, rank, out) for each product."""
+    input_dtype: torch.dtype
+    """The widest dtype of an input that loses nothing."""
     tokens: Tensor | None
     """Mask of the tokens with adapters on this layer, shape (batch, length, 1); None is all."""
 
 
 class Rows(NamedTuple):
-    """How the tokens of a batch are in the rows of a batched product, as indices on one device."""
+    """How the tokens of a batch are in the rows of batched products, as indices on one device."""
 
-    gather: Tensor | None
-    """The token that each row reads; None if these are all tokens in order."""
+    gathers: tuple[Tensor | slice, ...]
+    """For each product, the token that each of its rows reads."""
     select: Tensor | None
     """The row with the result of each token; None if these are all rows in order."""
 
@@ -65,8 +59,6 @@ class Arrangement(NamedTuple):
     shape: torch.Size
     """Shape of the batch, (batch, length)."""
     parts: dict[Layer, Part]
-    matrices: dict[SharedInput, tuple[Tensor, Tensor]]
-    """A (in, rank) and B (rank, out) of the slot of all tokens; if they differ, of all slots in use."""
     rows: dict[torch.device, Rows] | None
     """None if all tokens have the same adapters. An input of another shape than the batch's can then be read too."""
 
@@ -75,22 +67,19 @@ class Stacks:
     """The stacks of one model."""
 
     def __init__(self) -> None:
-        self._inputs: list[Input] = []
-        self._known: set[Layer] = set()
+        self._known: dict[Layer, torch.dtype | None] = {}
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._forget(is_active=False)
 
     def _forget(self, *, is_active: bool) -> None:
         """Drop all matrices, and the layers without adapters."""
-        self._known = {layer for layer in self._known if len(layer)}
-        for reading in self._inputs:
-            reading.layers = [layer for layer in reading.layers if layer in self._known]
-        self._inputs = [reading for reading in self._inputs if reading.layers]
-        self._is_active, self._read = is_active, set(self._known)
+        self._known = {layer: dtype for layer, dtype in self._known.items() if len(layer)}
+        self._is_active, self._read = is_active, {*self._known}
         self._sources: dict[Blend, Source] = {}
         self._in_use: list[Source] = []
         self._arrangement: Arrangement | None = None
-        self._build([], [], 0)
+        self._of_layer: dict[Layer, Stack] = {}
+        self._build([], 0)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Its slots are free, but keep their memory."""
@@ -99,29 +88,15 @@ class Stacks:
 
     def _drop(self, blend: Blend) -> None:
         self._sources.pop(blend, None)
-        self._slots = [None if other == blend else other for other in self._slots]
+        if blend in self._slot_of:
+            self._free.append(self._slot_of.pop(blend))
         self._in_use, self._arrangement = [], None
 
-    def learn(
-        self, layer: Layer, x: Any, before: tuple[Tensor, Input] | None
-    ) -> tuple[Tensor, Input] | None:
-        """Note which layers read the same input, from the first call of each layer.
-
-        Args:
-            layer: The layer's adapters.
-            x: Its input.
-            before: What this method returned for the call before it in the same pass.
-        """
-        if layer in self._known or not isinstance(x, Tensor):
-            return None
-        self._known.add(layer)
-        if isinstance(x, nn.Parameter) or x.is_nested:
-            return None
-        if before is None or before[0] is not x:
-            before = x, Input(x.dtype)
-            self._inputs.append(before[1])
-        before[1].layers.append(layer)
-        return before
+    def learn(self, layer: Layer, x: Any) -> None:
+        """Note the dtype of a layer's input, from its first call."""
+        if layer not in self._known and isinstance(x, Tensor):
+            is_readable = not (isinstance(x, nn.Parameter) or x.is_nested)
+            self._known[layer] = x.dtype if is_readable else None
 
     # --- the composition of a batch ----------------------------------------------------------------------
 
@@ -170,135 +145,117 @@ class Stacks:
         self._in_use = [*sources.values()]
         layers = {layer for source in self._in_use for layer in source.ranks}
         layers.difference_update(*(source.others for source in self._in_use))
+        layers = {layer for layer in layers if self._known[layer] is not None}
         if not self._is_active:
             layers = {layer for layer in layers if layer.layout.is_in_order(shape)}
-        tiles, rows = _tiles(tokens)
-        count = len(tiles)
-        if (
-            not layers <= self._of_layer.keys() | self._left_out
-            or not count <= len(self._slots) <= 4 * count
-            or any(not shared.fits(s) for s in self._in_use for shared in self._shared)
-        ):
-            # Some slots more than are needed, because the next composition may need them.
-            spare = count // 4 if self._slots and count > len(self._slots) else 0
-            self._build(layers, self._in_use, count + spare)
-        slots = self._slots_of([blend for blend, _ in tiles])
-        parts = self._parts(layers, sources, tokens, shape)
-        if len(tiles) == 1 and len(tiles[0][1]) == size:
-            matrices = {shared: shared.matrices(slots[0]) for shared in self._shared}
-            return Arrangement(choice, self._is_active, shape, parts, matrices, None)
-        used = max(slots) + 1
-        gather, select = [0] * (used * rows), [0] * size
-        for slot, (_, own) in zip(slots, tiles, strict=True):
-            first = slot * rows
-            gather[first : first + rows] = own + own[:1] * (rows - len(own))
-            for row, token in enumerate(own, first):
-                select[token] = row
-        in_order = gather == [*range(size)]
-        devices = {shared.device for shared in self._shared}
-        indices = {
-            device: Rows(None, None)
-            if in_order
-            else Rows(torch.tensor(gather, device=device), torch.tensor(select, device=device))
-            for device in devices
-        }
-        matrices = {shared: shared.matrices(slice(used)) for shared in self._shared}
-        return Arrangement(choice, self._is_active, shape, parts, matrices, indices)
-
-    def _build(self, layers: Iterable[Layer], sources: list[Source], slots: int) -> None:
-        """Build empty stacks for these layers, with room for the blends of `sources`."""
-        self._slots: list[Blend | None] = [None] * slots
-        self._shared: list[SharedInput] = []
-        self._of_layer: dict[Layer, tuple[SharedInput, int]] = {}
-        self._left_out: set[Layer] = set()
-        layers, left = set(layers), LARGEST_STACKS
-        for reading in self._inputs:
-            for shared in _stacks(reading, layers, sources, slots):
-                left -= shared.bytes_of(slots)
-                if left < 0:
-                    self._left_out.update(shared.layers)
-                    continue
-                shared.allocate(slots)
-                self._shared.append(shared)
-                self._of_layer |= {
-                    layer: (shared, number) for number, layer in enumerate(shared.layers)
-                }
-
-    def _slots_of(self, blends: list[Blend]) -> list[int]:
-        """Return a slot with the matrices of each blend. Two equal blends have two slots."""
-        free: dict[Blend | None, list[int]] = {}
-        for slot in reversed(range(len(self._slots))):
-            free.setdefault(self._slots[slot], []).append(slot)
-        found = [free[blend].pop() if free.get(blend) else None for blend in blends]
-        others = sorted((slot for own in free.values() for slot in own), reverse=True)
-        slots = []
-        for blend, slot in zip(blends, found, strict=True):
-            if slot is None:
-                slot = others.pop()
-                self._write(slot, blend)
-            slots.append(slot)
-        wanted = {*blends, *self._slots}
-        for blend in self._sources.keys() - wanted:
-            del self._sources[blend]
-        return slots
-
-    def _write(self, slot: int, blend: Blend) -> None:
-        self._slots[slot] = None
-        for shared in self._shared:
-            shared.write(slot, self._sources[blend])
-        self._slots[slot] = blend
-
-    def _parts(
-        self,
-        layers: set[Layer],
-        sources: dict[Blend, Source],
-        tokens: dict[Blend, list[int]],
-        shape: torch.Size,
-    ) -> dict[Layer, Part]:
+        if len(tokens) > self._count or not all(self._fits(layer) for layer in layers):
+            # More slots than are needed, because the next composition may need them.
+            spare = len(tokens) if self._count else 0
+            self._build(layers, max(len(tokens) + spare, self._count))
+        slots = self._slots_of(tokens)
+        layers &= self._of_layer.keys()
+        first, *others = tokens
+        products, rows = None, None
+        if others or len(tokens[first]) < size:
+            products = _products(tokens, slots)
+            devices = {self._of_layer[layer].device for layer in layers}
+            rows = {device: _rows(products, size, device) for device in devices}
         masks: dict[Any, Tensor | None] = {}
         parts = {}
-        for layer in layers & self._of_layer.keys():
-            shared, number = self._of_layer[layer]
+        for layer in layers:
+            stack = self._of_layer[layer]
             acting = tuple(blend for blend, source in sources.items() if layer in source.ranks)
-            key = acting, shared.device
+            key = acting, stack.device
             if key not in masks:
                 own = [token for blend in acting for token in tokens[blend]]
-                mask = None
-                if len(own) < shape.numel():
-                    mask = torch.zeros(shape.numel(), dtype=torch.bool)
-                    mask[own] = True
-                    mask = mask.view(*shape, 1).to(shared.device)
-                masks[key] = mask
-            parts[layer] = Part(shared, number, masks[key])
-        return parts
+                masks[key] = _mask(own, shape, stack.device)
+            parts[layer] = Part(
+                [stack.matrices(slots[first])]
+                if products is None
+                else [stack.matrices(p.slots, narrow=p.is_narrow) for p in products],
+                stack.input_dtype,
+                masks[key],
+            )
+        return Arrangement(choice, self._is_active, shape, parts, rows)
+
+    def _fits(self, layer: Layer) -> bool:
+        """Return whether the blends in use fit into slots of a layer's stack, or have none by lack of memory."""
+        stack = self._of_layer.get(layer)
+        return layer in self._left_out if stack is None else all(map(stack.fits, self._in_use))
+
+    def _build(self, layers: Iterable[Layer], count: int) -> None:
+        """Build empty stacks for these layers and those that have one, with room for the blends in use."""
+        self._count = count
+        self._free = [*reversed(range(count))]
+        self._slot_of: dict[Blend, int] = {}
+        """The slot of each blend, the least recently used first."""
+        stacks = {**self._of_layer}
+        for layer in layers:
+            dtype = self._known[layer]
+            assert dtype is not None
+            if layer not in stacks:
+                stacks[layer] = Stack(layer, dtype, self._in_use)
+        self._of_layer: dict[Layer, Stack] = {}
+        self._left_out: set[Layer] = set()
+        left = LARGEST_STACKS
+        for layer, stack in stacks.items():
+            stack.make_room(self._in_use)
+            left -= stack.bytes_of(count)
+            if left < 0:
+                self._left_out.add(layer)
+            else:
+                stack.allocate(count)
+                self._of_layer[layer] = stack
+
+    def _slots_of(self, blends: Iterable[Blend]) -> dict[Blend, int]:
+        """Return a slot with the matrices of each blend."""
+        blends = [*blends]
+        for blend in blends:
+            if blend in self._slot_of:
+                self._slot_of[blend] = self._slot_of.pop(blend)
+        for blend in blends:
+            if blend not in self._slot_of:
+                if not self._free:
+                    self._free.append(self._slot_of.pop(next(iter(self._slot_of))))
+                self._write(self._free[-1], blend)
+                self._slot_of[blend] = self._free.pop()
+        for blend in self._sources.keys() - self._slot_of.keys():
+            del self._sources[blend]
+        return self._slot_of
+
+    def _write(self, slot: int, blend: Blend) -> None:
+        for stack in self._of_layer.values():
+            stack.write(slot, self._sources[blend])
 
 
-class SharedInput:
-    """The low-rank products of layers that read the same input, for each slot.
+class Stack:
+    """The low-rank products of one layer, a slot for each blend.
 
     Args:
-        layers: The layers, with the number of outputs of each.
-        inputs: The number of inputs.
-        rank: The largest sum of ranks of a blend.
-        dtype: The dtype of the products.
-        device: The device of the adapters.
+        layer: The layer.
+        input_dtype: The dtype of its input.
+        sources: Blends, of which at least one acts on the layer.
     """
 
-    def __init__(
-        self,
-        layers: dict[Layer, int],
-        inputs: int,
-        rank: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.layers, self.inputs, self.rank = layers, inputs, rank
-        self.dtype, self.device = dtype, device
+    def __init__(self, layer: Layer, input_dtype: torch.dtype, sources: Iterable[Source]) -> None:
+        A, B, _ = next(product for source in sources for product in source.products(layer))
+        self.layer, self.device = layer, A.device
+        self.inputs, self.outputs = A.shape[1], len(B)
+        self.dtype = self.input_dtype = input_dtype
+        """`dtype` is that of the slots, `input_dtype` that of narrow products."""
+        self.rank = 0
+        """The largest sum of ranks of a blend."""
 
-    @property
-    def outputs(self) -> int:
-        """The number of outputs of all layers."""
-        return sum(self.layers.values())
+    def fits(self, source: Source) -> bool:
+        """Return whether a blend fits into a slot."""
+        rank = source.ranks.get(self.layer, 0)
+        return rank <= self.rank and torch.promote_types(source.dtype, self.dtype) == self.dtype
+
+    def make_room(self, sources: Iterable[Source]) -> None:
+        """Make future slots large and wide enough for these blends too."""
+        for source in sources:
+            self.rank = max(self.rank, source.ranks.get(self.layer, 0))
+            self.dtype = torch.promote_types(self.dtype, source.dtype)
 
     def bytes_of(self, slots: int) -> int:
         """Return the size of a number of slots."""
@@ -310,88 +267,59 @@ class SharedInput:
         self._A = torch.zeros(slots, self.rank, self.inputs, **options)
         self._B = torch.zeros(slots, self.rank, self.outputs, **options)
 
-    def fits(self, source: Source) -> bool:
-        """Return whether a blend fits into a slot."""
-        rank = sum(source.ranks.get(layer, 0) for layer in self.layers)
-        return rank <= self.rank and torch.promote_types(source.dtype, self.dtype) == self.dtype
-
     def write(self, slot: int, source: Source) -> None:
         """Copy the matrices of a blend into a slot."""
         A, B = self._A[slot].zero_(), self._B[slot].zero_()
-        row = column = 0
-        for layer, width in self.layers.items():
-            for product in source.products(layer):
-                rows = slice(row, row + len(product.A))
-                A[rows].copy_(product.A).mul_(product.scaling)
-                B[rows, column : column + width].copy_(product.B.T)
-                row = rows.stop
-            column += width
+        row = 0
+        for product in source.products(self.layer):
+            rows = slice(row, row + len(product.A))
+            A[rows].copy_(product.A).mul_(product.scaling)
+            B[rows].copy_(product.B.T)
+            row = rows.stop
 
-    def matrices(self, slots: int | slice) -> tuple[Tensor, Tensor]:
-        """Return views of A (..., in, rank) and B (..., rank, out)."""
-        return self._A[slots].mT, self._B[slots]
+    def matrices(
+        self, slots: int | Sequence[int], *, narrow: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return A (..., in, rank) and B (..., rank, out) of one slot or several; in the input's dtype if `narrow`."""
+        if isinstance(slots, int):
+            A, B = self._A[slots], self._B[slots]
+        else:
+            chosen = _index(slots, self.device)
+            A, B = _take(self._A, chosen), _take(self._B, chosen)
+        if narrow:
+            A, B = A.to(self.input_dtype), B.to(self.input_dtype)
+        return A.mT, B
 
 
 class Reading:
     """What the layers compute that read one tensor (..., in), which does not change meanwhile."""
 
-    def __init__(self, x: Tensor, arrangement: Arrangement) -> None:
-        self._x, self._arrangement = x, arrangement
-        self._wide: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._deltas: dict[SharedInput, Sequence[Tensor]] = {}
+    def __init__(self, x: Tensor, rows: dict[torch.device, Rows] | None) -> None:
+        self._x, self._of_device = x, rows
+        self._rows: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def delta(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the output of a layer."""
-        shared = part.shared
-        deltas = self._deltas.get(shared)
-        if deltas is None:
-            total = self._product(shared).to(dtype)
-            widths = [*shared.layers.values()]
-            deltas = total.split(widths, dim=-1) if len(widths) > 1 else (total,)
-            self._deltas[shared] = deltas
-        return deltas[part.number]
-
-    def _product(self, shared: SharedInput) -> Tensor:
-        A, B = self._arrangement.matrices[shared]
-        rows = self._arrangement.rows
-        key = shared.dtype, shared.device
-        x = self._wide.get(key)
-        if x is None:
-            x = self._x.to(shared.dtype)
-            if rows is not None:
-                gather = rows[shared.device].gather
-                x = x.flatten(0, -2)
-                x = x if gather is None else x.index_select(0, gather)
-                x = x.view(len(A), -1, shared.inputs)
-            self._wide[key] = x
-        if rows is None:
-            return x @ A @ B
-        select = rows[shared.device].select
-        total = torch.bmm(torch.bmm(x, A), B).view(-1, shared.outputs)
+        """Return what is added to the output of a layer (..., out)."""
+        A, B = part.matrices[0]
+        if self._of_device is None:
+            return (self._x.to(A.dtype) @ A @ B).to(dtype)
+        gathers, select = self._of_device[A.device]
+        products = [
+            torch.bmm(torch.bmm(self._gathered(gather, A), A), B).flatten(0, 1).to(dtype)
+            for gather, (A, B) in zip(gathers, part.matrices, strict=True)
+        ]
+        total = torch.cat(products) if len(products) > 1 else products[0]
         total = total if select is None else total.index_select(0, select)
-        return total.view(*self._x.shape[:-1], shared.outputs)
+        return total.view(*self._x.shape[:-1], B.shape[-1])
 
-
-def _stacks(
-    reading: Input, layers: set[Layer], sources: list[Source], slots: int
-) -> list[SharedInput]:
-    """Return stacks, without slots, for those layers of an input that are in `layers`."""
-    stacks: list[SharedInput] = []
-    for layer in reading.layers:
-        if layer not in layers:
-            continue
-        own = next(s for s in sources if layer in s.ranks)
-        A, B, _ = next(own.products(layer))
-        dtype = functools.reduce(torch.promote_types, (s.dtype for s in sources), reading.dtype)
-        both = {**(stacks[-1].layers if stacks else {}), layer: len(B)}
-        rank = max(sum(s.ranks.get(layer, 0) for layer in both) for s in sources)
-        if stacks and slots * rank * sum(both.values()) <= LARGEST_B:
-            stacks.pop()
-        else:
-            both = {layer: len(B)}
-            rank = max(s.ranks.get(layer, 0) for s in sources)
-        stacks.append(SharedInput(both, A.shape[1], rank, dtype, A.device))
-    return stacks
+    def _gathered(self, gather: Tensor | slice, A: Tensor) -> Tensor:
+        """Return the input of a product with A (slots, in, rank), shape (slots, rows, in)."""
+        key = id(gather), A.dtype
+        x = self._rows.get(key)
+        if x is None:
+            x = _take(self._x.flatten(0, -2), gather).to(A.dtype)
+            x = self._rows[key] = x.view(len(A), -1, x.shape[-1])
+        return x
 
 
 def _tokens_by_blend(choice: Choice, size: int) -> dict[Blend, list[int]]:
@@ -406,10 +334,42 @@ def _tokens_by_blend(choice: Choice, size: int) -> dict[Blend, list[int]]:
     return tokens if start == size else {}
 
 
-def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]], int]:
-    """Split the tokens of each blend into tiles that each fill a slot; return them and the number of rows of a slot.
+def _mask(tokens: Sequence[int], shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Return a mask of some tokens of a batch, shape (batch, length, 1); None if these are all."""
+    if len(tokens) == shape.numel():
+        return None
+    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    mask[tokens] = True
+    return mask.view(*shape, 1).to(device)
 
-    Rows are padded to the longest tile. So a blend with far more tokens than the mean has several slots.
+
+class _Product(NamedTuple):
+    """The tokens of one batched product."""
+
+    slots: list[int]
+    """The slot of each tile."""
+    tokens: list[int]
+    """The token that each row reads; rows after a tile's last token repeat its first."""
+    is_narrow: bool
+
+
+def _products(tokens: dict[Blend, list[int]], slots: dict[Blend, int]) -> list[_Product]:
+    """Return a product for the blends with few tokens and one for those with many."""
+    found = []
+    for is_narrow in (False, True):
+        own = {blend: t for blend, t in tokens.items() if (len(t) >= MANY_TOKENS) == is_narrow}
+        if own:
+            tiles, rows = _tiles(own)
+            numbers = [slots[blend] for blend, _ in tiles]
+            padded = [t for _, tile in tiles for t in tile + tile[:1] * (rows - len(tile))]
+            found.append(_Product(numbers, padded, is_narrow))
+    return found
+
+
+def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]], int]:
+    """Split the tokens of each blend into tiles of at most some length; return them and that length.
+
+    Shorter tiles are padded later. So a blend with far more tokens than the mean has several tiles.
     """
     longest = max(map(len, tokens.values()))
     mean = math.ceil(sum(map(len, tokens.values())) / len(tokens))
@@ -420,3 +380,28 @@ def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]
         for i in range(0, len(own), rows)
     ]
     return tiles, rows
+
+
+def _rows(products: list[_Product], size: int, device: torch.device) -> Rows:
+    """Return where the rows of the products read, and where the results of all tokens are."""
+    gathers = tuple(_index(product.tokens, device) for product in products)
+    read = [token for product in products for token in product.tokens]
+    if read == [*range(size)]:
+        return Rows(gathers, None)
+    select = [0] * size  # a token without adapters ignores what it reads
+    for row, token in enumerate(read):
+        select[token] = row
+    return Rows(gathers, torch.tensor(select, device=device))
+
+
+def _index(numbers: Sequence[int], device: torch.device) -> Tensor | slice:
+    """Return an index of these numbers: a slice if they are consecutive."""
+    whole = range(numbers[0], numbers[0] + len(numbers))
+    if [*numbers] == [*whole]:
+        return slice(whole.start, whole.stop)
+    return torch.tensor(numbers, device=device)
+
+
+def _take(x: Tensor, index: Tensor | slice) -> Tensor:
+    """Return entries of the first axis."""
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)

@@ -48,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
+    from lorakit.models.processor import in_own_thread
     from lorakit.serving.http.app import create_app
     from lorakit.serving.http.keys import KeyRing
     from lorakit.serving.http.metrics import BLEND, Metrics
@@ -66,7 +67,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
             failed.append(verdict)
             os.kill(os.getpid(), signal.SIGTERM)  # the server drains
 
-    opened = open_all(config, report)
+    opened = in_own_thread(lambda: open_all(config, report))
     base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
     hosts = (

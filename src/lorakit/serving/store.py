@@ -25,6 +25,7 @@ from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, nearest
 from lorakit.models.loading import Base
+from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
@@ -376,12 +377,14 @@ class AdapterStore:
         """Load an adapter, with its first lease; return None if its files have changed meanwhile."""
         with _refusing():
             tokenizer = self._tokenizer_of(location, digests.tokenizer)
-            prepared = prepare(
-                self.base,
-                location,
-                allow_other_base=self._allow_other_base,
-                tokenizer=tokenizer.digest,
-                record=self._record,
+            prepared = in_own_thread(
+                lambda: prepare(
+                    self.base,
+                    location,
+                    allow_other_base=self._allow_other_base,
+                    tokenizer=tokenizer.digest,
+                    record=self._record,
+                )
             )
         if not folders.unchanged(location, state):
             return None
