@@ -324,7 +324,7 @@ def test_a_large_body_is_413(serve: Serve, is_chunked: bool) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/", 404),
+    [("GET", "/nothing", 404), ("GET", "/docs", 404), ("GET", "/redoc", 404), ("POST", "/", 405),
      ("GET", "/v1/completions", 405), ("DELETE", "/health", 405)],
 )  # fmt: skip
 def test_errors_of_routing(serve: Serve, method: str, path: str, status: int) -> None:

@@ -40,7 +40,7 @@ def bearer(key: str) -> dict[str, str]:
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/classify"), ("GET", "/v1/models"),
     ("GET", "/v1/models/sql"), ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
-    ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nothing"),
+    ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/"), ("GET", "/nothing"),
     ("OPTIONS", "/v1/models"),
 ]  # fmt: skip
 

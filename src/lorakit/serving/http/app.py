@@ -9,7 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from lorakit.serving.engine import Classifier, Engine
-from lorakit.serving.http import adapters, chat, classify, completions, operations
+from lorakit.serving.http import (
+    adapters,
+    chat,
+    classify,
+    completions,
+    operations,
+    playground,
+)
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
 from lorakit.serving.http.keys import KeyRing
@@ -73,7 +80,7 @@ def create_app(
         classifier=classifier,
         metrics=metrics or Metrics(engine.load, store.stats),
     )
-    for module in (completions, chat, classify, adapters, operations):
+    for module in (completions, chat, classify, adapters, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, answer_validation_error)

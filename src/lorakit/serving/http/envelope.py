@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.serving.http.errors import LOG, ApiError, error_answer
 from lorakit.serving.http.keys import OPEN
+from lorakit.serving.http.playground import PUBLIC
 from lorakit.serving.http.state import RequestRecord, Serving
 
 HEALTH = "/health"
@@ -57,7 +58,7 @@ class Envelope:
             self.serving.metrics.request(record.model, _route(scope), record.status, seconds)
 
     def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
-        """Reject a request to another host, or without a valid key. Covers every route."""
+        """Reject a request to another host, or without a valid key. Covers every route but the page's files."""
         hosts = self.serving.settings.hosts
         if hosts and _host(headers.get("host", "")) not in hosts:
             raise ApiError(
@@ -68,8 +69,14 @@ class Envelope:
             )
         if self.serving.keys is None:
             record.key = OPEN
-        elif scope["path"] != HEALTH or not self.serving.settings.health_without_key:
+        elif not self._is_public(scope["method"], scope["path"]):
             record.key = self.serving.keys.find(headers.get("authorization"))
+
+    def _is_public(self, method: str, path: str) -> bool:
+        """Return whether a request needs no key."""
+        if path == HEALTH:
+            return self.serving.settings.health_without_key
+        return method == "GET" and path in PUBLIC
 
 
 def _host(header: str) -> str:
