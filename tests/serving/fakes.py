@@ -126,6 +126,11 @@ class FakeEngine:
         self.error: Exception = LorakitError("The logits are not finite.")
         self.refuses: Exception | None = None
         self.is_alive, self.is_draining = True, False
+        self.scored: list[tuple[list[int], FakeLease, int]] = []
+        """Arguments of each call of `score`."""
+        self.scores: list[Future[list[float]]] = []
+        """Their results; the tests set them if `holds_scores`."""
+        self.holds_scores = False
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> FakeTicket:
         if self.refuses is not None:
@@ -165,7 +170,14 @@ class FakeEngine:
         return None
 
     def score(self, tokens: Sequence[int], lease: Any, *, start: int = 1) -> Future[list[float]]:
-        raise NotImplementedError
+        if self.refuses is not None:
+            raise self.refuses
+        assert lease.releases == 0
+        self.scored.append((list(tokens), lease, start))
+        self.scores.append(future := Future())
+        if not self.holds_scores:
+            threading.Timer(0.01, future.set_result, [score_of(tokens[start:])]).start()
+        return future
 
     def between_steps(self, action: Callable[[], Any]) -> Future[Any]:
         raise NotImplementedError
@@ -179,6 +191,11 @@ class FakeEngine:
     def close(self, timeout: float | None = None) -> bool:
         self.is_alive = False
         return True
+
+
+def score_of(tokens: Sequence[int]) -> list[float]:
+    """Return what `FakeEngine.score` finds for tokens."""
+    return [-(token % 8) / 8 for token in tokens]
 
 
 class FakeClassifier:

@@ -6,7 +6,7 @@ import pytest
 from engines import running, send
 from leases import PlainLease, attach_some
 from test_engines import GREEDY, TOKENIZER, alone, prompts
-from tiny_models import build
+from tiny_models import ENCODER_DECODERS, build
 
 from lorakit.adapters import handle_of
 from lorakit.serving.choosing import engine_for
@@ -64,3 +64,21 @@ def test_the_answers_are_those_of_generate(arch):
             expected = [answer.ids for answer in again]
     assert [answer.ids for answer in found] == [until_end(ids) for ids in expected]
     assert handle.active == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ENCODER_DECODERS)
+def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch):
+    model = build(arch, vocab_size=len(TOKENIZER))
+    attach_some(model, "a")
+    lease = PlainLease((("a", 1.0),), TOKENIZER)
+    prompt = prompts(1, seed=6)[0][:20]
+    engine = engine_for(model, TOKENIZER)
+    with running(engine):
+        answer = send(engine, prompt, lease, 10, sampling=GREEDY, top_logprobs=0).wait()
+        scores, base = (
+            engine.score([*prompt, *answer.ids], one, start=len(prompt)).result(60)
+            for one in (lease, PlainLease((), TOKENIZER))
+        )
+    assert scores == pytest.approx([token.logprob for token in answer.tokens], abs=1e-4)
+    assert scores != pytest.approx(base, abs=1e-2)

@@ -98,7 +98,7 @@ class BatchedEngine(Worker):
             model, self.tokenizer, Decoding(max_new_tokens=longest), stop_ids=()
         )
         config.eos_token_id = None  # each answer knows its own end
-        prompts = [self._prompt(answer) for answer in batch]
+        prompts = [self._prompt(answer.request.prompt) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)
         with self._by_row([answer.request.lease for answer in batch]):
             model.generate(  # type: ignore[operator]
@@ -110,11 +110,23 @@ class BatchedEngine(Worker):
         for answer in batch:
             answer.end("length")
 
-    def _prompt(self, answer: Answer) -> list[int]:
-        prompt = list(answer.request.prompt)
+    def _prompt(self, prompt: Sequence[int]) -> list[int]:
+        """Return the tokens of a prompt as the model reads them."""
+        ids = list(prompt)
         if self.model.config.is_encoder_decoder:
-            prompt.append(int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
-        return prompt
+            ids.append(int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
+        return ids
+
+    def _scores(self, tokens: list[int], start: int) -> Tensor:
+        if not self.model.config.is_encoder_decoder:
+            return super()._scores(tokens, start)
+        first = self.model.generation_config.decoder_start_token_id  # type: ignore[union-attr]
+        prompt, answer = self._prompt(tokens[:start]), [first, *tokens[start:-1]]
+        return self.model(
+            input_ids=torch.tensor([prompt], device=self.model.device),
+            decoder_input_ids=torch.tensor([answer], device=self.model.device),
+            use_cache=False,
+        ).logits[0]
 
 
 class _NextTokens(LogitsProcessor):

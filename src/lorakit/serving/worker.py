@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
@@ -249,17 +250,22 @@ class Worker(ABC):
             raise DataError(
                 f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
             )
+        with self._by_row([lease]):
+            scores = self._scores(tokens, start)
+        new = torch.tensor(tokens[start:], device=scores.device)
+        values: list[float] = []
+        for first in range(0, len(new), SCORED_ROWS):
+            part = slice(first, first + SCORED_ROWS)
+            rows = scores[part].float().log_softmax(-1)
+            values += rows.gather(-1, new[part, None])[:, 0].tolist()
+        return values
+
+    def _scores(self, tokens: list[int], start: int) -> Tensor:
+        """Return the scores (N, V) of the N tokens from `start` on, each given all tokens before it."""
         ids = torch.tensor([tokens], device=self.model.device)
         options = {**self._last_scores(len(tokens) - start + 1), "use_cache": False}
-        with self._by_row([lease]):
-            scores = self.model(input_ids=ids, **options).logits[0]
-        values: list[float] = []
-        before = len(tokens) - len(scores)  # tokens whose scores are not computed
-        for first in range(start, len(tokens), SCORED_ROWS):
-            last = min(first + SCORED_ROWS, len(tokens))
-            rows = scores[first - 1 - before : last - 1 - before].float().log_softmax(-1)
-            values += rows.gather(-1, ids[0, first:last, None])[:, 0].tolist()
-        return values
+        scores = self.model(input_ids=ids, **options).logits[0]
+        return scores[start - len(tokens) - 1 : -1]
 
 
 def choice_of(blend: Blend) -> AdapterChoice:

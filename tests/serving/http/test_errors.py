@@ -123,6 +123,12 @@ COMPLETIONS = {
     "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "max_choices", "has 18 answers"),
     "too many stops": ({"stop": list("abcde")}, "stop", "max_stops", "at most 4"),
     "a long stop": ({"stop": "a" * 257}, "stop", "max_stop_length", "at most 256"),
+    "base_logprobs alone": (
+        {"base_logprobs": True},
+        "base_logprobs",
+        "unsupported_field",
+        "Set logprobs: 0",
+    ),
     "too many logprobs": ({"logprobs": 21}, "logprobs", "max_top_logprobs", "at most 20"),
 }
 
@@ -150,6 +156,8 @@ CHATS = {
     "metadata": ({"metadata": {"a": "b"}}, "metadata", "does not support"),
     "reasoning_effort": ({"reasoning_effort": "low"}, "reasoning_effort", "does not support"),
     "a prompt": ({"prompt": "a"}, "prompt", "is not a field"),
+    "base_logprobs alone": ({"base_logprobs": True}, "base_logprobs", "needs logprobs: true"),
+    "base_logprobs as a number": ({"base_logprobs": 1}, "base_logprobs", "boolean"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     "logprobs as a number": ({"logprobs": 2}, "logprobs", "boolean"),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),

@@ -267,6 +267,11 @@ def test_the_official_client(openai_client: tuple[Any, Served]) -> None:
     blend = client.chat.completions.create(
         model="tiny/base", messages=messages, extra_body={"lora": {"sql": 0.5, "e2e": 0.5}}
     )
+    compared = client.chat.completions.create(
+        model="sql", messages=messages, logprobs=True, extra_body={"base_logprobs": True}
+    )
+    own = compared.choices[0].logprobs.content
+    assert len(compared.choices[0].base_logprobs) == len(own)
     assert "sql=" in blend.system_fingerprint
     with pytest.raises(openai.NotFoundError, match="Did you mean 'sql'") as raised:
         client.completions.create(model="sqll", prompt="a")

@@ -57,6 +57,9 @@ class CompletionChoice(BaseModel):
     """Prompts in order, each with its n answers."""
     text: str
     logprobs: CompletionLogprobs | None = None
+    base_logprobs: list[float] | None = None
+    """Not of OpenAI's API: log-probabilities of the answer's tokens under the base alone. In a stream, the answer's
+    last event has them."""
     finish_reason: FinishReason | None = None
 
 
@@ -106,6 +109,9 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
+    base_logprobs: list[float] | None = None
+    """Not of OpenAI's API: log-probabilities of the answer's tokens under the base alone. In a stream, the answer's
+    last event has them."""
     finish_reason: FinishReason
 
 
@@ -130,6 +136,9 @@ class ChatPart(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
+    base_logprobs: list[float] | None = None
+    """Not of OpenAI's API: log-probabilities of the answer's tokens under the base alone. In a stream, the answer's
+    last event has them."""
     finish_reason: FinishReason | None = None
 
 

@@ -75,6 +75,7 @@ class _Form(Form[ChatRequest, ChatLogprobs]):
                 message=ChatMessage(content=answer.text),
                 logprobs=logprobs,
                 finish_reason=answer.reason,
+                **await self.base_fields(index),
             )
             for index, (answer, logprobs) in enumerate(await self.ended())
         ]
@@ -88,7 +89,8 @@ class _Form(Form[ChatRequest, ChatLogprobs]):
                 begun.add(index)
                 yield self._part(index, ChatDelta(role="assistant", content=""))
             if isinstance(part, End):
-                yield self._part(index, ChatDelta(), finish_reason=part.reason)
+                fields = await self.base_fields(index)
+                yield self._part(index, ChatDelta(), finish_reason=part.reason, **fields)
             elif part.text or (self.body.logprobs and part.tokens):
                 delta = ChatDelta(content=part.text)
                 yield self._part(index, delta, logprobs=self.logprobs(index, part.tokens))

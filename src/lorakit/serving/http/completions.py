@@ -56,7 +56,11 @@ class _Form(Form[CompletionRequest, CompletionLogprobs]):
     async def whole(self) -> Completion:
         choices = [
             CompletionChoice(
-                index=index, text=answer.text, logprobs=logprobs, finish_reason=answer.reason
+                index=index,
+                text=answer.text,
+                logprobs=logprobs,
+                finish_reason=answer.reason,
+                **await self.base_fields(index),
             )
             for index, (answer, logprobs) in enumerate(await self.ended())
         ]
@@ -71,6 +75,7 @@ class _Form(Form[CompletionRequest, CompletionLogprobs]):
                     text="",
                     logprobs=None,
                     finish_reason=part.reason,  # type: ignore[arg-type]
+                    **await self.base_fields(index),
                 )
             elif part.text or self.body.logprobs is not None:
                 choice = CompletionChoice(

@@ -21,6 +21,9 @@ from lorakit.serving.http.streaming import started
 Body = TypeVar("Body", bound=Generating)
 Logprobs = TypeVar("Logprobs", bound=BaseModel)
 
+_NOT_OPENAIS: Any = {"choices": {"__all__": {"base_logprobs"}}}
+"""Fields that an answer has only if the client wants them."""
+
 
 class Form(ABC, Generic[Body, Logprobs]):
     """Puts the events of a generation into a form of OpenAI's API.
@@ -59,6 +62,12 @@ class Form(ABC, Generic[Body, Logprobs]):
         options = self.body.stream_options
         return {"usage": None} if options and options.include_usage else {}
 
+    async def base_fields(self, index: int) -> dict[str, list[float]]:
+        """Return the field base_logprobs of an answer that has ended, if the client wants it."""
+        if not self.body.base_logprobs:
+            return {}
+        return {"base_logprobs": await self.generation.base_logprobs(index)}
+
     async def ended(self) -> list[tuple[Whole, Logprobs | None]]:
         """Return each answer with its log-probabilities, when all have ended."""
         answers = await collect(self.generation)
@@ -73,4 +82,5 @@ class Form(ABC, Generic[Body, Logprobs]):
         if self.body.stream:
             return await started(request, self.generation, self.stream(), headers)
         content = await guarded(request, self.whole())
-        return JSONResponse(content.model_dump(), headers=headers)
+        fields = content.model_dump(exclude=None if self.body.base_logprobs else _NOT_OPENAIS)
+        return JSONResponse(fields, headers=headers)

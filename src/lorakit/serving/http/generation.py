@@ -29,6 +29,7 @@ from lorakit.serving.engine import (
     factor,
 )
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
+from lorakit.serving.http.base_logprobs import base_logprobs, require_base
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error
 from lorakit.serving.http.schemas import Generating
 from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
@@ -121,6 +122,8 @@ async def begin(
     admitted(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
+        if body.base_logprobs:
+            require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
         requests = [
             GenerationRequest(
@@ -206,6 +209,8 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._ends: dict[int, End] = {}
+        self._ids: list[list[int]] = [[] for _ in requests]
+        """Tokens of each answer so far."""
         self._reserved = 0
         self._lock = threading.Lock()
         self._open = 1
@@ -248,6 +253,11 @@ class Generation:
         reports = self.requests[0].top_logprobs is not None
         return await self._serving.in_worker(work) if reports else work()
 
+    async def base_logprobs(self, index: int) -> list[float]:
+        """Return the log-probabilities under the base alone of the tokens of an answer that has ended."""
+        prompt, ids = self.requests[index].prompt, self._ids[index]
+        return await base_logprobs(self._serving, self._record, prompt, ids)
+
     def cancel(self) -> None:
         """Stop computing. The Ends follow, and with the last the lease is released."""
         for ticket in self._tickets:
@@ -268,6 +278,7 @@ class Generation:
                 else:
                     metrics.first_token(at - self._record.began)
                 last[index] = at
+                self._ids[index] += [token.id for token in event.tokens]
             if isinstance(event, End):
                 self._ends[index] = event
                 if event.reason == "error":

@@ -76,24 +76,25 @@ def completion_logprobs(tokens: Sequence[Token], texts: TokenTexts, top: int) ->
     for token in tokens:
         likely: dict[str, float] = {}
         for i, value in token.top:  # the most likely of several tokens with one text
-            likely.setdefault(texts.text(i), _finite(value))
+            likely.setdefault(texts.text(i), finite(value))
         text, offset = texts.add(token.id)
         result.tokens.append(text)
-        result.token_logprobs.append(_finite(token.logprob))
+        result.token_logprobs.append(finite(token.logprob))
         result.text_offset.append(offset)
         if result.top_logprobs is not None:
             # OpenAI adds the token itself where it is not among them.
-            result.top_logprobs.append({**likely, text: _finite(token.logprob)})
+            result.top_logprobs.append({**likely, text: finite(token.logprob)})
     return result
 
 
 def _top(text: str, value: float | None) -> TopLogprob:
     return TopLogprob(
         token=text,
-        logprob=_finite(value),
+        logprob=finite(value),
         bytes=None if REPLACEMENT in text else list(text.encode()),
     )
 
 
-def _finite(value: float | None) -> float:
+def finite(value: float | None) -> float:
+    """Return a log-probability as a number that JSON has."""
     return value if value is not None and math.isfinite(value) else LOWEST

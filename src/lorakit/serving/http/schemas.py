@@ -91,6 +91,9 @@ class Generating(Strict):
     max_tokens: Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    base_logprobs: bool | None = False
+    """Not of OpenAI's API. After each answer, report its tokens' log-probabilities under the base alone: what the
+    adapters changed."""
     user: str | None = None
     """A name of the end user, which changes nothing: it is neither stored nor logged."""
 
@@ -160,6 +163,15 @@ class CompletionRequest(Generating):
         if self.best_of not in (None, self.n or 1):
             raise unsupported(
                 "best_of", "'best_of' other than n is not supported by this server. Leave it out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _base_needs_logprobs(self) -> Any:
+        if self.base_logprobs and self.logprobs is None:
+            raise unsupported(
+                "base_logprobs",
+                "'base_logprobs' needs logprobs. Set logprobs: 0, or leave it out.",
             )
         return self
 
@@ -258,6 +270,10 @@ class ChatRequest(Generating):
     def _agree(self) -> Any:
         if self.top_logprobs is not None and not self.logprobs:
             raise unsupported("top_logprobs", "'top_logprobs' needs logprobs: true. Leave it out.")
+        if self.base_logprobs and not self.logprobs:
+            raise unsupported(
+                "base_logprobs", "'base_logprobs' needs logprobs: true. Leave it out."
+            )
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
             raise unsupported(
                 "max_tokens",
