@@ -37,14 +37,15 @@ class Browser:
         self._chromium = chromium
 
     @contextmanager
-    def open(self, path: Path, *, width: int = 1200, **options: Any) -> Iterator[Opened]:
+    def open(self, place: Path | str, *, width: int = 1200, **options: Any) -> Iterator[Opened]:
+        """Open a file or an address."""
         context = self._chromium.new_context(viewport={"width": width, "height": 900}, **options)
         try:
             opened = Opened(context.new_page())
             opened.page.on("request", lambda request: opened.requests.append(request.url))
             opened.page.on("console", lambda message: opened.messages.append(message.text))
             opened.page.on("pageerror", lambda error: opened.messages.append(str(error)))
-            opened.page.goto(path.as_uri())
+            opened.page.goto(place.as_uri() if isinstance(place, Path) else place)
             yield opened
         finally:
             context.close()

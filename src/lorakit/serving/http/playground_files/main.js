@@ -1,1 +1,506 @@
-document.getElementById("playground").textContent = "lorakit";
+// The page: its panes, its settings, and what people do with them.
+
+import { ApiError, hasKey, listModels, readReport, setKey } from "./api.js";
+import { code } from "./code.js";
+import { BLEND, Pane } from "./pane.js";
+import { exported, forgetTally, fromHash, imported, readTally, toHash, vote } from "./session.js";
+import { watchTokens } from "./tokens.js";
+
+const MOST_PANES = 4;
+const LETTERS = "ABCD";
+const DEFAULTS = { mode: "chat", temperature: 0.7, top_p: 1, top_k: 0, max_tokens: 256, seed: null, stop: "", system: "" };
+const FIELDS = ["temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "system"];
+
+const at = (id) => document.getElementById(id);
+const prompt = at("prompt");
+
+let models = [];
+let panes = [];
+let edited = null; // number of turns that stay when an earlier message is edited
+let settings = { ...DEFAULTS, colours: true };
+let coded = null; // the pane whose request is shown as code
+
+// --- what the panes use ------------------------------------------------------------------------------
+
+const page = {
+  models: () => models,
+  base: () => models[0]?.id ?? "",
+  kind: () => models[0]?.details.kind ?? "text",
+  limits: () => models[0]?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  settings: () => settings,
+  newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1,
+  say(text) {
+    at("status").textContent = text;
+  },
+  changed() {
+    keepAddress();
+    showButtons();
+  },
+  edit(index, text) {
+    edited = index;
+    prompt.value = text;
+    at("editing").hidden = false;
+    prompt.focus();
+  },
+  remove(pane) {
+    pane.stop();
+    const position = panes.indexOf(pane);
+    panes = panes.filter((other) => other !== pane);
+    pane.node.remove();
+    page.changed();
+    (panes[Math.min(position, panes.length - 1)]?.select ?? at("add-pane")).focus();
+  },
+  ended(pane) {
+    const answer = pane.turns.at(-1)?.answer;
+    const how = answer?.error ? "has an error" : answer?.ended === "stopped" ? "was stopped" : "has finished";
+    page.say(`${pane.name} ${how}.`);
+    showButtons();
+    askForVote();
+  },
+  async refresh(status) {
+    if (status === 401) return askForKey();
+    await readModels().catch(() => {});
+  },
+  showCard,
+  showCode(pane) {
+    coded = pane;
+    showCode("curl");
+    at("code-dialog").showModal();
+  },
+};
+
+// --- start -------------------------------------------------------------------------------------------
+
+async function start() {
+  try {
+    await readModels();
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401) return askForKey();
+    return notice(error.message);
+  }
+  notice("");
+  const found = fromHash(location.hash);
+  const isChat = models[0].details.chat || models.some((model) => model.details.chat);
+  settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
+  settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
+  prompt.value = found.prompt;
+  const adapters = models.slice(1).filter((model) => !model.details.error);
+  const usual = [...(page.kind() === "text" ? [models[0]] : []), ...adapters].slice(0, 3);
+  setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
+  showSettings();
+  if (!adapters.length) notice("This server has no adapter yet. Train one with lorakit train, or see lorakit demo.");
+}
+
+async function readModels() {
+  models = await listModels();
+  const { details } = models[0];
+  const facts = [page.base(), details.dtype, details.engine && `${details.engine} engine`, `${models.length - 1} adapters`];
+  at("base-facts").textContent = facts.filter(Boolean).join(" · ");
+  at("base-facts").title = details.notice ?? "";
+  for (const pane of panes) pane.showModels();
+}
+
+function setPanes(found) {
+  for (const pane of panes) pane.stop();
+  panes = found.map(({ choice, turns }) => {
+    const pane = new Pane(page, choice);
+    pane.turns = turns ?? [];
+    pane.render();
+    return pane;
+  });
+  at("panes").replaceChildren(...panes.map((pane) => pane.node));
+  hideVote();
+  showButtons();
+}
+
+function notice(text) {
+  at("notice").textContent = text;
+  at("notice").hidden = !text;
+}
+
+// --- settings ----------------------------------------------------------------------------------------
+
+function showSettings() {
+  const isText = page.kind() === "text";
+  for (const name of FIELDS) at(name).value = settings[name] ?? "";
+  at("max_tokens").max = page.limits().max_tokens;
+  at("colours").checked = settings.colours;
+  document.querySelector(`[name=mode][value=${settings.mode}]`).checked = true;
+  at("system-field").hidden = settings.mode === "text";
+  document.querySelector(".modes").hidden = !isText;
+  at("settings").hidden = !isText;
+  at("legend").hidden = !isText || !settings.colours;
+  const label = { chat: "Message", text: "Text to continue" }[settings.mode];
+  at("prompt-label").textContent = isText ? label : "Text to classify";
+  prompt.placeholder = isText ? { chat: "Write a message", text: "Write the start of a text" }[settings.mode] : "Write a text to classify";
+  at("send").textContent = isText ? { chat: "Send", text: "Continue" }[settings.mode] : "Classify";
+}
+
+/** Read a field; a value that the browser calls invalid does not count. */
+function readField(name) {
+  const field = at(name);
+  if (!field.reportValidity()) return;
+  if (field.type !== "number") settings[name] = field.value;
+  else if (field.value !== "") settings[name] = Number(field.value);
+  else settings[name] = DEFAULTS[name];
+  page.changed();
+}
+
+for (const name of FIELDS) at(name).addEventListener("change", () => readField(name));
+at("colours").addEventListener("change", () => {
+  settings.colours = at("colours").checked;
+  showSettings();
+  for (const pane of panes) if (!pane.isRunning) pane.render();
+});
+for (const radio of document.querySelectorAll("[name=mode]")) {
+  radio.addEventListener("change", () => {
+    settings.mode = radio.value;
+    clear();
+    showSettings();
+    page.changed();
+  });
+}
+
+function keepAddress() {
+  const state = { panes: panes.map((pane) => pane.choice), settings, prompt: prompt.value };
+  history.replaceState(null, "", toHash(state));
+}
+
+// --- sending -----------------------------------------------------------------------------------------
+
+at("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = prompt.value;
+  const isEmpty = settings.mode === "text" && page.kind() === "text" ? text === "" : text.trim() === "";
+  if (isEmpty || !panes.length) {
+    notice(panes.length ? "Write something first." : "Add a model first.");
+    prompt.focus();
+    return;
+  }
+  notice("");
+  keepAddress();
+  const isChat = settings.mode === "chat" && page.kind() === "text";
+  const kept = isChat ? (edited ?? Math.max(...panes.map((pane) => pane.turns.length))) : 0;
+  endEdit();
+  if (isChat) prompt.value = "";
+  const seed = settings.seed ?? page.newSeed();
+  beginBlind();
+  for (const pane of panes) pane.ask(text, kept, seed);
+  showButtons();
+  page.say("Computing the answers.");
+});
+
+prompt.addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
+  const sends = settings.mode === "chat" ? !event.shiftKey : event.ctrlKey || event.metaKey;
+  if (event.key === "Enter" && sends) {
+    event.preventDefault();
+    at("composer").requestSubmit();
+  }
+});
+prompt.addEventListener("change", keepAddress);
+
+function endEdit() {
+  edited = null;
+  at("editing").hidden = true;
+}
+
+function clear() {
+  endEdit();
+  for (const pane of panes) {
+    pane.stop();
+    pane.turns = [];
+    pane.letter = null;
+    pane.showBlend();
+    pane.render();
+  }
+  hideVote();
+  showButtons();
+}
+
+at("cancel-edit").addEventListener("click", () => {
+  endEdit();
+  prompt.value = "";
+  prompt.focus();
+});
+at("clear").addEventListener("click", () => {
+  clear();
+  prompt.value = "";
+  keepAddress();
+  prompt.focus();
+});
+at("stop-all").addEventListener("click", () => {
+  for (const pane of panes) pane.stop();
+});
+at("add-pane").addEventListener("click", () => {
+  const shown = panes.map((pane) => pane.model);
+  const model = models.map(({ id }) => id).find((id) => !shown.includes(id)) ?? page.base();
+  const pane = new Pane(page, { model });
+  // The new pane joins the conversation of the others at their last message.
+  const turns = panes[0]?.turns ?? [];
+  pane.turns = turns.map(({ user }) => ({ user, answer: null }));
+  panes.push(pane);
+  at("panes").append(pane.node);
+  page.changed();
+  pane.select.focus();
+  if (turns.length) pane.again();
+});
+
+function showButtons() {
+  const running = panes.some((pane) => pane.isRunning);
+  at("stop-all").disabled = !running;
+  at("add-pane").disabled = panes.length >= MOST_PANES || !models.length;
+}
+
+// --- blind vote --------------------------------------------------------------------------------------
+
+/** Shuffle the panes and hide their names, if the vote is on. */
+function beginBlind() {
+  hideVote();
+  const isBlind = at("blind").checked && panes.length > 1;
+  if (isBlind) {
+    for (let i = panes.length - 1; i > 0; i -= 1) {
+      const j = page.newSeed() % (i + 1);
+      [panes[i], panes[j]] = [panes[j], panes[i]];
+    }
+    at("panes").replaceChildren(...panes.map((pane) => pane.node));
+  }
+  panes.forEach((pane, i) => {
+    pane.letter = isBlind ? LETTERS[i] : null;
+    pane.showBlend();
+  });
+}
+
+function hideVote() {
+  at("vote").hidden = true;
+}
+
+function askForVote() {
+  const blind = panes.filter((pane) => pane.letter !== null);
+  if (!blind.length || blind.some((pane) => pane.isRunning)) return;
+  const failed = blind.filter((pane) => pane.turns.at(-1)?.answer?.error);
+  if (failed.length) return reveal("A model failed, so there is no vote.");
+  const buttons = [...blind, null].map((pane) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = pane ? pane.letter : "None is better";
+    button.ariaLabel = pane ? `Answer ${pane.letter} is best` : "None is better";
+    button.addEventListener("click", () => {
+      const letters = blind.map((other) => [other.letter, other]);
+      for (const other of blind) other.letter = null;
+      vote(blind.map((other) => other.name), pane?.name);
+      const names = letters.map(([letter, other]) => `${letter} is ${other.name}`).join(", ");
+      reveal(`${names}. ${pane ? `You chose ${pane.name}.` : "You chose none."}`);
+    });
+    return button;
+  });
+  at("vote-question").textContent = "Which answer is best? The names are shown after your vote.";
+  at("vote-buttons").replaceChildren(...buttons);
+  at("vote").hidden = false;
+  page.say("All answers are there. Vote for the best one.");
+}
+
+function reveal(text) {
+  for (const pane of panes) {
+    pane.letter = null;
+    pane.showBlend();
+    pane.render();
+  }
+  at("vote-question").textContent = text;
+  at("vote-buttons").replaceChildren();
+  at("vote").hidden = false;
+  page.say(text);
+}
+
+at("blind").addEventListener("change", () => {
+  if (!at("blind").checked && panes.some((pane) => pane.letter !== null)) reveal("The blind vote is off.");
+});
+
+// --- dialogs -----------------------------------------------------------------------------------------
+
+for (const button of document.querySelectorAll("[data-closes]")) {
+  button.addEventListener("click", () => button.closest("dialog").close());
+}
+document.querySelector("[data-opens=session-dialog]").addEventListener("click", () => {
+  showTally();
+  at("session-message").textContent = "";
+  at("session-dialog").showModal();
+});
+
+function showCode(language) {
+  const turns = coded.turns.length;
+  if (!turns) coded.turns = [{ user: prompt.value || "Hello", answer: null }];
+  const last = coded.turns.at(-1).answer;
+  const seed = last?.seed ?? settings.seed ?? 0;
+  const request = coded.request(coded.turns.length - 1, settings, seed);
+  if (!turns) coded.turns = [];
+  at("code-text").textContent = code(language, request, { base: page.base(), hasKey: hasKey() });
+  for (const tab of document.querySelectorAll("[data-code]")) {
+    const isChosen = tab.dataset.code === language;
+    tab.hidden = page.kind() !== "text" && tab.dataset.code !== "curl";
+    tab.setAttribute("aria-selected", String(isChosen));
+    tab.tabIndex = isChosen ? 0 : -1;
+    if (isChosen) at("code-text").setAttribute("aria-labelledby", tab.id);
+  }
+}
+
+for (const tab of document.querySelectorAll("[data-code]")) {
+  tab.addEventListener("click", () => showCode(tab.dataset.code));
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const tabs = [...document.querySelectorAll("[data-code]:not([hidden])")];
+    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
+    showCode(next.dataset.code);
+    next.focus();
+  });
+}
+
+async function copy(text, button) {
+  const before = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "The browser does not allow copying";
+  }
+  setTimeout(() => {
+    button.textContent = before;
+  }, 1500);
+}
+at("copy-code").addEventListener("click", (event) => copy(at("code-text").textContent, event.currentTarget));
+at("copy-link").addEventListener("click", (event) => {
+  keepAddress();
+  copy(location.href, event.currentTarget);
+});
+
+/** Show facts about a pane's model, or about the adapters of its blend. */
+function showCard(pane) {
+  const names = pane.model === BLEND ? Object.keys(pane.blend) : [pane.model];
+  const facts = names.flatMap((name) => {
+    const model = models.find(({ id }) => id === name);
+    const found = model ? cardFacts(model) : [["error", "The server does not offer this model."]];
+    return names.length > 1 ? [["adapter", name], ...found] : found;
+  });
+  at("card-title").textContent = pane.name;
+  at("card-facts").replaceChildren(
+    ...facts.flatMap(([name, value]) => {
+      const [term, fact] = [document.createElement("dt"), document.createElement("dd")];
+      [term.textContent, fact.textContent] = [name, value];
+      return [term, fact];
+    }),
+  );
+  const reported = models.find(({ id, details }) => names.includes(id) && details.report);
+  at("show-report").hidden = !reported;
+  at("show-report").onclick = () => showReport(reported.id);
+  at("card-dialog").showModal();
+}
+
+function cardFacts({ id, details, parent }) {
+  const facts = {
+    base: parent ?? id,
+    method: details.method,
+    rank: details.rank,
+    alpha: details.alpha,
+    size: details.size && `${(details.size / 1e6).toFixed(1)} MB`,
+    task: details.task,
+    labels: details.labels?.join(", "),
+    data: details.data?.join(", "),
+    "trained steps": details.step,
+    scores: Object.entries(details.scores ?? {}).map(([name, value]) => `${name} ${Number(value.toPrecision(4))}`).join(", "),
+    dtype: details.dtype,
+    context: details.context && `${details.context.toLocaleString("en")} tokens`,
+    engine: details.engine,
+    note: details.notice,
+    digest: details.digest,
+    error: details.error,
+  };
+  return Object.entries(facts).filter(([, value]) => value !== undefined && value !== null && value !== "");
+}
+
+async function showReport(name) {
+  try {
+    at("report-frame").srcdoc = await readReport(name);
+  } catch (error) {
+    notice(error.message);
+    return;
+  }
+  at("report-title").textContent = `Report of ${name}`;
+  at("report-dialog").showModal();
+}
+at("report-dialog").addEventListener("close", () => {
+  at("report-frame").srcdoc = "";
+});
+
+function askForKey() {
+  at("key-error").textContent = hasKey() ? "The server does not accept this key." : "";
+  if (!at("key-dialog").open) at("key-dialog").showModal();
+}
+at("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setKey(at("key").value);
+  at("key").value = "";
+  at("key-dialog").close();
+  start();
+});
+
+// --- sessions and votes ------------------------------------------------------------------------------
+
+at("export").addEventListener("click", () => {
+  const text = exported({
+    panes: panes.map(({ choice, turns }) => ({ choice, turns })),
+    settings,
+    prompt: prompt.value,
+    server: { base: page.base(), ...models[0]?.details },
+  });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = `lorakit-session-${new Date().toISOString().slice(0, 16).replaceAll(":", "")}.json`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+});
+
+at("import").addEventListener("change", async () => {
+  const [file] = at("import").files;
+  at("import").value = "";
+  if (!file) return;
+  try {
+    const found = await imported(file);
+    settings = { ...settings, seed: null, ...found.settings };
+    prompt.value = found.prompt;
+    endEdit();
+    setPanes(found.panes);
+    showSettings();
+    keepAddress();
+    at("session-message").textContent = "The session is open.";
+  } catch (error) {
+    at("session-message").textContent = error.message;
+  }
+});
+
+function showTally() {
+  const rows = Object.entries(readTally()).sort(([, a], [, b]) => b.won / b.shown - a.won / a.shown);
+  const [body] = at("tally").tBodies;
+  body.replaceChildren();
+  for (const [name, { won, shown }] of rows) {
+    const row = body.insertRow();
+    row.insertCell().textContent = name;
+    for (const count of [won, shown]) {
+      const cell = row.insertCell();
+      cell.className = "number";
+      cell.textContent = count;
+    }
+  }
+  at("tally").hidden = !rows.length;
+  at("no-votes").hidden = rows.length > 0;
+  at("reset-tally").hidden = !rows.length;
+}
+at("reset-tally").addEventListener("click", () => {
+  forgetTally();
+  showTally();
+});
+
+watchTokens(at("panes"), at("tip"));
+addEventListener("hashchange", start);
+start();

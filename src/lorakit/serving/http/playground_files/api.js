@@ -1,0 +1,90 @@
+// Requests to this server's API, with the key if it needs one.
+
+const KEY = "lorakit-key";
+
+/** An answer of the server, or of the network, that is not what was asked for. */
+export class ApiError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export function setKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+export function hasKey() {
+  return Boolean(sessionStorage.getItem(KEY));
+}
+
+async function send(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server does not answer. Is it still running?");
+  }
+  if (!response.ok) throw new ApiError(await errorText(response), response.status);
+  return response;
+}
+
+async function errorText(response) {
+  const text = await response.text();
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    return `The server answered ${response.status}: ${text.slice(0, 300)}`;
+  }
+}
+
+/** Return all models, the base first. */
+export async function listModels() {
+  return (await (await send("v1/models")).json()).data;
+}
+
+/** Return the HTML of the report of a model's run. */
+export async function readReport(model) {
+  return (await send(`v1/reports/${model.split("/").map(encodeURIComponent).join("/")}`)).text();
+}
+
+function post(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  return send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+/** Return the classes of a text. */
+export async function classify(body, signal) {
+  const response = await post("v1/classify", body, signal);
+  return { ...(await response.json()), receipt: response.headers.get("x-lorakit-adapter") };
+}
+
+/** Yield the events of a streamed answer as objects. A stream that is cut, or ends in an error, throws. */
+export async function* stream(path, body, signal) {
+  const response = await post(path, body, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) throw new ApiError("The connection ended before the answer did.");
+      const events = (rest + value).split("\n\n");
+      rest = events.pop();
+      for (const event of events) {
+        const data = event.replace(/^data: /, "");
+        if (data === "[DONE]") return;
+        const content = JSON.parse(data);
+        if (content.error) throw new ApiError(content.error.message);
+        yield content;
+      }
+    }
+  } catch (error) {
+    if (error instanceof ApiError || error.name === "AbortError") throw error;
+    throw new ApiError("The connection ended before the answer did.");
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

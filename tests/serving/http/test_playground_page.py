@@ -1,0 +1,484 @@
+"""The playground in Chromium: what its panes show is what the API answers, and people can use it in every way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+import pytest
+
+if str(Path(__file__).parents[2] / "reporting") not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "reporting"))
+
+from axe_playwright_python.sync_playwright import Axe
+from browser import HOSTILE, Browser, Opened, open_browser
+from whole import served
+
+from lorakit.serving.opening import Opened as Server
+
+pytestmark = pytest.mark.slow  # each test opens pages
+
+SEED, MOST = 7, 24
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as opened:
+        yield opened
+
+
+@dataclass
+class Site:
+    """A server with a page."""
+
+    address: str
+    opened: Server
+    delay: list[float] = field(default_factory=lambda: [0.0])
+    """Seconds that each step of the engine takes besides computing."""
+
+    def link(self, *models: str, blend: dict[str, float] | None = None, **settings: Any) -> str:
+        query = [("model", name) for name in models]
+        if blend:
+            query.append(("blend", json.dumps(blend)))
+        own = {"mode": "chat", "temperature": 1, "seed": SEED, "max_tokens": MOST, **settings}
+        return f"{self.address}/#{urlencode([*query, *own.items()])}"
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        answer = httpx.post(f"{self.address}/v1/{path}", json=body, timeout=30)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def chat(self, model: str, *texts: str, **body: Any) -> str:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+        own = {"temperature": 1, "seed": SEED, "max_completion_tokens": MOST, **body}
+        answer = self.ask("chat/completions", model=model, messages=messages, **own)
+        return answer["choices"][0]["message"]["content"]
+
+
+@contextlib.contextmanager
+def site_of(folder: Path, live: Any) -> Iterator[Site]:
+    with served(folder) as (client, opened):
+        delay = [0.0]
+        advance = opened.worker._advance
+
+        def slow() -> bool:
+            time.sleep(delay[0])
+            return advance()
+
+        opened.worker._advance = slow  # type: ignore[method-assign]
+        yield Site(live(SimpleNamespace(app=client.app)), opened, delay)
+
+
+@pytest.fixture
+def site(text: Path, live: Any, tmp_path: Path) -> Iterator[Site]:
+    """A server of its own, since some tests unload adapters."""
+    folder = shutil.copytree(text, tmp_path / "text")
+    with site_of(folder, live) as found:
+        yield found
+
+
+def panes(opened: Opened) -> list[Any]:
+    return opened.page.locator(".pane").all()
+
+
+def send(opened: Opened, text: str = "The river") -> None:
+    opened.page.fill("#prompt", text)
+    opened.page.click("#send")
+    finish(opened)
+
+
+def finish(opened: Opened) -> None:
+    """Wait until no pane computes."""
+    opened.page.wait_for_selector("#stop-all:disabled", timeout=20_000)
+
+
+def answers(opened: Opened) -> list[str]:
+    """Return the last answer of each pane."""
+    return [pane.locator(".turn:last-child .answer").last.text_content() for pane in panes(opened)]
+
+
+def clean(opened: Opened, site: Site) -> None:
+    """Check that the page reported no error and asked no other server."""
+    assert [m for m in opened.messages if "404" not in m and "401" not in m] == []
+    own = (site.address, "blob:", "data:", "about:")
+    assert [url for url in opened.requests if not url.startswith(own)] == []
+
+
+# --- the answers -------------------------------------------------------------------------------------
+
+
+def test_each_pane_shows_what_the_api_answers(browser: Browser, site: Site) -> None:
+    blend = {"e2e": 0.5, "sql": 0.5}
+    with browser.open(site.link("base", "e2e", "sql", blend=blend)) as opened:
+        send(opened)
+        shown = answers(opened)
+        expected = [site.chat(name, "The river") for name in ("base", "e2e", "sql")]
+        expected.append(site.chat("base", "The river", lora=blend))
+        assert shown == expected
+        assert len(set(shown)) == 4
+        # A second message continues each pane's own conversation.
+        send(opened, "And the park?")
+        again = [
+            site.chat(name, "The river", first, "And the park?")
+            for name, first in zip(("base", "e2e", "sql"), shown, strict=False)
+        ]
+        assert answers(opened)[:3] == again
+        clean(opened, site)
+
+
+def test_a_text_is_continued_as_the_api_does(browser: Browser, site: Site) -> None:
+    link = site.link("base", "sql", mode="text", top_p=0.9, top_k=20, stop="e")
+    with browser.open(link) as opened:
+        send(opened)
+        body = {"prompt": "The river", "temperature": 1, "top_p": 0.9, "top_k": 20, "stop": ["e"]}
+        expected = [
+            site.ask("completions", model=name, seed=SEED, max_tokens=MOST, **body)["choices"][0][
+                "text"
+            ]
+            for name in ("base", "sql")
+        ]
+        assert answers(opened) == expected
+        assert opened.page.locator(".given").first.text_content() == "The river"
+
+
+def test_the_base_in_an_adapters_place_is_caught(browser: Browser, site: Site) -> None:
+    """The receipt of an answer must name what the pane asked for."""
+    acquire = site.opened.store.acquire
+
+    def wrong(name: Any) -> Any:
+        return acquire("sql" if name is None else None)
+
+    with browser.open(site.link("base", "sql")) as opened:
+        site.opened.store.acquire = wrong  # type: ignore[method-assign]
+        send(opened)
+        base, adapter = (pane.locator(".alert").text_content() for pane in panes(opened))
+        assert "names sql, not the base alone" in base
+        assert "names the base alone, not sql" in adapter
+
+
+def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql")) as opened:
+        send(opened)
+        base, adapter = panes(opened)
+        assert base.locator(".token").count() == 0
+        assert adapter.locator(".token[class*=up], .token[class*=down]").count() > 0
+        # The numbers are those of the API.
+        body = {"temperature": 1, "seed": SEED, "max_completion_tokens": MOST}
+        messages = [{"role": "user", "content": "The river"}]
+        answer = site.ask(
+            "chat/completions",
+            model="sql",
+            messages=messages,
+            logprobs=True,
+            base_logprobs=True,
+            **body,
+        )["choices"][0]
+        own, under_base = answer["logprobs"]["content"][0]["logprob"], answer["base_logprobs"][0]
+        first = adapter.locator(".token").first
+        first.hover()
+        shown = opened.page.locator("#tip").text_content()
+        for value in (own, under_base):
+            share = 100 * 2.718281828459045**value
+            assert share < 0.1 or f"{share:.1f} %" in shown or f"{share:.0f} %" in shown
+        first.focus()
+        opened.page.keyboard.press("ArrowRight")
+        assert opened.run("document.activeElement === document.querySelectorAll('.token')[1]")
+        assert opened.page.locator("#tip").is_visible()
+        opened.page.uncheck("#colours", force=True) if opened.page.locator(
+            "#settings[open]"
+        ).count() else opened.run("document.getElementById('colours').click()")
+        assert adapter.locator(".token").count() == 0
+        assert answers(opened)[1] == site.chat("sql", "The river")
+
+
+# --- while answers are computed ----------------------------------------------------------------------
+
+
+def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
+        site.delay[0] = 0.03
+        opened.page.fill("#prompt", "The river")
+        opened.page.click("#send")
+        base = panes(opened)[0]
+        opened.page.wait_for_function(
+            "document.querySelectorAll('.pane')[0].querySelector('.answer').textContent.length > 3"
+        )
+        base.locator(".stop").click()
+        finish(opened)
+        site.delay[0] = 0
+        stopped, whole = answers(opened)
+        alone = {"temperature": 0, "max_completion_tokens": 60}
+        assert whole == site.chat("sql", "The river", **alone)
+        assert "Stopped." in base.text_content()
+        assert 0 < len(stopped) < len(site.chat("base", "The river", **alone))
+        assert site.chat("base", "The river", **alone).startswith(stopped)
+        wait_until_idle(site)
+
+
+def wait_until_idle(site: Site) -> None:
+    until = time.monotonic() + 10
+    while site.opened.engine.load().running or site.opened.store.stats().leases:
+        assert time.monotonic() < until, "the engine still computes a stopped answer"
+        time.sleep(0.02)
+
+
+def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None:
+    link = site.link("base", blend={"e2e": 0.5, "sql": 0.5}, temperature=0)
+    with browser.open(link) as opened:
+        send(opened)
+        before = answers(opened)
+        slider = opened.page.locator("input[type=range]").first
+        slider.fill("0")
+        opened.page.wait_for_function("location.hash.includes('%22e2e%22%3A0%2C')")
+        opened.page.wait_for_timeout(600)
+        finish(opened)
+        after = answers(opened)
+        assert after[0] == before[0]
+        assert after[1] == site.chat("sql", "The river", temperature=0, lora=None) != before[1] or (
+            after[1] == site.chat("base", "The river", temperature=0, lora={"sql": 0.5})
+        )
+
+
+def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
+    browser: Browser, site: Site
+) -> None:
+    with browser.open(site.link("base", "sql")) as opened:
+        send(opened)
+        answer = httpx.post(
+            f"{site.address}/v1/unload_lora_adapter", json={"lora_name": "sql"}, timeout=10
+        )
+        assert answer.status_code == 200
+        send(opened, "And the park?")
+        base, adapter = panes(opened)
+        assert adapter.locator(".alert").is_visible()
+        assert "sql" in adapter.locator(".alert").text_content()
+        assert not base.locator(".alert").is_visible()
+        assert answers(opened)[0]
+        opened.page.wait_for_function(
+            "document.querySelectorAll('.model')[1].selectedOptions[0].text.includes('not served')"
+        )
+
+
+def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql", seed="")) as opened:
+        send(opened)
+        first = answers(opened)
+        panes(opened)[1].locator(".again").click()
+        finish(opened)
+        assert answers(opened)[0] == first[0]
+        send(opened, "And the park?")
+        opened.page.locator(".user button").first.click()
+        assert opened.page.input_value("#prompt") == "The river"
+        send(opened, "The pub")
+        for pane in panes(opened):
+            assert pane.locator(".user p").all_text_contents() == ["The pub"]
+        opened.page.click("#add-pane")
+        finish(opened)
+        assert panes(opened)[2].locator(".model").input_value() == "e2e"
+        assert answers(opened)[2]
+
+
+# --- what people do beside ---------------------------------------------------------------------------
+
+
+def test_the_code_of_a_request_gives_its_answer(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    with browser.open(site.link("sql", blend={"e2e": 0.5, "sql": 0.25})) as opened:
+        send(opened, 'It\'s the river\nand "the pub"')
+        for pane, shown in zip(panes(opened), answers(opened), strict=True):
+            pane.locator(".code").click()
+            curl = opened.page.text_content("#code-text")
+            opened.page.click("#tab-openai")
+            python = opened.page.text_content("#code-text")
+            opened.page.click("#tab-lorakit")
+            compile(opened.page.text_content("#code-text"), "lorakit", "exec")
+            opened.page.locator("#code-dialog [data-closes]").click()
+            answer = json.loads(run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)]))
+            assert answer["choices"][0]["message"]["content"] == shown
+            assert run([sys.executable, "-c", python]).startswith(shown)
+
+
+def run(command: list[str]) -> str:
+    import subprocess
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql")) as opened:
+        opened.page.check("#blind")
+        send(opened)
+        for pane in panes(opened):
+            visible = pane.inner_text()
+            assert not any(name in visible for name in ("base", "sql", "tokens/s", "seed"))
+            assert "base" not in pane.locator(".log").get_attribute("aria-label")
+        assert [p.locator("h2").inner_text() for p in panes(opened)] == ["Model A", "Model B"]
+        opened.page.click("#vote-buttons button >> nth=1")
+        text = opened.page.inner_text("#vote-question")
+        chosen = text.rpartition("You chose ")[2].rstrip(".")
+        assert f"B is {chosen}" in text
+        assert panes(opened)[1].locator(".model").input_value() == chosen
+        opened.page.click("[data-opens=session-dialog]")
+        rows = opened.page.locator("#tally tbody tr").all_inner_texts()
+        assert rows[0].split() == [chosen, "1", "1"]
+        assert rows[1].split()[1:] == ["0", "1"]
+
+
+def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
+    with browser.open(site.link("base", blend={"sql": 0.75})) as opened:
+        send(opened, HOSTILE)
+        before = answers(opened)
+        opened.page.click("[data-opens=session-dialog]")
+        with opened.page.expect_download() as download:
+            opened.page.click("#export")
+        file = tmp_path / "session.json"
+        download.value.save_as(file)
+    with browser.open(site.address) as opened:
+        opened.page.wait_for_selector(".pane")
+        opened.page.click("[data-opens=session-dialog]")
+        opened.page.set_input_files("#import", file)
+        opened.page.wait_for_function(
+            "document.getElementById('session-message').textContent === 'The session is open.'"
+        )
+        opened.page.locator("#session-dialog [data-closes]").click()
+        assert answers(opened) == before
+        assert opened.page.title() == "lorakit playground"
+        assert opened.page.locator(".user p").first.text_content() == HOSTILE
+        for content in ("[]", "{", '{"format": "lorakit-playground", "version": 9}'):
+            file.write_text(content)
+            opened.page.click("[data-opens=session-dialog]")
+            opened.page.set_input_files("#import", file)
+            opened.page.wait_for_function(
+                "/not a session|version/.test(document.getElementById('session-message').textContent)"
+            )
+            opened.page.locator("#session-dialog [data-closes]").click()
+        assert answers(opened) == before
+
+
+def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("sql", blend={"e2e": 1.5}, top_k=5, prompt=HOSTILE)) as opened:
+        opened.page.wait_for_selector(".pane")
+        assert opened.page.input_value("#prompt") == HOSTILE
+        assert opened.page.input_value("#top_k") == "5"
+        send(opened, "The river")
+        address, shown = opened.page.url, answers(opened)
+    with browser.open(address) as opened:
+        opened.page.wait_for_selector(".pane")
+        send(opened, "The river")
+        assert answers(opened) == shown
+    wrong = f"{site.address}/#model=&blend=[1]&temperature=x&seed=1.5&mode=song&top_p=-3"
+    with browser.open(wrong) as opened:
+        opened.page.wait_for_selector(".pane")
+        assert len(panes(opened)) == 3
+        assert opened.page.input_value("#temperature") == "0.7"
+        clean(opened, site)
+
+
+def test_cards(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("sql")) as opened:
+        opened.page.click(".card")
+        text = opened.page.inner_text("#card-facts")
+        for fact in ("method", "rank", "4", "size", "digest"):
+            assert fact in text
+
+
+def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> None:
+    with site_of(classes, live) as site, browser.open(site.address) as opened:
+        opened.page.wait_for_selector(".pane")
+        send(opened, "A fine film")
+        names = [pane.locator(".model").input_value() for pane in panes(opened)]
+        assert "base" not in names
+        for name, pane in zip(names, panes(opened), strict=True):
+            (row,) = site.ask("classify", model=name, input="A fine film")["data"]
+            shown = pane.locator(".bars").inner_text()
+            expected = [f"{100 * s:.1f} %" for s in row["scores"].values()]
+            for value in expected or [f"{row['score']:.3f}"]:
+                assert value in shown
+        clean(opened, site)
+
+
+# --- everybody can use it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_accessible_and_nothing_overflows(
+    browser: Browser, site: Site, scheme: str, width: int
+) -> None:
+    link = site.link("base", "sql", blend={"e2e": 0.5, "sql": 0.5})
+    with browser.open(link, width=width, color_scheme=scheme) as opened:
+        opened.page.wait_for_selector(".pane")
+        opened.page.click("#settings summary")
+        send(opened)
+        found = [Axe().run(opened.page)]
+        assert opened.run("document.documentElement.scrollWidth <= innerWidth")
+        for opener, dialog in (
+            (".code", "#code-dialog"),
+            (".card", "#card-dialog"),
+            ("[data-opens=session-dialog]", "#session-dialog"),
+        ):
+            opened.page.locator(opener).first.click()
+            found.append(Axe().run(opened.page))
+            assert opened.run(
+                f"document.querySelector('{dialog}').scrollWidth <= document.querySelector('{dialog}').clientWidth"
+            )
+            opened.page.keyboard.press("Escape")
+        opened.page.check("#blind")
+        send(opened)
+        found.append(Axe().run(opened.page))
+        assert [result.generate_report() for result in found if result.violations_count] == []
+        clean(opened, site)
+
+
+def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql")) as opened:
+        opened.page.wait_for_selector(".pane")
+        press = opened.page.keyboard.press
+        press("Tab")
+        press("Enter")  # the link to the prompt
+        assert opened.run("location.hash === '#prompt' || document.activeElement.id === 'prompt'")
+        reach(opened, "#prompt")
+        opened.page.keyboard.type("The river")
+        press("Enter")
+        finish(opened)
+        assert answers(opened)[1] == site.chat("sql", "The river")
+        reach(opened, ".pane:last-child .token")
+        assert opened.page.locator("#tip").is_visible()
+        reach(opened, ".pane:last-child .code")
+        press("Enter")
+        press("Tab")
+        press("Escape")
+        assert opened.run("document.activeElement.matches('.code')")
+
+
+def reach(opened: Opened, selector: str) -> None:
+    """Press Tab until an element has the focus."""
+    for _ in range(80):
+        if opened.run(f"document.activeElement.matches({selector!r})"):
+            return
+        opened.page.keyboard.press("Tab")
+    raise AssertionError(f"Tab does not reach {selector}")
+
+
+def test_pages_load_nothing_from_elsewhere_and_run_no_foreign_script(
+    browser: Browser, site: Site
+) -> None:
+    answer = httpx.get(site.address)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    for text in ("<script>", "onclick=", "http://", "https://"):
+        assert text not in answer.text
