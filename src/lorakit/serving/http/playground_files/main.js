@@ -28,7 +28,7 @@ const page = {
   kind: () => models[0]?.details.kind ?? "text",
   limits: () => models[0]?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
   settings: () => settings,
-  newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1,
+  newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000,
   say(text) {
     at("status").textContent = text;
   },
@@ -172,8 +172,8 @@ at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = prompt.value;
   const isEmpty = settings.mode === "text" && page.kind() === "text" ? text === "" : text.trim() === "";
-  if (isEmpty || !panes.length) {
-    notice(panes.length ? "Write something first." : "Add a model first.");
+  if (isEmpty) {
+    notice("Write something first.");
     prompt.focus();
     return;
   }
@@ -249,6 +249,7 @@ at("add-pane").addEventListener("click", () => {
 function showButtons() {
   const running = panes.some((pane) => pane.isRunning);
   at("stop-all").disabled = !running;
+  at("send").disabled = !panes.length;
   at("add-pane").disabled = panes.length >= MOST_PANES || !models.length;
 }
 
@@ -374,8 +375,9 @@ at("copy-link").addEventListener("click", (event) => {
   copy(location.href, event.currentTarget);
 });
 
-/** Show facts about a pane's model, or about the adapters of its blend. */
-function showCard(pane) {
+/** Show what the server knows now about a pane's model, or about the adapters of its blend. */
+async function showCard(pane) {
+  await readModels().catch((error) => notice(error.message));
   const names = pane.model === BLEND ? Object.keys(pane.blend) : [pane.model];
   const facts = names.flatMap((name) => {
     const model = models.find(({ id }) => id === name);
@@ -402,7 +404,7 @@ function cardFacts({ id, details, parent }) {
     method: details.method,
     rank: details.rank,
     alpha: details.alpha,
-    size: details.size && `${(details.size / 1e6).toFixed(1)} MB`,
+    size: details.size && shownSize(details.size),
     task: details.task,
     labels: details.labels?.join(", "),
     data: details.data?.join(", "),
@@ -416,6 +418,10 @@ function cardFacts({ id, details, parent }) {
     error: details.error,
   };
   return Object.entries(facts).filter(([, value]) => value !== undefined && value !== null && value !== "");
+}
+
+function shownSize(bytes) {
+  return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
 async function showReport(name) {
@@ -501,6 +507,10 @@ at("reset-tally").addEventListener("click", () => {
   showTally();
 });
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the part of the address after # is the state of the page
+  prompt.focus();
+});
 watchTokens(at("panes"), at("tip"));
 addEventListener("hashchange", start);
 start();
