@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,12 @@ class FakeStore:
 
     def describe(self, name: str) -> dict[str, Any]:
         return {"path": f"/private/adapters/{name}", "rank": 8, **self.records[name]}
+
+    def describe_base(self) -> dict[str, Any]:
+        return {"digest": BASE_DIGEST, "kind": "text", "chat": True, "dtype": "float32"}
+
+    def report(self, name: str) -> Path | None:
+        return self.records[name].get("report")
 
     def stats(self) -> Any:
         return SimpleNamespace(loaded=2, bytes=1000, budget=2000, loads=3, evictions=1, leases={})

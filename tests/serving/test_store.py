@@ -672,6 +672,41 @@ def test_the_tokenizer_is_the_folders_own(store: AdapterStore, root: Path) -> No
     store.acquire({"same": 0.5, "a": 0.5}).release()
 
 
+@pytest.mark.parametrize("base_has_one", [False, True])
+def test_an_adapter_answers_chats_if_its_tokenizer_has_a_template(
+    root: Path, base_has_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description opens no tokenizer, and agrees with the one that a lease has."""
+    base = open_base()
+    assert base.tokenizer is not None
+    base.tokenizer.chat_template = "{{ messages }}" if base_has_one else None
+    with_one = tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    without = tiny_tokenizer()
+    without.chat_template = None
+    write_adapter(root / "own", seed=1, tokenizer=with_one)
+    write_adapter(root / "none", seed=2, tokenizer=without)
+    write_adapter(root / "recorded", seed=3, tokenizer=without)
+    (root / "recorded/lorakit.json").unlink()  # it has checksums
+    config = root / "recorded/tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "{{ 1 }}"}))
+    write_adapter(root / "damaged", seed=4, tokenizer=without)
+    (root / "damaged/tokenizer_config.json").write_text("{")
+    store = AdapterStore(base, root, budget=LARGE)
+    monkeypatch.setattr(
+        "lorakit.serving.store.read_tokenizer", lambda *_, **__: pytest.fail("read")
+    )
+    described = {name: store.describe(name) for name in store.names()}
+    monkeypatch.undo()
+    assert store.describe_base()["chat"] is base_has_one
+    assert described["damaged"]["chat"] is None
+    assert "tokenizer_config.json" in described["damaged"]["error"]
+    chats = {name: described[name]["chat"] for name in ("a", "own", "none", "recorded")}
+    assert chats == {"a": base_has_one, "own": True, "none": False, "recorded": True}
+    for name, chat in chats.items():
+        with store.acquire(name) as lease:
+            assert bool(lease.tokenizer.chat_template) == chat
+
+
 # --- classification -----------------------------------------------------------------------------------
 
 LABELS = {"two": ("no", "yes"), "three": ("a", "b", "c"), "four": ("n", "e", "s", "w")}

@@ -10,7 +10,9 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.adapters.formats import lorakit_json, peft
-from lorakit.serving.folders import Location, State
+from lorakit.serving.folders import TOKENIZER_CONFIG, Location, State
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Card:
     labels: tuple[str, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     step: int | None = None
+    chat: bool | None = None
+    """Whether its own tokenizer has a chat template; None if the adapter uses the base's tokenizer."""
 
 
 def read_card(location: Location, state: State) -> Card:
@@ -37,6 +41,7 @@ def read_card(location: Location, state: State) -> Card:
         AdapterFileError: The file that describes it cannot be read.
     """
     folder = Path(location.folder)
+    chat = _has_template(location, state)
     size = sum(length for path, _, length, *_ in state if path.endswith((".safetensors", ".bin")))
     if not os.path.lexists(folder / lorakit_json.NAME):
         options = storage.read_json(folder / peft.CONFIG_NAME)
@@ -48,6 +53,7 @@ def read_card(location: Location, state: State) -> Card:
             rank=_typed(options.get("r"), int),
             alpha=_typed(options.get("lora_alpha"), (int, float)),
             task=_typed(options.get("task_type"), str),
+            chat=chat,
         )
     record = storage.read_json(folder / lorakit_json.NAME)
     method, provenance = _mapping(record, "method"), _mapping(record, "provenance")
@@ -66,7 +72,18 @@ def read_card(location: Location, state: State) -> Card:
         labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
         scores={str(k): v for k, v in scores.items() if isinstance(v, int | float)},
         step=_typed(step, int),
+        chat=chat,
     )
+
+
+def _has_template(location: Location, state: State) -> bool | None:
+    """Return `Card.chat`, by the files from which transformers takes the template."""
+    if not location.has_tokenizer:
+        return None
+    own_file = f"{location.folder}/{CHAT_TEMPLATE_FILE}"
+    if any(path == own_file and length for path, _, length, *_ in state):
+        return True
+    return bool(storage.read_json(Path(location.folder, TOKENIZER_CONFIG)).get("chat_template"))
 
 
 def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:

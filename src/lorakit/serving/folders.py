@@ -28,6 +28,8 @@ from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
 
 CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
 """A folder with one of these files is an adapter."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""A folder with this file has a tokenizer."""
 _TENSORS = (lorakit_json.TENSORS_NAME, peft.TENSORS_NAME)
 _FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
 
@@ -60,7 +62,7 @@ class Location:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder has a tokenizer."""
-        return os.path.exists(os.path.join(self.folder, "tokenizer_config.json"))
+        return os.path.exists(os.path.join(self.folder, TOKENIZER_CONFIG))
 
     def state(self) -> State:
         """Return the state of the files that determine the adapter.

@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -35,6 +35,7 @@ from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, 
 from lorakit.serving.leases import ANY_ADAPTER, AdapterLease, Holders, common_head, common_tokenizer
 from lorakit.serving.loaded import Loaded, LoadedAdapters, StoreStats, Tokenizer
 from lorakit.serving.preparing import base_labels, prepare
+from lorakit.serving.reports import find_report
 
 T = TypeVar("T")
 
@@ -415,7 +416,8 @@ class AdapterStore:
         """Describe an adapter without loading it, for lists and cards.
 
         Returns:
-            The fields of `Card`, with ``digest`` and ``loaded``; a damaged folder has ``error``, and None for the rest.
+            The fields of `Card`, with ``digest``, ``loaded`` and ``report``, whether `report` finds one. ``chat`` says
+            whether the adapter answers chats. A damaged folder has ``error``, and None for the rest.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
@@ -423,8 +425,10 @@ class AdapterStore:
         entry = self._entry(name)
         location = entry.source.locate()
         card, error = Card(), None
+        digest, report = entry.digest, self._report(entry.source, location)
+        own = {"digest": digest, "loaded": digest in self._loaded, "report": report is not None}
         if location is None:
-            return {**vars(card), "digest": None, "loaded": False, "error": "no adapter yet"}
+            return {**vars(card), **own, "error": "no adapter yet"}
         try:
             state = location.state()
             if entry.card is None or entry.card[0] != state:
@@ -433,8 +437,43 @@ class AdapterStore:
             card = entry.card[1]
         except LorakitError as wrong:
             error = str(wrong)
-        digest = entry.digest
-        return {**vars(card), "digest": digest, "loaded": digest in self._loaded, "error": error}
+        if card.path is not None and card.chat is None:
+            card = replace(card, chat=self._has_template)
+        return {**vars(card), **own, "error": error}
+
+    def describe_base(self) -> dict[str, Any]:
+        """Describe the base.
+
+        Returns:
+            Its ``digest``, ``dtype``, its ``kind`` of output (text, classification or regression), and ``chat``,
+            whether its tokenizer has a chat template.
+        """
+        outputs, _ = base_labels(self.base.model)
+        kind = "text" if outputs is None else "regression" if outputs == 1 else "classification"
+        return {
+            "digest": self.base_digest,
+            "kind": kind,
+            "chat": self._has_template,
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def _has_template(self) -> bool:
+        """Whether the base's tokenizer has a chat template."""
+        return bool(self._tokenizer.tokenizer.chat_template)
+
+    def report(self, name: str) -> Path | None:
+        """Return the report of the run that an adapter comes from; None if there is none that may be shown.
+
+        Raises:
+            UnknownAdapterError: There is no such adapter.
+        """
+        entry = self._entry(name)
+        return self._report(entry.source, entry.source.locate())
+
+    def _report(self, source: Source, location: Location | None) -> Path | None:
+        root = source.path if isinstance(source, RunSource) else self.root
+        return find_report(location.folder, root) if location and root else None
 
     def stats(self) -> StoreStats:
         """Return what the store holds now."""

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from fakes import FakeClassifier, FakeStore, classifying_store
+from fakes import BASE_DIGEST, FakeClassifier, FakeStore, classifying_store
 from prometheus_client.parser import text_string_to_metric_families
 from served import BASE, Serve
 from test_errors import error_of
@@ -16,15 +16,34 @@ from lorakit.serving.engine import QueueFullError
 from lorakit.serving.http import metrics as metrics_module
 from lorakit.serving.http.keys import Budget, Key, KeyRing, digest_of
 from lorakit.serving.http.metrics import Metrics
+from lorakit.version import __version__
 
 
 def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
-    served = serve()
+    served = serve(limits={"max_top_logprobs": 7})
     listed = served.client.get("/v1/models").json()
     assert listed["object"] == "list"
     base, e2e, sql = listed["data"]
     assert (base["id"], base["root"], base["parent"]) == (BASE, BASE, None)
     assert (sql["id"], sql["root"], sql["parent"]) == ("sql", "sql", BASE)
+    assert base["details"] == {
+        "digest": BASE_DIGEST,
+        "kind": "text",
+        "chat": True,
+        "dtype": "float32",
+        "context": 256,
+        "engine": "fake",
+        "notice": None,
+        "limits": {
+            "max_tokens": 4096,
+            "max_choices": 16,
+            "max_blend": 8,
+            "max_stops": 4,
+            "max_top_logprobs": 7,
+            "max_messages": 1024,
+        },
+        "version": __version__,
+    }
     assert sql["details"] == {"rank": 8, "task": "completion"}
     assert served.client.get("/v1/models/sql").json() == sql
     assert served.client.get(f"/v1/models/{BASE}").json() == base

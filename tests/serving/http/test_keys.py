@@ -40,13 +40,13 @@ def bearer(key: str) -> dict[str, str]:
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/classify"), ("GET", "/v1/models"),
     ("GET", "/v1/models/sql"), ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
-    ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/"), ("GET", "/nothing"),
-    ("OPTIONS", "/v1/models"),
+    ("GET", "/v1/reports/sql"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/"),
+    ("GET", "/nothing"), ("OPTIONS", "/v1/models"),
 ]  # fmt: skip
 
 
 def test_the_list_of_routes_is_complete(serve: Serve) -> None:
-    paths = {path for _, path in ROUTES} | {"/v1/models/{model}"}
+    paths = {path for _, path in ROUTES} | {"/v1/models/{model}", "/v1/reports/{model}"}
     assert set(serve().client.get("/openapi.json").json()["paths"]) <= paths
 
 

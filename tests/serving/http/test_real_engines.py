@@ -138,6 +138,8 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert answer.status_code == 400
         models = client.get("/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["base", "e2e", "sql"]
+        details = models[0]["details"]
+        assert (details["kind"], details["dtype"], details["context"]) == ("text", "float32", 256)
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
         assert opened.store.stats().leases == {}
@@ -163,6 +165,8 @@ def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> Non
     rows = [["The river pub", "A pub near the river"], ["cheap food", "a plane"], ["a", "b"]]
     with served(classes) as (client, opened):
         assert opened.engine.name == "classifying"
+        details = client.get("/v1/models/base").json()["details"]
+        assert (details["kind"], details["engine"]) == ("classification", "classifying")
         with ThreadPoolExecutor(6) as pool:
             calls = {
                 (name, repeat): pool.submit(post, client, "/v1/classify", model=name, input=rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -16,8 +17,19 @@ from lorakit.serving.http.errors import ApiError, unknown_model, without_folders
 from lorakit.serving.http.keys import Key
 from lorakit.serving.http.schemas import LoadRequest, UnloadRequest
 from lorakit.serving.http.state import Serving, record_of, serving_of
+from lorakit.version import __version__
 
 router = APIRouter(route_class=StrictRoute)
+
+_SHOWN_LIMITS = (
+    "max_tokens",
+    "max_choices",
+    "max_blend",
+    "max_stops",
+    "max_top_logprobs",
+    "max_messages",
+)
+"""Limits in the details of the base, for clients that let users choose."""
 
 
 @router.get("/v1/models")
@@ -109,10 +121,22 @@ def _require_operator(serving: Serving, key: Key, name: str) -> None:
         )
 
 
+def _base_details(serving: Serving) -> dict[str, Any]:
+    engine, limits = serving.engine, serving.settings.limits
+    return {
+        **serving.store.describe_base(),
+        "context": engine.limits.context,
+        "engine": engine.name,
+        "notice": engine.notice,
+        "limits": {name: getattr(limits, name) for name in _SHOWN_LIMITS},
+        "version": __version__,
+    }
+
+
 def _model(serving: Serving, name: str) -> Model:
     base, created = serving.settings.base_name, int(serving.began)
     if name == base:
-        details = {"digest": serving.store.base_digest}
+        details = _base_details(serving)
         return Model(id=name, created=created, root=base, parent=None, details=details)
     try:
         details = serving.store.describe(name)

@@ -186,7 +186,8 @@ class Model(BaseModel):
     parent: str | None
     """The base of an adapter; null for the base."""
     details: dict[str, Any]
-    """Of an adapter: method, rank, size, digest, task, labels, scores."""
+    """Of an adapter: method, rank, size, digest, task, labels, scores, chat, report. Of the base: digest, kind, chat,
+    dtype, context, engine, notice, limits, version."""
 
 
 class Models(BaseModel):

@@ -16,6 +16,7 @@ from lorakit.serving.http import (
     completions,
     operations,
     playground,
+    reports,
 )
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
@@ -80,7 +81,7 @@ def create_app(
         classifier=classifier,
         metrics=metrics or Metrics(engine.load, store.stats),
     )
-    for module in (completions, chat, classify, adapters, operations, playground):
+    for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, answer_validation_error)
