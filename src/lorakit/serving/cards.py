@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorakit import storage
@@ -28,6 +28,8 @@ class Card:
     alpha: float | None = None
     task: str | None = None
     labels: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    """The file and the number of examples of each split."""
     scores: dict[str, float] = field(default_factory=dict)
     step: int | None = None
     chat: bool | None = None
@@ -70,10 +72,20 @@ def read_card(location: Location, state: State) -> Card:
         alpha=_typed(method.get("alpha"), (int, float)),
         task=_typed(provenance.get("task"), str),
         labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
+        data=tuple(_data(_mapping(provenance, "data"))),
         scores={str(k): v for k, v in scores.items() if isinstance(v, int | float)},
         step=_typed(step, int),
         chat=chat,
     )
+
+
+def _data(splits: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each split, without the folders of the machine that trained the adapter."""
+    for name in splits:
+        split = _mapping(splits, name)
+        source, examples = _typed(split.get("source"), str), _typed(split.get("examples"), int)
+        if source is not None and examples is not None:
+            yield f"{name}: {PureWindowsPath(source).name}, {examples:,} examples"
 
 
 def _has_template(location: Location, state: State) -> bool | None:

@@ -20,13 +20,20 @@ let edited = null; // number of turns that stay when an earlier message is edite
 let settings = { ...DEFAULTS, colours: true };
 let coded = null; // the pane whose request is shown as code
 
+/** The base's entry in the list of models, if there is one. */
+function base() {
+  return models.find((model) => model.parent === null);
+}
+
 // --- what the panes use ------------------------------------------------------------------------------
 
 const page = {
   models: () => models,
-  base: () => models[0]?.id ?? "",
-  kind: () => models[0]?.details.kind ?? "text",
-  limits: () => models[0]?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  adapters: () => models.filter((model) => model.parent !== null).map((model) => model.id),
+  base: () => base()?.id ?? models[0]?.parent ?? "",
+  hasBase: () => base() !== undefined, // not with a key that may use adapters only
+  kind: () => base()?.details.kind ?? "text",
+  limits: () => base()?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
   settings: () => settings,
   newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000,
   say(text) {
@@ -80,21 +87,21 @@ async function start() {
   }
   notice("");
   const found = fromHash(location.hash);
-  const isChat = models[0].details.chat || models.some((model) => model.details.chat);
+  const isChat = models.some((model) => model.details.chat);
   settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
   settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
   prompt.value = found.prompt;
-  const adapters = models.slice(1).filter((model) => !model.details.error);
-  const usual = [...(page.kind() === "text" ? [models[0]] : []), ...adapters].slice(0, 3);
+  const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
   setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
   showSettings();
-  if (!adapters.length) notice("This server has no adapter yet. Train one with lorakit train, or see lorakit demo.");
+  if (!page.adapters().length) notice("This server has no adapter yet. Train one with lorakit train, or see lorakit demo.");
 }
 
 async function readModels() {
   models = await listModels();
-  const { details } = models[0];
-  const facts = [page.base(), details.dtype, details.engine && `${details.engine} engine`, `${models.length - 1} adapters`];
+  const details = base()?.details ?? {};
+  const count = page.adapters().length;
+  const facts = [page.base(), details.dtype, details.engine && `${details.engine} engine`, `${count} adapter${count === 1 ? "" : "s"}`];
   at("base-facts").textContent = facts.filter(Boolean).join(" · ");
   at("base-facts").title = details.notice ?? "";
   for (const pane of panes) pane.showModels();
@@ -458,7 +465,7 @@ at("export").addEventListener("click", () => {
     panes: panes.map(({ choice, turns }) => ({ choice, turns })),
     settings,
     prompt: prompt.value,
-    server: { base: page.base(), ...models[0]?.details },
+    server: { base: page.base(), ...base()?.details },
   });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));

@@ -28,7 +28,7 @@ function adaptersOf(fingerprint) {
 
 export class Pane {
   /**
-   * @param page What all panes share: models(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
+   * @param page What all panes share: models(), adapters(), base(), kind(), limits(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
    *   remove(pane), say(text), ended(pane).
    * @param choice {model: name}, or {blend: {name: weight}}.
    */
@@ -87,7 +87,7 @@ export class Pane {
     const known = names.includes(this.model) || this.model === BLEND;
     const options = names.map((name) => new Option(name === this.page.base() ? `${name} (base)` : name, name));
     if (!known) options.push(new Option(`${this.model} (not served)`, this.model));
-    if (names.length > 1 && this.page.kind() === "text") options.push(new Option("Blend of adapters …", BLEND));
+    if (this.page.adapters().length && this.page.kind() === "text") options.push(new Option("Blend of adapters …", BLEND));
     this.select.replaceChildren(...options);
     this.select.value = this.model;
     this.showBlend();
@@ -97,7 +97,7 @@ export class Pane {
     const before = this.weights;
     this.model = this.select.value;
     if (this.model === BLEND && !Object.keys(this.blend).length) {
-      const adapters = this.page.models().slice(1).map((model) => model.id);
+      const adapters = this.page.adapters();
       const first = Object.keys(before)[0] ?? adapters[0];
       const second = adapters.find((name) => name !== first);
       this.blend = { [first]: second ? 0.5 : 1, ...(second ? { [second]: 0.5 } : {}) };
@@ -110,7 +110,7 @@ export class Pane {
   showBlend() {
     this.blendPlace.hidden = this.model !== BLEND || this.letter !== null;
     if (this.blendPlace.hidden) return this.blendPlace.replaceChildren();
-    const adapters = this.page.models().slice(1).map((model) => model.id);
+    const adapters = this.page.adapters();
     const rows = Object.keys(this.blend).map((name) => this.#blendRow(name, adapters));
     const unused = adapters.filter((name) => !(name in this.blend));
     const add = element("button", { type: "button", className: "plain", textContent: "Add adapter" });
@@ -171,7 +171,7 @@ export class Pane {
     body.seed = seed;
     body.stream = true;
     body.stream_options = { include_usage: true };
-    if (colours && Object.keys(weights).length) body.base_logprobs = true;
+    if (colours && this.page.hasBase() && Object.keys(weights).length) body.base_logprobs = true;
     if (settings.mode === "text") {
       body.prompt = this.turns[index].user;
       body.max_tokens = settings.max_tokens;
