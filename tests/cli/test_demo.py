@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+import gc
+from pathlib import Path
+from typing import Any
 
+import pytest
+import tiny_models
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedModel
+
+from lorakit.cli import demo, main, serve
 from lorakit.cli.console import console
-from lorakit.cli.demo import SIZES, DemoConfig, Size, _print_examples, _size, size_for
+from lorakit.cli.demo import SIZES, DemoConfig, Size, _print_examples, _serving, _size, size_for
+from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import Evaluation
+from lorakit.models.base_config import BaseConfig
+from lorakit.serving.serve_config import ServeConfig
 
 
 def test_texts_of_examples_are_no_markup(capsys) -> None:
@@ -79,3 +90,65 @@ def test_with_all_options_nothing_is_measured(measured: list[float], capsys) -> 
 def test_an_option_below_its_minimum_is_refused(option: str) -> None:
     with pytest.raises(ConfigurationError, match=option):
         DemoConfig(**{option: 0})
+
+
+# --- serving at the end -----------------------------------------------------------------------------------
+
+
+def test_the_server_gets_the_base_and_the_run_of_the_demo() -> None:
+    arguments = _serving(
+        DemoConfig(base=BaseConfig(name="b c", dtype="bfloat16"), output="out/x=y")
+    )
+    config = parse(ServeConfig, "serve", "", arguments)
+    assert (config.base, config.open, config.port) == (
+        BaseConfig(name="b c", dtype="bfloat16"), True, 0,
+    )  # fmt: skip
+    assert config.followed == {"demo": "out/x=y"}
+
+
+def test_a_missing_package_is_found_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "_demonstrate", lambda config: pytest.fail("it has trained"))
+    assert main(["demo", "--open"]) == 1
+    assert "pip install 'lorakit[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_only_a_demo_that_opens_the_page_serves(
+    monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(demo, "_demonstrate", lambda config: called.append("demo"))
+    monkeypatch.setattr(serve, "run", lambda argv: called.append("serve") or 3)
+    assert main(["demo", "--open", str(opens).lower()]) == (3 if opens else 0)
+    assert called == (["demo", "serve"] if opens else ["demo"])
+
+
+@pytest.mark.slow
+def test_the_models_of_the_demo_are_freed_before_the_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    tiny_models.build("llama", **sizes).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    alive: list[list[Any]] = []
+
+    def models() -> list[Any]:
+        return [one for one in gc.get_objects() if isinstance(one, PreTrainedModel)]
+
+    known = {id(one) for one in models()}
+
+    def started(argv: list[str]) -> int:
+        alive.append([one for one in models() if id(one) not in known])
+        assert "--follow" in argv
+        return 0
+
+    monkeypatch.setattr(serve, "run", started)
+    small = ["--max_steps", "1", "--test_loss", "2", "--test_texts", "3", "--lora.rank", "2"]
+    assert main(["demo", "--base.name", "base", "--base.dtype", "float32", *small, "--open"]) == 0
+    assert alive == [[]]
+    assert (tmp_path / "out/demo/report.html").exists()

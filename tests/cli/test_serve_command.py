@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
-from lorakit.cli import main
+from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
@@ -99,6 +102,56 @@ def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sources(ServeConfig(adapters="one"))
 
 
+class Opener:
+    """Stands for `webbrowser.open`."""
+
+    def __init__(self, *, finds_one: bool) -> None:
+        self.finds_one = finds_one
+        self.opened: queue.Queue[str] = queue.Queue()
+
+    def __call__(self, address: str) -> bool:
+        self.opened.put(address)
+        return self.finds_one
+
+
+def greet(config: ServeConfig) -> str:
+    """Greet as a server does; return its address."""
+    opened: Any = SimpleNamespace(
+        name="b",
+        store=SimpleNamespace(names=lambda: ["sql"]),
+        base=SimpleNamespace(model=SimpleNamespace(dtype="torch.float32", device="cpu")),
+        engine=SimpleNamespace(name="continuous", notice=None),
+        classifier=None,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve._greet(config, listener, opened)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("finds_one", [True, False])
+def test_the_playground_opens_in_the_browser(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, finds_one: bool
+) -> None:
+    opener = Opener(finds_one=finds_one)
+    monkeypatch.setattr("webbrowser.open", opener)
+    before = set(threading.enumerate())
+    address = greet(ServeConfig(open=True))
+    assert opener.opened.get(timeout=10) == address
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == f"playground: {address}"
+    assert err == ("" if finds_one else f"note: no browser was found. Open {address} yourself.\n")
+
+
+def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda _: pytest.fail("it was opened"))
+    address = greet(ServeConfig())
+    _, page, curl = capsys.readouterr().out.splitlines()
+    assert page == f"playground: {address}"
+    assert curl.startswith(f"curl {address}/v1/completions ")
+
+
 @pytest.mark.slow
 def test_the_server_from_its_start_to_its_end(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
@@ -117,9 +170,12 @@ def test_the_server_from_its_start_to_its_end(tmp_path: Path) -> None:
     ) as process:
         try:
             assert process.stdout is not None
-            greeting, curl = process.stdout.readline(), process.stdout.readline()
+            greeting, page, curl = (process.stdout.readline() for _ in range(3))
             assert "base base (float32, cpu), continuous engine, 1 adapter" in greeting
             address = greeting.split()[2].rstrip(",")
+            assert page == f"playground: {address}\n"
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                assert answer.headers["content-type"].startswith("text/html")
             assert curl.startswith(f"curl {address}/v1/completions ")
             body = curl.split(" -d ")[1].strip().strip("'").encode()
             headers = {"Content-Type": "application/json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -89,6 +90,8 @@ class DemoConfig:
     """Number of test examples for the held-out loss. By default 32 to 200, chosen with the steps."""
     test_texts: int | None = None
     """Number of test prompts to generate and score text for. By default 12 to 48, chosen with the steps."""
+    open: bool = False
+    """Serve the adapter at the end, and open the playground in the default browser. Ctrl-C ends the server."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 1), ("test_loss", 1), ("test_texts", SHOWN)):
@@ -99,8 +102,8 @@ class DemoConfig:
 CONFIGS = (DemoConfig,)
 
 
-def run(argv: Sequence[str]) -> None:
-    """Score a base, adapt it, score it again, merge it, and print the next commands to try."""
+def run(argv: Sequence[str]) -> int:
+    """Score a base, adapt it, score it again, merge it, and print the next commands to try. Then serve it if asked."""
     config = parse(
         DemoConfig,
         "demo",
@@ -108,6 +111,31 @@ def run(argv: Sequence[str]) -> None:
         "the docstrings of the standard library. Prints scores and texts before and after, then merges the adapter.",
         argv,
     )
+    if not config.open:
+        _demonstrate(config)
+        return 0
+    from lorakit.cli import serve
+
+    serve.require_packages()  # before minutes of training
+    _demonstrate(config)
+    # The same process, as the command would do it: this works on every system, Ctrl-C reaches the server, and its
+    # status is ours. The demo's models were local variables, so their memory is free.
+    gc.collect()
+    return serve.run(_serving(config))
+
+
+def _serving(config: DemoConfig) -> list[str]:
+    """Return the arguments of `lorakit serve` for the adapter of a demo, on a free port."""
+    base = [
+        text
+        for f in fields(BaseConfig)
+        if (value := getattr(config.base, f.name)) != f.default
+        for text in (f"--base.{f.name}", str(value))
+    ]
+    return [*base, "--follow", f"demo={config.output}", "--port", "0", "--open", "true"]
+
+
+def _demonstrate(config: DemoConfig) -> None:
     from lorakit.adapters.loading import load
     from lorakit.cli.console import console as standard_output
     from lorakit.cli.report import write_run_report

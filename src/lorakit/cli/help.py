@@ -57,6 +57,7 @@ SHORT = {
     "serve": (
         *("base.name", "base.dtype", "adapters", "follow", "host", "port", "keys", "allow_loading"),
         *(
+            "open",
             "allow_public",
             "adapter_memory",
             "cache_memory",

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import webbrowser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,16 +37,25 @@ def run(argv: Sequence[str]) -> int:
         "of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
         argv,
     )
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ConfigurationError(
-            f"lorakit serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            "Install them: pip install 'lorakit[serve]'."
-        )
+    require_packages()
     from lorakit.serving.http.keys import read_keys
 
     keys = None if config.keys is None else read_keys(config.keys)
     with _listener(config) as listener:  # before the base, which takes longer to open
         return _serve(config, listener, keys)
+
+
+def require_packages() -> None:
+    """Require the packages of the server.
+
+    Raises:
+        ConfigurationError: One is not installed.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigurationError(
+            f"lorakit serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            "Install them: pip install 'lorakit[serve]'."
+        )
 
 
 def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
@@ -126,7 +137,7 @@ def _listener(config: ServeConfig) -> socket.socket:
 
 
 def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None:
-    """Print where the server is, what it serves, and a command to try."""
+    """Print where the server is, what it serves, and a command to try. Open the playground if asked."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}"
     names, model = opened.store.names(), opened.base.model
@@ -139,6 +150,7 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
     )
     if opened.engine.notice:
         print(visible(f"note: {opened.engine.notice}"), file=sys.stderr)
+    print(f"playground: {address}")
     name = names[0] if names else opened.name
     is_text = opened.classifier is None
     route = "completions" if is_text else "classify"
@@ -149,3 +161,12 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
         visible(f"curl {address}/v1/{route}{key} -H 'Content-Type: application/json' -d '{text}'"),
         flush=True,
     )
+    if config.open:
+        # A browser in the terminal runs until it is closed, and the server must answer it.
+        threading.Thread(target=_open_playground, args=(address,), daemon=True).start()
+
+
+def _open_playground(address: str) -> None:
+    """Open the playground in the default browser. The socket listens already, so the browser waits for the answer."""
+    if not webbrowser.open(address):
+        print(f"note: no browser was found. Open {address} yourself.", file=sys.stderr)

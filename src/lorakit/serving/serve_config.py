@@ -36,6 +36,8 @@ class ServeConfig(HttpLimits):
     """Address to listen on. One that other machines can reach needs keys."""
     port: int = 8000
     """Port to listen on. 0 takes a free one."""
+    open: bool = False
+    """Open the playground in the default browser once the server answers."""
     keys: str | None = None
     """YAML or JSON file of API keys, with the adapters and rates of each. Every route then needs a key."""
     health_without_key: bool = False
