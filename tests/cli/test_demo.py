@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from pathlib import Path
-from typing import Any
-
 import pytest
-import tiny_models
-from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedModel
 
-from lorakit.cli import demo, main, serve
+from lorakit.cli import demo, main
 from lorakit.cli.console import console
 from lorakit.cli.demo import SIZES, DemoConfig, Size, _print_examples, _serving, _size, size_for
 from lorakit.cli.parsing import parse
@@ -121,34 +114,6 @@ def test_only_a_demo_that_opens_the_page_serves(
 ) -> None:
     called: list[str] = []
     monkeypatch.setattr(demo, "_demonstrate", lambda config: called.append("demo"))
-    monkeypatch.setattr(serve, "run", lambda argv: called.append("serve") or 3)
-    assert main(["demo", "--open", str(opens).lower()]) == (3 if opens else 0)
-    assert called == (["demo", "serve"] if opens else ["demo"])
-
-
-@pytest.mark.slow
-def test_the_models_of_the_demo_are_freed_before_the_server_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = tiny_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    tiny_models.build("llama", **sizes).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    alive: list[list[Any]] = []
-
-    def models() -> list[Any]:
-        return [one for one in gc.get_objects() if isinstance(one, PreTrainedModel)]
-
-    known = {id(one) for one in models()}
-
-    def started(argv: list[str]) -> int:
-        alive.append([one for one in models() if id(one) not in known])
-        assert "--follow" in argv
-        return 0
-
-    monkeypatch.setattr(serve, "run", started)
-    small = ["--max_steps", "1", "--test_loss", "2", "--test_texts", "3", "--lora.rank", "2"]
-    assert main(["demo", "--base.name", "base", "--base.dtype", "float32", *small, "--open"]) == 0
-    assert alive == [[]]
-    assert (tmp_path / "out/demo/report.html").exists()
+    monkeypatch.setattr("os.execv", lambda path, words: called.extend(words[1:5]))
+    assert main(["demo", "--open", str(opens).lower()]) == 0
+    assert called == ["demo", *(["-m", "lorakit", "serve", "--base.name"] if opens else [])]

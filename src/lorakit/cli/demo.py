@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gc
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -118,10 +119,9 @@ def run(argv: Sequence[str]) -> int:
 
     serve.require_packages()  # before minutes of training
     _demonstrate(config)
-    # The same process, as the command would do it: this works on every system, Ctrl-C reaches the server, and its
-    # status is ours. The demo's models were local variables, so their memory is free.
-    gc.collect()
-    return serve.run(_serving(config))
+    # Serving replaces this process: no memory of the demo stays, and the engine has the only computing threads.
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "lorakit", "serve", *_serving(config)])
 
 
 def _serving(config: DemoConfig) -> list[str]:
