@@ -21,7 +21,7 @@ def find_report(folder: str, root: str | Path) -> Path | None:
         folder: The adapter folder.
         root: The folder that a report must be in. Symbolic links may not lead out of it.
     """
-    run, name = os.path.split(folder)
+    run, name = os.path.split(folder.rstrip(os.sep))
     path = Path(run, REPORT)
     if name not in (ADAPTER, BEST) or not folders.is_within(path, Path(root)):
         return None

@@ -129,6 +129,13 @@ def test_a_link_within_the_folder_is_followed(client: Any, runs: Path) -> None:
     assert client.get("/v1/reports/run").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["run", "run/adapter", "run/adapter/"])
+def test_an_adapter_under_another_name_has_its_runs_report(client: Any, path: str) -> None:
+    body = {"lora_name": "again", "lora_path": path}
+    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert client.get("/v1/reports/again").status_code == 200
+
+
 def test_a_file_that_grows_is_cut(client: Any, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_report(str(runs / "run/adapter"), runs)
     monkeypatch.setattr(reports, "LARGEST", 9)
