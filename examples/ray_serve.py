@@ -1,7 +1,7 @@
 """Several processes of `lorakit serve` behind one address, as replicas under Ray Serve.
 
     pip install 'lorakit[serve]' 'ray[serve]'
-    serve run --app-dir examples ray_serve:build replicas=2 base.name=MODEL adapters=$PWD/out/adapters
+    PYTHONPATH=$PWD/examples serve run ray_serve:build replicas=2 base.name=MODEL adapters=$PWD/out/adapters
     curl http://127.0.0.1:8000/v1/models
 
 `replicas` and `cpus` (the cores of a replica) are options of this file. All others are those of `lorakit serve`. Ray
@@ -199,7 +199,7 @@ class Ingress:
                     429, "All replicas are busy. Try again later.", code="queue_full", retry=1
                 ) from None
             except RayActorError as error:  # the router already skips this replica
-                _LOG.warning("A request for %r goes to another replica: %s", adapter, error)
+                _LOG.warning("A request for %.100r goes to another replica: %s", adapter, error)
             finally:
                 answer.cancel()  # if the client has gone
         raise ApiError(
@@ -255,6 +255,7 @@ def _index(event: bytes) -> int:
 
 def build(options: dict[str, str]) -> serve.Application:
     """Return the application for `serve run`."""
+    options = dict(options)
     replicas, cpus = int(options.pop("replicas", 2)), float(options.pop("cpus", 1))
     config = parse(ServeConfig, "serve", "", [f"--{name}={options[name]}" for name in options])
     for name in _OF_ONE_PROCESS:

@@ -111,13 +111,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def address(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
     """Start Ray and two replicas, and stop them in any case."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), *sys.path]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray writes ~/.ray/auth_token
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(EXAMPLES), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray writes ~/.ray/auth_token
+        yield from running(folder)
+
+
+def running(folder: Path) -> Iterator[str]:
     import ray
     import ray_serve
     from ray import serve
@@ -216,6 +221,22 @@ def test_no_request_is_lost_or_wrong_while_a_replica_dies(
             f"\nrequests by replica before, around and after: {counts}"
             f"\nseconds until the dead replica was back: {seconds:.1f}"
         )
+
+
+def test_a_request_is_cancelled_when_its_client_goes(address: str) -> None:
+    body = {"model": "b", "prompt": "The river", "max_tokens": 230, "n": 16, "stream": True}
+    with httpx.Client(base_url=address, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            replica = response.headers["x-lorakit-replica"]
+        cancelled = 'adapter="b",route="/v1/completions",status="499"'
+        end = time.monotonic() + 20
+        while True:
+            page = client.get("/metrics")
+            if page.headers["x-lorakit-replica"] == replica and cancelled in page.text:
+                break
+            assert time.monotonic() < end, "the request was not cancelled"
+            time.sleep(0.1)
 
 
 def part(text: str, receipt: bytes = b"1", index: int = 0) -> Any:
