@@ -12,6 +12,9 @@ NOT_RUN = {
     "lorakit serve": "runs until a signal; test_serving_guide.py starts it and sends the requests",
     "curl": "sent by test_serving_guide.py",
     "from openai": "run by test_serving_guide.py",
+    "PYTHONPATH=$PWD/examples serve run": "runs until a signal; test_ray_replicas.py starts its application",
+    "modules=": "run by test_serving_guide.py",
+    "vllm serve": "needs a GPU",
 }
 """Commands that are not run, by their start, with the reason."""
 

@@ -89,6 +89,18 @@ def test_the_page(server: tuple[str, str]) -> None:
     exec(compile(code.text.replace(ADDRESS, address), PAGE, "exec"), {})
 
 
+def test_the_list_for_vllm_has_adapters_and_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "out/adapters"
+    for name in ("e2e", "run/adapter", "other"):
+        (folder / name).mkdir(parents=True)
+        if name != "other":
+            (folder / name / "adapter_config.json").touch()
+    (step,) = steps("modules=")
+    script = f'{step.text}\nprintf "%s\\n" $modules'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == [f"e2e={folder}/e2e", f"run={folder}/run/adapter"]
+
+
 def test_the_limits_are_those_of_the_code() -> None:
     text = pages.read(PAGE)
     table = text[text.index("| Option | Default | Status |") :].split("\n\n")[0]

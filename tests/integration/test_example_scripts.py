@@ -72,6 +72,7 @@ def test_every_example_is_tested() -> None:
         "tiny_base",
         "own_task",
         "own_method",
+        "ray_serve",  # tests/serving/test_ray_replicas.py
     }
 
 
