@@ -106,6 +106,7 @@ def run(
     config = uvicorn.Config(
         app,
         http=TimedProtocol,
+        loop="asyncio",  # the same one where uvloop is installed
         ws="none",
         lifespan="off",
         log_level="info" if access_log else "warning",
