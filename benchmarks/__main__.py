@@ -7,6 +7,7 @@ python -m benchmarks --resume                     resume an interrupted run
 python -m benchmarks training --rows e2e mrpc     some rows of the training tables
 python -m benchmarks --results results-here       write somewhere else than benchmarks/results
 python -m benchmarks soak --minutes 10            check every answer of a busy server; see its --help
+python -m benchmarks page --minutes 30            use the playground, and watch its memory
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ PARTS = {
     "profile": "benchmarks.profile",
 }
 
+COMMANDS = {"soak": "benchmarks.soak", "page": "benchmarks.page_use"}
+"""Long trials with options of their own."""
+
 ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "serving", "profile")
 """Parts that run only if named, so that the default fits into an hour."""
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["soak"]:
-        sys.exit(import_module("benchmarks.soak").run(sys.argv[2:]))
+    if (command := sys.argv[1:2]) and command[0] in COMMANDS:
+        sys.exit(import_module(COMMANDS[command[0]]).run(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,7 +2,7 @@
 
 import { ApiError, hasKey, listModels, readReport, setKey } from "./api.js";
 import { code } from "./code.js";
-import { BLEND, Pane } from "./pane.js";
+import { BLEND, Pane, trainedOn } from "./pane.js";
 import { exported, forgetTally, fromHash, imported, readTally, toHash, vote } from "./session.js";
 import { watchTokens } from "./tokens.js";
 
@@ -87,7 +87,8 @@ async function start() {
   }
   notice("");
   const found = fromHash(location.hash);
-  const isChat = models.some((model) => model.details.chat);
+  const kinds = models.filter((model) => model.parent !== null).map(trainedOn);
+  const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
   settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
   settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
   prompt.value = found.prompt;

@@ -4,6 +4,7 @@ import { ApiError, classify, stream } from "./api.js";
 import { showTokens } from "./tokens.js";
 
 export const BLEND = " blend"; // no adapter's name starts with a blank
+const UNKNOWN_TASKS = [null, undefined, "CAUSAL_LM"]; // of PEFT's files, which do not say what the prompts were
 const LARGEST_WEIGHT = 2;
 const WAIT = 350; // milliseconds after a slider moved until the answer is computed again
 
@@ -24,6 +25,12 @@ function adaptersOf(fingerprint) {
       return [decodeURIComponent(name), { digest, weight: weight === undefined ? 1 : Number(weight) }];
     }),
   );
+}
+
+/** Return the kind of prompt that an adapter was trained on, chat or text; undefined if its files do not say. */
+export function trainedOn({ details }) {
+  if (UNKNOWN_TASKS.includes(details.task)) return undefined;
+  return details.task === "chat" ? "chat" : "text";
 }
 
 export class Pane {
@@ -91,6 +98,7 @@ export class Pane {
     this.select.replaceChildren(...options);
     this.select.value = this.model;
     this.showBlend();
+    this.#showHint();
   }
 
   #select() {
@@ -103,6 +111,7 @@ export class Pane {
       this.blend = { [first]: second ? 0.5 : 1, ...(second ? { [second]: 0.5 } : {}) };
     }
     this.showBlend();
+    this.#showHint();
     this.page.changed();
     this.again();
   }
@@ -311,7 +320,23 @@ export class Pane {
     this.alert.textContent = error ?? "";
     this.stopButton.disabled = !this.isRunning;
     this.againButton.disabled = !this.turns.length;
+    this.#showHint();
     this.showFigures();
+  }
+
+  /** Say so if an adapter was trained on the other kind of prompt. */
+  #showHint() {
+    const { mode } = this.page.settings();
+    const adapters = this.page.models().filter((model) => model.id in this.weights);
+    const isOther = (model) => ![undefined, mode].includes(trainedOn(model));
+    const found = this.page.kind() === "text" && this.letter === null && adapters.find(isOther);
+    const hint = this.node.querySelector(".hint");
+    hint.hidden = !found;
+    if (!found) return;
+    hint.textContent = {
+      chat: `${found.id} was trained on texts, not on chats. Choose “Continue a text” below.`,
+      text: `${found.id} was trained on chats. Choose “Chat” below.`,
+    }[mode];
   }
 
   #turn({ user, answer }, index) {
