@@ -25,6 +25,7 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import HOSTILE, Browser, Opened, open_browser
 from whole import served
 
+from lorakit.serving.http.keys import read_keys
 from lorakit.serving.opening import Opened as Server
 
 pytestmark = pytest.mark.slow  # each test opens pages
@@ -68,8 +69,8 @@ class Site:
 
 
 @contextlib.contextmanager
-def site_of(folder: Path, live: Any) -> Iterator[Site]:
-    with served(folder) as (client, opened):
+def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
+    with served(folder, **options) as (client, opened):
         delay = [0.0]
         advance = opened.worker._advance
 
@@ -408,6 +409,37 @@ def test_a_card_shows_what_the_server_knows_now(browser: Browser, site: Site) ->
         assert facts["size"].endswith(" kB")
         digest = site.opened.store.describe("sql")["digest"]
         assert facts["digest"] == digest
+
+
+def test_a_pane_says_if_its_adapter_was_trained_on_other_prompts(
+    browser: Browser, site: Site
+) -> None:
+    """The adapters of these tests were trained on texts, so that is also what the page begins with."""
+    with browser.open(site.address) as opened:
+        opened.page.wait_for_selector(".pane")
+        assert opened.page.is_checked("[name=mode][value=text]")
+        assert opened.page.locator(".hint:visible").count() == 0
+        opened.page.check("[name=mode][value=chat]")
+        assert opened.page.locator(".hint:visible").all_inner_texts() == [
+            f"{name} was trained on texts, not on chats. Choose “Continue a text” below."
+            for name in ("e2e", "sql")
+        ]
+
+
+def test_the_page_asks_for_the_key(browser: Browser, text: Path, live: Any, tmp_path: Path) -> None:
+    keys = {"keys": [{"name": "one", "key": "k" * 24, "adapters": ["sql"]}]}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    with site_of(text, live, keys=read_keys(tmp_path / "keys.json")) as site:
+        with browser.open(site.link("sql")) as opened:
+            for key in ("wrong", "k" * 24):
+                opened.page.wait_for_selector("#key-dialog[open]")
+                opened.page.fill("#key", key)
+                opened.page.click("#key-form button")
+            # The key does not allow the base, so there is nothing to compare with.
+            send(opened)
+            assert opened.page.locator(".token").count() == 0
+            assert answers(opened)[0]
+            assert not opened.page.locator(".alert:visible").count()
 
 
 def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> None:

@@ -37,7 +37,7 @@ def write(
 
 @contextlib.contextmanager
 def served(
-    folder: Path, *, report: Any = lambda verdict: None, **settings: Any
+    folder: Path, *, report: Any = lambda verdict: None, keys: Any = None, **settings: Any
 ) -> Iterator[tuple[TestClient, Opened]]:
     config = ServeConfig(
         base=BaseConfig(name=str(folder / "base"), dtype="float32"),
@@ -51,6 +51,7 @@ def served(
         opened.engine,
         opened.store,
         HttpSettings(base_name="base", limits=config, allow_loading=True),
+        keys=keys,
         classifier=opened.classifier,
     )
     opened.worker.start()
