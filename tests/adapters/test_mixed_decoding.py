@@ -160,7 +160,7 @@ def test_many_tokens_of_one_adapter_beside_single_ones() -> None:
     assert used is not None
     assert used._arrangement is not None
     part = next(iter(used._arrangement.parts.values()))
-    assert [len(A) for A, _ in part.matrices] == [4, 1]
+    assert [len(A) for A, _ in part.matrices] == [5, 1]  # one slot is that of the many tokens
     with layer_by_layer():
         torch.testing.assert_close(found, packed(adapters, tokens))
 
@@ -448,13 +448,54 @@ def test_a_removed_adapter_is_freed() -> None:
     assert all(tensor() is None for tensor in tensors)
 
 
-def test_adapters_that_are_no_longer_used_are_freed() -> None:
+def test_the_tensors_of_few_blends_are_kept(monkeypatch) -> None:
+    monkeypatch.setattr(stacks, "MOST_SOURCES", 2)
     adapters = adapted()
-    for rows in ["a", "b", "c"], ["d", "b", "c"], ["d", "a", "b"], ["d", "d", "d", "c"]:
-        packed(adapters, rows)
+    for weight in range(1, 9):
+        packed(adapters, ["b", {"a": weight / 4}])
     found = adapters._activation.decoding._stacks
     assert found is not None
-    assert found._sources.keys() == found._slot_of.keys()
+    assert [*found._sources] == [(("b", 1.0),), (("a", 2.0),)]
+
+
+def test_blends_that_come_and_go_compute_what_they_compute_alone() -> None:
+    """Slots are the first ones, so a blend moves when others leave; no row may read another blend's slot."""
+    adapters = adapted()
+    rows: list[Rows] = [
+        ["a", "b", "c", "d"],
+        ["d", None, "c"],
+        ["d", "d", "a"],
+        ["b"] * 9 + ["d", "c"],
+        ["c", "a", "b"],
+        [{"a": 0.5}, "c"],
+        ["a", "b", "c", "d", {"a": 0.5}, {"b": 2.0}],
+        ["c"] * 12 + ["a"] * 10 + ["b", "d"],
+        [None, "d"],
+    ]
+    for tokens in rows:
+        for _ in range(2):
+            found = packed(adapters, tokens)
+        with layer_by_layer():
+            expected = packed(adapters, tokens)
+        torch.testing.assert_close(found, expected)
+
+
+def test_unchanged_adapters_are_not_checked_again() -> None:
+    """The promise saves the check of every tensor. Without it, an edit acts at once."""
+    adapters = adapted()
+    rows: Rows = ["a", "b"]
+
+    def logits(**options: bool) -> Tensor:
+        with torch.no_grad(), adapters.per_token([(r, 1) for r in rows], **options):
+            return adapters.model(input_ids=ids(1, 2), use_cache=False).logits  # type: ignore[operator]
+
+    for _ in range(2):
+        before = logits(unchanged=True)
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters("a"):
+            parameter.mul_(2)
+    assert torch.equal(logits(unchanged=True), before)
+    assert not torch.allclose(logits(), before)
 
 
 def test_loading_and_unloading_leaves_nothing_behind() -> None:

@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ class Adapters:
             yield
 
     @contextlib.contextmanager
-    def per_token(self, spans: Sequence[tuple[AdapterChoice, int]]) -> Iterator[None]:
+    def per_token(
+        self, spans: Sequence[tuple[AdapterChoice, int]], *, unchanged: bool = False
+    ) -> Iterator[None]:
         """Use a different adapter for each span of tokens, for the length of a `with` block, as `per_sample` does.
 
         Packed batches hold several sequences in one row. Only adapters whose effect on a token is independent of
@@ -168,13 +171,16 @@ class Adapters:
         Args:
             spans: Choice and number of tokens of each span, in order. They cover all tokens of the batch
                 (batch, length), row after row, padding included.
+            unchanged: A promise that nobody edits the adapters' tensors between two passes with this promise. A server
+                keeps it, and saves the check of all tensors in each step. Adapters may come and go.
 
         Raises:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
                 number of tokens, or a layer or an adapter mixes tokens.
         """
         self._refuse_while_merged("choose adapters by token")
-        with self._activation.local(choice_by_token(spans, self._get)):
+        choice = replace(choice_by_token(spans, self._get), unchanged=unchanged)
+        with self._activation.local(choice):
             yield
 
     def merge(self, choice: AdapterChoice = None, *, keep_base: bool = True) -> None:

@@ -25,6 +25,9 @@ MANY_TOKENS = 8
 """Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
 bfloat16 product takes half as long as one in float32; with one token of each of eight, twice as long."""
 
+MOST_SOURCES = 256
+"""Blends whose tensors are kept at hand."""
+
 LARGEST_STACKS = 2**30
 """The most bytes of all stacks. Further layers compute one adapter after the other."""
 
@@ -88,8 +91,7 @@ class Stacks:
 
     def _drop(self, blend: Blend) -> None:
         self._sources.pop(blend, None)
-        if blend in self._slot_of:
-            self._free.append(self._slot_of.pop(blend))
+        self._slots = [None if other == blend else other for other in self._slots]
         self._in_use, self._arrangement = [], None
 
     def learn(self, layer: Layer, x: Any) -> None:
@@ -118,7 +120,7 @@ class Stacks:
             and known.is_active == is_active
             and (known.choice is choice or known.choice == choice)
             and len(self._read) == len(self._known)
-            and all(source.is_current() for source in self._in_use)
+            and (choice.unchanged or all(source.is_current() for source in self._in_use))
         ):
             if any(other.thread != user.thread for other in self._users):
                 return None
@@ -137,10 +139,11 @@ class Stacks:
         if not tokens:
             return None
         for blend in tokens:
-            source = self._sources.get(blend)
-            if source is None or not source.is_current():
+            source = self._sources.pop(blend, None)
+            if source is None or not (choice.unchanged or source.is_current()):
                 self._drop(blend)
-                self._sources[blend] = Source(blend, self._read, is_active=self._is_active)
+                source = Source(blend, self._read, is_active=self._is_active)
+            self._sources[blend] = source  # the most recently used last
         sources = {blend: self._sources[blend] for blend in tokens}
         self._in_use = [*sources.values()]
         layers = {layer for source in self._in_use for layer in source.ranks}
@@ -148,10 +151,10 @@ class Stacks:
         layers = {layer for layer in layers if self._known[layer] is not None}
         if not self._is_active:
             layers = {layer for layer in layers if layer.layout.is_in_order(shape)}
-        if len(tokens) > self._count or not all(self._fits(layer) for layer in layers):
+        if len(tokens) > len(self._slots) or not all(self._fits(layer) for layer in layers):
             # More slots than are needed, because the next composition may need them.
-            spare = len(tokens) if self._count else 0
-            self._build(layers, max(len(tokens) + spare, self._count))
+            spare = len(tokens) if self._slots else 0
+            self._build(layers, max(len(tokens) + spare, len(self._slots)))
         slots = self._slots_of(tokens)
         layers &= self._of_layer.keys()
         first, *others = tokens
@@ -185,10 +188,7 @@ class Stacks:
 
     def _build(self, layers: Iterable[Layer], count: int) -> None:
         """Build empty stacks for these layers and those that have one, with room for the blends in use."""
-        self._count = count
-        self._free = [*reversed(range(count))]
-        self._slot_of: dict[Blend, int] = {}
-        """The slot of each blend, the least recently used first."""
+        self._slots: list[Blend | None] = [None] * count
         stacks = {**self._of_layer}
         for layer in layers:
             dtype = self._known[layer]
@@ -208,24 +208,27 @@ class Stacks:
                 self._of_layer[layer] = stack
 
     def _slots_of(self, blends: Iterable[Blend]) -> dict[Blend, int]:
-        """Return a slot with the matrices of each blend."""
-        blends = [*blends]
-        for blend in blends:
-            if blend in self._slot_of:
-                self._slot_of[blend] = self._slot_of.pop(blend)
-        for blend in blends:
-            if blend not in self._slot_of:
-                if not self._free:
-                    self._free.append(self._slot_of.pop(next(iter(self._slot_of))))
-                self._write(self._free[-1], blend)
-                self._slot_of[blend] = self._free.pop()
-        for blend in self._sources.keys() - self._slot_of.keys():
+        """Return a slot with the matrices of each blend, all among the first ones: a step computes those between."""
+        wanted = [*blends]
+        reach = min(2 * len(wanted), len(self._slots))
+        slots = {blend: i for i, blend in enumerate(self._slots) if blend is not None}
+        found = {blend: slots[blend] for blend in wanted if slots.get(blend, reach) < reach}
+        free = (i for i in range(reach) if self._slots[i] not in found)
+        for blend in wanted:
+            if blend not in found:
+                if blend in slots:
+                    self._slots[slots[blend]] = None  # it moves
+                found[blend] = next(free)
+                self._write(found[blend], blend)
+        for blend in [*self._sources][: max(len(self._sources) - MOST_SOURCES, 0)]:
             del self._sources[blend]
-        return self._slot_of
+        return found
 
     def _write(self, slot: int, blend: Blend) -> None:
+        self._slots[slot] = None  # also after an error
         for stack in self._of_layer.values():
             stack.write(slot, self._sources[blend])
+        self._slots[slot] = blend
 
 
 class Stack:
@@ -348,22 +351,32 @@ class _Product(NamedTuple):
 
     slots: list[int]
     """The slot of each tile."""
-    tokens: list[int]
-    """The token that each row reads; rows after a tile's last token repeat its first."""
+    tokens: list[int | None]
+    """The token that each row computes; None in rows that fill up a slot, whose result is not read."""
     is_narrow: bool
 
 
 def _products(tokens: dict[Blend, list[int]], slots: dict[Blend, int]) -> list[_Product]:
     """Return a product for the blends with few tokens and one for those with many."""
+    few = {slots[blend]: own for blend, own in tokens.items() if len(own) < MANY_TOKENS}
+    many = {blend: own for blend, own in tokens.items() if len(own) >= MANY_TOKENS}
     found = []
-    for is_narrow in (False, True):
-        own = {blend: t for blend, t in tokens.items() if (len(t) >= MANY_TOKENS) == is_narrow}
-        if own:
-            tiles, rows = _tiles(own)
-            numbers = [slots[blend] for blend, _ in tiles]
-            padded = [t for _, tile in tiles for t in tile + tile[:1] * (rows - len(tile))]
-            found.append(_Product(numbers, padded, is_narrow))
+    if few:
+        # All slots up to the last one are a view, also those in between that compute nothing.
+        rows = max(map(len, few.values()))
+        numbers = [*range(max(few) + 1)]
+        padded = [t for slot in numbers for t in _padded(few.get(slot, []), rows)]
+        found.append(_Product(numbers, padded, is_narrow=False))
+    if many:
+        tiles, rows = _tiles(many)
+        padded = [t for _, tile in tiles for t in _padded(tile, rows)]
+        found.append(_Product([slots[blend] for blend, _ in tiles], padded, is_narrow=True))
     return found
+
+
+def _padded(tokens: list[int], rows: int) -> list[int | None]:
+    """Return the tokens of a slot's rows."""
+    return [*tokens, *[None] * (rows - len(tokens))]
 
 
 def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]], int]:
@@ -384,13 +397,14 @@ def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]
 
 def _rows(products: list[_Product], size: int, device: torch.device) -> Rows:
     """Return where the rows of the products read, and where the results of all tokens are."""
-    gathers = tuple(_index(product.tokens, device) for product in products)
-    read = [token for product in products for token in product.tokens]
-    if read == [*range(size)]:
+    gathers = tuple(_index([t or 0 for t in product.tokens], device) for product in products)
+    computed = [token for product in products for token in product.tokens]
+    if computed == [*range(size)]:
         return Rows(gathers, None)
     select = [0] * size  # a token without adapters ignores what it reads
-    for row, token in enumerate(read):
-        select[token] = row
+    for row, token in enumerate(computed):
+        if token is not None:
+            select[token] = row
     return Rows(gathers, torch.tensor(select, device=device))
 
 

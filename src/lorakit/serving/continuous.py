@@ -250,7 +250,7 @@ class ContinuousEngine(Worker):
         step = Step(self._storage, parts, self.model.device)
         handle = handle_of(self.model)
         spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
-        choosing = nullcontext() if handle is None else handle.per_token(spans)
+        choosing = nullcontext() if handle is None else handle.per_token(spans, unchanged=True)
         with choosing:
             return compute(self.model, step)
 
