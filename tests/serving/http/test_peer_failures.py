@@ -59,6 +59,10 @@ ELSEWHERE = {
         "test_engines",
         "test_nan_of_one_adapter_fails_its_requests_alone",
     ),
+    "the page's pane of the base is answered by an adapter": (
+        "http.test_playground_page",
+        "test_the_base_in_an_adapters_place_is_caught",
+    ),
     "a hot adapter starves the others": ("test_engines", "test_no_adapter_starves_the_others"),
 }
 

@@ -140,7 +140,7 @@ function showSettings() {
   at("legend").hidden = !isText || !settings.colours;
   const label = { chat: "Message", text: "Text to continue" }[settings.mode];
   at("prompt-label").textContent = isText ? label : "Text to classify";
-  prompt.placeholder = isText ? { chat: "Write a message", text: "Write the start of a text" }[settings.mode] : "Write a text to classify";
+  prompt.placeholder = isText ? { chat: "Write a message", text: "Write the start of a text. Ctrl+Enter continues it." }[settings.mode] : "Write a text to classify";
   at("send").textContent = isText ? { chat: "Send", text: "Continue" }[settings.mode] : "Classify";
 }
 

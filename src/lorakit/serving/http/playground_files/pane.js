@@ -370,10 +370,9 @@ export class Pane {
   showFigures() {
     const answer = this.turns.at(-1)?.answer;
     const { figures: found } = answer ?? {};
-    if (!found || this.letter !== null) {
-      this.figures.textContent = "";
-      return;
-    }
+    this.figures.textContent = "";
+    this.figures.title = "";
+    if (!found || this.letter !== null) return;
     const parts = [];
     if (found.tokens !== undefined) parts.push(`${found.tokens} tokens`);
     if (found.rate) parts.push(`${found.rate.toFixed(1)} tokens/s`);
