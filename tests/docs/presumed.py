@@ -15,6 +15,7 @@ NOT_RUN = {
     "PYTHONPATH=$PWD/examples serve run": "runs until a signal; test_ray_replicas.py starts its application",
     "modules=": "run by test_serving_guide.py",
     "vllm serve": "needs a GPU",
+    "torchrun": "starts processes; tests/training/test_processes.py starts some",
 }
 """Commands that are not run, by their start, with the reason."""
 

@@ -38,9 +38,12 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import write_run_report
     from lorakit.formatting import duration, number, size
     from lorakit.reporting.run_record import read_run
+    from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
 
     result = train(config)
+    if not started_processes().is_first:
+        return
     early = ", stopped early" if result.stopped_early else ""
     print(
         f"\n{result.steps:,} steps in {duration(result.seconds)} ({result.tokens:,} tokens, "

@@ -51,6 +51,21 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
     return make
 
 
+def target_counter(base: Base) -> Callable[[Example], int]:
+    """Return a function that counts the targets of an example, as `Objective.count` counts those of its batch."""
+    encodes = base.model.config.is_encoder_decoder
+    forced = len(_forced_start(base))
+
+    def count(example: Example) -> int:
+        if not isinstance(example, LanguageExample):
+            return 1
+        if encodes:
+            return forced + len(example) - example.prompt_length
+        return sum(example.loss_mask[1:])
+
+    return count
+
+
 def encoder_input(base: Base, prompt_ids: Sequence[int]) -> list[int]:
     """Return the tokens of a prompt for an encoder: with an end-of-sequence token."""
     assert base.tokenizer is not None
@@ -61,10 +76,7 @@ def _encoder_decoder_batch(
     base: Base, examples: Sequence[LanguageExample], pad: int
 ) -> dict[str, torch.Tensor]:
     """Return padded encoder inputs, and the completions as labels."""
-    # If generation forces the first token (BART), training inserts it too.
-    generation = getattr(base.model, "generation_config", None)
-    forced = getattr(generation, "forced_bos_token_id", None)
-    start = [] if forced is None else [int(forced)]
+    start = _forced_start(base)
     inputs = [encoder_input(base, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
     width, length = max(map(len, inputs)), max(map(len, targets))
@@ -75,6 +87,13 @@ def _encoder_decoder_batch(
         ),
         "labels": torch.tensor([[*ids, *[IGNORED] * (length - len(ids))] for ids in targets]),
     }
+
+
+def _forced_start(base: Base) -> list[int]:
+    """Return the first token of a completion if generation forces it (BART): training inserts it too."""
+    generation = getattr(base.model, "generation_config", None)
+    forced = getattr(generation, "forced_bos_token_id", None)
+    return [] if forced is None else [int(forced)]
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -170,12 +170,17 @@ def held_out(
     task: type[Task] | None = None,
     labels: Sequence[str] = (),
     progress: Progress | None = None,
+    part: slice = slice(None),
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and the scores that need no generation.
 
     Language modelling adds the perplexity. Labels add the scores of `task`; without a task, those of classification
     (accuracy, F1, Matthews correlation) or regression (correlations, mean squared error). Records name the classes if
     `labels` gives their names, in index order.
+
+    Several processes can share the work: each computes another `part` of the batches, and `gather` returns what all of
+    them have computed, in the same order for each.
     """
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
@@ -183,7 +188,7 @@ def held_out(
     predictions: dict[int, float] = {}
     classes = 0
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in range(0, len(order), batch_size)[part]:
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])
             if isinstance(objective, LabelLoss):
@@ -197,6 +202,10 @@ def held_out(
             count += objective.count(batch)
             if progress is not None:
                 progress("examples scored", start + len(chosen), len(order))
+    parts = gather((total, count, predictions, classes))
+    total, count = sum(p[0] for p in parts), sum(p[1] for p in parts)
+    predictions = {i: value for p in parts for i, value in p[2].items()}
+    classes = max(p[3] for p in parts)
     loss = total / max(count, 1)
     if not math.isfinite(loss):
         raise LorakitError(

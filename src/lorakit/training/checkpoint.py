@@ -21,7 +21,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import storage
-from lorakit.data.batches import token_count
 from lorakit.errors import LorakitError, RunFolderError
 from lorakit.models.config_fields import VERSION, changed_fields
 from lorakit.storage.tensors import read_safetensors, write_safetensors
@@ -67,7 +66,8 @@ class State:
     seconds: float = 0.0
     """Time in steps, over all sessions."""
     processor_seconds: float = 0.0
-    """Time of the processor in steps, over all threads and sessions. It does not count waiting for other processes."""
+    """Time of the processor in steps, over all threads and sessions. It does not count waiting for other programs. Of
+    several processes of a run, it is that of the first."""
     train_loss: float | None = None
     """Loss of the last step."""
     scores_before: dict[str, float] = field(default_factory=dict)
@@ -88,16 +88,17 @@ class State:
     def advance(
         self,
         loss: float,
-        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        tokens: int,
+        computed_tokens: int,
         seconds: float,
         processor_seconds: float,
     ) -> None:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
-        for batch in batches:
-            self.tokens += token_count(batch)
-            self.computed_tokens += batch["input_ids"].numel()
+        self.tokens += tokens
+        self.computed_tokens += computed_tokens
         self.seconds += seconds
         self.processor_seconds += processor_seconds
 
@@ -125,7 +126,7 @@ def save(
     with storage.atomic_folder(path, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS, weights)
         write_safetensors(temporary / OPTIMIZER, _optimizer_tensors(optimizer))
-        write_safetensors(temporary / RANDOM, _random_states())
+        write_safetensors(temporary / RANDOM, random_states())
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
@@ -165,7 +166,7 @@ def restore(
         for name, tensor in weights.items():
             tensor.copy_(stored[name])
     _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
-    _restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
+    restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
     return state
 
 
@@ -249,14 +250,16 @@ def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of `folder`, oldest first."""
+    """Return the checkpoints of `folder`, oldest first; none if it is missing."""
+    if not folder.is_dir():
+        return []
     paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint of `folder`; 0 if it has none."""
-    checkpoints = _checkpoints(folder) if folder.is_dir() else []
+    checkpoints = _checkpoints(folder)
     return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
 
 
@@ -287,7 +290,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         }
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
     """Return the states of all generators: torch for dropout, Python and NumPy for models that use them."""
     version, words, gauss = random.getstate()
     assert version == 3
@@ -307,7 +310,8 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def _restore_random_states(states: dict[str, Tensor]) -> None:
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """Set the states of all generators."""
     torch.set_rng_state(states["torch"])
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))

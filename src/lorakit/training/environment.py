@@ -25,8 +25,8 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the command, start time, machine and versions of this session."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Return the command, start time, machine and versions of this session of so many processes."""
     return {
         "command": command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -34,6 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "versions": versions(),
     }
 

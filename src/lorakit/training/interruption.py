@@ -8,12 +8,22 @@ import threading
 from types import FrameType
 from typing import Any
 
+from lorakit.training.distributed import Processes
+
+Signals = tuple[int, int]
+"""Numbers of processes that have received SIGINT, and SIGTERM."""
+
 
 class Interruption:
-    """Records the first SIGINT or SIGTERM while entered; a second signal acts at once, as usual."""
+    """Records the first SIGINT or SIGTERM while entered; a second signal acts at once, as usual.
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    Several processes stop after the same step: the step at whose end all of them learn of the signal (`agree`).
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
+        self._processes = processes or Processes()
+        self._received: int | None = None
+        self._agreed: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -30,24 +40,40 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal is not None
+        """Whether the run has to stop."""
+        return self._agreed is not None
+
+    @property
+    def received(self) -> Signals:
+        """The signal that this process has received."""
+        return int(self._received == signal.SIGINT), int(self._received == signal.SIGTERM)
+
+    def agree(self, received: Signals) -> None:
+        """Stop if a process has received a signal; `received` is summed over the processes."""
+        interrupts, terminations = received
+        if interrupts or terminations:
+            self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
     def exit(self, message: str) -> None:
         """Print `message` and exit as the signal would have: KeyboardInterrupt, or the shell's code for SIGTERM."""
-        print(message, file=sys.stderr)
-        if self.signal == signal.SIGINT:
+        self._print(message)
+        if self._agreed == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
     def _request(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
+        self._received = number
+        if self._processes.count == 1:
+            self._agreed = number
         self._restore()
-        print(
+        self._print(
             f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint "
-            "(send it again to stop at once).",
-            file=sys.stderr,
+            "(send it again to stop at once)."
         )
+
+    def _print(self, text: str) -> None:
+        if self._processes.is_first:
+            print(text, file=sys.stderr)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

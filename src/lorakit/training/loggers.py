@@ -9,23 +9,27 @@ from typing import Any
 
 from lorakit.errors import ConfigurationError
 from lorakit.training.checkpoint import State
+from lorakit.training.distributed import Processes
 from lorakit.training.run_folder import RunFolder
+from lorakit.training.step import StepResult
 
 
 class Loggers:
-    """All loggers of a run; leaving the context closes them.
+    """All loggers of a run; leaving the context closes them. Only the first process of a run logs.
 
     Raises:
         ConfigurationError: The package of a logger is not installed.
     """
 
-    def __init__(self, run: RunFolder, state: State) -> None:
+    def __init__(self, run: RunFolder, state: State, processes: Processes) -> None:
         self._metrics = run.metrics
+        self._logs = processes.is_first
         self._loggers = [
             TensorBoard(run.path, state.step)
             if name == "tensorboard"
             else WeightsAndBiases(run.path, run.config.as_dict())
             for name in run.config.loggers
+            if self._logs
         ]
         self._closing = ExitStack()
 
@@ -37,15 +41,15 @@ class Loggers:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def step(self, state: State, loss: float, rate: float, norm: float) -> None:
+    def step(self, state: State, done: StepResult) -> None:
         """Record a finished step: mean loss, learning rate, gradient norm and totals so far."""
         self._log(
             state.step,
             "train",
             {
-                "loss": loss,
-                "learning_rate": rate,
-                "gradient_norm": norm,
+                "loss": done.loss,
+                "learning_rate": done.rate,
+                "gradient_norm": done.norm,
                 "tokens": state.tokens,
                 "computed_tokens": state.computed_tokens,
                 "seconds": round(state.seconds, 3),
@@ -57,6 +61,8 @@ class Loggers:
         self._log(state.step, "validation", state.scores)
 
     def _log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        if not self._logs:
+            return
         self._metrics.append(step=step, split=split, **values)
         for logger in self._loggers:
             logger.log(step, split, values)

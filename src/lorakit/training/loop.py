@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
+from lorakit.training.distributed import Processes, joined
 from lorakit.training.environment import sizes
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
+from lorakit.training.noise import require_no_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.progress import Reporter
-from lorakit.training.run_folder import RunResult, open_run
+from lorakit.training.run_folder import RunFolder, RunResult, open_run
 from lorakit.training.setup import Job, prepare
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
@@ -23,27 +27,24 @@ def train(config: TrainConfig) -> RunResult:
     """Train an adapter and write all results to the folder ``config.output``.
 
     A run can be interrupted at any instant and resumed: it reaches the same weights as an uninterrupted run, bit for
-    bit on a CPU.
+    bit on a CPU. `torchrun` starts it in several processes, which share each step and reach the same weights up to
+    rounding.
 
     Raises:
         LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
     """
-    with open_run(config) as run:  # run.config has the resolved dtype and learning rate
-        if (finished := run.result()) is not None:
+    with (
+        joined(config.base.device) as processes,
+        open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
+    ):
+        if (finished := processes.on_first(run.result)) is not None:
             return finished
         reset_peak_memory()
-        job = prepare(run.config)
-        optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
-        # The run folder changes only from here on: a run that fails in `prepare` leaves an old run intact.
-        run.claim()
-        # Without a checkpoint this is a new state.
-        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=job.inputs)
-        keep = run.config.checkpoints.keep
-        run.begin(state, job.device, sizes(job.model, job.parameters))
+        job, optimizer, state = _start(run, processes)
         with (
-            Interruption() as interruption,
-            Loggers(run, state) as log,
+            Interruption(processes) as interruption,
+            Loggers(run, state, processes) as log,
             Reporter(job, state) as show,
         ):
             if run.dtype_reason:
@@ -52,34 +53,63 @@ def train(config: TrainConfig) -> RunResult:
                 show.say(f"schedule  {_extension(job, state, run.extends)}")
             if not state.started:
                 validate(run, job, state, log, show)
-            for batches_of_indices in job.step_plan.steps(start=state.step):
+            for examples in job.step_plan.steps(start=state.step):
                 if job.is_over(state) or interruption.requested:
                     break
                 began, processor_began = time.perf_counter(), time.process_time()
-                batches = [
-                    job.collate([job.train[i] for i in indices]) for indices in batches_of_indices
-                ]
-                loss, rate, norm = optimizer_step(job, optimizer, batches, state.step)
+                done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
+                interruption.agree(done.signals)
                 state.advance(
-                    loss,
-                    batches,
-                    time.perf_counter() - began,
-                    time.process_time() - processor_began,
+                    done.loss,
+                    tokens=done.tokens,
+                    computed_tokens=done.computed_tokens,
+                    seconds=time.perf_counter() - began,
+                    processor_seconds=time.process_time() - processor_began,
                 )
-                log.step(state, loss, rate, norm)
-                show.step(state, rate)
+                log.step(state, done)
+                show.step(state, done.rate)
                 if job.evaluates_after(state.step):
                     validate(run, job, state, log, show)
                     release_free_memory()
                 if job.saves_after(state.step):
-                    checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
-            checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
+                    _save_checkpoint(run, job, state, optimizer)
+            _save_checkpoint(run, job, state, optimizer)
             if interruption.requested and not job.is_over(state):
                 interruption.exit(
                     f"Stopped at step {state.step}. Resume with: {run.resume_command}"
                 )
-        job.save_adapter(run.adapter, state)
-        return run.finish(state, job.device)
+        processes.on_first(lambda: job.save_adapter(run.adapter, state))
+        return processes.on_first(lambda: run.finish(state, job.device))
+
+
+def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
+    """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
+    with processes.together():
+        job = prepare(run.config, processes)
+        require_no_noise(job)
+        optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
+        inputs = job.inputs
+    digests = {name: source["sha256"] for name, source in inputs.items()}
+    processes.require_same({**digests, "computation": job.computation.note})
+    # The run folder changes only from here on: a run that fails above leaves an old run intact.
+    processes.on_first(run.claim)
+    with processes.together():
+        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=inputs)
+    processes.require_same({"step": state.step, "train_loss": state.train_loss})
+    # Processors can differ in the last bits of initial weights (PiSSA).
+    processes.copy_from_first(job.weights.values())
+    model_sizes = sizes(job.model, job.parameters)
+    processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
+    return job, optimizer, state
+
+
+def _save_checkpoint(
+    run: RunFolder, job: Job, state: State, optimizer: torch.optim.Optimizer
+) -> None:
+    keep = run.config.checkpoints.keep
+    job.processes.on_first(
+        lambda: checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
+    )
 
 
 def _extension(job: Job, state: State, replaced: str) -> str:

@@ -57,12 +57,11 @@ def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: Exa
 def _median_seconds(job: Job) -> float:
     optimizer = build_optimizer(job.parameters, job.config.optimizer, job.config.peak_rate)
     seconds: list[float] = []
-    for step, batches_of_indices in enumerate(_typical_steps(job)[: 1 + STEPS]):
+    for step, examples in enumerate(_typical_steps(job)[: 1 + STEPS]):
         if sum(seconds) > SECONDS:
             break
         start = time.perf_counter()
-        batches = [job.collate([job.train[i] for i in indices]) for indices in batches_of_indices]
-        optimizer_step(job, optimizer, batches, step)
+        optimizer_step(job, optimizer, examples, step)
         seconds.append(time.perf_counter() - start)
     return median(seconds[1:] or seconds)
 

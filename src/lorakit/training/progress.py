@@ -19,13 +19,13 @@ PLAIN_INTERVAL = 10.0
 
 
 class Reporter:
-    """Shows loss, learning rate, tokens per second, time left and peak memory while entered."""
+    """Shows loss, learning rate, tokens per second, time left and peak memory while entered, in the first process."""
 
     def __init__(self, job: Job, state: State) -> None:
         self._lines = job.describe()
         self._total, self._device = job.step_plan.total, job.device
         self._start = dataclasses.replace(state)
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not job.processes.is_first)
         self._shown = time.monotonic()
         self._live: Progress | None = None
         self._task = TaskID(0)
@@ -35,7 +35,7 @@ class Reporter:
             self.say(line)
         if self._start.step:
             self.say(f"resumed after step {self._start.step} of {self._total}")
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             self._live = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),

@@ -22,10 +22,10 @@ import math
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -36,6 +36,7 @@ from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.training.checkpoint import State, from_fields, newest_step
 from lorakit.training.config import TrainConfig
+from lorakit.training.distributed import Processes
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
 
@@ -188,14 +189,16 @@ class RunFolder:
         with storage.writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
 
-    def begin(self, state: State, device: torch.device, sizes: Mapping[str, int]) -> None:
+    def begin(
+        self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
+    ) -> None:
         """Add this session to environment.json, and drop metrics and samples recorded after `state`."""
         step = state.step if state.started else -1
         self.metrics.truncate(step)
         self.samples.truncate(step)
         path = self.path / ENVIRONMENT
         record = storage.read_record(path, RunFolderError) if path.exists() else {}
-        session = {"from_step": state.step, **environment(device), "sizes": dict(sizes)}
+        session = {"from_step": state.step, **environment(device, processes), "sizes": dict(sizes)}
         with storage.atomic_file(path) as temporary:
             storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
 
@@ -233,7 +236,24 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(config: TrainConfig) -> Iterator[RunFolder]:
+def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
+    """Open and lock the run folder `config.output` in the first process of a run, the only one that writes to it.
+
+    Raises:
+        RunFolderError: The folder cannot be opened; see `_open_locked`.
+        ConfigurationError: The run to resume has other settings, or the processes have different ones.
+    """
+    processes.require_same(flat_settings(config.as_dict()))
+    with ExitStack() as stack:
+        run = None
+        with processes.together():
+            if processes.is_first:
+                run = stack.enter_context(_open_locked(config))
+        yield cast(RunFolder, processes.from_first(run))
+
+
+@contextmanager
+def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     """Open or create the run folder `config.output`, and lock it for this process.
 
     The folder does not change before `RunFolder.claim`. If a run fails before that (a misspelt target, an empty data

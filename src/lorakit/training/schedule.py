@@ -1,4 +1,4 @@
-"""The learning rate and the examples of each step.
+"""The learning rate, the examples of each step, and the share of them that each process computes.
 
 Both depend on the step number only, so a checkpoint stores a step number instead of the state of an iterator.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
 Batches = list[list[int]]
@@ -69,7 +70,79 @@ class StepPlan:
             examples for epoch in itertools.count(first_epoch) for examples in self._sampler(epoch)
         )
         for examples in itertools.islice(endless, skipped, skipped + self.total - start):
-            yield [
-                examples[at : at + self._batch_size]
-                for at in range(0, len(examples), self._batch_size)
-            ]
+            yield _cut(examples, self._batch_size)
+
+
+class Share:
+    """The examples of each step that one process computes. All processes have about the same number of tokens.
+
+    The share of a single process is the whole step. A share is empty if a step has fewer examples than processes.
+
+    Args:
+        examples: The training data.
+        batch_size: Examples per forward and backward pass.
+        rank: The number of the process.
+        count: The number of all processes.
+        packed: Keep examples with the same prompt together, because a packed batch computes their prompt once.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        count: int = 1,
+        packed: bool = False,
+    ) -> None:
+        self._examples = examples
+        self._batch_size = batch_size
+        self._rank, self._count = rank, count
+        self._packed = packed
+
+    def __call__(self, step: Batches) -> Batches:
+        """Return the batches of this process, for the batches of a whole step."""
+        indices = [i for batch in step for i in batch]
+        units = self._units(indices)
+        costs = [self._tokens(indices[place] for place in unit) for unit in units]
+        shares = even_shares(units, costs, self._count)
+        return _cut([indices[place] for place in sorted(shares[self._rank])], self._batch_size)
+
+    def _units(self, indices: list[int]) -> list[list[int]]:
+        """Return the places of examples that stay together, at most an even share of the step."""
+        places = range(len(indices))
+        if not self._packed:
+            return [[place] for place in places]
+        by_prompt: dict[str, list[int]] = {}
+        for place in places:
+            by_prompt.setdefault(self._examples[indices[place]].prompt, []).append(place)
+        most = -(-len(indices) // self._count)
+        return [unit for group in by_prompt.values() for unit in _cut(group, most)]
+
+    def _tokens(self, unit: Iterable[int]) -> int:
+        """Return the tokens that the model computes for examples with the same prompt."""
+        examples = [self._examples[i] for i in unit]
+        shared = examples[0].prompt_length if isinstance(examples[0], LanguageExample) else 0
+        return sum(map(len, examples)) - (len(examples) - 1) * shared
+
+
+def even_shares(
+    units: Sequence[Sequence[int]], costs: Sequence[int], count: int
+) -> list[list[int]]:
+    """Distribute units over `count` shares of about the same cost, and if possible of the same number of items.
+
+    The costliest unit comes first. Each goes into the share with the lowest cost among those with room for its items.
+    """
+    room = -(-sum(map(len, units)) // count)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for u in sorted(range(len(units)), key=lambda u: -costs[u]):
+        open_shares = [s for s in range(count) if len(shares[s]) + len(units[u]) <= room]
+        emptiest = min(open_shares or range(count), key=totals.__getitem__)
+        shares[emptiest] += units[u]
+        totals[emptiest] += costs[u]
+    return shares
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[at : at + size] for at in range(0, len(items), size)]

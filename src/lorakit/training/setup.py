@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import BaseRecord, base_record
 from lorakit.compute.base import check_context, open_base
-from lorakit.compute.batching import Collate, collator
+from lorakit.compute.batching import Collate, collator, target_counter
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
@@ -36,9 +36,10 @@ from lorakit.models.loading import Base
 from lorakit.tasks import Example, Task, file_of, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
+from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
-from lorakit.training.schedule import StepPlan, rate_factor
+from lorakit.training.schedule import Share, StepPlan, rate_factor
 from lorakit.training.warm_start import warm_start
 
 T = TypeVar("T")
@@ -61,6 +62,10 @@ class Job:
     """The validation examples scored during training."""
     computation: Computation
     step_plan: StepPlan
+    processes: Processes
+    share: Share
+    """The examples of a step that this process computes."""
+    count_targets: Callable[[Example], int]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -207,9 +212,10 @@ class Job:
         lines.append(
             f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
+        among = f", in {count} processes" if (count := self.processes.count) > 1 else ""
         lines.append(
             f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
-            f"{self.step_plan.steps_per_epoch:,} per epoch"
+            f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
         )
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
@@ -222,7 +228,7 @@ class Job:
         return dataclasses.replace(self.objective, label_smoothing=0.0)  # type: ignore[type-var]
 
 
-def prepare(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
     """Load data, base and adapter.
 
     Raises:
@@ -242,7 +248,7 @@ def prepare(config: TrainConfig) -> Job:
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
-    return assemble(config, task, base, sets["train"], sets.get("validation"))
+    return assemble(config, task, base, sets["train"], sets.get("validation"), processes)
 
 
 def assemble(
@@ -251,13 +257,14 @@ def assemble(
     base: Base,
     train: ExampleSet,
     validation: ExampleSet | None = None,
+    processes: Processes | None = None,
 ) -> Job:
     """Attach the adapter to a loaded `base`, and choose how batches and the loss are computed.
 
     Raises:
         LorakitError: A setting does not fit the data or the model.
     """
-    model = base.model
+    model, processes = base.model, processes or Processes()
     adapters = attach_method(base, config, task)
     for examples in (train, validation):
         if examples is not None:
@@ -282,6 +289,15 @@ def assemble(
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
         computation=computation,
         step_plan=step_plan_of(config, train),
+        processes=processes,
+        share=Share(
+            train,
+            batch_size=config.batch_size,
+            rank=processes.rank,
+            count=processes.count,
+            packed=computation.packed,
+        ),
+        count_targets=target_counter(base),
     )
 
 

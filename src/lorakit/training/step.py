@@ -3,44 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lorakit.data.batches import token_count
+from lorakit.training.interruption import Signals
 from lorakit.training.optimizer import clip_gradients, require_finite, set_rate
+from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Result of a step, over all processes."""
+
+    loss: float
+    """Mean loss over the targets."""
+    rate: float
+    """Learning rate."""
+    norm: float
+    """Gradient norm before clipping."""
+    tokens: int
+    """Tokens of the examples, without savings by packing."""
+    computed_tokens: int
+    """Tokens that the model computed for them."""
+    signals: Signals
+    """Signals that a process has received."""
+
+
 def optimizer_step(
-    job: Job, optimizer: Optimizer, batches: Sequence[Mapping[str, Tensor]], step: int
-) -> tuple[float, float, float]:
-    """Update the weights once; return the loss, the learning rate, and the gradient norm before clipping.
+    job: Job, optimizer: Optimizer, examples: Batches, step: int, signals: Signals = (0, 0)
+) -> StepResult:
+    """Update the weights once. Each process computes its share of the examples and gets the same result.
 
     Args:
         job: The run.
         optimizer: From `build_optimizer`, over the parameters of `job`.
-        batches: The batches of this step.
+        examples: The examples of this step, over all processes.
         step: Number of finished steps, which determines the learning rate.
+        signals: Signals that this process has received.
 
     Raises:
         LorakitError: The loss or the gradient norm is not finite; the weights are not updated.
     """
-    loss = _accumulate_gradients(job, batches)
+    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
+    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
+    own = (
+        _accumulate_gradients(job, batches, target_count),
+        sum(map(token_count, batches)),
+        sum(batch["input_ids"].numel() for batch in batches),
+        *signals,
+    )
+    sums = job.processes.sum_gradients(list(job.parameters.values()), own)
+    loss, (tokens, computed, *received) = sums[0], map(int, sums[1:])
     rate = set_rate(optimizer, job.rate_factor(step))
     norm = clip_gradients(optimizer, job.config.optimizer.clip)
     require_finite(step, loss, norm, rate)
     optimizer.step()
     optimizer.zero_grad()
-    return loss, rate, norm
+    return StepResult(
+        loss=loss,
+        rate=rate,
+        norm=norm,
+        tokens=tokens,
+        computed_tokens=computed,
+        signals=(received[0], received[1]),
+    )
 
 
-def _accumulate_gradients(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Run forward and backward on all batches of a step; return the mean loss over all their targets.
+def _accumulate_gradients(
+    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int
+) -> float:
+    """Run forward and backward on this process's batches of a step; return their part of the step's mean loss.
 
-    The mean is over targets, not over batches, so a batch with more targets counts more. 4 batches of 4 examples give
-    the gradient of one batch of 16.
+    The mean is over the targets of the whole step, not over batches, so a batch with more targets counts more. 4
+    batches of 4 examples give the gradient of one batch of 16, in one process or in several.
     """
-    target_count = sum(job.objective.count(batch) for batch in batches)
     loss = 0.0
     for batch in batches:
         with job.autocast():

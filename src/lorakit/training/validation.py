@@ -35,13 +35,17 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.collate,
             batch_size=settings.batch_size or job.config.batch_size,
             task=job.task,
+            part=slice(job.processes.rank, None, job.processes.count),
+            gather=job.processes.gather,
         )
         state.scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
         if settings.samples:
-            sampled = _sample(run, job, state.step)
+            sampled = job.processes.on_first(lambda: _sample(run, job, state.step))
             state.scores = {**state.scores, **sampled.scores}
             notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
+    # A task of the user may score the same texts differently in another process.
+    state.scores = job.processes.from_first(state.scores)
     _require_finite(state.scores, job.task.name)
     log.scores(state)
     if state.step == 0:
@@ -56,7 +60,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         )
         notes.append("best so far, but worse than before training" if is_worse else "best")
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
-        job.save_adapter(run.best, state)
+        job.processes.on_first(lambda: job.save_adapter(run.best, state))
     else:
         state.without_best += 1
         state.stopped_early = (

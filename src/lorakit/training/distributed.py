@@ -1,0 +1,273 @@
+"""The processes of one run, which `torchrun` starts. Each computes a share of every step; the first writes all files.
+
+A run without `torchrun` is one process, and every function here then returns its own values without communication.
+
+Gradients are summed after the backward pass, without a wrapper around the model, so its module names and hooks stay.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.formatting import counted
+from lorakit.models.devices import pick_device
+
+T = TypeVar("T")
+
+STEP_TIMEOUT = datetime.timedelta(minutes=30)
+"""Longest wait for the other processes at the end of a step."""
+
+TIMEOUT = datetime.timedelta(hours=12)
+"""Longest wait for values of another process, such as scores of texts that the first process generates alone."""
+
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
+
+COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
+SHOWN = 5
+"""Maximum number of differences in a message."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The number of this process and the number of all processes of a run; by default a run of one process."""
+
+    rank: int = 0
+    count: int = 1
+    group: dist.ProcessGroup | None = None
+    """Exchanges values; None for one process."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files of the run and prints its progress."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            with _communication():
+                dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Return the value of the first process."""
+        box = [value]
+        if self.count > 1:
+            with _communication():
+                dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Call `work` in the first process, and return its result in all of them; the others wait.
+
+        Raises:
+            LorakitError: `work` raised one, in all processes.
+        """
+        result = None
+        with self.together():
+            if self.is_first:
+                result = work()
+        return cast(T, self.from_first(result))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise a LorakitError of one process in all of them, so that no process waits for it.
+
+        The processes must not communicate inside the block.
+        """
+        error = None
+        try:
+            yield
+        except LorakitError as raised:
+            error = raised
+        messages = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                first, *lines = message.splitlines()
+                raise LorakitError(f"Process {rank} of {self.count} failed: {first}", *lines)
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Raise unless all processes have the `values` of the first.
+
+        Raises:
+            ConfigurationError: The values of a process differ, in all processes.
+        """
+        first, *others = self.gather(dict(values))
+        for rank, theirs in enumerate(others, start=1):
+            differences = [
+                f"{name} is {theirs.get(name)!r} instead of {first.get(name)!r}"
+                for name in sorted(first.keys() | theirs.keys())
+                if theirs.get(name) != first.get(name)
+            ]
+            if differences:
+                raise ConfigurationError(
+                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(differences[:SHOWN])}. Give "
+                    "all processes the same command, files and software."
+                )
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace the values of `tensors` by those of the first process."""
+        if self.count == 1:
+            return
+        with torch.no_grad(), _communication():
+            for tensor in tensors:
+                contiguous = tensor.detach().contiguous()
+                dist.broadcast(contiguous, src=0)
+                tensor.copy_(contiguous)
+
+    def sum_gradients(
+        self, parameters: Sequence[nn.Parameter], numbers: Sequence[float]
+    ) -> list[float]:
+        """Replace the gradients by their sums over the processes, and return the sums of `numbers`.
+
+        All processes get the same bits. A gradient that no process has stays None, as with one process.
+        """
+        if self.count == 1:
+            return list(numbers)
+        counts = [float(p.grad is not None) for p in parameters]
+        table = torch.tensor([*numbers, *counts], dtype=torch.float64, device=parameters[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        *gradients, table = _sums([*gradients, table])
+        sums = table.tolist()
+        for parameter, gradient, count in zip(
+            parameters, gradients, sums[len(numbers) :], strict=True
+        ):
+            parameter.grad = gradient if count else None
+        return sums[: len(numbers)]
+
+
+def started_processes() -> Processes:
+    """Return the processes that `torchrun` started, by its environment variables; without them, one process.
+
+    Raises:
+        ConfigurationError: The variables are incomplete or invalid.
+    """
+    count = _number("WORLD_SIZE", default="1")
+    if count <= 1:
+        return Processes()
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigurationError(
+            f"The environment variable WORLD_SIZE is {count}, but {', '.join(missing)} is not set. Start several "
+            f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
+        )
+    return Processes(rank=_number("RANK"), count=count)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Connect the processes that `torchrun` started, and choose the GPU of this process.
+
+    Args:
+        device: The setting ``base.device``.
+
+    Raises:
+        ConfigurationError: The environment or the device does not allow several processes.
+        LorakitError: The processes cannot reach each other.
+    """
+    processes = started_processes()
+    if processes.count == 1:
+        yield processes
+        return
+    backend = _backend(device, processes.count)
+    connects = not dist.is_initialized()  # false inside a script that has connected its processes
+    try:
+        if connects:
+            dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        # Values need a process group of the CPU, and a longer timeout than gradients.
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LorakitError(
+            f"Process {processes.rank} of {processes.count} cannot reach the others at {address}: "
+            f"{_reason(error)}. Start all of them with {COMMAND}."
+        ) from error
+    try:
+        yield replace(processes, group=group)
+    finally:
+        dist.destroy_process_group(None if connects else group)
+
+
+def _backend(device: str, count: int) -> str:
+    """Return the backend for the gradients, and make the GPU of this process the current one."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(
+            f"base.device is {device!r}, but {count} processes need one device each. Set it to auto, cpu or cuda: each "
+            "process then takes its own GPU."
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        pick_device(device)  # rejects `cuda`
+        return "gloo"
+    number, gpus = _number("LOCAL_RANK"), torch.cuda.device_count()
+    if number >= gpus:
+        raise ConfigurationError(
+            f"base.device is {device!r}, and this machine has {counted(gpus, 'GPU')} for more processes. Start with "
+            f"--nproc-per-node {gpus}, or set base.device to cpu."
+        )
+    torch.cuda.set_device(number)  # `cuda` without a number then means this GPU
+    return "nccl"
+
+
+def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sums of tensors over the processes, sent as one flat tensor for each dtype."""
+    places: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.dtype, []).append(place)
+    flat = {
+        dtype: torch.cat([tensors[place].flatten() for place in of_dtype])
+        for dtype, of_dtype in places.items()
+    }
+    with _communication():
+        works = [dist.all_reduce(buffer, async_op=True) for buffer in flat.values()]
+        for work in works:
+            assert work is not None  # only a process outside the group gets None
+            work.wait()
+    sums = list(tensors)
+    for dtype, of_dtype in places.items():
+        parts = flat[dtype].split([tensors[place].numel() for place in of_dtype])
+        for place, part in zip(of_dtype, parts, strict=True):
+            sums[place] = part.view(tensors[place].shape)
+    return sums
+
+
+@contextmanager
+def _communication() -> Iterator[None]:
+    """Raise a LorakitError if another process has ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:  # also torch's own classes of errors
+        raise LorakitError(
+            f"Another process of this run has ended or does not answer ({_reason(error)}). Its own output says why. "
+            "Start all processes again with resume (--resume)."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of an error of torch, without the line of its source."""
+    text = re.sub(r"^\[\S+\] ", "", str(error))
+    return re.split(r"\.\s|\.?\n|\.?$", text, maxsplit=1)[0] or type(error).__name__
+
+
+def _number(variable: str, default: str | None = None) -> int:
+    """Return the value of an environment variable that counts from 0."""
+    text = os.environ.get(variable, default)
+    if text is None or not text.isdecimal():
+        raise ConfigurationError(
+            f"The environment variable {variable} is {text!r}; torchrun sets it to a whole number. Start several "
+            f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
+        )
+    return int(text)

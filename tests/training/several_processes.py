@@ -1,0 +1,410 @@
+"""Runs on several processes, for `test_processes.py`: each scenario writes its results into a folder of its name.
+
+By hand::
+
+    python tests/training/several_processes.py FOLDER [SCENARIO ...]
+
+The processes of a run are forked from one process that has imported everything and computes nothing itself (see
+`kill_resume.py`). They get the environment variables that torchrun sets, and connect with gloo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import kill_resume
+import tiny_runs
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lorakit.data import DataConfig
+from lorakit.errors import LorakitError
+from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.lora.method import LoRA
+from lorakit.training import distributed, loop
+from lorakit.training import step as steps
+from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.training.distributed import joined
+from lorakit.training.loop import train
+from lorakit.training.optimizer import build_optimizer
+from lorakit.training.setup import prepare
+
+STEPS = 20
+"""Two epochs of 73 examples, 8 in a step and one in the last step of an epoch."""
+COUNTS = (1, 2, 4)
+LIMIT = 60.0
+"""Seconds after which the processes of a run are killed."""
+
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+RATE = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup=2)
+
+WAYS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "padded": {"packing": False},
+    "grouped": {"sampling": "grouped"},
+    "full": {"method": "full"},
+    "full padded": {"method": "full", "packing": False},
+    "dora": {"lora": LoRA(dora=True, targets=("all-linear",))},
+    "pissa": {"lora": LoRA(init="pissa")},
+    "bitfit": {
+        "method": "bitfit",
+        "base": "encoder",
+        "data": "labels",
+        "evaluation": HeldOutConfig(),
+    },
+    "bottleneck": {"method": "bottleneck", "bottleneck": BottleneckAdapter(size=4)},
+    "prefixes": {"method": "lora+prefix_embedding"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "classes": {"base": "encoder", "data": "labels", "evaluation": HeldOutConfig()},
+    "sequences": {"base": "encoder-decoder"},
+}
+"""Settings of the runs whose gradients and weights are compared."""
+
+
+def ways_on(count: int) -> list[str]:
+    """Return the ways to compare on `count` processes: all of them on 2, some on 4."""
+    return list(WAYS) if count < 4 else ["packed", "padded", "full", "full padded", "classes"]
+
+
+def main() -> None:
+    folder, *names = sys.argv[1:]
+    root = Path(folder)
+    assert kill_resume.fork(lambda: write_inputs(root)) == 0
+    warm_up = run_config(root, "warm-up", max_steps=1)
+    kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
+    for name, scenario in SCENARIOS.items():
+        if not names or name in names:
+            began = time.monotonic()
+            outcomes = scenario(root)
+            (root / f"{name}.json").write_text(json.dumps(outcomes))
+            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def write_inputs(root: Path) -> None:
+    tiny_runs.save_base(root / "decoder")
+    tiny_runs.save_base(root / "dropout", attention_dropout=0.1)
+    tiny_runs.save_base(root / "encoder", "bert", "base", **NO_DROPOUT)
+    tiny_runs.save_base(root / "encoder-decoder", "t5", dropout_rate=0.0)
+    rows = tiny_runs.pairs(24)
+    # 3 completions for each of 24 prompts, of very different lengths; the last step of an epoch has a single example.
+    rows = [
+        {
+            **rows[i % 24],
+            "completion": rows[i % 24]["completion"] * (1 + i // 24 + 7 * (i % 5 == 0)),
+        }
+        for i in range(73)
+    ]
+    tiny_runs.write_rows(root / "train.jsonl", rows)
+    tiny_runs.write_rows(root / "validation.jsonl", tiny_runs.pairs(13, seed=1))
+    tiny_runs.write_rows(root / "labels.jsonl", tiny_runs.labelled(73))
+    tiny_runs.write_rows(root / "other.jsonl", tiny_runs.pairs(72, seed=2))
+    tiny_runs.write_rows(root / "bad.jsonl", [{"prompt": "river:", "completion": 3}])
+
+
+def run_config(root: Path, name: str, base: str = "decoder", **overrides: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"optimizer": RATE, "output": str(root / name), **overrides}
+    return tiny_runs.config(root, str(root / base), **settings)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+Outcomes = list[dict[str, Any]]
+"""The exit status and the output of each process of a run."""
+
+
+def run(count: int, work: Callable[[int], object]) -> Outcomes:
+    """Call `work` with its rank in `count` processes, and wait for them."""
+    return Started(count, work).outcomes()
+
+
+class Started:
+    """Processes that call `work` with their rank."""
+
+    def __init__(self, count: int, work: Callable[[int], object]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._deadline = time.monotonic() + LIMIT
+        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 - closed below
+        self._children = [
+            _fork(rank, count, port, work, output.fileno())
+            for rank, output in enumerate(self._outputs)
+        ]
+
+    def outcomes(self) -> Outcomes:
+        """Wait for the processes, and kill them after `LIMIT` seconds."""
+        statuses: dict[int, int] = {}
+        while len(statuses) < len(self._children):
+            for child in set(self._children) - statuses.keys():
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    statuses[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > self._deadline:
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        found = []
+        for child, output in zip(self._children, self._outputs, strict=True):
+            with output:
+                output.seek(0)
+                found.append({"status": statuses[child], "output": output.read()})
+        return found
+
+
+def _fork(rank: int, count: int, port: int, work: Callable[[int], object], output: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if count > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        work(rank)
+        status = 0
+    except LorakitError as error:  # as the command line ends
+        print(f"{type(error).__name__}: {error}")
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def at_step(number: int, action: Callable[[], object]) -> None:
+    """Call `action` at the end of a step of this process, before the weights change."""
+    original, calls = steps.clip_gradients, iter(range(1, 10_000))
+
+    def acting(*args: Any) -> float:
+        if next(calls) == number:
+            action()
+        return original(*args)
+
+    steps.clip_gradients = acting
+
+
+# --- scenarios ------------------------------------------------------------------------------------
+
+
+def equality(root: Path) -> Any:
+    """Take `STEPS` steps in float64 on 1, 2 and 4 processes; write the first gradients and the last weights."""
+
+    def work(count: int, rank: int) -> None:
+        with joined("cpu") as processes:
+            assert (processes.rank, processes.count) == (rank, count)
+            for name in ways_on(count):
+                settings = dict(WAYS[name])
+                if settings.get("data") == "labels":
+                    settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
+                job = prepare(run_config(root, "equality", **settings), processes)
+                assert job.computation.packed == (
+                    "padded" not in name and "base" not in WAYS[name]
+                ), name
+                job.model.double()
+                move(job.parameters)
+                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
+                tensors = take_steps(job, optimizer)
+                for parameter in job.parameters.values():
+                    assert parameter.dtype == torch.float64
+                save_file(tensors, root / f"{name} {count} {rank}.safetensors")
+
+    return {count: run(count, lambda rank, count=count: work(count, rank)) for count in COUNTS}
+
+
+def move(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Add the same random numbers in every process: B is 0 at first, and so are then the gradients of A."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.02 * noise)
+
+
+def take_steps(job: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the gradients of the first step, the loss of each step, and the weights after the last."""
+    found: dict[str, torch.Tensor] = {}
+
+    def record() -> None:
+        for name, parameter in job.parameters.items():
+            if parameter.grad is not None:
+                found[f"gradient {name}"] = parameter.grad.clone().contiguous()
+
+    original = steps.clip_gradients
+    at_step(1, record)
+    losses, shares = [], []
+    for number, examples in zip(range(STEPS), job.step_plan.steps(), strict=False):
+        done = steps.optimizer_step(job, optimizer, examples, number)
+        losses.append([done.loss, done.norm, done.tokens])
+        shares.append(sum(map(len, job.share(examples))))
+    steps.clip_gradients = original
+    found["losses"] = torch.tensor(losses, dtype=torch.float64)
+    found["examples"] = torch.tensor(shares)
+    for name, parameter in job.parameters.items():
+        found[f"weight {name}"] = parameter.detach().clone().contiguous()
+    return found
+
+
+def sums(root: Path) -> Any:
+    """Add up gradients of two dtypes, of which some processes lack one and all lack another."""
+
+    def work(rank: int) -> None:
+        with joined("cpu") as processes:
+            parameters = [
+                nn.Parameter(torch.zeros(2, dtype=dtype))
+                for dtype in (torch.float32, torch.float64, torch.float32)
+            ]
+            everywhere, once, _nowhere = parameters
+            everywhere.grad = torch.tensor([1.0, rank])
+            if rank == 1:
+                once.grad = torch.tensor([3.0, 5.0], dtype=torch.float64)
+            numbers = processes.sum_gradients(parameters, [0.5, 2**40 + rank])
+            grads = [None if p.grad is None else p.grad.tolist() for p in parameters]
+            print(json.dumps({"numbers": numbers, "gradients": grads}))
+
+    return run(3, work)
+
+
+def whole_runs(root: Path) -> Any:
+    """Train with everything that a run writes, on 1 and on 4 processes: texts with samples, and labels."""
+
+    def work(count: int) -> None:
+        evaluation = HeldOutConfig(every=5, samples=2, max_new_tokens=3)
+        train(run_config(root, f"whole-{count}", evaluation=evaluation, epochs=1))
+        data = DataConfig(train=str(root / "labels.jsonl"), validation_fraction=0.2)
+        evaluation = HeldOutConfig(every=2, metric="accuracy", patience=3)
+        train(
+            run_config(
+                root, f"labels-{count}", base="encoder", data=data, evaluation=evaluation, epochs=2
+            )
+        )
+
+    return {count: run(count, lambda _, count=count: work(count)) for count in (1, 4)}
+
+
+def interrupted(root: Path) -> Any:
+    """Send a signal to one process of 4, and resume on 2; compare with whole runs."""
+    config = run_config(
+        root,
+        "interrupted",
+        evaluation=HeldOutConfig(every=5, samples=2, max_new_tokens=3),
+        epochs=1,
+        checkpoints=CheckpointConfig(every=100),
+    )
+
+    def work(rank: int) -> None:
+        if rank == 2:
+            at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+        train(config)
+
+    stopped = run(4, work)
+    names = sorted(path.name for path in (root / "interrupted" / "checkpoints").iterdir())
+    again = run(2, lambda _: train(dataclasses.replace(config, resume=True)))
+
+    def with_interrupt(rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if rank == 1:
+            at_step(2, lambda: signal.raise_signal(signal.SIGINT))
+        train(run_config(root, "ctrl-c", max_steps=8))
+
+    return {
+        "stopped": stopped,
+        "checkpoints": names,
+        "resumed": again,
+        "SIGINT": run(2, with_interrupt),
+    }
+
+
+def mistakes(root: Path) -> Any:
+    """Runs that end with an error; none may leave a folder that looks finished."""
+    for name in ("here", "there", "bad"):
+        (root / name).mkdir()
+        source = {"here": "train", "there": "other", "bad": "bad"}[name]
+        (root / name / "train.jsonl").write_text((root / f"{source}.jsonl").read_text())
+    data = DataConfig(train="train.jsonl")
+
+    def from_folders(*folders: str) -> Callable[[int], object]:
+        def work(rank: int) -> None:
+            os.chdir(root / folders[rank])
+            train(run_config(root, "mistake", data=data, evaluation=HeldOutConfig()))
+
+        return work
+
+    def dying(rank: int) -> None:
+        if rank == 1:
+            at_step(3, lambda: os._exit(9))
+        train(run_config(root, "dead"))
+
+    def hanging(rank: int) -> None:
+        distributed.STEP_TIMEOUT = distributed.datetime.timedelta(seconds=3)
+        if rank == 1:
+            original = loop.optimizer_step
+            loop.optimizer_step = lambda *args: time.sleep(5) or original(*args)
+        train(run_config(root, "hung"))
+
+    hung = Started(2, hanging)  # sleeps while the others run
+
+    def trained(name: str, **settings: Any) -> Callable[[int], object]:
+        return lambda _: train(run_config(root, name, **settings))
+
+    return {
+        "other settings": run(
+            2, lambda rank: train(run_config(root, "mistake", batch_size=4 + rank))
+        ),
+        "other data": run(2, from_folders("here", "there")),
+        "bad data": run(2, from_folders("here", "bad")),
+        "exploding": run(
+            2,
+            trained(
+                "exploded",
+                method="full",
+                optimizer=OptimizerConfig(learning_rate=1e30, clip=0, warmup=0),
+            ),
+        ),
+        "dead": run(2, dying),
+        "existing": run(2, trained("dead")),
+        "dropout": run(2, trained("mistake", lora=LoRA(dropout=0.1))),
+        "dropout of the base": run(2, trained("mistake", base="dropout")),
+        "hung": hung.outcomes(),
+        "folders": sorted(path.name for path in root.iterdir() if path.is_dir()),
+    }
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    "sums": sums,
+    "equality": equality,
+    "whole": whole_runs,
+    "interrupted": interrupted,
+    "mistakes": mistakes,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""One run on several processes reaches the result of one process, and writes one folder.
+
+`several_processes.py` runs the scenarios; the tests read what these have written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import filelock
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from several_processes import COUNTS, STEPS, ways_on
+
+from lorakit.compute.batching import target_counter
+from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
+from lorakit.tasks import LanguageExample
+from lorakit.training import distributed
+from lorakit.training.config import HeldOutConfig
+from lorakit.training.distributed import Processes, started_processes
+from lorakit.training.schedule import Share, even_shares
+from lorakit.training.setup import prepare
+
+SCRIPT = Path(__file__).with_name("several_processes.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all scenarios, which one pytest process runs for all."""
+    shared = tmp_path_factory.getbasetemp().parent / f"processes-{os.getppid()}"
+    with filelock.FileLock(f"{shared}.lock"):
+        if not (shared / "done").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            done = subprocess.run(
+                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=200
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "done").touch()
+    return shared
+
+
+def outcomes(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / f"{name}.json").read_text())
+
+
+def require_success(processes: list[dict[str, Any]]) -> None:
+    for process in processes:
+        assert process["status"] == 0, process["output"]
+
+
+# --- the same result ------------------------------------------------------------------------------
+
+
+BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "count"), [(way, count) for count in COUNTS[1:] for way in ways_on(count)]
+)
+def test_gradients_and_weights_equal_those_of_one_process(root: Path, way: str, count: int) -> None:
+    """In float64: the gradients of one step to 1e-12, and the weights after `STEPS` steps to 1e-9 of their size.
+
+    Some losses are summed in float32, of the same float64 model.
+    """
+    for processes in outcomes(root, "equality").values():
+        require_success(processes)
+    alone = load_file(root / f"{way} 1 0.safetensors")
+    several = [load_file(root / f"{way} {count} {rank}.safetensors") for rank in range(count)]
+    gradient = torch.stack([t.norm() for n, t in alone.items() if n.startswith("gradient")]).norm()
+    own = torch.stack([tensors.pop("examples") for tensors in several])
+    assert torch.equal(own.sum(0), alone.pop("examples"))
+    assert len(own[0]) == STEPS
+    assert (own == 0).any()  # a process without examples
+    for tensors in several:
+        assert tensors.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert torch.equal(tensors[name], several[0][name]), f"{name} differs between processes"
+            kind = name.split()[0]
+            # The gradient of a key's bias is 0 but for rounding, so all gradients give the scale.
+            scale = gradient if kind == "gradient" else expected.norm()
+            distance = (tensors[name] - expected).norm() / scale
+            assert distance <= BOUNDS[kind], f"{name}: {distance:.1e}"
+
+
+@pytest.mark.slow
+def test_a_gradient_that_no_process_has_stays_none(root: Path) -> None:
+    """All processes get the sums in each dtype; the numbers are exact beyond float32."""
+    expected = {
+        "numbers": [1.5, 3 * 2**40 + 3],
+        "gradients": [[3.0, 3.0], [3.0, 5.0], None],
+    }
+    processes = outcomes(root, "sums")
+    require_success(processes)
+    assert [json.loads(process["output"]) for process in processes] == [expected] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "labels"])
+def test_a_whole_run_has_the_numbers_of_one_process(root: Path, kind: str) -> None:
+    """In float32, whose rounding some steps of AdamW amplify: to 1e-5 of the numbers."""
+    for processes in outcomes(root, "whole").values():
+        require_success(processes)
+    alone, several = root / f"{kind}-1", root / f"{kind}-4"
+    for split in ("train", "validation"):
+        expected = tiny_runs.metrics(alone, split)
+        found = tiny_runs.metrics(several, split)
+        assert [r["step"] for r in found] == [r["step"] for r in expected]
+        for record, other in zip(found, expected, strict=True):
+            assert record.keys() == other.keys()
+            for name in other.keys() - {"split", "seconds", "computed_tokens"}:
+                assert record[name] == pytest.approx(other[name], rel=1e-5), name
+    if kind == "whole":
+        assert (several / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+    require_close_weights(several, alone)
+
+
+def require_close_weights(run: Path, other: Path) -> None:
+    for which in ("adapter", "best"):
+        (file,) = (run / which).glob("*.safetensors")
+        expected = load_file(other / which / file.name)
+        for name, tensor in load_file(file).items():
+            distance = (tensor - expected[name]).norm() / expected[name].norm()
+            assert distance <= 1e-5, f"{which} {name}: {distance:.1e}"
+
+
+@pytest.mark.slow
+def test_only_the_first_process_prints_and_writes(root: Path) -> None:
+    first, *others = outcomes(root, "whole")["4"]
+    assert "in 4 processes" in first["output"]
+    assert first["output"].count("step 10/10  validation:") == 1
+    assert [other["output"] for other in others] == ["", "", ""]
+    files = {p.relative_to(root / "whole-4") for p in (root / "whole-4").rglob("*")}
+    assert files == {p.relative_to(root / "whole-1") for p in (root / "whole-1").rglob("*")}
+    session = json.loads((root / "whole-4" / "environment.json").read_text())["sessions"][0]
+    assert session["processes"] == 4
+
+
+# --- signals and resuming -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> None:
+    outcome = outcomes(root, "interrupted")
+    assert [process["status"] for process in outcome["stopped"]] == [143] * 4
+    # The signal arrived after the gradients of step 4 were summed.
+    assert "Stopped at step 5. Resume with: lorakit train" in outcome["stopped"][0]["output"]
+    assert outcome["checkpoints"] == ["step-000005"]
+    assert [process["output"] for process in outcome["stopped"][1:]] == ["", "", ""]
+    assert [process["status"] for process in outcome["SIGINT"]] == [130, 130]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_processes(root: Path) -> None:
+    require_success(outcomes(root, "interrupted")["resumed"])
+    sessions = json.loads((root / "interrupted" / "environment.json").read_text())["sessions"]
+    assert [(s["processes"], s["from_step"]) for s in sessions] == [(4, 0), (2, 5)]
+    assert [r["step"] for r in tiny_runs.metrics(root / "interrupted", "train")] == [*range(1, 11)]
+    require_close_weights(root / "interrupted", root / "whole-1")
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+MISTAKES = {
+    "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
+    "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
+    "exploding": "LorakitError: Training diverged at step",
+    "dropout": "ConfigurationError: lora.dropout is 0.1, which 2 processes do not support yet",
+    "dropout of the base": "has dropout (attention_dropout 0.1), which 2 processes do not support yet",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_all_processes_end_with_the_same_error(root: Path, mistake: str) -> None:
+    for process in outcomes(root, "mistakes")[mistake]:
+        assert process["status"] == 1
+        assert MISTAKES[mistake] in process["output"]
+        assert "Traceback" not in process["output"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
+    mistakes = outcomes(root, "mistakes")
+    other, own = (process["output"] for process in mistakes["bad data"])
+    assert own.startswith("DataError: ")
+    assert other.startswith("LorakitError: Process 1 of 2 failed: ")
+    own, other = (process["output"] for process in mistakes["existing"])
+    assert own.startswith("RunFolderError: ")
+    assert "contains an unfinished run" in own
+    assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
+    assert "mistake" not in mistakes["folders"]
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_or_hangs_ends_the_others(root: Path) -> None:
+    mistakes = outcomes(root, "mistakes")
+    alive, dead = mistakes["dead"]
+    assert dead["status"] == 9
+    assert alive["status"] == 1
+    assert (
+        "LorakitError: Another process of this run has ended or does not answer ("
+        in alive["output"]
+    )
+    alive, hung = mistakes["hung"]
+    assert "has ended or does not answer (" in alive["output"]
+    assert hung["status"] == alive["status"] == 1
+    for name in ("dead", "hung"):
+        assert not (root / name / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(24))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} -m lorakit train"
+    options = f"--base.name {base} --data.train {data} --output {tmp_path / 'run'} --max_steps 2"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *options.split()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps in ") == 1
+    assert "in 2 processes" in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+# --- without processes ----------------------------------------------------------------------------
+
+
+def language(prompt: str, length: int, completion: int) -> LanguageExample:
+    return LanguageExample(
+        input_ids=[1] * (length + completion),
+        prompt=prompt,
+        completion="",
+        loss_mask=[False] * length + [True] * completion,
+        prompt_length=length,
+    )
+
+
+def test_shares_have_the_same_tokens_and_numbers_of_examples() -> None:
+    lengths = [80, 20, 10, 50, 40, 20, 30, 50]
+    shares = even_shares([[i] for i in range(8)], lengths, 2)
+    assert sorted(i for share in shares for i in share) == list(range(8))
+    assert [sum(lengths[i] for i in share) for share in shares] == [150, 150]
+    assert [len(share) for share in shares] == [4, 4]
+    assert even_shares([[0], [1]], [5, 5], 4) == [[0], [1], [], []]
+
+
+def test_one_process_computes_the_batches_of_the_step() -> None:
+    examples = [language(str(i % 3), 4, 1 + i % 5) for i in range(11)]
+    step = [[7, 3, 9, 1], [0, 2, 10, 4], [5, 6]]
+    for packed in (False, True):
+        assert Share(examples, batch_size=4, packed=packed)(step) == step
+
+
+def test_packed_examples_with_one_prompt_stay_together() -> None:
+    examples = [language(str(i % 2), 20, 5) for i in range(8)]
+    step = [[0, 1, 2, 3, 4, 5, 6, 7]]
+    shares = [Share(examples, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    assert shares == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
+    same = [language("all", 20, 5) for _ in range(8)]
+    shares = [Share(same, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    assert [len(batch) for share in shares for batch in share] == [4, 4]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5", "bart", "bert"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_targets_of_examples_are_those_of_their_batch(
+    tmp_path: Path, arch: str, packing: bool
+) -> None:
+    head = "base" if arch == "bert" else None
+    base = tiny_runs.save_base(tmp_path / "base", arch, head)
+    settings: dict[str, Any] = {"packing": packing}
+    if arch == "bert":
+        file = tiny_runs.write_rows(tmp_path / "labels.jsonl", tiny_runs.labelled(8))
+        settings |= {"data": DataConfig(train=file), "evaluation": HeldOutConfig()}
+    job = prepare(tiny_runs.config(tmp_path, base, **settings))
+    if arch == "bart":
+        job.model.generation_config.forced_bos_token_id = 5
+    count = target_counter(job.base)
+    examples = job.train[:8]
+    assert sum(map(count, examples)) == job.objective.count(job.collate(examples)) > 0
+
+
+def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert started_processes() == Processes(rank=0, count=1)
+    with distributed.joined("cpu") as processes:
+        assert processes.is_first
+        assert processes.gather("value") == ["value"]
+        assert processes.on_first(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
+    ],
+)
+def test_an_incomplete_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", *distributed.VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=message):
+        started_processes()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:1", "base.device is 'cuda:1', but 3 processes need one device each"),
+        ("mps", "base.device is 'mps', but 3 processes need one device each"),
+        ("cuda", "this machine has 2 GPUs for more processes.*--nproc-per-node 2"),
+    ],
+)
+def test_devices_that_processes_cannot_share(
+    monkeypatch: pytest.MonkeyPatch, device: str, message: str
+) -> None:
+    cuda = SimpleNamespace(device_count=lambda: 2, is_available=lambda: True)
+    monkeypatch.setattr(distributed.torch, "cuda", cuda)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigurationError, match=message):
+        distributed._backend(device, 3)
