@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     record = {
         "machine": report.machine(),
         "minutes": args.minutes,
-        "base": args.base,
+        "base": Path(args.base).name,
         "samples": samples,
         "errors": errors,
     }
@@ -124,7 +124,7 @@ def _round(page: Any, order: random.Random) -> None:
     page.wait_for_timeout(500)
     _finish(page)
     page.locator(".again").first.click()
-    page.locator(".stop").first.click()
+    page.locator(".stop").first.evaluate("button => button.click()")  # unless it has finished
     _finish(page)
     _send(page, order.choice(PROMPTS))
     page.locator(".user button").first.click()
@@ -152,7 +152,7 @@ def _send(page: Any, text: str) -> None:
 
 
 def _finish(page: Any) -> None:
-    page.wait_for_selector("#stop-all:disabled", timeout=120_000)
+    page.wait_for_selector("#stop-all:disabled", timeout=300_000)
 
 
 def sections(record: dict[str, Any]) -> list[report.Section]:

@@ -27,6 +27,8 @@ TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
+from browser import Browser, open_browser
+
 
 @pytest.fixture(autouse=True)
 def deterministic_seeds() -> None:
@@ -41,6 +43,13 @@ def quiet_machine() -> Iterator[None]:
     """Pause the background runs on this machine."""
     with storage.quiet():
         yield
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, one for all tests; skips the test if it is not installed."""
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

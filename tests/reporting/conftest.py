@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
         sys.path.insert(0, str(folder))
 
 import tiny_runs
-from browser import HOSTILE, Browser, open_browser
+from browser import HOSTILE
 
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -50,10 +49,3 @@ def unfinished(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     early = [line for line in lines if int(line.split(",")[0].split(":")[1]) <= 20]
     (folder / "metrics.jsonl").write_text("".join(early) + '{"step": 21, "spl')
     return folder
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium; skips the test if it is not installed."""
-    with open_browser() as opened:
-        yield opened

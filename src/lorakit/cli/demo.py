@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lorakit.models.loading import Base
     from lorakit.training.config import TrainConfig
 
+EXAMPLE = "# shutil\ndef copy_tree(source, target, overwrite=False):\n"
+"""A prompt in the form of the training data."""
+
 SHOWN = 3
 """Number of test examples to print side by side."""
 
@@ -132,7 +135,8 @@ def _serving(config: DemoConfig) -> list[str]:
         if (value := getattr(config.base, f.name)) != f.default
         for text in (f"--base.{f.name}", str(value))
     ]
-    return [*base, "--follow", f"demo={config.output}", "--port", "0", "--open", "true"]
+    served = ["--follow", f"demo={config.output}", "--port", "0"]
+    return [*base, *served, "--open", "true", "--prompt", EXAMPLE]
 
 
 def _demonstrate(config: DemoConfig) -> None:
@@ -337,7 +341,7 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
 
 
 def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
-    prompt = r"$'# shutil\ndef copy_tree(source, target, overwrite=False):\n'"
+    prompt = "$'" + EXAMPLE.replace("\n", r"\n") + "'"
     return [
         (
             f"lorakit generate --adapter {adapter} --prompt {prompt}",

@@ -58,6 +58,7 @@ SHORT = {
         *("base.name", "base.dtype", "adapters", "follow", "host", "port", "keys", "allow_loading"),
         *(
             "open",
+            "prompt",
             "allow_public",
             "adapter_memory",
             "cache_memory",

@@ -13,6 +13,7 @@ import threading
 import webbrowser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
@@ -163,7 +164,8 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
     )
     if config.open:
         # A browser in the terminal runs until it is closed, and the server must answer it.
-        threading.Thread(target=_open_playground, args=(address,), daemon=True).start()
+        state = f"/#{urlencode({'mode': 'text', 'prompt': config.prompt})}" if config.prompt else ""
+        threading.Thread(target=_open_playground, args=(address + state,), daemon=True).start()
 
 
 def _open_playground(address: str) -> None:

@@ -117,7 +117,7 @@ COMPLETIONS = {
         {"prompt": "x y " * 300, "max_tokens": 1},
         "prompt",
         "context_length_exceeded",
-        "1 new one",
+        "Shorten the prompt",
     ),
     "too many answers": ({"n": 17}, "n", "max_choices", "at most 16"),
     "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "max_choices", "has 18 answers"),
@@ -497,7 +497,7 @@ def test_the_openapi_document_names_every_route(serve: Serve) -> None:
     assert set(document["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/models"),
         *("/v1/models/{model}", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
-        *("/health", "/metrics"),
+        *("/v1/reports/{model}", "/health", "/metrics"),
     }
     assert "422" not in json.dumps(document)
 

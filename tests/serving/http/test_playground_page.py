@@ -17,12 +17,8 @@ from urllib.parse import urlencode
 
 import httpx
 import pytest
-
-if str(Path(__file__).parents[2] / "reporting") not in sys.path:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "reporting"))
-
 from axe_playwright_python.sync_playwright import Axe
-from browser import HOSTILE, Browser, Opened, open_browser
+from browser import HOSTILE, Browser, Opened
 from whole import served
 
 from lorakit.serving.http.keys import read_keys
@@ -31,12 +27,6 @@ from lorakit.serving.opening import Opened as Server
 pytestmark = pytest.mark.slow  # each test opens pages
 
 SEED, MOST = 7, 24
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @dataclass
@@ -279,6 +269,71 @@ def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
             opened,
             "document.querySelectorAll('.model')[1].selectedOptions[0].text.includes('not served')",
         )
+
+
+def test_each_kind_of_prompt_keeps_its_turns(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("sql")) as opened:
+        send(opened)
+        chat = answers(opened)
+        opened.page.check("[name=mode][value=text]")
+        assert opened.page.locator(".turn").count() == 0
+        send(opened, "Once upon")
+        assert opened.page.locator(".given").text_content() == "Once upon"
+        opened.page.check("[name=mode][value=chat]")
+        assert answers(opened) == chat
+
+
+def test_nothing_is_lost_by_an_edit_or_a_second_send(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", temperature=0, max_tokens=60)) as opened:
+        send(opened)
+        opened.page.fill("#prompt", "a draft")
+        opened.page.locator(".user button").first.click()
+        opened.page.click("#cancel-edit")
+        assert opened.page.input_value("#prompt") == "a draft"
+        site.delay[0] = 0.03
+        opened.page.click("#send")
+        opened.page.fill("#prompt", "another")
+        opened.page.keyboard.press("Enter")
+        assert "still being computed" in opened.page.inner_text("#notice")
+        assert opened.page.input_value("#prompt") == "another"
+        finish(opened)
+        site.delay[0] = 0
+        assert opened.page.locator(".user p").all_text_contents() == ["The river", "a draft"]
+
+
+def test_an_invalid_setting_is_told_and_does_not_count(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", temperature=0)) as opened:
+        opened.page.wait_for_selector(".pane")
+        opened.page.click("#settings summary")
+        opened.page.fill("#temperature", "9")
+        opened.page.keyboard.press("Tab")
+        assert "It stays 0." in opened.page.inner_text("#settings-note")
+        assert opened.run("document.activeElement.id") == "top_p"
+        send(opened)
+        assert answers(opened) == [site.chat("base", "The river", temperature=0)]
+
+
+def test_a_report_opens_again_and_runs_no_script(
+    browser: Browser, text: Path, live: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text, tmp_path / "text")
+    run = folder / "adapters" / "run"
+    shutil.copytree(folder / "adapters" / "sql", run / "adapter")
+    hostile = f"<p>report</p><a href='#x'>part</a><p id='x'>end</p><script>parent.owned = 1</script>{HOSTILE}"
+    (run / "report.html").write_text(f"<!doctype html><title>r</title>{hostile}")
+    with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
+        opened.page.wait_for_selector(".pane")
+        for _ in range(2):
+            opened.page.click(".card")
+            opened.page.click("#show-report")
+            frame = opened.page.frame_locator("#report-place iframe")
+            assert frame.locator("p").first.inner_text() == "report"
+            frame.locator("a").click()
+            assert frame.locator("#x").inner_text() == "end"
+            opened.page.locator("#report-dialog [data-closes]").click()
+            opened.page.locator("#card-dialog [data-closes]").click()
+        assert opened.page.title() == "lorakit playground"
+        assert not opened.run("window.owned")
 
 
 def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:

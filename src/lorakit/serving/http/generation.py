@@ -176,12 +176,19 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
             code="max_prompt_tokens",
         )
     wanted = settings.max_tokens
-    if len(ids) + (wanted or 1) > context:
-        new = f"{wanted or 1:,} new ones" if wanted != 1 else "1 new one"
+    if len(ids) >= context:
         raise ApiError(
             400,
-            f"The prompt has {len(ids):,} tokens, and with {new} that exceeds the context of {context:,}. Shorten the "
-            "prompt, or set a lower max_tokens.",
+            f"The prompt has {len(ids):,} tokens, and the context, which also holds the answer, has {context:,}. "
+            "Shorten the prompt.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if len(ids) + (wanted or 0) > context:
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids):,} tokens, and with {wanted:,} new ones that exceeds the context of "
+            f"{context:,}. Shorten the prompt, or set a lower max_tokens.",
             param="prompt",
             code="context_length_exceeded",
         )

@@ -46,9 +46,13 @@ export async function listModels() {
   return (await (await send("v1/models")).json()).data;
 }
 
+export function reportPath(model) {
+  return `v1/reports/${model.split("/").map(encodeURIComponent).join("/")}`;
+}
+
 /** Return the HTML of the report of a model's run. */
 export async function readReport(model) {
-  return (await send(`v1/reports/${model.split("/").map(encodeURIComponent).join("/")}`)).text();
+  return (await send(reportPath(model))).text();
 }
 
 function post(path, body, signal) {

@@ -1,6 +1,6 @@
 // The page: its panes, its settings, and what people do with them.
 
-import { ApiError, hasKey, listModels, readReport, setKey } from "./api.js";
+import { ApiError, hasKey, listModels, readReport, reportPath, setKey } from "./api.js";
 import { code } from "./code.js";
 import { BLEND, Pane, trainedOn } from "./pane.js";
 import { exported, forgetTally, fromHash, imported, readTally, toHash, vote } from "./session.js";
@@ -8,6 +8,7 @@ import { watchTokens } from "./tokens.js";
 
 const MOST_PANES = 4;
 const LETTERS = "ABCD";
+const LONGEST_SHARED = 2000; // characters of a prompt in the address
 const DEFAULTS = { mode: "chat", temperature: 0.7, top_p: 1, top_k: 0, max_tokens: 256, seed: null, stop: "", system: "" };
 const FIELDS = ["temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "system"];
 
@@ -17,6 +18,7 @@ const prompt = at("prompt");
 let models = [];
 let panes = [];
 let edited = null; // number of turns that stay when an earlier message is edited
+let draft = ""; // what the prompt held before the edit
 let settings = { ...DEFAULTS, colours: true };
 let coded = null; // the pane whose request is shown as code
 
@@ -44,6 +46,7 @@ const page = {
     showButtons();
   },
   edit(index, text) {
+    if (edited === null) draft = prompt.value;
     edited = index;
     prompt.value = text;
     at("editing").hidden = false;
@@ -144,13 +147,20 @@ function showSettings() {
   at("send").textContent = isText ? { chat: "Send", text: "Continue" }[settings.mode] : "Classify";
 }
 
-/** Read a field; a value that the browser calls invalid does not count. */
+/** Read a field. A value that the browser calls invalid does not count, and a note says so without taking the focus. */
 function readField(name) {
   const field = at(name);
-  if (!field.reportValidity()) return;
+  const isValid = field.checkValidity();
+  field.setAttribute("aria-invalid", String(!isValid));
+  const label = field.parentElement.firstChild.textContent.trim();
+  at("settings-note").textContent = isValid ? "" : `${label}: ${field.validationMessage} It stays ${settings[name] ?? "random"}.`;
+  if (!isValid) return;
   if (field.type !== "number") settings[name] = field.value;
   else if (field.value !== "") settings[name] = Number(field.value);
-  else settings[name] = DEFAULTS[name];
+  else {
+    settings[name] = DEFAULTS[name];
+    field.value = settings[name] ?? "";
+  }
   page.changed();
 }
 
@@ -162,15 +172,18 @@ at("colours").addEventListener("change", () => {
 });
 for (const radio of document.querySelectorAll("[name=mode]")) {
   radio.addEventListener("change", () => {
+    for (const pane of panes) pane.stop();
+    endEdit();
     settings.mode = radio.value;
-    clear();
+    for (const pane of panes) pane.render(); // each kind of prompt has its own turns
     showSettings();
     page.changed();
   });
 }
 
 function keepAddress() {
-  const state = { panes: panes.map((pane) => pane.choice), settings, prompt: prompt.value };
+  const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
+  const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
   history.replaceState(null, "", toHash(state));
 }
 
@@ -178,6 +191,10 @@ function keepAddress() {
 
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
+  if (panes.some((pane) => pane.isRunning)) {
+    notice("The last answers are still being computed. Stop them first.");
+    return;
+  }
   const text = prompt.value;
   const isEmpty = settings.mode === "text" && page.kind() === "text" ? text === "" : text.trim() === "";
   if (isEmpty) {
@@ -228,7 +245,7 @@ function clear() {
 
 at("cancel-edit").addEventListener("click", () => {
   endEdit();
-  prompt.value = "";
+  prompt.value = draft;
   prompt.focus();
 });
 at("clear").addEventListener("click", () => {
@@ -343,6 +360,8 @@ function showCode(language) {
   const seed = last?.seed ?? settings.seed ?? 0;
   const request = coded.request(coded.turns.length - 1, settings, seed);
   if (!turns) coded.turns = [];
+  const rounds = ["bfloat16", "float16"].includes(base()?.details.dtype);
+  at("code-note").hidden = !rounds;
   at("code-text").textContent = code(language, request, { base: page.base(), hasKey: hasKey() });
   for (const tab of document.querySelectorAll("[data-code]")) {
     const isChosen = tab.dataset.code === language;
@@ -389,7 +408,9 @@ async function showCard(pane) {
   const names = pane.model === BLEND ? Object.keys(pane.blend) : [pane.model];
   const facts = names.flatMap((name) => {
     const model = models.find(({ id }) => id === name);
-    const found = model ? cardFacts(model) : [["error", "The server does not offer this model."]];
+    const facts = model ? cardFacts(model) : [["error", "The server does not offer this model."]];
+    // The scores are those of the adapter with weight 1.
+    const found = pane.model === BLEND ? facts.filter(([name]) => name !== "scores") : facts;
     return names.length > 1 ? [["adapter", name], ...found] : found;
   });
   at("card-title").textContent = pane.name;
@@ -432,19 +453,31 @@ function shownSize(bytes) {
   return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+/** Show a report in a frame that runs no scripts. A frame sends no key, so with one the page reads the report itself. */
 async function showReport(name) {
+  const frame = document.createElement("iframe");
+  frame.title = `Report of ${name}`;
+  frame.setAttribute("sandbox", "");
   try {
-    at("report-frame").srcdoc = await readReport(name);
+    if (hasKey()) frame.srcdoc = withoutAnchors(await readReport(name));
+    else frame.src = reportPath(name);
   } catch (error) {
     notice(error.message);
     return;
   }
-  at("report-title").textContent = `Report of ${name}`;
+  at("report-title").textContent = frame.title;
+  at("report-place").replaceChildren(frame);
   at("report-dialog").showModal();
 }
-at("report-dialog").addEventListener("close", () => {
-  at("report-frame").srcdoc = "";
-});
+
+at("report-dialog").addEventListener("close", () => at("report-place").replaceChildren());
+
+/** Return a page without links to its own parts: in a frame made of text they would lead out of it. */
+function withoutAnchors(html) {
+  const page = new DOMParser().parseFromString(html, "text/html");
+  for (const link of page.querySelectorAll('a[href^="#"]')) link.removeAttribute("href");
+  return page.documentElement.outerHTML;
+}
 
 function askForKey() {
   at("key-error").textContent = hasKey() ? "The server does not accept this key." : "";
@@ -520,5 +553,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   prompt.focus();
 });
 watchTokens(at("panes"), at("tip"));
+addEventListener("scroll", () => {
+  at("tip").hidden = true;
+});
 addEventListener("hashchange", start);
 start();

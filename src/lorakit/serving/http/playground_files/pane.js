@@ -41,7 +41,7 @@ export class Pane {
    */
   constructor(page, choice) {
     this.page = page;
-    this.turns = []; // {user, answer}; answer is {text, tokens, seed, fingerprint, figures, error}
+    this.threads = { chat: [], text: [] }; // of {user, answer}; answer is {text, tokens, seed, fingerprint, ...}
     this.running = null;
     this.letter = null; // in a blind vote, what the pane is called
     this.node = template.content.firstElementChild.cloneNode(true);
@@ -61,6 +61,15 @@ export class Pane {
     find(".remove").addEventListener("click", () => page.remove(this));
     this.choose(choice);
     this.render();
+  }
+
+  /** The turns of the kind of prompt that is chosen now. */
+  get turns() {
+    return this.threads[this.page.settings().mode];
+  }
+
+  set turns(turns) {
+    this.threads[this.page.settings().mode] = turns;
   }
 
   // --- what is chosen ---------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ export class Pane {
     this.showBlend();
     this.#showHint();
     this.page.changed();
-    this.again();
+    this.#sameSeed();
   }
 
   showBlend() {
@@ -145,7 +154,7 @@ export class Pane {
       shown.textContent = this.blend[name].toFixed(2);
       this.page.changed();
       clearTimeout(this.timer);
-      this.timer = setTimeout(() => this.again(), WAIT);
+      this.timer = setTimeout(() => this.#sameSeed(), WAIT);
     });
     const remove = element("button", { type: "button", className: "plain", textContent: "×", ariaLabel: `Remove ${name}` });
     remove.disabled = Object.keys(this.blend).length === 1;
@@ -160,7 +169,12 @@ export class Pane {
     this.blend = blend;
     this.showBlend();
     this.page.changed();
-    this.again();
+    this.#sameSeed();
+  }
+
+  /** Compute the last answer again with its seed, so that it can be compared with the other panes'. */
+  #sameSeed() {
+    if (this.turns.length) this.#answer(this.turns.at(-1).answer?.seed ?? this.page.newSeed());
   }
 
   // --- requests ---------------------------------------------------------------------------------------
@@ -228,6 +242,8 @@ export class Pane {
     this.turns[index].answer = answer;
     this.render();
     const place = this.log.querySelector(".turn:last-child .answer");
+    const { max_tokens: most } = this.page.settings();
+    answer.most = most;
     try {
       await this.#read(index, answer, seed, place, controller.signal);
     } catch (error) {
@@ -314,7 +330,6 @@ export class Pane {
     this.log.replaceChildren(...(turns.length ? turns : [empty]));
     this.log.setAttribute("aria-label", `Answers of ${this.name}`);
     this.log.setAttribute("aria-busy", String(this.isRunning));
-    this.log.scrollTop = this.log.scrollHeight;
     const error = this.turns.at(-1)?.answer?.error;
     this.alert.hidden = !error;
     this.alert.textContent = error ?? "";
@@ -322,6 +337,7 @@ export class Pane {
     this.againButton.disabled = !this.turns.length;
     this.#showHint();
     this.showFigures();
+    this.log.scrollTop = this.log.scrollHeight; // once everything around it has its size
   }
 
   /** Say so if an adapter was trained on the other kind of prompt. */
@@ -343,8 +359,8 @@ export class Pane {
     const isText = this.page.settings().mode === "text" && this.page.kind() === "text";
     const isLast = index === this.turns.length - 1;
     const node = element("div", { className: "turn" });
-    const place = element("div", { className: "answer" });
-    if (isText) node.append(element("span", { className: "answer given note", textContent: user }));
+    const place = element(isText ? "span" : "div", { className: "answer" });
+    if (isText) node.append(element("span", { className: "given", textContent: user }));
     else {
       const edit = element("button", { type: "button", className: "plain", textContent: "Edit" });
       edit.ariaLabel = `Edit message ${index + 1}`;
@@ -359,7 +375,8 @@ export class Pane {
       showTokens(place, answer, this.name);
     } else place.textContent = answer.text;
     place.classList.toggle("waiting", isLast && this.isRunning);
-    const note = { length: "The answer reached the most new tokens.", stopped: "Stopped." }[answer.ended];
+    const cut = `Cut off after ${answer.most} tokens: see “Most new tokens” in Settings.`;
+    const note = { length: cut, stopped: "Stopped." }[answer.ended];
     if (note) node.append(element("p", { className: "note", textContent: note }));
     else if (!answer.text && !answer.scores && !answer.error && !(isLast && this.isRunning)) {
       node.append(element("p", { className: "note", textContent: "The answer is empty." }));
