@@ -130,7 +130,7 @@ def _round(page: Any, order: random.Random) -> None:
     page.locator(".user button").first.click()
     _send(page, order.choice(PROMPTS))
     if page.locator(".token").count():
-        page.locator(".token").first.hover()
+        page.locator(".token").first.dispatch_event("pointerover")  # a random model's may be blank
     for opener in (".code", ".card", "[data-opens=session-dialog]"):
         page.locator(opener).first.click()
         page.wait_for_selector("dialog[open]")

@@ -94,7 +94,7 @@ async function start() {
   const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
   settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
   settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
-  prompt.value = found.prompt;
+  if (found.prompt) prompt.value = found.prompt; // else keep what was typed while the page loaded
   const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
   setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
   showSettings();
