@@ -27,6 +27,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Outside torchrun the first process holds the store, and torch warns the others when it ends before them.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import kill_resume
 import tiny_runs
