@@ -352,7 +352,10 @@ def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
         opened.page.click("#add-pane")
         finish(opened)
         assert panes(opened)[2].locator(".model").input_value() == "e2e"
-        assert answers(opened)[2]
+        assert "tokens" in panes(opened)[2].locator(".figures").inner_text()
+        opened.page.click("#add-pane")
+        finish(opened)
+        assert panes(opened)[3].locator("output").inner_text() == "0.50"
 
 
 # --- what people do beside ---------------------------------------------------------------------------

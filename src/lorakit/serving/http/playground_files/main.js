@@ -259,8 +259,11 @@ at("stop-all").addEventListener("click", () => {
 });
 at("add-pane").addEventListener("click", () => {
   const shown = panes.map((pane) => pane.model);
-  const model = models.map(({ id }) => id).find((id) => !shown.includes(id)) ?? page.base();
-  const pane = new Pane(page, { model });
+  const model = models.map(({ id }) => id).find((id) => !shown.includes(id));
+  const [adapter] = page.adapters();
+  // Where every model is shown already, half of an adapter is the next thing to compare.
+  const choice = !model && adapter && page.kind() === "text" ? { blend: { [adapter]: 0.5 } } : { model: model ?? page.base() };
+  const pane = new Pane(page, choice);
   // The new pane joins the conversation of the others at their last message.
   const turns = panes[0]?.turns ?? [];
   pane.turns = turns.map(({ user }) => ({ user, answer: null }));
