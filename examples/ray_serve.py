@@ -41,7 +41,6 @@ from lorakit.models.processor import in_own_thread
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.errors import ApiError, error_answer
 from lorakit.serving.http.keys import read_keys
-from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.opening import open_all
 from lorakit.serving.serve_config import ServeConfig
 
@@ -82,13 +81,7 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         opened = in_own_thread(lambda: open_all(config, lambda verdict: None))
-        local = config.is_loopback and config.keys is None
-        settings = HttpSettings(
-            base_name=opened.name,
-            limits=config,
-            health_without_key=config.health_without_key,
-            hosts=("localhost", "127.0.0.1", "[::1]") if local else (),
-        )
+        settings = config.http_settings(opened.name)
         keys = None if config.keys is None else read_keys(config.keys)
         self.app = create_app(
             opened.engine, opened.store, settings, keys=keys, classifier=opened.classifier

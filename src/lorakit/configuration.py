@@ -63,6 +63,15 @@ def conform(config: Any, section: str = "") -> None:
         object.__setattr__(config, field.name, value)
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return name, earlier value and present value of each setting that differs, by name; None is not set."""
+    return [
+        (name, then.get(name), now.get(name))
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
 def converted(value: Any, annotation: Any, path: str, names: Names = PYTHON) -> Any:
     """Return a value as its annotated type.
 

@@ -65,7 +65,6 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
     from lorakit.serving.http.keys import KeyRing
     from lorakit.serving.http.metrics import BLEND, Metrics
     from lorakit.serving.http.running import run as run_server
-    from lorakit.serving.http.settings import HttpSettings
     from lorakit.serving.opening import open_all
 
     assert keys is None or isinstance(keys, KeyRing)
@@ -82,22 +81,10 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
     opened = in_own_thread(lambda: open_all(config, report))
     base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
-    hosts = (
-        tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", config.host)))
-        if config.is_loopback and keys is None
-        else ()
-    )
-    settings = HttpSettings(
-        base_name=base_name,
-        limits=config,
-        allow_loading=config.allow_loading,
-        health_without_key=config.health_without_key,
-        hosts=hosts,
-    )
     app = create_app(
         opened.engine,
         opened.store,
-        settings,
+        config.http_settings(base_name),
         keys=keys,
         classifier=opened.classifier,
         metrics=metrics,

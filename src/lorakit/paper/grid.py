@@ -11,6 +11,7 @@ from typing import Any
 from lorakit import storage
 from lorakit.adapters.summary import count_parameters
 from lorakit.compute.base import open_base
+from lorakit.configuration import differences
 from lorakit.data import DataConfig, DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
@@ -251,14 +252,10 @@ def _read_setup(config: PaperConfig) -> GridSetup:
         return GridSetup()
     record = storage.read_record(path, RunFolderError)
     old, new = record["settings"], _settings(config)
-    differences = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
+    changed = [f"{name} was {a!r} and is {b!r}" for name, a, b in differences(old, new)]
+    if changed:
         raise ConfigurationError(
-            f"The runs in '{path.parent}' have other settings: {'; '.join(differences)}. Repeat the command with the "
+            f"The runs in '{path.parent}' have other settings: {'; '.join(changed)}. Repeat the command with the "
             "old settings, or choose another output folder with --output."
         )
     counts = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.http.settings import HttpLimits
+from lorakit.serving.http.settings import HttpLimits, HttpSettings
 
 DEMO = "out/demo"
 """Run folder of `lorakit demo`, whose adapter is served if no other is named."""
@@ -101,6 +101,17 @@ class ServeConfig(HttpLimits):
                 f"host is {self.host}, which other machines can reach, and there are no keys. Add --keys FILE, or "
                 "--allow_public true to let anyone use the server."
             )
+
+    def http_settings(self, base_name: str) -> HttpSettings:
+        """Return the settings of the HTTP server for a base of this name."""
+        local = ("localhost", "127.0.0.1", "[::1]", self.host)
+        return HttpSettings(
+            base_name=base_name,
+            limits=self,
+            allow_loading=self.allow_loading,
+            health_without_key=self.health_without_key,
+            hosts=tuple(dict.fromkeys(local)) if self.is_loopback and self.keys is None else (),
+        )
 
     @property
     def is_loopback(self) -> bool:

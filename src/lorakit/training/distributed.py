@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.formatting import counted
 from lorakit.models.devices import pick_device
@@ -108,14 +109,13 @@ class Processes:
         """
         first, *others = self.gather(dict(values))
         for rank, theirs in enumerate(others, start=1):
-            differences = [
-                f"{name} is {theirs.get(name)!r} instead of {first.get(name)!r}"
-                for name in sorted(first.keys() | theirs.keys())
-                if theirs.get(name) != first.get(name)
+            different = [
+                f"{name} is {its!r} instead of {expected!r}"
+                for name, expected, its in differences(first, theirs)
             ]
-            if differences:
+            if different:
                 raise ConfigurationError(
-                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(differences[:SHOWN])}. Give "
+                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(different[:SHOWN])}. Give "
                     "all processes the same command, files and software."
                 )
 

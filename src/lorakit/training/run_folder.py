@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from lorakit import storage
+from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import resolve_dtype
@@ -362,16 +363,14 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
     then, now = flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
-    differences = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(then.keys() | now.keys())
-        if key.split(".")[0] not in NOT_COMPARED
-        and then.get(key) != now.get(key)
-        and not (key == "max_steps" and config.max_steps)
+    changed = [
+        f"{key} was {before!r} and is {after!r}"
+        for key, before, after in differences(then, now)
+        if key.split(".")[0] not in NOT_COMPARED and not (key == "max_steps" and config.max_steps)
     ]
-    if differences:
+    if changed:
         raise ConfigurationError(
-            f"The run in {path} has other settings: {'; '.join(differences)}. Resume it with its own settings "
+            f"The run in {path} has other settings: {'; '.join(changed)}. Resume it with its own settings "
             f"(--config {shlex.quote(str(path / CONFIG))} --resume), or start a new run from its weights with "
             "from_adapter."
         )

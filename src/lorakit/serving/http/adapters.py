@@ -47,9 +47,7 @@ async def get_model(request: Request, model: str) -> Model:
     serving, key = serving_of(request), record_of(request).key
 
     def find() -> Model:
-        known = serving.models(key)
-        if model not in known:
-            raise unknown_model(model, known)
+        serving.require_model(key, model)
         return _model(serving, model)
 
     return await serving.in_worker(find)

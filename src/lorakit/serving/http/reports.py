@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lorakit.serving.http.errors import ApiError, unknown_model
+from lorakit.serving.http.errors import ApiError
 from lorakit.serving.http.state import record_of, serving_of
 from lorakit.serving.reports import LARGEST, read_report
 
@@ -31,9 +31,7 @@ async def get_report(request: Request, model: str) -> Response:
     serving, key = serving_of(request), record_of(request).key
 
     def read() -> bytes:
-        known = serving.models(key)
-        if model not in known:
-            raise unknown_model(model, known)
+        serving.require_model(key, model)
         path = None if model == serving.settings.base_name else serving.store.report(model)
         if path is None:
             raise ApiError(

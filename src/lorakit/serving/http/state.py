@@ -99,6 +99,16 @@ class Serving:
         names = dict.fromkeys([self.settings.base_name, *self.store.names()])
         return [name for name in names if key.allows(name)]
 
+    def require_model(self, key: Key, name: str) -> None:
+        """Raise unless a key may use a model.
+
+        Raises:
+            ApiError: 404, which lists the models that it may use.
+        """
+        known = self.models(key)
+        if name not in known:
+            raise unknown_model(name, known)
+
     def _choice(self, model: str, lora: Mapping[str, float] | None) -> AdapterChoice:
         """Return the adapters that a request names.
 

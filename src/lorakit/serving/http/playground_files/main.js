@@ -3,10 +3,9 @@
 import { ApiError, hasKey, listModels, readReport, reportPath, setKey } from "./api.js";
 import { code } from "./code.js";
 import { BLEND, Pane, trainedOn } from "./pane.js";
-import { exported, forgetTally, fromHash, imported, readTally, toHash, vote } from "./session.js";
+import { exported, forgetTally, fromHash, imported, MOST_PANES, readTally, toHash, vote } from "./session.js";
 import { watchTokens } from "./tokens.js";
 
-const MOST_PANES = 4;
 const LETTERS = "ABCD";
 const LONGEST_SHARED = 2000; // characters of a prompt in the address
 const DEFAULTS = { mode: "chat", temperature: 0.7, top_p: 1, top_k: 0, max_tokens: 256, seed: null, stop: "", system: "" };

@@ -238,12 +238,11 @@ export class Pane {
     const controller = new AbortController();
     this.running = controller;
     const index = this.turns.length - 1;
-    const answer = { text: "", tokens: [], seed, fingerprint: "", figures: null, error: null, scores: null, ended: "" };
+    const most = this.page.settings().max_tokens;
+    const answer = { text: "", tokens: [], seed, most, fingerprint: "", figures: null, error: null, scores: null, ended: "" };
     this.turns[index].answer = answer;
     this.render();
     const place = this.log.querySelector(".turn:last-child .answer");
-    const { max_tokens: most } = this.page.settings();
-    answer.most = most;
     try {
       await this.#read(index, answer, seed, place, controller.signal);
     } catch (error) {

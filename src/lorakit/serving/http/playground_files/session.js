@@ -3,7 +3,7 @@
 const FORMAT = "lorakit-playground";
 const VERSION = 1;
 const TALLY = "lorakit-votes";
-const MOST_PANES = 4;
+export const MOST_PANES = 4;
 const LARGEST_FILE = 20_000_000;
 
 const NUMBERS = { temperature: [0, 2], top_p: [0.01, 1], top_k: [0, 1e6], max_tokens: [1, 1e6] };
@@ -101,6 +101,7 @@ function checkedTurn({ user, answer }) {
       text: text(answer.text),
       tokens: Array.isArray(tokens) && tokens.every(isToken) ? tokens : [],
       seed: Number.isSafeInteger(answer.seed) ? answer.seed : 0,
+      most: Number.isSafeInteger(answer.most) ? answer.most : 0,
       fingerprint: text(answer.fingerprint),
       figures: isRecord(figures) && Object.values(figures).every(Number.isFinite) ? figures : null,
       error: typeof answer.error === "string" ? answer.error : null,
