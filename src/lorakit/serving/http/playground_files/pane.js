@@ -203,7 +203,7 @@ export class Pane {
     }
     body.messages = settings.system ? [{ role: "system", content: settings.system }] : [];
     for (const { user, answer } of this.turns.slice(0, index)) {
-      if (!answer?.text) continue; // a question without an answer would stand before another question
+      if (!answer?.text.trim()) continue; // the server rejects a blank turn, and two questions in a row are no chat
       body.messages.push({ role: "user", content: user }, { role: "assistant", content: answer.text });
     }
     body.messages.push({ role: "user", content: this.turns[index].user });
