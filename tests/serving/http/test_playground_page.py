@@ -358,6 +358,28 @@ def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
         assert panes(opened)[3].locator("output").inner_text() == "0.50"
 
 
+def test_a_blank_answer_is_not_sent_back(browser: Browser, site: Site) -> None:
+    first = site.chat("base", "The river", temperature=0)
+    with browser.open(site.link("base", temperature=0, stop=first[0])) as opened:
+        send(opened)
+        assert answers(opened) == [""]
+        send(opened, "And the park?")
+        alone = {"temperature": 0, "stop": [first[0]]}
+        assert answers(opened) == [site.chat("base", "And the park?", **alone)]
+        assert not panes(opened)[0].locator(".alert").is_visible()
+        clean(opened, site)
+
+
+def test_all_panes_can_be_stopped_while_one_computes_again(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
+        send(opened)
+        site.delay[0] = 0.03
+        panes(opened)[1].locator(".again").click()
+        opened.page.click("#stop-all", timeout=1000)
+        finish(opened)
+        assert "Stopped." in panes(opened)[1].text_content()
+
+
 # --- what people do beside ---------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def encode_chat(
             rows = template.with_system(rows[1:] or rows, rows[0]["content"])
         text = template.text(rows, answer=True)
     except BadRow as error:
-        raise invalid_value(f"'messages' {error}.", "messages") from None
+        raise invalid_value(f"{error}.", "messages") from None
     require_short(tokenizer, text, context, "messages")
     with TOKENISING:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]

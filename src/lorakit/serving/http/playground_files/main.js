@@ -59,6 +59,9 @@ const page = {
     page.changed();
     (panes[Math.min(position, panes.length - 1)]?.select ?? at("add-pane")).focus();
   },
+  began() {
+    showButtons();
+  },
   ended(pane) {
     const answer = pane.turns.at(-1)?.answer;
     const how = answer?.error ? "has an error" : answer?.ended === "stopped" ? "was stopped" : "has finished";
@@ -210,7 +213,6 @@ at("composer").addEventListener("submit", (event) => {
   const seed = settings.seed ?? page.newSeed();
   beginBlind();
   for (const pane of panes) pane.ask(text, kept, seed);
-  showButtons();
   page.say("Computing the answers.");
 });
 

@@ -36,7 +36,7 @@ export function trainedOn({ details }) {
 export class Pane {
   /**
    * @param page What all panes share: models(), adapters(), base(), kind(), limits(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
-   *   remove(pane), say(text), ended(pane).
+   *   remove(pane), say(text), began(), ended(pane).
    * @param choice {model: name}, or {blend: {name: weight}}.
    */
   constructor(page, choice) {
@@ -237,6 +237,7 @@ export class Pane {
     this.running?.abort();
     const controller = new AbortController();
     this.running = controller;
+    this.page.began();
     const index = this.turns.length - 1;
     const most = this.page.settings().max_tokens;
     const answer = { text: "", tokens: [], seed, most, fingerprint: "", figures: null, error: null, scores: null, ended: "" };
