@@ -8,16 +8,20 @@ Gradients are summed after the backward pass, without a wrapper around the model
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
@@ -36,6 +40,9 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
 
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
+_RUNS = itertools.count()
+"""Numbers the runs of this script."""
+
 SHOWN = 5
 """Maximum number of differences in a message."""
 
@@ -187,7 +194,7 @@ def joined(device: str) -> Iterator[Processes]:
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
         if connects:
-            dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+            _connect(backend)
         # Values need a process group of the CPU, and a longer timeout than gradients.
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:
@@ -200,6 +207,26 @@ def joined(device: str) -> Iterator[Processes]:
         yield replace(processes, group=group)
     finally:
         dist.destroy_process_group(None if connects else group)
+
+
+def _connect(backend: str) -> None:
+    """Connect the processes.
+
+    A script that trains more than once connects them each time. The store has the addresses of the earlier runs, so
+    each run has its own names in it.
+    """
+    store, rank, count = _store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    store = PrefixStore(f"run {next(_RUNS)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
+
+
+@cache
+def _store(address: str, port: str) -> tuple[Store, int, int]:
+    """Return the store of all processes, and the number of this process and of all.
+
+    Without `torchrun`, process 0 holds the store, and its end would break the connections of the next run.
+    """
+    return next(rendezvous("env://", timeout=STEP_TIMEOUT))
 
 
 def _backend(device: str, count: int) -> str:
