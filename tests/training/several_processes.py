@@ -251,19 +251,21 @@ def move(parameters: Mapping[str, torch.Tensor]) -> None:
             parameter.add_(0.02 * noise)
 
 
-def take_steps(job: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def take_steps(
+    job: Any, optimizer: torch.optim.Optimizer, count: int = STEPS
+) -> dict[str, torch.Tensor]:
     """Return the gradients of the first step, the loss of each step, and the weights after the last."""
     found: dict[str, torch.Tensor] = {}
 
     def record() -> None:
         for name, parameter in job.parameters.items():
             if parameter.grad is not None:
-                found[f"gradient {name}"] = parameter.grad.clone().contiguous()
+                found[f"gradient {name}"] = whole(parameter.grad)
 
     original = steps.clip_gradients
     at_step(1, record)
     losses, shares = [], []
-    for number, examples in zip(range(STEPS), job.step_plan.steps(), strict=False):
+    for number, examples in zip(range(count), job.step_plan.steps(), strict=False):
         done = steps.optimizer_step(job, optimizer, examples, number)
         losses.append([done.loss, done.norm, done.tokens])
         shares.append(sum(map(len, job.share(examples))))
@@ -271,8 +273,13 @@ def take_steps(job: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Te
     found["losses"] = torch.tensor(losses, dtype=torch.float64)
     found["examples"] = torch.tensor(shares)
     for name, parameter in job.parameters.items():
-        found[f"weight {name}"] = parameter.detach().clone().contiguous()
+        found[f"weight {name}"] = whole(parameter.detach())
     return found
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, gathered from all processes if it is split."""
+    return getattr(tensor, "full_tensor", tensor.clone)().contiguous()
 
 
 def sums(root: Path) -> Any:

@@ -321,6 +321,7 @@ class Adapters:
         provenance: dict[str, Any] | None = None,
         base: BaseRecord | None = None,
         overwrite: bool = False,
+        write: bool = True,
     ) -> Path:
         """Write an adapter as a folder that PEFT, transformers and vLLM load, with lorakit.json and a card.
 
@@ -333,6 +334,8 @@ class Adapters:
             provenance: How the adapter was trained (configuration, data, scores), JSON values only.
             base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
+            write: False only takes part in gathering tensors that are split over processes. All processes then call
+                this method, and one of them writes.
 
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
@@ -349,6 +352,7 @@ class Adapters:
             tokenizer=tokenizer,
             base=base,
             overwrite=overwrite,
+            write=write,
         )
 
     def owns(self, adapters: LayerAdapters) -> bool:

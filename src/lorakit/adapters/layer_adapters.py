@@ -267,9 +267,14 @@ def hooks_act_by_token(layer: nn.Module) -> bool:
             acting = layer.adapters.acting(layer)  # type: ignore[operator, union-attr]
             if acting is None or not all(m.by_token or m.leaves_output for m in acting):
                 return False
-        elif not getattr(hook, "by_token", False):
+        elif not (getattr(hook, "by_token", False) or _is_of_fsdp(hook)):
             return False
     return True
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether a hook gathers and drops the weights of a module, and leaves its input and output as they are."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
 def add_adapter_hook(layer: nn.Module) -> None:

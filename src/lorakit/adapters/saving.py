@@ -55,11 +55,14 @@ def save(
     tokenizer: Any = None,
     base: formats.BaseRecord | None = None,
     overwrite: bool = False,
+    write: bool = True,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
+    stored = store(model, adapter, base, tokenizer)
+    if not write:
+        return folder
     if overwrite:
         formats.check_replaceable(folder)
-    stored = store(model, adapter, base, tokenizer)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.models.compiling import compiled_blocks_idle
+from lorakit.models.sharding import reset_after_error
 
 
 @contextmanager
@@ -19,6 +20,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad(), compiled_blocks_idle(model):
             yield
+    except Exception:
+        reset_after_error(model)
+        raise
     finally:
         for module, training in modes:  # parents first: train() also sets the modules inside
             if module.training != training:

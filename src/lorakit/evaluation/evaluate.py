@@ -170,7 +170,8 @@ def held_out(
     task: type[Task] | None = None,
     labels: Sequence[str] = (),
     progress: Progress | None = None,
-    part: slice = slice(None),
+    rank: int = 0,
+    count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and the scores that need no generation.
@@ -179,16 +180,19 @@ def held_out(
     (accuracy, F1, Matthews correlation) or regression (correlations, mean squared error). Records name the classes if
     `labels` gives their names, in index order.
 
-    Several processes can share the work: each computes another `part` of the batches, and `gather` returns what all of
-    them have computed, in the same order for each.
+    `count` processes can share the work: the one with this `rank` computes each `count`-th batch, and `gather` returns
+    what all of them have computed, in the same order for each. All run as many forward passes, because those of a model
+    that is split over the processes need all of them. A process with fewer batches repeats one, which does not count.
     """
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    total, count = 0.0, 0
+    starts = range(0, len(order), batch_size)
+    own, passes = list(starts[rank::count]), -(-len(starts) // count)
+    total, targets = 0.0, 0
     predictions: dict[int, float] = {}
     classes = 0
     with evaluating(model):
-        for start in range(0, len(order), batch_size)[part]:
+        for start in own:
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])
             if isinstance(objective, LabelLoss):
@@ -199,14 +203,16 @@ def held_out(
                 predictions.update(zip(chosen, values.tolist(), strict=True))
             else:
                 total += objective.loss_sum(model, batch).item()
-            count += objective.count(batch)
+            targets += objective.count(batch)
             if progress is not None:
                 progress("examples scored", start + len(chosen), len(order))
-    parts = gather((total, count, predictions, classes))
-    total, count = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        for _ in range(passes - len(own)):
+            objective.loss_sum(model, collate([examples[i] for i in order[:batch_size]]))
+    parts = gather((total, targets, predictions, classes))
+    total, targets = sum(p[0] for p in parts), sum(p[1] for p in parts)
     predictions = {i: value for p in parts for i, value in p[2].items()}
     classes = max(p[3] for p in parts)
-    loss = total / max(count, 1)
+    loss = total / max(targets, 1)
     if not math.isfinite(loss):
         raise LorakitError(
             f"The held-out loss is {loss}, because the model's output is not finite: {why_not_finite(model)}"

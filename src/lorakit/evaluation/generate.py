@@ -27,6 +27,7 @@ from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
 from lorakit.methods.virtual_tokens import PREFIX_START
+from lorakit.models.sharding import is_split
 from lorakit.ops import seeded
 
 Prompt = str | Sequence[int]
@@ -100,6 +101,7 @@ def generate(
                 logits_processor=processors,
                 stopping_criteria=stopping,
                 streamer=streamer,
+                synced_gpus=any(map(is_split, model.parameters())),
             )
             if cache and past is not None:
                 cache.keep(past, outputs[0].tolist())

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.models.faster_layers import FasterForward, faster_forward
+from lorakit.models.sharding import gathered
 from lorakit.ops import flex_masked_attention, flex_serves, masked_attention
 
 STOCK = "sdpa"
@@ -37,9 +38,15 @@ def make_faster(model: PreTrainedModel) -> None:
     All are written for CPUs.
     """
     use_own_attention(model)
-    for module in model.modules():
+    _make_layers_faster(model)
+
+
+def _make_layers_faster(module: nn.Module) -> None:
+    with gathered(module):
         if (forward := faster_forward(module)) is not None:
             module.forward = forward  # type: ignore[method-assign]
+        for child in module.children():
+            _make_layers_faster(child)
 
 
 def use_own_attention(model: PreTrainedModel) -> None:

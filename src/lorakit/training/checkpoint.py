@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from lorakit import storage
 from lorakit.errors import LorakitError, RunFolderError
 from lorakit.models.config_fields import VERSION, changed_fields
+from lorakit.models.sharding import split_like
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
@@ -107,11 +108,18 @@ def save(
     folder: Path,
     state: State,
     weights: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Tensor],
     *,
     keep: int,
 ) -> None:
     """Write a checkpoint into `folder`, then delete all but the newest `keep` checkpoints.
+
+    Args:
+        folder: The folder of all checkpoints.
+        state: The progress of the run.
+        weights: The trained tensors, whole.
+        optimizer: From `optimizer_tensors`, whole.
+        keep: How many checkpoints remain.
 
     Raises:
         LorakitError: A weight is not finite. Such a checkpoint must not replace a good one.
@@ -125,7 +133,7 @@ def save(
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS, weights)
-        write_safetensors(temporary / OPTIMIZER, _optimizer_tensors(optimizer))
+        write_safetensors(temporary / OPTIMIZER, optimizer)
         write_safetensors(temporary / RANDOM, random_states())
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
         storage.write_record(
@@ -164,7 +172,7 @@ def restore(
         )
     with torch.no_grad():
         for name, tensor in weights.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(split_like(stored[name], tensor))
     _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
     restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
     return state
@@ -271,7 +279,8 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Pa
     ]
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state of each trained tensor, by names such as ``layer.weight/exp_avg``."""
     return {
         f"{name}/{key}": value
         for name, parameter in _named_parameters(optimizer)
@@ -286,7 +295,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         by_name.setdefault(parameter, {})[key] = tensor
     for name, parameter in _named_parameters(optimizer):
         optimizer.state[parameter] = {
-            key: tensor.to(parameter.device) for key, tensor in by_name.get(name, {}).items()
+            key: split_like(tensor, parameter if tensor.ndim else tensor).to(parameter.device)
+            for key, tensor in by_name.get(name, {}).items()
         }
 
 

@@ -200,6 +200,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the model's blocks with torch.compile, which delays the start by a minute or more. For GPUs; on CPUs in
     bfloat16 it was slower in all measurements."""
+    shard: bool = False
+    """Split the weights of the base over the processes of a run, so that each holds a part of every block. For models
+    that do not fit into the memory of one device; it needs torchrun."""
     seed: int = 0
     """Seed of the adapter's initial weights, the order of the data and dropout."""
 
@@ -248,6 +251,7 @@ class TrainConfig:
             raise ConfigurationError(
                 "resume and overwrite exclude each other: resume continues the run, overwrite deletes it."
             )
+        self._check_shard()
         self._check_method()
         self._check_metric()
         used = [
@@ -259,6 +263,17 @@ class TrainConfig:
             raise ConfigurationError(
                 f"{', '.join(used)} needs validation data. Set data.validation to a file, or hold out part of the "
                 "training data with data.validation_fraction, for example 0.05."
+            )
+
+    def _check_shard(self) -> None:
+        excluded = {
+            "compile is true": self.compile,
+            f"base.dtype is {self.base.dtype}": self.base.dtype in ("nf4", "int8"),
+        }
+        for setting in (text for text, is_set in excluded.items() if self.shard and is_set):
+            raise ConfigurationError(
+                f"shard is true and {setting}, but only plain weights of uncompiled blocks can be split. Change one "
+                "of the two settings."
             )
 
     def _check_metric(self) -> None:

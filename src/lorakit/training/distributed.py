@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -60,6 +60,10 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes the files of the run and prints its progress."""
         return self.rank == 0
+
+    def communication(self) -> AbstractContextManager[None]:
+        """Raise a LorakitError if another process has ended or does not answer."""
+        return _communication()
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
@@ -146,7 +150,8 @@ class Processes:
         if self.count == 1:
             return list(numbers)
         counts = [float(p.grad is not None) for p in parameters]
-        table = torch.tensor([*numbers, *counts], dtype=torch.float64, device=parameters[0].device)
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        table = torch.tensor([*numbers, *counts], dtype=torch.float64, device=device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         *gradients, table = _sums([*gradients, table])
         sums = table.tolist()

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
@@ -19,6 +20,7 @@ from lorakit.training.optimizer import build_optimizer
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult, open_run
 from lorakit.training.setup import Job, prepare
+from lorakit.training.sharding import gathering, whole_in_first
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
 
@@ -36,6 +38,7 @@ def train(config: TrainConfig) -> RunResult:
     """
     with (
         joined(config.base.device) as processes,
+        gathering(processes),
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
     ):
         if (finished := processes.on_first(run.result)) is not None:
@@ -78,7 +81,7 @@ def train(config: TrainConfig) -> RunResult:
                 interruption.exit(
                     f"Stopped at step {state.step}. Resume with: {run.resume_command}"
                 )
-        processes.on_first(lambda: job.save_adapter(run.adapter, state))
+        job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
 
 
@@ -89,15 +92,14 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
         require_no_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
-    digests = {name: source["sha256"] for name, source in inputs.items()}
-    processes.require_same({**digests, "computation": job.computation.note})
+    processes.require_same({"computation": job.computation.note})
     # The run folder changes only from here on: a run that fails above leaves an old run intact.
     processes.on_first(run.claim)
     with processes.together():
         state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=inputs)
     processes.require_same({"step": state.step, "train_loss": state.train_loss})
     # Processors can differ in the last bits of initial weights (PiSSA).
-    processes.copy_from_first(job.weights.values())
+    processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
     model_sizes = sizes(job.model, job.parameters)
     processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
     return job, optimizer, state
@@ -107,8 +109,12 @@ def _save_checkpoint(
     run: RunFolder, job: Job, state: State, optimizer: torch.optim.Optimizer
 ) -> None:
     keep = run.config.checkpoints.keep
+    weights, of_optimizer = (
+        whole_in_first(tensors, job.processes)
+        for tensors in (job.weights, checkpoint.optimizer_tensors(optimizer))
+    )
     job.processes.on_first(
-        lambda: checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
+        lambda: checkpoint.save(run.checkpoints, state, weights, of_optimizer, keep=keep)
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
+from lorakit.models.sharding import own_part
 from lorakit.training.checkpoint import random_states, restore_random_states
 from lorakit.training.setup import ADAPTER, Job
 
@@ -40,12 +41,15 @@ def require_no_noise(job: Job) -> None:
 
 
 def _gradient(job: Job) -> Tensor:
-    """Return the gradient of the first example."""
+    """Return the gradient of the first example; of split parameters, the part of this process."""
     parameters = list(job.parameters.values())
     with compiled_blocks_idle(job.model), job.autocast():
         loss = job.objective.loss_sum(job.model, job.collate([job.train[0]]))
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+        loss.backward()
+    gradients = [own_part(p.grad).flatten() for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return torch.cat(gradients)
 
 
 def _source(job: Job) -> str:

@@ -102,11 +102,17 @@ class Share:
 
     def __call__(self, step: Batches) -> Batches:
         """Return the batches of this process, for the batches of a whole step."""
+        return self.of_all(step)[self._rank]
+
+    def of_all(self, step: Batches) -> list[Batches]:
+        """Return the batches of each process, for the batches of a whole step."""
         indices = [i for batch in step for i in batch]
         units = self._units(indices)
         costs = [self._tokens(indices[place] for place in unit) for unit in units]
         shares = even_shares(units, costs, self._count)
-        return _cut([indices[place] for place in sorted(shares[self._rank])], self._batch_size)
+        return [
+            _cut([indices[place] for place in sorted(share)], self._batch_size) for share in shares
+        ]
 
     def _units(self, indices: list[int]) -> list[list[int]]:
         """Return the places of examples that stay together, at most an even share of the step."""

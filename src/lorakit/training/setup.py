@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
+from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
@@ -40,6 +41,12 @@ from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.schedule import Share, StepPlan, rate_factor
+from lorakit.training.sharding import (
+    require_processes,
+    require_splittable,
+    split_base,
+    split_note,
+)
 from lorakit.training.warm_start import warm_start
 
 T = TypeVar("T")
@@ -55,17 +62,35 @@ class Job:
     config: TrainConfig
     base: Base
     adapters: Adapters
-    collate: Collate
     train: ExampleSet
     validation: ExampleSet | None
     scored: Sequence[Example]
     """The validation examples scored during training."""
-    computation: Computation
+    computation: Computation = field(init=False)
+    """Set once it has been tried."""
     step_plan: StepPlan
     processes: Processes
-    share: Share
-    """The examples of a step that this process computes."""
-    count_targets: Callable[[Example], int]
+
+    @cached_property
+    def collate(self) -> Collate:
+        """Makes a batch of examples."""
+        return collator(self.base, packed=self.computation.packed)
+
+    @cached_property
+    def share(self) -> Share:
+        """The examples of a step that this process computes."""
+        return Share(
+            self.train,
+            batch_size=self.config.batch_size,
+            rank=self.processes.rank,
+            count=self.processes.count,
+            packed=self.computation.packed,
+        )
+
+    @cached_property
+    def count_targets(self) -> Callable[[Example], int]:
+        """Returns the number of targets of an example."""
+        return target_counter(self.base)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -137,7 +162,7 @@ class Job:
         """The fingerprint of the base, taken once: training leaves the base unchanged."""
         return self.adapters.base_record(ADAPTER, tokenizer=self.base.tokenizer)
 
-    @property
+    @cached_property
     def inputs(self) -> Inputs:
         """Digests of the base, its tokenizer, the data and a custom task's file, which a resumed run must match."""
         sets = {"train data": self.train, "validation data": self.validation}
@@ -164,7 +189,7 @@ class Job:
         }
 
     def save_adapter(self, folder: Path, state: State) -> None:
-        """Write the current adapter and the record of its training."""
+        """Write the current adapter and the record of its training in the first process; all processes call this."""
         sets = {"train": self.train, "validation": self.validation}
         provenance = {
             "config": self.config.as_dict(),
@@ -184,14 +209,17 @@ class Job:
             "scores": state.scores,
             "scores_before": state.scores_before,
         }
-        self.adapters.save(
-            folder,
-            ADAPTER,
-            tokenizer=self.base.tokenizer,
-            provenance=provenance,
-            base=self.base_record,
-            overwrite=True,
-        )
+        with self.processes.together():
+            if self.config.shard or self.processes.is_first:
+                self.adapters.save(
+                    folder,
+                    ADAPTER,
+                    tokenizer=self.base.tokenizer,
+                    provenance=provenance,
+                    base=self.base_record,
+                    overwrite=True,
+                    write=self.processes.is_first,
+                )
 
     def describe(self) -> list[str]:
         """Return the lines printed at the start of a run."""
@@ -217,6 +245,8 @@ class Job:
             f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
             f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
         )
+        if self.config.shard:
+            lines.append(f"          {split_note(self.model, self.processes)}")
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
         return lines
@@ -229,17 +259,34 @@ class Job:
 
 
 def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
-    """Load data, base and adapter.
+    """Load data, base and adapter, and choose how batches and the loss are computed.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
     """
+    processes = processes or Processes()
+    if config.shard:
+        require_processes(processes)
+    with processes.together():
+        job, task = _opened(config, processes)
+        # A single process may not need the digests, which take seconds.
+        inputs = job.inputs if processes.count > 1 else {}
+    processes.require_same({name: source["sha256"] for name, source in inputs.items()})
+    if config.shard:  # from here on, all processes have to run the same passes
+        split_base(job.model, job.base_record, pick_device(config.base.device))
+    return _confirmed(job, task)
+
+
+def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
+    """Load data, base and adapter; return also the task of the data."""
     reader = RowReader()
     task = task_of(config.data, reader=reader)
     _check_task(config, task)
     resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)  # as `train` did before
     config = dataclasses.replace(config, base=resolved)
-    base = open_base(config.base, task, seed=config.seed)
+    # The parts of a split base move to the device one after the other.
+    place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
+    base = open_base(place, task, seed=config.seed)
     assert base.tokenizer is not None  # open_base rejects a base without one
     # With the task set, load_examples does not infer it again for each split.
     data = dataclasses.replace(config.data, task=task.name)
@@ -248,57 +295,59 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
-    return assemble(config, task, base, sets["train"], sets.get("validation"), processes)
+    job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
+    if config.shard:
+        require_splittable(base.model, config.base)
+    return job, task
 
 
-def assemble(
-    config: TrainConfig,
-    task: DataTask,
-    base: Base,
-    train: ExampleSet,
-    validation: ExampleSet | None = None,
-    processes: Processes | None = None,
-) -> Job:
-    """Attach the adapter to a loaded `base`, and choose how batches and the loss are computed.
+def assemble(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> Job:
+    """Attach the adapter to a loaded `base` in this process, and choose how batches and the loss are computed.
 
     Raises:
         LorakitError: A setting does not fit the data or the model.
     """
-    model, processes = base.model, processes or Processes()
+    return _confirmed(_attached(config, task, base, train, None, Processes()), task)
+
+
+def _attached(
+    config: TrainConfig,
+    task: DataTask,
+    base: Base,
+    train: ExampleSet,
+    validation: ExampleSet | None,
+    processes: Processes,
+) -> Job:
+    """Attach the adapter to a loaded `base`."""
     adapters = attach_method(base, config, task)
     for examples in (train, validation):
         if examples is not None:
             check_context(base, examples.examples)
     if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    choice = choice_of(config, model, task)
-    with autocast_of(compute_dtype(config.base.dtype, model.device), adapters, model.device):
-        computation = confirm_computation(choice, base, train.examples)
-    if config.compile:
-        compile_blocks(model)
-    model.train()
-    # From here on only dropout draws from the global generator.
-    torch.manual_seed(config.seed)
+        enable_gradient_checkpointing(base.model)
     return Job(
         config=config,
         base=base,
         adapters=adapters,
-        collate=collator(base, packed=computation.packed),
         train=train,
         validation=validation,
         scored=spread(validation.examples if validation else [], config.evaluation.limit),
-        computation=computation,
         step_plan=step_plan_of(config, train),
         processes=processes,
-        share=Share(
-            train,
-            batch_size=config.batch_size,
-            rank=processes.rank,
-            count=processes.count,
-            packed=computation.packed,
-        ),
-        count_targets=target_counter(base),
     )
+
+
+def _confirmed(job: Job, task: DataTask) -> Job:
+    """Choose how the run is computed, after a trial on a few examples, and put the model into training mode."""
+    choice = choice_of(job.config, job.model, task)
+    with job.autocast():
+        job.computation = confirm_computation(choice, job.base, job.train.examples)
+    if job.config.compile:
+        compile_blocks(job.model)
+    job.model.train()
+    # From here on only dropout draws from the global generator.
+    torch.manual_seed(job.config.seed)
+    return job
 
 
 def choice_of(config: TrainConfig, model: PreTrainedModel, task: DataTask) -> Computation:

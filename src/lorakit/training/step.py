@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorakit.data.batches import token_count
+from lorakit.models.sharding import is_split
 from lorakit.training.interruption import Signals
 from lorakit.training.optimizer import clip_gradients, require_finite, set_rate
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
+from lorakit.training.sharding import settle_split_gradients, split_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,23 @@ def optimizer_step(
     """
     batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
     target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
+    loss = _accumulate_gradients(job, batches, target_count)
+    if job.config.shard:
+        _take_part(job, examples)
     own = (
-        _accumulate_gradients(job, batches, target_count),
+        loss,
         sum(map(token_count, batches)),
         sum(batch["input_ids"].numel() for batch in batches),
         *signals,
     )
-    sums = job.processes.sum_gradients(list(job.parameters.values()), own)
-    loss, (tokens, computed, *received) = sums[0], map(int, sums[1:])
+    parameters = job.parameters.values()
+    split = [p for p in parameters if is_split(p)]  # FSDP2 has summed their gradients
+    whole = [p for p in parameters if not is_split(p)]
+    sums = job.processes.sum_gradients(whole, [*own, *split_gradients(split)])
+    loss, (tokens, computed, *received) = sums[0], map(int, sums[1 : len(own)])
+    square = settle_split_gradients(split, sums[len(own) :])
     rate = set_rate(optimizer, job.rate_factor(step))
-    norm = clip_gradients(optimizer, job.config.optimizer.clip)
+    norm = clip_gradients(optimizer, job.config.optimizer.clip, square)
     require_finite(step, loss, norm, rate)
     optimizer.step()
     optimizer.zero_grad()
@@ -88,3 +97,16 @@ def _accumulate_gradients(
         batch_share.backward()
         loss += batch_share.item()
     return loss
+
+
+def _take_part(job: Job, examples: Batches) -> None:
+    """Run as many passes as the process with the most batches, the surplus ones on an example of the step.
+
+    Every pass gathers the weights from all processes. The loss of a surplus pass has the weight 0.
+    """
+    batches = job.share.of_all(examples)
+    surplus = max(map(len, batches)) - len(batches[job.processes.rank])
+    for _ in range(surplus):
+        with job.autocast():
+            loss = job.objective.loss_sum(job.model, job.collate([job.train[examples[0][0]]]))
+        (0.0 * loss).backward()

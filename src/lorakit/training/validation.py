@@ -35,13 +35,14 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.collate,
             batch_size=settings.batch_size or job.config.batch_size,
             task=job.task,
-            part=slice(job.processes.rank, None, job.processes.count),
+            rank=job.processes.rank,
+            count=job.processes.count,
             gather=job.processes.gather,
         )
         state.scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
         if settings.samples:
-            sampled = job.processes.on_first(lambda: _sample(run, job, state.step))
+            sampled = _sample(run, job, state.step)
             state.scores = {**state.scores, **sampled.scores}
             notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
     # A task of the user may score the same texts differently in another process.
@@ -60,7 +61,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         )
         notes.append("best so far, but worse than before training" if is_worse else "best")
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
-        job.processes.on_first(lambda: job.save_adapter(run.best, state))
+        job.save_adapter(run.best, state)
     else:
         state.without_best += 1
         state.stopped_early = (
@@ -80,7 +81,24 @@ def _require_finite(scores: dict[str, float], task: str) -> None:
 
 
 def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
-    """Generate text for some validation prompts, record it in samples.jsonl, and score it."""
+    """Generate text for some validation prompts, record it in samples.jsonl, and score it.
+
+    The first process does all that, while the others wait. If the weights are split, they generate the same texts.
+    """
+    if job.config.shard:
+        evaluation = job.processes.from_first(_generated(job))
+    else:
+        evaluation = job.processes.on_first(lambda: _generated(job))
+
+    def record() -> None:
+        for output in evaluation.outputs:
+            run.samples.append(step=step, **output)
+
+    job.processes.on_first(record)
+    return evaluation
+
+
+def _generated(job: Job) -> Evaluation:
     settings = job.config.evaluation
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
@@ -88,13 +106,10 @@ def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size or job.config.batch_size,
     )
-    evaluation = generated(
+    return generated(
         job.base,
         [example for group in spread(groups, settings.samples) for example in group],
         decoding,
         task=job.task,
         quick=True,
     )
-    for record in evaluation.outputs:
-        run.samples.append(step=step, **record)
-    return evaluation

@@ -1,0 +1,160 @@
+"""Split the weights of a model's blocks over processes with FSDP2.
+
+Each process holds a part of every block. A block gathers its weights from all processes before its forward pass and
+before its backward pass, and drops them afterwards. So all processes have to run the same passes. Embeddings, the
+final norm and the head stay whole, so that code can read them without a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lorakit.models.blocks import stacks
+from lorakit.models.layers import by_token, is_of_adapter
+
+_REACHED = "_lorakit_reached"
+"""Attribute of a split parameter that has got a gradient in this process."""
+
+
+def split_blocks(model: nn.Module, device: torch.device) -> None:
+    """Split the weights of the blocks over all processes, and move the model to `device`.
+
+    The class of each block gets the prefix ``FSDP``. The tensors that adapters add stay whole in every process. A
+    trained copy of a base tensor takes the place of that tensor and is split like it; its gradient is the sum over
+    the processes.
+
+    Args:
+        model: A model with blocks, changed in place. While it is on the CPU, one block at a time moves to the device.
+        device: The device of this process.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = blocks_of(model)
+    whole = _kept_whole(model, blocks)
+    for block in blocks:
+        block.register_forward_hook(_copy_views)  # before the hook of FSDP2
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        assert isinstance(block, FSDPModule)
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)  # Gloo has no other operation
+        # A parameter may have a gradient in some processes only, and all of them must send the same tensors.
+        block.set_reduce_scatter_unused_params(True)
+        _mark_gradients(block)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_split(tensor):  # `model.to` could replace the split parameters
+            tensor.data = tensor.data.to(device)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of all stacks, each once."""
+    paths = [path for stack in stacks(model).values() for path in stack]
+    return list(dict.fromkeys(map(model.get_submodule, paths)))
+
+
+def _kept_whole(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters that are not split: those of adapters, those with two uses, those that FSDP2 rejects.
+
+    A parameter that two blocks share, or a block and another part of the model, would be split in one place only.
+    """
+    # A trained copy has the name of the base tensor first, and a second name inside the adapter.
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    uses = Counter(p for block in blocks for p in block.parameters())
+    inside = {module for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if module not in inside:
+            uses.update(module.parameters(recurse=False))
+    return {
+        p
+        for p, name in names.items()
+        if is_of_adapter(name) or uses[p] > 1 or not p.ndim or not p.is_contiguous()
+    }
+
+
+def _mark_gradients(block: nn.Module) -> None:
+    """Let each split parameter that is trained note whether its backward pass has reached it in this process."""
+    parts = {name: p for name, p in block.named_parameters() if is_split(p) and p.requires_grad}
+    with gathered(block):  # FSDP2 uses the same whole parameters in every pass
+        whole = dict(block.named_parameters())
+        for name, part in parts.items():
+            whole[name].register_post_accumulate_grad_hook(partial(_mark, part))
+
+
+def _mark(part: nn.Parameter, _: Tensor) -> None:
+    setattr(part, _REACHED, True)
+
+
+def reached(part: nn.Parameter) -> bool:
+    """Return whether a split parameter has got a gradient in this process since the last call.
+
+    The gradient itself does not show it: FSDP2 adds up the parts of all processes, with zeros where there is none.
+    """
+    is_reached = getattr(part, _REACHED, False)
+    setattr(part, _REACHED, False)
+    return is_reached
+
+
+@by_token
+def _copy_views(block: nn.Module, args: Any, output: Any) -> Any:
+    """Return a block's output without views, as FSDP2 needs it.
+
+    FSDP2 gathers the weights for the backward pass in a hook on the output tensor. An operation in place on a view
+    loses this hook.
+    """
+
+    def copied(x: Any) -> Any:
+        return x.clone() if isinstance(x, Tensor) and x.requires_grad and x._is_view() else x
+
+    return tuple(map(copied, output)) if isinstance(output, tuple) else copied(output)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Return whether this process holds a part of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, without a copy; a whole tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the memory of `tensors` in this process."""
+    return sum(part.numel() * part.element_size() for part in map(own_part, tensors))
+
+
+def split_like(whole: Tensor, other: Tensor) -> Tensor:
+    """Return a whole tensor split as `other` is; all processes have the same values, so nothing is sent."""
+    if not isinstance(other, DTensor):
+        return whole
+    on_device = whole.to(other.device)
+    return distribute_tensor(on_device, other.device_mesh, other.placements, src_data_rank=None)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Hold the whole weights of a split block inside the context; other modules hold theirs always."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def reset_after_error(model: nn.Module) -> None:
+    """Make a model usable again after an exception inside a block, where FSDP2 skips its own hooks."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reset_iter_state()

@@ -1,0 +1,138 @@
+"""The setting ``shard``: the weights of the base split over the processes of a run (`lorakit.models.sharding`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lorakit.adapters.formats import BaseRecord
+from lorakit.adapters.installed import adapted_layers, base_weights
+from lorakit.errors import ConfigurationError
+from lorakit.formatting import size
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.quantised import QuantisedWeight
+from lorakit.models.sharding import (
+    blocks_of,
+    held_bytes,
+    is_split,
+    own_part,
+    reached,
+    split_blocks,
+)
+from lorakit.training.distributed import COMMAND, Processes
+
+
+def require_processes(processes: Processes) -> None:
+    """Reject ``shard`` for a run of one process.
+
+    Raises:
+        ConfigurationError: With the command that starts several.
+    """
+    if processes.count == 1:
+        raise ConfigurationError(
+            f"shard is true, but this run has one process. Start several with {COMMAND}, or set shard to false "
+            "(--shard false)."
+        )
+
+
+def require_splittable(model: nn.Module, base: BaseConfig) -> None:
+    """Reject a base whose weights cannot be split.
+
+    Raises:
+        ConfigurationError: It has no blocks, or it is quantised.
+    """
+    if not blocks_of(model):
+        raise ConfigurationError(
+            f"shard is true, but {type(model).__name__} has no list of blocks to split. Set it to false."
+        )
+    for name, weight in base_weights(model):
+        if isinstance(weight, QuantisedWeight):
+            raise ConfigurationError(
+                f"shard is true, but '{name}' of '{base.name}' is quantised to {weight.kind}, and quantised weights "
+                "cannot be split. Load the base in bfloat16, or set shard to false (--shard false)."
+            )
+
+
+def split_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
+    """Split the weights of a base, with its adapter, over the processes, and drop all whole ones.
+
+    Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only.
+
+    Args:
+        model: The base, with its adapter, changed in place.
+        record: Its fingerprint, which has to be taken before. Afterwards it lacks the dropped tensors.
+        device: The device of this process.
+    """
+    for _, _, adapters in adapted_layers(model):
+        for attribute in list(adapters.replaced):
+            adapters.forget(attribute)
+    split_blocks(model, device)
+    assert record.layout is not None  # it has just been taken
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_split(parameter) or name in record.excluded:
+            record.layout.parameters.pop(name, None)
+
+
+@contextmanager
+def gathering(processes: Processes) -> Iterator[None]:
+    """Raise an error about the other processes if they do not take part in a pass of a split model inside.
+
+    Raises:
+        LorakitError: Another process has ended or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        with processes.communication():
+            raise
+
+
+def split_gradients(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """Return numbers about this process's parts of gradients, to be summed over the processes.
+
+    They are the squared norm of all parts, and for each parameter whether this process has contributed to it.
+    """
+    parts = [own_part(p.grad) for p in parameters if p.grad is not None]
+    return [float(nn.utils.get_total_norm(parts)) ** 2, *(float(reached(p)) for p in parameters)]
+
+
+def settle_split_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[float]) -> float:
+    """Drop the gradients to which no process has contributed; return the squared norm of all.
+
+    Args:
+        parameters: The split parameters that are trained.
+        sums: The sums of `split_gradients` over the processes.
+    """
+    square, *counts = sums
+    for parameter, count in zip(parameters, counts, strict=True):
+        if not count:
+            parameter.grad = None
+    return square
+
+
+def whole_in_first(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Return the tensors with the split ones gathered on the CPU; other processes than the first get no values.
+
+    All processes have to call it.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+        if processes.is_first:
+            found[name] = whole.cpu() if is_split(tensor) else whole
+    return found
+
+
+def split_note(model: nn.Module, processes: Processes) -> str:
+    """Return what each process holds of the model, for the user."""
+    parameters = list(model.parameters())
+    held, whole = held_bytes(parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return (
+        f"weights split over {processes.count} processes: {size(held)} of {size(whole)} in this one"
+    )

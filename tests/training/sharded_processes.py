@@ -1,0 +1,321 @@
+"""Runs whose weights are split over several processes, for `test_sharded_processes.py`.
+
+By hand::
+
+    python tests/training/sharded_processes.py FOLDER [SCENARIO ...]
+
+See `several_processes.py`, whose processes these scenarios use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+import kill_resume
+import several_processes
+import tiny_runs
+import torch
+import torch.utils.checkpoint
+from safetensors.torch import save_file
+from several_processes import Outcomes, at_step, run, run_config, take_steps, write_inputs
+
+from lorakit.data import DataConfig
+from lorakit.methods.full import FullFineTuning
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.sharding import is_split, own_part, split_like
+from lorakit.training import checkpoint, loop, setup
+from lorakit.training.config import HeldOutConfig, TrainConfig
+from lorakit.training.distributed import joined
+from lorakit.training.loop import train
+from lorakit.training.optimizer import build_optimizer
+from lorakit.training.setup import Job, prepare
+
+COUNTS = (1, 2, 4)
+LONG, SHORT = 50, 10
+"""Numbers of steps. Step 10 is the last one of an epoch and has a single example."""
+
+several_processes.LIMIT = 150.0
+
+MAIN = ("packed", "padded", "full", "full padded")
+WAYS: dict[str, dict[str, Any]] = {
+    **several_processes.WAYS,
+    "top layer": {"method": "full", "full": FullFineTuning(top_layers=1)},
+    "late layer": {"method": "full"},
+}
+
+
+def steps_of(way: str) -> int:
+    return LONG if way in ("packed", "full") else SHORT
+
+
+def ways_on(count: int) -> list[str]:
+    """Return the ways to compare on `count` processes: all of them on 2, the main ones on 4."""
+    return list(MAIN if count == 4 else WAYS)
+
+
+def main() -> None:
+    folder, *names = sys.argv[1:]
+    root = Path(folder)
+    assert kill_resume.fork(lambda: write_models(root)) == 0
+    warm_up = run_config(root, "warm-up", max_steps=1)
+    kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
+    for name, scenario in SCENARIOS.items():
+        if not names or name in names:
+            began = time.monotonic()
+            outcomes = scenario(root)
+            (root / f"{name}.json").write_text(json.dumps(outcomes))
+            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def write_models(root: Path) -> None:
+    write_inputs(root)
+    tiny_runs.save_base(root / "wide", hidden_size=128, intermediate_size=512)
+
+
+def opened(root: Path, processes: Any, **settings: Any) -> Job:
+    """Prepare a run in float64, split if it has several processes.
+
+    Its computation is tried in float32, like that of one process.
+    """
+    split, setup.split_base = setup.split_base, lambda *_: None
+    job = prepare(run_config(root, "prepared", shard=processes.count > 1, **settings), processes)
+    setup.split_base = split
+    job.model.double()
+    if job.config.shard:
+        split(job.model, job.base_record, job.device)
+    return job
+
+
+def settings_of(root: Path, way: str) -> dict[str, Any]:
+    settings = {"epochs": 5, **WAYS[way]}
+    if settings.get("data") == "labels":
+        settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
+    return settings
+
+
+def move(job: Job) -> None:
+    """Add the same random numbers in every process (see `several_processes.move`)."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in job.parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(split_like(0.02 * noise, parameter))
+
+
+# --- scenarios ------------------------------------------------------------------------------------
+
+
+def equality(root: Path) -> dict[int, Outcomes]:
+    """Take steps in float64 on 1, 2 and 4 processes; write the first gradients and the last weights."""
+    torch.utils.checkpoint.CheckpointFunction.forward = None  # reentrant
+
+    def work(count: int, rank: int) -> None:
+        with joined("cpu") as processes:
+            for way in ways_on(count):
+                job = opened(root, processes, **settings_of(root, way))
+                assert any(map(is_split, job.model.parameters())) == (count > 1)
+                move(job)
+                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
+                if way == "late layer":
+                    detach_in_first_step(job)
+                tensors = take_steps(job, optimizer, steps_of(way))
+                save_file(tensors, root / f"{way} {count} {rank}.safetensors")
+
+    return {count: run(count, lambda rank, count=count: work(count, rank)) for count in COUNTS}
+
+
+def detach_in_first_step(job: Job) -> None:
+    """Give the parameters of one MLP no gradient in the first step."""
+    mlp = job.model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x).detach()
+    at_step(1, lambda: setattr(mlp, "forward", forward))
+
+
+def memory(root: Path) -> Outcomes:
+    """Print the bytes of tensors that a process holds, and what they must be: all but half of the blocks."""
+
+    def work(rank: int) -> None:
+        with joined("cpu") as processes:
+            found = {}
+            for method in ("lora", "full"):
+                job = prepare(
+                    run_config(root, "memory", method=method, shard=True, base="wide"), processes
+                )
+                gc.collect()
+                storages = {
+                    part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+                    for tensor in gc.get_objects()
+                    if issubclass(type(tensor), torch.Tensor)  # others warn about an attribute
+                    for part in [own_part(tensor)]
+                }
+                parameters = list(job.model.parameters())
+                found[method] = {
+                    "held": sum(storages.values()),
+                    "whole": sum(4 * p.numel() for p in parameters if not is_split(p)),
+                    "split": sum(4 * p.numel() for p in parameters if is_split(p)),
+                    "seeded": [p.sum().item() for p in parameters if not is_split(p)],
+                    "share": job.share(next(job.step_plan.steps())),
+                    "line": next(line for line in job.describe() if "split over" in line),
+                }
+                del job, parameters, storages
+            print(json.dumps(found))
+
+    return run(2, work)
+
+
+def parts(root: Path) -> Outcomes:
+    """Fill the part of each process with its own value, save, clear and load."""
+
+    def work(rank: int) -> None:
+        with joined("cpu") as processes:
+            for method in ("lora", "full"):
+                config = run_config(root, f"parts-{method}", method=method, shard=True)
+                with loop.open_run(config, processes) as run_folder:
+                    job, optimizer, state = loop._start(run_folder, processes)
+                    take_steps(job, optimizer, 1)
+                    tensors = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    for tensor in tensors.values():
+                        with torch.no_grad():
+                            own_part(tensor).fill_(rank + 1.0 if is_split(tensor) else 9.0)
+                    state.step = 1
+                    job.save_adapter(run_folder.adapter, state)
+                    loop._save_checkpoint(run_folder, job, state, optimizer)
+                    for tensor in tensors.values():
+                        with torch.no_grad():
+                            own_part(tensor).zero_()
+                    checkpoint.restore(
+                        run_folder.checkpoints, job.weights, optimizer, inputs=job.inputs
+                    )
+                    loaded = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    for name, tensor in loaded.items():
+                        expected = rank + 1.0 if is_split(tensor) else 9.0
+                        assert (own_part(tensor) == expected).all(), name
+                        assert is_split(tensor) == is_split(tensors[name]), name
+                    split = [name for name, tensor in job.weights.items() if is_split(tensor)]
+                    print(
+                        json.dumps(
+                            {"method": method, "trained": list(job.parameters), "split": split}
+                        )
+                    )
+
+    return run(2, work)
+
+
+def mixed(root: Path) -> dict[int, Outcomes]:
+    """Take steps with a base in bfloat16 and float32 adapters, and in full with autocast."""
+
+    def work(count: int, rank: int) -> None:
+        with joined("cpu") as processes:
+            for method in ("lora", "full", "bitfit"):
+                base = BaseConfig(name=str(root / "encoder"), dtype="bfloat16", device="cpu")
+                data = DataConfig(train=str(root / "labels.jsonl"))
+                config = run_config(
+                    root,
+                    "mixed",
+                    method=method,
+                    data=data,
+                    evaluation=HeldOutConfig(),
+                    shard=count > 1,
+                )
+                job = prepare(dataclasses.replace(config, base=base), processes)
+                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-3)
+                tensors = take_steps(job, optimizer, 5)
+                save_file(tensors, root / f"mixed {method} {count} {rank}.safetensors")
+
+    return {count: run(count, lambda rank, count=count: work(count, rank)) for count in (1, 2)}
+
+
+def whole_runs(root: Path) -> Any:
+    """Train with everything that a run writes, on 1 process, and twice in a script of 2 that split the weights."""
+    evaluation = HeldOutConfig(every=5, samples=2, max_new_tokens=3, batch_size=5)
+
+    def work(count: int) -> None:
+        for method in ("lora", "full"):
+            name = f"whole-{method}-{count}"
+            train(
+                run_config(
+                    root, name, method=method, evaluation=evaluation, epochs=1, shard=count > 1
+                )
+            )
+
+    return {count: run(count, lambda _, count=count: work(count)) for count in (1, 2)}
+
+
+def resumed(root: Path) -> Any:
+    """Stop runs after step 6 of 10, and resume them on another number of processes, split or not."""
+    data = DataConfig(train=str(root / "train.jsonl"))
+
+    def config(name: str, **settings: Any) -> TrainConfig:
+        return run_config(
+            root, name, method="full", data=data, evaluation=HeldOutConfig(), epochs=1, **settings
+        )
+
+    def stopping(name: str, **settings: Any) -> Callable[[int], object]:
+        def work(rank: int) -> None:
+            at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
+            train(config(name, **settings))
+
+        return work
+
+    def resuming(name: str, **settings: Any) -> Callable[[int], object]:
+        return lambda _: train(config(name, resume=True, **settings))
+
+    stopped = [run(2, stopping("split-whole", shard=True)), run(1, stopping("whole-split"))]
+    shutil.copytree(root / "split-whole", root / "split-split")
+    return {
+        "stopped": [process for processes in stopped for process in processes],
+        "split-whole": run(1, resuming("split-whole")),
+        "split-split": run(4, resuming("split-split", shard=True)),
+        "whole-split": run(2, resuming("whole-split", shard=True)),
+    }
+
+
+def ends(root: Path) -> Any:
+    """Runs that end with an error."""
+
+    def dying(rank: int) -> None:
+        if rank == 1:
+            at_step(2, lambda: os._exit(9))
+        train(run_config(root, "dead", shard=True))
+
+    def other_base(rank: int) -> None:
+        (root / f"at-{rank}").mkdir()
+        shutil.copytree(root / ("decoder" if rank else "dropout"), root / f"at-{rank}" / "base")
+        os.chdir(root / f"at-{rank}")
+        base = BaseConfig(name="base", dtype="float32", device="cpu")
+        train(dataclasses.replace(run_config(root, "mixed-bases", shard=True), base=base))
+
+    return {
+        "one process": run(1, lambda _: train(run_config(root, "alone", shard=True))),
+        "dead": run(2, dying),
+        "other base": run(2, other_base),
+        "folders": sorted(p.name for p in root.iterdir() if p.is_dir()),
+    }
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    "equality": equality,
+    "memory": memory,
+    "parts": parts,
+    "mixed": mixed,
+    "whole": whole_runs,
+    "resumed": resumed,
+    "ends": ends,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Runs whose weights are split over several processes, against runs of one process.
+
+The runs are in `sharded_processes.py`; one process makes them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from sharded_processes import COUNTS, steps_of, ways_on
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lorakit.adapters import attach
+from lorakit.errors import ConfigurationError
+from lorakit.methods.lora.method import LoRA
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.loading import load_base
+from lorakit.training.sharding import require_splittable
+
+SCRIPT = Path(__file__).with_name("sharded_processes.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all scenarios, which one pytest process runs for all."""
+    shared = tmp_path_factory.getbasetemp().parent / f"sharded-{os.getppid()}"
+    with filelock.FileLock(f"{shared}.lock"):
+        if not (shared / "done").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            done = subprocess.run(
+                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "done").touch()
+    return shared
+
+
+def outcomes(root: Path, name: str) -> Any:
+    return json.loads((root / f"{name}.json").read_text())
+
+
+def require_success(processes: list[dict[str, Any]]) -> None:
+    for process in processes:
+        assert process["status"] == 0, process["output"]
+
+
+# --- the same result ------------------------------------------------------------------------------
+
+
+BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "count"), [(way, count) for count in COUNTS[1:] for way in ways_on(count)]
+)
+def test_gradients_and_weights_equal_those_of_one_process(root: Path, way: str, count: int) -> None:
+    """In float64: the gradients of one step to 1e-12, and the weights after the last step to 1e-9 of their size.
+
+    Ranks see different examples of a step, and a process without examples takes part. "late layer" has parameters
+    without a gradient in the first step.
+    """
+    for processes in outcomes(root, "equality").values():
+        require_success(processes)
+    alone = load_file(root / f"{way} 1 0.safetensors")
+    several = [load_file(root / f"{way} {count} {rank}.safetensors") for rank in range(count)]
+    own = torch.stack([tensors.pop("examples") for tensors in several])
+    assert torch.equal(own.sum(0), alone.pop("examples"))
+    assert len(own[0]) == steps_of(way)
+    assert (own == 0).any()
+    gradient = torch.stack([t.norm() for n, t in alone.items() if n.startswith("gradient")]).norm()
+    for tensors in several:
+        assert tensors.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert torch.equal(tensors[name], several[0][name]), f"{name} differs between processes"
+            kind = name.split()[0]
+            scale = gradient if kind == "gradient" else expected.norm()
+            distance = (tensors[name] - expected).norm() / scale
+            assert distance <= BOUNDS[kind], f"{name}: {distance:.1e}"
+
+
+@pytest.mark.slow
+def test_a_layer_without_gradient_in_the_first_step(root: Path) -> None:
+    tensors = load_file(root / "late layer 2 0.safetensors")
+    assert not any("gradient" in name and "layers.1.mlp" in name for name in tensors)
+    assert "weight model.layers.1.mlp.up_proj.weight" in tensors
+
+
+@pytest.mark.slow
+def test_gradient_checkpoints_are_never_reentrant(root: Path) -> None:
+    """The scenario has broken `CheckpointFunction`, which reentrant checkpoints call."""
+    require_success(outcomes(root, "equality")["2"])
+    assert (root / "checkpointing 2 0.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit"])
+def test_a_bfloat16_base_with_float32_copies_and_factors(root: Path, method: str) -> None:
+    """bfloat16 has 8 bits: one gradient differs by up to 2%, and AdamW turns signs of the smallest ones."""
+    for processes in outcomes(root, "mixed").values():
+        require_success(processes)
+    alone = load_file(root / f"mixed {method} 1 0.safetensors")
+    split = load_file(root / f"mixed {method} 2 0.safetensors")
+    assert split.keys() == alone.keys()
+    for kind, bound in (("gradient", 0.02), ("weight", 0.02)):
+        names = [name for name in alone if name.startswith(kind)]
+        expected, found = (
+            torch.cat([tensors[name].flatten() for name in names]) for tensors in (alone, split)
+        )
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_whole_run_has_the_numbers_of_one_process(root: Path, method: str) -> None:
+    """In float32, whose rounding some steps of AdamW amplify: to 1e-5 of the numbers.
+
+    The 13 validation examples are 3 batches. The second process of 2 computes one of them, and repeats another one so
+    that both run as many passes; it would change the mean if it counted.
+    """
+    for processes in outcomes(root, "whole").values():
+        require_success(processes)
+    alone, split = root / f"whole-{method}-1", root / f"whole-{method}-2"
+    (session,) = json.loads((split / "environment.json").read_text())["sessions"]
+    assert session["sizes"]["held_bytes"] < 0.9 * session["sizes"]["base_bytes"]
+    for kind in ("train", "validation"):
+        expected, found = tiny_runs.metrics(alone, kind), tiny_runs.metrics(split, kind)
+        assert [r["step"] for r in found] == [r["step"] for r in expected]
+        for record, other in zip(found, expected, strict=True):
+            for name in other.keys() - {"split", "seconds", "computed_tokens"}:
+                assert record[name] == pytest.approx(other[name], rel=1e-5), name
+    assert (split / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+    for which in ("adapter", "best"):
+        require_close_weights(split / which, alone / which)
+
+
+def require_close_weights(adapter: Path, other: Path) -> None:
+    (file,) = adapter.glob("*.safetensors")
+    found, expected = load_file(file), load_file(other / file.name)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        distance = (tensor - expected[name]).norm() / expected[name].norm()
+        assert distance <= 1e-5, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_the_saved_adapter_and_agrees(root: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([[3, 5, 7, 9, 11]])
+    logits = [
+        peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(root / "decoder"), root / f"whole-lora-{n}/adapter"
+        )(ids).logits
+        for n in (1, 2)
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+# --- what each process holds, and what it writes ---------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_process_holds_its_part_of_the_blocks(root: Path, method: str) -> None:
+    """Nothing else keeps the whole weights: not the digests, nor the originals of trained copies."""
+    processes = outcomes(root, "memory")
+    require_success(processes)
+    for process in processes:
+        found = json.loads(process["output"])[method]
+        expected = found["whole"] + found["split"] / 2
+        assert found["split"] > 2 * found["whole"]
+        assert found["held"] == pytest.approx(expected, abs=1000)
+        assert "weights split over 2 processes: " in found["line"]
+
+
+@pytest.mark.slow
+def test_processes_have_the_same_seed_and_different_data(root: Path) -> None:
+    first, second = (json.loads(p["output"])["lora"] for p in outcomes(root, "memory"))
+    assert first["seeded"] == second["seeded"]
+    own, other = ([i for batch in found["share"] for i in batch] for found in (first, second))
+    assert len({*own, *other}) == len(own) + len(other) == 8
+
+
+@pytest.mark.slow
+def test_saved_files_hold_the_part_of_every_process(root: Path) -> None:
+    """Parts filled with the number of their process, saved, cleared and loaded (in the scenario)."""
+    processes = outcomes(root, "parts")
+    require_success(processes)
+    for line in processes[0]["output"].splitlines():
+        if not line.startswith("{"):
+            continue
+        found = json.loads(line)
+        run = root / f"parts-{found['method']}"
+        assert bool(found["split"]) == (found["method"] == "full")
+        (file,) = (run / "adapter").glob("*.safetensors")
+        weights = load_file(run / "checkpoints" / "step-000001" / "weights.safetensors")
+        state = load_file(run / "checkpoints" / "step-000001" / "optimizer.safetensors")
+        for name in found["split"]:
+            kept = [
+                load_file(file)[f"trained.{name}"],
+                weights[name],
+                *(state[f"{name}/{k}"] for k in MOMENTS),
+            ]
+            for tensor in kept:
+                first, second = tensor.chunk(2)
+                assert (first == 1).all()
+                assert (second == 2).all()
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_only_trained_tensors(root: Path) -> None:
+    for method in ("lora", "full"):
+        weights = root / f"whole-{method}-2" / "checkpoints" / "step-000010" / "weights.safetensors"
+        alone = root / f"whole-{method}-1" / "checkpoints" / "step-000010" / "weights.safetensors"
+        assert load_file(weights).keys() == load_file(alone).keys()
+        assert all("lora_" in name for name in load_file(weights)) == (method == "lora")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_processes_split_or_not(root: Path) -> None:
+    found = outcomes(root, "resumed")
+    assert {process["status"] for process in found.pop("stopped")} == {143}
+    for name, processes in found.items():
+        require_success(processes)
+        require_close_weights(root / name / "adapter", root / "whole-full-1" / "adapter")
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_split_end_with_an_error(root: Path) -> None:
+    ends = outcomes(root, "ends")
+    (alone,) = ends["one process"]
+    assert alone["status"] == 1
+    assert alone["output"].startswith(
+        "ConfigurationError: shard is true, but this run has one process. Start several with torchrun "
+    )
+    assert "alone" not in ends["folders"]
+    alive, dead = ends["dead"]
+    assert (alive["status"], dead["status"]) == (1, 9)
+    assert "LorakitError: " in alive["output"]
+    assert "Traceback" not in alive["output"]
+    for process in ends["other base"]:
+        assert process["status"] == 1
+        assert "Process 1 of 2 differs from process 0: base configuration is" in process["output"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compile": True}, "shard is true and compile is true, but only plain weights"),
+        ({"base": BaseConfig(name="x", dtype="nf4")}, "shard is true and base.dtype is nf4"),
+    ],
+)
+def test_settings_that_exclude_shard(tmp_path: Path, settings: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_runs.config(tmp_path, "base", shard=True, **settings)
+
+
+def test_models_that_cannot_be_split(tmp_path: Path) -> None:
+    class WithoutBlocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+    with pytest.raises(ConfigurationError, match="WithoutBlocks has no list of blocks to split"):
+        require_splittable(WithoutBlocks(), BaseConfig(name="x"))
+
+
+@pytest.mark.slow
+def test_a_quantised_base_cannot_be_split(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = tiny_runs.save_base(tmp_path / "base", hidden_size=64, intermediate_size=64)
+    model = load_base(folder, dtype="nf4").model
+    attach(model, LoRA(rank=2))
+    with pytest.raises(ConfigurationError, match="is quantised to nf4, and quantised weights"):
+        require_splittable(model, BaseConfig(name=folder))
