@@ -51,6 +51,10 @@ UPDATE_BYTES = 40
 """Bytes that the optimizer reads and writes per trained parameter: the gradient for its norm, for clipping and for
 AdamW, and the parameter and both running means for AdamW."""
 
+LOCAL_TRAFFIC, GPU_TRAFFIC = 1.2e9, 12e9
+"""Bytes per second that a process sends to another: by Gloo within a machine (measured: 0.5 to 1.4 GB), and an
+assumption for GPUs on PCI Express."""
+
 CALL_SECONDS = 12e-6
 """Overhead of an operation in PyTorch and Python."""
 
@@ -68,6 +72,8 @@ class Machine:
     """Bytes per second that other operations read and write."""
     draws: float
     """Random numbers of dropout per second."""
+    sent: float = LOCAL_TRAFFIC
+    """Bytes per second that a process sends to another one."""
     call: float = CALL_SECONDS
     """Overhead of an operation in PyTorch and Python, in seconds."""
     software: int | None = None
@@ -106,6 +112,7 @@ A100 = Machine(
     products=120e12,
     traffic=1.2e12,
     draws=3e11,
+    sent=GPU_TRAFFIC,
     call=6e-6,
     software=0,
     slack=0.05,
