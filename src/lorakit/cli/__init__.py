@@ -45,7 +45,11 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for a user error, 2 for an unknown command."""
+    """Run one command and return its exit status.
+
+    0, 1 for a user error, 2 for a command that is unknown or cannot run in several processes, 75 after SIGTERM and a
+    checkpoint (`lorakit.training.interruption.EXIT_TO_RESUME`), 130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -60,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Commands: {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
+        return 2
+    if command != "train" and _is_one_of_several():
+        if os.environ.get("RANK") == "0":
+            print(
+                f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
+                f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun.",
+                file=sys.stderr,
+            )
         return 2
     for stream in (sys.stdout, sys.stderr):
         # Escape characters that the terminal cannot encode, so that a print never ends a long run.
@@ -87,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {visible(f'{name}{error.strerror or error}')}.", file=sys.stderr)
         return 1
+
+
+def _is_one_of_several() -> bool:
+    """Return whether torchrun has started several processes. Other launchers can set WORLD_SIZE for other purposes."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def _overview() -> str:
