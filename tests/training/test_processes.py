@@ -154,7 +154,7 @@ def test_only_the_first_process_prints_and_writes(root: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> None:
     outcome = outcomes(root, "interrupted")
-    assert [process["status"] for process in outcome["stopped"]] == [143] * 4
+    assert [process["status"] for process in outcome["stopped"]] == [75] * 4
     # The signal arrived after the gradients of step 4 were summed.
     assert "Stopped at step 5. Resume with: lorakit train" in outcome["stopped"][0]["output"]
     assert outcome["checkpoints"] == ["step-000005"]
@@ -203,23 +203,6 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "contains an unfinished run" in own
     assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
     assert "mistake" not in mistakes["folders"]
-
-
-@pytest.mark.slow
-def test_a_process_that_ends_or_hangs_ends_the_others(root: Path) -> None:
-    mistakes = outcomes(root, "mistakes")
-    alive, dead = mistakes["dead"]
-    assert dead["status"] == 9
-    assert alive["status"] == 1
-    assert (
-        "LorakitError: Another process of this run has ended or does not answer ("
-        in alive["output"]
-    )
-    alive, hung = mistakes["hung"]
-    assert "has ended or does not answer (" in alive["output"]
-    assert hung["status"] == alive["status"] == 1
-    for name in ("dead", "hung"):
-        assert not (root / name / "result.json").exists()
 
 
 @pytest.mark.slow

@@ -61,8 +61,15 @@ class Peers:
         }
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. After a failure, keep the store until the other processes have read it."""
+        until = time.monotonic() + CHECKED_FOR
+        if self._noticed and self._rank == 0 and not _launcher_has_store():
+            while time.monotonic() < until and not all(map(self._has_an_error, self._others)):
+                time.sleep(0.05)
         self._listener.close()
+
+    def _has_an_error(self, other: int) -> bool:
+        return self._store.check([f"noticed/{other}"]) or self._store.check([f"failed/{other}"])
 
     def reach(self) -> None:
         """Record that this process is about to communicate.
@@ -79,9 +86,11 @@ class Peers:
         """Tell the other processes why this one ends, unless it ends because of them."""
         if self._noticed:
             return
-        name = "" if isinstance(error, LorakitError) else f"{type(error).__name__}: "
+        message = str(error)
+        if not isinstance(error, LorakitError):
+            message = f"{type(error).__name__}: {message}".splitlines()[0]
         with suppress(RuntimeError):  # the store is gone
-            self._store.set(f"failed/{self._rank}", f"{self.place}: {name}{error}")
+            self._store.set(f"failed/{self._rank}", f"{self.place}: {message}")
             self._store.check([f"failed/{self._rank}"])  # waits until the store has it
 
     def error(self, raised: Exception) -> LorakitError:
@@ -96,7 +105,7 @@ class Peers:
         self._store.set(f"noticed/{self._rank}", "")
         # The first process that waits too long ends, which breaks its connections: the others must not name it.
         reason = self._store.compare_set("reason", "", reason).decode()
-        timed_out = "imed out" in reason
+        timed_out = re.search("time(d )?out", reason, re.IGNORECASE) is not None
         until = time.monotonic() + (0 if timed_out else CHECKED_FOR)
         while True:
             for other in self._others:
@@ -146,9 +155,12 @@ class Peers:
 
     def _without_store(self) -> LorakitError:
         self._noticed = True
-        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        ended = "torchrun, which started this run," if launched else self._named([0])
-        return LorakitError(f"{ended} has ended or does not answer in {self.place}. {RESUME}")
+        holder = "torchrun, which started this run," if _launcher_has_store() else self._named([0])
+        return LorakitError(f"{holder} has ended or does not answer in {self.place}. {RESUME}")
+
+
+def _launcher_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def first_sentence(error: Exception) -> str:
