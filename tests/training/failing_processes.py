@@ -87,9 +87,7 @@ def killed(root: Path) -> Any:
             before_step(3, lambda: time.sleep(1.5))
 
     return {
-        "computing": failing(
-            root, "killed", in_one(lambda: before_step(3, kill))
-        ).outcomes(),
+        "computing": failing(root, "killed", in_one(lambda: before_step(3, kill))).outcomes(),
         "waiting": failing(root, "killed-waiting", while_waiting).outcomes(),
         "first": failing(
             root, "killed-first", in_one(lambda: before_step(3, kill), rank=0)

@@ -4,9 +4,10 @@ By hand::
 
     python tests/training/killed_processes.py --kills 100
 
-kills at instants drawn uniformly over the time of a run on two processes (the seed is printed): one process, both, or
-the launcher, in turn. After each kill all processes have to end by themselves. The resumed run has to end with the same
-`adapter_model.safetensors`, in adapter/ and in best/, as an undisturbed one.
+kills at instants drawn uniformly over the time of a run on two processes (the seed is printed): one process, both, the
+launcher, or one process that the launcher starts again (`--max-restarts`), in turn. After each kill all processes have
+to end by themselves. The resumed run has to end with the same `adapter_model.safetensors`, in adapter/ and in best/, as
+an undisturbed one.
 
 The launcher is the agent of torchrun, in a process forked as in `kill_resume.py`. It forks the processes of the run.
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,8 +42,7 @@ from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
 from lorakit.training.loop import train
 
 COUNT = 2
-SHOW = "SHOW" in os.environ
-VICTIMS = ("one", "all", "launcher")
+VICTIMS = ("one", "all", "launcher", "restarted")
 LIMIT = 40.0
 """Seconds in which all processes of a run end after a kill."""
 
@@ -50,11 +50,12 @@ LIMIT = 40.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--folder", type=Path, default=None, help="where runs are written")
     options = parser.parse_args()
     root = options.folder or Path(tempfile.mkdtemp(prefix="killed-processes-"))
-    Trial(root).run(options.kills, options.seed)
+    Trial(root).run(options.kills, options.victims, options.seed)
     if options.folder is None:
         shutil.rmtree(root)
     return 0
@@ -66,7 +67,7 @@ class Trial:
         self.base = str(root / "base")
         assert kill_resume.fork(lambda: tiny_runs.save_base(root / "base")) == 0
 
-    def run(self, kills: int, seed: int) -> None:
+    def run(self, kills: int, victims: Sequence[str], seed: int) -> None:
         print(f"seed {seed}", flush=True)
         warm_up = self.config("warm-up")
         kill_resume.import_modules_of(lambda: train(warm_up), self.root / "modules.txt")
@@ -80,7 +81,7 @@ class Trial:
         done: Counter[str] = Counter()
         found: Counter[str] = Counter()
         while done.total() < kills:
-            victim = VICTIMS[done.total() % len(VICTIMS)]
+            victim = victims[done.total() % len(victims)]
             after = draw.uniform(0, duration)
             outcome = self.kill(f"run-{done.total()}", victim, after, draw)
             if outcome == "finished":
@@ -94,7 +95,10 @@ class Trial:
     def kill(self, name: str, victim: str, after: float, draw: random.Random) -> str:
         """Kill a run, resume it and compare; return what it was doing."""
         config = self.config(name)
-        launched = Launched(config, self.root / "pids")
+        restarts = 3 if victim == "restarted" else 0
+        launched = Launched(
+            dataclasses.replace(config, resume=restarts > 0), self.root / "pids", restarts=restarts
+        )
         time.sleep(max(0, launched.began + after - time.monotonic()))
         processes = launched.processes()
         steps = lines(self.root / name / "metrics.jsonl")
@@ -108,11 +112,13 @@ class Trial:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             launched.wait()
-        self.resume(config, launched)
-        launched.wait()
+        if restarts:
+            launched.wait()
+            assert launched.status == 0, launched.output()
+        else:
+            self.resume(config, launched)
+            launched.wait()
         self.require_same(name)
-        if SHOW:
-            print(name, victim, doing, steps, f"{time.monotonic() - launched.began:.1f}", launched.output()[-900:])
         shutil.rmtree(self.root / name)
         return doing
 
@@ -215,18 +221,25 @@ def _launch(config: TrainConfig, pids: Path, restarts: int) -> None:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(settings, _train)(config, pids)
+    elastic_launch(settings, _train)(config, pids, os.getpid())
 
 
-def _train(config: TrainConfig, pids: Path) -> None:
-    # Processes that `torchrun` starts with a command get no signal when it is killed, unlike forked ones.
+def _train(config: TrainConfig, pids: Path, launcher: int) -> None:
+    # As in processes that torchrun starts with a command: they get no signal when it is killed, and do not inherit its
+    # signal handlers.
     torch.multiprocessing._prctl_pr_set_pdeathsig(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     (pids / str(os.getpid())).touch()
     try:
         train(config)
     except LorakitError as error:
         print(error, flush=True)
         sys.exit(1)
+    # From here on the agent reads the result of this function, and a forked process waits until it has.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(0)
 
 
 def _exit_after(work: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from lorakit.cli.torchrun import is_one_of_several, report_error
 from lorakit.errors import LorakitError, nearest
 from lorakit.formatting import visible
 from lorakit.version import __version__
@@ -65,13 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if command != "train" and _is_one_of_several():
+    if command != "train" and is_one_of_several():
+        message = (
+            f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
+            f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun."
+        )
         if os.environ.get("RANK") == "0":
-            print(
-                f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
-                f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun.",
-                file=sys.stderr,
-            )
+            print(message, file=sys.stderr)
+        report_error(message)
         return 2
     for stream in (sys.stdout, sys.stderr):
         # Escape characters that the terminal cannot encode, so that a print never ends a long run.
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except LorakitError as error:
         print(f"lorakit {command}: {error}", file=sys.stderr)
+        report_error(str(error))
         return 1
     except KeyboardInterrupt:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
@@ -99,11 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {visible(f'{name}{error.strerror or error}')}.", file=sys.stderr)
         return 1
-
-
-def _is_one_of_several() -> bool:
-    """Return whether torchrun has started several processes. Other launchers can set WORLD_SIZE for other purposes."""
-    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def _overview() -> str:

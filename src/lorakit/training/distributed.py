@@ -22,7 +22,7 @@ from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.formatting import counted
 from lorakit.models.devices import pick_device
-from lorakit.training.process_failures import START_TIMEOUT, Peers, first_sentence
+from lorakit.training.process_failures import START_TIMEOUT, Peers, first_sentence, shared_store
 
 T = TypeVar("T")
 
@@ -239,10 +239,17 @@ def joined(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[Proce
     backend = _backend(device, processes.count)
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
+        store = shared_store()
         if connects:
-            dist.init_process_group(backend, timeout=max(timeout, START_TIMEOUT))
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=processes.rank,
+                world_size=processes.count,
+                timeout=max(timeout, START_TIMEOUT),
+            )
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        peers = Peers(processes.rank, processes.count, timeout)
+        peers = Peers(store, processes.rank, processes.count, timeout)
     except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LorakitError(

@@ -30,16 +30,28 @@ STORE_TIMEOUT = datetime.timedelta(seconds=30)
 RESUME = "Start all processes again with resume (--resume)."
 
 
+def shared_store() -> dist.Store:
+    """Connect to the store of the processes, with keys of their own for each restart by torchrun.
+
+    torchrun keeps its store over restarts. With the same keys, processes would find the addresses of killed ones.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 class Peers:
     """The processes of a run as one of them sees them.
 
     Args:
+        store: From `shared_store`.
         rank: The number of this process.
         count: The number of all processes.
         timeout: Longest wait for the other processes, for messages.
     """
 
-    def __init__(self, rank: int, count: int, timeout: datetime.timedelta) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, count: int, timeout: datetime.timedelta
+    ) -> None:
         self.place = "the start of the run"
         """Where the run is, in words."""
         self._rank, self._count = rank, count
@@ -47,9 +59,7 @@ class Peers:
         self._others = [other for other in range(count) if other != rank]
         self._reached = 0
         self._noticed = False
-        store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"lorakit/{restart}", store)
+        self._store = dist.PrefixStore("peers", store)
         self._store.set_timeout(STORE_TIMEOUT)
         master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with socket.create_connection(master, CONNECTION_TIMEOUT) as connection:
