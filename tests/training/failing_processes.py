@@ -20,12 +20,14 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import killed_processes
 import several_processes
 import torch
 from several_processes import Started, run_config
 
 from lorakit.training import loop
 from lorakit.training import step as steps
+from lorakit.training.config import CheckpointConfig
 from lorakit.training.loop import train
 
 COUNT = 3
@@ -115,7 +117,7 @@ def hung(root: Path) -> Any:
     sleeping = failing(
         root,
         "hung-sleeping",
-        in_one(lambda: before_step(3, lambda: time.sleep(6))),
+        in_one(lambda: before_step(3, lambda: time.sleep(5))),
         processes_timeout=timeout,
     )
     stopped = failing(
@@ -124,10 +126,29 @@ def hung(root: Path) -> Any:
         in_one(lambda: before_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))),
         processes_timeout=timeout,
     )
-    return {"sleeping": sleeping.outcomes(), "stopped": stopped.outcomes(limit=8)}
+    return {"sleeping": sleeping.outcomes(), "stopped": stopped.outcomes(limit=7)}
 
 
-SCENARIOS: dict[str, Callable[[Path], Any]] = {"killed": killed, "raised": raised, "hung": hung}
+def undisturbed(root: Path) -> Any:
+    """Train on two processes; the test of restarts repeats this run with torchrun."""
+    config = run_config(
+        root, "undisturbed", epochs=20, checkpoints=CheckpointConfig(every=20, keep=1)
+    )
+    return several_processes.run(2, lambda _: train(config))
+
+
+def kills(root: Path) -> Any:
+    """Kill runs under torchrun's agent, and resume them."""
+    killed_processes.Trial(root / "kills").run(kills=4, victims=killed_processes.VICTIMS, seed=0)
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    "killed": killed,
+    "raised": raised,
+    "hung": hung,
+    "undisturbed": undisturbed,
+    "kills": kills,
+}
 
 if __name__ == "__main__":
     main()

@@ -55,7 +55,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="where runs are written")
     options = parser.parse_args()
     root = options.folder or Path(tempfile.mkdtemp(prefix="killed-processes-"))
-    Trial(root).run(options.kills, options.victims, options.seed)
+    trial = Trial(root)
+    warm_up = trial.config("warm-up")
+    kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
+    trial.run(options.kills, options.victims, options.seed)
     if options.folder is None:
         shutil.rmtree(root)
     return 0
@@ -64,13 +67,12 @@ def main() -> int:
 class Trial:
     def __init__(self, root: Path) -> None:
         self.root = root
+        root.mkdir(exist_ok=True)
         self.base = str(root / "base")
         assert kill_resume.fork(lambda: tiny_runs.save_base(root / "base")) == 0
 
     def run(self, kills: int, victims: Sequence[str], seed: int) -> None:
         print(f"seed {seed}", flush=True)
-        warm_up = self.config("warm-up")
-        kill_resume.import_modules_of(lambda: train(warm_up), self.root / "modules.txt")
         launched = Launched(self.config("undisturbed"), self.root / "pids")
         launched.wait()
         duration = time.monotonic() - launched.began

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,27 +202,6 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "contains an unfinished run" in own
     assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
     assert "mistake" not in mistakes["folders"]
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_run(tmp_path: Path) -> None:
-    base = tiny_runs.save_base(tmp_path / "base")
-    data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(24))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} -m lorakit train"
-    options = f"--base.name {base} --data.train {data} --output {tmp_path / 'run'} --max_steps 2"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *options.split()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 steps in ") == 1
-    assert "in 2 processes" in done.stderr
-    assert (tmp_path / "run" / "report.html").exists()
 
 
 # --- without processes ----------------------------------------------------------------------------

@@ -132,8 +132,8 @@ class Peers:
         late = [other for other in self._others if self._is_late(other)]
         if timed_out and late:
             return LorakitError(
-                f"{self._named(late)} did not reach the end of {self.place} within {self._minutes:g} minutes (processes_timeout). "
-                f"{RESUME}"
+                f"{self._named(late)} did not reach the end of {self.place} within {self._minutes:g} minutes "
+                f"(processes_timeout). {RESUME}"
             )
         return LorakitError(
             f"The connection to another process broke in {self.place} ({reason}). {RESUME}"
