@@ -34,8 +34,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import kill_resume
 import tiny_runs
-import torch.multiprocessing
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing import (
+    _prctl_pr_set_pdeathsig,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from lorakit.errors import LorakitError
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
@@ -48,7 +50,7 @@ LIMIT = 40.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Kill processes of runs and resume them.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
@@ -229,7 +231,7 @@ def _launch(config: TrainConfig, pids: Path, restarts: int) -> None:
 def _train(config: TrainConfig, pids: Path, launcher: int) -> None:
     # As in processes that torchrun starts with a command: they get no signal when it is killed, and do not inherit its
     # signal handlers.
-    torch.multiprocessing._prctl_pr_set_pdeathsig(0)
+    _prctl_pr_set_pdeathsig(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (pids / str(os.getpid())).touch()
@@ -239,7 +241,7 @@ def _train(config: TrainConfig, pids: Path, launcher: int) -> None:
         print(error, flush=True)
         sys.exit(1)
     # From here on the agent reads the result of this function, and a forked process waits until it has.
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(0)
 

@@ -148,22 +148,25 @@ class Started:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._began = time.monotonic()
+        self._deadline = time.monotonic() + LIMIT
         self._outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 - closed below
         self._children = [
             _fork(rank, count, port, work, output.fileno())
             for rank, output in enumerate(self._outputs)
         ]
 
-    def outcomes(self, limit: float = LIMIT) -> Outcomes:
-        """Wait for the processes, and kill them `limit` seconds after their start."""
+    def outcomes(self, *, stopped: int = 0) -> Outcomes:
+        """Wait for the processes; kill them after `LIMIT` seconds, or once only `stopped` of them are left."""
         statuses: dict[int, int] = {}
         while len(statuses) < len(self._children):
             for child in set(self._children) - statuses.keys():
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > self._began + limit:
+                elif (
+                    time.monotonic() > self._deadline
+                    or len(statuses) == len(self._children) - stopped
+                ):
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
         found = []

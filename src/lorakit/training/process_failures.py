@@ -1,27 +1,29 @@
 """Name the process of a run that has failed, ended or hangs, so that the error of every other process can name it.
 
 The processes have a store: `torchrun` keeps it in the launcher, else it is in process 0. Each process writes there how
-often it has communicated, and its error if it fails. It also listens at an address. The system rejects connections to
-that address as soon as the process has ended, also if it was killed, but not while it computes or is stopped.
+often it has communicated, and its error if it fails. It also connects to each of the others. The system closes these
+connections when a process ends, also if it is killed, but not while it computes or is stopped.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import re
 import socket
 import time
 from contextlib import suppress
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lorakit.errors import LorakitError
 
 CHECKED_FOR = 2.0
-"""Seconds after a broken connection in which a process must have ended: the system closes its connections first."""
-CONNECTION_TIMEOUT = 3.0
-"""Longest wait for the address of another process, in seconds."""
+"""Seconds in which the system closes all connections of a process that ends."""
+CONNECTION_TIMEOUT = 30.0
+"""Longest wait for a connection to another process, in seconds."""
 START_TIMEOUT = datetime.timedelta(minutes=30)
 """Longest wait for the other processes at the start of a run: they import and reach each other at different times."""
 STORE_TIMEOUT = datetime.timedelta(seconds=30)
@@ -30,13 +32,18 @@ STORE_TIMEOUT = datetime.timedelta(seconds=30)
 RESUME = "Start all processes again with resume (--resume)."
 
 
-def shared_store() -> dist.Store:
-    """Connect to the store of the processes, with keys of their own for each restart by torchrun.
+_RUNS = itertools.count()
+"""Counts the runs of this process: a script can train several times."""
+
+
+def shared_store() -> Store:
+    """Connect to the store of the processes, with keys of their own for each run and each restart by torchrun.
 
     torchrun keeps its store over restarts. With the same keys, processes would find the addresses of killed ones.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"lorakit/{restart}/{next(_RUNS)}", store)
 
 
 class Peers:
@@ -49,9 +56,7 @@ class Peers:
         timeout: Longest wait for the other processes, for messages.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, count: int, timeout: datetime.timedelta
-    ) -> None:
+    def __init__(self, store: Store, rank: int, count: int, timeout: datetime.timedelta) -> None:
         self.place = "the start of the run"
         """Where the run is, in words."""
         self._rank, self._count = rank, count
@@ -59,24 +64,30 @@ class Peers:
         self._others = [other for other in range(count) if other != rank]
         self._reached = 0
         self._noticed = False
-        self._store = dist.PrefixStore("peers", store)
+        self._store = PrefixStore("peers", store)
         self._store.set_timeout(STORE_TIMEOUT)
         master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with socket.create_connection(master, CONNECTION_TIMEOUT) as connection:
             host, family = connection.getsockname()[0], connection.family
+        # Nobody accepts the connections: that they exist is enough.
         self._listener = socket.create_server((host, 0), family=family, backlog=count)
         self._store.set(f"address/{rank}", f"{host} {self._listener.getsockname()[1]}")
-        self._addresses = {
-            other: self._store.get(f"address/{other}").decode().split() for other in self._others
-        }
+        self._connections = {other: self._connected(other) for other in self._others}
+
+    def _connected(self, other: int) -> socket.socket:
+        host, port = self._store.get(f"address/{other}").decode().split()
+        connection = socket.create_connection((host, int(port)), CONNECTION_TIMEOUT)
+        connection.setblocking(False)
+        return connection
 
     def close(self) -> None:
-        """Stop listening. After a failure, keep the store until the other processes have read it."""
+        """Close the connections. After a failure, keep the store until the other processes have read it."""
         until = time.monotonic() + CHECKED_FOR
         if self._noticed and self._rank == 0 and not _launcher_has_store():
             while time.monotonic() < until and not all(map(self._has_an_error, self._others)):
                 time.sleep(0.05)
-        self._listener.close()
+        for connection in (self._listener, *self._connections.values()):
+            connection.close()
 
     def _has_an_error(self, other: int) -> bool:
         return self._store.check([f"noticed/{other}"]) or self._store.check([f"failed/{other}"])
@@ -129,8 +140,8 @@ class Peers:
             if time.monotonic() >= until:
                 break
             time.sleep(0.05)
-        late = [other for other in self._others if self._is_late(other)]
-        if timed_out and late:
+        if timed_out:
+            late = [other for other in self._others if self._is_late(other)] or [self._rank]
             return LorakitError(
                 f"{self._named(late)} did not reach the end of {self.place} within {self._minutes:g} minutes "
                 f"(processes_timeout). {RESUME}"
@@ -149,12 +160,13 @@ class Peers:
 
     def _has_ended(self, other: int) -> bool:
         """Return whether another process has ended without noticing that a third one has."""
-        host, port = self._addresses[other]
         try:
-            socket.create_connection((host, int(port)), CONNECTION_TIMEOUT).close()
+            closed = self._connections[other].recv(1) == b""
+        except BlockingIOError:
+            closed = False
         except OSError:
-            return not self._store.check([f"noticed/{other}"])
-        return False
+            closed = True
+        return closed and not self._store.check([f"noticed/{other}"])
 
     def _is_late(self, other: int) -> bool:
         return self._store.add(f"reached/{other}", 0) < self._reached
