@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
             done = subprocess.run(
-                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=300
+                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=400
             )
             assert done.returncode == 0, done.stdout + done.stderr
             (shared / "printed.txt").write_text(done.stdout)
