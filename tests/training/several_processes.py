@@ -40,7 +40,6 @@ from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
-from lorakit.training import distributed, loop
 from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
@@ -86,12 +85,17 @@ def ways_on(count: int) -> list[str]:
 
 
 def main() -> None:
+    run_scenarios(SCENARIOS)
+
+
+def run_scenarios(scenarios: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Run the scenarios that the command line names, and write the outcomes of each into its folder."""
     folder, *names = sys.argv[1:]
     root = Path(folder)
     assert kill_resume.fork(lambda: write_inputs(root)) == 0
     warm_up = run_config(root, "warm-up", max_steps=1)
     kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         if not names or name in names:
             began = time.monotonic()
             outcomes = scenario(root)
@@ -151,15 +155,18 @@ class Started:
             for rank, output in enumerate(self._outputs)
         ]
 
-    def outcomes(self) -> Outcomes:
-        """Wait for the processes, and kill them after `LIMIT` seconds."""
+    def outcomes(self, *, stopped: int = 0) -> Outcomes:
+        """Wait for the processes; kill them after `LIMIT` seconds, or once only `stopped` of them are left."""
         statuses: dict[int, int] = {}
         while len(statuses) < len(self._children):
             for child in set(self._children) - statuses.keys():
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > self._deadline:
+                elif (
+                    time.monotonic() > self._deadline
+                    or len(statuses) == len(self._children) - stopped
+                ):
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
         found = []
@@ -360,20 +367,6 @@ def mistakes(root: Path) -> Any:
 
         return work
 
-    def dying(rank: int) -> None:
-        if rank == 1:
-            at_step(3, lambda: os._exit(9))
-        train(run_config(root, "dead"))
-
-    def hanging(rank: int) -> None:
-        distributed.STEP_TIMEOUT = distributed.datetime.timedelta(seconds=3)
-        if rank == 1:
-            original = loop.optimizer_step
-            loop.optimizer_step = lambda *args: time.sleep(5) or original(*args)
-        train(run_config(root, "hung"))
-
-    hung = Started(2, hanging)  # sleeps while the others run
-
     def trained(name: str, **settings: Any) -> Callable[[int], object]:
         return lambda _: train(run_config(root, name, **settings))
 
@@ -391,11 +384,9 @@ def mistakes(root: Path) -> Any:
                 optimizer=OptimizerConfig(learning_rate=1e30, clip=0, warmup=0),
             ),
         ),
-        "dead": run(2, dying),
-        "existing": run(2, trained("dead")),
+        "existing": run(2, trained("exploded")),
         "dropout": run(2, trained("mistake", lora=LoRA(dropout=0.1))),
         "dropout of the base": run(2, trained("mistake", base="dropout")),
-        "hung": hung.outcomes(),
         "folders": sorted(path.name for path in root.iterdir() if path.is_dir()),
     }
 

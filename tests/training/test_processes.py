@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +153,7 @@ def test_only_the_first_process_prints_and_writes(root: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> None:
     outcome = outcomes(root, "interrupted")
-    assert [process["status"] for process in outcome["stopped"]] == [143] * 4
+    assert [process["status"] for process in outcome["stopped"]] == [75] * 4
     # The signal arrived after the gradients of step 4 were summed.
     assert "Stopped at step 5. Resume with: lorakit train" in outcome["stopped"][0]["output"]
     assert outcome["checkpoints"] == ["step-000005"]
@@ -203,44 +202,6 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "contains an unfinished run" in own
     assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
     assert "mistake" not in mistakes["folders"]
-
-
-@pytest.mark.slow
-def test_a_process_that_ends_or_hangs_ends_the_others(root: Path) -> None:
-    mistakes = outcomes(root, "mistakes")
-    alive, dead = mistakes["dead"]
-    assert dead["status"] == 9
-    assert alive["status"] == 1
-    assert (
-        "LorakitError: Another process of this run has ended or does not answer ("
-        in alive["output"]
-    )
-    alive, hung = mistakes["hung"]
-    assert "has ended or does not answer (" in alive["output"]
-    assert hung["status"] == alive["status"] == 1
-    for name in ("dead", "hung"):
-        assert not (root / name / "result.json").exists()
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_run(tmp_path: Path) -> None:
-    base = tiny_runs.save_base(tmp_path / "base")
-    data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(24))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} -m lorakit train"
-    options = f"--base.name {base} --data.train {data} --output {tmp_path / 'run'} --max_steps 2"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *options.split()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 steps in ") == 1
-    assert "in 2 processes" in done.stderr
-    assert (tmp_path / "run" / "report.html").exists()
 
 
 # --- without processes ----------------------------------------------------------------------------

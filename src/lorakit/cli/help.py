@@ -22,7 +22,7 @@ GROUPS = {
     "training": (
         *("epochs", "max_steps", "batch_size", "accumulation", "packing", "sampling", "seed"),
         *("label_smoothing", "gradient_checkpointing", "compile", "optimizer", "evaluation"),
-        "checkpoints",
+        *("checkpoints", "processes_timeout"),
     ),
     "generation": ("decoding",),
     "output": (

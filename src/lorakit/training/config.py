@@ -26,6 +26,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
+MAX_TIMEOUT = 7 * 24 * 60
 MAX_EPOCHS = 1_000_000
 """Most epochs. Larger numbers are mistakes, and their steps exceed 64 bits."""
 
@@ -209,6 +210,9 @@ class TrainConfig:
     """Evaluation during training."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    processes_timeout: float = 30.0
+    """Minutes that a process of a run under torchrun waits for the others. If one hangs, all others then end with an
+    error. One process writes checkpoints and generates evaluation.samples, while the others wait."""
     loggers: tuple[LoggerName, ...] = ()
     """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False
@@ -236,6 +240,11 @@ class TrainConfig:
             )
         for name in ("batch_size", "accumulation", "max_steps"):
             require_at_least(name, getattr(self, name), 1)
+        if not 0 < self.processes_timeout <= MAX_TIMEOUT:
+            raise ConfigurationError(
+                f"processes_timeout is {self.processes_timeout}; it must be above 0 and at most {MAX_TIMEOUT:,} "
+                "minutes (a week)."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigurationError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."

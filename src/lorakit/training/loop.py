@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 
 import torch
 
@@ -35,7 +36,7 @@ def train(config: TrainConfig) -> RunResult:
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
     """
     with (
-        joined(config.base.device) as processes,
+        joined(config.base.device, timedelta(minutes=config.processes_timeout)) as processes,
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
     ):
         if (finished := processes.on_first(run.result)) is not None:
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> RunResult:
             for examples in job.step_plan.steps(start=state.step):
                 if job.is_over(state) or interruption.requested:
                     break
+                processes.begin(f"step {state.step + 1}")
                 began, processor_began = time.perf_counter(), time.process_time()
                 done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
                 interruption.agree(done.signals)
@@ -73,6 +75,7 @@ def train(config: TrainConfig) -> RunResult:
                     release_free_memory()
                 if job.saves_after(state.step):
                     _save_checkpoint(run, job, state, optimizer)
+            processes.begin("the end of the run")
             _save_checkpoint(run, job, state, optimizer)
             if interruption.requested and not job.is_over(state):
                 interruption.exit(

@@ -50,7 +50,7 @@ FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 OF_A_RUN = {"base", "data", "method", "output"}
 """Settings of every run, which identify its config.yaml."""
 
-NOT_COMPARED = ("output", "resume", "overwrite", "loggers")
+NOT_COMPARED = ("output", "resume", "overwrite", "loggers", "processes_timeout")
 """Settings that may differ between the sessions of a run: they do not change results."""
 
 
