@@ -1,4 +1,4 @@
-"""Test fast dropout: the share dropped, the scale factor, and reproducibility from torch's seed."""
+"""Test fast dropout: the share dropped, the scale factor, reproducibility from torch's seed, and masks by keys."""
 
 import pytest
 import torch
