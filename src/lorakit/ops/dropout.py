@@ -54,7 +54,7 @@ def draws_itself(x: Tensor) -> bool:
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw a bool tensor that marks the elements of `x` to keep, and return it with their factor."""
     if isinstance(x, torch._subclasses.FakeTensor):  # planning traces a step without data
-        return torch.empty(x.shape, dtype=torch.bool).bernoulli_(), _factor(p)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(), _factor(p)
     draw, keys = Draw(p, x.device), active.keys
     rows = None if keys is None else keys.of_rows(x.shape)
     if keys is not None and rows is not None:
