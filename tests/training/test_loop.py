@@ -214,7 +214,8 @@ def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> 
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0
     for batch, model_inputs in zip(batches, inputs, strict=True):
-        logits = job.model(**model_inputs).logits[:, :-1]
+        with keyed_noise(job, batch, step=0):
+            logits = job.model(**model_inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
