@@ -277,7 +277,7 @@ def assemble(
     if config.compile:
         compile_blocks(model)
     model.train()
-    # From here on only dropout draws from the global generator.
+    # Every batch seeds its own noise; this is for the scores before the first step.
     torch.manual_seed(config.seed)
     return Job(
         config=config,

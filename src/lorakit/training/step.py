@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lorakit.data.batches import token_count
 from lorakit.training.interruption import Signals
+from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, require_finite, set_rate
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
@@ -51,7 +52,7 @@ def optimizer_step(
     batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
     target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
     own = (
-        _accumulate_gradients(job, batches, target_count),
+        _accumulate_gradients(job, batches, target_count, step),
         sum(map(token_count, batches)),
         sum(batch["input_ids"].numel() for batch in batches),
         *signals,
@@ -74,7 +75,7 @@ def optimizer_step(
 
 
 def _accumulate_gradients(
-    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int
+    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int, step: int
 ) -> float:
     """Run forward and backward on this process's batches of a step; return their part of the step's mean loss.
 
@@ -82,9 +83,10 @@ def _accumulate_gradients(
     batches of 4 examples give the gradient of one batch of 16, in one process or in several.
     """
     loss = 0.0
-    for batch in batches:
-        with job.autocast():
-            batch_share = job.objective.loss_sum(job.model, batch) / target_count
-        batch_share.backward()
+    for number, batch in enumerate(batches):
+        with keyed_noise(job, batch, step, number):
+            with job.autocast():
+                batch_share = job.objective.loss_sum(job.model, batch) / target_count
+            batch_share.backward()
         loss += batch_share.item()
     return loss
