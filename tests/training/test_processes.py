@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from several_processes import COUNTS, STEPS, ways_on
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
@@ -269,16 +270,20 @@ def test_one_process_computes_the_batches_of_the_step() -> None:
     examples = [language(str(i % 3), 4, 1 + i % 5) for i in range(11)]
     step = [[7, 3, 9, 1], [0, 2, 10, 4], [5, 6]]
     for packed in (False, True):
-        assert Share(examples, batch_size=4, packed=packed)(step) == step
+        assert Share(examples, batch_size=BatchSize(4), packed=packed)(step) == step
 
 
 def test_packed_examples_with_one_prompt_stay_together() -> None:
     examples = [language(str(i % 2), 20, 5) for i in range(8)]
     step = [[0, 1, 2, 3, 4, 5, 6, 7]]
-    shares = [Share(examples, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    shares = [
+        Share(examples, batch_size=BatchSize(8), rank=r, count=2, packed=True)(step) for r in (0, 1)
+    ]
     assert shares == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
     same = [language("all", 20, 5) for _ in range(8)]
-    shares = [Share(same, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    shares = [
+        Share(same, batch_size=BatchSize(8), rank=r, count=2, packed=True)(step) for r in (0, 1)
+    ]
     assert [len(batch) for share in shares for batch in share] == [4, 4]
 
 
