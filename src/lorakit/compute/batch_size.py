@@ -71,7 +71,8 @@ class BatchSize:
             )
         self.size = computed // 2
         _LOG.warning(
-            "%s during %s%s: it now computes %d instead of %d examples at a time, with the same result up to rounding.",
+            "%s during %s%s. This process now computes %d instead of %d examples at a time, with the same result up to "
+            "rounding.",
             where,
             during,
             requested,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from lorakit.errors import DivergenceError
 from lorakit.training.checkpoint import State
-from lorakit.training.run_folder import RunFolder
+from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND, RunFolder
 from lorakit.training.setup import Job
-
-OUT_OF_MEMORY, REWIND = "out of memory", "rewind"
 
 
 def adopt_batch_sizes(job: Job, state: State) -> None:

@@ -44,6 +44,8 @@ from lorakit.training.memory import peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
+OUT_OF_MEMORY, REWIND = "out of memory", "rewind"
+"""Kinds of events in events.json."""
 REPORT, PREDICTION = "report.html", "prediction.json"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
 FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, EVENTS, REPORT, PREDICTION)
