@@ -27,6 +27,7 @@ from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import counted
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
@@ -223,9 +224,8 @@ class Job:
             f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
         )
         if self.batch_size.size < self.batch_size.configured:
-            lines.append(
-                f"memory    {self.batch_size.size} examples at a time: more did not fit in an earlier session"
-            )
+            batch = counted(self.batch_size.size, "example")
+            lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
         return lines
