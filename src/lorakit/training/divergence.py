@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorakit.errors import DivergenceError
 from lorakit.training.checkpoint import State
+from lorakit.training.distributed import Processes
 
 LASTING = 10
 """Steps with a high loss after which it has exploded. Single steps can have a high loss: a batch of hard examples, or
@@ -37,14 +38,17 @@ def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
     )
 
 
-def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
-    """Raise unless all weights are finite.
+def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: Processes) -> None:
+    """Raise in all processes unless all weights are finite in each.
 
     Raises:
         DivergenceError: A weight is NaN or infinite. A checkpoint of it must not replace a good one.
     """
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
+    bad = next(
+        (n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()), None
+    )
+    for name in processes.gather(bad):
+        if name is not None:
             raise DivergenceError(
                 f"Training diverged: after step {step} {name} has values that are not finite. Start "
                 "a new run with a lower optimizer.learning_rate; set from_adapter to start from this run's best/."

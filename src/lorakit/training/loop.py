@@ -187,7 +187,7 @@ def _save_checkpoint(
     Raises:
         DivergenceError: A weight is not finite, in all processes.
     """
-    require_finite_weights(state.step, job.weights)
+    require_finite_weights(state.step, job.weights, job.processes)
     keep = run.config.checkpoints.keep
     job.processes.on_first(
         lambda: checkpoint.save(run.checkpoints, state, job.weights, optimizer, keep=keep)
