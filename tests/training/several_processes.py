@@ -45,6 +45,7 @@ from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
 from lorakit.training.loop import train
+from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
@@ -55,6 +56,7 @@ LIMIT = 60.0
 """Seconds after which the processes of a run are killed."""
 
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+DROPOUT = LoRA(dropout=0.1)
 RATE = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup=2)
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -76,13 +78,28 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "classes": {"base": "encoder", "data": "labels", "evaluation": HeldOutConfig()},
     "sequences": {"base": "encoder-decoder"},
+    "dropout": {"base": "noisy decoder", "lora": DROPOUT},
+    "dropout padded": {"base": "noisy decoder", "lora": DROPOUT, "packing": False},
+    "dropout checkpointing": {
+        "base": "noisy decoder",
+        "lora": DROPOUT,
+        "gradient_checkpointing": True,
+    },
+    "dropout classes": {
+        "base": "noisy encoder",
+        "lora": DROPOUT,
+        "data": "labels",
+        "evaluation": HeldOutConfig(),
+    },
+    "dropout sequences": {"base": "noisy encoder-decoder", "lora": DROPOUT},
 }
 """Settings of the runs whose gradients and weights are compared."""
 
 
 def ways_on(count: int) -> list[str]:
     """Return the ways to compare on `count` processes: all of them on 2, some on 4."""
-    return list(WAYS) if count < 4 else ["packed", "padded", "full", "full padded", "classes"]
+    on_4 = ["packed", "padded", "full", "full padded", "classes", "dropout", "dropout classes"]
+    return list(WAYS) if count < 4 else on_4
 
 
 def main() -> None:
@@ -101,7 +118,9 @@ def main() -> None:
 
 def write_inputs(root: Path) -> None:
     tiny_runs.save_base(root / "decoder")
-    tiny_runs.save_base(root / "dropout", attention_dropout=0.1)
+    tiny_runs.save_base(root / "noisy decoder", attention_dropout=0.1)
+    tiny_runs.save_base(root / "noisy encoder", "bert", "base")
+    tiny_runs.save_base(root / "noisy encoder-decoder", "t5")
     tiny_runs.save_base(root / "encoder", "bert", "base", **NO_DROPOUT)
     tiny_runs.save_base(root / "encoder-decoder", "t5", dropout_rate=0.0)
     rows = tiny_runs.pairs(24)
@@ -228,9 +247,9 @@ def equality(root: Path) -> Any:
                 if settings.get("data") == "labels":
                     settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
                 job = prepare(run_config(root, "equality", **settings), processes)
-                assert job.computation.packed == (
-                    "padded" not in name and "base" not in WAYS[name]
-                ), name
+                is_decoder = "decoder" in WAYS[name].get("base", "decoder").split()[-1:]
+                assert job.computation.packed == ("padded" not in name and is_decoder), name
+                require_keyed_noise(job)
                 job.model.double()
                 move(job.parameters)
                 optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
@@ -393,8 +412,6 @@ def mistakes(root: Path) -> Any:
         ),
         "dead": run(2, dying),
         "existing": run(2, trained("dead")),
-        "dropout": run(2, trained("mistake", lora=LoRA(dropout=0.1))),
-        "dropout of the base": run(2, trained("mistake", base="dropout")),
         "hung": hung.outcomes(),
         "folders": sorted(path.name for path in root.iterdir() if path.is_dir()),
     }

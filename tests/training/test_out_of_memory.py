@@ -80,9 +80,9 @@ class Limit:
 
 
 @pytest.fixture(scope="module")
-def quiet_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base without dropout."""
-    return tiny_runs.save_base(tmp_path_factory.mktemp("quiet"))
+def dropout_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base with dropout, which is the same for each example in any batch."""
+    return tiny_runs.save_base(tmp_path_factory.mktemp("dropout"), attention_dropout=0.1)
 
 
 def steps(
@@ -141,13 +141,17 @@ def require_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_halved_batch_has_the_same_gradients(
-    tmp_path: Path, quiet_base: str, packing: bool, backward: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    dropout_base: str,
+    packing: bool,
+    backward: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected, _, _ = steps(tmp_path, quiet_base, None, 18, packing=packing)
+    expected, _, _ = steps(tmp_path, dropout_base, None, 18, packing=packing)
     assert not caplog.records
     found, job, limit = steps(
         tmp_path,
-        quiet_base,
+        dropout_base,
         lambda model: Limit(model, 40, backward=backward),
         18,
         packing=packing,
@@ -169,12 +173,12 @@ def test_a_halved_batch_has_the_same_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_retry_holds_nothing_of_the_failed_batch(
-    tmp_path: Path, quiet_base: str, backward: bool
+    tmp_path: Path, dropout_base: str, backward: bool
 ) -> None:
     gc.disable()
     try:
         *_, limit = steps(
-            tmp_path, quiet_base, lambda model: Limit(model, 40, backward=backward), 2
+            tmp_path, dropout_base, lambda model: Limit(model, 40, backward=backward), 2
         )
     finally:
         gc.enable()
@@ -184,13 +188,13 @@ def test_a_retry_holds_nothing_of_the_failed_batch(
 
 
 @pytest.mark.slow
-def test_a_single_example_that_does_not_fit(tmp_path: Path, quiet_base: str) -> None:
+def test_a_single_example_that_does_not_fit(tmp_path: Path, dropout_base: str) -> None:
     with pytest.raises(
         LorakitError,
         match=r"^Out of memory during step 1 \(tried to allocate 17.2 GB\), with one example at a time; the longest "
         r"has \d+ tokens\. Set gradient_checkpointing to true\. Lower data\.max_length",
     ) as caught:
-        steps(tmp_path, quiet_base, lambda model: Limit(model, 0), 1)
+        steps(tmp_path, dropout_base, lambda model: Limit(model, 0), 1)
     assert caught.value.__context__ is None  # nothing holds the tensors of the batch
 
 
@@ -236,12 +240,12 @@ def limit_runs(patch: pytest.MonkeyPatch, tokens: int) -> list[Limit]:
 
 
 @pytest.fixture(scope="module")
-def limited_run(tmp_path_factory: pytest.TempPathFactory, quiet_base: str) -> Path:
+def limited_run(tmp_path_factory: pytest.TempPathFactory, dropout_base: str) -> Path:
     """A run that halves its batches in training, in scoring, and while it generates, and stops at step 7."""
     folder = tmp_path_factory.mktemp("limited")
     with pytest.MonkeyPatch.context() as patch:
         limit_runs(patch, tokens=60)
-        train(config(folder, quiet_base))
+        train(config(folder, dropout_base))
     return folder / "run"
 
 
@@ -256,9 +260,9 @@ def config(folder: Path, base: str, **overrides: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_run_records_its_smaller_batches(
-    tmp_path: Path, quiet_base: str, limited_run: Path
+    tmp_path: Path, dropout_base: str, limited_run: Path
 ) -> None:
-    train(config(tmp_path, quiet_base))
+    train(config(tmp_path, dropout_base))
     assert not (tmp_path / "run" / "events.json").exists()
     for split in ("train", "validation"):
         found, usual = (tiny_runs.metrics(run, split) for run in (limited_run, tmp_path / "run"))
@@ -279,9 +283,9 @@ def test_a_run_records_its_smaller_batches(
 
 @pytest.mark.slow
 def test_a_resumed_run_starts_with_the_smaller_batches(
-    tmp_path: Path, quiet_base: str, limited_run: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, dropout_base: str, limited_run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = config(tmp_path, quiet_base)
+    whole = config(tmp_path, dropout_base)
     original = loop.optimizer_step
 
     def crash(*args: Any) -> Any:
@@ -377,13 +381,13 @@ print(job.batch_size.size, done.loss)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of a process's memory")
-def test_a_real_allocation_that_fails(tmp_path: Path, quiet_base: str) -> None:
-    tiny_runs.config(tmp_path, quiet_base)
+def test_a_real_allocation_that_fails(tmp_path: Path, dropout_base: str) -> None:
+    tiny_runs.config(tmp_path, dropout_base)
     script = (
         f"import sys; sys.path[:0] = {[str(Path(tiny_runs.__file__).parent), *sys.path]!r}{CHILD}"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), quiet_base],
+        [sys.executable, "-c", script, str(tmp_path), dropout_base],
         capture_output=True,
         text=True,
         timeout=120,

@@ -235,8 +235,6 @@ MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
     "exploding": "LorakitError: Training diverged at step",
-    "dropout": "ConfigurationError: lora.dropout is 0.1, which 2 processes do not support yet",
-    "dropout of the base": "has dropout (attention_dropout 0.1), which 2 processes do not support yet",
 }
 
 

@@ -4,12 +4,13 @@ A checkpoint is a folder ``step-000100`` of
 
 - ``weights.safetensors``: the trained tensors, in the dtype in which they are trained;
 - ``optimizer.safetensors``: AdamW's two running means and step count of each trained tensor;
-- ``random.safetensors``: the states of the random generators, which dropout uses;
 - ``state.json``: the fields of `State`, the digests of the other files, and its own checksum.
 
-The step number is the position in the data (see schedule.py). A checkpoint folder is written under a temporary name and
-renamed when it is complete. Disks fail, so a resumed run verifies the digests of the newest checkpoint. It skips a
-damaged checkpoint and uses the one before: every checkpoint of a run leads to the same weights.
+The step number is the position in the data (see schedule.py), and it seeds the random numbers (see noise.py).
+
+A checkpoint folder is written under a temporary name and renamed when it is complete. Disks fail, so a resumed run
+verifies the digests of the newest checkpoint. It skips a damaged checkpoint and uses the one before: every checkpoint
+of a run leads to the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +36,8 @@ from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
-TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors")
-WEIGHTS, OPTIMIZER, RANDOM = TENSOR_FILES
+TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
+WEIGHTS, OPTIMIZER = TENSOR_FILES
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -131,7 +130,6 @@ def save(
     with storage.atomic_folder(path, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS, weights)
         write_safetensors(temporary / OPTIMIZER, _optimizer_tensors(optimizer))
-        write_safetensors(temporary / RANDOM, random_states())
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
@@ -147,7 +145,7 @@ def restore(
     *,
     inputs: Inputs,
 ) -> State:
-    """Copy the newest undamaged checkpoint of `folder` into `weights`, `optimizer` and the random generators.
+    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`.
 
     Returns:
         The state of the checkpoint; a new state if `folder` has no checkpoint.
@@ -171,7 +169,6 @@ def restore(
         for name, tensor in weights.items():
             tensor.copy_(stored[name])
     _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
-    restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
     return state
 
 
@@ -201,7 +198,8 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
 def _verified_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json after verifying the digest of every file."""
     record = storage.read_record(path / STATE, RunFolderError)
-    if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
+    # Earlier versions stored the states of random generators too.
+    if record.keys() != {"state", "files"} or not record["files"].keys() >= set(TENSOR_FILES):
         raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
     for name in TENSOR_FILES:
         with storage.reading(path / name, RunFolderError):
@@ -308,37 +306,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         optimizer.state[parameter] = {
             key: tensor.to(parameter.device) for key, tensor in by_name.get(name, {}).items()
         }
-
-
-def random_states() -> dict[str, Tensor]:
-    """Return the states of all generators: torch for dropout, Python and NumPy for models that use them."""
-    version, words, gauss = random.getstate()
-    assert version == 3
-    numpy = np.random.get_state(legacy=False)  # the global generator
-    assert isinstance(numpy, dict)
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "numpy.position": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]]),
-        "numpy.gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"cuda.{index}"] = state
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Set the states of all generators."""
-    torch.set_rng_state(states["torch"])
-    gauss = states["python.gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    words = states["numpy"].numpy().astype(np.uint32)
-    position, has_gauss = states["numpy.position"].tolist()
-    np.random.set_state(("MT19937", words, position, has_gauss, states["numpy.gauss"].item()))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in states:
-                torch.cuda.set_rng_state(states[f"cuda.{index}"], index)

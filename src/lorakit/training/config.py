@@ -199,7 +199,7 @@ class TrainConfig:
     """Examples per forward and backward pass."""
     accumulation: int = 1
     """Batches per optimizer step. A step uses the same batch_size x accumulation examples, and gives the same result up
-    to rounding, however it is cut into batches. Only dropout draws other random numbers."""
+    to rounding, however it is cut into batches."""
     packing: bool = True
     """Compute tokens that examples of a batch share (a common prompt) only once. Loss and gradients equal those of
     separate examples. If the model does not support packing, the run pads its batches and prints a note."""

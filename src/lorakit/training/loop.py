@@ -24,7 +24,7 @@ from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, recor
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
-from lorakit.training.noise import require_no_noise
+from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult, open_run
@@ -118,7 +118,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
     with processes.together(), memory_errors():
         job = prepare(run.config, processes)
-        require_no_noise(job)
+        require_keyed_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
     digests = {name: source["sha256"] for name, source in inputs.items()}

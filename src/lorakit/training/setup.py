@@ -290,7 +290,7 @@ def assemble(
     batch_size = BatchSize(
         config.batch_size, advice=f"Set gradient_checkpointing to true. {ADVICE}", process=process
     )
-    # From here on only dropout draws from the global generator.
+    # Every batch seeds its own noise; this is for the scores before the first step.
     torch.manual_seed(config.seed)
     return Job(
         config=config,

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lorakit.data.batches import token_count
 from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Signals
+from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
@@ -54,7 +55,7 @@ def optimizer_step(
     """
     before = job.batch_size.size
     part = job.batch_size.fit(
-        lambda: _compute_share(job, examples),
+        lambda: _compute_share(job, examples, step),
         lengths=[len(job.train[i]) for indices in job.share(examples) for i in indices],
         during=f"step {step + 1}",
     )
@@ -77,21 +78,21 @@ def optimizer_step(
     )
 
 
-def _compute_share(job: Job, examples: Batches) -> tuple[float, int, int]:
+def _compute_share(job: Job, examples: Batches, step: int) -> tuple[float, int, int]:
     """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
     for parameter in job.parameters.values():
         parameter.grad = None  # a failed attempt may have left some
     batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
     target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
     return (
-        _accumulate_gradients(job, batches, target_count),
+        _accumulate_gradients(job, batches, target_count, step),
         sum(map(token_count, batches)),
         sum(batch["input_ids"].numel() for batch in batches),
     )
 
 
 def _accumulate_gradients(
-    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int
+    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int, step: int
 ) -> float:
     """Run forward and backward on this process's batches of a step; return their part of the step's mean loss.
 
@@ -99,9 +100,10 @@ def _accumulate_gradients(
     batches of 4 examples give the gradient of one batch of 16, in one process or in several.
     """
     loss = 0.0
-    for batch in batches:
-        with job.autocast():
-            batch_share = job.objective.loss_sum(job.model, batch) / target_count
-        batch_share.backward()
+    for number, batch in enumerate(batches):
+        with keyed_noise(job, batch, step, number):
+            with job.autocast():
+                batch_share = job.objective.loss_sum(job.model, batch) / target_count
+            batch_share.backward()
         loss += batch_share.item()
     return loss
