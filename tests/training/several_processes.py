@@ -464,18 +464,18 @@ def nan_at_step(number: int) -> None:
 
 
 def limit_tokens(most: int) -> None:
-    """Let the forward pass of larger batches run out of memory in this process."""
+    """Let the forward pass of larger batches run out of memory in this process, once the run has begun."""
+    adopt = loop.adopt_batch_sizes
 
-    def limited(*args: Any) -> Any:
-        job = prepare(*args)
+    def limited(job: Any, state: Any) -> None:
         job.model.get_input_embeddings().register_forward_pre_hook(require_few)
-        return job
+        adopt(job, state)
 
     def require_few(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if args[0].numel() > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    loop.prepare = limited
+    loop.adopt_batch_sizes = limited
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
