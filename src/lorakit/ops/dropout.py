@@ -19,6 +19,8 @@ PERIOD = 2**10
 STEPS = 2**8 * PERIOD
 """Resolution of the probability: it is rounded to a multiple of 1 / 262,144."""
 
+CPU = torch.device("cpu")
+
 HEAD = 0xD6E8FEB86659FD93 - 2**64
 """Distance of the keys of a token in two attention heads."""
 
@@ -54,7 +56,7 @@ def draws_itself(x: Tensor) -> bool:
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Draw a bool tensor that marks the elements of `x` to keep, and return it with their factor."""
     if isinstance(x, torch._subclasses.FakeTensor):  # planning traces a step without data
-        return torch.empty(x.shape, dtype=torch.bool).bernoulli_(), _factor(p)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(), _factor(p)
     draw, keys = Draw(p, x.device), active.keys
     rows = None if keys is None else keys.of_rows(x.shape)
     if keys is not None and rows is not None:
@@ -80,7 +82,7 @@ class Draw:
     def __init__(self, p: float, device: torch.device) -> None:
         # Gradient checkpointing restores the state of this generator, so it draws the same again.
         self._call, self._start = torch.randint(2**63 - 1, (2,)).tolist()
-        self._thresholds = _thresholds(_dropped(p)).to(device)
+        self._thresholds = _thresholds(_dropped(p), device)
         self.factor = _factor(p)
 
     def kept(self, keys: Tensor, width: int) -> Tensor:
@@ -193,13 +195,13 @@ def _factor(p: float) -> float:
 
 
 @lru_cache
-def _thresholds(dropped: int) -> Tensor:
+def _thresholds(dropped: int, device: torch.device = CPU) -> Tensor:
     """Return two periods of thresholds of bytes whose mean is ``dropped / PERIOD``."""
     low, remainder = divmod(dropped, PERIOD)
     # Spread the higher threshold evenly, `remainder` times per period.
     is_higher = torch.arange(2 * PERIOD) * remainder % PERIOD < remainder
     # Above 255, the threshold exceeds all bytes and their dtype.
-    return (low + is_higher).to(torch.uint8 if dropped <= 255 * PERIOD else torch.int16)
+    return (low + is_higher).to(device, torch.uint8 if dropped <= 255 * PERIOD else torch.int16)
 
 
 def multiplier(keep: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.errors import LorakitError
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.derivatives import is_transformed
 from lorakit.ops.dropout import Keys, active, draws_itself, dropout, stock_dropout
@@ -22,9 +23,15 @@ def keyed(keys: Keys) -> Iterator[None]:
 
     Replaces `torch.nn.functional.dropout` and `scaled_dot_product_attention` in the whole process: modules call them
     by these names. A mode (`torch.overrides`) would reach them too, but costs a microsecond for every operation.
+
+    Raises:
+        LorakitError: Another thread is inside such a block.
     """
     if active.keys is not None:
-        raise RuntimeError("another batch is computed with keyed dropout; compute one at a time")
+        raise LorakitError(
+            "Another thread of this process computes a step of training, which replaces torch's dropout in the whole "
+            "process. Train in a process of its own."
+        )
     active.keys = keys
     F.dropout, F.scaled_dot_product_attention = _dropout, _attention
     try:

@@ -20,13 +20,16 @@ from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
 from lorakit.ops import Keys, keyed
-from lorakit.ops.dropout import Draw, token_words
+from lorakit.ops.dropout import CPU, Draw, token_words
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
 from lorakit.training.setup import ADAPTER, Job
 
 LABELS = 2**24
 """Position of the first label in the key of an example, beyond all positions of its inputs."""
+
+BLOCK = 256
+"""Tokens of a packed row whose keys are computed together."""
 
 DROPPED_TABLES = ("deberta", "deberta-v2")
 """Architectures with dropout on a table of positions (rows, F), which has the same mask in every batch. Its number of
@@ -47,7 +50,8 @@ def keyed_noise(job: Job, batch: Batch, step: int, number: int = 0) -> Iterator[
         number: Number of the batch in this process's share of the step.
     """
     compiled = job.config.compile
-    _seed(f"noise, seed {job.config.seed}, step {step}, batch {number if compiled else 0}")
+    text = f"noise, seed {job.config.seed}, step {step}, batch {number if compiled else 0}"
+    _seed(text, job.device)
     if compiled:
         yield
     else:
@@ -82,12 +86,17 @@ def batch_keys(job: Job, batch: Batch) -> Keys:
 
 
 def _causal_keys(ids: Tensor, packed_at: Tensor | None, mask: Tensor) -> Tensor:
+    """Return a hash of each token and those that it attends to, (R, T)."""
     if packed_at is None:
         return mixed(_words(ids).cumsum(1))
-    return mixed((mask[:, 0] * token_words(ids, packed_at)[:, None]).sum(-1))
+    words = token_words(ids, packed_at)[:, None]
+    # By blocks of queries: the products have eight times the size of the mask.
+    sums = [(part * words).sum(-1) for part in mask[:, 0].split(BLOCK, 1)]
+    return mixed(torch.cat(sums, 1))
 
 
 def _example_keys(batch: Batch) -> Tensor:
+    """Return a hash of each example, with its labels in an encoder-decoder, (B,)."""
     keys = (_words(batch["input_ids"]) * batch["attention_mask"]).sum(1)
     labels = batch["labels"]
     if labels.ndim == 2:
@@ -100,10 +109,13 @@ def _words(ids: Tensor, first: int = 0) -> Tensor:
     return token_words(ids, torch.arange(first, first + ids.shape[-1], device=ids.device))
 
 
-def _seed(text: str) -> None:
-    """Seed all generators; models may use those of Python and NumPy too."""
+def _seed(text: str, device: torch.device) -> None:
+    """Seed the generators of the CPU and of `device`; models may use those of Python and NumPy too."""
     seed = random.Random(text).getrandbits(32)
-    torch.manual_seed(seed)
+    # torch.manual_seed formats a traceback for each device without use.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
 
@@ -123,7 +135,7 @@ def require_keyed_noise(job: Job) -> None:
     first = job.train[:50]
     examples = [max(first, key=len), min(first, key=len)]
     batch = job.collate(examples)
-    _seed("noise")
+    _seed("noise", job.device)
     with (
         compiled_blocks_idle(job.model),
         keyed(keys := batch_keys(job, batch)),
@@ -132,9 +144,9 @@ def require_keyed_noise(job: Job) -> None:
     ):
         job.objective.loss_sum(job.model, batch)
     states = _random_states()
-    _seed("noise")
+    _seed("noise", job.device)
     for _ in range(keys.draws):
-        Draw(0.5, torch.device("cpu"))
+        Draw(0.5, CPU)
     only_keyed = states == _random_states()
     if only_keyed and not keys.draws:
         return
