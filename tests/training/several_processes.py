@@ -408,12 +408,74 @@ def mistakes(root: Path) -> Any:
     }
 
 
+def recovery(root: Path) -> Any:
+    """The last process runs out of memory, and has a NaN once; resume with more steps on one process."""
+    optimizer = dataclasses.replace(RATE, schedule="constant", on_divergence="rewind")
+
+    def settings(count: int, **overrides: Any) -> TrainConfig:
+        shared = {"optimizer": optimizer, "max_steps": 10, "checkpoints": CheckpointConfig(every=2)}
+        return run_config(root, f"recovery-{count}", **{**shared, "packing": False, **overrides})
+
+    def work(count: int, rank: int) -> None:
+        if rank == count - 1:
+            nan_at_step(6)
+            if count > 1:
+                limit_tokens(60)
+        train(settings(count))
+
+    done = {count: run(count, lambda rank, count=count: work(count, rank)) for count in (1, 2)}
+    alone = settings(2, max_steps=11, resume=True)
+    too_large = settings(2, output=str(root / "too-large"))
+
+    def without_memory(rank: int) -> None:
+        if rank == 1:
+            limit_tokens(40)
+        train(too_large)
+
+    return {
+        **done,
+        "resumed": run(1, lambda _: train(alone)),
+        "too large": run(2, without_memory),
+    }
+
+
+def nan_at_step(number: int) -> None:
+    """Make this process's part of a loss NaN, the first time that the run takes this step."""
+    step, accumulate = loop.optimizer_step, steps._accumulate_gradients
+    times = iter([True])
+
+    def stepping(*args: Any) -> Any:
+        bad = args[3] + 1 == number and next(times, False)
+        steps._accumulate_gradients = (
+            (lambda *a: accumulate(*a) * float("nan")) if bad else accumulate
+        )
+        return step(*args)
+
+    loop.optimizer_step = stepping
+
+
+def limit_tokens(most: int) -> None:
+    """Let the forward pass of larger batches run out of memory in this process, once the run has begun."""
+    adopt = loop.adopt_batch_sizes
+
+    def limited(job: Any, state: Any) -> None:
+        job.model.get_input_embeddings().register_forward_pre_hook(require_few)
+        adopt(job, state)
+
+    def require_few(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    loop.adopt_batch_sizes = limited
+
+
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "sums": sums,
     "equality": equality,
     "whole": whole_runs,
     "interrupted": interrupted,
     "mistakes": mistakes,
+    "recovery": recovery,
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from several_processes import COUNTS, STEPS, ways_on
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
@@ -43,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
             done = subprocess.run(
-                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=200
+                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=300
             )
             assert done.returncode == 0, done.stdout + done.stderr
             (shared / "done").touch()
@@ -170,6 +171,62 @@ def test_a_run_resumes_on_another_number_of_processes(root: Path) -> None:
     require_close_weights(root / "interrupted", root / "whole-1")
 
 
+# --- recovery -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_process_out_of_memory_halves_its_batches_alone(root: Path) -> None:
+    processes = outcomes(root, "recovery")["2"]
+    require_success(processes)
+    first, second = (process["output"] for process in processes)
+    assert "out of memory" not in first
+    assert second.startswith("Process 1 of 2 is out of memory during ")
+    events = json.loads((root / "recovery-2" / "events.json").read_text())["events"]
+    halved = [event for event in events if event["event"] == "out of memory"]
+    assert {event["process"] for event in halved} == {1}
+    assert {event["setting"] for event in halved} == {"batch_size", "evaluation.batch_size"}
+
+
+@pytest.mark.slow
+def test_all_processes_go_back_to_a_checkpoint(root: Path) -> None:
+    """One process has a NaN at step 6. With and without memory, the result is that of one process."""
+    require_success(outcomes(root, "recovery")["1"])
+    first, second = (process["output"] for process in outcomes(root, "recovery")["2"])
+    assert "diverged at step 6: the loss is nan" in first
+    assert "Back to step 4, with half the learning rate: 0.005 at its peak." in first
+    assert "Back to" not in second
+    for name in ("recovery-1", "recovery-2"):
+        rates = [r["learning_rate"] for r in tiny_runs.metrics(root / name, "train")][:10]
+        assert rates[4:] == [0.005] * 6
+        assert rates[3] == 0.01
+    found, expected = (
+        tiny_runs.metrics(root / name, "train")[:10] for name in ("recovery-2", "recovery-1")
+    )
+    assert [r["step"] for r in found] == [*range(1, 11)]
+    for record, other in zip(found, expected, strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_takes_the_smallest_batches(root: Path) -> None:
+    (process,) = outcomes(root, "recovery")["resumed"]
+    require_success([process])
+    events = json.loads((root / "recovery-2" / "events.json").read_text())["events"]
+    smallest = min(event["after"] for event in events if event.get("setting") == "batch_size")
+    assert f"memory    {smallest} example" in process["output"]
+    rates = [r["learning_rate"] for r in tiny_runs.metrics(root / "recovery-2", "train")]
+    assert rates[10] == 0.005
+
+
+@pytest.mark.slow
+def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
+    alive, dead = outcomes(root, "recovery")["too large"]
+    assert "with one example at a time; the longest has 45 tokens." in dead["output"]
+    assert "Another process of this run has ended" in alive["output"]
+    assert dead["status"] == alive["status"] == 1
+    assert "Traceback" not in alive["output"] + dead["output"]
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -228,16 +285,20 @@ def test_one_process_computes_the_batches_of_the_step() -> None:
     examples = [language(str(i % 3), 4, 1 + i % 5) for i in range(11)]
     step = [[7, 3, 9, 1], [0, 2, 10, 4], [5, 6]]
     for packed in (False, True):
-        assert Share(examples, batch_size=4, packed=packed)(step) == step
+        assert Share(examples, batch_size=BatchSize(4), packed=packed)(step) == step
 
 
 def test_packed_examples_with_one_prompt_stay_together() -> None:
     examples = [language(str(i % 2), 20, 5) for i in range(8)]
     step = [[0, 1, 2, 3, 4, 5, 6, 7]]
-    shares = [Share(examples, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    shares = [
+        Share(examples, batch_size=BatchSize(8), rank=r, count=2, packed=True)(step) for r in (0, 1)
+    ]
     assert shares == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
     same = [language("all", 20, 5) for _ in range(8)]
-    shares = [Share(same, batch_size=8, rank=r, count=2, packed=True)(step) for r in (0, 1)]
+    shares = [
+        Share(same, batch_size=BatchSize(8), rank=r, count=2, packed=True)(step) for r in (0, 1)
+    ]
     assert [len(batch) for share in shares for batch in share] == [4, 4]
 
 

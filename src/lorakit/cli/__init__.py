@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lorakit.cli.torchrun import is_one_of_several, report_error
-from lorakit.errors import LorakitError, nearest
+from lorakit.errors import LorakitError, memory_errors, nearest
 from lorakit.formatting import visible
 from lorakit.version import __version__
 
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
     module = import_module(f"lorakit.cli.{command}")
     try:
-        status = module.run(rest) or 0
+        with memory_errors():
+            status = module.run(rest) or 0
         if sys.stdout is not None:  # None if the process started with stdout closed
             sys.stdout.flush()
         return status

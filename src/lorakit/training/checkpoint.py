@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import storage
-from lorakit.errors import LorakitError, RunFolderError
+from lorakit.errors import RunFolderError
 from lorakit.models.config_fields import VERSION, changed_fields
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
@@ -40,6 +40,9 @@ TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
 WEIGHTS, OPTIMIZER = TENSOR_FILES
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
+
+KEPT_LOSSES = 60
+"""Number of losses in a checkpoint: 50 for the usual loss and 10 that may have exploded."""
 
 Inputs = dict[str, dict[str, str]]
 """Source and SHA-256 of the base model and of each data split that a run reads; of settings also their values."""
@@ -81,6 +84,17 @@ class State:
     """Evaluations since the best one."""
     stopped_early: bool = False
     """Whether early stopping ended the run."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last `KEPT_LOSSES` steps."""
+    usual_loss: float = 0.0
+    """The highest median of losses so far, with which an exploding loss is compared."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint after it had diverged."""
+    batch_sizes: list[list[int]] = field(default_factory=list)
+    """For each process the examples that it computes at a time, in training and in evaluations. Fewer than configured
+    after it has run out of memory."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What went wrong in the run and did not end it, for its report."""
     inputs: Inputs = field(default_factory=dict)
     """Base and data at the start of the run; a resumed run must have the same ones."""
 
@@ -96,6 +110,7 @@ class State:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
+        self.losses = [*self.losses, loss][-KEPT_LOSSES:]
         self.tokens += tokens
         self.computed_tokens += computed_tokens
         self.seconds += seconds
@@ -110,17 +125,7 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write a checkpoint into `folder`, then delete all but the newest `keep` checkpoints.
-
-    Raises:
-        LorakitError: A weight is not finite. Such a checkpoint must not replace a good one.
-    """
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise LorakitError(
-                f"Training diverged: after step {state.step} {name} has values that are not finite. Start "
-                "a new run with a lower optimizer.learning_rate; set from_adapter to start from this run's best/."
-            )
+    """Write a checkpoint into `folder`, then delete all but the newest `keep` checkpoints."""
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS, weights)
@@ -252,13 +257,28 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def delete_after(folder: Path, step: int) -> bool:
+    """Delete the checkpoints after `step`, unless there is no other; return whether there is one."""
+    checkpoints = _checkpoints(folder)
+    later = [path for path in checkpoints if _step_of(path) > step]
+    if len(later) == len(checkpoints):
+        return False
+    for path in reversed(later):
+        shutil.rmtree(path)
+    return True
 
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint of `folder`; 0 if it has none."""
     checkpoints = _checkpoints(folder)
-    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+    return _step_of(checkpoints[-1]) if checkpoints else 0
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

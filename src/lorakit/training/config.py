@@ -23,6 +23,7 @@ from lorakit.models.base_config import NO_NAME, BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
+OnDivergence = Literal["stop", "rewind"]
 Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
@@ -68,6 +69,14 @@ class OptimizerConfig:
     """Added to the denominator of the update, the root of the mean square."""
     clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
+    on_divergence: OnDivergence = "stop"
+    """What to do when the loss or a gradient is not finite, or the loss explodes: stop; or rewind. Rewind goes back to
+    the newest checkpoint before that, and halves the learning rate for the rest of the run. The fourth time it stops.
+    The examples and their order stay the same, so it does not help against bad data."""
+    explosion: float = 3.0
+    """The loss has exploded if each of the last 10 losses is more than this many times the usual loss, the highest
+    median of 50 steps so far. So single hard batches do not count, nor losses that rise from near 0. A run does not
+    explode in its first 19 steps. 0 accepts every finite loss."""
 
     def __post_init__(self) -> None:
         conform(self, "optimizer")
@@ -79,8 +88,12 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.lr_ratio is {self.lr_ratio}; it must be above 0 (1: A and B have the same rate)."
             )
-        for name in ("warmup", "weight_decay", "eps", "clip"):
+        for name in ("warmup", "weight_decay", "eps", "clip", "explosion"):
             require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if 0 < self.explosion <= 1:
+            raise ConfigurationError(
+                f"optimizer.explosion is {self.explosion}; it must be above 1, or 0 to accept every loss."
+            )
         if self.eps == 0:
             raise ConfigurationError(
                 "optimizer.eps is 0, so a gradient of 0 would give 0 / 0; set it to 1e-8."

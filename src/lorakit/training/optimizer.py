@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorakit.errors import LorakitError
 from lorakit.training.config import OptimizerConfig
 
 
@@ -53,12 +52,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
     return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
 
-def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
-    """Raise a LorakitError unless the loss and the gradient norm are finite."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    raise LorakitError(
-        f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, at learning "
-        f"rate {rate:.3g}. This step did not update the weights. Lower optimizer.learning_rate or raise "
-        "optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
-    )
+def slow_down(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the peak learning rate of all groups by `factor`."""
+    for group in optimizer.param_groups:
+        group["peak"] *= factor

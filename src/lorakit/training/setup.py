@@ -20,12 +20,14 @@ from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import BaseRecord, base_record
 from lorakit.compute.base import check_context, open_base
+from lorakit.compute.batch_size import ADVICE, BatchSize
 from lorakit.compute.batching import Collate, collator, target_counter
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import counted
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
@@ -65,6 +67,10 @@ class Job:
     processes: Processes
     share: Share
     """The examples of a step that this process computes."""
+    batch_size: BatchSize
+    """Examples per forward and backward pass of this process."""
+    evaluation_batch_size: BatchSize
+    """Examples per forward pass of this process in evaluations."""
     count_targets: Callable[[Example], int]
 
     @property
@@ -217,6 +223,9 @@ class Job:
             f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
             f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
         )
+        if self.batch_size.size < self.batch_size.configured:
+            batch = counted(self.batch_size.size, "example")
+            lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
         return lines
@@ -277,6 +286,10 @@ def assemble(
     if config.compile:
         compile_blocks(model)
     model.train()
+    process = f"Process {processes.rank} of {processes.count}" if processes.count > 1 else ""
+    batch_size = BatchSize(
+        config.batch_size, advice=f"Set gradient_checkpointing to true. {ADVICE}", process=process
+    )
     # Every batch seeds its own noise; this is for the scores before the first step.
     torch.manual_seed(config.seed)
     return Job(
@@ -292,10 +305,14 @@ def assemble(
         processes=processes,
         share=Share(
             train,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             rank=processes.rank,
             count=processes.count,
             packed=computation.packed,
+        ),
+        batch_size=batch_size,
+        evaluation_batch_size=BatchSize(
+            config.evaluation.batch_size or config.batch_size, process=process
         ),
         count_targets=target_counter(base),
     )

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorakit.data.batches import token_count
+from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Signals
 from lorakit.training.noise import keyed_noise
-from lorakit.training.optimizer import clip_gradients, require_finite, set_rate
+from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
 
@@ -32,6 +33,8 @@ class StepResult:
     """Tokens that the model computed for them."""
     signals: Signals
     """Signals that a process has received."""
+    halved: bool
+    """Whether a process ran out of memory and halved its batch size."""
 
 
 def optimizer_step(
@@ -47,18 +50,18 @@ def optimizer_step(
         signals: Signals that this process has received.
 
     Raises:
-        LorakitError: The loss or the gradient norm is not finite; the weights are not updated.
+        DivergenceError: The loss or the gradient norm is not finite; the weights are not updated.
+        LorakitError: A single example does not fit into memory.
     """
-    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
-    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
-    own = (
-        _accumulate_gradients(job, batches, target_count, step),
-        sum(map(token_count, batches)),
-        sum(batch["input_ids"].numel() for batch in batches),
-        *signals,
+    before = job.batch_size.size
+    part = job.batch_size.fit(
+        lambda: _compute_share(job, examples, step),
+        lengths=[len(job.train[i]) for indices in job.share(examples) for i in indices],
+        during=f"step {step + 1}",
     )
+    own = (*part, *signals, job.batch_size.size < before)
     sums = job.processes.sum_gradients(list(job.parameters.values()), own)
-    loss, (tokens, computed, *received) = sums[0], map(int, sums[1:])
+    loss, (tokens, computed, *received, halved) = sums[0], map(int, sums[1:])
     rate = set_rate(optimizer, job.rate_factor(step))
     norm = clip_gradients(optimizer, job.config.optimizer.clip)
     require_finite(step, loss, norm, rate)
@@ -71,6 +74,20 @@ def optimizer_step(
         tokens=tokens,
         computed_tokens=computed,
         signals=(received[0], received[1]),
+        halved=bool(halved),
+    )
+
+
+def _compute_share(job: Job, examples: Batches, step: int) -> tuple[float, int, int]:
+    """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
+    for parameter in job.parameters.values():
+        parameter.grad = None  # a failed attempt may have left some
+    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
+    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
+    return (
+        _accumulate_gradients(job, batches, target_count, step),
+        sum(map(token_count, batches)),
+        sum(batch["input_ids"].numel() for batch in batches),
     )
 
 
