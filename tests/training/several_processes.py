@@ -40,6 +40,7 @@ from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
+from lorakit.training import loop
 from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined

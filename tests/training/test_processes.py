@@ -222,7 +222,7 @@ def test_another_number_of_processes_takes_the_smallest_batches(root: Path) -> N
 def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
     alive, dead = outcomes(root, "recovery")["too large"]
     assert "with one example at a time; the longest has 45 tokens." in dead["output"]
-    assert "Another process of this run has ended" in alive["output"]
+    assert "Process 1 of 2 failed in step" in alive["output"]
     assert dead["status"] == alive["status"] == 1
     assert "Traceback" not in alive["output"] + dead["output"]
 
@@ -233,7 +233,7 @@ def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
 MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
-    "exploding": "LorakitError: Training diverged at step",
+    "exploding": "DivergenceError: Training diverged at step",
 }
 
 

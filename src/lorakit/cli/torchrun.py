@@ -22,4 +22,7 @@ def report_error(message: str) -> None:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         record = {"message": {"message": message, "extraInfo": extra}}
         with suppress(OSError):  # the message is also on standard error
-            Path(file).write_text(json.dumps(record), encoding="utf-8")
+            # torchrun reads the file as soon as it exists.
+            written = Path(f"{file}.{os.getpid()}")
+            written.write_text(json.dumps(record), encoding="utf-8")
+            written.replace(file)

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.errors import ConfigurationError
@@ -65,7 +66,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     shares = [
         Share(
             train,
-            batch_size=config.batch_size,
+            batch_size=BatchSize(config.batch_size),
             rank=rank,
             count=processes,
             packed=config.packing,
