@@ -1,6 +1,6 @@
 """Run the benchmarks.
 
-python -m benchmarks                              all parts except compiled, dtypes, planner, accuracy, serving, profile
+python -m benchmarks                              all parts except those that --help lists as asked for
 python -m benchmarks compiled planner             named parts only
 python -m benchmarks --quick                      a few rows, one round: results/quick/
 python -m benchmarks --resume                     resume an interrupted run
@@ -37,13 +37,14 @@ PARTS = {
     "planner": "benchmarks.planner",
     "accuracy": "benchmarks.accuracy",
     "serving": "benchmarks.serving",
+    "processes": "benchmarks.processes",
     "profile": "benchmarks.profile",
 }
 
 COMMANDS = {"soak": "benchmarks.soak", "page": "benchmarks.page_use"}
 """Long trials with options of their own."""
 
-ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "serving", "profile")
+ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "serving", "processes", "profile")
 """Parts that run only if named, so that the default fits into an hour."""
 
 

@@ -1,4 +1,7 @@
-"""Train an adapter with Accelerate: on one device, or on several with `accelerate launch`."""
+"""Train an adapter with Accelerate: on one device, or on several with `accelerate launch`.
+
+The launcher's configuration chooses between data parallel, FSDP (version 2) and DeepSpeed.
+"""
 
 from pathlib import Path
 
@@ -36,5 +39,10 @@ for _ in range(15):
     losses.append(loss.item())
 
 accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
-if accelerator.is_main_process:
-    adapters.save(Path(args.out), tokenizer=tokenizer, overwrite=True)
+# All processes call save: with FSDP or DeepSpeed each holds a part of the adapter.
+adapters.save(
+    Path(args.out),
+    tokenizer=tokenizer,
+    overwrite=True,
+    is_main_process=accelerator.is_main_process,
+)

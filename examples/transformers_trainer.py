@@ -1,4 +1,4 @@
-"""Train an adapter with transformers' Trainer; its checkpoints include the adapter."""
+"""Train an adapter with transformers' Trainer, in one process or with torchrun; its checkpoints include the adapter."""
 
 from pathlib import Path
 
@@ -31,4 +31,9 @@ trainer.train()  # resume_from_checkpoint=True resumes from the last checkpoint
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 # Any library loads a checkpoint as the adapted model. The adapter alone is a thousandth of its size:
-adapters.save(Path(args.out, "adapter"), tokenizer=tokenizer, overwrite=True)
+adapters.save(
+    Path(args.out, "adapter"),
+    tokenizer=tokenizer,
+    overwrite=True,
+    is_main_process=trainer.is_world_process_zero(),
+)

@@ -6,12 +6,15 @@ A message says what was found, what was expected, and what to write instead.
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.formatting import visible
+from lorakit.formatting import size, visible
 
 _MAX_LINE, _SHOWN_AT_END = 2_000, 400
 """Longest line of a message, and how much of its end remains: names in a damaged file can have any length."""
@@ -69,6 +72,56 @@ class DataError(LorakitError):
 
 class RunFolderError(LorakitError):
     """A folder cannot be written: it exists, is in use, or the disk is full."""
+
+
+class DivergenceError(LorakitError):
+    """A loss, a gradient or a weight is not finite, or the loss of a training run has exploded."""
+
+
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|allocate memory|not enough memory|alloc_failed|bad_alloc"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, PyTorch or the system raised `error` because memory ran out.
+
+    PyTorch has a class for GPUs only. On CPUs, and in CUDA's libraries, it raises a RuntimeError.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error).lower()))
+
+
+def requested_memory(error: BaseException) -> str:
+    """Return how much memory `error` could not allocate, or "" if it does not say."""
+    found = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", str(error))
+    if found is None:
+        return ""
+    amount, unit = found[1].split()
+    return f" (tried to allocate {size(int(amount)) if unit == 'bytes' else found[1]})"
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise a LorakitError when memory runs out in the block.
+
+    Raises:
+        LorakitError: Memory ran out.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        requested = requested_memory(error)
+    raise LorakitError(
+        f"Out of memory{requested}. Close other programs, load the base in 4 bits (base.dtype nf4), or lower "
+        "batch_size and data.max_length. `lorakit plan` predicts the memory of a training run."
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -12,8 +12,10 @@ import tiny_models
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import tiny_runs
+import torch
 
 from lorakit.cli import main
+from lorakit.models.processor import threads
 from lorakit.planning import machine
 
 
@@ -57,6 +59,26 @@ def test_the_stage_is_shown_on_a_terminal_only(base, capsys, monkeypatch, termin
         assert stages[-1] == ""
     else:
         assert shown == ""
+
+
+@pytest.mark.slow
+def test_processes_share_the_cores(base, capsys, monkeypatch):
+    seen = []
+    known = sys.modules["lorakit.planning.planner"].find_machine
+    monkeypatch.setattr(
+        "lorakit.planning.planner.find_machine",
+        lambda *args, **options: seen.append(torch.get_num_threads()) or known(*args, **options),
+    )
+    before = torch.get_num_threads()
+    with threads(2):
+        for count in ("1", "2", "8"):
+            assert main(["plan", "--base.name", base, "--length", "32", "--processes", count]) == 0
+    assert torch.get_num_threads() == before
+    assert seen == [2, 1, 1]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "shared 2 processes compute each step; memory and time are those of one" in shown
+    assert main(["plan", "--base.name", base, "--length", "32", "--processes", "0"]) == 1
+    assert "processes" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Test fast dropout: the share dropped, the scale factor, and reproducibility from torch's seed."""
+"""Test fast dropout: the share dropped, the scale factor, reproducibility from torch's seed, and masks by keys."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_every_element_has_the_same_probability():
 
 def test_thresholds_are_the_probability_on_average():
     for dropped in (1, 1023, 1024, 26_214, 200_000, 255 * PERIOD):
-        found = _thresholds(dropped).astype(float)
+        found = _thresholds(dropped).double()
         assert found[:PERIOD].mean() * PERIOD == dropped
         assert (found[:PERIOD] == found[PERIOD:]).all()
 

@@ -24,6 +24,7 @@ from lorakit.planning.batches import from_data
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
+from lorakit.training.distributed import Processes
 from lorakit.training.setup import prepare
 
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
@@ -137,6 +138,56 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     for planned in (batches.fullest, batches.middle):
         assert [example.input_ids for example in planned] in first_epoch
     assert batches.steps == job.step_plan.total == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
+    base = tiny_runs.save_base(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, base, batch_size=4, accumulation=accumulation)
+    batches = from_data(config, 2)
+    jobs = [prepare(config, Processes(rank=rank, count=2)) for rank in range(2)]
+    shares = [
+        [[job.train[i].input_ids for i in batch] for batch in job.share(step)]
+        for job in jobs
+        for step in itertools.islice(job.step_plan.steps(), job.step_plan.steps_per_epoch)
+    ]
+    computed = [batch for share in shares for batch in share]
+    for planned in (batches.fullest, batches.middle):
+        assert [example.input_ids for example in planned] in computed
+    tokens = [max(map(len, batch)) * len(batch) for batch in computed]
+    fullest = [example.input_ids for example in batches.fullest]
+    assert max(map(len, fullest)) * len(fullest) == max(tokens)
+    assert batches.per_step == max(map(len, shares))
+
+
+@pytest.mark.slow
+def test_several_processes_share_a_step(base, tmp_path):
+    """Each computes half of the examples, holds the whole base, and sends its gradients."""
+    config = tiny_runs.config(tmp_path, base, batch_size=8, accumulation=1)
+    exact = dataclasses.replace(MACHINE, sent=1e6)
+    one, two, four = (
+        plan(config, length=64, compare=False, processes=n, machine=exact) for n in (1, 2, 4)
+    )
+    assert (one.rows * one.width, two.rows * two.width) == (8 * 64, 4 * 64)
+    assert one.tokens == two.tokens == four.tokens == 8 * 64
+    memories = [planned.chosen.memory for planned in (one, two)]
+    assert memories[0].base == memories[1].base
+    assert memories[0].optimizer == memories[1].optimizer
+    assert memories[1].activations < 0.6 * memories[0].activations
+    gradients = 4 * one.chosen.trained
+    assert [p.chosen.sent for p in (one, two, four)] == [0, gradients, 1.5 * gradients]
+    sending = two.chosen.seconds - gradients / 1e6
+    assert 0.4 * one.chosen.seconds < sending < 0.6 * one.chosen.seconds
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_gradients_can_be_the_peak(base, tmp_path):
+    """The processes add their gradients in a flat copy, which exceeds the activations of a small batch."""
+    config = tiny_runs.config(tmp_path, base, method="full", batch_size=2, accumulation=1)
+    memory = plan(config, length=4, compare=False, processes=2, machine=MACHINE).chosen.memory
+    assert (memory.gradients, memory.temporary) == (memory.adapter, memory.adapter)
+    assert memory.activations == 0
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_the_predicted_peak_matches_the_allocator(name):
     make, method, objective, batch = CASES[name]
     peak = sum(planned(make, method, objective, batch()).peak.values())
     measured = allocated(make, method, objective, batch())
-    # The allocator includes the workspace of operations, but not the dropout masks that NumPy draws.
+    # The allocator includes the workspace of operations.
     assert (
         0.9 * measured
         < peak

@@ -40,11 +40,12 @@ from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
-from lorakit.training import distributed, loop
+from lorakit.training import loop
 from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
 from lorakit.training.loop import train
+from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
@@ -55,6 +56,7 @@ LIMIT = 60.0
 """Seconds after which the processes of a run are killed."""
 
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+DROPOUT = LoRA(dropout=0.1)
 RATE = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup=2)
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -76,22 +78,42 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "classes": {"base": "encoder", "data": "labels", "evaluation": HeldOutConfig()},
     "sequences": {"base": "encoder-decoder"},
+    "dropout": {"base": "noisy decoder", "lora": DROPOUT},
+    "dropout padded": {"base": "noisy decoder", "lora": DROPOUT, "packing": False},
+    "dropout checkpointing": {
+        "base": "noisy decoder",
+        "lora": DROPOUT,
+        "gradient_checkpointing": True,
+    },
+    "dropout classes": {
+        "base": "noisy encoder",
+        "lora": DROPOUT,
+        "data": "labels",
+        "evaluation": HeldOutConfig(),
+    },
+    "dropout sequences": {"base": "noisy encoder-decoder", "lora": DROPOUT},
 }
 """Settings of the runs whose gradients and weights are compared."""
 
 
 def ways_on(count: int) -> list[str]:
     """Return the ways to compare on `count` processes: all of them on 2, some on 4."""
-    return list(WAYS) if count < 4 else ["packed", "padded", "full", "full padded", "classes"]
+    on_4 = ["packed", "padded", "full", "full padded", "classes", "dropout", "dropout classes"]
+    return list(WAYS) if count < 4 else on_4
 
 
 def main() -> None:
+    run_scenarios(SCENARIOS)
+
+
+def run_scenarios(scenarios: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Run the scenarios that the command line names, and write the outcomes of each into its folder."""
     folder, *names = sys.argv[1:]
     root = Path(folder)
     assert kill_resume.fork(lambda: write_inputs(root)) == 0
     warm_up = run_config(root, "warm-up", max_steps=1)
     kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         if not names or name in names:
             began = time.monotonic()
             outcomes = scenario(root)
@@ -101,7 +123,9 @@ def main() -> None:
 
 def write_inputs(root: Path) -> None:
     tiny_runs.save_base(root / "decoder")
-    tiny_runs.save_base(root / "dropout", attention_dropout=0.1)
+    tiny_runs.save_base(root / "noisy decoder", attention_dropout=0.1)
+    tiny_runs.save_base(root / "noisy encoder", "bert", "base")
+    tiny_runs.save_base(root / "noisy encoder-decoder", "t5")
     tiny_runs.save_base(root / "encoder", "bert", "base", **NO_DROPOUT)
     tiny_runs.save_base(root / "encoder-decoder", "t5", dropout_rate=0.0)
     rows = tiny_runs.pairs(24)
@@ -151,15 +175,18 @@ class Started:
             for rank, output in enumerate(self._outputs)
         ]
 
-    def outcomes(self) -> Outcomes:
-        """Wait for the processes, and kill them after `LIMIT` seconds."""
+    def outcomes(self, *, stopped: int = 0) -> Outcomes:
+        """Wait for the processes; kill them after `LIMIT` seconds, or once only `stopped` of them are left."""
         statuses: dict[int, int] = {}
         while len(statuses) < len(self._children):
             for child in set(self._children) - statuses.keys():
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     statuses[child] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > self._deadline:
+                elif (
+                    time.monotonic() > self._deadline
+                    or len(statuses) == len(self._children) - stopped
+                ):
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
         found = []
@@ -228,9 +255,9 @@ def equality(root: Path) -> Any:
                 if settings.get("data") == "labels":
                     settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
                 job = prepare(run_config(root, "equality", **settings), processes)
-                assert job.computation.packed == (
-                    "padded" not in name and "base" not in WAYS[name]
-                ), name
+                is_decoder = "decoder" in WAYS[name].get("base", "decoder").split()[-1:]
+                assert job.computation.packed == ("padded" not in name and is_decoder), name
+                require_keyed_noise(job)
                 job.model.double()
                 move(job.parameters)
                 optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
@@ -367,20 +394,6 @@ def mistakes(root: Path) -> Any:
 
         return work
 
-    def dying(rank: int) -> None:
-        if rank == 1:
-            at_step(3, lambda: os._exit(9))
-        train(run_config(root, "dead"))
-
-    def hanging(rank: int) -> None:
-        distributed.STEP_TIMEOUT = distributed.datetime.timedelta(seconds=3)
-        if rank == 1:
-            original = loop.optimizer_step
-            loop.optimizer_step = lambda *args: time.sleep(5) or original(*args)
-        train(run_config(root, "hung"))
-
-    hung = Started(2, hanging)  # sleeps while the others run
-
     def trained(name: str, **settings: Any) -> Callable[[int], object]:
         return lambda _: train(run_config(root, name, **settings))
 
@@ -398,13 +411,70 @@ def mistakes(root: Path) -> Any:
                 optimizer=OptimizerConfig(learning_rate=1e30, clip=0, warmup=0),
             ),
         ),
-        "dead": run(2, dying),
-        "existing": run(2, trained("dead")),
-        "dropout": run(2, trained("mistake", lora=LoRA(dropout=0.1))),
-        "dropout of the base": run(2, trained("mistake", base="dropout")),
-        "hung": hung.outcomes(),
+        "existing": run(2, trained("exploded")),
         "folders": sorted(path.name for path in root.iterdir() if path.is_dir()),
     }
+
+
+def recovery(root: Path) -> Any:
+    """The last process runs out of memory, and has a NaN once; resume with more steps on one process."""
+    optimizer = dataclasses.replace(RATE, schedule="constant", on_divergence="rewind")
+
+    def settings(count: int, **overrides: Any) -> TrainConfig:
+        shared = {"optimizer": optimizer, "max_steps": 10, "checkpoints": CheckpointConfig(every=2)}
+        return run_config(root, f"recovery-{count}", **{**shared, "packing": False, **overrides})
+
+    def work(count: int, rank: int) -> None:
+        if rank == count - 1:
+            nan_at_step(6)
+            if count > 1:
+                limit_tokens(60)
+        train(settings(count))
+
+    done = {count: run(count, lambda rank, count=count: work(count, rank)) for count in (1, 2)}
+    alone = settings(2, max_steps=11, resume=True)
+    too_large = settings(2, output=str(root / "too-large"))
+
+    def without_memory(rank: int) -> None:
+        if rank == 1:
+            limit_tokens(40)
+        train(too_large)
+
+    return {
+        **done,
+        "resumed": run(1, lambda _: train(alone)),
+        "too large": run(2, without_memory),
+    }
+
+
+def nan_at_step(number: int) -> None:
+    """Make this process's part of a loss NaN, the first time that the run takes this step."""
+    step, accumulate = loop.optimizer_step, steps._accumulate_gradients
+    times = iter([True])
+
+    def stepping(*args: Any) -> Any:
+        bad = args[3] + 1 == number and next(times, False)
+        steps._accumulate_gradients = (
+            (lambda *a: accumulate(*a) * float("nan")) if bad else accumulate
+        )
+        return step(*args)
+
+    loop.optimizer_step = stepping
+
+
+def limit_tokens(most: int) -> None:
+    """Let the forward pass of larger batches run out of memory in this process, once the run has begun."""
+    adopt = loop.adopt_batch_sizes
+
+    def limited(job: Any, state: Any) -> None:
+        job.model.get_input_embeddings().register_forward_pre_hook(require_few)
+        adopt(job, state)
+
+    def require_few(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    loop.adopt_batch_sizes = limited
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
@@ -413,6 +483,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "whole": whole_runs,
     "interrupted": interrupted,
     "mistakes": mistakes,
+    "recovery": recovery,
 }
 
 if __name__ == "__main__":

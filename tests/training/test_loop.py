@@ -26,6 +26,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.training import validation
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
+from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
@@ -80,7 +81,6 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path,
 def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
     """Return the gradients of one step over `batches` of example indices."""
     job = prepare(config)
-    job.model.eval()  # dropout would draw differently for batches of other shapes
     collated = [job.collate([job.train[i] for i in batch]) for batch in batches]
     with torch.no_grad():
         for name, parameter in job.parameters.items():
@@ -90,7 +90,8 @@ def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
             assert "lora" in name or "vectors" in name
     targets = sum(job.objective.count(batch) for batch in collated)
     for batch in collated:
-        (job.objective.loss_sum(job.model, batch) / targets).backward()
+        with keyed_noise(job, batch, step=0):
+            (job.objective.loss_sum(job.model, batch) / targets).backward()
     return {name: p.grad for name, p in job.parameters.items() if p.grad is not None}
 
 
@@ -213,7 +214,8 @@ def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> 
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0
     for batch, model_inputs in zip(batches, inputs, strict=True):
-        logits = job.model(**model_inputs).logits[:, :-1]
+        with keyed_noise(job, batch, step=0):
+            logits = job.model(**model_inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"

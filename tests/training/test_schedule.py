@@ -6,7 +6,8 @@ import torch
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.training.config import OptimizerConfig
-from lorakit.training.optimizer import build_optimizer, clip_gradients, require_finite, set_rate
+from lorakit.training.divergence import require_finite
+from lorakit.training.optimizer import build_optimizer, clip_gradients, set_rate
 from lorakit.training.schedule import StepPlan, rate_factor
 
 

@@ -321,7 +321,7 @@ class Adapters:
         provenance: dict[str, Any] | None = None,
         base: BaseRecord | None = None,
         overwrite: bool = False,
-        write: bool = True,
+        is_main_process: bool = True,
     ) -> Path:
         """Write an adapter as a folder that PEFT, transformers and vLLM load, with lorakit.json and a card.
 
@@ -334,8 +334,8 @@ class Adapters:
             provenance: How the adapter was trained (configuration, data, scores), JSON values only.
             base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
-            write: False only takes part in gathering tensors that are split over processes. All processes then call
-                this method, and one of them writes.
+            is_main_process: False in all processes but one, which writes. Call `save` in all processes if FSDP2 or
+                DeepSpeed's ZeRO-3 splits the weights: they gather the adapter together.
 
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
@@ -352,7 +352,7 @@ class Adapters:
             tokenizer=tokenizer,
             base=base,
             overwrite=overwrite,
-            write=write,
+            is_main_process=is_main_process,
         )
 
     def owns(self, adapters: LayerAdapters) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,14 @@ def save(
     tokenizer: Any = None,
     base: formats.BaseRecord | None = None,
     overwrite: bool = False,
-    write: bool = True,
+    is_main_process: bool = True,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
-    stored = store(model, adapter, base, tokenizer)
-    if not write:
-        return folder
-    if overwrite:
+    if overwrite and is_main_process:
         formats.check_replaceable(folder)
+    stored = store(model, adapter, base, tokenizer)
+    if not is_main_process:
+        return folder
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -114,6 +116,19 @@ def _added_tensors(module: AdapterModule) -> dict[str, Tensor]:
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
+    with _whole(tensor) as whole:
+        return whole.detach().to("cpu", copy=True).contiguous()
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor with the parts of all processes, if FSDP2 or DeepSpeed's ZeRO-3 has split it."""
     if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True).contiguous()
+        yield tensor.full_tensor()
+    elif "ds_id" in tensor.__dict__:
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+        with GatheredParameters(tensor):
+            yield tensor
+    else:
+        yield tensor

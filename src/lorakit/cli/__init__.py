@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lorakit.errors import LorakitError, nearest
+from lorakit.cli.torchrun import is_one_of_several, report_error
+from lorakit.errors import LorakitError, memory_errors, nearest
 from lorakit.formatting import visible
 from lorakit.version import __version__
 
@@ -45,7 +46,11 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for a user error, 2 for an unknown command."""
+    """Run one command and return its exit status.
+
+    0, 1 for a user error, 2 for a command that is unknown or cannot run in several processes, 75 after SIGTERM and a
+    checkpoint (`lorakit.training.interruption.EXIT_TO_RESUME`), 130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -61,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if command != "train" and is_one_of_several():
+        message = (
+            f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
+            f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun."
+        )
+        if os.environ.get("RANK") == "0":
+            print(message, file=sys.stderr)
+        report_error(message)
+        return 2
     for stream in (sys.stdout, sys.stderr):
         # Escape characters that the terminal cannot encode, so that a print never ends a long run.
         if isinstance(stream, io.TextIOWrapper):
@@ -68,12 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
     module = import_module(f"lorakit.cli.{command}")
     try:
-        status = module.run(rest) or 0
+        with memory_errors():
+            status = module.run(rest) or 0
         if sys.stdout is not None:  # None if the process started with stdout closed
             sys.stdout.flush()
         return status
     except LorakitError as error:
         print(f"lorakit {command}: {error}", file=sys.stderr)
+        report_error(str(error))
         return 1
     except KeyboardInterrupt:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)

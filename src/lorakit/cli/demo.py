@@ -247,6 +247,7 @@ def _training(config: DemoConfig, data: DataConfig, size: Size) -> TrainConfig:
 def _score(base: Base, test: ExampleSet, size: Size) -> Evaluation:
     """Return the held-out loss, and the texts of greedy generation with their scores."""
     from lorakit.compute.adapted import TEXT
+    from lorakit.compute.batch_size import BatchSize
     from lorakit.compute.batching import collator
     from lorakit.compute.computation import objective_for
     from lorakit.evaluation.decoding import Decoding
@@ -254,7 +255,11 @@ def _score(base: Base, test: ExampleSet, size: Size) -> Evaluation:
 
     objective = objective_for(base, TEXT, test.examples)
     loss = held_out(
-        base.model, objective, test.examples[: size.test_loss], collator(base), batch_size=16
+        base.model,
+        objective,
+        test.examples[: size.test_loss],
+        collator(base),
+        batch_size=BatchSize(16),
     )
     decoding = Decoding(max_new_tokens=32, batch_size=24)
     text = generated(base, test.examples[: size.test_texts], decoding)

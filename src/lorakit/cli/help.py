@@ -21,8 +21,8 @@ GROUPS = {
     ),
     "training": (
         *("epochs", "max_steps", "batch_size", "accumulation", "packing", "sampling", "seed"),
-        *("label_smoothing", "gradient_checkpointing", "compile", "shard", "optimizer"),
-        *("evaluation", "checkpoints"),
+        *("label_smoothing", "gradient_checkpointing", "compile", "optimizer", "evaluation"),
+        *("checkpoints", "shard", "processes_timeout"),
     ),
     "generation": ("decoding",),
     "output": (

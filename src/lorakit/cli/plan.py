@@ -37,6 +37,9 @@ class PlanConfig(TrainConfig):
     """Tokens per example, instead of reading the data. Default without data: data.max_length, the upper bound."""
     targets: int | None = None
     """Target tokens per example; requires length. Default: half of length."""
+    processes: int = 1
+    """Number of processes on one machine that share each step. Memory and time are then those of one of them; on a CPU
+    they share the cores."""
     calibrate: bool = False
     """First train a small random model in two short runs to measure the speed of this machine and its memory beyond
     tensors. Caches the result in the user's cache folder for later plans."""
@@ -56,6 +59,7 @@ class PlanConfig(TrainConfig):
         super().__post_init__()
         if self.length is not None:
             require_at_least("length", self.length, 2)
+        require_at_least("processes", self.processes, 1)
         if self.targets is not None:
             require_at_least("targets", self.targets, 1)
             if self.length is None:
@@ -124,6 +128,9 @@ def _run(config: PlanConfig) -> None:
 
 def _plan(config: PlanConfig, status: StatusLine) -> Plan:
     status("importing PyTorch and transformers")
+    import torch
+
+    from lorakit.models.processor import limit_processor, threads
     from lorakit.planning import plan
 
     if config.calibrate:
@@ -138,13 +145,22 @@ def _plan(config: PlanConfig, status: StatusLine) -> Plan:
         keep_calibration(calibrate(device, dtype), device, dtype)
     made_up = config.data.train == MADE_UP
     length = config.length or (config.data.max_length if made_up else None)
-    return plan(config.run, length=length, targets=config.targets, progress=status)
+    limit_processor()
+    with threads(max(1, torch.get_num_threads() // config.processes)):
+        return plan(
+            config.run,
+            length=length,
+            targets=config.targets,
+            processes=config.processes,
+            progress=status,
+        )
 
 
 def _print(out: Console, plan: Plan) -> None:
     from lorakit.cli.console import table
     from lorakit.formatting import duration, size
     from lorakit.planning.machine import INTERPRETER
+    from lorakit.planning.report import shared_text
 
     def say(text: str) -> None:
         out.print(text, markup=False, soft_wrap=True)
@@ -158,6 +174,8 @@ def _print(out: Console, plan: Plan) -> None:
     packed = ", shared prefixes computed once" if plan.packed else ""
     say(f"batch    at most {plan.rows:,} x {plan.width:,} tokens{packed}")
     say(f"machine  {plan.machine.origin}")
+    if plan.processes > 1:
+        say(f"shared   {shared_text(plan)}")
     columns = [plan.chosen, *([plan.full] if plan.full else [])]
     out.print()
     out.print(table(["", *(prediction.method for prediction in columns)], _rows(columns)))

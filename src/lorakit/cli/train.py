@@ -42,7 +42,8 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.training.loop import train
 
     result = train(config)
-    if not started_processes().is_first:
+    processes = started_processes()
+    if not processes.is_first:
         return
     early = ", stopped early" if result.stopped_early else ""
     print(
@@ -50,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
         f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
         f"{size(result.peak_memory)}{early}"
     )
-    planned_line, predicted = _planned(config, result)
+    planned_line, predicted = _planned(config, result, processes.count)
     print(planned_line)
     record = read_run(result.folder)
     for name, value in result.scores.items():
@@ -78,7 +79,9 @@ def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
     return chosen.starting_from_adapter() if from_adapter else chosen.settings
 
 
-def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, float] | None]:
+def _planned(
+    config: TrainConfig, result: RunResult, processes: int
+) -> tuple[str, dict[str, float] | None]:
     """Predict time and memory of the run. Return a line to print, and the numbers for the report.
 
     If planning fails, the line has the reason, and the numbers are None.
@@ -87,7 +90,7 @@ def _planned(config: TrainConfig, result: RunResult) -> tuple[str, dict[str, flo
     from lorakit.planning import plan
 
     try:
-        prediction = plan(config, compare=False)
+        prediction = plan(config, compare=False, processes=processes)
     except Exception as error:  # a failed prediction must not fail a finished run
         return f"planned  no prediction: {' '.join(str(error).split())}", None
     tokens = prediction.tokens / prediction.chosen.seconds

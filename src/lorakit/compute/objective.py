@@ -24,6 +24,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of
 from lorakit.ops import linear_cross_entropy
+from lorakit.ops.dropout import gathers
 
 Batch = Mapping[str, Tensor]
 HeadPath = Literal["fused", "own head", "whole logits"]
@@ -96,6 +97,10 @@ class LanguageModellingLoss:
         if path == "own head":
             rows, columns = targets.at // targets.width, targets.at % targets.width
             columns, places = columns.unique(return_inverse=True)
+            count = len(batch["input_ids"])
+            at = torch.arange(count, device=columns.device)[:, None] * targets.width + columns
+            # Dropout before the head sees these tokens only.
+            gathers(at.flatten(), (count, targets.width), (count, len(columns)))
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[rows, places]
         else:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.at]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lorakit import storage
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
@@ -24,7 +25,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
-from lorakit.errors import ConfigurationError, DataError, LorakitError
+from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate
@@ -134,7 +135,7 @@ def _score(
             objective_for(base, task, examples),
             examples,
             collator(base),
-            batch_size=config.batch_size,
+            batch_size=BatchSize(config.batch_size),
             task=task.type,
             labels=task.labels,
             progress=progress,
@@ -166,7 +167,7 @@ def held_out(
     examples: Sequence[Example],
     collate: Collate,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     task: type[Task] | None = None,
     labels: Sequence[str] = (),
     progress: Progress | None = None,
@@ -186,35 +187,29 @@ def held_out(
     """
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    starts = range(0, len(order), batch_size)
-    own, passes = list(starts[rank::count]), -(-len(starts) // count)
-    total, targets = 0.0, 0
-    predictions: dict[int, float] = {}
-    classes = 0
+    own: list[_ScoredBatch] = []
+    # The configured size: all processes must agree on the parts, also if one of them has run out of memory.
+    size = batch_size.configured
+    starts = range(0, len(order), size)
     with evaluating(model):
-        for start in own:
-            chosen = order[start : start + batch_size]
-            batch = collate([examples[i] for i in chosen])
-            if isinstance(objective, LabelLoss):
-                logits = objective.predict(model, batch)
-                total += objective.loss_of(logits, batch["labels"]).item()
-                classes = logits.shape[-1]
-                values = logits.argmax(-1) if classes > 1 else logits.squeeze(-1).float()
-                predictions.update(zip(chosen, values.tolist(), strict=True))
-            else:
-                total += objective.loss_sum(model, batch).item()
-            targets += objective.count(batch)
+        for start in starts[rank::count]:
+            chosen = order[start : start + size]
+            own += batch_size.fit(
+                functools.partial(_scored, model, objective, examples, collate, batch_size, chosen),
+                lengths=[len(examples[i]) for i in chosen],
+                during="the scoring of held-out examples",
+            )
             if progress is not None:
                 progress("examples scored", start + len(chosen), len(order))
-        for _ in range(passes - len(own)):
-            objective.loss_sum(model, collate([examples[i] for i in order[:batch_size]]))
-    parts = gather((total, targets, predictions, classes))
-    total, targets = sum(p[0] for p in parts), sum(p[1] for p in parts)
-    predictions = {i: value for p in parts for i, value in p[2].items()}
-    classes = max(p[3] for p in parts)
-    loss = total / max(targets, 1)
+        for _ in range(-(-len(starts) // count) - len(starts[rank::count])):
+            objective.loss_sum(model, collate([examples[order[0]]]))
+    parts = gather(own)
+    scored = [batch for part_of_one in parts for batch in part_of_one]
+    loss = sum(batch.loss for batch in scored) / max(sum(batch.count for batch in scored), 1)
+    predictions = {i: value for batch in scored for i, value in batch.predictions.items()}
+    classes = max((batch.classes for batch in scored), default=0)
     if not math.isfinite(loss):
-        raise LorakitError(
+        raise DivergenceError(
             f"The held-out loss is {loss}, because the model's output is not finite: {why_not_finite(model)}"
         )
     if not isinstance(objective, LabelLoss):
@@ -231,6 +226,41 @@ def held_out(
     )
 
 
+@dataclass(frozen=True)
+class _ScoredBatch:
+    """The summed loss and the number of targets of a batch; with labels, also its predictions."""
+
+    loss: float
+    count: int
+    predictions: Mapping[int, float] = field(default_factory=dict)
+    """By the place of the example."""
+    classes: int = 0
+
+
+def _scored(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    collate: Collate,
+    batch_size: BatchSize,
+    chosen: Sequence[int],
+) -> list[_ScoredBatch]:
+    """Score the chosen examples, in batches that fit into memory."""
+    scored = []
+    for places in batch_size.cut(chosen):
+        batch = collate([examples[i] for i in places])
+        count = objective.count(batch)
+        if isinstance(objective, LabelLoss):
+            logits = objective.predict(model, batch)
+            loss, classes = objective.loss_of(logits, batch["labels"]).item(), logits.shape[-1]
+            values = logits.argmax(-1) if classes > 1 else logits.squeeze(-1).float()
+            predictions = dict(zip(places, values.tolist(), strict=True))
+            scored.append(_ScoredBatch(loss, count, predictions, classes))
+        else:
+            scored.append(_ScoredBatch(objective.loss_sum(model, batch).item(), count))
+    return scored
+
+
 def generated(
     base: Base,
     examples: Sequence[Example],
@@ -239,11 +269,13 @@ def generated(
     task: type[Task] = Completion,
     quick: bool = False,
     lowercase: bool = True,
+    batch_size: BatchSize | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Generate once per distinct prompt of `examples` and score against all completions it has there.
 
-    The scores are those of `task`, with `quick` only the cheap ones.
+    The scores are those of `task`, with `quick` only the cheap ones. `batch_size` overrides that of `decoding`, and
+    keeps the number of prompts that fit into memory.
     """
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
     encodes = base.model.config.is_encoder_decoder
@@ -259,7 +291,13 @@ def generated(
             progress("prompts answered", done, len(prompts))
 
     texts = generate(
-        base.model, base.tokenizer, prompts, decoding, progress=answered, stop_ids=stop_ids
+        base.model,
+        base.tokenizer,
+        prompts,
+        decoding,
+        batch_size=batch_size,
+        progress=answered,
+        stop_ids=stop_ids,
     )
     added = base.tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]

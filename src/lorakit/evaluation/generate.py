@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import context_length
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
@@ -32,6 +34,8 @@ from lorakit.ops import seeded
 
 Prompt = str | Sequence[int]
 
+_ADVICE = "Lower decoding.max_new_tokens, shorten the prompt, or load the base in 4 bits (base.dtype nf4)."
+
 
 def generate(
     model: PreTrainedModel,
@@ -39,6 +43,7 @@ def generate(
     prompts: Sequence[Prompt],
     decoding: Decoding | None = None,
     *,
+    batch_size: BatchSize | None = None,
     progress: Callable[[int], None] | None = None,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
@@ -55,6 +60,8 @@ def generate(
         tokenizer: The model's tokenizer.
         prompts: Texts, or token ids (evaluation passes exactly the tokens of training).
         decoding: By default greedy, up to 128 tokens.
+        batch_size: Overrides that of `decoding`, and keeps the number of prompts that fit into memory. Sampling draws
+            other random numbers in batches of another size.
         progress: Called after each batch with the number of finished prompts.
         stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
@@ -64,6 +71,7 @@ def generate(
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
         DataError: A prompt is empty, or too long for the model's context.
+        LorakitError: A single prompt does not fit into memory.
     """
     if not model.can_generate():
         raise BaseModelError(
@@ -87,31 +95,41 @@ def generate(
     stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    size = decoding.batch_size or 16
+    batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
+
+    def generate_from(start: int) -> None:
+        batch = order[start : start + batch_size.size]
+        inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
+        past = cache.take(model, ids[batch[0]]) if cache else None
+        if past is not None:
+            inputs[ARGUMENT] = past
+        outputs = model.generate(  # type: ignore[operator]
+            **inputs,
+            generation_config=settings,
+            logits_processor=processors,
+            stopping_criteria=stopping,
+            streamer=streamer,
+            synced_gpus=any(map(is_split, model.parameters())),
+        )
+        if cache and past is not None:
+            cache.keep(past, outputs[0].tolist())
+        if not model.config.is_encoder_decoder:
+            outputs = outputs[:, inputs["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        for i, text in zip(batch, decoded, strict=True):
+            texts[i] = text
+
+    done = 0
     with _generating(model, settings, decoding.seed or 0):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
-            past = cache.take(model, ids[batch[0]]) if cache else None
-            if past is not None:
-                inputs[ARGUMENT] = past
-            outputs = model.generate(  # type: ignore[operator]
-                **inputs,
-                generation_config=settings,
-                logits_processor=processors,
-                stopping_criteria=stopping,
-                streamer=streamer,
-                synced_gpus=any(map(is_split, model.parameters())),
+        while done < len(order):
+            batch_size.fit(
+                functools.partial(generate_from, done),
+                lengths=[len(ids[i]) for i in order[done : done + batch_size.size]],
+                during="generation",
             )
-            if cache and past is not None:
-                cache.keep(past, outputs[0].tolist())
-            if not model.config.is_encoder_decoder:
-                outputs = outputs[:, inputs["input_ids"].shape[1] :]
-            decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-            for i, text in zip(batch, decoded, strict=True):
-                texts[i] = text
+            done = min(done + batch_size.size, len(order))
             if progress:
-                progress(start + len(batch))
+                progress(done)
     return texts
 
 

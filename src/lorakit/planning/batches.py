@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.errors import ConfigurationError
@@ -14,6 +15,7 @@ from lorakit.models.loading import load_tokenizer
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 from lorakit.training.config import TrainConfig
+from lorakit.training.schedule import Share
 from lorakit.training.setup import step_plan_of
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ ROWS = 2000
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that a plan simulates."""
+    """The batches of a process that a plan simulates."""
 
     task: DataTask
     fullest: list[Example]
@@ -37,14 +39,14 @@ class Batches:
     steps: int | None
     """Optimizer steps of the run; None if the number of examples is unknown."""
     per_step: int
-    """Batches of an optimizer step: `accumulation`, or fewer if the data set is smaller than one step."""
+    """Batches that a process computes in an optimizer step; fewer if the data set is smaller than one step."""
     sizes: int = 1
     """Number of different sizes of batches, in tokens rounded up as in packed batches."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def from_data(config: TrainConfig) -> Batches:
-    """Read the first rows of the training data and batch them as training does.
+def from_data(config: TrainConfig, processes: int = 1) -> Batches:
+    """Read the first rows of the training data and batch them as training on `processes` does.
 
     Raises:
         LorakitError: The data or the tokenizer cannot be read.
@@ -61,8 +63,19 @@ def from_data(config: TrainConfig) -> Batches:
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     plan = step_plan_of(config, train)
     first_epoch = list(itertools.islice(plan.steps(), plan.steps_per_epoch))
+    shares = [
+        Share(
+            train,
+            batch_size=BatchSize(config.batch_size),
+            rank=rank,
+            count=processes,
+            packed=config.packing,
+        )
+        for rank in range(processes)
+    ]
+    computed = [share(step) for step in first_epoch for share in shares]
     batches = sorted(
-        ([train.examples[i] for i in batch] for step in first_epoch for batch in step),
+        ([train.examples[i] for i in batch] for share in computed for batch in share),
         key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),
     )
     whole = train.report.read < limit or config.data.limit == limit
@@ -72,14 +85,28 @@ def from_data(config: TrainConfig) -> Batches:
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
     )
     steps = plan.total if whole or config.max_steps else None
-    per_step = max(map(len, first_epoch)) if whole else config.accumulation
+    per_step = max(map(len, computed)) if whole else _per_step(config, processes)
     middle = batches[len(batches) // 2]
     sizes = len({round_up(sum(map(len, batch)), PACKED_STEP) for batch in batches})
-    return Batches(task, batches[-1], middle, source, steps, per_step, sizes, tokenizer)
+    return Batches(
+        task=task,
+        fullest=batches[-1],
+        middle=middle,
+        source=source,
+        steps=steps,
+        per_step=per_step,
+        sizes=sizes,
+        tokenizer=tokenizer,
+    )
 
 
 def from_lengths(
-    config: TrainConfig, length: int | None, targets: int | None, *, encoder: bool
+    config: TrainConfig,
+    length: int | None,
+    targets: int | None,
+    *,
+    encoder: bool,
+    processes: int = 1,
 ) -> Batches:
     """Make synthetic examples of one length that share no prefix.
 
@@ -88,6 +115,7 @@ def from_lengths(
         length: Tokens per example; None means data.max_length, the upper bound.
         targets: Target tokens per example; None means half of the tokens.
         encoder: Whether the base is an encoder; task "auto" is then a classification.
+        processes: Number of processes that share a step.
 
     Raises:
         ConfigurationError: `targets` is not between 1 and `length` - 1.
@@ -99,19 +127,36 @@ def from_lengths(
     task = DataTask(name=name)
     if task.kind == "classification":
         task = dataclasses.replace(task, labels=("0", "1"))
+    count = min(config.batch_size, _largest_share(config, processes))
     examples: list[Example]
     source = f"{size:,} tokens per example"
     if task.generates:
         if targets is None:
             targets = size // 2
-        examples = [*language_examples(config.batch_size, size, targets)]
+        examples = [*language_examples(count, size, targets)]
         source += f", {targets:,} of them targets"
     else:
         label = 0.5 if task.kind == "regression" else 0
         example = LabelledExample(input_ids=[0] * size, prompt="", completion="", label=label)
-        examples = [example] * config.batch_size
+        examples = [example] * count
     source += " (as configured)" if length else " (data.max_length, the upper bound)"
-    return Batches(task, examples, examples, source, config.max_steps, config.accumulation)
+    return Batches(
+        task=task,
+        fullest=examples,
+        middle=examples,
+        source=source,
+        steps=config.max_steps,
+        per_step=_per_step(config, processes),
+    )
+
+
+def _per_step(config: TrainConfig, processes: int) -> int:
+    """Return the batches of the process with the most examples of a step."""
+    return -(-_largest_share(config, processes) // config.batch_size)
+
+
+def _largest_share(config: TrainConfig, processes: int) -> int:
+    return -(-config.batch_size * config.accumulation // processes)
 
 
 def language_examples(count: int, length: int, targets: int) -> list[LanguageExample]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
-from lorakit.ops import dropout, rms_norm, silu_product
+from lorakit.ops import rms_norm, silu_product
 from lorakit.ops.dropout import kept
 from lorakit.planning.ledger import Ledger, Work
 from lorakit.planning.products import Product, timed
@@ -51,6 +51,10 @@ UPDATE_BYTES = 40
 """Bytes that the optimizer reads and writes per trained parameter: the gradient for its norm, for clipping and for
 AdamW, and the parameter and both running means for AdamW."""
 
+LOCAL_TRAFFIC, GPU_TRAFFIC = 1.2e9, 12e9
+"""Bytes per second that a process sends to another: by Gloo within a machine (measured: 0.5 to 1.4 GB), and an
+assumption for GPUs on PCI Express."""
+
 CALL_SECONDS = 12e-6
 """Overhead of an operation in PyTorch and Python."""
 
@@ -68,6 +72,8 @@ class Machine:
     """Bytes per second that other operations read and write."""
     draws: float
     """Random numbers of dropout per second."""
+    sent: float = LOCAL_TRAFFIC
+    """Bytes per second that a process sends to another one."""
     call: float = CALL_SECONDS
     """Overhead of an operation in PyTorch and Python, in seconds."""
     software: int | None = None
@@ -105,7 +111,8 @@ class Machine:
 A100 = Machine(
     products=120e12,
     traffic=1.2e12,
-    draws=3e11,
+    draws=4e10,  # 28 bytes of traffic each
+    sent=GPU_TRAFFIC,
     call=6e-6,
     software=0,
     slack=0.05,
@@ -147,8 +154,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     gpu = device.type != "cpu"
     call = A100.call if gpu else CALL_SECONDS
     drawn = torch.ones(2**26 if gpu else 2**20, dtype=dtype, device=device)
-    # On a CPU, separate operations apply the mask; they count as traffic.
-    draw = timed("draw(drawn, 0.1)", SECONDS, draw=dropout if gpu else kept, drawn=drawn)
+    # Separate operations apply the mask; they count as traffic.
+    draw = timed("draw(drawn, 0.1)", SECONDS, draw=kept, drawn=drawn)
     measured: dict[str, Any] = {
         "products": 2 * rows * width * out / product,
         "traffic": _traffic(device, dtype, call),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class Prediction:
     memory: Memory
     seconds: float
     """Seconds of an optimizer step."""
+    sent: int = 0
+    """Bytes that a process sends to the others in a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,8 @@ class Plan:
     """Tokens of the examples of an optimizer step, without sharing prefixes."""
     steps: int | None
     """Optimizer steps of the run; None if the number of examples is unknown."""
+    processes: int
+    """Processes that share each step. Memory and time are those of the process with the most to compute."""
     machine: Machine
     loading: int
     """Peak bytes while loading the base, excluding the Python interpreter with torch imported. If the file has another
@@ -137,6 +142,7 @@ def plan(
     length: int | None = None,
     targets: int | None = None,
     compare: bool = True,
+    processes: int = 1,
     machine: Machine | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -147,6 +153,8 @@ def plan(
         length: Tokens per example; None reads the configured data.
         targets: Target tokens per example; None means half of `length`.
         compare: Predict full fine-tuning as well.
+        processes: Number of processes on one machine that share each step. The speed is that of torch's current
+            threads; call `lorakit.models.processor.threads` first if the processes will share the cores.
         machine: Speed to assume; None uses the calibration of this machine, or measures it briefly.
         progress: Called with the name of each stage that takes long.
 
@@ -154,8 +162,7 @@ def plan(
         LorakitError: The base's configuration or the data cannot be read, or a setting does not fit them.
     """
     device, here = _device(config)
-    gpu = device.type != "cpu"
-    if not gpu:
+    if device.type == "cpu":
         limit_processor()
     progress("reading the base's configuration")
     shape = shape_of(config.base)
@@ -163,7 +170,7 @@ def plan(
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
     progress("reading the data")
-    batches = _batches(config, shape, length, targets)
+    batches = _batches(config, shape, length, targets, processes)
     dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
@@ -184,6 +191,14 @@ def plan(
         timings = time_products(steps, device, machine.estimate)
         if timings.note:
             machine = dataclasses.replace(machine, origin=f"{machine.origin}; {timings.note}")
+    predict = partial(
+        _predict,
+        machine=machine,
+        device=device,
+        timings=timings,
+        sizes=sizes,
+        processes=processes,
+    )
     return Plan(
         base=shape.name,
         note=shape.note,
@@ -195,12 +210,13 @@ def plan(
         rows=run.rows,
         width=run.width,
         packed=run.packed,
-        tokens=run.tokens * run.batches,
+        tokens=run.tokens * run.batches * processes,
         steps=batches.steps,
+        processes=processes,
         machine=machine,
-        loading=0 if gpu else _loading(shape, run, dtype),
-        chosen=_predict(run, machine, device, timings, sizes=sizes),
-        full=full and _predict(full, machine, device, timings, sizes=sizes),
+        loading=_loading(shape, run, dtype) if device.type == "cpu" else 0,
+        chosen=predict(run),
+        full=full and predict(full),
         why_no_full=why,
         paper=arithmetic() if shape.name == GPT3 else (),
     )
@@ -221,21 +237,28 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
         return torch.device(config.base.device), False
 
 
-def _batches(config: TrainConfig, shape: Shape, length: int | None, targets: int | None) -> Batches:
+def _batches(
+    config: TrainConfig, shape: Shape, length: int | None, targets: int | None, processes: int
+) -> Batches:
     if length is None and shape.name != GPT3:
-        return from_data(config)
+        return from_data(config, processes)
     names = getattr(shape.config, "architectures", None) or []
     generates = any("LM" in name and "Masked" not in name for name in names)
-    return from_lengths(config, length, targets, encoder=bool(names) and not generates)
+    encoder = bool(names) and not generates
+    return from_lengths(config, length, targets, encoder=encoder, processes=processes)
 
 
 def _predict(
-    run: SimulatedRun, machine: Machine, device: torch.device, timings: Timings, *, sizes: int
+    run: SimulatedRun,
+    *,
+    machine: Machine,
+    device: torch.device,
+    timings: Timings,
+    sizes: int,
+    processes: int,
 ) -> Prediction:
-    peak = run.fullest.peak
-    # From the second batch of a step on, the gradients of the earlier ones exist.
-    gradients = 4 * run.trained if run.batches > 1 else peak["gradients"]
-    step_bytes = gradients + sum(peak[kind] for kind in KINDS if kind != "gradients")
+    peak = _peak(run, processes)
+    step_bytes = sum(peak.values())
     # Every size of a batch has kernels of its own.
     kernels = min(KERNELS, sizes * len(run.middle.work.products))
     slack = machine.slack + (HOLES if sizes > 1 and device.type == "cpu" else 0)
@@ -244,14 +267,13 @@ def _predict(
     memory = Memory(
         base=run.base,
         adapter=run.adapter,
-        gradients=gradients,
         optimizer=8 * run.trained,
-        activations=peak["activations"],
-        logits=peak["logits"],
-        temporary=peak["temporary"],
         allocator=round(allocator),
         software=software if device.type == "cpu" else 0,
+        **peak,
     )
+    # A ring sends every part of the gradients to all processes but one, once for the sum and once for the result.
+    sent = 2 * (processes - 1) * 4 * run.trained // processes
     return Prediction(
         method=run.method,
         trained=run.trained,
@@ -259,5 +281,21 @@ def _predict(
         file_bytes=4 * run.trained,
         memory=memory,
         seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
-        + run.trained * UPDATE_BYTES / machine.traffic,
+        + run.trained * UPDATE_BYTES / machine.traffic
+        + sent / machine.sent,
+        sent=sent,
     )
+
+
+def _peak(run: SimulatedRun, processes: int) -> dict[str, int]:
+    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when processes add their gradients."""
+    # From the second batch of a step on, the gradients of the earlier ones exist.
+    gradients = 4 * run.trained
+    in_batch: dict[str, int] = {**run.fullest.peak}
+    if run.batches > 1:
+        in_batch["gradients"] = gradients
+    if processes == 1:
+        return in_batch
+    # They travel as one flat copy.
+    in_sum = {**dict.fromkeys(KINDS, 0), "gradients": gradients, "temporary": gradients}
+    return max(in_batch, in_sum, key=lambda peak: sum(peak.values()))

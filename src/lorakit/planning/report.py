@@ -108,6 +108,14 @@ def sizes_figure(plan: Plan) -> Figure:
     return Figure(caption="Each chart has its own scale from 0.", charts=charts, name="sizes")
 
 
+def shared_text(plan: Plan) -> str:
+    """Return what several processes share and send, as a phrase."""
+    return (
+        f"{plan.processes} processes compute each step; memory and time are those of one. It sends "
+        f"{size(plan.chosen.sent)} in a step"
+    )
+
+
 def _bars(plan: Plan, title: str, field: str, shown: Callable[[float], str]) -> Chart:
     numbers = {name: float(getattr(prediction, field)) for name, prediction in _columns(plan)}
     texts = {name: shown(value) for name, value in numbers.items()}
@@ -242,6 +250,7 @@ def _assumptions(plan: Plan) -> list[Block]:
         ("Lengths", plan.lengths),
         ("Largest batch", f"{plan.rows:,} x {plan.width:,} tokens; shared prefixes {prefixes}"),
         ("Machine", plan.machine.origin),
+        ("Processes", shared_text(plan) if plan.processes > 1 else ""),
     ]
     text = (
         "lorakit built the run's model without weights and counted its operations. After the run, its report "

@@ -18,6 +18,7 @@ from lorakit.training.run_folder import (
     ADAPTER,
     CONFIG,
     ENVIRONMENT,
+    EVENTS,
     METRICS,
     PREDICTION,
     RESULT,
@@ -43,6 +44,8 @@ class RunRecord:
     """One record per evaluation."""
     samples: Sequence[Mapping[str, Any]] = ()
     """Texts generated during evaluations."""
+    events: Sequence[Mapping[str, Any]] = ()
+    """What went wrong and did not end the run."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Provenance in the adapter's lorakit.json; empty if there is no adapter yet."""
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -176,6 +179,7 @@ def read_run(folder: str | Path) -> RunRecord:
         train=[record for record in metrics if record.get("split") == "train"],
         validation=[record for record in metrics if record.get("split") == "validation"],
         samples=_lines(folder / SAMPLES),
+        events=[e for e in _record(folder / EVENTS).get("events", []) if isinstance(e, Mapping)],
         provenance=_mapping(adapter.get("provenance")),
         base=_mapping(adapter.get("base")),
         predicted={

@@ -9,6 +9,7 @@ from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import setting
+from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
 """Scores that are named after people."""
@@ -37,7 +38,7 @@ def summary(run: RunRecord) -> list[str]:
     sentences = [f"{subject} {verb} trained for {steps:,} steps on {run.base_name}{time}."]
     if result is None:
         sentences.append("The run is not finished: this report shows its state so far.")
-    return [*sentences, *_score_sentences(run), *_ending(run, steps)]
+    return [*sentences, *_score_sentences(run), *_event_sentences(run), *_ending(run, steps)]
 
 
 def describe_method(run: RunRecord) -> str:
@@ -102,6 +103,22 @@ def _score_sentences(run: RunRecord) -> list[str]:
             f"The training loss went from {number(losses[0])} to {number(losses[-1])}. Without validation data, "
             "this report cannot show how well the model generalises."
         )
+    return sentences
+
+
+def _event_sentences(run: RunRecord) -> list[str]:
+    sentences = []
+    for event in run.events:
+        step = event.get("step")
+        if event.get("event") == OUT_OF_MEMORY:
+            sentences.append(
+                f"Process {event.get('process')} ran out of memory at step {step}: its {event.get('setting')} was "
+                f"{event.get('after')} instead of {event.get('before')} from there on, with the same result."
+            )
+        if event.get("event") == REWIND:
+            sentences.append(
+                f"{event.get('reason')}. The run went back to step {step} and continued with half the learning rate."
+            )
     return sentences
 
 

@@ -4,12 +4,13 @@ A checkpoint is a folder ``step-000100`` of
 
 - ``weights.safetensors``: the trained tensors, in the dtype in which they are trained;
 - ``optimizer.safetensors``: AdamW's two running means and step count of each trained tensor;
-- ``random.safetensors``: the states of the random generators, which dropout uses;
 - ``state.json``: the fields of `State`, the digests of the other files, and its own checksum.
 
-The step number is the position in the data (see schedule.py). A checkpoint folder is written under a temporary name and
-renamed when it is complete. Disks fail, so a resumed run verifies the digests of the newest checkpoint. It skips a
-damaged checkpoint and uses the one before: every checkpoint of a run leads to the same weights.
+The step number is the position in the data (see schedule.py), and it seeds the random numbers (see noise.py).
+
+A checkpoint folder is written under a temporary name and renamed when it is complete. Disks fail, so a resumed run
+verifies the digests of the newest checkpoint. It skips a damaged checkpoint and uses the one before: every checkpoint
+of a run leads to the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,22 +26,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lorakit import storage
-from lorakit.errors import LorakitError, RunFolderError
+from lorakit.errors import RunFolderError
 from lorakit.models.config_fields import VERSION, changed_fields
 from lorakit.models.sharding import split_like
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
-TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors")
-WEIGHTS, OPTIMIZER, RANDOM = TENSOR_FILES
+TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
+WEIGHTS, OPTIMIZER = TENSOR_FILES
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})")
+
+KEPT_LOSSES = 60
+"""Number of losses in a checkpoint: 50 for the usual loss and 10 that may have exploded."""
 
 Inputs = dict[str, dict[str, str]]
 """Source and SHA-256 of the base model and of each data split that a run reads; of settings also their values."""
@@ -83,6 +85,17 @@ class State:
     """Evaluations since the best one."""
     stopped_early: bool = False
     """Whether early stopping ended the run."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last `KEPT_LOSSES` steps."""
+    usual_loss: float = 0.0
+    """The highest median of losses so far, with which an exploding loss is compared."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint after it had diverged."""
+    batch_sizes: list[list[int]] = field(default_factory=list)
+    """For each process the examples that it computes at a time, in training and in evaluations. Fewer than configured
+    after it has run out of memory."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What went wrong in the run and did not end it, for its report."""
     inputs: Inputs = field(default_factory=dict)
     """Base and data at the start of the run; a resumed run must have the same ones."""
 
@@ -98,6 +111,7 @@ class State:
         """Count a finished step."""
         self.step += 1
         self.train_loss = loss
+        self.losses = [*self.losses, loss][-KEPT_LOSSES:]
         self.tokens += tokens
         self.computed_tokens += computed_tokens
         self.seconds += seconds
@@ -120,21 +134,11 @@ def save(
         weights: The trained tensors, whole.
         optimizer: From `optimizer_tensors`, whole.
         keep: How many checkpoints remain.
-
-    Raises:
-        LorakitError: A weight is not finite. Such a checkpoint must not replace a good one.
     """
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise LorakitError(
-                f"Training diverged: after step {state.step} {name} has values that are not finite. Start "
-                "a new run with a lower optimizer.learning_rate; set from_adapter to start from this run's best/."
-            )
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS, weights)
         write_safetensors(temporary / OPTIMIZER, optimizer)
-        write_safetensors(temporary / RANDOM, random_states())
         digests = {name: storage.sha256(temporary / name) for name in TENSOR_FILES}
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
@@ -150,7 +154,7 @@ def restore(
     *,
     inputs: Inputs,
 ) -> State:
-    """Copy the newest undamaged checkpoint of `folder` into `weights`, `optimizer` and the random generators.
+    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`.
 
     Returns:
         The state of the checkpoint; a new state if `folder` has no checkpoint.
@@ -174,7 +178,6 @@ def restore(
         for name, tensor in weights.items():
             tensor.copy_(split_like(stored[name], tensor))
     _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
-    restore_random_states(read_safetensors(path / RANDOM, RunFolderError, mapped=True))
     return state
 
 
@@ -204,7 +207,8 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
 def _verified_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json after verifying the digest of every file."""
     record = storage.read_record(path / STATE, RunFolderError)
-    if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
+    # Earlier versions stored the states of random generators too.
+    if record.keys() != {"state", "files"} or not record["files"].keys() >= set(TENSOR_FILES):
         raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
     for name in TENSOR_FILES:
         with storage.reading(path / name, RunFolderError):
@@ -262,13 +266,28 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def delete_after(folder: Path, step: int) -> bool:
+    """Delete the checkpoints after `step`, unless there is no other; return whether there is one."""
+    checkpoints = _checkpoints(folder)
+    later = [path for path in checkpoints if _step_of(path) > step]
+    if len(later) == len(checkpoints):
+        return False
+    for path in reversed(later):
+        shutil.rmtree(path)
+    return True
 
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint of `folder`; 0 if it has none."""
     checkpoints = _checkpoints(folder)
-    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+    return _step_of(checkpoints[-1]) if checkpoints else 0
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -298,37 +317,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
             key: split_like(tensor, parameter if tensor.ndim else tensor).to(parameter.device)
             for key, tensor in by_name.get(name, {}).items()
         }
-
-
-def random_states() -> dict[str, Tensor]:
-    """Return the states of all generators: torch for dropout, Python and NumPy for models that use them."""
-    version, words, gauss = random.getstate()
-    assert version == 3
-    numpy = np.random.get_state(legacy=False)  # the global generator
-    assert isinstance(numpy, dict)
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "numpy.position": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]]),
-        "numpy.gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"cuda.{index}"] = state
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Set the states of all generators."""
-    torch.set_rng_state(states["torch"])
-    gauss = states["python.gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    words = states["numpy"].numpy().astype(np.uint32)
-    position, has_gauss = states["numpy.position"].tolist()
-    np.random.set_state(("MT19937", words, position, has_gauss, states["numpy.gauss"].item()))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in states:
-                torch.cuda.set_rng_state(states[f"cuda.{index}"], index)

@@ -23,9 +23,11 @@ from lorakit.models.base_config import NO_NAME, BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
+OnDivergence = Literal["stop", "rewind"]
 Sampling = Literal["random", "grouped"]
 LoggerName = Literal["tensorboard", "wandb"]
 
+MAX_TIMEOUT = 7 * 24 * 60
 MAX_EPOCHS = 1_000_000
 """Most epochs. Larger numbers are mistakes, and their steps exceed 64 bits."""
 
@@ -67,6 +69,14 @@ class OptimizerConfig:
     """Added to the denominator of the update, the root of the mean square."""
     clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
+    on_divergence: OnDivergence = "stop"
+    """What to do when the loss or a gradient is not finite, or the loss explodes: stop; or rewind. Rewind goes back to
+    the newest checkpoint before that, and halves the learning rate for the rest of the run. The fourth time it stops.
+    The examples and their order stay the same, so it does not help against bad data."""
+    explosion: float = 3.0
+    """The loss has exploded if each of the last 10 losses is more than this many times the usual loss, the highest
+    median of 50 steps so far. So single hard batches do not count, nor losses that rise from near 0. A run does not
+    explode in its first 19 steps. 0 accepts every finite loss."""
 
     def __post_init__(self) -> None:
         conform(self, "optimizer")
@@ -78,8 +88,12 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.lr_ratio is {self.lr_ratio}; it must be above 0 (1: A and B have the same rate)."
             )
-        for name in ("warmup", "weight_decay", "eps", "clip"):
+        for name in ("warmup", "weight_decay", "eps", "clip", "explosion"):
             require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if 0 < self.explosion <= 1:
+            raise ConfigurationError(
+                f"optimizer.explosion is {self.explosion}; it must be above 1, or 0 to accept every loss."
+            )
         if self.eps == 0:
             raise ConfigurationError(
                 "optimizer.eps is 0, so a gradient of 0 would give 0 / 0; set it to 1e-8."
@@ -186,7 +200,7 @@ class TrainConfig:
     """Examples per forward and backward pass."""
     accumulation: int = 1
     """Batches per optimizer step. A step uses the same batch_size x accumulation examples, and gives the same result up
-    to rounding, however it is cut into batches. Only dropout draws other random numbers."""
+    to rounding, however it is cut into batches."""
     packing: bool = True
     """Compute tokens that examples of a batch share (a common prompt) only once. Loss and gradients equal those of
     separate examples. If the model does not support packing, the run pads its batches and prints a note."""
@@ -212,6 +226,9 @@ class TrainConfig:
     """Evaluation during training."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    processes_timeout: float = 30.0
+    """Minutes that a process of a run under torchrun waits for the others. If one hangs, all others then end with an
+    error. One process writes checkpoints and generates evaluation.samples, while the others wait."""
     loggers: tuple[LoggerName, ...] = ()
     """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False
@@ -239,6 +256,11 @@ class TrainConfig:
             )
         for name in ("batch_size", "accumulation", "max_steps"):
             require_at_least(name, getattr(self, name), 1)
+        if not 0 < self.processes_timeout <= MAX_TIMEOUT:
+            raise ConfigurationError(
+                f"processes_timeout is {self.processes_timeout}; it must be above 0 and at most {MAX_TIMEOUT:,} "
+                "minutes (a week)."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigurationError(
                 f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."

@@ -8,40 +8,31 @@ Gradients are summed after the backward pass, without a wrapper around the model
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.formatting import counted
 from lorakit.models.devices import pick_device
+from lorakit.training.process_failures import START_TIMEOUT, Peers, first_sentence, shared_store
 
 T = TypeVar("T")
 
-STEP_TIMEOUT = datetime.timedelta(minutes=30)
-"""Longest wait for the other processes at the end of a step."""
-
-TIMEOUT = datetime.timedelta(hours=12)
-"""Longest wait for values of another process, such as scores of texts that the first process generates alone."""
+TIMEOUT = datetime.timedelta(minutes=30)
+"""Default of the longest wait for the other processes."""
 
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
 
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
-_RUNS = itertools.count()
-"""Numbers the runs of this script."""
 
 SHOWN = 5
 """Maximum number of differences in a message."""
@@ -54,22 +45,41 @@ class Processes:
     rank: int = 0
     count: int = 1
     group: dist.ProcessGroup | None = None
-    """Exchanges values; None for one process."""
+    """Exchanges values and tensors on the CPU; None for one process."""
+    peers: Peers | None = None
+    """Finds out which process has failed; None for one process."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the files of the run and prints its progress."""
         return self.rank == 0
 
-    def communication(self) -> AbstractContextManager[None]:
-        """Raise a LorakitError if another process has ended or does not answer."""
-        return _communication()
+    def begin(self, place: str) -> None:
+        """Note where the run is ("step 3"), for errors."""
+        if self.peers is not None:
+            self.peers.place = place
+
+    @contextmanager
+    def communication(self) -> Iterator[None]:
+        """Raise an error that names the process that has failed, ended or hangs, if communication inside fails.
+
+        Raises:
+            LorakitError: A process does not take part.
+        """
+        if self.peers is None:
+            yield
+            return
+        self.peers.reach()
+        try:
+            yield
+        except RuntimeError as error:  # also torch's own classes of errors
+            raise self.peers.error(error) from error
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
-            with _communication():
+            with self.communication():
                 dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -77,7 +87,7 @@ class Processes:
         """Return the value of the first process."""
         box = [value]
         if self.count > 1:
-            with _communication():
+            with self.communication():
                 dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
@@ -134,10 +144,10 @@ class Processes:
         """Replace the values of `tensors` by those of the first process."""
         if self.count == 1:
             return
-        with torch.no_grad(), _communication():
+        with torch.no_grad(), self.communication():
             for tensor in tensors:
                 contiguous = tensor.detach().contiguous()
-                dist.broadcast(contiguous, src=0)
+                dist.broadcast(contiguous, src=0, group=self._group_for(tensor))
                 tensor.copy_(contiguous)
 
     def sum_gradients(
@@ -153,13 +163,43 @@ class Processes:
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         table = torch.tensor([*numbers, *counts], dtype=torch.float64, device=device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        *gradients, table = _sums([*gradients, table])
+        *gradients, table = self._sums([*gradients, table])
         sums = table.tolist()
         for parameter, gradient, count in zip(
             parameters, gradients, sums[len(numbers) :], strict=True
         ):
             parameter.grad = gradient if count else None
         return sums[: len(numbers)]
+
+    def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors over the processes, sent as one flat tensor for each dtype."""
+        places: dict[torch.dtype, list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            places.setdefault(tensor.dtype, []).append(place)
+        flat = {
+            dtype: torch.cat([tensors[place].flatten() for place in of_dtype])
+            for dtype, of_dtype in places.items()
+        }
+        group = self._group_for(tensors[0])
+        with self.communication():
+            if group is None:
+                dist.barrier(self.group)  # fails if a process has ended, which NCCL does not notice
+            works = [
+                dist.all_reduce(buffer, group=group, async_op=True) for buffer in flat.values()
+            ]
+            for work in works:
+                assert work is not None  # only a process outside the group gets None
+                work.wait()
+        sums = list(tensors)
+        for dtype, of_dtype in places.items():
+            parts = flat[dtype].split([tensors[place].numel() for place in of_dtype])
+            for place, part in zip(of_dtype, parts, strict=True):
+                sums[place] = part.view(tensors[place].shape)
+        return sums
+
+    def _group_for(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """Return the group that sends a tensor: None, the default group, for tensors on a GPU."""
+        return self.group if tensor.device.type == "cpu" else None
 
 
 def started_processes() -> Processes:
@@ -181,11 +221,14 @@ def started_processes() -> Processes:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Processes]:
+def joined(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[Processes]:
     """Connect the processes that `torchrun` started, and choose the GPU of this process.
+
+    An error inside the block is the error of all processes, each of which names the one that raised it.
 
     Args:
         device: The setting ``base.device``.
+        timeout: Longest wait for the other processes.
 
     Raises:
         ConfigurationError: The environment or the device does not allow several processes.
@@ -198,40 +241,31 @@ def joined(device: str) -> Iterator[Processes]:
     backend = _backend(device, processes.count)
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
+        store = shared_store()
         if connects:
-            _connect(backend)
-        # Values need a process group of the CPU, and a longer timeout than gradients.
-        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
-    except (RuntimeError, ValueError) as error:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=processes.rank,
+                world_size=processes.count,
+                timeout=max(timeout, START_TIMEOUT),
+            )
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        peers = Peers(store, processes.rank, processes.count, timeout)
+    except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LorakitError(
             f"Process {processes.rank} of {processes.count} cannot reach the others at {address}: "
-            f"{_reason(error)}. Start all of them with {COMMAND}."
+            f"{first_sentence(error)}. Start all of them with {COMMAND}."
         ) from error
     try:
-        yield replace(processes, group=group)
+        yield replace(processes, group=group, peers=peers)
+    except BaseException as error:
+        peers.record(error)
+        raise
     finally:
+        peers.close()
         dist.destroy_process_group(None if connects else group)
-
-
-def _connect(backend: str) -> None:
-    """Connect the processes.
-
-    A script that trains more than once connects them each time. The store has the addresses of the earlier runs, so
-    each run has its own names in it.
-    """
-    store, rank, count = _store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    store = PrefixStore(f"run {next(_RUNS)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
-
-
-@cache
-def _store(address: str, port: str) -> tuple[Store, int, int]:
-    """Return the store of all processes, and the number of this process and of all.
-
-    Without `torchrun`, process 0 holds the store, and its end would break the connections of the next run.
-    """
-    return next(rendezvous("env://", timeout=STEP_TIMEOUT))
 
 
 def _backend(device: str, count: int) -> str:
@@ -252,46 +286,6 @@ def _backend(device: str, count: int) -> str:
         )
     torch.cuda.set_device(number)  # `cuda` without a number then means this GPU
     return "nccl"
-
-
-def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors over the processes, sent as one flat tensor for each dtype."""
-    places: dict[torch.dtype, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault(tensor.dtype, []).append(place)
-    flat = {
-        dtype: torch.cat([tensors[place].flatten() for place in of_dtype])
-        for dtype, of_dtype in places.items()
-    }
-    with _communication():
-        works = [dist.all_reduce(buffer, async_op=True) for buffer in flat.values()]
-        for work in works:
-            assert work is not None  # only a process outside the group gets None
-            work.wait()
-    sums = list(tensors)
-    for dtype, of_dtype in places.items():
-        parts = flat[dtype].split([tensors[place].numel() for place in of_dtype])
-        for place, part in zip(of_dtype, parts, strict=True):
-            sums[place] = part.view(tensors[place].shape)
-    return sums
-
-
-@contextmanager
-def _communication() -> Iterator[None]:
-    """Raise a LorakitError if another process has ended or does not answer."""
-    try:
-        yield
-    except RuntimeError as error:  # also torch's own classes of errors
-        raise LorakitError(
-            f"Another process of this run has ended or does not answer ({_reason(error)}). Its own output says why. "
-            "Start all processes again with resume (--resume)."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the first sentence of an error of torch, without the line of its source."""
-    text = re.sub(r"^\[\S+\] ", "", str(error))
-    return re.split(r"\.\s|\.?\n|\.?$", text, maxsplit=1)[0] or type(error).__name__
 
 
 def _number(variable: str, default: str | None = None) -> int:

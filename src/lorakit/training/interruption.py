@@ -10,6 +10,10 @@ from typing import Any
 
 from lorakit.training.distributed import Processes
 
+EXIT_TO_RESUME = 75
+"""Exit status after SIGTERM and a checkpoint: EX_TEMPFAIL of sysexits.h, a failure that a repetition cures. 143 (128 +
+SIGTERM) would not tell that the run has saved its work."""
+
 Signals = tuple[int, int]
 """Numbers of processes that have received SIGINT, and SIGTERM."""
 
@@ -55,11 +59,11 @@ class Interruption:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
     def exit(self, message: str) -> None:
-        """Print `message` and exit as the signal would have: KeyboardInterrupt, or the shell's code for SIGTERM."""
+        """Print `message` and end the run: with KeyboardInterrupt after SIGINT, else with `EXIT_TO_RESUME`."""
         self._print(message)
         if self._agreed == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(EXIT_TO_RESUME)
 
     def _request(self, number: int, _: FrameType | None) -> None:
         self._received = number

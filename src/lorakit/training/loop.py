@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from datetime import timedelta
 
 import torch
 
+from lorakit.errors import DivergenceError, memory_errors
 from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes, joined
+from lorakit.training.divergence import (
+    MOST_REWINDS,
+    SLOWDOWN,
+    last_good_step,
+    require_finite_weights,
+    require_no_explosion,
+)
 from lorakit.training.environment import sizes
+from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
-from lorakit.training.noise import require_no_noise
-from lorakit.training.optimizer import build_optimizer
+from lorakit.training.noise import require_keyed_noise
+from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult, open_run
 from lorakit.training.setup import Job, prepare
 from lorakit.training.sharding import gathering, whole_in_first
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -37,7 +50,7 @@ def train(config: TrainConfig) -> RunResult:
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
     """
     with (
-        joined(config.base.device) as processes,
+        joined(config.base.device, timedelta(minutes=config.processes_timeout)) as processes,
         gathering(processes),
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
     ):
@@ -45,38 +58,18 @@ def train(config: TrainConfig) -> RunResult:
             return finished
         reset_peak_memory()
         job, optimizer, state = _start(run, processes)
-        with (
-            Interruption(processes) as interruption,
-            Loggers(run, state, processes) as log,
-            Reporter(job, state) as show,
-        ):
+        with Interruption(processes) as interruption, Reporter(job, state) as show:
             if run.dtype_reason:
                 show.say(f"dtype     {run.config.base.dtype}: {run.dtype_reason}")
             if run.extends:
-                show.say(f"schedule  {_extension(job, state, run.extends)}")
-            if not state.started:
-                validate(run, job, state, log, show)
-            for examples in job.step_plan.steps(start=state.step):
-                if job.is_over(state) or interruption.requested:
+                show.say(f"schedule  {_extension(job, optimizer, state, run.extends)}")
+            while True:
+                try:
+                    _train_to_end(run, job, state, optimizer, interruption, show)
                     break
-                began, processor_began = time.perf_counter(), time.process_time()
-                done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
-                interruption.agree(done.signals)
-                state.advance(
-                    done.loss,
-                    tokens=done.tokens,
-                    computed_tokens=done.computed_tokens,
-                    seconds=time.perf_counter() - began,
-                    processor_seconds=time.process_time() - processor_began,
-                )
-                log.step(state, done)
-                show.step(state, done.rate)
-                if job.evaluates_after(state.step):
-                    validate(run, job, state, log, show)
-                    release_free_memory()
-                if job.saves_after(state.step):
-                    _save_checkpoint(run, job, state, optimizer)
-            _save_checkpoint(run, job, state, optimizer)
+                except DivergenceError as error:
+                    state = _rewind(run, job, state, optimizer, error)
+                    show.restart(state)
             if interruption.requested and not job.is_over(state):
                 interruption.exit(
                     f"Stopped at step {state.step}. Resume with: {run.resume_command}"
@@ -85,19 +78,61 @@ def train(config: TrainConfig) -> RunResult:
         return processes.on_first(lambda: run.finish(state, job.device))
 
 
+def _train_to_end(
+    run: RunFolder,
+    job: Job,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    interruption: Interruption,
+    show: Reporter,
+) -> None:
+    """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
+    with Loggers(run, state, job.processes) as log:
+        if not state.started:
+            validate(run, job, state, log, show)
+        if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
+            _save_checkpoint(run, job, state, optimizer)
+        for examples in job.step_plan.steps(start=state.step):
+            if job.is_over(state) or interruption.requested:
+                break
+            job.processes.begin(f"step {state.step + 1}")
+            began, processor_began = time.perf_counter(), time.process_time()
+            done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
+            interruption.agree(done.signals)
+            state.advance(
+                done.loss,
+                tokens=done.tokens,
+                computed_tokens=done.computed_tokens,
+                seconds=time.perf_counter() - began,
+                processor_seconds=time.process_time() - processor_began,
+            )
+            log.step(state, done)
+            show.step(state, done.rate)
+            if done.halved:
+                record_batch_sizes(run, job, state)
+            require_no_explosion(state, job.config.optimizer.explosion)
+            if job.evaluates_after(state.step):
+                validate(run, job, state, log, show)
+                release_free_memory()
+            if job.saves_after(state.step):
+                _save_checkpoint(run, job, state, optimizer)
+        job.processes.begin("the end of the run")
+        _save_checkpoint(run, job, state, optimizer)
+
+
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
-    with processes.together():
+    with processes.together(), memory_errors():
         job = prepare(run.config, processes)
-        require_no_noise(job)
+        require_keyed_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
     # The run folder changes only from here on: a run that fails above leaves an old run intact.
     processes.on_first(run.claim)
-    with processes.together():
-        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=inputs)
-    processes.require_same({"step": state.step, "train_loss": state.train_loss})
+    state = _restore(run, job, optimizer, inputs)
+    slow_down(optimizer, SLOWDOWN**state.rewinds)
+    adopt_batch_sizes(job, state)
     # Processors can differ in the last bits of initial weights (PiSSA).
     processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
     model_sizes = sizes(job.model, job.parameters)
@@ -105,9 +140,59 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
     return job, optimizer, state
 
 
+def _rewind(
+    run: RunFolder,
+    job: Job,
+    diverged: State,
+    optimizer: torch.optim.Optimizer,
+    error: DivergenceError,
+) -> State:
+    """Restore the newest checkpoint from before the run diverged, and continue with half the learning rate.
+
+    Raises:
+        DivergenceError: The settings are to stop, or there is no such checkpoint, or the run went back too often.
+    """
+    settings = job.config.optimizer
+    if settings.on_divergence == "stop":
+        raise error
+    if diverged.rewinds == MOST_REWINDS:
+        raise DivergenceError(
+            f"{error} The run has gone back to a checkpoint {MOST_REWINDS} times, and now stops."
+        ) from error
+    last_good = last_good_step(diverged, settings.explosion)
+    if not job.processes.on_first(lambda: checkpoint.delete_after(run.checkpoints, last_good)):
+        raise error
+    optimizer.zero_grad()
+    state = _restore(run, job, optimizer, diverged.inputs)
+    slow_down(optimizer, SLOWDOWN)
+    rate = job.config.peak_rate * SLOWDOWN ** (diverged.rewinds + 1)
+    line = record_rewind(state, diverged, error, rate)
+    _save_checkpoint(run, job, state, optimizer)
+    job.processes.on_first(lambda: run.return_to(state))
+    if job.processes.is_first:
+        _LOG.warning("%s", line)
+    return state
+
+
+def _restore(
+    run: RunFolder, job: Job, optimizer: torch.optim.Optimizer, inputs: checkpoint.Inputs
+) -> State:
+    """Restore the newest checkpoint in all processes."""
+    with job.processes.together():
+        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=inputs)
+    job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
+    return state
+
+
 def _save_checkpoint(
     run: RunFolder, job: Job, state: State, optimizer: torch.optim.Optimizer
 ) -> None:
+    """Write a checkpoint in the first process.
+
+    Raises:
+        DivergenceError: A weight is not finite, in all processes.
+    """
+    require_finite_weights(state.step, job.weights, job.processes)
     keep = run.config.checkpoints.keep
     weights, of_optimizer = (
         whole_in_first(tensors, job.processes)
@@ -118,10 +203,10 @@ def _save_checkpoint(
     )
 
 
-def _extension(job: Job, state: State, replaced: str) -> str:
+def _extension(job: Job, optimizer: torch.optim.Optimizer, state: State, replaced: str) -> str:
     """Return how the learning rate continues in a run with more steps than before."""
     total, schedule = job.step_plan.total, job.config.optimizer.schedule
-    rate = job.config.peak_rate * job.rate_factor(state.step)
+    rate = set_rate(optimizer, job.rate_factor(state.step))
     text = f"{schedule} over {total} steps, instead of {replaced}; the next step has the rate {rate:.2e}"
     if schedule == "constant":
         return f"{text}."

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lorakit.errors import LorakitError
 from lorakit.models.sharding import is_split, own_part
 from lorakit.training.config import OptimizerConfig
 
@@ -69,12 +67,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float, split: float 
     return float(norm)
 
 
-def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
-    """Raise a LorakitError unless the loss and the gradient norm are finite."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    raise LorakitError(
-        f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, at learning "
-        f"rate {rate:.3g}. This step did not update the weights. Lower optimizer.learning_rate or raise "
-        "optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
-    )
+def slow_down(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the peak learning rate of all groups by `factor`."""
+    for group in optimizer.param_groups:
+        group["peak"] *= factor

@@ -50,6 +50,10 @@ class Reporter:
         if self._live:
             self._live.stop()
 
+    def restart(self, state: State) -> None:
+        """Measure speed and time left from `state` on."""
+        self._start = dataclasses.replace(state)
+
     def say(self, text: str) -> None:
         """Print a permanent line."""
         self._console.print(visible(text, keep="\n"), highlight=False, markup=False, soft_wrap=True)

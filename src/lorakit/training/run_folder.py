@@ -5,6 +5,7 @@ config.yaml        every setting, also defaults; ``--config`` with this file rep
 environment.json   software, processor and threads, one entry per session (a resumed run has several)
 metrics.jsonl      one line per step and per evaluation
 samples.jsonl      text generated at each evaluation
+events.json        what went wrong and did not end the run: memory that ran out, a loss that diverged
 checkpoints/       step-000100/ and so on, for ``--resume``
 best/              the adapter with the best validation score
 adapter/           the adapter after the last step
@@ -42,16 +43,21 @@ from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
+OUT_OF_MEMORY, REWIND = "out of memory", "rewind"
+"""Kinds of events in events.json."""
 REPORT, PREDICTION = "report.html", "prediction.json"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, REPORT, PREDICTION)
+FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, EVENTS, REPORT, PREDICTION)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 OF_A_RUN = {"base", "data", "method", "output"}
 """Settings of every run, which identify its config.yaml."""
 
-NOT_COMPARED = ("output", "resume", "overwrite", "loggers", "shard")
-"""Settings that may differ between the sessions of a run: they do not change results."""
+NOT_COMPARED = (
+    *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
+    *("optimizer.on_divergence", "optimizer.explosion"),
+)
+"""Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +199,28 @@ class RunFolder:
     def begin(
         self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
     ) -> None:
-        """Add this session to environment.json, and drop metrics and samples recorded after `state`."""
-        step = state.step if state.started else -1
-        self.metrics.truncate(step)
-        self.samples.truncate(step)
+        """Add this session to environment.json, and drop what was recorded after `state`."""
+        self.return_to(state)
         path = self.path / ENVIRONMENT
         record = storage.read_record(path, RunFolderError) if path.exists() else {}
         session = {"from_step": state.step, **environment(device, processes), "sizes": dict(sizes)}
         with storage.atomic_file(path) as temporary:
             storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
+
+    def return_to(self, state: State) -> None:
+        """Drop metrics, samples and events that were recorded after `state`."""
+        step = state.step if state.started else -1
+        self.metrics.truncate(step)
+        self.samples.truncate(step)
+        self.write_events(state)
+
+    def write_events(self, state: State) -> None:
+        """Write what went wrong in the run so far to events.json."""
+        if not state.events:
+            (self.path / EVENTS).unlink(missing_ok=True)
+            return
+        with storage.atomic_file(self.path / EVENTS) as temporary:
+            storage.write_record(temporary, {"events": state.events})
 
     def finish(self, state: State, device: torch.device) -> RunResult:
         """Write result.json, which marks the run as finished, and return its content."""
@@ -366,7 +385,8 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     changed = [
         f"{key} was {before!r} and is {after!r}"
         for key, before, after in differences(then, now)
-        if key.split(".")[0] not in NOT_COMPARED and not (key == "max_steps" and config.max_steps)
+        if not {key, key.split(".")[0]}.intersection(NOT_COMPARED)
+        and not (key == "max_steps" and config.max_steps)
     ]
     if changed:
         raise ConfigurationError(

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lorakit.compute.batch_size import BatchSize
 from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
@@ -80,7 +81,7 @@ class Share:
 
     Args:
         examples: The training data.
-        batch_size: Examples per forward and backward pass.
+        batch_size: Examples per forward and backward pass of this process.
         rank: The number of the process.
         count: The number of all processes.
         packed: Keep examples with the same prompt together, because a packed batch computes their prompt once.
@@ -90,7 +91,7 @@ class Share:
         self,
         examples: Sequence[Example],
         *,
-        batch_size: int,
+        batch_size: BatchSize,
         rank: int = 0,
         count: int = 1,
         packed: bool = False,
@@ -101,7 +102,7 @@ class Share:
         self._packed = packed
 
     def __call__(self, step: Batches) -> Batches:
-        """Return the batches of this process, for the batches of a whole step."""
+        """Return the batches of this process, for the batches of a whole step. They have the present batch size."""
         return self.of_all(step)[self._rank]
 
     def of_all(self, step: Batches) -> list[Batches]:
@@ -111,7 +112,11 @@ class Share:
         costs = [self._tokens(indices[place] for place in unit) for unit in units]
         shares = even_shares(units, costs, self._count)
         return [
-            _cut([indices[place] for place in sorted(share)], self._batch_size) for share in shares
+            [
+                list(batch)
+                for batch in self._batch_size.cut([indices[place] for place in sorted(share)])
+            ]
+            for share in shares
         ]
 
     def _units(self, indices: list[int]) -> list[list[int]]:

@@ -20,12 +20,14 @@ from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import BaseRecord, base_record
 from lorakit.compute.base import check_context, open_base
+from lorakit.compute.batch_size import ADVICE, BatchSize
 from lorakit.compute.batching import Collate, collator, target_counter
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import counted
 from lorakit.methods import Method
 from lorakit.methods.method import with_head
 from lorakit.models.compiling import compile_blocks
@@ -81,10 +83,31 @@ class Job:
         """The examples of a step that this process computes."""
         return Share(
             self.train,
-            batch_size=self.config.batch_size,
+            batch_size=self.batch_size,
             rank=self.processes.rank,
             count=self.processes.count,
             packed=self.computation.packed,
+        )
+
+    @cached_property
+    def batch_size(self) -> BatchSize:
+        """Examples per forward and backward pass of this process."""
+        advice = f"Set gradient_checkpointing to true. {ADVICE}"
+        return self._batch_size(self.config.batch_size, advice)
+
+    @cached_property
+    def evaluation_batch_size(self) -> BatchSize:
+        """Examples per forward pass of this process in evaluations."""
+        return self._batch_size(self.config.evaluation.batch_size or self.config.batch_size, ADVICE)
+
+    def _batch_size(self, size: int, advice: str) -> BatchSize:
+        rank, count = self.processes.rank, self.processes.count
+        return BatchSize(
+            size,
+            advice=advice,
+            process=f"Process {rank} of {count}" if count > 1 else "",
+            # All processes have to run as many passes.
+            halves=not self.config.shard,
         )
 
     @cached_property
@@ -218,7 +241,7 @@ class Job:
                     provenance=provenance,
                     base=self.base_record,
                     overwrite=True,
-                    write=self.processes.is_first,
+                    is_main_process=self.processes.is_first,
                 )
 
     def describe(self) -> list[str]:
@@ -247,6 +270,9 @@ class Job:
         )
         if self.config.shard:
             lines.append(f"          {split_note(self.model, self.processes)}")
+        if self.batch_size.size < self.batch_size.configured:
+            batch = counted(self.batch_size.size, "example")
+            lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
         if self.computation.note:
             lines.append(f"loss      {self.computation.note}")
         return lines
@@ -345,7 +371,7 @@ def _confirmed(job: Job, task: DataTask) -> Job:
     if job.config.compile:
         compile_blocks(job.model)
     job.model.train()
-    # From here on only dropout draws from the global generator.
+    # Every batch seeds its own noise; this is for the scores before the first step.
     torch.manual_seed(job.config.seed)
     return job
 

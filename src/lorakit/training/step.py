@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from lorakit.data.batches import token_count
 from lorakit.models.sharding import is_split
+from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Signals
-from lorakit.training.optimizer import clip_gradients, require_finite, set_rate
+from lorakit.training.noise import keyed_noise
+from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job
 from lorakit.training.sharding import settle_split_gradients, split_gradients
@@ -33,6 +35,8 @@ class StepResult:
     """Tokens that the model computed for them."""
     signals: Signals
     """Signals that a process has received."""
+    halved: bool
+    """Whether a process ran out of memory and halved its batch size."""
 
 
 def optimizer_step(
@@ -48,24 +52,21 @@ def optimizer_step(
         signals: Signals that this process has received.
 
     Raises:
-        LorakitError: The loss or the gradient norm is not finite; the weights are not updated.
+        DivergenceError: The loss or the gradient norm is not finite; the weights are not updated.
+        LorakitError: A single example does not fit into memory.
     """
-    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
-    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
-    loss = _accumulate_gradients(job, batches, target_count)
-    if job.config.shard:
-        _take_part(job, examples)
-    own = (
-        loss,
-        sum(map(token_count, batches)),
-        sum(batch["input_ids"].numel() for batch in batches),
-        *signals,
+    before = job.batch_size.size
+    part = job.batch_size.fit(
+        lambda: _compute_share(job, examples, step),
+        lengths=[len(job.train[i]) for indices in job.share(examples) for i in indices],
+        during=f"step {step + 1}",
     )
+    own = (*part, *signals, job.batch_size.size < before)
     parameters = job.parameters.values()
     split = [p for p in parameters if is_split(p)]  # FSDP2 has summed their gradients
     whole = [p for p in parameters if not is_split(p)]
     sums = job.processes.sum_gradients(whole, [*own, *split_gradients(split)])
-    loss, (tokens, computed, *received) = sums[0], map(int, sums[1 : len(own)])
+    loss, (tokens, computed, *received, halved) = sums[0], map(int, sums[1 : len(own)])
     square = settle_split_gradients(split, sums[len(own) :])
     rate = set_rate(optimizer, job.rate_factor(step))
     norm = clip_gradients(optimizer, job.config.optimizer.clip, square)
@@ -79,11 +80,28 @@ def optimizer_step(
         tokens=tokens,
         computed_tokens=computed,
         signals=(received[0], received[1]),
+        halved=bool(halved),
+    )
+
+
+def _compute_share(job: Job, examples: Batches, step: int) -> tuple[float, int, int]:
+    """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
+    for parameter in job.parameters.values():
+        parameter.grad = None  # a failed attempt may have left some
+    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
+    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
+    loss = _accumulate_gradients(job, batches, target_count, step)
+    if job.config.shard:
+        _take_part(job, examples, step)
+    return (
+        loss,
+        sum(map(token_count, batches)),
+        sum(batch["input_ids"].numel() for batch in batches),
     )
 
 
 def _accumulate_gradients(
-    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int
+    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int, step: int
 ) -> float:
     """Run forward and backward on this process's batches of a step; return their part of the step's mean loss.
 
@@ -91,15 +109,16 @@ def _accumulate_gradients(
     batches of 4 examples give the gradient of one batch of 16, in one process or in several.
     """
     loss = 0.0
-    for batch in batches:
-        with job.autocast():
-            batch_share = job.objective.loss_sum(job.model, batch) / target_count
-        batch_share.backward()
+    for number, batch in enumerate(batches):
+        with keyed_noise(job, batch, step, number):
+            with job.autocast():
+                batch_share = job.objective.loss_sum(job.model, batch) / target_count
+            batch_share.backward()
         loss += batch_share.item()
     return loss
 
 
-def _take_part(job: Job, examples: Batches) -> None:
+def _take_part(job: Job, examples: Batches, step: int) -> None:
     """Run as many passes as the process with the most batches, the surplus ones on an example of the step.
 
     Every pass gathers the weights from all processes. The loss of a surplus pass has the weight 0.
@@ -107,6 +126,8 @@ def _take_part(job: Job, examples: Batches) -> None:
     batches = job.share.of_all(examples)
     surplus = max(map(len, batches)) - len(batches[job.processes.rank])
     for _ in range(surplus):
-        with job.autocast():
-            loss = job.objective.loss_sum(job.model, job.collate([job.train[examples[0][0]]]))
-        (0.0 * loss).backward()
+        batch = job.collate([job.train[examples[0][0]]])
+        with keyed_noise(job, batch, step):
+            with job.autocast():
+                loss = job.objective.loss_sum(job.model, batch)
+            (0.0 * loss).backward()

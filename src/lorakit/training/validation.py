@@ -11,6 +11,7 @@ from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
+from lorakit.training.events import record_batch_sizes
 from lorakit.training.loggers import Loggers
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder
@@ -33,7 +34,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.held_out_objective(),
             job.scored,
             job.collate,
-            batch_size=settings.batch_size or job.config.batch_size,
+            batch_size=job.evaluation_batch_size,
             task=job.task,
             rank=job.processes.rank,
             count=job.processes.count,
@@ -47,6 +48,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
     # A task of the user may score the same texts differently in another process.
     state.scores = job.processes.from_first(state.scores)
+    record_batch_sizes(run, job, state)
     _require_finite(state.scores, job.task.name)
     log.scores(state)
     if state.step == 0:
@@ -102,14 +104,11 @@ def _generated(job: Job) -> Evaluation:
     settings = job.config.evaluation
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
-    decoding = Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size or job.config.batch_size,
-    )
     return generated(
         job.base,
         [example for group in spread(groups, settings.samples) for example in group],
-        decoding,
+        Decoding(max_new_tokens=settings.max_new_tokens),
+        batch_size=job.evaluation_batch_size,
         task=job.task,
         quick=True,
     )

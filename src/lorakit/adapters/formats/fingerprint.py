@@ -155,7 +155,8 @@ def base_record(
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        shapes.update(f"{name}\0{tuple(weight.shape)}\0".encode())
+        shape = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed empties what it splits
+        shapes.update(f"{name}\0{tuple(shape)}\0".encode())
     if source is None:
         origin = Origin(
             getattr(config, "_name_or_path", None) or None,

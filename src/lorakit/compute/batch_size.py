@@ -1,0 +1,97 @@
+"""The number of examples to compute at a time, which is halved when they do not fit into memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from lorakit.errors import LorakitError, is_out_of_memory, requested_memory
+
+_LOG = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ADVICE = "Lower data.max_length with data.too_long truncate, or load the base in 4 bits (base.dtype nf4)."
+
+
+class BatchSize:
+    """The number of examples that this process computes at a time.
+
+    Args:
+        size: The configured number.
+        advice: What to change if a single example does not fit.
+        process: The name of this process, if a run has several.
+        halves: Whether to halve the size; if not, an error ends the run.
+    """
+
+    def __init__(
+        self, size: int, *, advice: str = ADVICE, process: str = "", halves: bool = True
+    ) -> None:
+        self.configured = size
+        self.size = size
+        """The configured number, or less since memory ran out."""
+        self._advice = advice
+        self._process = process
+        self._halves = halves
+
+    def cut(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        """Return the items in batches of the present size."""
+        return [items[at : at + self.size] for at in range(0, len(items), self.size)]
+
+    def fit(self, compute: Callable[[], Result], *, lengths: Sequence[int], during: str) -> Result:
+        """Return `compute()`. If it runs out of memory, halve the size, log a warning, and call it again.
+
+        Args:
+            compute: Cuts its examples into batches of the present size, and starts from the beginning at each call.
+            lengths: The number of tokens in each of its examples.
+            during: What is computed, for messages.
+
+        Raises:
+            LorakitError: A single example does not fit.
+        """
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                requested = requested_memory(error)
+            # Outside the except block, nothing refers to the failed call's frames, which hold its tensors.
+            _free_memory()
+            self._halve(lengths, during, requested)
+
+    def _halve(self, lengths: Sequence[int], during: str, requested: str) -> None:
+        computed = min(self.size, len(lengths))
+        where = f"{self._process} is out of memory" if self._process else "Out of memory"
+        if computed <= 1:
+            raise LorakitError(
+                f"{where} during {during}{requested}, with one example at a time; the longest has "
+                f"{max(lengths, default=0):,} tokens. {self._advice}"
+            )
+        if not self._halves:
+            raise LorakitError(
+                f"{where} during {during}{requested}, with {computed} examples at a time. Lower batch_size and raise "
+                f"accumulation by the same factor. {self._advice}"
+            )
+        self.size = computed // 2
+        _LOG.warning(
+            "%s during %s%s. This process now computes %d instead of %d examples at a time, with the same result up to "
+            "rounding.",
+            where,
+            during,
+            requested,
+            self.size,
+            computed,
+        )
+
+
+def _free_memory() -> None:
+    """Free tensors in reference cycles, and return the cached memory of GPUs."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,58 @@
+"""What goes wrong in a run and does not end it, for its checkpoints and its report."""
+
+from __future__ import annotations
+
+from lorakit.errors import DivergenceError
+from lorakit.training.checkpoint import State
+from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND, RunFolder
+from lorakit.training.setup import Job
+
+
+def adopt_batch_sizes(job: Job, state: State) -> None:
+    """Continue with the batch sizes that fitted into memory before.
+
+    On another number of processes, each takes the smallest ones.
+    """
+    processes, stored = job.processes, state.batch_sizes
+    if stored:
+        fitted = stored[processes.rank] if len(stored) == processes.count else map(min, *stored)
+        job.batch_size.size, job.evaluation_batch_size.size = fitted
+    state.batch_sizes = _batch_sizes(job)
+
+
+def record_batch_sizes(run: RunFolder, job: Job, state: State) -> None:
+    """Record which processes have run out of memory since the last call. All processes must call this."""
+    before, state.batch_sizes = state.batch_sizes, _batch_sizes(job)
+    if state.batch_sizes == before:
+        return
+    for process, sizes in enumerate(zip(before, state.batch_sizes, strict=True)):
+        for setting, old, new in zip(("batch_size", "evaluation.batch_size"), *sizes, strict=True):
+            if old != new:
+                event = {"process": process, "setting": setting, "before": old, "after": new}
+                state.events.append({"event": OUT_OF_MEMORY, "step": state.step, **event})
+    job.processes.on_first(lambda: run.write_events(state))
+
+
+def record_rewind(state: State, diverged: State, error: DivergenceError, rate: float) -> str:
+    """Carry over to `state`, which is restored, what the diverged run knows. Return a line for the user.
+
+    Args:
+        state: The restored state.
+        diverged: The state in which the run diverged.
+        error: Why.
+        rate: The new peak learning rate.
+    """
+    state.rewinds = diverged.rewinds + 1
+    state.batch_sizes = diverged.batch_sizes
+    # best/ has this adapter, also if it is from a step that no longer exists.
+    state.best_step, state.best_scores = diverged.best_step, diverged.best_scores
+    reason = str(error).split(". ")[0]
+    event = {"from_step": diverged.step, "learning_rate": rate, "reason": reason}
+    state.events = [*diverged.events, {"event": REWIND, "step": state.step, **event}]
+    return (
+        f"{reason}. Back to step {state.step}, with half the learning rate: {rate:.3g} at its peak."
+    )
+
+
+def _batch_sizes(job: Job) -> list[list[int]]:
+    return job.processes.gather([job.batch_size.size, job.evaluation_batch_size.size])

@@ -1,0 +1,157 @@
+"""A process of a run that fails, ends, hangs or is killed ends the whole run, with an error that names it.
+
+`failing_processes.py` runs the scenarios; the tests read what these have written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import tiny_runs
+
+from lorakit.errors import ConfigurationError
+
+SCRIPT = Path(__file__).with_name("failing_processes.py")
+FAILING = 1
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all scenarios, which one pytest process runs for all."""
+    shared = tmp_path_factory.getbasetemp().parent / f"process-failures-{os.getppid()}"
+    with filelock.FileLock(f"{shared}.lock"):
+        if not (shared / "done").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            done = subprocess.run(
+                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=400
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared / "printed.txt").write_text(done.stdout)
+            (shared / "done").touch()
+    return shared
+
+
+def outcomes(root: Path, scenario: str, name: str) -> list[dict[str, Any]]:
+    return json.loads((root / f"{scenario}.json").read_text())[name]
+
+
+def require_error(processes: list[dict[str, Any]], message: str, failing: int = FAILING) -> None:
+    """Require that all processes but one end with an error that contains `message`, and no traceback."""
+    for rank in set(range(len(processes))) - {failing}:
+        assert processes[rank]["status"] == 1
+        assert message in processes[rank]["output"]
+        assert "Traceback" not in processes[rank]["output"]
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["computing", "waiting"])
+def test_the_others_name_a_killed_process(root: Path, moment: str) -> None:
+    processes = outcomes(root, "killed", moment)
+    assert processes[FAILING]["status"] == -signal.SIGKILL
+    require_error(processes, "LorakitError: Process 1 of 3 ended in step 3 (")
+
+
+@pytest.mark.slow
+def test_the_others_name_the_process_that_held_their_store(root: Path) -> None:
+    processes = outcomes(root, "killed", "first")
+    assert processes[0]["status"] == -signal.SIGKILL
+    message = "LorakitError: Process 0 of 3 has ended or does not answer in step 3."
+    require_error(processes, message, failing=0)
+
+
+@pytest.mark.slow
+def test_the_others_repeat_the_error_of_a_process(root: Path) -> None:
+    processes = outcomes(root, "raised", "memory")
+    assert processes[FAILING]["status"] == 1
+    require_error(
+        processes, "Process 1 of 3 failed in step 3: Process 1 of 3 is out of memory during step 3"
+    )
+    processes = outcomes(root, "raised", "bug")
+    assert "ValueError: a bug\nin two lines" in processes[FAILING]["output"]
+    require_error(processes, "LorakitError: Process 1 of 3 failed in step 3: ValueError: a bug\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sleeping", "stopped"])
+def test_the_others_name_a_process_that_hangs(root: Path, kind: str) -> None:
+    """All end, with an error: also a process that goes on too late."""
+    processes = outcomes(root, "hung", kind)
+    assert processes[FAILING]["status"] == (1 if kind == "sleeping" else -signal.SIGKILL)
+    message = (
+        "Process 1 of 3 did not reach the end of step 3 within 0.05 minutes (processes_timeout)."
+    )
+    require_error(processes, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed", "raised-bug", "hung-sleeping"])
+def test_a_run_that_failed_has_no_half_written_files(root: Path, name: str) -> None:
+    folder = root / name
+    assert not (folder / "result.json").exists()
+    assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
+
+
+# --- kills and restarts ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_runs_whose_processes_are_killed_resume_to_the_same_bytes(root: Path) -> None:
+    """One process, all, the launcher, and one that is started again; by hand, `killed_processes.py` kills more."""
+    assert "all 4 runs resumed to the same bytes" in (root / "printed.txt").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_to_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = f"-m torch.distributed.run --nproc-per-node 2 --max-restarts 3 --master-port {port}"
+    command = f"-m lorakit train --config {root}/undisturbed/config.yaml --output {run} --resume"
+    with subprocess.Popen(
+        [sys.executable, *torchrun.split(), *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (run / "checkpoints" / "step-000020").exists() and process.poll() is None:
+            time.sleep(0.005)
+        with suppress(FileNotFoundError):  # the run has ended, so the test fails below
+            os.kill(int((run / ".lock-holder").read_text()), signal.SIGKILL)
+        output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert output.count("200 steps in ") == 1
+    assert "in 2 processes" in errors
+    assert (run / "report.html").exists()
+    sessions = json.loads((run / "environment.json").read_text())["sessions"]
+    assert len(sessions) == 2
+    assert sessions[1]["from_step"] >= 20
+    for which in ("adapter", "best"):
+        assert tiny_runs.adapter_bytes(run, which) == tiny_runs.adapter_bytes(
+            root / "undisturbed", which
+        )
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minutes", [0, -1, 10**6])
+def test_processes_timeout_is_a_time(tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"processes_timeout is .*; it must be above 0"):
+        tiny_runs.config(tmp_path, "base", processes_timeout=minutes)
