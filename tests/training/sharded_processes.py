@@ -293,7 +293,9 @@ def ends(root: Path) -> Any:
 
     def other_base(rank: int) -> None:
         (root / f"at-{rank}").mkdir()
-        shutil.copytree(root / ("decoder" if rank else "dropout"), root / f"at-{rank}" / "base")
+        shutil.copytree(
+            root / ("decoder" if rank else "noisy decoder"), root / f"at-{rank}" / "base"
+        )
         os.chdir(root / f"at-{rank}")
         base = BaseConfig(name="base", dtype="float32", device="cpu")
         train(dataclasses.replace(run_config(root, "mixed-bases", shard=True), base=base))

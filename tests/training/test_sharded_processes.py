@@ -27,6 +27,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.training.interruption import EXIT_TO_RESUME
 from lorakit.training.sharding import require_splittable
 
 SCRIPT = Path(__file__).with_name("sharded_processes.py")
@@ -237,7 +238,7 @@ def test_a_checkpoint_has_only_trained_tensors(root: Path) -> None:
 @pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_processes_split_or_not(root: Path) -> None:
     found = outcomes(root, "resumed")
-    assert {process["status"] for process in found.pop("stopped")} == {143}
+    assert {process["status"] for process in found.pop("stopped")} == {EXIT_TO_RESUME}
     for name, processes in found.items():
         require_success(processes)
         require_close_weights(root / name / "adapter", root / "whole-full-1" / "adapter")

@@ -15,7 +15,8 @@ def adopt_batch_sizes(job: Job, state: State) -> None:
     """
     processes, stored = job.processes, state.batch_sizes
     if stored:
-        fitted = stored[processes.rank] if len(stored) == processes.count else map(min, *stored)
+        own = [stored[processes.rank]] if len(stored) == processes.count else stored
+        fitted = (min(sizes) for sizes in zip(*own, strict=True))
         job.batch_size.size, job.evaluation_batch_size.size = fitted
     state.batch_sizes = _batch_sizes(job)
 
