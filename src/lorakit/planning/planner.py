@@ -198,6 +198,7 @@ def plan(
         timings=timings,
         sizes=sizes,
         processes=processes,
+        split=config.shard,
     )
     return Plan(
         base=shape.name,
@@ -256,8 +257,17 @@ def _predict(
     timings: Timings,
     sizes: int,
     processes: int,
+    split: bool,
 ) -> Prediction:
-    peak = _peak(run, processes)
+    # Of split weights a process holds its part, and while a block computes, the whole block.
+    base = run.base - (run.blocks - run.blocks // processes - run.widest_block if split else 0)
+    whole, copies = run.trained, 0  # trained parameters
+    if split:
+        whole, copies = run.trained - run.copies, run.copies // processes
+        # The run drops the originals of trained copies. They are all of a block, or too few to matter.
+        base -= run.blocks // processes if run.copies > run.trained // 2 else 0
+    held = whole + copies
+    peak = _peak(run, processes, whole=whole, held=held)
     step_bytes = sum(peak.values())
     # Every size of a batch has kernels of its own.
     kernels = min(KERNELS, sizes * len(run.middle.work.products))
@@ -265,15 +275,19 @@ def _predict(
     allocator = slack * step_bytes + machine.packed * run.fullest.widest + kernels * machine.kernel
     software = SOFTWARE if machine.software is None else machine.software
     memory = Memory(
-        base=run.base,
-        adapter=run.adapter,
-        optimizer=8 * run.trained,
+        base=base,
+        adapter=run.adapter - 4 * (run.trained - held),
+        optimizer=8 * held,
         allocator=round(allocator),
         software=software if device.type == "cpu" else 0,
         **peak,
     )
+    others = processes - 1
     # A ring sends every part of the gradients to all processes but one, once for the sum and once for the result.
-    sent = 2 * (processes - 1) * 4 * run.trained // processes
+    sent = 2 * others * 4 * whole // processes
+    if split:
+        # Each batch gathers the blocks for the forward and for the backward pass, and adds up the copies' gradients.
+        sent += run.batches * others * (2 * run.blocks + 4 * run.copies) // processes
     return Prediction(
         method=run.method,
         trained=run.trained,
@@ -281,21 +295,26 @@ def _predict(
         file_bytes=4 * run.trained,
         memory=memory,
         seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
-        + run.trained * UPDATE_BYTES / machine.traffic
+        + held * UPDATE_BYTES / machine.traffic
         + sent / machine.sent,
         sent=sent,
     )
 
 
-def _peak(run: SimulatedRun, processes: int) -> dict[str, int]:
-    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when processes add their gradients."""
-    # From the second batch of a step on, the gradients of the earlier ones exist.
-    gradients = 4 * run.trained
+def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
+    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when processes add their gradients.
+
+    Args:
+        run: The run.
+        processes: Their number.
+        whole: Trained parameters that each process holds whole.
+        held: Trained parameters of a process, with its parts of split ones.
+    """
     in_batch: dict[str, int] = {**run.fullest.peak}
-    if run.batches > 1:
-        in_batch["gradients"] = gradients
+    # From the second batch of a step on, the gradients of the earlier ones exist.
+    in_batch["gradients"] = 4 * held if run.batches > 1 else min(in_batch["gradients"], 4 * held)
     if processes == 1:
         return in_batch
     # They travel as one flat copy.
-    in_sum = {**dict.fromkeys(KINDS, 0), "gradients": gradients, "temporary": gradients}
+    in_sum = {**dict.fromkeys(KINDS, 0), "gradients": 4 * held, "temporary": 4 * whole}
     return max(in_batch, in_sum, key=lambda peak: sum(peak.values()))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.compute.base import check_context, model_head
@@ -16,7 +18,9 @@ from lorakit.compute.batching import collator
 from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.faster import make_faster
+from lorakit.models.layers import is_of_adapter
 from lorakit.models.loading import Base
+from lorakit.models.sharding import blocks_of
 from lorakit.models.sources import ModelSource
 from lorakit.planning.batches import Batches
 from lorakit.planning.shape import base_bytes, build, new_mode, planning
@@ -41,6 +45,12 @@ class SimulatedRun:
     total: int
     """Parameters of the base."""
     base: int
+    blocks: int
+    """The part of `base` in blocks, which several processes can split."""
+    widest_block: int
+    """The largest block of `base`."""
+    copies: int
+    """Trained parameters that are copies of base tensors in blocks, which are split with them."""
     adapter: int
     """Trained tensors, in float32, and buffers of adapter modules."""
     fullest: Step
@@ -73,6 +83,9 @@ def simulate(
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
+        in_blocks = blocks_of(model)
+        block_sizes = [base_bytes(block) for block in in_blocks] or [0]
+        in_all_blocks = sum(p.numel() for block in in_blocks for p in block.parameters())
         # Every block is trained in the same way, so a few stand for all before their copies are made.
         is_full = start is None and method == FullFineTuning()
         blocks = shorten(model) if is_full else []
@@ -84,6 +97,7 @@ def simulate(
             enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         count = total if is_full else sum(p.numel() for p in trained)
+        copies = in_all_blocks if is_full else _copied_in(in_blocks)
         model.train()
         computation = choice_of(config, model, task)
         if computation.faster == "layers":
@@ -110,6 +124,9 @@ def simulate(
         trained=count,
         total=total,
         base=size,
+        blocks=sum(block_sizes),
+        widest_block=max(block_sizes),
+        copies=copies,
         adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
@@ -119,6 +136,12 @@ def simulate(
         width=width,
         packed=computation.packed,
     )
+
+
+def _copied_in(blocks: Sequence[nn.Module]) -> int:
+    """Return the number of trained parameters in blocks that take the place of base parameters."""
+    names = {p: name for block in blocks for name, p in block.named_parameters()}
+    return sum(p.numel() for p, n in names.items() if p.requires_grad and not is_of_adapter(n))
 
 
 def as_full(config: TrainConfig) -> TrainConfig:
