@@ -15,7 +15,8 @@ NOT_RUN = {
     "PYTHONPATH=$PWD/examples serve run": "runs until a signal; test_ray_replicas.py starts its application",
     "modules=": "run by test_serving_guide.py",
     "vllm serve": "needs a GPU",
-    "torchrun": "starts processes; tests/training/test_processes.py starts some",
+    "torchrun": "starts processes; test_several_processes_guide.py runs it",
+    "accelerate launch": "starts processes; tests/integration/test_process_loops.py runs it",
 }
 """Commands that are not run, by their start, with the reason."""
 
@@ -150,6 +151,11 @@ PYTHON = {
         setup=_MODEL + 'batches = [{**batch, "labels": batch["input_ids"]}] * 3\n'
     ),
     "docs/guides/training.md": Presumed(setup='table("reviews.csv", make_rows("texts", 24))'),
+    "docs/guides/several-processes.md": Presumed(
+        setup=_MODEL
+        + "import accelerate\nadapters = lorakit.attach(model, lorakit.LoRA())\n"
+        + "accelerator = accelerate.Accelerator(cpu=True)\n"
+    ),
     "docs/guides/merging.md": Presumed(
         setup=_MODEL + _TWO + "model.generation_config.max_new_tokens = 4\n",
     ),

@@ -1,0 +1,90 @@
+"""The guide to several processes: its commands run as shown, and its jobs for clusters have valid commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made
+import pages
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+from walk import words
+
+from lorakit.cli.parsing import parse
+from lorakit.training.config import TrainConfig
+
+PAGE = "docs/guides/several-processes.md"
+EXAMPLES = "examples/"
+"""Commands with a script of this folder run in tests/integration/test_process_loops.py."""
+
+
+def commands() -> list[str]:
+    found = [step.text for step in pages.steps(PAGE, pages.read(PAGE)) if step.kind == "command"]
+    return [text for text in found if EXAMPLES not in text]
+
+
+def cluster_jobs() -> list[list[str]]:
+    """Return the arguments of `torchrun` in the job for Slurm and in that for Kubernetes."""
+    blocks = pages.blocks(PAGE, pages.read(PAGE))
+    (slurm,) = (block.text for block in blocks if block.text.startswith("#!/bin/bash"))
+    (kubernetes,) = (block.text for block in blocks if block.text.startswith("apiVersion"))
+    (command,) = re.findall(r"torchrun (.*?) \\\n    \|\|", slurm, re.S)
+    service, job = yaml.safe_load_all(kubernetes)
+    template = job["spec"]["template"]["spec"]
+    (container,) = template["containers"]
+    assert container["command"] == ["torchrun"]
+    # The first pod of an indexed job has this name, if the service selects the pods of the job.
+    name = f"{job['metadata']['name']}-0.{template['subdomain']}"
+    assert f"--rdzv-endpoint={name}:29500" in container["args"]
+    assert template["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
+    assert {v["name"] for v in container["volumeMounts"]} == {
+        v["name"] for v in template["volumes"]
+    }
+    return [words(command.replace("\\\n", " ")), container["args"]]
+
+
+def test_the_jobs_for_clusters_are_valid(tmp_path: Path) -> None:
+    config = tmp_path / "e2e.yaml"
+    config.write_text("{base: {name: a}, data: {train: b}, output: c}")
+    for arguments in cluster_jobs():
+        launched = get_args_parser().parse_args(arguments)
+        assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 3)
+        assert (launched.module, launched.training_script) == (True, "lorakit")
+        command, *options = launched.training_script_args
+        assert command == "train"
+        options = [text.replace("/shared/e2e.yaml", str(config)) for text in options]
+        assert parse(TrainConfig, "train", "", options).resume
+
+
+@pytest.mark.slow
+def test_the_commands_run(reader: Callable[[str], Path]) -> None:
+    folder = reader(PAGE)
+    base = made.save_base(folder / "base", "llama", 2)
+    made.data("train.jsonl")
+    settings: dict[str, Any] = {
+        "base": {"name": str(base), "dtype": "float32"},
+        "data": {"train": "train.jsonl"},
+        "max_steps": 2,
+    }
+    (folder / "e2e.yaml").write_text(yaml.safe_dump(settings))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    found = commands()
+    assert len(found) == 3
+    for number, command in enumerate(found):
+        done = subprocess.run(
+            [*words(command), "--output", f"out/{number}"],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert (folder / f"out/{number}/adapter/adapter_model.safetensors").exists()
