@@ -56,7 +56,7 @@ def main(*, quick: bool) -> None:
 
 
 def _run(runs: Runs, method: str, count: int, threads: int, number: int) -> dict[str, Any]:
-    launcher = ("torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     own = ("-m", "benchmarks.processes", "--method", method, "--threads", str(threads))
     figures = runs.run(f"{method} {count} {number}", *launcher, *own)
     report.say(f"{method}, {count} x {threads}: {figures['tokens_per_second']:.0f} tokens/s")
@@ -107,7 +107,12 @@ def measure(method: str, threads: int, scratch: Path) -> dict[str, Any] | None:
         raise SystemExit("This benchmark needs the data sets: set LORAKIT_SHARED to their folder.")
     config = TrainConfig(
         base=BaseConfig(name="smollm2-135m"),
-        data=lorakit.DataConfig(task="e2e", root=str(root)),
+        data=lorakit.DataConfig(
+            train=str(root / "e2e_nlg" / "train.jsonl.gz"),
+            columns={"prompt": "meaning_representation", "completion": "human_reference"},
+            prompt_template="{prompt}\n",
+            max_length=256,
+        ),
         output=str(scratch / "run"),
         method=method,
         lora=lorakit.LoRA(rank=8, alpha=16, targets="attention.qv")

@@ -31,8 +31,8 @@ SHOWN = {
 }
 """Commands that print the `text` blocks of a page, with the starts of these blocks."""
 
-NO_OUTPUT = ("h = W x", "[bos]", "data/", "out/e2e/")
-"""Starts of the `text` blocks that show no output: formulas and folders."""
+NO_OUTPUT = ("h = W x", "[bos]", "data/", "out/e2e/", "Out of memory during")
+"""Starts of the `text` blocks that show no output of a command here: formulas, folders, memory that runs out."""
 
 PREVIEW = "--dry-run"
 """A table of the paper has up to 200 runs, which tests/paper run; here their list is made."""
